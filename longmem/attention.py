@@ -1,0 +1,262 @@
+"""Attention over the local context and over what was retrieved: pure functions, and a plain twin that proves them.
+
+Notation (`docs/architecture.md`): for one query, local scores s_j and retrieved scores m_k. Joint fusion is one softmax over
+all of them; gated fusion (the paper, equation 5) mixes two. The fast path reads retrieved keys in blocks, keeps their
+output o_m and log-sum-exp l_m, and merges them into the backbone's own attention function as if they were one more key with
+score l_m and value o_m: the same softmax, exactly, whatever kernel computes the local part.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+QUERY_BLOCK = 256  # queries per key-value head whose retrieved keys are gathered at once: a few MB, so that they stay in cache
+NO_MEMORY = -1e3  # log-sum-exp of an empty read: its weight beside any real score underflows to exactly 0
+
+
+@runtime_checkable
+class ReadableMemory(Protocol):
+    """What attention needs of a bank or of a view on one."""
+
+    @property
+    def is_empty(self) -> bool: ...
+
+    @property
+    def generation(self) -> int: ...
+
+    def search(self, layer: int, queries: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]: ...
+
+    def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclasses.dataclass
+class MemoryRead:
+    """What every query of one reading layer read.
+
+    `rows` (`lanes heads tokens chunks`) are chunk rows of the bank, -1 where nothing was found; `chunk_weights` the share of
+    each chunk in the retrieved softmax; `memory_share` (`lanes heads tokens`) the weight of memory beside the local context.
+    """
+
+    layer: int
+    rows: Int[Tensor, "lanes heads tokens chunks"]
+    chunk_weights: Float[Tensor, "lanes heads tokens chunks"]
+    memory_share: Float[Tensor, "lanes heads tokens"] | None = None
+
+
+@dataclasses.dataclass
+class Retrieved:
+    """Attention over retrieved tokens alone: its output, its log-sum-exp (`NO_MEMORY` where nothing was found), its read."""
+
+    output: Float[Tensor, "lanes heads tokens dim"]
+    logsumexp: Float[Tensor, "lanes heads tokens"]
+    read: MemoryRead
+
+
+def attend_block(
+    queries: Float[Tensor, "kv_heads queries dim"],
+    keys: Float[Tensor, "kv_heads queries retrieved dim"],
+    values: Float[Tensor, "kv_heads queries retrieved value_dim"],
+    found: Bool[Tensor, "kv_heads queries retrieved"],
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, log-sum-exp and weights of each query's attention over its own retrieved tokens, in float32."""
+    scores = (keys @ queries.unsqueeze(-1)).squeeze(-1).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~found, NO_MEMORY)
+    logsumexp = scores.logsumexp(dim=-1)
+    weights = (scores - logsumexp.unsqueeze(-1)).exp().masked_fill(~found, 0.0)
+    output = (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2).float()
+    return output, logsumexp.clamp_min(NO_MEMORY), weights
+
+
+def read_memory(
+    queries: Float[Tensor, "lanes heads tokens dim"],
+    memory: Sequence[ReadableMemory],
+    layer: int,
+    *,
+    num_kv_heads: int,
+    num_chunks: int,
+    scaling: float,
+    softcap: float | None = None,
+) -> Retrieved:
+    """Return each query's attention over the `num_chunks` chunks whose mean keys have the largest inner product with it.
+
+    Query heads of one group search the index of their key-value head (LongMem, token-to-chunk retrieval, per head). Lanes
+    that share a bank are searched together. Gradients reach the queries; what is stored has none.
+
+    Args:
+        queries: position-treated queries, not yet scaled.
+        memory: one bank for each lane; the same object may stand in several lanes.
+        layer: the memory layer to read.
+        scaling: factor on the scores before their softmax.
+        softcap: bound of the scores, for models that have one.
+    """
+    lanes, heads, tokens, _ = queries.shape
+    parts: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor]] = []
+    for bank in {id(bank): bank for bank in memory}.values():
+        own = [lane for lane, candidate in enumerate(memory) if candidate is bank]
+        folded = fold_groups(queries[own] if len(own) < lanes else queries, num_kv_heads)
+        if bank.is_empty:
+            rows = torch.full((*folded.shape[:2], num_chunks), -1, device=queries.device)
+        else:
+            rows = bank.search(layer, folded.detach(), num_chunks)[1].to(queries.device)
+        found = attend_rows(folded, rows, bank, layer, scaling, softcap)
+        unfolded = [unfold_groups(part, len(own), heads, tokens) for part in (*found, rows)]
+        parts.append((own, *unfolded))  # type: ignore[arg-type]
+    order = torch.tensor([lane for own, *_ in parts for lane in own], device=queries.device).argsort()
+    output, logsumexp, chunk_weights, rows = (torch.cat(column)[order] for column in list(zip(*parts, strict=True))[1:])
+    return Retrieved(output, logsumexp, MemoryRead(layer, rows, chunk_weights.detach()))
+
+
+def attend_rows(
+    queries: Float[Tensor, "kv_heads queries dim"],
+    rows: Int[Tensor, "kv_heads queries chunks"],
+    bank: ReadableMemory,
+    layer: int,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, log-sum-exp and chunk weights of the queries over the chunks in `rows`, block by block.
+
+    Under autograd a block's keys are gathered again in the backward pass instead of being kept (hundreds of MB a layer),
+    so the bank must not have moved or overwritten rows in between; that is checked.
+    """
+    generation = bank.generation
+
+    def block(some_queries: Tensor, some_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if bank.generation != generation:
+            raise RuntimeError(
+                "The memory bank moved or overwrote chunks between the forward and the backward pass; "
+                "call `backward()` before writing to the bank."
+            )
+        kv_heads, count, chunks = some_rows.shape
+        keys, values = bank.gather(layer, some_rows.clamp_min(0).flatten(1))
+        keys, values = (part.to(some_queries).unflatten(1, (count, chunks)).flatten(2, 3) for part in (keys, values))
+        found = (some_rows >= 0).repeat_interleave(keys.shape[2] // chunks, dim=-1)
+        output, logsumexp, weights = attend_block(some_queries, keys, values, found, scaling, softcap)
+        return output, logsumexp, weights.unflatten(-1, (chunks, -1)).sum(-1)
+
+    if bank.is_empty:
+        return (
+            torch.zeros_like(queries, dtype=torch.float32),
+            queries.new_full(rows.shape[:2], NO_MEMORY, dtype=torch.float32),
+            torch.zeros_like(rows, dtype=torch.float32),
+        )
+    needs_grad = torch.is_grad_enabled() and queries.requires_grad
+    results = []
+    for start in range(0, queries.shape[1], QUERY_BLOCK):
+        arguments = queries[:, start : start + QUERY_BLOCK], rows[:, start : start + QUERY_BLOCK]
+        if needs_grad:
+            results.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(block(*arguments))
+    output, logsumexp, weights = (torch.cat(column, dim=1) for column in zip(*results, strict=True))
+    return output, logsumexp, weights
+
+
+def fold_groups(
+    states: Float[Tensor, "lanes heads tokens dim"], num_kv_heads: int
+) -> Float[Tensor, "kv_heads queries dim"]:
+    """Return the states with lanes, the query heads of a group and tokens in one axis, one row of work per key-value head."""
+    return states.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 3)
+
+
+def unfold_groups(states: Tensor, lanes: int, heads: int, tokens: int) -> Tensor:
+    """Return what `fold_groups` folded, `lanes heads tokens ...`, with any trailing axes."""
+    group = heads // states.shape[0]
+    return states.unflatten(1, (lanes, group, tokens)).transpose(0, 1).flatten(1, 2)
+
+
+def fuse_gated(
+    local_output: Float[Tensor, "lanes tokens heads dim"], retrieved: Retrieved, gate: Float[Tensor, " heads"]
+) -> Float[Tensor, "lanes tokens heads dim"]:
+    """Return `(1 - sigmoid(g)) local + sigmoid(g) retrieved` per head; where nothing was found, the local output alone."""
+    share = torch.sigmoid(gate.float())[:, None] * (retrieved.logsumexp > NO_MEMORY)
+    retrieved.read.memory_share = share.detach()
+    share = share.transpose(1, 2).unsqueeze(-1)
+    mixed = (1 - share) * local_output.float() + share * retrieved.output.transpose(1, 2)
+    return mixed.to(local_output.dtype)
+
+
+def fuse_joint(
+    local: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    query: Float[Tensor, "lanes heads tokens dim"],
+    key: Float[Tensor, "lanes kv_heads keys dim"],
+    value: Float[Tensor, "lanes kv_heads keys value_dim"],
+    attention_mask: Tensor | None,
+    retrieved: Retrieved,
+    bias: Float[Tensor, " heads"],
+    scaling: float,
+    **kwargs: Any,
+) -> Float[Tensor, "lanes tokens heads value_dim"]:
+    """Return one softmax over local and retrieved tokens, computed by the backbone's own attention function.
+
+    One key is put before the local ones. Extra dimensions of query and key make its score the retrieved log-sum-exp plus the
+    bias; an extra dimension of its value makes its weight, the memory share, readable in the output. Half precision carries
+    that score in two parts, so that it is not rounded. Without a mask the function is causal by position, and a dummy
+    query before the others keeps query and key aligned.
+    """
+    score = (retrieved.logsumexp + bias.float()[:, None]).clamp_min(NO_MEMORY) / scaling
+    coarse = score.to(query.dtype)
+    fine = (score - coarse.float()).to(query.dtype)
+    width, value_width = 8 - query.shape[-1] % 8, 8 - value.shape[-1] % 8  # GPU kernels want multiples of 8
+    width = width if width > 1 else width + 8
+    extra_query = torch.stack([coarse, fine], dim=-1)
+    query_and_score = torch.cat([query, nn.functional.pad(extra_query, (0, width - 2))], dim=-1)
+    memory_key = key.new_zeros(*key.shape[:2], 1, key.shape[-1] + width)
+    memory_key[..., key.shape[-1] : key.shape[-1] + 2] = 1
+    memory_value = value.new_zeros(*value.shape[:2], 1, value.shape[-1] + value_width)
+    memory_value[..., value.shape[-1]] = 1
+    keys = torch.cat([memory_key, nn.functional.pad(key, (0, width))], dim=2)
+    values = torch.cat([memory_value, nn.functional.pad(value, (0, value_width))], dim=2)
+    is_causal_by_position = attention_mask is None and query.shape[2] > 1
+    if is_causal_by_position:
+        query_and_score = nn.functional.pad(query_and_score, (0, 0, 1, 0))
+    elif attention_mask is not None:
+        visible = attention_mask.new_ones if attention_mask.dtype == torch.bool else attention_mask.new_zeros
+        attention_mask = torch.cat([visible(*attention_mask.shape[:-1], 1), attention_mask], dim=-1)
+    output, _ = local(module, query_and_score, keys, values, attention_mask, scaling=scaling, **kwargs)
+    output = output[:, int(is_causal_by_position) :]
+    share = output[..., value.shape[-1] : value.shape[-1] + 1]
+    retrieved.read.memory_share = share.detach().squeeze(-1).transpose(1, 2)
+    return output[..., : value.shape[-1]] + share * retrieved.output.transpose(1, 2).to(output.dtype)
+
+
+def fuse_joint_plain(
+    query: Float[Tensor, "lanes heads tokens dim"],
+    key: Float[Tensor, "lanes kv_heads keys dim"],
+    value: Float[Tensor, "lanes kv_heads keys value_dim"],
+    attention_mask: Tensor | None,
+    retrieved: Retrieved,
+    bias: Float[Tensor, " heads"],
+    scaling: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "lanes tokens heads value_dim"]:
+    """Return the same as `fuse_joint` with every score written out: the reference, and the way for soft-capped scores."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is None:
+        offset = key.shape[2] - query.shape[2]
+        visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(offset)
+        scores = scores.masked_fill(~visible, float("-inf"))
+    elif attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + attention_mask.float()
+    memory_score = (retrieved.logsumexp + bias.float()[:, None]).clamp_min(NO_MEMORY).unsqueeze(-1)
+    weights = torch.softmax(torch.cat([memory_score, scores], dim=-1), dim=-1)
+    share = weights[..., :1]
+    retrieved.read.memory_share = share.detach().squeeze(-1)
+    output = weights[..., 1:].to(value.dtype) @ value + (share * retrieved.output).to(value.dtype)
+    return output.transpose(1, 2)

@@ -1,0 +1,285 @@
+"""The frozen backbone at work: hidden states, position-free keys and values, and logits of given hidden states."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from longmem.backbone.interception import handled_by
+from longmem.backbone.positions import unrotate
+from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, inspect_backbone, probe_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """How the backbone called one of its layers: everything but the hidden states (masks, positions, cache)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def replay(self, layer: nn.Module, hidden_states: Tensor) -> Float[Tensor, "lanes tokens hidden"]:
+        """Return the output of another layer for `hidden_states`, called the same way."""
+        if "hidden_states" in self.kwargs:
+            return first(layer(*self.args, **{**self.kwargs, "hidden_states": hidden_states}))
+        return first(layer(hidden_states, *self.args[1:], **self.kwargs))
+
+
+@dataclasses.dataclass
+class BackboneStates:
+    """What one run of the backbone leaves for the side network and for memory.
+
+    `hidden_states[l]` (`lanes tokens hidden`) enters layer l; index L is the output of the last layer and
+    `final_states` the same after the final norm, when asked for. `keys` and `values` (`lanes kv_heads tokens dim`) are
+    position-free and belong to the tokens of this run.
+    """
+
+    hidden_states: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    calls: dict[int, LayerCall] = dataclasses.field(default_factory=dict)
+    keys: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    values: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    final_states: Tensor | None = None
+
+
+class _EnoughSeen(Exception):
+    """Ends a run of the backbone early: nothing after this point is needed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recording:
+    owner: "Backbone"
+    states: BackboneStates
+    hidden_layers: Collection[int]
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("longmem_backbone_recording", default=None)
+
+
+class Backbone:
+    """A frozen causal LM, seen through what LongMem needs of it.
+
+    Args:
+        model: a causal LM of transformers; its parameters are frozen and it is kept in eval mode from here on.
+
+    Raises:
+        UnsupportedBackboneError: something the memory needs is not there; the message says what.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.freeze()
+        self.structure: BackboneStructure = inspect_backbone(model)
+        self._head = head_without_decoder(model, self.structure.decoder_name)
+        layers = self.structure.layers
+        for number, structure in enumerate(layers):
+            structure.layer.register_forward_pre_hook(self._enter_layer(number), with_kwargs=True)
+        layers[-1].layer.register_forward_hook(self._leave_last_layer())
+        self._check_against_plain_forward()
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers."""
+        return len(self.structure.layers)
+
+    def freeze(self) -> None:
+        """Switch off training of every parameter and every training-time behaviour, whoever switched them on."""
+        if self.model.training:
+            self.model.eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def run(
+        self,
+        input_ids: Int[Tensor, "lanes tokens"],
+        *,
+        hidden_layers: Collection[int],
+        memory_layers: Collection[int] = (),
+        with_final_states: bool = False,
+        **inputs: Any,
+    ) -> BackboneStates:
+        """Return hidden states of `hidden_layers`, layer calls, and keys and values of `memory_layers`; no LM head runs.
+
+        Args:
+            input_ids: tokens to read.
+            hidden_layers: layers whose input is kept; L means the output of the last one, before the final norm.
+            memory_layers: layers whose keys and values are kept, position-free.
+            with_final_states: also keep the last hidden state after the final norm.
+            inputs: what the backbone's own forward takes (attention_mask, position_ids, past_key_values, use_cache).
+        """
+        states = BackboneStates()
+        handlers = {
+            self.structure.layers[layer].attention: self._keep_keys(states, layer, None) for layer in memory_layers
+        }
+        self._record(states, hidden_layers, handlers, input_ids, inputs)
+        if with_final_states:
+            states.final_states = self.final_norm(states.hidden_states[self.num_layers])
+        return states
+
+    @torch.no_grad()
+    def encode(
+        self, input_ids: Int[Tensor, "lanes tokens"], memory_layers: Sequence[int], **inputs: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return position-free keys and values, each `lanes kv_heads tokens dim`, one of each per memory layer.
+
+        The run ends at the keys of the highest memory layer: no later layer, no norm, no LM head is computed.
+        """
+        states = BackboneStates()
+        highest = max(memory_layers)
+        handlers = {
+            self.structure.layers[layer].attention: self._keep_keys(states, layer, highest) for layer in memory_layers
+        }
+        self._record(states, (), handlers, input_ids, {"use_cache": False, **inputs})
+        return [states.keys[layer] for layer in memory_layers], [states.values[layer] for layer in memory_layers]
+
+    def final_norm(self, hidden_states: Float[Tensor, "lanes tokens hidden"]) -> Float[Tensor, "lanes tokens hidden"]:
+        """Return the hidden states after what stands between the last layer and the LM head."""
+        for module in self.structure.final_modules:
+            hidden_states = first(module(hidden_states))
+        return hidden_states
+
+    def logits(
+        self, hidden_states: Float[Tensor, "lanes tokens hidden"], logits_to_keep: int | Tensor = 0
+    ) -> Float[Tensor, "lanes kept vocabulary"]:
+        """Return the logits of hidden states as they leave the last layer: final norm, LM head, the model's own scaling."""
+        return self._head(
+            inputs_embeds=self.final_norm(hidden_states), logits_to_keep=logits_to_keep, use_cache=False
+        ).logits
+
+    def _record(
+        self,
+        states: BackboneStates,
+        hidden_layers: Collection[int],
+        handlers: Mapping[nn.Module, Callable[..., Any]],
+        input_ids: Tensor,
+        inputs: dict[str, Any],
+    ) -> None:
+        if self.model.training or any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.freeze()
+        token = _recording.set(_Recording(self, states, hidden_layers))
+        try:
+            with handled_by(handlers), contextlib.suppress(_EnoughSeen):
+                self.model(input_ids, **inputs)
+        finally:
+            _recording.reset(token)
+
+    def _enter_layer(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            recording = _recording.get()
+            if recording is None or recording.owner is not self:
+                return
+            if number in recording.hidden_layers:
+                recording.states.hidden_states[number] = args[0] if args else kwargs["hidden_states"]
+            recording.states.calls[number] = LayerCall((None, *args[1:]) if args else (), dict(kwargs))
+
+        return hook
+
+    def _leave_last_layer(self) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            recording = _recording.get()
+            if recording is None or recording.owner is not self:
+                return
+            if self.num_layers in recording.hidden_layers:
+                recording.states.hidden_states[self.num_layers] = first(output)
+            raise _EnoughSeen
+
+        return hook
+
+    def _keep_keys(self, states: BackboneStates, number: int, last: int | None) -> Callable[..., Any]:
+        """Return an attention handler that keeps the new tokens' keys and values of a layer, and ends the run at `last`."""
+        structure = self.structure.layers[number]
+
+        def handler(
+            local: Callable[..., Any],
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            **kwargs: Any,
+        ) -> Any:
+            new = slice(key.shape[2] - query.shape[2], None)  # a cache prepends what it holds
+            new_keys = key[:, :, new]
+            if structure.rotary is not None:
+                cos_sin = states.calls[number].kwargs["position_embeddings"]
+                new_keys = unrotate(new_keys, cos_sin, structure.rotation)  # type: ignore[arg-type]
+            states.keys[number], states.values[number] = new_keys, value[:, :, new]
+            if number == last:
+                raise _EnoughSeen
+            return local(module, query, key, value, attention_mask, **kwargs)
+
+        return handler
+
+    @torch.no_grad()
+    def _check_against_plain_forward(self) -> None:
+        """Raise if final norm and head, as found, do not give the model's own logits, or keys depend on position."""
+        tokens = probe_ids(self.model)
+        expected = self.model(tokens, use_cache=False).logits
+        states = self.run(tokens, hidden_layers=[self.num_layers], use_cache=False)
+        found = self.logits(states.hidden_states[self.num_layers])
+        if not torch.allclose(found, expected, atol=1e-3, rtol=1e-3):
+            raise UnsupportedBackboneError(
+                f"{type(self.model).__name__}: logits computed from the last layer's output differ from the model's own "
+                f"by {(found - expected).abs().max():.3g}; it does more between its last layer and its logits than a "
+                f"norm and a head ({[type(module).__name__ for module in self.structure.final_modules]})."
+            )
+        rotary = [number for number, layer in enumerate(self.structure.layers) if layer.rotary is not None]
+        if not rotary:
+            return
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        (here,), _ = self.encode(tokens, rotary[:1], position_ids=positions)
+        (there,), _ = self.encode(tokens, rotary[:1], position_ids=positions + 5)
+        if (here - there).abs().max() > 0.02 * here.abs().max():
+            raise UnsupportedBackboneError(
+                f"{type(self.model).__name__}: keys of layer {rotary[0]} still depend on their position after the "
+                "rotation was undone, so a stored key would not mean the same at another place."
+            )
+
+
+def first(output: Any) -> Tensor:
+    """Return a module's main output, whether it comes alone or at the head of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _DecoderOutput(BaseModelOutputWithPast):
+    """Output of a decoder that ran nothing: whatever else a head asks for (cross attentions, router logits) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _GivenHiddenStates(nn.Module):
+    """Stands where the decoder was and returns the hidden states it is given."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _DecoderOutput:
+        return _DecoderOutput(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+
+
+def head_without_decoder(model: PreTrainedModel, decoder_name: str) -> nn.Module:
+    """Return a shallow copy of the causal LM, sharing its weights, whose decoder passes `inputs_embeds` through.
+
+    Calling it runs exactly what the architecture does after its decoder: LM head, scaling, soft capping.
+    """
+    *parents, last = decoder_name.split(".")
+    root = parent = shallow_copy(model)
+    for name in parents:
+        parent._modules[name] = shallow_copy(parent.get_submodule(name))
+        parent = parent.get_submodule(name)
+    parent._modules[last] = _GivenHiddenStates()
+    return root
+
+
+def shallow_copy(module: nn.Module) -> Any:
+    """Return a module with the same parameters and submodules, whose submodules can be replaced on their own."""
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    return clone
+

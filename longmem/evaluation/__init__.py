@@ -1,0 +1,12 @@
+"""Evaluation: the same tokens under several systems, and result folders that say where their numbers come from."""
+
+from longmem.evaluation.perplexity import (
+    SYSTEMS,
+    WindowScores,
+    bootstrap_interval,
+    compare_systems,
+    loss_difference,
+    score_windows,
+)
+
+__all__ = ["SYSTEMS", "WindowScores", "bootstrap_interval", "compare_systems", "loss_difference", "score_windows"]

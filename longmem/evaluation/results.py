@@ -1,0 +1,128 @@
+"""Result folders: every number beside the settings, versions, seed and raw losses that it came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from longmem.evaluation.perplexity import WindowScores, loss_difference
+
+TITLES = {
+    "backbone": "backbone, same window",
+    "off": "LongMem, memory off",
+    "on": "LongMem, memory on",
+    "wrong": "LongMem, wrong memory",
+}
+PACKAGES = ("torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy", "safetensors")
+
+
+def summarize(scores: Mapping[str, WindowScores], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Return loss, perplexity, speed and the loss saved against memory off (with its interval) of each system."""
+    summary: dict[str, dict[str, Any]] = {}
+    for system, result in scores.items():
+        gain, low, high = loss_difference(result, scores["off"], seed)
+        summary[system] = {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "tokens_per_second": result.tokens_per_second,
+            "seconds": result.seconds,
+            "scored_tokens": result.losses.numel(),
+            "gain_over_off": gain,
+            "gain_over_off_interval": [low, high],
+        }
+    return summary
+
+
+def table_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the rows of the table for people, its head first."""
+    rows = [["", "loss (nats)", "perplexity", "tokens/s", "gain over memory off (95 % interval)"]]
+    for system, values in summary.items():
+        low, high = values["gain_over_off_interval"]
+        gain = "" if system == "off" else f"{values['gain_over_off']:+.4f} ({low:+.4f} to {high:+.4f})"
+        name = TITLES.get(system, system)
+        speed = f"{values['tokens_per_second']:,.0f}" if "tokens_per_second" in values else ""
+        rows.append([name, f"{values['loss']:.4f}", f"{values['perplexity']:.2f}", speed, gain])
+    return rows
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Return rows as a Markdown table; numbers are aligned right.
+
+    >>> print(markdown_table([["", "loss"], ["off", "2.5"]]))
+    |  | loss |
+    |---|---:|
+    | off | 2.5 |
+    """
+    head, *body = rows
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in body)])
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and, if the package lives in a git checkout, its commit and whether files had changed."""
+    versions = {"python": platform.python_version()}
+    for package in ("longmem-lm", *PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    changes = _git("status", "--porcelain")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "versions": versions,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_results(
+    folder: str | PathLike[str],
+    *,
+    config: Mapping[str, Any],
+    scores: Mapping[str, Mapping[str, WindowScores]],
+    metrics: Mapping[str, Any],
+    table: str,
+    seed: int,
+) -> Path:
+    """Write `config.json`, `environment.json`, `losses.safetensors`, `metrics.json` and `table.md`; return the folder.
+
+    Args:
+        folder: made if missing; files of an earlier result are replaced.
+        config: resolved settings of model and run.
+        scores: by text, then by system; the losses are stored as `text/system`.
+        metrics: what a program reads.
+        table: Markdown.
+        seed: of whatever was drawn.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("config.json", config),
+        ("environment.json", {**environment(), "seed": seed}),
+        ("metrics.json", metrics),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    losses = {f"{text}/{system}": result.losses for text, group in scores.items() for system, result in group.items()}
+    save_file(losses, folder / "losses.safetensors")
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    return folder
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

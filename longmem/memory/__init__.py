@@ -1,0 +1,7 @@
+"""The memory bank: documents stored as attention keys and values in chunks, found by inner product."""
+
+from longmem.memory.bank import MemoryBank
+from longmem.memory.ledger import DocumentInfo
+from longmem.memory.view import BankView
+
+__all__ = ["BankView", "DocumentInfo", "MemoryBank"]

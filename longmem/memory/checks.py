@@ -1,0 +1,204 @@
+"""The door of the memory bank: every argument is checked here, once, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from longmem.errors import did_you_mean
+from longmem.memory.store import LayerShape
+
+STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def name_known(name: object, known: Collection[str], limit: int = 8) -> str:
+    """Return the end of an error message: the known names, and the one that was probably meant.
+
+    >>> name_known("moby", ["moby-dick", "emma"])
+    'known: "moby-dick", "emma". Did you mean `moby-dick`?'
+    """
+    shown = ", ".join(f'"{each}"' for each in list(known)[:limit]) or "none"
+    more = f" and {len(known) - limit} more" if len(known) > limit else ""
+    return f"known: {shown}{more}.{did_you_mean(str(name), known)}"
+
+
+def validate_choice(argument: str, value: object, known: Collection[str]) -> None:
+    """Raise ValueError unless `value` is one of the known names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"`{argument}` must be one of the known names, got {value!r}; {name_known(value, known)}")
+
+
+def validate_storage_dtype(value: object) -> torch.dtype:
+    """Return the dtype that is meant by a torch dtype or by its name.
+
+    >>> validate_storage_dtype("bfloat16")
+    torch.bfloat16
+    """
+    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    validate_choice("storage_dtype", name, STORAGE_DTYPES)
+    return STORAGE_DTYPES[str(name)]
+
+
+def validate_count(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is an integer of at least one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{argument}` must be an integer of at least 1, got {value!r}.")
+
+
+def validate_sizes(memory_layers: Sequence[int], chunk_size: int, capacity_tokens: int) -> None:
+    """Raise ValueError unless the layers are distinct indices and the capacity is a whole number of chunks."""
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in memory_layers)
+    if not whole or not memory_layers or len(set(memory_layers)) < len(memory_layers):
+        raise ValueError(
+            "`memory_layers` must be distinct backbone layer indices, counted from 0, and at least one of them, "
+            f"got {tuple(memory_layers)}; for a model, `MemoryBank.for_model(model)` reads them from its config."
+        )
+    validate_count("chunk_size", chunk_size)
+    validate_count("capacity_tokens", capacity_tokens)
+    if capacity_tokens < chunk_size:
+        raise ValueError(
+            f"`capacity_tokens` must hold at least one chunk, got {capacity_tokens} with `chunk_size` {chunk_size}; "
+            f"the smallest capacity is {chunk_size}."
+        )
+    if capacity_tokens % chunk_size:
+        below = capacity_tokens - capacity_tokens % chunk_size
+        raise ValueError(
+            f"`capacity_tokens` must be a multiple of `chunk_size`, got {capacity_tokens} and {chunk_size}; "
+            f"the nearest below is {below}, the nearest above {below + chunk_size}."
+        )
+
+
+def validate_document_id(argument: str, document_id: object) -> None:
+    """Raise ValueError unless the id is text that is not empty."""
+    if not isinstance(document_id, str) or not document_id:
+        raise ValueError(f"`{argument}` must be a string that is not empty, got {document_id!r}; name the document.")
+
+
+def validate_known(argument: str, document_id: object, known: Collection[str]) -> None:
+    """Raise ValueError unless the bank holds this document."""
+    validate_document_id(argument, document_id)
+    if document_id not in known:
+        raise ValueError(
+            f"`{argument}` must name a document of the bank, got {document_id!r}, which was never added or has been "
+            f"deleted or evicted; {name_known(document_id, known)} `add` starts a new document."
+        )
+
+
+def validate_new(argument: str, document_id: object, known: Collection[str]) -> None:
+    """Raise ValueError if the id is taken."""
+    validate_document_id(argument, document_id)
+    if document_id in known:
+        raise ValueError(
+            f"`{argument}` must be new to the bank, got {document_id!r}, which it holds already; `append` continues a "
+            "document, `update` replaces it, `delete` makes room for another of that name."
+        )
+
+
+def validate_key_values(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *,
+    memory_layers: Sequence[int],
+    known_shapes: Sequence[LayerShape] | None,
+    storage_dtype: torch.dtype,
+) -> int:
+    """Return the number of tokens, after a check of shapes, dtypes and numbers.
+
+    `known_shapes`: what earlier writes have fixed, None before the first.
+    """
+    for argument, tensors in (("keys", keys), ("values", values)):
+        if not isinstance(tensors, Sequence | Tensor) or len(tensors) != len(memory_layers):
+            got = f"{len(tensors)} of them" if isinstance(tensors, Sequence | Tensor) else type(tensors).__name__
+            raise ValueError(
+                f"`{argument}` must be a sequence with one tensor for each memory layer, got {got} for layers "
+                f"{tuple(memory_layers)}; pass a list, also for one layer."
+            )
+        for layer, tensor in zip(memory_layers, tensors, strict=True):
+            if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
+                got = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(
+                    f"`{argument}` must be floating-point tensors (kv_heads, tokens, dim), got {got} for layer "
+                    f"{layer}; a bank stores one row of a batch at a time."
+                )
+    num_tokens = keys[0].shape[1]
+    if not num_tokens:
+        raise ValueError("`keys` must hold at least one token, got zero tokens; leave out empty documents.")
+    for position, (layer, key, value) in enumerate(zip(memory_layers, keys, values, strict=True)):
+        if key.shape[:2] != value.shape[:2] or key.shape[1] != num_tokens or not key.numel() or not value.numel():
+            raise ValueError(
+                "`keys` and `values` must agree in heads, and in tokens across all layers, with no size of zero, got "
+                f"{tuple(key.shape)} and {tuple(value.shape)} for layer {layer}, with {num_tokens} tokens in layer "
+                f"{memory_layers[0]}; pass the keys and values of one forward pass."
+            )
+        shape = LayerShape(key.shape[0], key.shape[2], value.shape[2])
+        if known_shapes is not None and shape != known_shapes[position]:
+            raise ValueError(
+                f"`keys` and `values` of layer {layer} must fit what the bank holds, {known_shapes[position]}, got "
+                f"{shape}; use one bank for each model, or `clear()` this one."
+            )
+    _validate_numbers(keys, values, memory_layers, storage_dtype)
+    return num_tokens
+
+
+def _validate_numbers(
+    keys: Sequence[Tensor], values: Sequence[Tensor], memory_layers: Sequence[int], storage_dtype: torch.dtype
+) -> None:
+    """Raise ValueError for NaN, inf, and numbers that rounding to the storage dtype would turn into inf."""
+    limit = torch.finfo(storage_dtype).max
+    for position, tensor in enumerate((*keys, *values)):
+        # One pass over the numbers finds NaN too, which `aminmax` lets through.
+        number = torch.stack(tensor.detach().aminmax()).abs().amax().item()
+        if number <= limit:
+            continue
+        argument = "keys" if position < len(keys) else "values"
+        place = f"`{argument}` of layer {memory_layers[position % len(keys)]}"
+        if not math.isfinite(number):
+            raise ValueError(
+                f"{place} must be finite, got NaN or inf; the backbone overflowed or was fed bad input: try it in "
+                "bfloat16 or float32."
+            )
+        raise ValueError(
+            f"{place} must fit the storage dtype {storage_dtype} (largest {limit:.6g}), got {number:.6g}; create the "
+            'bank with `storage_dtype="bfloat16"` or "float32".'
+        )
+
+
+def validate_token_ids(
+    token_ids: Iterable[int] | Tensor | None, num_tokens: int, expected: bool | None
+) -> Int[Tensor, " tokens"] | None:
+    """Return the ids as int64 on the CPU; `expected`: whether earlier parts of the document had ids, None if new."""
+    if expected is not None and expected != (token_ids is not None):
+        raise ValueError(
+            "`token_ids` must be given for every part of a document or for none, got "
+            f"{'none' if expected else 'some'} for a document that was started {'with' if expected else 'without'}."
+        )
+    if token_ids is None:
+        return None
+    ids: Any = token_ids if isinstance(token_ids, Tensor) else torch.as_tensor(list(token_ids))
+    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"`token_ids` must be a flat list of integers, got {tuple(ids.shape)} {ids.dtype}; pass one row of a batch."
+        )
+    if len(ids) != num_tokens:
+        raise ValueError(
+            f"`token_ids` must name each token of `keys`, got {len(ids)} ids for {num_tokens} tokens; pass the "
+            "ids that were encoded, without padding."
+        )
+    return ids.detach().to("cpu", torch.int64)
+
+
+def validate_search(queries: Tensor, num_chunks: object, shape: LayerShape | None) -> None:
+    """Raise ValueError unless the queries fit the layer (None: nothing was ever written) and ask for a chunk."""
+    validate_count("num_chunks", num_chunks)
+    fits = shape is None or (queries.ndim == 3 and (queries.shape[0], queries.shape[2]) == shape[:2])
+    if queries.ndim != 3 or not fits:
+        wanted = "(kv_heads, queries, dim)" if shape is None else f"({shape.kv_heads}, queries, {shape.key_dim})"
+        raise ValueError(
+            f"`queries` must have the shape {wanted} of the stored keys, got {tuple(queries.shape)}; put the query "
+            "heads that share a key-value head side by side in `queries`."
+        )

@@ -1,0 +1,128 @@
+"""Chunk search: which rows of a store have the largest inner product with a query."""
+
+from __future__ import annotations
+
+import faiss
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from longmem.memory.store import ChunkStore
+
+Found = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
+
+# Scores that one step of exact search holds at a time (64 MiB of float32): a book has too many for all its queries.
+SCORES_PER_STEP = 2**24
+
+
+def exact_top_chunks(
+    queries: Float[Tensor, "kv_heads queries dim"], search_keys: Float[Tensor, "kv_heads rows dim"], num_chunks: int
+) -> Found:
+    """Return the `num_chunks` largest inner products and their rows, largest first, by torch on any device.
+
+    >>> exact_top_chunks(torch.ones(1, 1, 2), torch.tensor([[[0.0, 1.0], [2.0, 1.0], [1.0, 1.0]]]), 2)
+    (tensor([[[3., 2.]]]), tensor([[[1, 2]]]))
+    """
+    step = max(1, SCORES_PER_STEP // (search_keys.shape[0] * search_keys.shape[1]))
+    found = [(block @ search_keys.transpose(1, 2)).topk(num_chunks, dim=2) for block in queries.split(step, dim=1)]
+    return torch.cat([scores for scores, _ in found], dim=1), torch.cat([rows for _, rows in found], dim=1)
+
+
+def faiss_top_chunks(
+    queries: Float[Tensor, "kv_heads queries dim"], search_keys: Float[Tensor, "kv_heads rows dim"], num_chunks: int
+) -> Found:
+    """Return what `exact_top_chunks` returns, by FAISS over these very vectors, without a copy of them.
+
+    On a GPU this needs faiss-gpu; where it is missing, torch does the same search.
+    """
+    if not search_keys.is_cuda:
+        heads = zip(queries.numpy(), search_keys.numpy(), strict=True)
+        found = [faiss.knn(query, keys, num_chunks, faiss.METRIC_INNER_PRODUCT) for query, keys in heads]
+        return _stack([(torch.from_numpy(scores), torch.from_numpy(rows)) for scores, rows in found])
+    if not hasattr(faiss, "StandardGpuResources"):
+        return exact_top_chunks(queries, search_keys, num_chunks)
+    from faiss.contrib import torch_utils  # noqa: F401  lets faiss read torch tensors where they are
+
+    resources = faiss.StandardGpuResources()
+    metric = faiss.METRIC_INNER_PRODUCT
+    found = [
+        faiss.knn_gpu(resources, query, keys, num_chunks, metric=metric)
+        for query, keys in zip(queries, search_keys, strict=True)
+    ]
+    return _stack(found)
+
+
+def _stack(heads: list[tuple[Tensor, Tensor]]) -> Found:
+    return torch.stack([scores for scores, _ in heads]), torch.stack([rows for _, rows in heads])
+
+
+class ChunkIndex:
+    """Return an index over the live rows of one store; subclasses say how `top_chunks` finds its rows.
+
+    The bank tells the index about every change of the rows. A kind that keeps data of its own overrides the three
+    `rows_*` methods, and `search`; the kinds here read the store and need nothing.
+    """
+
+    def __init__(self, store: ChunkStore) -> None:
+        self.store = store
+
+    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Found:
+        """Return the best `num_chunks` of `search_keys` for each query; there are at least so many."""
+        raise NotImplementedError
+
+    def search(
+        self,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        rows: Int[Tensor, " subset"] | None = None,
+    ) -> Found:
+        """Return scores (float32, descending) and rows (int64); missing slots have row -1 and score -inf.
+
+        `rows`: search only these live rows (sorted, without duplicates). Results are where `queries` are.
+        """
+        device, search_keys = queries.device, self.store.search_keys
+        if rows is not None:
+            rows = rows.to(search_keys.device)
+            search_keys = search_keys.index_select(1, rows)
+        queries = queries.detach().to(search_keys.device, torch.float32).contiguous()
+        num_found = min(num_chunks, search_keys.shape[1])
+        if num_found and queries.shape[1]:
+            scores, found = self.top_chunks(queries, search_keys, num_found)
+        else:
+            scores = queries.new_empty(*queries.shape[:2], 0)
+            found = torch.empty_like(scores, dtype=torch.int64)
+            num_found = 0
+        # FAISS answers -1 where it finds nothing to rank, such as for a query that holds NaN.
+        missing = found < 0
+        scores = scores.masked_fill(missing, -torch.inf)
+        if rows is not None and num_found:
+            found = rows[found.clamp(min=0)].masked_fill(missing, -1)
+        room = (0, num_chunks - num_found)
+        scores = functional.pad(scores, room, value=-torch.inf)
+        return scores.to(device), functional.pad(found, room, value=-1).to(device)
+
+    def rows_written(self, rows: Int[Tensor, " rows"]) -> None:
+        """Take in rows that were written; called after the store holds them. None of them is in the index."""
+
+    def rows_moved(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
+        """Rename rows; called after the store has moved them. Destinations were dropped, sources cease to live."""
+
+    def rows_dropped(self, rows: Int[Tensor, " rows"]) -> None:
+        """Let go of rows that are no longer live; called before the store changes."""
+
+
+class ExactIndex(ChunkIndex):
+    """Return the reference: a matrix product and `topk`, on whatever device the store is."""
+
+    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Found:
+        """Return the best rows by torch."""
+        return exact_top_chunks(queries, search_keys, num_chunks)
+
+
+class FlatIndex(ChunkIndex):
+    """Return exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
+
+    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Found:
+        """Return the best rows by FAISS."""
+        return faiss_top_chunks(queries, search_keys, num_chunks)

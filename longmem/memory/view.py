@@ -1,0 +1,91 @@
+"""Reading a memory bank: the interface that attention sees, for a whole bank or for some of its documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.memory.checks import validate_known
+from longmem.memory.index import Found
+
+if TYPE_CHECKING:  # a view is made by its bank, so the bank's module imports this one
+    from longmem.memory.bank import MemoryBank
+
+
+class BankView:
+    """Return a read-only view of some documents of a bank: searches find only their chunks.
+
+    A view holds names, not chunks: it sees what is later appended to its documents, follows an update, and finds
+    nothing of a document once it is deleted, evicted or renamed.
+    """
+
+    def __init__(self, bank: MemoryBank, document_ids: Iterable[str]) -> None:
+        self._bank = bank
+        self.document_ids = (document_ids,) if isinstance(document_ids, str) else tuple(dict.fromkeys(document_ids))
+        if not self.document_ids:
+            raise ValueError("`document_ids` must name at least one document, got none; read the bank itself for all.")
+        for document_id in self.document_ids:
+            validate_known("document_ids", document_id, bank._ledger.documents)
+        # The rows found last, and the version of the ledger that they are from.
+        self._seen: tuple[int, Tensor] | None = None
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Return the backbone layers whose keys and values are stored."""
+        return self._bank.memory_layers
+
+    @property
+    def chunk_size(self) -> int:
+        """Return the tokens in a chunk."""
+        return self._bank.chunk_size
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Return the encoder fingerprint of the bank."""
+        return self._bank.fingerprint
+
+    @property
+    def num_chunks(self) -> int:
+        """Return the number of resident chunks of these documents."""
+        return len(self._rows())
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens in these chunks."""
+        return self.num_chunks * self.chunk_size
+
+    @property
+    def generation(self) -> int:
+        """Return what `MemoryBank.generation` returns."""
+        return self._bank.generation
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing."""
+        return not self.num_chunks
+
+    def search(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
+        """Return what `MemoryBank.search` returns, for the chunks of these documents alone."""
+        return self._bank._search(layer, queries, num_chunks, self._rows())
+
+    def gather(
+        self, layer: int, rows: Int[Tensor, "kv_heads chunks"]
+    ) -> tuple[
+        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
+        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
+    ]:
+        """Return what `MemoryBank.gather` returns."""
+        return self._bank.gather(layer, rows)
+
+    def locate(self, rows: Int[Tensor, ...]) -> list[tuple[str, int, int] | None]:
+        """Return what `MemoryBank.locate` returns."""
+        return self._bank.locate(rows)
+
+    def _rows(self) -> Int[Tensor, " rows"]:
+        ledger = self._bank._ledger
+        if self._seen is None or self._seen[0] != ledger.version:
+            self._seen = ledger.version, ledger.rows_of(self.document_ids)
+        return self._seen[1]

@@ -1,0 +1,352 @@
+"""LongMemForCausalLM: frozen backbone, memory and side network behind the usual causal-LM interface."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from longmem import saving
+from longmem.attention import MemoryRead, ReadableMemory
+from longmem.backbone import Backbone, load_backbone, load_tokenizer
+from longmem.backbone.loading import encoder_fingerprint
+from longmem.configuration import LongMemConfig
+from longmem.memory import MemoryBank
+from longmem.memorizing import memorize
+from longmem.side_network import SideNetwork, add_side_slots
+
+Memory = ReadableMemory | Sequence[ReadableMemory]
+
+
+@dataclasses.dataclass
+class LongMemOutput(CausalLMOutputWithPast):
+    """Output of a LongMem model.
+
+    Beside the usual fields: `memory_keys` and `memory_values`, one tensor `lanes kv_heads tokens dim` per memory layer,
+    position-free, of the tokens just read, for the caller to write; `memory_reads`, one `MemoryRead` per reading layer.
+    """
+
+    memory_keys: tuple[Tensor, ...] | None = None
+    memory_values: tuple[Tensor, ...] | None = None
+    memory_reads: tuple[MemoryRead, ...] | None = None
+
+
+class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM with long-term memory (LongMem, arXiv 2306.07174).
+
+    Make one with `from_backbone` (new side network) or `from_pretrained` (saved side network). Only the side network is
+    trained and saved; the backbone is frozen and in eval mode whatever mode the model is in.
+
+    Args:
+        config: the configuration; copied.
+        backbone: the causal LM that the configuration describes.
+        tokenizer: the backbone's tokenizer; opened by name on first use when left out.
+    """
+
+    config: LongMemConfig  # transformers reads the configuration class from this annotation
+    base_model_prefix = "side_network"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(
+        self, config: LongMemConfig, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        config = LongMemConfig.from_dict({**config.to_dict(), "backbone_config": backbone.config.to_dict()})
+        super().__init__(config)
+        self._backbone = Backbone(backbone)
+        self.backbone = backbone
+        self.side_network = SideNetwork(config, self._backbone.structure.layers)
+        self._tokenizer = tokenizer
+        self._fingerprint: str | None = None
+        self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
+        self.post_init()
+
+    # Making and saving -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        backbone_options: dict[str, Any] | None = None,
+        **config_fields: Any,
+    ) -> Self:
+        """Return a model with a new side network on any Hugging Face causal LM.
+
+        Args:
+            backbone: hub name, local folder, packaged name ("smollm2-135m") or a loaded causal LM.
+            tokenizer: needed to pass text when `backbone` is a loaded model that has no name.
+            backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+            config_fields: fields of `LongMemConfig`.
+
+        Raises:
+            ValueError: a field is unknown or breaks a rule, or the architecture is not supported.
+        """
+        revision = config_fields.get("backbone_revision")
+        if isinstance(backbone, str):
+            config_fields["backbone_name_or_path"] = backbone
+            backbone = load_backbone(backbone, revision, **(backbone_options or {}))
+        elif not isinstance(backbone, PreTrainedModel) or not backbone.can_generate():
+            raise ValueError(
+                "`backbone` must be a name, a folder or a causal LM of transformers (with a language-model head), "
+                f"got {type(backbone).__name__}; try `AutoModelForCausalLM.from_pretrained(...)`."
+            )
+        else:
+            config_fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
+        return cls(LongMemConfig(backbone_config=backbone.config, **config_fields), backbone, tokenizer)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        backbone: PreTrainedModel | None = None,
+        revision: str | None = None,
+        backbone_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Return a saved model: its side network on its backbone, opened by the name in the configuration.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name that `save_pretrained` or `push_to_hub` wrote.
+            backbone: a loaded backbone to use instead of opening one by name.
+            revision: hub revision of the saved side network.
+            backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (device_map, ...).
+            options: `dtype` is passed on to the backbone; `config` replaces the saved one.
+
+        Raises:
+            ValueError: a weight is missing, left over, or of another shape, or the folder holds no LongMem model.
+        """
+        folder = saving.local_folder(pretrained_model_name_or_path, revision)
+        config = options.pop("config", None) or LongMemConfig.from_pretrained(folder)
+        loading = {**(backbone_options or {})}
+        if (dtype := options.pop("dtype", None)) is not None:
+            loading["dtype"] = dtype
+        saving.refuse_unknown_options(options)
+        if backbone is None:
+            if not config.backbone_name_or_path:
+                raise ValueError(
+                    f"{folder} does not name its backbone (it was made from a model without a name); "
+                    "pass `backbone=` with that model."
+                )
+            backbone = load_backbone(config.backbone_name_or_path, config.backbone_revision, **loading)
+        saving.refuse_other_backbone(config, backbone)
+        model = cls(config, backbone)
+        saving.load_side_network(model.side_network, folder)
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> None:  # type: ignore[override]
+        """Write the side network (safetensors), the configuration and a model card; the backbone is named, not copied.
+
+        Args:
+            save_directory: folder to write to; made if missing.
+            options: `push_to_hub=True` uploads the folder (with `repo_id=`), as in transformers.
+        """
+        saving.save_model(self, save_directory, **options)
+
+    # Reading -----------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "lanes tokens"],
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "lanes tokens"] | None = None,
+        past_key_values: Cache | None = None,
+        labels: Int[Tensor, "lanes tokens"] | None = None,
+        use_cache: bool | None = None,
+        memory: Memory | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_memory_reads: bool = False,
+        **kwargs: Any,
+    ) -> LongMemOutput:
+        """Return logits, and the keys and values of these tokens for the caller to write; the bank is only read.
+
+        Args:
+            input_ids: tokens.
+            attention_mask: 1 for tokens, 0 for padding, `lanes past+tokens`.
+            position_ids: positions, where the backbone takes them.
+            past_key_values: cache of both networks, made by an earlier call with `use_cache=True`.
+            labels: targets, -100 for none; shifted inside, as in transformers.
+            use_cache: return `past_key_values` for the next call.
+            memory: one bank that every lane reads, or a list with one bank per lane; None reads nothing.
+            logits_to_keep: compute logits of the last so many tokens only (0: all).
+            output_memory_reads: return who read what.
+
+        Raises:
+            ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
+        """
+        refuse_unknown_inputs(kwargs)
+        banks = self._banks_per_lane(memory, input_ids.shape[0])
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.get_text_config())
+        if past_key_values is not None:
+            sources = (layer.source_layer for layer in self.side_network.layers)
+            add_side_slots(past_key_values, self._backbone.num_layers, sources)  # type: ignore[arg-type]
+        inputs: dict[str, Any] = {"use_cache": past_key_values is not None}
+        for name, value in (("attention_mask", attention_mask), ("past_key_values", past_key_values)):
+            inputs[name] = value
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        states = self._backbone.run(
+            input_ids,
+            hidden_layers=self.side_network.hidden_layers,
+            memory_layers=self.config.memory_layers or (),
+            with_final_states=self.config.residual_states == "post_norm",
+            **inputs,
+        )
+        hidden_states, reads = self.side_network(states, banks)
+        logits = self._backbone.logits(hidden_states, logits_to_keep)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        return LongMemOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            memory_keys=tuple(states.keys.values()),
+            memory_values=tuple(states.values.values()),
+            memory_reads=tuple(reads) if output_memory_reads else None,
+        )
+
+    def _banks_per_lane(self, memory: Memory | None, lanes: int) -> list[ReadableMemory] | None:
+        """Return one bank for each lane; beams of one lane share its bank."""
+        if memory is None:
+            return None
+        banks = list(memory) if isinstance(memory, list | tuple) else [memory]
+        if not banks or lanes % len(banks):
+            raise ValueError(
+                f"`memory` must be one bank or a list with one bank per batch row, got {len(banks)} for {lanes} rows."
+            )
+        for bank in banks:
+            self._refuse_other_encoder(bank)
+        return [bank for bank in banks for _ in range(lanes // len(banks))]
+
+    def _refuse_other_encoder(self, bank: Any) -> None:
+        if not hasattr(bank, "search"):
+            raise ValueError(f"`memory` must be a MemoryBank or a list of them, got {type(bank).__name__}.")
+        if list(bank.memory_layers) != list(self.config.memory_layers or ()) or bank.chunk_size != self.config.chunk_size:
+            raise ValueError(
+                f"`memory` was made for memory layers {list(bank.memory_layers)} in chunks of {bank.chunk_size}, this "
+                f"model reads {self.config.memory_layers} in chunks of {self.config.chunk_size}; "
+                "make one with `MemoryBank.for_model(model)`."
+            )
+        if bank.fingerprint is not None and bank.fingerprint != self.encoder_fingerprint():
+            raise ValueError(
+                f"`memory` was written by encoder {bank.fingerprint}, this model's encoder is "
+                f"{self.encoder_fingerprint()}; memorize the documents again with this model."
+            )
+
+    # Writing -----------------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
+    ) -> tuple[list[Float[Tensor, "lanes kv_heads tokens dim"]], list[Float[Tensor, "lanes kv_heads tokens dim"]]]:
+        """Return position-free keys and values of the tokens, one of each per memory layer, without gradients."""
+        return self._backbone.encode(input_ids, self.config.memory_layers or (), **inputs)
+
+    def memorize(
+        self,
+        bank: MemoryBank,
+        text_or_ids: str | Sequence[int] | Tensor,
+        document_id: str,
+        *,
+        batch_size: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Encode a document with the frozen backbone and write it to the bank; return its number of tokens.
+
+        The text is read in windows of `segment_length` tokens. When anything fails, nothing of the document stays.
+
+        Args:
+            bank: where to write.
+            text_or_ids: text, or token ids of the backbone's tokenizer.
+            document_id: name of the document; must be new to the bank.
+            batch_size: windows encoded at once.
+            progress: called with (tokens done, tokens in all) after every step.
+
+        Raises:
+            ValueError: empty text, ids outside the vocabulary, duplicate id, or a bank of another encoder.
+        """
+        self._refuse_other_encoder(bank)
+        return memorize(self, bank, text_or_ids, document_id, batch_size=batch_size, progress=progress)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer, opened on first use."""
+        if self._tokenizer is None:
+            if not self.config.backbone_name_or_path:
+                raise ValueError(
+                    "this model has no tokenizer, because its backbone has no name; pass token ids, "
+                    "or `tokenizer=` to `from_backbone`."
+                )
+            self._tokenizer = load_tokenizer(self.config.backbone_name_or_path, self.config.backbone_revision)
+        return self._tokenizer
+
+    def encoder_fingerprint(self) -> str:
+        """Return a hash of everything that determines what this model stores: weights up to the memory layers, recipe.
+
+        Computed once (about 1 s per GB of weights), because the backbone never changes.
+        """
+        if self._fingerprint is None:
+            layers = [structure.layer for structure in self._backbone.structure.layers]
+            names = ("memory_layers", "chunk_size", "segment_length")
+            recipe = {name: getattr(self.config, name) for name in names}
+            self._fingerprint = encoder_fingerprint(self.backbone, layers, self.config.memory_layers or [0], recipe)
+        return self._fingerprint
+
+    # What transformers asks for ----------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the side network's mode; the backbone stays in eval mode."""
+        super().train(mode)
+        if hasattr(self, "backbone"):
+            self.backbone.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set whether the side network is trained; the backbone never is."""
+        self.side_network.requires_grad_(requires_grad)
+        return self
+
+    def get_input_embeddings(self) -> Any:
+        """Return the backbone's token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """Return the backbone's LM head."""
+        return self.backbone.get_output_embeddings()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
+
+
+def refuse_unknown_inputs(kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of `forward` that would be ignored; those that transformers passes by habit are let through."""
+    harmless = {"return_dict", "output_attentions", "output_hidden_states", "inputs_embeds", "num_items_in_batch"}
+    for name, value in kwargs.items():
+        if name not in harmless or value not in (None, False, True):
+            raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")
+        if value is True and name in ("output_attentions", "output_hidden_states"):
+            raise ValueError(
+                f"`{name}=True` is not available: two networks run. Use `output_memory_reads=True` to see what was read."
+            )
+
+
+AutoConfig.register("longmem", LongMemConfig, exist_ok=True)
+AutoModelForCausalLM.register(LongMemConfig, LongMemForCausalLM, exist_ok=True)

@@ -1,0 +1,204 @@
+"""The trainable residual side network: copies of backbone layers, cross-network residuals, layers that read memory."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import Cache
+
+from longmem.attention import MemoryRead, ReadableMemory, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
+from longmem.backbone.capture import BackboneStates
+from longmem.backbone.interception import handled_by, local_implementation
+from longmem.backbone.positions import move_queries
+from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
+from longmem.configuration import LongMemConfig
+
+
+class SideLayer(nn.Module):
+    """One side layer: a deep copy of a backbone layer, perhaps reading memory, perhaps with a learned output scale.
+
+    Args:
+        config: the model's configuration.
+        number: i, the number of this side layer; it is copied from backbone layer `R * i`.
+        source: the backbone layer.
+        cache_slot: layer index that this layer's keys and values take in the shared cache.
+    """
+
+    def __init__(self, config: LongMemConfig, number: int, source: LayerStructure, cache_slot: int) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(source.layer).requires_grad_(True)
+        # Hooks of the backbone came along with the copy; they record the backbone, not this layer.
+        self.layer._forward_pre_hooks.clear()
+        self.layer._forward_hooks.clear()
+        for module in self.layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = cache_slot  # type: ignore[assignment]
+        self.source_layer = config.layer_reduction_factor * number
+        self.config = config
+        path = next(name for name, module in source.layer.named_modules() if module is source.attention)
+        self._attention = [self.layer.get_submodule(path)]  # in a list: it is registered once, inside `layer`
+        self._source = source
+        self.memory_bias: nn.Parameter | None = None
+        if self.source_layer in (config.memory_layers or ()):
+            refuse_local_implementation(config, self._attention[0])
+            start = torch.full((source.num_heads,), float(config.memory_bias_init or 0.0))
+            self.memory_bias = nn.Parameter(start.to(next(self.layer.parameters()).device))
+        self.output_scale: nn.Parameter | None = None
+        if config.init == "identity":
+            self.output_scale = nn.Parameter(next(self.layer.parameters()).new_zeros(config.get_text_config().hidden_size))
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "lanes tokens hidden"],
+        states: BackboneStates,
+        memory: Sequence[ReadableMemory] | None,
+        reads: list[MemoryRead],
+    ) -> Float[Tensor, "lanes tokens hidden"]:
+        """Return the layer's output, without the cross-network residual; appends what was read to `reads`."""
+        call = states.calls[self.source_layer]
+        if memory is None or self.memory_bias is None:
+            output = call.replay(self.layer, hidden_states)
+        else:
+            handler = self._reader(memory, call.kwargs.get("position_embeddings"), reads)
+            with handled_by({self._attention[0]: handler}):
+                output = call.replay(self.layer, hidden_states)
+        if self.output_scale is not None:
+            output = hidden_states + self.output_scale.to(output.dtype) * (output - hidden_states)
+        return output
+
+    def _reader(
+        self, memory: Sequence[ReadableMemory], position_embeddings: Any, reads: list[MemoryRead]
+    ) -> Callable[..., tuple[Tensor, None]]:
+        """Return an attention handler that reads `memory` beside the local context."""
+        config, source = self.config, self._source
+        assert self.memory_bias is not None
+        bias = self.memory_bias
+
+        def attend(
+            local: Callable[..., tuple[Tensor, Tensor | None]],
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            scaling: float | None = None,
+            softcap: float | None = None,
+            **kwargs: Any,
+        ) -> tuple[Tensor, None]:
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            memory_query = query
+            if source.rotary is not None:
+                there = source.rotary.at(config.memory_distance or 0, query)
+                memory_query = move_queries(query, position_embeddings, there, source.rotation)  # type: ignore[arg-type]
+            retrieved = read_memory(
+                memory_query,
+                memory,
+                self.source_layer,
+                num_kv_heads=key.shape[1],
+                num_chunks=config.num_retrieved_tokens // config.chunk_size,
+                scaling=scaling,
+                softcap=softcap,
+            )
+            reads.append(retrieved.read)
+            arguments = query, key, value, attention_mask
+            if config.fusion == "gated":
+                capped = {} if softcap is None else {"softcap": softcap}
+                output, _ = local(module, *arguments, scaling=scaling, **capped, **kwargs)
+                return fuse_gated(output, retrieved, bias), None
+            if softcap is not None:
+                return fuse_joint_plain(*arguments, retrieved, bias, scaling, softcap), None
+            return fuse_joint(local, module, *arguments, retrieved, bias, scaling, **kwargs), None
+
+        return attend
+
+
+class SideNetwork(nn.Module):
+    """The residual side network (LongMem, section 2.2), fed by the backbone's hidden states.
+
+    Args:
+        config: the model's configuration.
+        layers: the backbone's decoder layers.
+    """
+
+    def __init__(self, config: LongMemConfig, layers: Sequence[LayerStructure]) -> None:
+        super().__init__()
+        self.config = config
+        factor = config.layer_reduction_factor
+        self.layers = nn.ModuleList(
+            SideLayer(config, number, layers[factor * number], cache_slot=len(layers) + slot)
+            for slot, number in enumerate(config.side_layers)
+        )
+
+    @property
+    def hidden_layers(self) -> set[int]:
+        """The backbone's hidden states that the side network needs: numbers of the layers they enter, L for the last."""
+        factor = self.config.layer_reduction_factor
+        wanted = {factor * self.config.first_side_layer}
+        for number in self.config.side_layers:
+            wanted |= set(self.residual_ends(number))
+        return wanted
+
+    def residual_ends(self, number: int) -> tuple[int, ...]:
+        """Return (to, from): side layer i is followed by adding `h[to] - h[from]`; empty when nothing lies between."""
+        factor = self.config.layer_reduction_factor
+        start = factor * number + (1 if self.config.residual == "substitute" else 0)
+        end = factor * (number + 1)
+        return () if start == end else (end, start)
+
+    def forward(
+        self, states: BackboneStates, memory: Sequence[ReadableMemory] | None = None
+    ) -> tuple[Float[Tensor, "lanes tokens hidden"], list[MemoryRead]]:
+        """Return the hidden states that replace the backbone's last ones, before its final norm, and what was read.
+
+        Args:
+            states: hidden states and layer calls of the backbone for the same tokens.
+            memory: one bank for each lane, or None to read nothing.
+        """
+        if memory is not None and all(bank.is_empty for bank in memory):
+            memory = None
+        reads: list[MemoryRead] = []
+        hidden_states = states.hidden_states[self.config.layer_reduction_factor * self.config.first_side_layer]
+        for number, layer in zip(self.config.side_layers, self.layers, strict=True):
+            hidden_states = layer(hidden_states, states, memory, reads)
+            if ends := self.residual_ends(number):
+                upper, lower = ends
+                hidden_states = hidden_states + (self._upper_state(states, upper) - states.hidden_states[lower])
+        return hidden_states, reads
+
+    def _upper_state(self, states: BackboneStates, number: int) -> Tensor:
+        if states.final_states is not None and number == self.config.num_backbone_layers:
+            return states.final_states
+        return states.hidden_states[number]
+
+
+def refuse_local_implementation(config: LongMemConfig, attention: nn.Module) -> None:
+    """Raise if joint fusion can't be computed by the attention implementation the backbone was loaded with."""
+    name = local_implementation(attention)
+    if config.fusion == "joint" and name not in ("sdpa", "eager"):
+        raise UnsupportedBackboneError(
+            f'`fusion="joint"` needs a backbone loaded with attn_implementation "sdpa" or "eager", got "{name}"; '
+            'load it with one of them, or use `fusion="gated"`, which works with any.'
+        )
+
+
+def add_side_slots(cache: Cache, num_layers: int, source_layers: Iterable[int]) -> None:
+    """Give a cache made for the backbone one more slot per side layer, of the kind its source layer has.
+
+    One cache for both networks means that beams, cropping and batch selection reach both. A cache without fixed
+    layers grows by itself.
+
+    Raises:
+        ValueError: the backbone alone has already filled the cache.
+    """
+    if len(cache.layers) != num_layers:
+        return
+    if cache.get_seq_length() > 0:
+        raise ValueError(
+            "`past_key_values` holds the backbone's keys but none of the side network; "
+            "pass a new `DynamicCache` (or None) and the whole text."
+        )
+    cache.layers.extend(copy.deepcopy(cache.layers[source]) for source in source_layers)
+

@@ -1,0 +1,259 @@
+"""Any sequence of operations against a bank that is only a list of chunks (promises 1 to 4 and 7 of the design)."""
+
+import shutil
+import tempfile
+import warnings
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from longmem.memory import DocumentInfo, MemoryBank
+from longmem.memory.index import ChunkIndex, exact_top_chunks
+from longmem.memory.index_kinds import INDEXES
+
+LAYERS = (2, 5)
+HEADS = {2: 1, 5: 2}
+UNIQUE_DIM = 1024  # layer 2 gives each token a direction of its own, so that each chunk is nearest to its own key
+NAMES = st.sampled_from(["a", "b", "c", "d"])
+LENGTHS = st.integers(1, 14)
+
+
+class MirrorIndex(ChunkIndex):
+    """Return an index that knows only what it was told: it checks that the bank tells everything, in order."""
+
+    def __init__(self, store):
+        super().__init__(store)
+        self.held: dict[int, torch.Tensor] = {}
+
+    def rows_written(self, rows):
+        for row in rows.tolist():
+            assert row not in self.held
+            self.held[row] = self.store.search_keys[:, row].clone()
+
+    def rows_moved(self, sources, destinations):
+        for source, destination in zip(sources.tolist(), destinations.tolist(), strict=True):
+            assert destination not in self.held
+            self.held[destination] = self.held.pop(source)
+
+    def rows_dropped(self, rows):
+        for row in rows.tolist():
+            del self.held[row]
+
+    def top_chunks(self, queries, search_keys, num_chunks):
+        assert sorted(self.held) == list(range(self.store.num_rows))
+        if search_keys.shape[1] == len(self.held):
+            search_keys = torch.stack([self.held[row] for row in range(len(self.held))], dim=1)
+        return exact_top_chunks(queries, search_keys, num_chunks)
+
+
+class NaiveDocument:
+    """Return a document that keeps all its tokens for ever: (id, {layer: key}, {layer: value})."""
+
+    def __init__(self, name):
+        self.name = name
+        self.tokens = []
+
+
+class NaiveBank:
+    """Return a bank that is a list of (document, position) for each resident chunk, in the order of writing."""
+
+    def __init__(self, chunk_size, capacity):
+        self.chunk_size, self.capacity = chunk_size, capacity
+        self.documents, self.resident = [], []
+
+    def find(self, name):
+        return next((document for document in self.documents if document.name == name), None)
+
+    def write(self, name, tokens):
+        document = self.find(name)
+        if document is None:
+            document = NaiveDocument(name)
+            self.documents.append(document)
+        first = len(document.tokens) // self.chunk_size
+        document.tokens.extend(tokens)
+        self.resident += [(document, i) for i in range(first, len(document.tokens) // self.chunk_size)]
+        self.resident = self.resident[max(0, len(self.resident) - self.capacity) :]
+        self.documents = [d for d in self.documents if self.chunks_of(d) or len(d.tokens) % self.chunk_size]
+
+    def delete(self, name):
+        document = self.find(name)
+        self.documents.remove(document)
+        self.resident = [(owner, i) for owner, i in self.resident if owner is not document]
+
+    def chunks_of(self, document):
+        return [i for owner, i in self.resident if owner is document]
+
+    def info(self, document):
+        chunks, num_tokens = self.chunks_of(document), len(document.tokens)
+        first = chunks[0] if chunks else num_tokens // self.chunk_size
+        return DocumentInfo(
+            document.name, num_tokens, len(chunks), num_tokens % self.chunk_size, first * self.chunk_size
+        )
+
+    def chunk(self, document, i, layer):
+        """Return keys and values (kv_heads, chunk_size, dim) of one chunk."""
+        tokens = document.tokens[i * self.chunk_size : (i + 1) * self.chunk_size]
+        return tuple(torch.stack([token[part][layer] for token in tokens], dim=1) for part in (1, 2))
+
+
+class BankMachine(RuleBasedStateMachine):
+    """Do the same to both banks, and compare all that can be read."""
+
+    @initialize(
+        chunk_size=st.integers(1, 4),
+        capacity=st.integers(1, 9),
+        index=st.sampled_from(["flat", "exact", "mirror"]),
+        with_ids=st.booleans(),
+    )
+    def start(self, chunk_size, capacity, index, with_ids):
+        INDEXES["mirror"] = MirrorIndex
+        self.bank = MemoryBank(
+            memory_layers=LAYERS, chunk_size=chunk_size, capacity_tokens=chunk_size * capacity, index=index
+        )
+        self.naive = NaiveBank(chunk_size, capacity)
+        self.with_ids = with_ids
+        self.generator = torch.Generator().manual_seed(0)
+        self.num_written = 0
+        self.views = []
+        self.folder = tempfile.mkdtemp()
+
+    def teardown(self):
+        INDEXES.pop("mirror", None)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def new_tokens(self, count):
+        tokens = []
+        for _ in range(count):
+            unique = torch.zeros(1, UNIQUE_DIM)
+            unique[0, self.num_written % UNIQUE_DIM] = 1.0
+            # Numbers that float16 holds exactly: the naive bank need not round.
+            random = torch.randint(-64, 64, (3, 2, 4), generator=self.generator) / 16
+            tokens.append((self.num_written, {2: unique, 5: random[0]}, {2: random[1, :1], 5: random[2]}))
+            self.num_written += 1
+        return tokens
+
+    def write(self, bank, name, tokens):
+        keys, values = (
+            [torch.stack([token[part][layer] for token in tokens], dim=1) for layer in LAYERS] for part in (1, 2)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            write = bank.append if name in bank else bank.add
+            write(name, keys, values, [token[0] for token in tokens] if self.with_ids else None)
+
+    @rule(name=NAMES, count=LENGTHS)
+    def add_or_append(self, name, count):
+        tokens = self.new_tokens(count)
+        self.write(self.bank, name, tokens)
+        self.naive.write(name, tokens)
+
+    @precondition(lambda self: self.naive.documents)
+    @rule(data=st.data())
+    def delete(self, data):
+        name = data.draw(st.sampled_from([document.name for document in self.naive.documents]))
+        self.bank.delete(name)
+        self.naive.delete(name)
+
+    @precondition(lambda self: self.naive.documents)
+    @rule(data=st.data(), new=st.sampled_from(["a", "e", "f"]))
+    def rename(self, data, new):
+        document = data.draw(st.sampled_from(self.naive.documents))
+        if self.naive.find(new) is None:
+            self.bank.rename(document.name, new)
+            document.name = new
+
+    @precondition(lambda self: self.naive.documents)
+    @rule(data=st.data(), count=LENGTHS, cut=LENGTHS)
+    def update(self, data, count, cut):
+        name = data.draw(st.sampled_from([document.name for document in self.naive.documents]))
+        if self.bank._contents.shapes is None:
+            return
+        tokens, machine = self.new_tokens(count), self
+
+        class Encoder:
+            def memorize(self, bank, text_or_ids, *, document_id):
+                for piece in (tokens[:cut], tokens[cut:]):
+                    if piece:
+                        machine.write(bank, document_id, piece)
+
+        self.bank.update(name, "", model=Encoder())
+        # What did not fit while the new text was encoded counts as written, in both.
+        self.naive.delete(name)
+        self.naive.write(name, tokens)
+
+    @rule()
+    def save_and_load(self):
+        self.bank.save(self.folder)
+        self.bank = MemoryBank.load(self.folder)
+        self.views = []
+
+    @precondition(lambda self: self.naive.documents)
+    @rule(data=st.data())
+    def select(self, data):
+        names = [document.name for document in self.naive.documents]
+        chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+        self.views = [*self.views[-1:], (self.bank.select(chosen), chosen)]
+
+    @invariant()
+    def same_documents(self):
+        if hasattr(self, "bank"):
+            assert self.bank.documents() == [self.naive.info(document) for document in self.naive.documents]
+            assert self.bank.num_chunks == len(self.naive.resident)
+            for document in self.naive.documents:
+                ids, first = self.bank.token_ids(document.name), self.naive.info(document).first_resident_token
+                expected = [token[0] for token in document.tokens[first:]] if self.with_ids else None
+                assert (None if ids is None else ids.tolist()) == expected
+
+    @invariant()
+    def same_reads(self):
+        if hasattr(self, "bank"):
+            self.compare(self.bank, self.naive.resident)
+            for view, names in self.views:
+                self.compare(view, [(owner, i) for owner, i in self.naive.resident if owner.name in names])
+
+    def compare(self, reader, resident):
+        """Compare search, gather and locate with the resident chunks, in both layers."""
+        size = self.naive.chunk_size
+        places = {(owner.name, i * size, (i + 1) * size): (owner, i) for owner, i in resident}
+        assert len(places) == len(resident)
+        assert reader.is_empty == (not resident)
+        for layer in LAYERS:
+            chunks = {place: self.naive.chunk(*which, layer) for place, which in places.items()}
+            means = {place: keys.double().mean(dim=1) for place, (keys, _) in chunks.items()}
+            dim = UNIQUE_DIM if layer == 2 else 4
+            own = list(means.values())
+            queries = torch.stack([*own, torch.ones(HEADS[layer], dim, dtype=torch.double)], dim=1)
+            num_chunks = len(resident) + 2
+            scores, rows = reader.search(layer, queries, num_chunks)
+            assert (rows >= 0).sum(dim=-1).eq(len(resident)).all()
+            assert (rows[..., len(resident) :] == -1).all()
+            assert torch.isneginf(scores[..., len(resident) :]).all()
+            for head in range(HEADS[layer]):
+                for position in range(queries.shape[1]):
+                    found = reader.locate(rows[head, position, : len(resident)])
+                    assert set(found) == set(places)
+                    naive = [float((queries[head, position] * means[place][head]).sum()) for place in found]
+                    torch.testing.assert_close(
+                        scores[head, position, : len(resident)].tolist(), naive, rtol=1e-4, atol=1e-4
+                    )
+                    assert all(a >= b - 1e-4 for a, b in zip(naive, naive[1:], strict=False))
+                    if layer == 2 and position < len(own):
+                        assert found[0] == list(places)[position]
+            if resident:
+                keys, values = reader.gather(layer, rows[:, -1])
+                for head in range(HEADS[layer]):
+                    for slot, place in enumerate(reader.locate(rows[head, -1, : len(resident)])):
+                        assert torch.equal(keys[head, slot].float(), chunks[place][0][head])
+                        assert torch.equal(values[head, slot].float(), chunks[place][1][head])
+
+
+BankMachine.TestCase.settings = settings(
+    max_examples=50,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
+test_any_sequence_of_operations = BankMachine.TestCase
