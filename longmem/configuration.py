@@ -14,7 +14,7 @@ INHERITED_KEYS = frozenset(
     "name_or_path _name_or_path torch_dtype dtype num_labels attn_implementation experts_implementation "
     "output_attentions model_type tie_word_embeddings _commit_hash auto_map".split()
 )
-DEFAULT_BIAS = {"joint": -2.0, "gated": 0.0}
+DEFAULT_BIAS = {"joint": -1.5, "gated": 0.0}
 
 
 @strict
@@ -30,19 +30,19 @@ class LongMemConfig(PreTrainedConfig):
             is 1, the side network starting at the first memory layer: it costs the same and reads better
             (`docs/experiments.md`).
         memory_layers: backbone layers whose keys and values are stored, multiples of R; side layer `layer / R` reads
-            them. The paper stores one (18 of 24). Default: the third sixth-pair of the stack, layers L/2 to 5L/6 - 1.
+            them. The paper stores one (the 18th of 24). Default: all from half to five sixths of the stack.
         chunk_size: tokens of a chunk, the unit of retrieval (paper: 4).
         num_retrieved_tokens: K, tokens read by every query and head (paper: 64); a multiple of `chunk_size`.
         segment_length: tokens of one window of text, in encoding and in training (paper: 1,024).
-        memory_distance: tokens between a query and what it retrieved, for rotary models. Default: `segment_length`, just
-            outside the local window.
+        memory_distance: tokens between a query and what it retrieved, for rotary models, whose stored keys have no
+            position of their own. 0 is harmful, and so is far beyond the text it was tuned on (`docs/experiments.md`).
         residual: `"substitute"` (side layers replace the layers they copy) or `"paper"` (section 2.2 of the paper).
         residual_states: whether the backbone's last hidden state is taken before (`"pre_norm"`, as in the paper's
             equation) or after (`"post_norm"`, as in the released code) its final norm.
         fusion: `"joint"` (one softmax over local and retrieved tokens) or `"gated"` (two, mixed per head: the paper).
         init: `"backbone"` copies layers; `"identity"`, for `residual="paper"`, also scales what every layer adds by a
             learned vector that starts at zero, so that training starts from the backbone's own function.
-        memory_bias_init: start of the learned bias per head: added to retrieved scores (joint, default -2), or the
+        memory_bias_init: start of the learned bias per head: added to retrieved scores (joint, default -1.5), or the
             gate before its sigmoid (gated, default 0 as in the paper).
     """
 
@@ -56,7 +56,7 @@ class LongMemConfig(PreTrainedConfig):
     chunk_size: int = 4
     num_retrieved_tokens: int = 64
     segment_length: int = 1024
-    memory_distance: int | None = None
+    memory_distance: int = 128
     residual: Literal["substitute", "paper"] = "substitute"
     residual_states: Literal["pre_norm", "post_norm"] = "pre_norm"
     fusion: Literal["joint", "gated"] = "joint"
@@ -72,8 +72,6 @@ class LongMemConfig(PreTrainedConfig):
             self.backbone_config = copy.deepcopy(self.backbone_config)
         if self.memory_layers is None and self.backbone_config is not None:
             self.memory_layers = default_memory_layers(self.num_backbone_layers, self.layer_reduction_factor)
-        if self.memory_distance is None:
-            self.memory_distance = self.segment_length
         if self.memory_bias_init is None:
             self.memory_bias_init = DEFAULT_BIAS.get(self.fusion, 0.0)
         super().__post_init__(**kwargs)
@@ -117,11 +115,8 @@ class LongMemConfig(PreTrainedConfig):
         for name in ("layer_reduction_factor", "chunk_size", "num_retrieved_tokens", "segment_length"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.memory_distance is not None and self.memory_distance < 0:
-            raise ValueError(
-                f"`memory_distance` must be 0 or more tokens, got {self.memory_distance}; "
-                f"`segment_length` ({self.segment_length}) is the usual choice."
-            )
+        if self.memory_distance < 0:
+            raise ValueError(f"`memory_distance` must be 0 or more tokens, got {self.memory_distance}; 128 is the default.")
         if self.num_retrieved_tokens % self.chunk_size:
             nearest = max(self.num_retrieved_tokens - self.num_retrieved_tokens % self.chunk_size, self.chunk_size)
             raise ValueError(
@@ -132,6 +127,11 @@ class LongMemConfig(PreTrainedConfig):
             raise ValueError(
                 f"`segment_length` must hold at least one chunk of `chunk_size` {self.chunk_size} tokens, "
                 f"got {self.segment_length}."
+            )
+        if self.residual_states == "post_norm" and self.residual != "paper":
+            raise ValueError(
+                '`residual_states="post_norm"` belongs to `residual="paper"`, got residual="substitute", where it would '
+                'put a normed state among raw ones; use `residual_states="pre_norm"`.'
             )
         if self.init == "identity" and self.residual != "paper":
             raise ValueError(
@@ -151,8 +151,7 @@ class LongMemConfig(PreTrainedConfig):
                 f"one of {', '.join(divisors)} does."
             )
         layers = self.memory_layers or []
-        wrong = [layer for layer in layers if layer not in range(0, num_layers, factor)]
-        if wrong or not layers or sorted(set(layers)) != list(layers):
+        if any(layer not in range(0, num_layers, factor) for layer in layers) or not layers or sorted(set(layers)) != list(layers):
             raise ValueError(
                 f"`memory_layers` must be ascending, different multiples of `layer_reduction_factor` ({factor}) below "
                 f"the backbone's {num_layers} layers, got {layers}; the default would be "

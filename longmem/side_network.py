@@ -91,7 +91,7 @@ class SideLayer(nn.Module):
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             memory_query = query
             if source.rotary is not None:
-                there = source.rotary.at(config.memory_distance or 0, query)
+                there = source.rotary.at(config.memory_distance, query)
                 memory_query = move_queries(query, position_embeddings, there, source.rotation)  # type: ignore[arg-type]
             retrieved = read_memory(
                 memory_query,

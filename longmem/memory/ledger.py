@@ -198,7 +198,8 @@ class Ledger:
     def close(self, document: Document) -> tuple[Int[Tensor, " rows"], Int[Tensor, " moved"], Int[Tensor, " moved"]]:
         """Forget a document; return its rows, and the live rows to move (from, to) so that rows stay dense."""
         self.version = next(_STAMPS)
-        self.generation = self.version if len(document.rows) else self.generation
+        if len(document.rows):
+            self.generation = self.version
         dropped = document.rows.values.sort().values
         num_rows = self.num_rows - len(dropped)
         stays = torch.ones(len(dropped), dtype=torch.bool)

@@ -212,6 +212,7 @@ def kill_at(monkeypatch, step: int) -> None:
 
 
 def test_a_kill_at_any_step_leaves_the_old_bank_or_the_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(persistence.os, "fsync", lambda descriptor: None)  # counted, not waited for
     old, new = filled_bank(), filled_bank()
     new.add("new", *random_tokens(9, seed=40))
     outcomes = []
