@@ -32,11 +32,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
 
+# All four, also when the first fails.
 check: $(INSTALLED)
-	@echo "format"  && $(BIN)/ruff format --check .
-	@echo "lint"    && $(BIN)/ruff check .
-	@echo "types"   && $(BIN)/mypy
-	@echo "imports" && $(BIN)/lint-imports
+	@failed=; \
+	echo "== format";  $(BIN)/ruff format --check . || failed="$$failed format"; \
+	echo "== lint";    $(BIN)/ruff check .          || failed="$$failed lint"; \
+	echo "== types";   $(BIN)/mypy                  || failed="$$failed types"; \
+	echo "== imports"; $(BIN)/lint-imports --no-logo || failed="$$failed imports"; \
+	if [ -n "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix-only --quiet .

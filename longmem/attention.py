@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-QUERY_BLOCK = 256  # queries per key-value head whose retrieved keys are gathered at once: a few MB, so that they stay in cache
+QUERY_BLOCK = (
+    256  # queries per key-value head whose retrieved keys are gathered at once: a few MB, so that they stay in cache
+)
 NO_MEMORY = -1e3  # log-sum-exp of an empty read: its weight beside any real score underflows to exactly 0
 
 

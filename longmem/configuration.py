@@ -116,7 +116,9 @@ class LongMemConfig(PreTrainedConfig):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.memory_distance < 0:
-            raise ValueError(f"`memory_distance` must be 0 or more tokens, got {self.memory_distance}; 128 is the default.")
+            raise ValueError(
+                f"`memory_distance` must be 0 or more tokens, got {self.memory_distance}; 128 is the default."
+            )
         if self.num_retrieved_tokens % self.chunk_size:
             nearest = max(self.num_retrieved_tokens - self.num_retrieved_tokens % self.chunk_size, self.chunk_size)
             raise ValueError(
@@ -151,7 +153,11 @@ class LongMemConfig(PreTrainedConfig):
                 f"one of {', '.join(divisors)} does."
             )
         layers = self.memory_layers or []
-        if any(layer not in range(0, num_layers, factor) for layer in layers) or not layers or sorted(set(layers)) != list(layers):
+        if (
+            any(layer not in range(0, num_layers, factor) for layer in layers)
+            or not layers
+            or sorted(set(layers)) != list(layers)
+        ):
             raise ValueError(
                 f"`memory_layers` must be ascending, different multiples of `layer_reduction_factor` ({factor}) below "
                 f"the backbone's {num_layers} layers, got {layers}; the default would be "

@@ -228,7 +228,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         """Return one bank for each lane; beams of one lane share its bank."""
         if memory is None:
             return None
-        banks = list(memory) if isinstance(memory, list | tuple) else [memory]
+        banks: list[Any] = list(memory) if isinstance(memory, list | tuple) else [memory]
         if not banks or lanes % len(banks):
             raise ValueError(
                 f"`memory` must be one bank or a list with one bank per batch row, got {len(banks)} for {lanes} rows."
@@ -240,7 +240,10 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
     def _refuse_other_encoder(self, bank: Any) -> None:
         if not hasattr(bank, "search"):
             raise ValueError(f"`memory` must be a MemoryBank or a list of them, got {type(bank).__name__}.")
-        if list(bank.memory_layers) != list(self.config.memory_layers or ()) or bank.chunk_size != self.config.chunk_size:
+        if (
+            list(bank.memory_layers) != list(self.config.memory_layers or ())
+            or bank.chunk_size != self.config.chunk_size
+        ):
             raise ValueError(
                 f"`memory` was made for memory layers {list(bank.memory_layers)} in chunks of {bank.chunk_size}, this "
                 f"model reads {self.config.memory_layers} in chunks of {self.config.chunk_size}; "

@@ -118,7 +118,7 @@ def load_side_network(side_network: nn.Module, folder: Path) -> None:
     found: dict[str, torch.Tensor] = {}
     for file in files:
         try:
-            found |= load_state_dict_from_file(file)  # type: ignore[arg-type]
+            found |= load_state_dict_from_file(file)
         except Exception as error:
             raise ValueError(f"{file} can't be read, it is damaged or incomplete: {error}") from error
     expected = {PREFIX + name: tensor for name, tensor in side_network.state_dict().items()}

@@ -48,7 +48,9 @@ class SideLayer(nn.Module):
             self.memory_bias = nn.Parameter(start.to(next(self.layer.parameters()).device))
         self.output_scale: nn.Parameter | None = None
         if config.init == "identity":
-            self.output_scale = nn.Parameter(next(self.layer.parameters()).new_zeros(config.get_text_config().hidden_size))
+            self.output_scale = nn.Parameter(
+                next(self.layer.parameters()).new_zeros(config.get_text_config().hidden_size)
+            )
 
     def forward(
         self,
@@ -201,4 +203,3 @@ def add_side_slots(cache: Cache, num_layers: int, source_layers: Iterable[int]) 
             "pass a new `DynamicCache` (or None) and the whole text."
         )
     cache.layers.extend(copy.deepcopy(cache.layers[source]) for source in source_layers)
-

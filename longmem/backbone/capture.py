@@ -260,7 +260,7 @@ class _GivenHiddenStates(nn.Module):
     """Stands where the decoder was and returns the hidden states it is given."""
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _DecoderOutput:
-        return _DecoderOutput(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
+        return _DecoderOutput(last_hidden_state=inputs_embeds)
 
 
 def head_without_decoder(model: PreTrainedModel, decoder_name: str) -> nn.Module:
@@ -282,4 +282,3 @@ def shallow_copy(module: nn.Module) -> Any:
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
     return clone
-

@@ -57,7 +57,7 @@ def local_implementation(module: nn.Module) -> str:
 
 def local_attention(module: nn.Module) -> LocalAttention:
     """Return the attention function that the module used before it was intercepted."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return AttentionInterface().get_interface(local_implementation(module), eager)
 
 

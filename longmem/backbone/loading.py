@@ -67,7 +67,6 @@ def encoder_fingerprint(
         if id(tensor) not in above:
             values = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy())
+            digest.update(values.flatten().view(torch.uint8).numpy().data)
     digest.update(repr(sorted(recipe.items())).encode())
     return digest.hexdigest()
-

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-CosSin = tuple[Float[Tensor, "#lanes tokens rotary_dim"], Float[Tensor, "#lanes tokens rotary_dim"]]
+CosSin = tuple[Float[Tensor, "#lanes #tokens rotary_dim"], Float[Tensor, "#lanes #tokens rotary_dim"]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,8 +68,7 @@ def inspect_backbone(backbone: PreTrainedModel) -> BackboneStructure:
 
 def probe_ids(backbone: PreTrainedModel) -> Tensor:
     """Return a few valid token ids, `1 tokens`, on the device of the embeddings."""
-    embeddings = backbone.get_input_embeddings()
-    device = embeddings.weight.device  # type: ignore[union-attr]
+    device = next(backbone.get_input_embeddings().parameters()).device
     return (torch.arange(PROBE_LENGTH, device=device) * 7 % backbone.config.get_text_config().vocab_size)[None]
 
 
@@ -78,9 +77,10 @@ def find_decoder(backbone: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleLi
     num_layers = backbone.config.get_text_config().num_hidden_layers
     for name, module in backbone.named_modules():
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-                if all(any(True for _ in attention_candidates(layer)) for layer in child):
-                    return name, module, child
+            if not isinstance(child, nn.ModuleList) or len(child) != num_layers:
+                continue
+            if all(any(True for _ in attention_candidates(layer)) for layer in child):
+                return name, module, child
     raise UnsupportedBackboneError(
         f"{type(backbone).__name__}: found no list of {num_layers} decoder layers whose attention modules know their "
         "`layer_idx`; is it a decoder-only causal LM of transformers 5?"

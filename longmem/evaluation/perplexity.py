@@ -86,8 +86,8 @@ def score_windows(
 ) -> WindowScores:
     """Return the losses of a text that is read in windows; a rest shorter than a stride is left out.
 
-    Without a stride windows do not overlap, and the first token of each has nothing before it and is not scored. With a
-    smaller stride only the last `stride` tokens of each window are scored: each has at least `window - stride` before it.
+    Without a stride windows do not overlap, and the first token of each has nothing before it and is not scored. With
+    a stride only the last `stride` tokens of each window are scored: each has at least `window - stride` before it.
 
     Args:
         model: read from; its mode is the caller's business.
@@ -95,8 +95,8 @@ def score_windows(
         window: tokens the model sees at once.
         stride: tokens from one window to the next; default `window`.
         memory: what to read beside the window; None reads nothing.
-        grow: document of `memory` that takes in every token as it leaves the window, so that a token is in the window or
-            in memory, never in both. `memory` is changed.
+        grow: document of `memory` that takes in every token as it leaves the window, so that a token is in the window
+            or in memory, never in both. `memory` is changed.
         backbone_only: run the plain backbone, without side network.
         progress: called with (tokens scored, tokens in all) after every window.
 
@@ -122,8 +122,10 @@ def score_windows(
         losses.append(token_losses(logits, ids)[-scored:])
         seconds += time.perf_counter() - start  # `token_losses` has waited for the device
         if grow is not None:
-            leaving = ([part[0, :, :stride] for part in parts] for parts in (output.memory_keys, output.memory_values))
-            memory.append(grow, *leaving, token_ids=ids[0, :stride])  # type: ignore[union-attr]
+            keys, values = (
+                [part[0, :, :stride] for part in parts] for parts in (output.memory_keys, output.memory_values)
+            )
+            memory.append(grow, keys, values, token_ids=ids[0, :stride])  # type: ignore[union-attr]
         if progress is not None:
             progress(done * scored, num_windows * scored)
     return WindowScores(torch.stack(losses), seconds, torch.stack(shares).mean(dim=0) if shares else None)
@@ -182,6 +184,6 @@ def bootstrap_interval(
 
 
 def loss_difference(scores: WindowScores, baseline: WindowScores, seed: int = 0) -> tuple[float, float, float]:
-    """Return how much lower the loss of `scores` is than that of `baseline` (nats; negative: higher), and its interval."""
+    """Return by how many nats the loss of `scores` is below that of `baseline`, and the interval of that."""
     differences = (baseline.losses - scores.losses).mean(dim=1)
     return differences.double().mean().item(), *bootstrap_interval(differences, seed=seed)

@@ -68,7 +68,7 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, hardware and, if the package lives in a git checkout, its commit and whether files had changed."""
+    """Return versions, hardware and, where the package lives in a git checkout, its commit."""
     versions = {"python": platform.python_version()}
     for package in ("longmem-lm", *PACKAGES):
         try:
@@ -92,7 +92,7 @@ def write_results(
     config: Mapping[str, Any],
     scores: Mapping[str, Mapping[str, WindowScores]],
     metrics: Mapping[str, Any],
-    table: str,
+    summary: Mapping[str, Any],
     seed: int,
 ) -> Path:
     """Write `config.json`, `environment.json`, `losses.safetensors`, `metrics.json` and `table.md`; return the folder.
@@ -102,7 +102,7 @@ def write_results(
         config: resolved settings of model and run.
         scores: by text, then by system; the losses are stored as `text/system`.
         metrics: what a program reads.
-        table: Markdown.
+        summary: of `summarize`, for the table.
         seed: of whatever was drawn.
     """
     folder = Path(folder)
@@ -115,8 +115,19 @@ def write_results(
         (folder / name).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
     losses = {f"{text}/{system}": result.losses for text, group in scores.items() for system, result in group.items()}
     save_file(losses, folder / "losses.safetensors")
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(markdown_table(table_rows(summary)) + "\n", encoding="utf-8")
     return folder
+
+
+def verdict(scores: Mapping[str, WindowScores], seed: int = 0) -> str:
+    """Return in one sentence what the numbers say about memory, whichever way they fall."""
+    gain, low, _ = loss_difference(scores["on"], scores["off"], seed)
+    over_wrong, low_over_wrong, _ = loss_difference(scores["on"], scores["wrong"], seed)
+    if gain <= 0:
+        return f"Memory does not help on this text: the loss is {-gain:.3f} nats higher with it."
+    if low <= 0 or low_over_wrong <= 0:
+        return f"Memory lowers the loss by {gain:.3f} nats here, which may be chance: an interval holds 0."
+    return f"Memory lowers the loss by {gain:.3f} nats; against a wrong memory the right one saves {over_wrong:.3f}."
 
 
 def _git(*arguments: str) -> str | None:

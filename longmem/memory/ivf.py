@@ -84,5 +84,5 @@ class InvertedFileIndex(ChunkIndex):
         file.cp.min_points_per_centroid = 1
         file.nprobe = max(1, round(clusters * PROBED_SHARE))
         file.train(keys)
-        file.set_direct_map_type(faiss.DirectMap.Hashtable)  # removal by id without a walk through all lists
+        file.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]  # removal by id without a walk through all lists
         return file

@@ -50,7 +50,8 @@ def adaptable_parameters(model: LongMemForCausalLM) -> dict[str, nn.Parameter]:
     for number, layer in enumerate(model.side_network.layers):
         if layer.memory_bias is None:
             continue
-        attention = {id(weight) for module in attention_candidates(layer.layer) for weight in module.parameters()}
+        modules = attention_candidates(layer.get_submodule("layer"))
+        attention = {id(weight) for module in modules for weight in module.parameters()}
         for name, parameter in layer.named_parameters():
             if name == "memory_bias" or id(parameter) in attention:
                 chosen[f"layers.{number}.{name}"] = parameter
@@ -63,8 +64,8 @@ def training_windows(
     """Yield, for each document and pass, the text to write to memory first and the windows to train on after it.
 
     The windows are the last of each document, an equal share of the steps each, because they have the fullest memory;
-    the first window of a document has nothing to remember and is never trained on. Where `steps` are more than there are
-    windows, the documents are passed again.
+    the first window of a document has nothing to remember and is never trained on. With more `steps` than windows the
+    documents are passed again.
     """
     available = [len(ids) // window - 1 for ids in documents]
     if not documents or max(available) < 1:
@@ -100,8 +101,8 @@ def adapt(
     """Train the reading layers' attention and memory biases on documents, each read in order; return the log.
 
     The loss is that of next-token prediction. A window reads a memory of the text before it in its document, nothing
-    else, and is written only after its step, so that it can never read itself. AdamW without decay, linear warm-up over 4
-    steps, gradients clipped to norm 1. Windows come in order and not shuffled, because the memory is then written once.
+    else, and is written only after its step, so that it can never read itself. AdamW without decay, linear warm-up
+    over 4 steps, gradients clipped to norm 1. Windows come in order, because the memory is then written only once.
 
     Args:
         model: changed in place; the backbone and all other weights stay bit for bit.
@@ -163,7 +164,7 @@ def train_step(
     """Train on one window with the memory of the text before it, then write the window; return the log entry."""
     start = time.perf_counter()
     readable = bank.num_tokens
-    learning_rate = schedule.get_last_lr()[0]
+    learning_rate = float(schedule.get_last_lr()[0])
     ids = token_ids[None].to(model.get_input_embeddings().weight.device)
     output = model(ids, memory=bank, labels=ids)
     output.loss.backward()
@@ -173,7 +174,8 @@ def train_step(
     optimizer.zero_grad()
     schedule.step()
     # Only now: the backward pass reads the bank once more (`longmem.attention.attend_rows`).
-    bank.append(DOCUMENT, *([part[0] for part in parts] for parts in (output.memory_keys, output.memory_values)))
+    keys, values = ([part[0] for part in parts] for parts in (output.memory_keys, output.memory_values))
+    bank.append(DOCUMENT, keys, values, token_ids=token_ids)
     seconds = time.perf_counter() - start
     return AdaptationStep(step, output.loss.item(), norm, learning_rate, readable, len(token_ids), seconds)
 

@@ -1,15 +1,41 @@
-"""Progress bars that count tokens."""
+"""What commands show on a terminal: headings, tables, progress bars that count tokens."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 Report = Callable[[int, int], None]
+
+
+class Headings:
+    """Print numbered headings."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.number = 0
+
+    def __call__(self, title: str) -> None:
+        """Print the next one."""
+        self.number += 1
+        self.console.print(f"\n[bold]{self.number}. {escape(title)}[/]")
+
+
+def plain_table(rows: Sequence[Sequence[str]], emphasized: str = "") -> Table:
+    """Return a table of rows, the head first and numbers to the right; the row named `emphasized` is bold."""
+    head, *body = rows
+    table = Table(box=None, header_style="bold")
+    for number, column in enumerate(head):
+        table.add_column(column, justify="right" if number else "left")
+    for row in body:
+        table.add_row(*row, style="bold" if row[0] == emphasized else None)
+    return table
 
 
 class TokenSpeedColumn(ProgressColumn):

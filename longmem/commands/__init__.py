@@ -1,0 +1,1 @@
+"""The commands of `longmem`, one module each; `longmem.cli` imports a module when its command runs."""

@@ -1,0 +1,76 @@
+"""`longmem generate`: continue a prompt with a bank as memory."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from longmem.commands import opening
+from longmem.evaluation.reads import read_passages
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the continuation as it comes, then, if asked, the passages that were read most.
+
+    Raises:
+        ValueError: no bank, a bank of another model, an empty prompt, or a number out of range.
+    """
+    prompt = arguments.prompt if arguments.prompt_file is None else opening.read_text(arguments.prompt_file)
+    validate(prompt, arguments)
+    opening.open_bank(arguments.bank)  # says what is wrong with it before a model is opened
+    model_name = arguments.model or opening.model_of_bank(arguments.bank)
+    if model_name is None:
+        raise ValueError(f"the bank in {arguments.bank} does not say which model wrote it; name it with `--model`.")
+    model = opening.open_model(model_name)
+    bank = opening.open_bank(arguments.bank, model)
+    inputs = model.tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
+    if options["do_sample"]:
+        torch.manual_seed(arguments.seed)
+        options["temperature"] = arguments.temperature
+    if not arguments.json:
+        options["streamer"] = TextStreamer(model.tokenizer, skip_special_tokens=True)
+    names = ("input_ids", "attention_mask")
+    began = time.perf_counter()
+    ids = model.generate(**{name: inputs[name] for name in names}, memory=bank, **options)[0].cpu()
+    seconds = time.perf_counter() - began
+    new = ids[inputs["input_ids"].shape[1] :]
+    window = ids[-model.config.segment_length :]
+    reads = []
+    if arguments.show_reads and len(window) > 1:
+        (reads,) = read_passages(model, bank, window, [slice(1, len(window))], count=5)
+    if arguments.json:
+        result = {
+            "prompt": prompt,
+            "text": model.tokenizer.decode(new, skip_special_tokens=True),
+            "new_tokens": len(new),
+            "tokens_per_second": round(len(new) / seconds, 2),
+            "model": model_name,
+        }
+        reads_found = {"reads": [dataclasses.asdict(read) for read in reads]} if arguments.show_reads else {}
+        opening.print_json({**result, **reads_found})
+        return
+    console = opening.console_for(arguments.json)
+    console.print(f"[dim]{len(new)} tokens, {len(new) / seconds:.1f} tokens/s[/]")
+    if arguments.show_reads:
+        console.print("\nRead most, with the share of attention:")
+    for read in reads:
+        text = f"{read.before}[{read.chunk}]{read.after}".replace("\n", "\\n")
+        console.print(
+            f"  {read.share:6.2%}  {read.document_id}, tokens {read.start:,} to {read.stop:,}: …{text}…", markup=False
+        )
+
+
+def validate(prompt: str, arguments: argparse.Namespace) -> None:
+    """Raise ValueError for what no model could continue."""
+    if not prompt.strip():
+        raise ValueError("the prompt must hold some text, got an empty one.")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
+    if arguments.temperature < 0:
+        raise ValueError(f"`--temperature` must be 0 or more, got {arguments.temperature}.")

@@ -1,0 +1,88 @@
+"""What the commands share: opening models and banks by name, consoles, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from longmem.memory import MemoryBank
+from longmem.modeling import LongMemForCausalLM
+
+DEFAULT_MODEL = "smollm2-135m"
+# Beside the bank's own files; it says which model to open when none is named. Whether that model fits, the bank checks.
+MODEL_FILE = "model.json"
+
+
+def console_for(as_json: bool) -> Console:
+    """Return where to talk to people: standard output, unless a program reads that."""
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Print what a program reads."""
+    print(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file. Raises ValueError if it is no UTF-8, OSError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file ({error}); convert it to UTF-8 text first.") from error
+
+
+def open_model(name: str) -> LongMemForCausalLM:
+    """Return a saved LongMem model, or a new side network on any other causal LM."""
+    config = Path(name) / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "longmem":
+        return LongMemForCausalLM.from_pretrained(name).eval()
+    return LongMemForCausalLM.from_backbone(name).eval()
+
+
+def has_bank(folder: Path) -> bool:
+    """Return whether a bank was saved there."""
+    return (folder / "manifest.json").is_file()
+
+
+def open_bank(folder: Path, model: LongMemForCausalLM | None = None) -> MemoryBank:
+    """Return the bank in a folder. Raises ValueError if there is none, or it was written by another model."""
+    if not has_bank(folder):
+        raise ValueError(f"there is no bank in {folder}; `longmem memorize FILE --bank {folder}` makes one.")
+    return MemoryBank.load(folder, model=model)
+
+
+def model_of_bank(folder: Path) -> str | None:
+    """Return the name of the model that wrote a bank; None where that is not known."""
+    try:
+        return json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember_model(folder: Path, name: str) -> None:
+    """Write down the model of a bank; a folder by its full path, so that it is found from anywhere."""
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    (folder / MODEL_FILE).write_text(json.dumps({"model": name}, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keep other `longmem` processes from changing a bank meanwhile. Raises ValueError if one is at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another process is writing the bank in {folder}; wait for it to end.") from error
+
+
+def say(message: str) -> None:
+    """Print a remark where it disturbs no program."""
+    print(message, file=sys.stderr)

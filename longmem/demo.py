@@ -1,0 +1,282 @@
+"""The demonstration: what memory does for a small model on this machine, measured here and now.
+
+One recipe, top to bottom: memorize the first part of a long text, adapt the side network on that part, score the
+unseen rest, show what was read, continue a prompt, save, reopen, check. No number is stored in the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor
+
+from longmem.console import Headings, plain_table, token_progress
+from longmem.evaluation.perplexity import WindowScores, compare_systems, loss_difference, score_windows
+from longmem.evaluation.reads import Passage, read_passages
+from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
+from longmem.memory import MemoryBank
+from longmem.modeling import LongMemForCausalLM
+from longmem.plots import plot_scores, require_matplotlib
+from longmem.sample_texts import python_manual, standard_library_docstrings
+from longmem.training import AdaptationStep, adapt
+
+Scores = dict[str, WindowScores]
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """What `longmem demo` can be told.
+
+    Args:
+        output: folder for results, figure, bank and side network.
+        file: text to read; default: Python's reference manual.
+        backbone: hub name, folder or packaged name.
+        memory_tokens: tokens of the first part, which is memorized.
+        windows: windows of the rest, which are scored.
+        window: tokens the model sees at once.
+        steps: steps of adaptation, one window each.
+        new_tokens: tokens of the continuation.
+        seed: of torch and of the bootstrap.
+    """
+
+    output: Path = Path("longmem-demo")
+    file: Path | None = None
+    backbone: str = "smollm2-135m"
+    memory_tokens: int = 12_288
+    windows: int = 12
+    window: int = 512
+    steps: int = 23
+    new_tokens: int = 40
+    seed: int = 0
+
+
+def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
+    """Run the demonstration, tell it on the console and return its metrics; files are in `settings.output`.
+
+    Raises:
+        ValueError: the text is too short, or a number is out of range.
+        RuntimeError: the reopened model does not compute the same numbers.
+    """
+    began = time.perf_counter()
+    require_matplotlib()
+    validate_settings(settings)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    step = Headings(console)
+
+    step("Open the backbone")
+    model = LongMemForCausalLM.from_backbone(settings.backbone, segment_length=settings.window).eval()
+    side = sum(parameter.numel() for parameter in model.side_network.parameters()) / 1e6
+    console.print(f"  {settings.backbone}, frozen, and a side network of {side:.0f} million weights.")
+    past, rest, wrong, name, wrong_name = read_texts(model, settings)
+
+    step(f"Memorize the first {len(past):,} tokens of {name}, and of {wrong_name} as a wrong memory")
+    bank = memorize(model, past, "right memory", console)
+    wrong_bank = memorize(model, wrong, "wrong memory", console)
+
+    step(f"Adapt the side network on that first part: {settings.steps} steps of {settings.window} tokens")
+    log = adapt_aloud(model, past, settings, console)
+    console.print(f"  loss of the first and the last quarter of the steps: {' -> '.join(quarter_losses(log))}")
+
+    step(f"Score the {len(rest):,} tokens that follow, which nothing has seen, in windows of {settings.window}")
+    scores = score_aloud(model, rest, bank, wrong_bank, settings, console)
+    summary = summarize(scores, settings.seed)
+    console.print(plain_table(table_rows(summary), emphasized=TITLES["on"]))
+    console.print(f"  {verdict(scores, settings.seed)}")
+
+    number = int((scores["off"].losses - scores["on"].losses).mean(dim=1).argmax())
+    window = rest[number * settings.window : (number + 1) * settings.window]
+    step(f"What was read where memory helped most, in window {number + 1}")
+    tokens = helped_tokens(scores, number)
+    reads = read_passages(model, bank, window, [slice(token, token + 1) for token in tokens])
+    for token, (passage,) in zip(tokens, reads, strict=True):
+        place = len(past) + number * settings.window + token
+        losses = [scores[system].losses[number, token - 1].item() for system in ("off", "on")]
+        console.print(describe(model.tokenizer.decode(window[token]), place, losses, passage))
+
+    step("Continue a prompt from that window, with and without memory")
+    continuations = continue_prompt(model, bank, window, settings.new_tokens)
+    for title, text in continuations.items():
+        console.print(f"  [bold]{title}:[/] {escape(text.strip())}\n")
+
+    step("Save, reopen, compare")
+    difference = reopened_difference(model, bank, rest, scores, settings)
+    console.print(
+        f"  side network and bank reopened: largest difference of {settings.window - 1} losses {difference:.1e}"
+    )
+    if difference > 1e-4:
+        raise RuntimeError(
+            f"the reopened model differs by {difference:.3g} in a loss, so what was saved is not the same."
+        )
+
+    metrics = {
+        "systems": summary,
+        "reopened_largest_difference": difference,
+        "passages_read": [dataclasses.asdict(passage) for (passage,) in reads],
+        "continuations": continuations,
+        "seconds": time.perf_counter() - began,
+    }
+    config = {"demo": dataclasses.asdict(settings), "model": model.config.to_dict()}
+    write_results(
+        settings.output, config=config, scores={name: scores}, metrics=metrics, summary=summary, seed=settings.seed
+    )
+    plot_scores(
+        settings.output / "demo.png",
+        scores,
+        title=f"{settings.backbone} reading {name}, its first {len(past):,} tokens in memory",
+        first_token=len(past),
+        window=settings.window,
+        reading_layers=model.config.resolved_memory_layers,
+    )
+    console.print(closing(settings.output, metrics["seconds"]))
+    return metrics
+
+
+def validate_settings(settings: DemoSettings) -> None:
+    """Raise ValueError for numbers that leave nothing to memorize, adapt to or score."""
+    if settings.memory_tokens < 2 * settings.window:
+        raise ValueError(
+            f"`memory_tokens` must be at least two windows, {2 * settings.window} tokens, got {settings.memory_tokens}."
+        )
+    if settings.windows < 1 or settings.new_tokens < 1:
+        raise ValueError(f"`windows` must be at least 1, got {settings.windows}.")
+
+
+def read_texts(model: LongMemForCausalLM, settings: DemoSettings) -> tuple[Tensor, Tensor, Tensor, str, str]:
+    """Return token ids to memorize, those that follow, those of another text, and the names of both texts.
+
+    Raises:
+        ValueError: a text is too short.
+    """
+    manual, manual_name = python_manual(), "Python's reference manual"
+    if settings.file is None:
+        named = {manual_name: manual}
+        named["docstrings of its standard library"] = standard_library_docstrings(8 * settings.memory_tokens)
+    else:
+        named = {settings.file.name: settings.file.read_text(encoding="utf-8"), manual_name: manual}
+    length = settings.windows * settings.window
+    parts: list[Tensor] = []
+    for (name, text), needed in zip(
+        named.items(), (settings.memory_tokens + length, settings.memory_tokens), strict=True
+    ):
+        ids = model.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
+        if len(ids) < needed:
+            raise ValueError(
+                f"{name} must have {needed:,} tokens (`memory_tokens`, and for the text to score `windows` of "
+                f"{settings.window} more), got {len(ids):,}; take a longer text, or fewer of them."
+            )
+        parts.append(ids[:needed])
+    past, rest = parts[0].split([settings.memory_tokens, length])
+    name, wrong_name = named
+    return past, rest, parts[1], name, wrong_name
+
+
+def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id: str, console: Console) -> MemoryBank:
+    """Return a bank that holds these tokens as its one document."""
+    chunk = model.config.chunk_size
+    bank = MemoryBank.for_model(model, capacity_tokens=-(-len(ids) // chunk) * chunk)
+    with token_progress(document_id, console) as report:
+        model.memorize(bank, ids, document_id, progress=report)
+    return bank
+
+
+def adapt_aloud(
+    model: LongMemForCausalLM, past: Int[Tensor, " tokens"], settings: DemoSettings, console: Console
+) -> list[AdaptationStep]:
+    """Adapt the side network with a progress bar and a log file."""
+    log_file = settings.output / "adaptation.jsonl"
+    log_file.unlink(missing_ok=True)
+    with token_progress("adapting", console) as report:
+
+        def report_step(entry: AdaptationStep, total: int) -> None:
+            report(entry.step * entry.tokens, total * entry.tokens)
+
+        return adapt(model, past, window=settings.window, steps=settings.steps, log_file=log_file, progress=report_step)
+
+
+def quarter_losses(log: list[AdaptationStep]) -> list[str]:
+    """Return the mean losses of the first and of the last quarter of the steps."""
+    count = max(1, len(log) // 4)
+    return [f"{sum(entry.loss for entry in part) / count:.3f}" for part in (log[:count], log[-count:])]
+
+
+def score_aloud(
+    model: LongMemForCausalLM,
+    rest: Int[Tensor, " tokens"],
+    bank: MemoryBank,
+    wrong_bank: MemoryBank,
+    settings: DemoSettings,
+    console: Console,
+) -> Scores:
+    """Return the scores of all systems, with one progress bar over them."""
+    finished: dict[str, int] = {}
+    with token_progress("four systems", console) as report:
+
+        def report_system(system: str, done: int, total: int) -> None:
+            finished[system] = done
+            report(sum(finished.values()), 4 * total)
+
+        return compare_systems(
+            model, rest, memory=bank, wrong_memory=wrong_bank, window=settings.window, progress=report_system
+        )
+
+
+def helped_tokens(scores: Scores, number: int, count: int = 5) -> list[int]:
+    """Return the tokens of a window whose loss memory lowered most, in order of the text."""
+    gains = (scores["off"].losses - scores["on"].losses)[number]
+    return sorted((gains.topk(min(count, len(gains))).indices + 1).tolist())
+
+
+def describe(token: str, place: int, losses: list[float], passage: Passage) -> str:
+    """Return two lines on what was read for one token."""
+    before, chunk, after = (escape(" ".join(part.split())) for part in (passage.before, passage.chunk, passage.after))
+    return (
+        f"  [bold]{escape(repr(token))}[/] at {place:,}: loss {losses[0]:.2f} -> {losses[1]:.2f}, read tokens "
+        f"{passage.start:,} to {passage.stop:,} (share {passage.share:.3f})\n"
+        f"      [dim]...{before}[/] [bold cyan]{chunk}[/] [dim]{after}...[/]"
+    )
+
+
+def continue_prompt(
+    model: LongMemForCausalLM, bank: MemoryBank, window: Int[Tensor, " window"], new_tokens: int
+) -> dict[str, str]:
+    """Return the prompt (the start of the window), its greedy continuations, and how the text really goes on."""
+    length = min(64, len(window) // 2)
+    prompt = window[None, :length].to(model.get_input_embeddings().weight.device)
+    decode = model.tokenizer.decode
+    found = {"prompt": decode(window[:length])}
+    for title, memory in (("with memory", bank), ("without memory", None)):
+        mask = torch.ones_like(prompt)
+        ids = model.generate(prompt, attention_mask=mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)
+        found[title] = decode(ids[0, length:], skip_special_tokens=True)
+    return {**found, "the text itself": decode(window[length : length + new_tokens])}
+
+
+def reopened_difference(
+    model: LongMemForCausalLM, bank: MemoryBank, rest: Int[Tensor, " tokens"], scores: Scores, settings: DemoSettings
+) -> float:
+    """Save model and bank, open both again, and return the largest difference of a loss in the first window."""
+    model.save_pretrained(settings.output / "side-network")
+    bank.save(settings.output / "bank")
+    reopened = LongMemForCausalLM.from_pretrained(settings.output / "side-network")
+    reopened_bank = MemoryBank.load(settings.output / "bank", model=reopened)
+    again = score_windows(reopened, rest[: settings.window], window=settings.window, memory=reopened_bank)
+    return (again.losses - scores["on"].losses[:1]).abs().max().item()
+
+
+def closing(output: Path, seconds: float) -> str:
+    """Return the last lines: where the files are, and what to do next."""
+    folder = escape(str(output))
+    return (
+        f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
+        "  demo.png, table.md, metrics.json, losses.safetensors, adaptation.jsonl, config.json, environment.json,\n"
+        "  bank (the memory) and side-network (the model). Try them:\n"
+        f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
+    )

@@ -1,0 +1,94 @@
+"""Figures of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+
+from longmem.evaluation.perplexity import WindowScores
+from longmem.evaluation.results import TITLES
+
+COLORS = {"backbone": "#767676", "off": "#d98c21", "on": "#1f6fb4", "wrong": "#b5455f"}
+STYLES = {"backbone": ":", "off": "--", "on": "-", "wrong": "-."}
+
+
+def require_matplotlib() -> None:
+    """Raise ImportError, with the way out, where there is no matplotlib: before long work and not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("figures need matplotlib, which is not installed; run `pip install matplotlib`.") from error
+
+
+def plot_scores(
+    path: str | PathLike[str],
+    scores: Mapping[str, WindowScores],
+    *,
+    title: str,
+    first_token: int,
+    window: int,
+    stride: int | None = None,
+    reading_layers: Sequence[int] = (),
+) -> None:
+    """Draw the loss along a document, what memory saves there, and how much each layer and head attends to memory.
+
+    Args:
+        path: PNG to write.
+        scores: by system; "off" is what the others are compared with.
+        title: of the figure.
+        first_token: where the scored text starts in its document.
+        window: tokens of a window.
+        stride: tokens from one window to the next; default `window`.
+        reading_layers: their backbone layers, in order.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure  # without pyplot: no display and no global state
+
+    stride = window if stride is None else stride
+    shares = scores["on"].memory_share if "on" in scores else None
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    grid = figure.add_gridspec(2, 2 if shares is not None else 1, width_ratios=(2, 1) if shares is not None else None)
+    count = len(scores["off"].losses)
+    middles = (first_token + torch.arange(count) * stride + window - stride / 2).tolist()
+
+    losses = figure.add_subplot(grid[0, :])
+    for system, result in scores.items():
+        label = f"{TITLES[system]}: {result.loss:.3f}"
+        means = result.losses.mean(dim=1).tolist()
+        losses.plot(middles, means, STYLES[system], color=COLORS[system], marker=".", label=label)
+    losses.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)")
+    losses.set_title("Loss along the document, one point per window", fontsize=10)
+    losses.legend(fontsize=9, title="mean loss", title_fontsize=9)
+
+    gains = figure.add_subplot(grid[1, 0])
+    width = 0.4 * stride
+    for side, system in ((-0.5, "wrong"), (0.5, "on")):
+        if system in scores:
+            saved = (scores["off"].losses - scores[system].losses).mean(dim=1).tolist()
+            places = [middle + side * width for middle in middles]
+            gains.bar(places, saved, width, color=COLORS[system], label=TITLES[system].removeprefix("LongMem, "))
+    gains.axhline(0, color="black", linewidth=0.8)
+    gains.set(xlabel="position in the document (tokens)", ylabel="loss saved (nats per token)")
+    gains.set_title("What memory saves against memory off; higher is better", fontsize=10)
+    gains.legend(fontsize=9)
+    for axes in (losses, gains):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.grid(axis="y", alpha=0.3)
+    if shares is not None:
+        _draw_shares(figure, figure.add_subplot(grid[1, 1]), shares, reading_layers)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_shares(figure: Any, axes: Any, shares: torch.Tensor, reading_layers: Sequence[int]) -> None:
+    image = axes.imshow(shares.float().numpy() * 100, aspect="auto", cmap="Blues", vmin=0)
+    figure.colorbar(image, ax=axes, label="attention to memory (%)")
+    names = list(reading_layers) or list(range(len(shares)))
+    axes.set_yticks(range(len(names)), [str(name) for name in names])
+    axes.set(xlabel="head", ylabel="reading layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title("Memory gates, mean over tokens", fontsize=10)

@@ -1,0 +1,190 @@
+"""The maths of reading memory: fast against plain, values and all gradients."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import longmem.attention as attention
+from longmem.attention import NO_MEMORY, attend_block, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
+from longmem.memory import MemoryBank
+
+LANES, HEADS, KV_HEADS, TOKENS, DIM, LAYER = 2, 4, 2, 5, 6, 7
+
+
+@pytest.fixture
+def banks():
+    made = []
+    for seed in range(LANES):
+        torch.manual_seed(seed)
+        bank = MemoryBank(memory_layers=[LAYER], chunk_size=4, storage_dtype="float32")
+        bank.add("a", [torch.randn(KV_HEADS, 40, DIM)], [torch.randn(KV_HEADS, 40, DIM)])
+        made.append(bank)
+    return made
+
+
+@pytest.fixture
+def qkv():
+    torch.manual_seed(9)
+    shapes = [(LANES, HEADS, TOKENS, DIM), (LANES, KV_HEADS, TOKENS, DIM), (LANES, KV_HEADS, TOKENS, DIM)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+class Attention(nn.Module):
+    num_key_value_groups = HEADS // KV_HEADS
+    is_causal = True
+
+
+def read(query, banks, **changes):
+    options = dict(num_kv_heads=KV_HEADS, num_chunks=3, scaling=0.4) | changes
+    return read_memory(query, banks, LAYER, **options)
+
+
+def naive_read(query, bank, num_chunks=3, scaling=0.4):
+    """One query head at a time, straight from the definition."""
+    keys, values = bank.gather(LAYER, torch.arange(bank.num_chunks).expand(KV_HEADS, -1))
+    outputs, sums = torch.empty_like(query), torch.empty(query.shape[:2])
+    for head in range(HEADS):
+        group = head // (HEADS // KV_HEADS)
+        for token in range(TOKENS):
+            best = (keys[group].mean(1) @ query[head, token]).topk(num_chunks).indices
+            scores = keys[group, best].flatten(0, 1) @ query[head, token] * scaling
+            sums[head, token] = scores.logsumexp(0)
+            outputs[head, token] = scores.softmax(0) @ values[group, best].flatten(0, 1)
+    return outputs, sums
+
+
+def test_every_head_reads_its_own_best_chunks(banks, qkv):
+    found = read(qkv[0], banks)
+    for lane, bank in enumerate(banks):
+        output, sums = naive_read(qkv[0][lane].detach(), bank)
+        torch.testing.assert_close(found.output[lane], output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.logsumexp[lane], sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.read.chunk_weights.sum(-1), torch.ones(LANES, HEADS, TOKENS))
+
+
+def test_lanes_that_share_a_bank_are_read_as_alone(banks, qkv):
+    shared = read(qkv[0], [banks[1], banks[1]])
+    alone = read(qkv[0][:1], [banks[1]])
+    torch.testing.assert_close(shared.output[:1], alone.output, rtol=1e-6, atol=1e-6)
+    mixed = read(qkv[0], banks)
+    assert (mixed.output[0] - shared.output[0]).abs().max() > 1e-2  # another bank is another memory
+    torch.testing.assert_close(mixed.output[1], shared.output[1], rtol=1e-6, atol=1e-6)
+
+
+def test_blocks_do_not_matter(banks, qkv, monkeypatch):
+    whole = read(qkv[0], banks)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
+    parts = read(qkv[0], banks)
+    torch.testing.assert_close(whole.output, parts.output, rtol=1e-6, atol=1e-6)
+    (gradient_whole,) = torch.autograd.grad(whole.output.square().sum(), qkv[0])
+    (gradient_parts,) = torch.autograd.grad(parts.output.square().sum(), qkv[0])
+    torch.testing.assert_close(gradient_whole, gradient_parts, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "float", "cached"])
+def test_fast_joint_attention_equals_the_plain_twin_with_all_gradients(banks, qkv, mask_kind):
+    query, key, value = qkv
+    if mask_kind == "cached":
+        query = query[:, :, -1:]
+    visible = torch.ones(LANES, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
+    visible[0, :, :, :2] = visible[0, :, :, :2] & torch.eye(TOKENS, dtype=torch.bool)[:, :2]  # left padding
+    masks = {"none": None, "cached": None, "bool": visible, "float": (~visible).float() * torch.finfo().min}
+    mask = masks[mask_kind]
+    bias = torch.randn(HEADS, requires_grad=True)
+    results = []
+    for fuse in (
+        lambda found: fuse_joint(sdpa_attention_forward, Attention(), query, key, value, mask, found, bias, 0.4),
+        lambda found: fuse_joint_plain(query, key, value, mask, found, bias, 0.4),
+    ):
+        found = read(query, banks)
+        output = fuse(found)
+        gradients = torch.autograd.grad(output.sin().sum(), [*qkv, bias])
+        results.append([output, found.read.memory_share, *gradients])
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+    assert results[0][-1].abs().max() > 1e-3  # the bias matters
+
+
+def test_joint_attention_is_one_softmax(banks, qkv):
+    """Against all scores in one row: local causal ones, then those of the retrieved tokens plus the bias."""
+    query, key, value = (states.detach() for states in qkv)
+    bias, group = torch.randn(HEADS), HEADS // KV_HEADS
+    found = read(query, banks)
+    output = fuse_joint(sdpa_attention_forward, Attention(), query, key, value, None, found, bias, 0.4)
+    for lane, head, token in [(0, 0, 0), (1, 3, 4), (0, 2, 3)]:
+        keys, values = banks[lane].gather(LAYER, found.read.rows[lane, head, token].expand(KV_HEADS, -1))
+        keys, values = keys[head // group].flatten(0, 1), values[head // group].flatten(0, 1)
+        local_keys, local_values = key[lane, head // group, : token + 1], value[lane, head // group, : token + 1]
+        one_query = query[lane, head, token]
+        scores = torch.cat([local_keys @ one_query * 0.4, keys @ one_query * 0.4 + bias[head]])
+        expected = scores.softmax(0) @ torch.cat([local_values, values])
+        torch.testing.assert_close(output[lane, token, head], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_share_of_memory(banks, qkv, dtype):
+    query, key, value = (states.detach() for states in qkv)
+    bias = torch.full((HEADS,), -20.0)  # large scores: rounding one to bfloat16 would be off by a factor of e^0.06
+    exact = fuse_joint_plain(query, key, value, None, full := read(query, banks), bias + 20, 0.4)
+    output = fuse_joint(
+        sdpa_attention_forward, Attention(), query.to(dtype), key.to(dtype), value.to(dtype), None, full, bias + 20, 0.4
+    )
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), exact, rtol=0.03, atol=0.03)
+
+
+def test_gated_attention_mixes_per_head(banks, qkv):
+    found = read(qkv[0], banks)
+    local = torch.randn(LANES, TOKENS, HEADS, DIM)
+    gate = torch.tensor([-50.0, 0.0, 1.0, 50.0])
+    output = fuse_gated(local, found, gate)
+    memory = found.output.transpose(1, 2)
+    torch.testing.assert_close(output[:, :, 0], local[:, :, 0])
+    torch.testing.assert_close(output[:, :, 1], (local[:, :, 1] + memory[:, :, 1]) / 2)
+    torch.testing.assert_close(output[:, :, 3], memory[:, :, 3])
+    torch.testing.assert_close(found.read.memory_share[:, 2], torch.full((LANES, TOKENS), 0.7310586))
+
+
+def test_an_empty_bank_beside_a_full_one_reads_nothing(banks, qkv):
+    query, key, value = qkv
+    found = read(query, [banks[0].empty_like(), banks[1]])
+    assert (found.logsumexp[0] == NO_MEMORY).all()
+    assert (found.read.rows[0] == -1).all()
+    local, _ = sdpa_attention_forward(Attention(), query, key, value, None, scaling=0.4)
+    for output in (
+        fuse_joint(sdpa_attention_forward, Attention(), query, key, value, None, found, torch.zeros(HEADS), 0.4),
+        fuse_joint_plain(query, key, value, None, found, torch.zeros(HEADS), 0.4),
+        fuse_gated(local, found, torch.zeros(HEADS)),
+    ):
+        torch.testing.assert_close(output[0], local[0], rtol=1e-5, atol=1e-6)
+        assert (output[1] - local[1]).abs().max() > 1e-2
+
+
+def test_missing_slots_are_masked_not_zero_keys(banks, qkv):
+    """Ten chunks are there: asking for twelve must be the same as asking for all ten."""
+    few, many = read(qkv[0], banks, num_chunks=10), read(qkv[0], banks, num_chunks=12)
+    torch.testing.assert_close(few.output, many.output, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(few.logsumexp, many.logsumexp, rtol=1e-5, atol=1e-6)
+    assert (many.read.rows[..., 10:] == -1).all()
+    assert (many.read.chunk_weights[..., 10:] == 0).all()
+
+
+def test_soft_capped_scores(qkv):
+    keys, values = torch.randn(1, 3, 8, DIM) * 5, torch.randn(1, 3, 8, DIM)
+    queries, found = torch.randn(1, 3, DIM), torch.ones(1, 3, 8, dtype=torch.bool)
+    output, sums, _ = attend_block(queries, keys, values, found, 1.0, softcap=2.0)
+    scores = 2 * torch.tanh((keys @ queries.unsqueeze(-1)).squeeze(-1) / 2)
+    torch.testing.assert_close(sums, scores.logsumexp(-1))
+    torch.testing.assert_close(output, (scores.softmax(-1).unsqueeze(-2) @ values).squeeze(-2))
+    assert (sums - attend_block(queries, keys, values, found, 1.0)[1]).abs().max() > 1e-2
+
+
+def test_writing_over_chunks_before_backward_is_refused(banks, qkv):
+    output = read(qkv[0], banks).output
+    banks[0].append("a", [torch.randn(KV_HEADS, 8, DIM)], [torch.randn(KV_HEADS, 8, DIM)])  # only adds: allowed
+    torch.autograd.grad(output.sum(), qkv[0])
+    output = read(qkv[0], banks).output
+    banks[0].delete("a")
+    with pytest.raises(RuntimeError, match="before writing to the bank"):
+        torch.autograd.grad(output.sum(), qkv[0])
