@@ -11,8 +11,8 @@ from longmem.errors import did_you_mean
 
 # Keys that transformers itself hands to every configuration; anything else that is not a field is a mistake.
 INHERITED_KEYS = frozenset(
-    "name_or_path _name_or_path torch_dtype dtype num_labels attn_implementation experts_implementation "
-    "output_attentions model_type tie_word_embeddings _commit_hash auto_map".split()
+    ("name_or_path", "_name_or_path", "torch_dtype", "dtype", "num_labels", "attn_implementation", "auto_map")
+    + ("experts_implementation", "output_attentions", "model_type", "tie_word_embeddings", "_commit_hash")
 )
 DEFAULT_BIAS = {"joint": -1.5, "gated": 0.0}
 

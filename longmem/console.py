@@ -43,7 +43,7 @@ class TokenSpeedColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """Return the text of one bar."""
-        speed = task.finished_speed or task.speed
+        speed = task.completed / task.finished_time if task.finished_time else task.speed
         return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
 
 

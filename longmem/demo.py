@@ -18,13 +18,13 @@ from rich.markup import escape
 from torch import Tensor
 
 from longmem.console import Headings, plain_table, token_progress
-from longmem.evaluation.perplexity import WindowScores, compare_systems, loss_difference, score_windows
+from longmem.evaluation.perplexity import WindowScores, compare_systems, score_windows
 from longmem.evaluation.reads import Passage, read_passages
 from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
 from longmem.memory import MemoryBank
 from longmem.modeling import LongMemForCausalLM
 from longmem.plots import plot_scores, require_matplotlib
-from longmem.sample_texts import python_manual, standard_library_docstrings
+from longmem.sample_texts import split_texts
 from longmem.training import AdaptationStep, adapt
 
 Scores = dict[str, WindowScores]
@@ -75,11 +75,13 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     model = LongMemForCausalLM.from_backbone(settings.backbone, segment_length=settings.window).eval()
     side = sum(parameter.numel() for parameter in model.side_network.parameters()) / 1e6
     console.print(f"  {settings.backbone}, frozen, and a side network of {side:.0f} million weights.")
-    past, rest, wrong, name, wrong_name = read_texts(model, settings)
+    scored_tokens = settings.windows * settings.window
+    texts = split_texts(model.tokenizer, settings.file, settings.memory_tokens, scored_tokens)
+    past, rest, name = texts.past, texts.rest, texts.name
 
-    step(f"Memorize the first {len(past):,} tokens of {name}, and of {wrong_name} as a wrong memory")
+    step(f"Memorize the first {len(past):,} tokens of {name}, and of {texts.wrong_name} as a wrong memory")
     bank = memorize(model, past, "right memory", console)
-    wrong_bank = memorize(model, wrong, "wrong memory", console)
+    wrong_bank = memorize(model, texts.wrong, "wrong memory", console)
 
     step(f"Adapt the side network on that first part: {settings.steps} steps of {settings.window} tokens")
     log = adapt_aloud(model, past, settings, console)
@@ -99,7 +101,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     for token, (passage,) in zip(tokens, reads, strict=True):
         place = len(past) + number * settings.window + token
         losses = [scores[system].losses[number, token - 1].item() for system in ("off", "on")]
-        console.print(describe(model.tokenizer.decode(window[token]), place, losses, passage))
+        console.print(describe(str(model.tokenizer.decode(window[token])), place, losses, passage))
 
     step("Continue a prompt from that window, with and without memory")
     continuations = continue_prompt(model, bank, window, settings.new_tokens)
@@ -121,7 +123,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         "reopened_largest_difference": difference,
         "passages_read": [dataclasses.asdict(passage) for (passage,) in reads],
         "continuations": continuations,
-        "seconds": time.perf_counter() - began,
+        "seconds": (seconds := time.perf_counter() - began),
     }
     config = {"demo": dataclasses.asdict(settings), "model": model.config.to_dict()}
     write_results(
@@ -133,9 +135,9 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         title=f"{settings.backbone} reading {name}, its first {len(past):,} tokens in memory",
         first_token=len(past),
         window=settings.window,
-        reading_layers=model.config.resolved_memory_layers,
+        reading_layers=bank.memory_layers,
     )
-    console.print(closing(settings.output, metrics["seconds"]))
+    console.print(closing(settings.output, seconds))
     return metrics
 
 
@@ -147,35 +149,6 @@ def validate_settings(settings: DemoSettings) -> None:
         )
     if settings.windows < 1 or settings.new_tokens < 1:
         raise ValueError(f"`windows` must be at least 1, got {settings.windows}.")
-
-
-def read_texts(model: LongMemForCausalLM, settings: DemoSettings) -> tuple[Tensor, Tensor, Tensor, str, str]:
-    """Return token ids to memorize, those that follow, those of another text, and the names of both texts.
-
-    Raises:
-        ValueError: a text is too short.
-    """
-    manual, manual_name = python_manual(), "Python's reference manual"
-    if settings.file is None:
-        named = {manual_name: manual}
-        named["docstrings of its standard library"] = standard_library_docstrings(8 * settings.memory_tokens)
-    else:
-        named = {settings.file.name: settings.file.read_text(encoding="utf-8"), manual_name: manual}
-    length = settings.windows * settings.window
-    parts: list[Tensor] = []
-    for (name, text), needed in zip(
-        named.items(), (settings.memory_tokens + length, settings.memory_tokens), strict=True
-    ):
-        ids = model.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
-        if len(ids) < needed:
-            raise ValueError(
-                f"{name} must have {needed:,} tokens (`memory_tokens`, and for the text to score `windows` of "
-                f"{settings.window} more), got {len(ids):,}; take a longer text, or fewer of them."
-            )
-        parts.append(ids[:needed])
-    past, rest = parts[0].split([settings.memory_tokens, length])
-    name, wrong_name = named
-    return past, rest, parts[1], name, wrong_name
 
 
 def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id: str, console: Console) -> MemoryBank:
@@ -250,12 +223,15 @@ def continue_prompt(
     """Return the prompt (the start of the window), its greedy continuations, and how the text really goes on."""
     length = min(64, len(window) // 2)
     prompt = window[None, :length].to(model.get_input_embeddings().weight.device)
-    decode = model.tokenizer.decode
+
+    def decode(ids: Tensor) -> str:
+        return str(model.tokenizer.decode(ids, skip_special_tokens=True))
+
     found = {"prompt": decode(window[:length])}
     for title, memory in (("with memory", bank), ("without memory", None)):
         mask = torch.ones_like(prompt)
-        ids = model.generate(prompt, attention_mask=mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)
-        found[title] = decode(ids[0, length:], skip_special_tokens=True)
+        ids = model.generate(prompt, attention_mask=mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[misc]
+        found[title] = decode(ids[0, length:])
     return {**found, "the text itself": decode(window[length : length + new_tokens])}
 
 

@@ -25,8 +25,8 @@ from longmem.attention import MemoryRead, ReadableMemory
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.loading import encoder_fingerprint
 from longmem.configuration import LongMemConfig
-from longmem.memory import MemoryBank
 from longmem.memorizing import memorize
+from longmem.memory import MemoryBank
 from longmem.side_network import SideNetwork, add_side_slots
 
 Memory = ReadableMemory | Sequence[ReadableMemory]
@@ -173,6 +173,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         memory: Memory | None = None,
         logits_to_keep: int | Tensor = 0,
         output_memory_reads: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> LongMemOutput:
         """Return logits, and the keys and values of these tokens for the caller to write; the bank is only read.
@@ -187,6 +188,8 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             memory: one bank that every lane reads, or a list with one bank per lane; None reads nothing.
             logits_to_keep: compute logits of the last so many tokens only (0: all).
             output_memory_reads: return who read what.
+            num_items_in_batch: divide the summed loss by this instead of the number of targets here (gradient
+                accumulation; transformers' Trainer passes it).
 
         Raises:
             ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
@@ -214,7 +217,8 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self._backbone.logits(hidden_states, logits_to_keep)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+            shared = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **shared)
         return LongMemOutput(
             loss=loss,
             logits=logits,
@@ -341,7 +345,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
 
 def refuse_unknown_inputs(kwargs: dict[str, Any]) -> None:
     """Raise for arguments of `forward` that would be ignored; those that transformers passes by habit are let through."""
-    harmless = {"return_dict", "output_attentions", "output_hidden_states", "inputs_embeds", "num_items_in_batch"}
+    harmless = {"return_dict", "output_attentions", "output_hidden_states", "inputs_embeds"}
     for name, value in kwargs.items():
         if name not in harmless or value not in (None, False, True):
             raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")

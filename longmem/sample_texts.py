@@ -6,6 +6,58 @@ import ast
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+class SplitTexts(NamedTuple):
+    """Token ids of one text, its `past` and the `rest` that follows, and as much of a `wrong` text as of the past."""
+
+    past: Int[Tensor, " past"]
+    rest: Int[Tensor, " rest"]
+    wrong: Int[Tensor, " past"]
+    name: str
+    wrong_name: str
+
+
+def split_texts(
+    tokenizer: PreTrainedTokenizerBase, file: Path | None, past_tokens: int, rest_tokens: int
+) -> SplitTexts:
+    """Return the start of a text file and of Python's manual; without a file, of the manual and the library's docstrings.
+
+    Raises:
+        ValueError: a text is too short.
+    """
+    manual_name, library_name = "Python's reference manual", "docstrings of its standard library"
+    if file is None:
+        past, rest = first_tokens(tokenizer, python_manual(), manual_name, past_tokens, rest_tokens)
+        library = standard_library_docstrings(8 * past_tokens)
+        wrong, _ = first_tokens(tokenizer, library, library_name, past_tokens, 0)
+        return SplitTexts(past, rest, wrong, manual_name, library_name)
+    text = file.read_text(encoding="utf-8")
+    past, rest = first_tokens(tokenizer, text, file.name, past_tokens, rest_tokens)
+    wrong, _ = first_tokens(tokenizer, python_manual(), manual_name, past_tokens, 0)
+    return SplitTexts(past, rest, wrong, file.name, manual_name)
+
+
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, name: str, past_tokens: int, rest_tokens: int
+) -> tuple[Int[Tensor, " past"], Int[Tensor, " rest"]]:
+    """Return the ids of the first `past_tokens` of a text and of the `rest_tokens` that follow."""
+    needed = past_tokens + rest_tokens
+    for num_characters in (8 * needed, len(text)):  # most texts have fewer characters per token; then the rest can wait
+        start = text[:num_characters]
+        ids = tokenizer(start, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
+        if len(ids) >= needed:
+            return ids[:past_tokens], ids[past_tokens:needed]
+    more = f" and score {rest_tokens:,} more" if rest_tokens else ""
+    raise ValueError(
+        f"{name} must have {needed:,} tokens, to memorize {past_tokens:,}{more}, got {len(ids):,}; "
+        "take a longer text, or fewer tokens."
+    )
 
 
 def python_manual() -> str:
@@ -27,7 +79,7 @@ def standard_library_docstrings(num_characters: int) -> str:
     paragraphs: list[str] = []
     length = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for docstring in docstrings(path):
+        for docstring in docstrings_of(path):
             new = docstring.split("\n\n")
             paragraphs += new
             length += len(docstring) + 2
@@ -36,7 +88,7 @@ def standard_library_docstrings(num_characters: int) -> str:
     return "\n\n".join(without_repeats(paragraphs))
 
 
-def docstrings(path: Path) -> Iterator[str]:
+def docstrings_of(path: Path) -> Iterator[str]:
     """Yield the docstrings of a Python file; none if it cannot be read or parsed."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))

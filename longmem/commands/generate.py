@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         options["streamer"] = TextStreamer(model.tokenizer, skip_special_tokens=True)
     names = ("input_ids", "attention_mask")
     began = time.perf_counter()
-    ids = model.generate(**{name: inputs[name] for name in names}, memory=bank, **options)[0].cpu()
+    ids = model.generate(**{name: inputs[name] for name in names}, memory=bank, **options)[0].cpu()  # type: ignore[misc]
     seconds = time.perf_counter() - began
     new = ids[inputs["input_ids"].shape[1] :]
     window = ids[-model.config.segment_length :]

@@ -6,8 +6,8 @@ import argparse
 import time
 
 from longmem.commands import opening
-from longmem.memory import MemoryBank
 from longmem.console import token_progress
+from longmem.memory import MemoryBank
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,34 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not a UTF-8 text file ({error}); convert it to UTF-8 text first.") from error
 
 
-def open_model(name: str) -> LongMemForCausalLM:
-    """Return a saved LongMem model, or a new side network on any other causal LM."""
+def open_model(name: str, **config_fields: Any) -> LongMemForCausalLM:
+    """Return a saved LongMem model, or a new side network, with these settings, on any other causal LM."""
     config = Path(name) / "config.json"
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "longmem":
+        if config_fields:
+            raise ValueError(
+                f"{name} has its settings; they can be changed for a new side network only: {config_fields}."
+            )
         return LongMemForCausalLM.from_pretrained(name).eval()
-    return LongMemForCausalLM.from_backbone(name).eval()
+    return LongMemForCausalLM.from_backbone(name, **config_fields).eval()
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Return `key=value` strings as a dictionary; values are Python literals or, failing that, strings.
+
+    >>> parse_settings(["chunk_size=8", "memory_layers=[2, 4]", "fusion=gated"])
+    {'chunk_size': 8, 'memory_layers': [2, 4], 'fusion': 'gated'}
+    """
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key.isidentifier():
+            raise ValueError(f"a setting must look like `chunk_size=8`, got {setting!r}.")
+        try:
+            parsed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
 
 
 def has_bank(folder: Path) -> bool:

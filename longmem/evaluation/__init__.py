@@ -6,7 +6,16 @@ from longmem.evaluation.perplexity import (
     bootstrap_interval,
     compare_systems,
     loss_difference,
+    pooled,
     score_windows,
 )
 
-__all__ = ["SYSTEMS", "WindowScores", "bootstrap_interval", "compare_systems", "loss_difference", "score_windows"]
+__all__ = [
+    "SYSTEMS",
+    "WindowScores",
+    "bootstrap_interval",
+    "compare_systems",
+    "loss_difference",
+    "pooled",
+    "score_windows",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ SYSTEMS = ("backbone", "off", "on", "wrong")
 
 @dataclasses.dataclass(frozen=True)
 class WindowScores:
-    """Losses of one system, in nats, and the seconds they took.
+    """Losses of one system, in nats, and the seconds that its `num_tokens` scored tokens took.
 
     `memory_share` is the weight of memory in the attention of each reading layer and head, averaged over tokens; None
     where nothing was read.
@@ -29,6 +29,7 @@ class WindowScores:
 
     losses: Float[Tensor, "windows scored"]
     seconds: float
+    num_tokens: int
     memory_share: Float[Tensor, "layers heads"] | None = None
 
     @property
@@ -44,7 +45,7 @@ class WindowScores:
     @property
     def tokens_per_second(self) -> float:
         """Return scored tokens per second; with a stride, a token is read several times and counts once."""
-        return self.losses.numel() / self.seconds
+        return self.num_tokens / self.seconds
 
 
 def validate_windows(num_tokens: int, window: int, stride: int | None) -> int:
@@ -128,7 +129,8 @@ def score_windows(
             memory.append(grow, keys, values, token_ids=ids[0, :stride])  # type: ignore[union-attr]
         if progress is not None:
             progress(done * scored, num_windows * scored)
-    return WindowScores(torch.stack(losses), seconds, torch.stack(shares).mean(dim=0) if shares else None)
+    memory_share = torch.stack(shares).mean(dim=0) if shares else None
+    return WindowScores(torch.stack(losses), seconds, num_windows * scored, memory_share)
 
 
 def compare_systems(
@@ -181,6 +183,22 @@ def bootstrap_interval(
     picks = torch.randint(count, (num_samples, count), generator=generator)
     low, high = torch.quantile(differences.double()[picks].mean(dim=1), torch.tensor([0.025, 0.975]).double()).tolist()
     return low, high
+
+
+def pooled(groups: Sequence[Mapping[str, WindowScores]]) -> dict[str, WindowScores]:
+    """Return scores over several texts, each of which counts the same: a row of losses is the mean of a text.
+
+    So intervals are over texts; those of a single text stay over its windows.
+    """
+    if len(groups) == 1:
+        return dict(groups[0])
+    found = {}
+    for system in groups[0]:
+        results = [group[system] for group in groups]
+        means = torch.stack([result.losses.mean() for result in results]).unsqueeze(1)
+        seconds, tokens = sum(result.seconds for result in results), sum(result.num_tokens for result in results)
+        found[system] = WindowScores(means, seconds, tokens)
+    return found
 
 
 def loss_difference(scores: WindowScores, baseline: WindowScores, seed: int = 0) -> tuple[float, float, float]:

@@ -35,7 +35,7 @@ def summarize(scores: Mapping[str, WindowScores], seed: int = 0) -> dict[str, di
             "perplexity": result.perplexity,
             "tokens_per_second": result.tokens_per_second,
             "seconds": result.seconds,
-            "scored_tokens": result.losses.numel(),
+            "scored_tokens": result.num_tokens,
             "gain_over_off": gain,
             "gain_over_off_interval": [low, high],
         }
@@ -43,11 +43,11 @@ def summarize(scores: Mapping[str, WindowScores], seed: int = 0) -> dict[str, di
 
 
 def table_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return the rows of the table for people, its head first."""
-    rows = [["", "loss (nats)", "perplexity", "tokens/s", "gain over memory off (95 % interval)"]]
+    """Return the rows of the table for people, its head first: losses and gains in nats per token."""
+    rows = [["", "loss", "perplexity", "tokens/s", "gain over off (95 %)"]]
     for system, values in summary.items():
         low, high = values["gain_over_off_interval"]
-        gain = "" if system == "off" else f"{values['gain_over_off']:+.4f} ({low:+.4f} to {high:+.4f})"
+        gain = "" if system == "off" else f"{values['gain_over_off']:+.4f} ({low:+.3f}, {high:+.3f})"
         name = TITLES.get(system, system)
         speed = f"{values['tokens_per_second']:,.0f}" if "tokens_per_second" in values else ""
         rows.append([name, f"{values['loss']:.4f}", f"{values['perplexity']:.2f}", speed, gain])

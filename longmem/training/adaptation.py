@@ -59,8 +59,8 @@ def adaptable_parameters(model: LongMemForCausalLM) -> dict[str, nn.Parameter]:
 
 
 def training_windows(
-    documents: Sequence[Int[Tensor, " tokens"]], window: int, steps: int | None
-) -> Iterator[tuple[Int[Tensor, " before"], list[Int[Tensor, " window"]]]]:
+    documents: Sequence[Int[Tensor, " _tokens"]], window: int, steps: int | None
+) -> Iterator[tuple[Int[Tensor, " _before"], list[Int[Tensor, " _window"]]]]:
     """Yield, for each document and pass, the text to write to memory first and the windows to train on after it.
 
     The windows are the last of each document, an equal share of the steps each, because they have the fullest memory;
@@ -88,7 +88,7 @@ def training_windows(
 
 def adapt(
     model: LongMemForCausalLM,
-    documents: Int[Tensor, " tokens"] | Sequence[Int[Tensor, " tokens"]],
+    documents: Int[Tensor, " _tokens"] | Sequence[Int[Tensor, " _tokens"]],
     *,
     window: int | None = None,
     steps: int | None = None,

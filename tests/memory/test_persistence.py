@@ -191,23 +191,31 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, step: int) -> None:
-    """Let the process end at the `step`-th call that changes the disk."""
+    """Let the process end at the `step`-th call that changes the disk, in the middle of it where that is possible."""
     count = 0
 
-    def dying(function):
+    def dying(function, half=lambda *arguments, **options: None):
         def call(*arguments, **options):
             nonlocal count
             count += 1
             if count == step:
+                half(*arguments, **options)
                 raise Killed
             return function(*arguments, **options)
 
         return call
 
-    monkeypatch.setattr(persistence, "save_file", dying(persistence.save_file))
+    def half_file(tensors, path):
+        path.write_bytes(b"half")
+
+    def half_text(path, text, **options):
+        write_text(path, text[: len(text) // 2], **options)
+
+    write_text = Path.write_text
+    monkeypatch.setattr(persistence, "save_file", dying(persistence.save_file, half_file))
     monkeypatch.setattr(persistence.os, "fsync", dying(persistence.os.fsync))
     monkeypatch.setattr(persistence.os, "replace", dying(persistence.os.replace))
-    monkeypatch.setattr(Path, "write_text", dying(Path.write_text))
+    monkeypatch.setattr(Path, "write_text", dying(write_text, half_text))
     monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
 
 

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_models import save_tiny_backbone, some_text
+
+from longmem import cli
+from longmem.cli import main
+from longmem.memory import MemoryBank
+
+COMMANDS = [["demo"], ["memorize"], ["generate"], ["bank"], ["bank", "list"], ["bank", "info"], ["bank", "delete"]]
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory):
+    return str(save_tiny_backbone(tmp_path_factory.mktemp("backbone")))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process; return its exit code, and what it wrote to standard output and error."""
+
+    def run_command(*arguments):
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run_command
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for seed, path in enumerate(paths):
+        path.write_text(some_text(30, seed))
+    return paths
+
+
+@pytest.fixture
+def bank(backbone_folder, files, tmp_path, run):
+    folder = tmp_path / "bank"
+    code, _, error = run("memorize", *files, "--bank", folder, "--model", backbone_folder)
+    assert code == 0, error
+    return folder
+
+
+def documents(folder):
+    return {info.document_id: info.num_tokens for info in MemoryBank.load(folder).documents()}
+
+
+def test_files_become_documents(bank, files):
+    assert documents(bank) == {path.name: len(path.read_bytes()) for path in files}
+
+
+def test_a_bank_is_extended_by_the_model_that_wrote_it(bank, files, run):
+    files[0].write_text("Something new, of another length.")
+    code, out, _ = run("memorize", files[0], "--bank", bank, "--id", "three", "--json")
+    assert code == 0
+    assert json.loads(out)["written_tokens"] == {"three": 33}
+    assert documents(bank)["three"] == 33
+    assert len(documents(bank)) == 3
+
+
+def test_a_known_document_is_refused_or_replaced(bank, files, run):
+    before = documents(bank)
+    files[0].write_text("A new version.")
+    code, _, error = run("memorize", files[0], "--bank", bank)
+    assert code == 2
+    assert "already holds a document 'one.txt'; use `--replace`" in error
+    assert documents(bank) == before
+    assert run("memorize", files[0], "--bank", bank, "--replace")[0] == 0
+    assert documents(bank) == {**before, "one.txt": 14}
+
+
+def test_a_full_bank_says_what_it_dropped(backbone_folder, files, tmp_path, run):
+    folder = tmp_path / "small"
+    code, _, error = run("memorize", *files, "--bank", folder, "--model", backbone_folder, "--capacity", 160)
+    assert code == 0
+    assert "the bank is full at 160 tokens" in error
+    infos = {info.document_id: info for info in MemoryBank.load(folder).documents()}
+    assert infos["two.txt"].first_resident_token == 0
+    assert "one.txt" not in infos or infos["one.txt"].first_resident_token > 0
+
+
+def test_list_info_and_delete(bank, files, run):
+    code, out, _ = run("bank", "list", "--bank", bank)
+    assert code == 0
+    assert "one.txt" in out
+    listed = json.loads(run("bank", "list", "--bank", bank, "--json")[1])["documents"]
+    assert {info["document_id"]: info["num_tokens"] for info in listed} == documents(bank)
+    info = json.loads(run("bank", "info", "--bank", bank, "--json")[1])
+    assert info["documents"] == 2
+    assert info["tokens"] == sum(tokens // 4 * 4 for tokens in documents(bank).values())
+    assert "capacity tokens" in run("bank", "info", "--bank", bank)[1]
+    assert json.loads(run("bank", "delete", "one.txt", "--bank", bank, "--json")[1])["deleted"] == ["one.txt"]
+    assert documents(bank).keys() == {"two.txt"}
+
+
+def test_deleting_is_all_or_nothing(bank, run):
+    before = documents(bank)
+    code, _, error = run("bank", "delete", "one.txt", "tow.txt", "--bank", bank)
+    assert code == 2
+    assert "two.txt" in error  # the one that was meant
+    assert documents(bank) == before
+
+
+def test_generate_streams_or_answers_a_program(bank, run):
+    options = ("--prompt", "the cat", "--max-new-tokens", 6, "--bank", bank)
+    code, out, _ = run("generate", *options, "--json", "--show-reads")
+    assert code == 0
+    result = json.loads(out)
+    assert result["new_tokens"] == 6
+    assert result["reads"][0]["document_id"] in ("one.txt", "two.txt")
+    assert 0 < result["reads"][0]["share"] < 1
+    code, out, _ = run("generate", *options, "--show-reads")
+    assert code == 0
+    assert out.startswith("the cat" + result["text"])
+    assert "Read most" in out
+    warm = ("--json", "--temperature", 1.5, "--seed", 3)
+    again = [json.loads(run("generate", *options, *warm)[1])["text"] for _ in range(2)]
+    assert again[0] == again[1] != result["text"]
+
+
+def test_a_saved_side_network_is_a_model(backbone_folder, files, tmp_path, run):
+    from longmem.modeling import LongMemForCausalLM
+
+    model = LongMemForCausalLM.from_backbone(backbone_folder, chunk_size=2, segment_length=32)
+    model.save_pretrained(tmp_path / "model")
+    assert run("memorize", files[0], "--bank", tmp_path / "bank", "--model", tmp_path / "model")[0] == 0
+    assert MemoryBank.load(tmp_path / "bank").chunk_size == 2
+    (tmp_path / "prompt.txt").write_text("the cat")
+    prompt = ("--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 2)
+    assert run("generate", "--bank", tmp_path / "bank", *prompt)[0] == 0
+    code, _, error = run("generate", "--bank", tmp_path / "bank", *prompt, "--model", backbone_folder)
+    assert code == 2
+    assert "must be the encoder of the bank" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["memorize", "none.txt", "--bank", "{bank}"], "none.txt"),
+        (["memorize", "{blank}", "--bank", "{bank}"], "blank.txt holds no text"),
+        (["memorize", "{binary}", "--bank", "{bank}"], "is not a UTF-8 text file"),
+        (["memorize", "{one}", "{one}", "--bank", "{bank}"], "different names, got one.txt twice"),
+        (["memorize", "{one}", "{two}", "--bank", "{bank}", "--id", "a"], "`--id` names one file, got 2"),
+        (["memorize", "{one}", "--bank", "{bank}", "--capacity", "64"], "`--capacity` is set when a bank is made"),
+        (["memorize", "{one}", "--bank", "{new}", "--model", "{new}"], "new"),
+        (["generate", "--bank", "{new}", "--prompt", "a"], "there is no bank in"),
+        (["generate", "--bank", "{bank}", "--prompt", " "], "the prompt must hold some text"),
+        (["generate", "--bank", "{bank}", "--prompt", "a", "--max-new-tokens", "0"], "`--max-new-tokens` must be"),
+        (["generate", "--bank", "{bank}", "--prompt", "a", "--temperature", "-1"], "`--temperature` must be 0 or more"),
+        (["bank", "list", "--bank", "{new}"], "`longmem memorize FILE --bank"),
+        (["bank", "delete", "one.txt", "--bank", "{new}"], "there is no bank in"),
+    ],
+)
+def test_errors_are_one_line_and_change_nothing(arguments, message, bank, files, tmp_path, run):
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    places = {"bank": bank, "one": files[0], "two": files[1], "new": tmp_path / "new"}
+    places |= {"blank": tmp_path / "blank.txt", "binary": tmp_path / "binary.txt"}
+    before = documents(bank)
+    code, _, error = run(*(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert error.startswith("longmem: ") or "\nlongmem: " in error
+    assert message in error
+    assert "Traceback" not in error
+    assert documents(bank) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path, run):
+    with pytest.raises(ValueError, match="there is no bank"):
+        run("bank", "list", "--bank", tmp_path / "new", "--debug")
+
+
+def test_two_writers_do_not_meet(bank, files, run):
+    from longmem.commands.opening import sole_writer
+
+    with sole_writer(bank):
+        code, _, error = run("memorize", files[0], "--bank", bank, "--replace")
+    assert code == 2
+    assert "another process is writing" in error
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_teaches(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert len(command) == 2 or "longmem " + command[0] in told.split("examples:")[1]
+
+
+def test_the_parser_needs_no_torch():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['build_parser'](); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, cli.__file__], check=False).returncode == 0
