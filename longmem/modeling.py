@@ -25,6 +25,7 @@ from longmem.attention import MemoryRead, ReadableMemory
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.loading import encoder_fingerprint
 from longmem.configuration import LongMemConfig
+from longmem.input_checks import banks_per_lane, refuse_other_encoder, refuse_unknown_inputs
 from longmem.memorizing import memorize
 from longmem.memory import MemoryBank
 from longmem.side_network import SideNetwork, add_side_slots
@@ -195,7 +196,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
         """
         refuse_unknown_inputs(kwargs)
-        banks = self._banks_per_lane(memory, input_ids.shape[0])
+        banks = None if memory is None else banks_per_lane(self, memory, input_ids.shape[0])
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.get_text_config())
         if past_key_values is not None:
@@ -228,37 +229,6 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             memory_reads=tuple(reads) if output_memory_reads else None,
         )
 
-    def _banks_per_lane(self, memory: Memory | None, lanes: int) -> list[ReadableMemory] | None:
-        """Return one bank for each lane; beams of one lane share its bank."""
-        if memory is None:
-            return None
-        banks: list[Any] = list(memory) if isinstance(memory, list | tuple) else [memory]
-        if not banks or lanes % len(banks):
-            raise ValueError(
-                f"`memory` must be one bank or a list with one bank per batch row, got {len(banks)} for {lanes} rows."
-            )
-        for bank in banks:
-            self._refuse_other_encoder(bank)
-        return [bank for bank in banks for _ in range(lanes // len(banks))]
-
-    def _refuse_other_encoder(self, bank: Any) -> None:
-        if not hasattr(bank, "search"):
-            raise ValueError(f"`memory` must be a MemoryBank or a list of them, got {type(bank).__name__}.")
-        if (
-            list(bank.memory_layers) != list(self.config.memory_layers or ())
-            or bank.chunk_size != self.config.chunk_size
-        ):
-            raise ValueError(
-                f"`memory` was made for memory layers {list(bank.memory_layers)} in chunks of {bank.chunk_size}, this "
-                f"model reads {self.config.memory_layers} in chunks of {self.config.chunk_size}; "
-                "make one with `MemoryBank.for_model(model)`."
-            )
-        if bank.fingerprint is not None and bank.fingerprint != self.encoder_fingerprint():
-            raise ValueError(
-                f"`memory` was written by encoder {bank.fingerprint}, this model's encoder is "
-                f"{self.encoder_fingerprint()}; memorize the documents again with this model."
-            )
-
     # Writing -----------------------------------------------------------------------------------------------------------
 
     def encode(
@@ -290,7 +260,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: empty text, ids outside the vocabulary, duplicate id, or a bank of another encoder.
         """
-        self._refuse_other_encoder(bank)
+        refuse_other_encoder(self, bank)
         return memorize(self, bank, text_or_ids, document_id, batch_size=batch_size, progress=progress)
 
     @property
@@ -341,18 +311,6 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
-
-
-def refuse_unknown_inputs(kwargs: dict[str, Any]) -> None:
-    """Raise for arguments of `forward` that would be ignored; those that transformers passes by habit are let through."""
-    harmless = {"return_dict", "output_attentions", "output_hidden_states", "inputs_embeds"}
-    for name, value in kwargs.items():
-        if name not in harmless or value not in (None, False, True):
-            raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")
-        if value is True and name in ("output_attentions", "output_hidden_states"):
-            raise ValueError(
-                f"`{name}=True` is not available: two networks run. Use `output_memory_reads=True` to see what was read."
-            )
 
 
 AutoConfig.register("longmem", LongMemConfig, exist_ok=True)

@@ -1,0 +1,59 @@
+"""What a call of the model may be given: banks that fit it, and no argument that would be ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from longmem.attention import ReadableMemory
+
+if TYPE_CHECKING:
+    from longmem.modeling import LongMemForCausalLM
+
+
+def banks_per_lane(
+    model: LongMemForCausalLM, memory: ReadableMemory | Sequence[ReadableMemory], lanes: int
+) -> list[ReadableMemory]:
+    """Return one bank for each lane; beams of one lane share its bank.
+
+    Raises:
+        ValueError: the number of banks does not fit the lanes, or a bank is not this model's.
+    """
+    banks: list[Any] = list(memory) if isinstance(memory, list | tuple) else [memory]
+    if not banks or lanes % len(banks):
+        raise ValueError(
+            f"`memory` must be one bank or a list with one bank per batch row, got {len(banks)} for {lanes} rows."
+        )
+    for bank in banks:
+        refuse_other_encoder(model, bank)
+    return [bank for bank in banks for _ in range(lanes // len(banks))]
+
+
+def refuse_other_encoder(model: LongMemForCausalLM, bank: Any) -> None:
+    """Raise ValueError if `bank` is no bank, or holds what another encoder wrote."""
+    config = model.config
+    if not hasattr(bank, "search"):
+        raise ValueError(f"`memory` must be a MemoryBank or a list of them, got {type(bank).__name__}.")
+    if list(bank.memory_layers) != list(config.memory_layers or ()) or bank.chunk_size != config.chunk_size:
+        raise ValueError(
+            f"`memory` was made for memory layers {list(bank.memory_layers)} in chunks of {bank.chunk_size}, this "
+            f"model reads {config.memory_layers} in chunks of {config.chunk_size}; "
+            "make one with `MemoryBank.for_model(model)`."
+        )
+    if bank.fingerprint is not None and bank.fingerprint != model.encoder_fingerprint():
+        raise ValueError(
+            f"`memory` was written by encoder {bank.fingerprint}, this model's encoder is "
+            f"{model.encoder_fingerprint()}; memorize the documents again with this model."
+        )
+
+
+def refuse_unknown_inputs(kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of `forward` that would be ignored; those that transformers passes by habit are let through."""
+    harmless = {"return_dict", "output_attentions", "output_hidden_states", "inputs_embeds"}
+    for name, value in kwargs.items():
+        if name not in harmless or value not in (None, False, True):
+            raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")
+        if value is True and name in ("output_attentions", "output_hidden_states"):
+            raise ValueError(
+                f"`{name}=True` is not available: two networks run. Use `output_memory_reads=True` to see what was read."
+            )
