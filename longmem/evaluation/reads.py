@@ -1,4 +1,4 @@
-"""Who read what: the passages of a memory that the predictions of some tokens attended to most."""
+"""Who read what: the passages of a memory that stand out in the attention of some tokens."""
 
 from __future__ import annotations
 
@@ -31,22 +31,25 @@ class Passage:
     after: str
 
 
-def chunk_shares(reads: Sequence[MemoryRead], positions: slice) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Return the rows that tokens at `positions` read, most read first, and the share of attention of each."""
-    rows, weights = [], []
-    for read in reads:
-        assert read.memory_share is not None
-        share = read.memory_share[0, :, positions]
-        rows.append(read.rows[0, :, positions].flatten())
-        weights.append(
-            (read.chunk_weights[0, :, positions] * share.unsqueeze(-1)).flatten() / share.numel() / len(reads)
-        )
-    all_rows, all_weights = torch.cat(rows).cpu(), torch.cat(weights).float().cpu()
-    found = all_rows >= 0
-    different, place = all_rows[found].unique(return_inverse=True)
-    totals = torch.zeros(len(different)).index_add(0, place, all_weights[found])
-    order = totals.argsort(descending=True)
-    return different[order], totals[order]
+def chunk_shares(reads: Sequence[MemoryRead]) -> tuple[Int[Tensor, " rows"], Float[Tensor, "tokens rows"]]:
+    """Return the rows that were read by any token, and the share of each token's attention that each of them got.
+
+    A share is the mean over reading layers and heads, so those of one token add up to its mean share of memory.
+    """
+    rows = torch.stack([read.rows[0] for read in reads]).cpu()  # layers heads tokens chunks
+    weights = torch.stack([read.chunk_weights[0] * _share_of(read)[..., None] for read in reads]).float().cpu()
+    layers, heads, tokens, _ = rows.shape
+    found = rows >= 0
+    different, place = rows[found].unique(return_inverse=True)
+    token = torch.arange(tokens).view(1, 1, -1, 1).expand_as(rows)[found]
+    shares = torch.zeros(tokens * len(different))
+    shares.index_add_(0, token * len(different) + place, weights[found] / (layers * heads))
+    return different, shares.view(tokens, len(different))
+
+
+def _share_of(read: MemoryRead) -> Float[Tensor, "heads tokens"]:
+    assert read.memory_share is not None
+    return read.memory_share[0]
 
 
 @torch.no_grad()
@@ -59,7 +62,12 @@ def read_passages(
     count: int = 1,
     context: int = 16,
 ) -> list[list[Passage]]:
-    """Return, for each run of predicted tokens, the `count` passages that were read most.
+    """Return, for each run of predicted tokens, the `count` passages that stand out among what was read.
+
+    A chunk with share p of a token's attention and q of the window's on average counts `p log(p / q)`, its part of the
+    divergence between the two; in a run of tokens it counts where it stands out most. By share alone the first chunks of
+    encoded windows would win: every token reads them a little, as language models do with the first tokens of a text,
+    and that says nothing.
 
     Args:
         model: predicts.
@@ -73,10 +81,14 @@ def read_passages(
     reads = model(ids, memory=bank, output_memory_reads=True, logits_to_keep=1).memory_reads
     if not reads:
         return [[] for _ in targets]  # the bank is empty
+    rows, shares = chunk_shares(reads)
+    mean = shares.mean(dim=0).clamp_min(torch.finfo(shares.dtype).tiny)
+    surprise = torch.xlogy(shares, shares / mean)
     passages = []
     for target in targets:
-        rows, shares = chunk_shares(reads, slice(target.start - 1, target.stop - 1))
-        places = zip(bank.locate(rows[:count]), shares[:count].tolist(), strict=True)
+        predicting = slice(target.start - 1, target.stop - 1)
+        best = surprise[predicting].amax(dim=0).topk(min(count, len(rows))).indices
+        places = zip(bank.locate(rows[best]), shares[predicting].mean(dim=0)[best].tolist(), strict=True)
         passages.append([passage_at(model, bank, place, share, context) for place, share in places if place])
     return passages
 

@@ -14,7 +14,7 @@ from longmem.memory.store import ChunkStore
 # Below this many chunks exact search is faster than an inverted file, and there are too few to train one.
 MIN_ROWS = 8_192
 CLUSTERS_PER_ROOT = 4  # clusters = 4 sqrt(rows), the middle of the range that FAISS's guide gives for fewer than 10^6
-PROBED_SHARE = 1 / 16  # share of the clusters that a query looks into (recall and price: `docs/experiments.md`)
+PROBED_SHARE = 1 / 32  # share of the clusters that a query looks into (recall and price: `docs/experiments.md`)
 GROWTH_BEFORE_RETRAINING = 4
 TRAINING_POINTS_PER_CLUSTER = 64
 
