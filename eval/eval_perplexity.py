@@ -94,7 +94,6 @@ def main() -> None:
     metrics = {"total": total, "books": {name: summarize(group, arguments.seed) for name, group in scores.items()}}
     config = {"run": vars(arguments), "model": model.config.to_dict()}
     write_results(arguments.output, config=config, scores=scores, metrics=metrics, summary=total, seed=arguments.seed)
-    console.print(f"Written to {arguments.output}.")
 
 
 if __name__ == "__main__":

@@ -110,13 +110,9 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
 
     step("Save, reopen, compare")
     difference = reopened_difference(model, bank, rest, scores, settings)
-    console.print(
-        f"  side network and bank reopened: largest difference of {settings.window - 1} losses {difference:.1e}"
-    )
+    console.print(f"  reopened: largest difference of {settings.window - 1} losses {difference:.1e}")
     if difference > 1e-4:
-        raise RuntimeError(
-            f"the reopened model differs by {difference:.3g} in a loss, so what was saved is not the same."
-        )
+        raise RuntimeError(f"the reopened model differs by {difference:.3g} in a loss: what was saved is not the same.")
 
     metrics = {
         "systems": summary,
