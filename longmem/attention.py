@@ -15,9 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-QUERY_BLOCK = (
-    256  # queries per key-value head whose retrieved keys are gathered at once: a few MB, so that they stay in cache
-)
+# Queries per key-value head whose retrieved keys are gathered at once: a few MB, so that they stay in cache.
+QUERY_BLOCK = 256
 NO_MEMORY = -1e3  # log-sum-exp of an empty read: its weight beside any real score underflows to exactly 0
 
 
@@ -57,6 +56,10 @@ class Retrieved:
     output: Float[Tensor, "lanes heads tokens dim"]
     logsumexp: Float[Tensor, "lanes heads tokens"]
     read: MemoryRead
+
+    def biased_score(self, bias: Float[Tensor, " heads"]) -> Float[Tensor, "lanes heads tokens"]:
+        """Return the score with which memory as a whole stands beside the local scores, in float32."""
+        return (self.logsumexp + bias.float()[:, None]).clamp_min(NO_MEMORY)
 
 
 def attend_block(
@@ -206,7 +209,7 @@ def fuse_joint(
     that score in two parts, so that it is not rounded. Without a mask the function is causal by position, and a dummy
     query before the others keeps query and key aligned.
     """
-    score = (retrieved.logsumexp + bias.float()[:, None]).clamp_min(NO_MEMORY) / scaling
+    score = retrieved.biased_score(bias) / scaling
     coarse = score.to(query.dtype)
     fine = (score - coarse.float()).to(query.dtype)
     width, value_width = 8 - query.shape[-1] % 8, 8 - value.shape[-1] % 8  # GPU kernels want multiples of 8
@@ -256,7 +259,7 @@ def fuse_joint_plain(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     else:
         scores = scores + attention_mask.float()
-    memory_score = (retrieved.logsumexp + bias.float()[:, None]).clamp_min(NO_MEMORY).unsqueeze(-1)
+    memory_score = retrieved.biased_score(bias).unsqueeze(-1)
     weights = torch.softmax(torch.cat([memory_score, scores], dim=-1), dim=-1)
     share = weights[..., :1]
     retrieved.read.memory_share = share.detach().squeeze(-1)
