@@ -3,6 +3,7 @@
 #   make demo      frozen model, memory bank and side network at work, on this machine
 #   make test      the fast tests
 #   make check     format, lint, types, import layers
+#   make docs      docs/supported-models.md from the list that the tests use
 #   make format    rewrite the code in the project's format
 #
 # make demo PYTHON=python3.12                                        another Python (3.11 or newer)
@@ -23,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 # One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
 WORKERS := auto --maxprocesses 4
 
-.PHONY: demo test check format env
+.PHONY: demo test check docs format env
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -44,6 +45,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	@PYTHONPATH=tests HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/model/architectures.py docs/supported-models.md
 
 env: $(INSTALLED)
 

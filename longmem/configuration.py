@@ -14,6 +14,8 @@ INHERITED_KEYS = frozenset(
     ("name_or_path", "_name_or_path", "torch_dtype", "dtype", "num_labels", "attn_implementation", "auto_map")
     + ("experts_implementation", "output_attentions", "model_type", "tie_word_embeddings", "_commit_hash")
 )
+# Layer types of transformers' hybrid models that hold no keys: state-space and convolution layers, lone MLPs.
+WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 DEFAULT_BIAS = {"joint": -1.0, "gated": 0.0}
 
 
@@ -72,7 +74,7 @@ class LongMemConfig(PreTrainedConfig):
         elif self.backbone_config is not None:
             self.backbone_config = copy.deepcopy(self.backbone_config)
         if self.memory_layers is None and self.backbone_config is not None:
-            self.memory_layers = default_memory_layers(self.num_backbone_layers, self.layer_reduction_factor)
+            self.memory_layers = default_memory_layers(self.get_text_config(), self.layer_reduction_factor)
         if self.memory_bias_init is None:
             self.memory_bias_init = DEFAULT_BIAS.get(self.fusion, 0.0)
         super().__post_init__(**kwargs)
@@ -162,7 +164,7 @@ class LongMemConfig(PreTrainedConfig):
             raise ValueError(
                 f"`memory_layers` must be ascending, different multiples of `layer_reduction_factor` ({factor}) below "
                 f"the backbone's {num_layers} layers, got {layers}; the default would be "
-                f"{default_memory_layers(num_layers, factor)}."
+                f"{default_memory_layers(self.get_text_config(), factor)}."
             )
         window = getattr(self.get_text_config(), "max_position_embeddings", None)
         if window and self.segment_length > window:
@@ -172,14 +174,18 @@ class LongMemConfig(PreTrainedConfig):
             )
 
 
-def default_memory_layers(num_layers: int, factor: int) -> list[int]:
+def default_memory_layers(backbone_config: PreTrainedConfig, factor: int) -> list[int]:
     """Return the multiples of `factor` from 8/15 to 4/5 of the stack, at least one: layers 16 to 23 of 30.
 
     Measured on SmolLM2-135M: reading below the middle harms an untrained side network, and reading in the last fifth
-    costs more than it gains (`docs/experiments.md`).
+    costs more than it gains (`docs/experiments.md`). Layers of hybrid models that do not attend are passed over.
     """
-    chosen = [layer for layer in range(num_layers * 8 // 15, num_layers * 4 // 5) if layer % factor == 0]
-    return chosen or [num_layers // 2 // factor * factor]
+    num_layers = backbone_config.num_hidden_layers
+    layer_types = getattr(backbone_config, "layer_types", None) or ["full_attention"] * num_layers
+    start, end = num_layers * 8 // 15, num_layers * 4 // 5
+    candidates = [layer for layer in range(0, num_layers, factor) if layer_types[layer] not in WITHOUT_ATTENTION]
+    chosen = [layer for layer in candidates if start <= layer < end]
+    return chosen or sorted(candidates, key=lambda layer: abs(layer - num_layers // 2))[:1] or [0]
 
 
 def refuse_unknown_fields(config_class: type, given: dict[str, Any]) -> None:

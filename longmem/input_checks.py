@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from longmem.attention import ReadableMemory
+from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError
+from longmem.configuration import LongMemConfig
 
 if TYPE_CHECKING:
     from longmem.modeling import LongMemForCausalLM
@@ -45,6 +47,16 @@ def refuse_other_encoder(model: LongMemForCausalLM, bank: Any) -> None:
             f"`memory` was written by encoder {bank.fingerprint}, this model's encoder is "
             f"{model.encoder_fingerprint()}; memorize the documents again with this model."
         )
+
+
+def refuse_unstorable_layers(config: LongMemConfig, structure: BackboneStructure) -> None:
+    """Raise UnsupportedBackboneError if a memory layer has no keys that can be stored."""
+    for layer in config.memory_layers or ():
+        if (obstacle := structure.layers[layer].obstacle) is not None:
+            raise UnsupportedBackboneError(
+                f"`memory_layers` must be layers whose keys can be stored, {structure.storable_layers} of this backbone, "
+                f"got {config.memory_layers}: {obstacle}."
+            )
 
 
 def refuse_unknown_inputs(kwargs: dict[str, Any]) -> None:

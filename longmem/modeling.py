@@ -24,8 +24,9 @@ from longmem import saving
 from longmem.attention import MemoryRead, ReadableMemory
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.loading import encoder_fingerprint
+from longmem.backbone.structure import UnsupportedBackboneError, probe_ids
 from longmem.configuration import LongMemConfig
-from longmem.input_checks import banks_per_lane, refuse_other_encoder, refuse_unknown_inputs
+from longmem.input_checks import banks_per_lane, refuse_other_encoder, refuse_unknown_inputs, refuse_unstorable_layers
 from longmem.memorizing import memorize
 from longmem.memory import MemoryBank
 from longmem.side_network import SideNetwork, add_side_slots
@@ -71,11 +72,14 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self._backbone = Backbone(backbone)
         self.backbone = backbone
+        refuse_unstorable_layers(config, self._backbone.structure)
         self.side_network = SideNetwork(config, self._backbone.structure.layers)
         self._tokenizer = tokenizer
         self._fingerprint: str | None = None
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         self.post_init()
+        if config.residual == "substitute":
+            self._check_against_backbone()
 
     # Making and saving -------------------------------------------------------------------------------------------------
 
@@ -233,7 +237,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
 
     def encode(
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
-    ) -> tuple[list[Float[Tensor, "lanes kv_heads tokens dim"]], list[Float[Tensor, "lanes kv_heads tokens dim"]]]:
+    ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
         """Return position-free keys and values of the tokens, one of each per memory layer, without gradients."""
         return self._backbone.encode(input_ids, self.config.memory_layers or (), **inputs)
 
@@ -286,6 +290,17 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             recipe = {name: getattr(self.config, name) for name in names}
             self._fingerprint = encoder_fingerprint(self.backbone, layers, self.config.memory_layers or [0], recipe)
         return self._fingerprint
+
+    @torch.no_grad()
+    def _check_against_backbone(self) -> None:
+        """Raise if copies of the backbone's layers, called as the backbone calls its own, do not give its logits."""
+        tokens = probe_ids(self.backbone)
+        expected, found = self.backbone(tokens, use_cache=False).logits, self(tokens).logits
+        if not torch.allclose(found, expected, atol=1e-3, rtol=1e-3):
+            raise UnsupportedBackboneError(
+                f"{type(self.backbone).__name__}: copies of its upper layers give logits that differ from its own by "
+                f"{(found - expected).abs().max():.3g}; its layers do more than their arguments say."
+            )
 
     # What transformers asks for ----------------------------------------------------------------------------------------
 

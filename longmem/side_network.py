@@ -11,8 +11,7 @@ from transformers import Cache
 
 from longmem.attention import MemoryRead, ReadableMemory, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
 from longmem.backbone.capture import BackboneStates
-from longmem.backbone.interception import handled_by, local_implementation
-from longmem.backbone.positions import move_queries
+from longmem.backbone.interception import handled_by, intercept_direct_calls, local_implementation
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
 
@@ -31,8 +30,8 @@ class SideLayer(nn.Module):
         super().__init__()
         self.layer = copy.deepcopy(source.layer).requires_grad_(True)
         # Hooks of the backbone came along with the copy; they record the backbone, not this layer.
-        self.layer._forward_pre_hooks.clear()
-        self.layer._forward_hooks.clear()
+        for hooks in (self.layer._forward_pre_hooks, self.layer._forward_hooks):
+            hooks.clear()
         for module in self.layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = cache_slot  # type: ignore[assignment]
@@ -40,10 +39,12 @@ class SideLayer(nn.Module):
         self.config = config
         path = next(name for name, module in source.layer.named_modules() if module is source.attention)
         self._attention = [self.layer.get_submodule(path)]  # in a list: it is registered once, inside `layer`
+        if self.attention is self.layer:
+            intercept_direct_calls(self.layer)
         self._source = source
         self.memory_bias: nn.Parameter | None = None
         if self.source_layer in (config.memory_layers or ()):
-            refuse_local_implementation(config, self._attention[0])
+            refuse_local_implementation(config, self.attention)
             start = torch.full((source.num_heads,), float(config.memory_bias_init or 0.0))
             self.memory_bias = nn.Parameter(start.to(next(self.layer.parameters()).device))
         self.output_scale: nn.Parameter | None = None
@@ -51,6 +52,11 @@ class SideLayer(nn.Module):
             self.output_scale = nn.Parameter(
                 next(self.layer.parameters()).new_zeros(config.get_text_config().hidden_size)
             )
+
+    @property
+    def attention(self) -> nn.Module:
+        """The module of this layer that attends."""
+        return self._attention[0]
 
     def forward(
         self,
@@ -65,7 +71,7 @@ class SideLayer(nn.Module):
             output = call.replay(self.layer, hidden_states)
         else:
             handler = self._reader(memory, call.kwargs.get("position_embeddings"), reads)
-            with handled_by({self._attention[0]: handler}):
+            with handled_by({self.attention: handler}):
                 output = call.replay(self.layer, hidden_states)
         if self.output_scale is not None:
             output = hidden_states + self.output_scale.to(output.dtype) * (output - hidden_states)
@@ -92,9 +98,9 @@ class SideLayer(nn.Module):
         ) -> tuple[Tensor, None]:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             memory_query = query
-            if source.rotary is not None:
+            if source.rotation is not None and source.rotary is not None:
                 there = source.rotary.at(config.memory_distance, query)
-                memory_query = move_queries(query, position_embeddings, there, source.rotation)  # type: ignore[arg-type]
+                memory_query = source.rotation.move_queries(query, position_embeddings, there)
             retrieved = read_memory(
                 memory_query,
                 memory,

@@ -14,22 +14,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longmem.backbone.interception import handled_by
-from longmem.backbone.positions import unrotate
-from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, inspect_backbone, probe_ids
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCall:
-    """How the backbone called one of its layers: everything but the hidden states (masks, positions, cache)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def replay(self, layer: nn.Module, hidden_states: Tensor) -> Float[Tensor, "lanes tokens hidden"]:
-        """Return the output of another layer for `hidden_states`, called the same way."""
-        if "hidden_states" in self.kwargs:
-            return first(layer(*self.args, **{**self.kwargs, "hidden_states": hidden_states}))
-        return first(layer(hidden_states, *self.args[1:], **self.kwargs))
+from longmem.backbone.observation import EnoughSeen, LayerCall, first, split_call
+from longmem.backbone.structure import (
+    PROBE_LENGTH,
+    BackboneStructure,
+    UnsupportedBackboneError,
+    inspect_backbone,
+    probe_ids,
+)
 
 
 @dataclasses.dataclass
@@ -46,10 +38,6 @@ class BackboneStates:
     keys: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     values: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     final_states: Tensor | None = None
-
-
-class _EnoughSeen(Exception):
-    """Ends a run of the backbone early: nothing after this point is needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +63,18 @@ class Backbone:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.freeze()
-        self.structure: BackboneStructure = inspect_backbone(model)
-        self._head = head_without_decoder(model, self.structure.decoder_name)
-        layers = self.structure.layers
-        for number, structure in enumerate(layers):
-            structure.layer.register_forward_pre_hook(self._enter_layer(number), with_kwargs=True)
-        layers[-1].layer.register_forward_hook(self._leave_last_layer())
-        self._check_against_plain_forward()
+        try:
+            self.structure: BackboneStructure = inspect_backbone(model)
+            self._head = head_without_decoder(model, self.structure.decoder_name)
+            self._watch_layers()
+            self._check_against_plain_forward()
+        except UnsupportedBackboneError:
+            raise
+        except Exception as error:
+            raise UnsupportedBackboneError(
+                f"{type(model).__name__} could not be run over {PROBE_LENGTH} tokens and observed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     @property
     def num_layers(self) -> int:
@@ -165,19 +158,24 @@ class Backbone:
             self.freeze()
         token = _recording.set(_Recording(self, states, hidden_layers))
         try:
-            with handled_by(handlers), contextlib.suppress(_EnoughSeen):
+            with handled_by(handlers), contextlib.suppress(EnoughSeen):
                 self.model(input_ids, **inputs)
         finally:
             _recording.reset(token)
+
+    def _watch_layers(self) -> None:
+        for number, structure in enumerate(self.structure.layers):
+            structure.layer.register_forward_pre_hook(self._enter_layer(number), with_kwargs=True)
+        self.structure.layers[-1].layer.register_forward_hook(self._leave_last_layer())
 
     def _enter_layer(self, number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recording = _recording.get()
             if recording is None or recording.owner is not self:
                 return
+            hidden_states, recording.states.calls[number] = split_call(args, kwargs)
             if number in recording.hidden_layers:
-                recording.states.hidden_states[number] = args[0] if args else kwargs["hidden_states"]
-            recording.states.calls[number] = LayerCall((None, *args[1:]) if args else (), dict(kwargs))
+                recording.states.hidden_states[number] = hidden_states
 
         return hook
 
@@ -188,7 +186,7 @@ class Backbone:
                 return
             if self.num_layers in recording.hidden_layers:
                 recording.states.hidden_states[self.num_layers] = first(output)
-            raise _EnoughSeen
+            raise EnoughSeen
 
         return hook
 
@@ -207,19 +205,18 @@ class Backbone:
         ) -> Any:
             new = slice(key.shape[2] - query.shape[2], None)  # a cache prepends what it holds
             new_keys = key[:, :, new]
-            if structure.rotary is not None:
-                cos_sin = states.calls[number].kwargs["position_embeddings"]
-                new_keys = unrotate(new_keys, cos_sin, structure.rotation)  # type: ignore[arg-type]
+            if structure.rotation is not None:
+                new_keys = structure.rotation.undo(new_keys, states.calls[number].position_embeddings)
             states.keys[number], states.values[number] = new_keys, value[:, :, new]
             if number == last:
-                raise _EnoughSeen
+                raise EnoughSeen
             return local(module, query, key, value, attention_mask, **kwargs)
 
         return handler
 
     @torch.no_grad()
     def _check_against_plain_forward(self) -> None:
-        """Raise if final norm and head, as found, do not give the model's own logits, or keys depend on position."""
+        """Raise if final norm and head, as found, do not give the model's own logits."""
         tokens = probe_ids(self.model)
         expected = self.model(tokens, use_cache=False).logits
         states = self.run(tokens, hidden_layers=[self.num_layers], use_cache=False)
@@ -230,22 +227,6 @@ class Backbone:
                 f"by {(found - expected).abs().max():.3g}; it does more between its last layer and its logits than a "
                 f"norm and a head ({[type(module).__name__ for module in self.structure.final_modules]})."
             )
-        rotary = [number for number, layer in enumerate(self.structure.layers) if layer.rotary is not None]
-        if not rotary:
-            return
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        (here,), _ = self.encode(tokens, rotary[:1], position_ids=positions)
-        (there,), _ = self.encode(tokens, rotary[:1], position_ids=positions + 5)
-        if (here - there).abs().max() > 0.02 * here.abs().max():
-            raise UnsupportedBackboneError(
-                f"{type(self.model).__name__}: keys of layer {rotary[0]} still depend on their position after the "
-                "rotation was undone, so a stored key would not mean the same at another place."
-            )
-
-
-def first(output: Any) -> Tensor:
-    """Return a module's main output, whether it comes alone or at the head of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 class _DecoderOutput(BaseModelOutputWithPast):
@@ -257,7 +238,17 @@ class _DecoderOutput(BaseModelOutputWithPast):
 
 
 class _GivenHiddenStates(nn.Module):
-    """Stands where the decoder was and returns the hidden states it is given."""
+    """Stands where the decoder was and returns the hidden states it is given; it has the decoder's other attributes."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self._decoder = [decoder]  # in a list: its parameters are registered once, in the model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_decoder"][0], name)
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _DecoderOutput:
         return _DecoderOutput(last_hidden_state=inputs_embeds)
@@ -273,7 +264,7 @@ def head_without_decoder(model: PreTrainedModel, decoder_name: str) -> nn.Module
     for name in parents:
         parent._modules[name] = shallow_copy(parent.get_submodule(name))
         parent = parent.get_submodule(name)
-    parent._modules[last] = _GivenHiddenStates()
+    parent._modules[last] = _GivenHiddenStates(parent.get_submodule(last))
     return root
 
 
@@ -281,4 +272,5 @@ def shallow_copy(module: nn.Module) -> Any:
     """Return a module with the same parameters and submodules, whose submodules can be replaced on their own."""
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
+    clone.__dict__.pop("forward", None)  # accelerate's device hooks leave one that is bound to the original
     return clone

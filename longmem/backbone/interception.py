@@ -1,8 +1,9 @@
 """One attention function, registered with transformers, that lets the caller see or replace the attention of a layer.
 
-The registry is the only place where 340-odd architectures meet: whatever their projections, norms and rotations, they all
-call a function with queries, keys and values. A module is *intercepted* when its configuration names our function;
-without a handler for the current call the function is the one the module used before.
+The registry is the place where 340-odd architectures meet: whatever their projections, norms and rotations, they all call a
+function with queries, keys and values. A module is *intercepted* when its configuration names our function; without a
+handler for the current call the function is the one the module used before. A few architectures (Falcon, much remote
+code) call torch's `scaled_dot_product_attention` themselves instead; their layers are intercepted around that call.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 IMPLEMENTATION = "longmem"
@@ -35,6 +37,12 @@ def handled_by(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
         _handlers.reset(token)
 
 
+def calls_registry(module: nn.Module) -> bool:
+    """Return whether the module is an attention module that looks its function up in transformers' registry."""
+    defined_in = sys.modules[type(module).__module__]
+    return hasattr(module, "layer_idx") and hasattr(module, "config") and hasattr(defined_in, "ALL_ATTENTION_FUNCTIONS")
+
+
 def intercept(module: nn.Module) -> None:
     """Make the attention module call `dispatch_attention`; other modules keep their implementation and their masks.
 
@@ -50,8 +58,16 @@ def intercept(module: nn.Module) -> None:
     module.config = own_config
 
 
+def intercept_direct_calls(layer: nn.Module) -> None:
+    """Route the layer's own calls of `scaled_dot_product_attention` to its handler, if there is one for the call."""
+    layer.register_forward_pre_hook(_enter_direct_calls)
+    layer.register_forward_hook(_leave_direct_calls, always_call=True)
+
+
 def local_implementation(module: nn.Module) -> str:
     """Return the name of the attention implementation that the module used before it was intercepted."""
+    if not calls_registry(module):
+        return "sdpa"
     return module.config.intercepted_attn_implementation or "eager"  # type: ignore[union-attr, return-value]
 
 
@@ -70,3 +86,57 @@ def dispatch_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Te
 
 
 AttentionInterface.register(IMPLEMENTATION, dispatch_attention)
+
+
+class _DirectCalls(TorchFunctionMode):
+    """While it is entered, hands calls of `scaled_dot_product_attention` to a layer's handler."""
+
+    def __init__(self, layer: nn.Module, handler: Handler) -> None:
+        super().__init__()
+        self.layer, self.handler = layer, handler
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        def local(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Any:
+            causal = mask is None and q.shape[2] > 1
+            grouped = enable_gqa or k.shape[1] not in (1, q.shape[1])
+            output = nn.functional.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p, is_causal=causal, scale=scaling, enable_gqa=grouped
+            )
+            return output.transpose(1, 2), None
+
+        scaling = query.shape[-1] ** -0.5 if scale is None else scale
+        output, _ = self.handler(local, self.layer, query, key, value, attn_mask, scaling=scaling)
+        return output.transpose(1, 2)
+
+
+_direct_calls: ContextVar[tuple[_DirectCalls, ...]] = ContextVar("longmem_direct_calls", default=())
+
+
+def _enter_direct_calls(layer: nn.Module, args: Any) -> None:
+    handler = (_handlers.get() or {}).get(layer)
+    if handler is not None:
+        mode = _DirectCalls(layer, handler)
+        mode.__enter__()
+        _direct_calls.set((*_direct_calls.get(), mode))
+
+
+def _leave_direct_calls(layer: nn.Module, args: Any, output: Any) -> None:
+    entered = _direct_calls.get()
+    if entered and entered[-1].layer is layer:
+        _direct_calls.set(entered[:-1])
+        entered[-1].__exit__(None, None, None)

@@ -1,13 +1,14 @@
 """Position-free keys: the rotation of rotary models undone with the architecture's own function.
 
 Stored keys carry no position. The query that meets them is turned to `memory_distance`, as if what it retrieved stood
-just outside the local window. Models with absolute positions need nothing: their keys are stored as they are.
+just outside the local window. Models with absolute positions, ALiBi or none need nothing: their keys are stored as they are.
 """
 
 import dataclasses
+import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,44 +39,80 @@ class RotaryEmbedding:
         return self.module(*map(swap, self.args), **{name: swap(value) for name, value in self.kwargs.items()})
 
 
-def rotation_function(attention: nn.Module) -> Callable[..., Any] | None:
-    """Return `apply_rotary_pos_emb` of the file that defines the attention module, or None if it has none we can call."""
-    function = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if function is None or list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
-        return None
-    return function
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """How a layer turns its queries and keys: a function of the architecture, and the dimensions it turns.
 
-
-def rotate(
-    states: Float[Tensor, "lanes heads tokens dim"], cos_sin: CosSin, function: Callable[..., Any]
-) -> Float[Tensor, "lanes heads tokens dim"]:
-    """Return the states turned by the architecture's own rotation; dimensions beyond the rotary ones pass through."""
-    cos, sin = cos_sin
-    turned, _ = function(states[..., : cos.shape[-1]], states[..., :1, :, : cos.shape[-1]], cos, sin)
-    return torch.cat([turned, states[..., cos.shape[-1] :]], dim=-1) if cos.shape[-1] < states.shape[-1] else turned
-
-
-def unrotate(
-    states: Float[Tensor, "lanes heads tokens dim"], cos_sin: CosSin, function: Callable[..., Any]
-) -> Float[Tensor, "lanes heads tokens dim"]:
-    """Return the states before rotation.
-
-    A rotary embedding multiplies by `a * R(position)`; `a` is 1 except for scaled kinds such as YaRN. The inverse is
-    `R(-position) / a`: negated sine, and both divided by `a**2 = cos**2 + sin**2`.
+    Args:
+        function: turns `lanes heads tokens dims` by cosines and sines.
+        dims: the dimensions of a head that are turned; the others pass through.
     """
-    cos, sin = (part.float() for part in cos_sin)
-    squared_scale = cos.square() + sin.square()
-    return rotate(states.float(), (cos / squared_scale, -sin / squared_scale), function).to(states.dtype)
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    dims: slice
+
+    def rotate(
+        self, states: Float[Tensor, "lanes heads tokens dim"], cos_sin: CosSin
+    ) -> Float[Tensor, "lanes heads tokens dim"]:
+        """Return the states turned."""
+        start, stop, _ = self.dims.indices(states.shape[-1])
+        turned = self.function(states[..., start:stop], *cos_sin)
+        if stop - start == states.shape[-1]:
+            return turned
+        return torch.cat([states[..., :start], turned, states[..., stop:]], dim=-1)
+
+    def undo(
+        self, states: Float[Tensor, "lanes heads tokens dim"], cos_sin: CosSin
+    ) -> Float[Tensor, "lanes heads tokens dim"]:
+        """Return the states before they were turned.
+
+        A rotary embedding multiplies by `a * R(position)`; `a` is 1 except for scaled kinds such as YaRN. The inverse is
+        `R(-position) / a`: negated sine, and both divided by `a**2 = cos**2 + sin**2`.
+        """
+        cos, sin = (part.float() for part in cos_sin)
+        squared_scale = cos.square() + sin.square()
+        return self.rotate(states.float(), (cos / squared_scale, -sin / squared_scale)).to(states.dtype)
+
+    def move_queries(
+        self, queries: Float[Tensor, "lanes heads tokens dim"], here: CosSin, there: CosSin
+    ) -> Float[Tensor, "lanes heads tokens dim"]:
+        """Return queries taken from their own positions (`here`) to the memory distance (`there`).
+
+        Keys are stored without the rotary scale `a`, so the query carries it twice, once for each side of the product.
+        """
+        cos, sin = (part.float() for part in there)
+        scale = (cos.square() + sin.square()).sqrt()
+        return self.rotate(self.undo(queries.float(), here), (cos * scale, sin * scale)).to(queries.dtype)
 
 
-def move_queries(
-    queries: Float[Tensor, "lanes heads tokens dim"], here: CosSin, there: CosSin, function: Callable[..., Any]
-) -> Float[Tensor, "lanes heads tokens dim"]:
-    """Return queries taken from their own positions (`here`) to the memory distance (`there`).
+def candidate_rotations(attention: nn.Module, cos: Tensor, head_dim: int) -> Iterator[Rotation]:
+    """Yield the rotations that the file of an attention module could mean; the caller finds out which one undoes its keys.
 
-    Keys are stored without the rotary scale `a`, so the query carries it twice, once for each side of the product.
+    Cosines hold one number per turned dimension or per pair of them. Partial rotary models turn the first dimensions,
+    multi-head latent attention the last ones.
     """
-    cos, sin = (part.float() for part in there)
-    scale = (cos.square() + sin.square()).sqrt()
-    free = unrotate(queries.float(), here, function)
-    return rotate(free, (cos * scale, sin * scale), function).to(queries.dtype)
+    widths = [width for width in (cos.shape[-1], 2 * cos.shape[-1]) if width <= head_dim]
+    for function in rotation_functions(attention):
+        for width in widths:
+            yield Rotation(function, slice(0, width))
+            if width < head_dim:
+                yield Rotation(function, slice(head_dim - width, head_dim))
+
+
+def rotation_functions(attention: nn.Module) -> Iterator[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Yield `apply_rotary_pos_emb` of the file that defines the attention module, as a function of one tensor.
+
+    Files define it for queries and keys together, `(q, k, cos, sin)`, or for one of them, `(x, cos, sin)`.
+    """
+    defined = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if defined is None:
+        return
+    names = list(inspect.signature(defined).parameters)
+    if names[:4] == ["q", "k", "cos", "sin"]:
+        yield functools.partial(_turn_queries, defined)
+    elif names[1:3] == ["cos", "sin"]:
+        yield defined
+
+
+def _turn_queries(defined: Callable[..., Any], states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return defined(states, states[:, :1], cos, sin)[0]

@@ -1,30 +1,38 @@
-"""What a causal LM is made of, found by watching it run once instead of by a table of architectures."""
+"""What a causal LM is made of, found by watching it run instead of by a table of architectures."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longmem.backbone.interception import handled_by, intercept
-from longmem.backbone.positions import RotaryEmbedding, rotation_function
+from longmem.backbone.interception import calls_registry, handled_by, intercept, intercept_direct_calls
+from longmem.backbone.observation import EnoughSeen, LayerCall, Observation
+from longmem.backbone.positions import RotaryEmbedding, Rotation, candidate_rotations
 
 PROBE_LENGTH = 8
+# Half precision turns a key by cosines of three digits; a key turned by the wrong angle is off by its own size.
+POSITION_TOLERANCE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerStructure:
-    """One decoder layer: its modules and how its attention treats positions."""
+    """One decoder layer: its modules and how its attention treats positions.
+
+    `attention` is the module whose attention can be intercepted: one that looks its function up in the registry, or the
+    layer itself. `obstacle` says why keys of this layer can't be stored; None if they can.
+    """
 
     layer: nn.Module
     attention: nn.Module
-    num_heads: int
-    num_kv_heads: int
-    rotary: RotaryEmbedding | None
-    rotation: Callable[..., Any] | None
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    rotary: RotaryEmbedding | None = None
+    rotation: Rotation | None = None
+    obstacle: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,138 +43,139 @@ class BackboneStructure:
     final_modules: tuple[nn.Module, ...]  # run in this order between the last layer and the LM head: the final norm
     decoder_name: str  # dotted name of the module that owns layers and final norm
 
+    @property
+    def storable_layers(self) -> list[int]:
+        """Numbers of the layers whose keys and values can be stored."""
+        return [number for number, layer in enumerate(self.layers) if layer.obstacle is None]
+
 
 class UnsupportedBackboneError(ValueError):
     """The causal LM lacks something that a memory needs; the message says what."""
 
 
 def inspect_backbone(backbone: PreTrainedModel) -> BackboneStructure:
-    """Return the structure of a causal LM, found by one forward pass over a few tokens.
+    """Return the structure of a causal LM, found by running it over a few tokens.
 
     Raises:
-        UnsupportedBackboneError: the decoder layers can't be found, attention does not go through transformers'
-            registry, or rotation happens where it can't be undone.
+        UnsupportedBackboneError: the decoder layers can't be found, the model is not causal, or no layer has keys that
+            can be seen and freed of their position.
     """
     decoder_name, decoder, layers = find_decoder(backbone)
     for layer in layers:
-        for module in attention_candidates(layer):
+        for module in filter(calls_registry, layer.modules()):
             intercept(module)
+    seen = watch(backbone, decoder, layers)
+    silent = [layer for number, layer in enumerate(layers) if number not in seen.attention]
+    if silent:
+        for layer in silent:
+            intercept_direct_calls(layer)
+        seen = watch(backbone, decoder, layers)
+    structures = tuple(layer_structure(seen, number, layer) for number, layer in enumerate(layers))
+    obstacles = [structure.obstacle for structure in structures]
+    if all(obstacles):
+        raise UnsupportedBackboneError(
+            f"{type(backbone).__name__} has no layer whose keys can be stored: {obstacles[0]}."
+        )
+    return BackboneStructure(structures, tuple(seen.after_layers), decoder_name)
+
+
+def watch(backbone: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) -> Observation:
+    """Return what one forward pass over the probe tokens shows."""
     seen = Observation()
     with seen.watching(decoder, layers), torch.no_grad():
-        backbone(probe_ids(backbone), use_cache=False)
-    missing = [number for number in range(len(layers)) if number not in seen.attention]
-    if missing:
+        logits = backbone(probe_ids(backbone), use_cache=False).logits
+    changed = probe_ids(backbone)
+    changed[:, -1] = changed[:, 0]
+    with torch.no_grad():
+        others = backbone(changed, use_cache=False).logits
+    if not torch.allclose(logits[:, :-1], others[:, :-1], atol=1e-3, rtol=1e-2):
         raise UnsupportedBackboneError(
-            f"{type(backbone).__name__}: the attention of layers {missing} does not go through transformers' registry "
-            "of attention functions (`ALL_ATTENTION_FUNCTIONS`), so its keys can't be seen. "
-            "Use an architecture whose attention supports `attn_implementation`."
+            f"{type(backbone).__name__} is not causal: its logits depend on later tokens. Load it as a decoder "
+            "(`is_decoder=True`) or use a decoder-only causal LM."
         )
-    structures = tuple(seen.layer_structure(number, layer) for number, layer in enumerate(layers))
-    refuse_hidden_rotation(backbone, structures)
-    return BackboneStructure(structures, tuple(seen.after_layers), decoder_name)
+    return seen
 
 
 def probe_ids(backbone: PreTrainedModel) -> Tensor:
     """Return a few valid token ids, `1 tokens`, on the device of the embeddings."""
     device = next(backbone.get_input_embeddings().parameters()).device
-    return (torch.arange(PROBE_LENGTH, device=device) * 7 % backbone.config.get_text_config().vocab_size)[None]
+    return ((torch.arange(PROBE_LENGTH, device=device) * 7 + 5) % backbone.config.get_text_config().vocab_size)[None]
 
 
 def find_decoder(backbone: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:
-    """Return name and module of the decoder stack, and its list of layers."""
+    """Return name and module of the decoder stack, and its list of layers.
+
+    Lists whose layers look their attention up in the registry come first, in the order of the modules.
+    """
     num_layers = backbone.config.get_text_config().num_hidden_layers
-    for name, module in backbone.named_modules():
-        for child in module.children():
-            if not isinstance(child, nn.ModuleList) or len(child) != num_layers:
-                continue
-            if all(any(True for _ in attention_candidates(layer)) for layer in child):
-                return name, module, child
-    raise UnsupportedBackboneError(
-        f"{type(backbone).__name__}: found no list of {num_layers} decoder layers whose attention modules know their "
-        "`layer_idx`; is it a decoder-only causal LM of transformers 5?"
+    text_decoder = backbone.get_decoder()
+    found = [
+        (name, module, child)
+        for name, module in backbone.named_modules()
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers
+    ]
+    if not found:
+        raise UnsupportedBackboneError(
+            f"{type(backbone).__name__}: found no list of {num_layers} decoder layers; "
+            "is it a decoder-only causal LM of transformers 5?"
+        )
+    inside = set(text_decoder.modules()) if isinstance(text_decoder, nn.Module) else set()
+    return max(found, key=lambda place: (place[1] in inside, any(map(calls_registry, place[2].modules()))))
+
+
+def layer_structure(seen: Observation, number: int, layer: nn.Module) -> LayerStructure:
+    """Return what is known of a layer, after asking it for keys of one token at many positions."""
+    if number not in seen.attention:
+        return LayerStructure(
+            layer,
+            layer,
+            obstacle=f"the attention of layer {number} goes neither through transformers' registry of attention functions "
+            "(`ALL_ATTENTION_FUNCTIONS`) nor through torch's `scaled_dot_product_attention`, so its keys can't be seen",
+        )
+    attention, num_heads = seen.attention[number]
+    keys = keys_of_one_token(seen.calls[number], seen.inputs[number], layer, attention)
+    known = LayerStructure(layer, attention, num_heads, keys.shape[1])
+    scale = keys.abs().amax(dim=2, keepdim=True)
+    scale = scale.clamp_min(1e-4 * scale.max())
+    if is_constant(keys, scale):
+        return known
+    rotary = seen.rotary(number)
+    if rotary is None:
+        return dataclasses.replace(
+            known,
+            obstacle=f"layer {number} turns its keys, but the rotation is not given to the layer as "
+            "`position_embeddings`, so it can't be undone and keys can't be stored free of their position",
+        )
+    cos_sin = seen.calls[number].position_embeddings
+    for rotation in candidate_rotations(attention, cos_sin[0], keys.shape[-1]):
+        with contextlib.suppress(RuntimeError):  # a candidate of the wrong width
+            if is_constant(rotation.undo(keys, cos_sin), scale):
+                return dataclasses.replace(known, rotary=rotary, rotation=rotation)
+    return dataclasses.replace(
+        known,
+        obstacle=f"the keys of layer {number} depend on their position, and the `apply_rotary_pos_emb(q, k, cos, sin)` of "
+        f"{inspect.getmodule(type(attention)).__name__} "  # type: ignore[union-attr]
+        "does not undo it, so keys can't be stored free of their position",
     )
 
 
-def attention_candidates(layer: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of a decoder layer that may call an attention function."""
-    for module in layer.modules():
-        if module is not layer and hasattr(module, "layer_idx") and hasattr(module, "config"):
-            yield module
+def keys_of_one_token(call: LayerCall, inputs: Tensor, layer: nn.Module, attention: nn.Module) -> Tensor:
+    """Return the keys `1 kv_heads tokens dim` that the layer makes when every token has the same hidden state."""
+    kept: list[Tensor] = []
+
+    def keep(local: Any, module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kept.append(key)
+        raise EnoughSeen
+
+    with handled_by({attention: keep}), contextlib.suppress(EnoughSeen), torch.no_grad():
+        call.replay(layer, inputs[:, :1].expand_as(inputs).contiguous())
+    return kept[0]
 
 
-def refuse_hidden_rotation(backbone: PreTrainedModel, layers: tuple[LayerStructure, ...]) -> None:
-    """Raise if the model rotates its keys where we can neither see nor undo it."""
-    has_rotary_modules = any("rotary" in type(module).__name__.lower() for module in backbone.modules())
-    for number, layer in enumerate(layers):
-        if layer.rotary is None and not has_rotary_modules:
-            continue  # absolute positions, ALiBi or none: nothing to undo
-        if layer.rotary is None or layer.rotation is None:
-            raise UnsupportedBackboneError(
-                f"{type(backbone).__name__}: layer {number} rotates its keys, but "
-                + ("its rotation is not given to the layer as `position_embeddings`" if layer.rotary is None else "")
-                + ("its file has no `apply_rotary_pos_emb(q, k, cos, sin)`" if layer.rotary is not None else "")
-                + ", so it can't be undone and keys can't be stored free of their position."
-            )
+def is_constant(keys: Tensor, scale: Tensor) -> bool:
+    """Return whether keys `1 kv_heads tokens dim` are the same at every position, each dimension to its own `scale`.
 
-
-class Observation:
-    """What one forward pass shows: attention modules, rotary embeddings, modules after the last layer."""
-
-    def __init__(self) -> None:
-        self.attention: dict[int, tuple[nn.Module, int, int]] = {}
-        self.position_embeddings: dict[int, Any] = {}
-        self.rotary_calls: list[tuple[RotaryEmbedding, Any]] = []
-        self.after_layers: list[nn.Module] = []
-        self.current_layer: int | None = None
-        self.num_layers = 0
-
-    @contextlib.contextmanager
-    def watching(self, decoder: nn.Module, layers: nn.ModuleList) -> Iterator[None]:
-        """Observe every forward pass inside the block."""
-        self.num_layers = len(layers)
-        handles = []
-        for number, layer in enumerate(layers):
-            handles.append(layer.register_forward_pre_hook(self.enter_layer(number), with_kwargs=True))
-        for child in decoder.children():
-            if child is not layers:
-                handles.append(child.register_forward_hook(self.leave_sibling))
-        for module in decoder.modules():
-            if "rotary" in type(module).__name__.lower():
-                handles.append(module.register_forward_hook(self.leave_rotary, with_kwargs=True))
-        watched = {module: self.see_attention for layer in layers for module in attention_candidates(layer)}
-        try:
-            with handled_by(watched):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def enter_layer(self, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.current_layer = number
-            self.position_embeddings[number] = kwargs.get("position_embeddings")
-            self.after_layers.clear()
-
-        return hook
-
-    def leave_sibling(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.current_layer == self.num_layers - 1:
-            self.after_layers.append(module)
-
-    def leave_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self.rotary_calls.append((RotaryEmbedding(module, args, dict(kwargs)), output))
-
-    def see_attention(
-        self, local: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        assert self.current_layer is not None
-        self.attention[self.current_layer] = (module, query.shape[1], key.shape[1])
-        return local(module, query, key, *args, **kwargs)
-
-    def layer_structure(self, number: int, layer: nn.Module) -> LayerStructure:
-        attention, num_heads, num_kv_heads = self.attention[number]
-        used = self.position_embeddings[number]
-        rotary = None
-        if isinstance(used, tuple):
-            rotary = next((call for call, output in self.rotary_calls if output[0] is used[0]), None)
-        return LayerStructure(layer, attention, num_heads, num_kv_heads, rotary, rotation_function(attention))
+    Not to one scale for all: trained models have dimensions a hundred times larger than others, which hardly turn.
+    """
+    return bool(((keys - keys[:, :, :1]).abs() <= POSITION_TOLERANCE * scale).all())

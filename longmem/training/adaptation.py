@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from longmem.backbone.structure import attention_candidates
 from longmem.memory import MemoryBank
 from longmem.modeling import LongMemForCausalLM
 
@@ -50,8 +50,8 @@ def adaptable_parameters(model: LongMemForCausalLM) -> dict[str, nn.Parameter]:
     for number, layer in enumerate(model.side_network.layers):
         if layer.memory_bias is None:
             continue
-        modules = attention_candidates(layer.get_submodule("layer"))
-        attention = {id(weight) for module in modules for weight in module.parameters()}
+        attends: Any = layer.attention
+        attention = {id(weight) for weight in attends.parameters()}
         for name, parameter in layer.named_parameters():
             if name == "memory_bias" or id(parameter) in attention:
                 chosen[f"layers.{number}.{name}"] = parameter

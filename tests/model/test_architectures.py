@@ -1,0 +1,124 @@
+"""Every architecture of the table passes every column, and what can't be supported says why."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from model import architectures
+from model.architectures import ARCHITECTURES, FORMS, REFUSED, build
+from model.conftest import SETTINGS
+from transformers import PreTrainedModel
+
+from longmem import LongMemForCausalLM, MemoryBank
+from longmem.backbone import Backbone, UnsupportedBackboneError
+
+
+@dataclasses.dataclass
+class Case:
+    """A model with a filled bank, and its logits."""
+
+    backbone: PreTrainedModel
+    model: LongMemForCausalLM
+    bank: MemoryBank
+    document: torch.Tensor
+    input_ids: torch.Tensor
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def case(request: pytest.FixtureRequest) -> Case:
+    backbone = build(request.param)
+    model = LongMemForCausalLM.from_backbone(backbone, **SETTINGS, **FORMS.get(request.param, {})).eval()
+    tokens = torch.randint(0, 97, (200,), generator=torch.Generator().manual_seed(5))
+    bank = MemoryBank.for_model(model, storage_dtype="float32")
+    model.memorize(bank, tokens[:152], document_id="a")
+    input_ids = tokens[152:].view(2, 24)
+    with torch.no_grad():
+        return Case(backbone, model, bank, tokens[:152], input_ids, model(input_ids, memory=bank).logits)
+
+
+@torch.no_grad()
+def test_with_an_empty_memory_it_is_the_backbone_and_memory_changes_it(case):
+    plain = case.backbone(case.input_ids).logits
+    for memory in (None, case.bank.empty_like()):
+        torch.testing.assert_close(case.model(case.input_ids, memory=memory).logits, plain, rtol=0, atol=1e-5)
+    assert (case.logits - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_no_logit_depends_on_later_tokens(case):
+    changed = case.input_ids.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % 97
+    logits = case.model(changed, memory=case.bank).logits
+    torch.testing.assert_close(logits[:, :12], case.logits[:, :12], rtol=1e-5, atol=1e-5)
+    assert (logits[:, 12] - case.logits[:, 12]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_decoding_with_a_cache_equals_the_full_forward(case):
+    cache, logits = None, []
+    for part in (case.input_ids[:, :10], *case.input_ids[:, 10:].split(1, dim=1)):
+        output = case.model(part, memory=case.bank, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), case.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_text_stored_from_another_position_is_read_the_same(case):
+    """Rotary models are encoded at other positions; others have their keys stored as the model makes them."""
+    structure = case.model._backbone.structure.layers[case.model.config.memory_layers[0]]
+    if structure.rotation is None:
+        assert structure.rotary is None
+        return
+    few = case.document[None, :16]  # four chunks, all of them read: no ranking that rounding could turn
+    logits = []
+    for shift in (0, 11):
+        bank = case.bank.empty_like()
+        keys, values = case.model.encode(few, position_ids=torch.arange(16)[None] + shift)
+        bank.add("a", [k[0] for k in keys], [v[0] for v in values])
+        logits.append(case.model(case.input_ids, memory=bank).logits)
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_side_network_gets_gradients(case):
+    case.model.train()
+    case.model(case.input_ids, memory=case.bank, labels=case.input_ids).loss.backward()
+    case.model.eval()
+    trained = {name for name, parameter in case.model.named_parameters() if parameter.grad is not None}
+    assert any(name.endswith("memory_bias") for name in trained)
+    assert all(name.startswith("side_network.") for name in trained)
+
+
+@torch.no_grad()
+def test_a_saved_model_comes_back_the_same(case, tmp_path):
+    biases = [layer.memory_bias for layer in case.model.side_network.layers if layer.memory_bias is not None]
+    for bias in biases:
+        bias += 1
+    case.model.save_pretrained(tmp_path)
+    loaded = LongMemForCausalLM.from_pretrained(tmp_path, backbone=case.backbone)
+    logits = loaded(case.input_ids, memory=case.bank).logits
+    torch.testing.assert_close(logits, case.model(case.input_ids, memory=case.bank).logits, rtol=0, atol=1e-6)
+    assert (logits - case.logits).abs().max() > 1e-4
+    for bias in biases:
+        bias -= 1
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_what_cannot_be_supported_is_refused_at_construction(model_type):
+    options, missing = REFUSED[model_type]
+    with pytest.raises(UnsupportedBackboneError, match=missing):
+        Backbone(build(model_type, options))
+
+
+def test_a_memory_layer_whose_keys_cannot_be_stored_is_refused():
+    with pytest.raises(UnsupportedBackboneError, match=r"`memory_layers` must be .* \[3\]"):
+        LongMemForCausalLM.from_backbone(build("llama4_text"), **SETTINGS)
+
+
+def test_the_docs_list_these_architectures():
+    path = Path(__file__).parents[2] / "docs" / "supported-models.md"
+    assert path.read_text(encoding="utf-8") == architectures.document(), "run `make docs`"
