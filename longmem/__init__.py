@@ -3,6 +3,7 @@
 from longmem.configuration import LongMemConfig
 from longmem.memory import MemoryBank
 from longmem.modeling import LongMemForCausalLM
+from longmem.streaming import MemoryStream
 
 __version__ = "0.1.0"
-__all__ = ["LongMemConfig", "LongMemForCausalLM", "MemoryBank"]
+__all__ = ["LongMemConfig", "LongMemForCausalLM", "MemoryBank", "MemoryStream"]

@@ -30,6 +30,7 @@ from longmem.input_checks import banks_per_lane, refuse_other_encoder, refuse_un
 from longmem.memorizing import memorize
 from longmem.memory import MemoryBank
 from longmem.side_network import SideNetwork, add_side_slots
+from longmem.streaming import MemoryStream, start_stream
 
 Memory = ReadableMemory | Sequence[ReadableMemory]
 
@@ -266,6 +267,30 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         """
         refuse_other_encoder(self, bank)
         return memorize(self, bank, text_or_ids, document_id, batch_size=batch_size, progress=progress)
+
+    def stream(
+        self,
+        memory: MemoryBank,
+        *,
+        document_id: str = "stream",
+        window: int | None = None,
+        keep: int | None = None,
+        seed: int = 0,
+    ) -> MemoryStream:
+        """Return a stream: unlimited tokens in and out, of which the bank gets those that leave the local window.
+
+        Args:
+            memory: the bank to read and to write to; it may hold other documents.
+            document_id: name of the stream's document in the bank; must be new to it.
+            window: tokens in the local window at most; default and upper limit are `segment_length`.
+            keep: tokens that stay when others leave; `window - keep` must be a multiple of the chunk size. Default: half.
+            seed: of the random numbers that sampling draws; they are the stream's own.
+
+        Raises:
+            ValueError: a size breaks these rules, the bank has the document already or is another encoder's.
+        """
+        refuse_other_encoder(self, memory)
+        return start_stream(self, memory, document_id, window, keep, seed)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
