@@ -148,7 +148,7 @@ class MemoryStream:
         cache: dict[str, Any] = {} if self._cache is None else {"past_key_values": self._cache}
         with own_random_numbers(self._device):
             set_random_state(self._state.random, self._device)
-            output: Any = self.model.generate(
+            output: Any = self.model.generate(  # type: ignore[misc]  # transformers names `self` by a protocol
                 local,
                 attention_mask=torch.ones_like(local),
                 memory=self.memory,
