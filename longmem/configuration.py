@@ -16,6 +16,11 @@ INHERITED_KEYS = frozenset(
 )
 # Layer types of transformers' hybrid models that hold no keys: state-space and convolution layers, lone MLPs.
 WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
+# Fields in which a side layer must be as the backbone, whose hidden states it adds and whose keys and values it reads.
+SHARED_WITH_BACKBONE = frozenset(
+    ("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads")
+    + ("head_dim", "vocab_size", "model_type")
+)
 DEFAULT_BIAS = {"joint": -1.0, "gated": 0.0}
 
 
@@ -31,8 +36,9 @@ class LongMemConfig(PreTrainedConfig):
         layer_reduction_factor: R; side layer i stands for backbone layers R*i to R*i+R-1. The paper uses 2. The default
             is 1, the side network starting at the first memory layer: it costs the same and reads better
             (`docs/experiments.md`).
-        memory_layers: backbone layers whose keys and values are stored, multiples of R; side layer `layer / R` reads
-            them. The paper stores one (the 18th of 24). Default: all from 8/15 to 4/5 of the stack.
+        memory_layers: backbone layers whose keys and values are stored; side layer `layer // R` reads them. Multiples of
+            R, or with `residual="paper"` any that have readers of their own. The paper stores one (the 18th of 24).
+            Default: all multiples of R from 8/15 to 4/5 of the stack.
         chunk_size: tokens of a chunk, the unit of retrieval (paper: 4).
         num_retrieved_tokens: K, tokens read by every query and head, a multiple of `chunk_size`. The paper reads 64; the
             default is 32, which halves the cost of reading and keeps most of the gain (`docs/experiments.md`).
@@ -45,6 +51,13 @@ class LongMemConfig(PreTrainedConfig):
         fusion: `"joint"` (one softmax over local and retrieved tokens) or `"gated"` (two, mixed per head: the paper).
         init: `"backbone"` copies layers; `"identity"`, for `residual="paper"`, also scales what every layer adds by a
             learned vector that starts at zero, so that training starts from the backbone's own function.
+        side_layer_offset: side layer i copies backbone layer `R * i` plus this; the released code has 1. This field and
+            the next three belong to `residual="paper"`.
+        num_side_layers: side layers, None for L / R. Where it is given, R need not divide L.
+        final_norm: what stands between the last side layer and the LM head: the `"backbone"`'s own, or a copy that the
+            `"side"` network trains, as in the released code.
+        side_layer_options: fields of the backbone's configuration that the side network has differently (activation,
+            epsilon, inner size); weights of another shape than the backbone's start as new ones do.
         memory_bias_init: start of the learned bias per head: added to retrieved scores (joint, default -1), or the
             gate before its sigmoid (gated, default 0 as in the paper).
     """
@@ -64,6 +77,10 @@ class LongMemConfig(PreTrainedConfig):
     residual_states: Literal["pre_norm", "post_norm"] = "pre_norm"
     fusion: Literal["joint", "gated"] = "joint"
     init: Literal["backbone", "identity"] = "backbone"
+    side_layer_offset: int = 0
+    num_side_layers: int | None = None
+    final_norm: Literal["backbone", "side"] = "backbone"
+    side_layer_options: dict[str, Any] | None = None
     memory_bias_init: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -74,7 +91,8 @@ class LongMemConfig(PreTrainedConfig):
         elif self.backbone_config is not None:
             self.backbone_config = copy.deepcopy(self.backbone_config)
         if self.memory_layers is None and self.backbone_config is not None:
-            self.memory_layers = default_memory_layers(self.get_text_config(), self.layer_reduction_factor)
+            depth = min(self.num_backbone_layers, self.layer_reduction_factor * self.side_layers.stop)
+            self.memory_layers = default_memory_layers(self.get_text_config(), self.layer_reduction_factor, depth)
         if self.memory_bias_init is None:
             self.memory_bias_init = DEFAULT_BIAS.get(self.fusion, 0.0)
         super().__post_init__(**kwargs)
@@ -97,8 +115,18 @@ class LongMemConfig(PreTrainedConfig):
 
     @property
     def side_layers(self) -> range:
-        """The side layers that are built; side layer i is a copy of backbone layer `R * i`."""
-        return range(self.first_side_layer, self.num_backbone_layers // self.layer_reduction_factor)
+        """The side layers that are built; side layer i is a copy of backbone layer `source_layer(i)`."""
+        last = self.num_side_layers or self.num_backbone_layers // self.layer_reduction_factor
+        return range(self.first_side_layer, last)
+
+    def source_layer(self, number: int) -> int:
+        """Return the backbone layer that a side layer copies, and as which it is called."""
+        return self.layer_reduction_factor * number + self.side_layer_offset
+
+    def memory_layer_of(self, number: int) -> int | None:
+        """Return the memory layer that a side layer reads, None if it reads none."""
+        read = (layer for layer in self.memory_layers or () if layer // self.layer_reduction_factor == number)
+        return next(read, None)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the backbone's text configuration: `generate` sizes its cache from it."""
@@ -138,6 +166,9 @@ class LongMemConfig(PreTrainedConfig):
                 '`residual_states="post_norm"` belongs to `residual="paper"`, got residual="substitute", where it would '
                 'put a normed state among raw ones; use `residual_states="pre_norm"`.'
             )
+        for name, usual in (("side_layer_offset", 0), ("num_side_layers", None), ("final_norm", "backbone")):
+            self._refuse_beside_substitute(name, getattr(self, name) == usual, usual)
+        self._refuse_beside_substitute("side_layer_options", not self.side_layer_options, None)
         if self.init == "identity" and self.residual != "paper":
             raise ValueError(
                 '`init="identity"` belongs to `residual="paper"`, got residual="substitute", which starts as the '
@@ -149,23 +180,30 @@ class LongMemConfig(PreTrainedConfig):
         if self.backbone_config is None:
             return
         num_layers, factor = self.num_backbone_layers, self.layer_reduction_factor
-        if num_layers % factor:
+        if num_layers % factor and self.num_side_layers is None:
             divisors = [str(n) for n in range(1, num_layers + 1) if num_layers % n == 0]
             raise ValueError(
                 f"`layer_reduction_factor` must divide the backbone's {num_layers} layers, got {factor}; "
                 f"one of {', '.join(divisors)} does."
             )
+        self._validate_side_layers(num_layers, factor)
         layers = self.memory_layers or []
+        any_depth = self.residual == "paper"
+        readers = [layer // factor for layer in layers]
         if (
-            any(layer not in range(0, num_layers, factor) for layer in layers)
+            any(layer not in range(0, num_layers, 1 if any_depth else factor) for layer in layers)
+            or any(reader not in self.side_layers for reader in readers)
             or not layers
-            or sorted(set(layers)) != list(layers)
+            or sorted(set(readers if any_depth else layers)) != list(readers if any_depth else layers)
         ):
+            rule = "layers with readers of their own" if any_depth else f"multiples of `layer_reduction_factor` ({factor})"
+            depth = min(num_layers, factor * self.side_layers.stop) if any_depth else num_layers
             raise ValueError(
-                f"`memory_layers` must be ascending, different multiples of `layer_reduction_factor` ({factor}) below "
-                f"the backbone's {num_layers} layers, got {layers}; the default would be "
-                f"{default_memory_layers(self.get_text_config(), factor)}."
+                f"`memory_layers` must be ascending, different {rule} below the backbone's {num_layers} layers, got "
+                f"{layers}; side layer m // {factor} of {self.side_layers.stop} reads layer m; "
+                f"the default would be {default_memory_layers(self.get_text_config(), factor, depth)}."
             )
+        self._validate_side_layer_options()
         window = getattr(self.get_text_config(), "max_position_embeddings", None)
         if window and self.segment_length > window:
             raise ValueError(
@@ -173,19 +211,53 @@ class LongMemConfig(PreTrainedConfig):
                 f"(`max_position_embeddings`), got {self.segment_length}."
             )
 
+    def _refuse_beside_substitute(self, name: str, is_usual: bool, usual: Any) -> None:
+        if self.residual != "paper" and not is_usual:
+            raise ValueError(
+                f'`{name}` belongs to `residual="paper"`, got {getattr(self, name)!r} with residual="{self.residual}", '
+                f"whose side layers stand in for the layers they copy; leave it at {usual!r}."
+            )
 
-def default_memory_layers(backbone_config: PreTrainedConfig, factor: int) -> list[int]:
-    """Return the multiples of `factor` from 8/15 to 4/5 of the stack, at least one: layers 16 to 23 of 30.
+    def _validate_side_layers(self, num_layers: int, factor: int) -> None:
+        count = self.num_side_layers
+        if count is not None and count not in range(1, num_layers // factor + 1):
+            raise ValueError(
+                f"`num_side_layers` must be from 1 to {num_layers // factor} (a backbone of {num_layers} layers, "
+                f"`layer_reduction_factor` {factor}), got {count}."
+            )
+        room = num_layers - 1 - factor * (self.side_layers.stop - 1)
+        if self.side_layer_offset not in range(room + 1):
+            raise ValueError(
+                f"`side_layer_offset` must be from 0 to {room}, so that the last side layer has a layer to copy, "
+                f"got {self.side_layer_offset}."
+            )
+
+    def _validate_side_layer_options(self) -> None:
+        known = list(self.get_text_config().to_dict())
+        for name in self.side_layer_options or {}:
+            if name not in known:
+                raise ValueError(
+                    f"`side_layer_options` must name fields of {type(self.get_text_config()).__name__}, got `{name}`."
+                    f"{did_you_mean(name, known)}"
+                )
+            if name in SHARED_WITH_BACKBONE:
+                raise ValueError(
+                    f"`side_layer_options` can't change `{name}`, got {self.side_layer_options}: hidden states, keys and "
+                    "values are the backbone's; leave it out."
+                )
+
+
+def default_memory_layers(backbone_config: PreTrainedConfig, factor: int, depth: int) -> list[int]:
+    """Return the multiples of `factor` from 8/15 to 4/5 of `depth` layers, at least one: layers 16 to 23 of 30.
 
     Measured on SmolLM2-135M: reading below the middle harms an untrained side network, and reading in the last fifth
     costs more than it gains (`docs/experiments.md`). Layers of hybrid models that do not attend are passed over.
     """
-    num_layers = backbone_config.num_hidden_layers
-    layer_types = getattr(backbone_config, "layer_types", None) or ["full_attention"] * num_layers
-    start, end = num_layers * 8 // 15, num_layers * 4 // 5
-    candidates = [layer for layer in range(0, num_layers, factor) if layer_types[layer] not in WITHOUT_ATTENTION]
+    layer_types = getattr(backbone_config, "layer_types", None) or ["full_attention"] * depth
+    start, end = depth * 8 // 15, depth * 4 // 5
+    candidates = [layer for layer in range(0, depth, factor) if layer_types[layer] not in WITHOUT_ATTENTION]
     chosen = [layer for layer in candidates if start <= layer < end]
-    return chosen or sorted(candidates, key=lambda layer: abs(layer - num_layers // 2))[:1] or [0]
+    return chosen or sorted(candidates, key=lambda layer: abs(layer - depth // 2))[:1] or [0]
 
 
 def refuse_unknown_fields(config_class: type, given: dict[str, Any]) -> None:

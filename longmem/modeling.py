@@ -74,7 +74,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         self._backbone = Backbone(backbone)
         self.backbone = backbone
         refuse_unstorable_layers(config, self._backbone.structure)
-        self.side_network = SideNetwork(config, self._backbone.structure.layers)
+        self.side_network = SideNetwork(config, self._backbone)
         self._tokenizer = tokenizer
         self._fingerprint: str | None = None
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
@@ -220,7 +220,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             **inputs,
         )
         hidden_states, reads = self.side_network(states, banks)
-        logits = self._backbone.logits(hidden_states, logits_to_keep)
+        logits = self._backbone.logits(hidden_states, logits_to_keep, self.side_network.final_modules)
         loss = None
         if labels is not None:
             shared = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}

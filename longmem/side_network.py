@@ -10,41 +10,37 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from longmem.attention import MemoryRead, ReadableMemory, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
-from longmem.backbone.capture import BackboneStates
-from longmem.backbone.interception import handled_by, intercept_direct_calls, local_implementation
+from longmem.backbone.capture import Backbone, BackboneStates
+from longmem.backbone.interception import handled_by, local_implementation
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
+from longmem.side_copies import ModuleCopier
 
 
 class SideLayer(nn.Module):
-    """One side layer: a deep copy of a backbone layer, perhaps reading memory, perhaps with a learned output scale.
+    """One side layer: a copy of a backbone layer, perhaps reading memory, perhaps with a learned output scale.
 
     Args:
         config: the model's configuration.
-        number: i, the number of this side layer; it is copied from backbone layer `R * i`.
-        source: the backbone layer.
+        number: i, the number of this side layer; it is a copy of backbone layer `config.source_layer(i)`.
+        source: that backbone layer.
+        copier: what makes the copy.
         cache_slot: layer index that this layer's keys and values take in the shared cache.
     """
 
-    def __init__(self, config: LongMemConfig, number: int, source: LayerStructure, cache_slot: int) -> None:
+    def __init__(
+        self, config: LongMemConfig, number: int, source: LayerStructure, copier: ModuleCopier, cache_slot: int
+    ) -> None:
         super().__init__()
-        self.layer = copy.deepcopy(source.layer).requires_grad_(True)
-        # Hooks of the backbone came along with the copy; they record the backbone, not this layer.
-        for hooks in (self.layer._forward_pre_hooks, self.layer._forward_hooks):
-            hooks.clear()
-        for module in self.layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = cache_slot  # type: ignore[assignment]
-        self.source_layer = config.layer_reduction_factor * number
+        self.layer, attention = copier.layer(source, cache_slot)
+        self.source_layer = config.source_layer(number)
+        self.memory_layer = config.memory_layer_of(number)
         self.config = config
-        path = next(name for name, module in source.layer.named_modules() if module is source.attention)
-        self._attention = [self.layer.get_submodule(path)]  # in a list: it is registered once, inside `layer`
-        if self.attention is self.layer:
-            intercept_direct_calls(self.layer)
+        self._attention = [attention]  # in a list: it is registered once, inside `layer`
         self._source = source
         self.memory_bias: nn.Parameter | None = None
-        if self.source_layer in (config.memory_layers or ()):
-            refuse_local_implementation(config, self.attention)
+        if self.memory_layer is not None:
+            refuse_local_implementation(config, attention)
             start = torch.full((source.num_heads,), float(config.memory_bias_init or 0.0))
             self.memory_bias = nn.Parameter(start.to(next(self.layer.parameters()).device))
         self.output_scale: nn.Parameter | None = None
@@ -83,7 +79,8 @@ class SideLayer(nn.Module):
         """Return an attention handler that reads `memory` beside the local context."""
         config, source = self.config, self._source
         assert self.memory_bias is not None
-        bias = self.memory_bias
+        assert self.memory_layer is not None
+        bias, memory_layer = self.memory_bias, self.memory_layer
 
         def attend(
             local: Callable[..., tuple[Tensor, Tensor | None]],
@@ -104,7 +101,7 @@ class SideLayer(nn.Module):
             retrieved = read_memory(
                 memory_query,
                 memory,
-                self.source_layer,
+                memory_layer,
                 num_kv_heads=key.shape[1],
                 num_chunks=config.num_retrieved_tokens // config.chunk_size,
                 scaling=scaling,
@@ -128,17 +125,21 @@ class SideNetwork(nn.Module):
 
     Args:
         config: the model's configuration.
-        layers: the backbone's decoder layers.
+        backbone: the frozen model, whose modules are copied.
     """
 
-    def __init__(self, config: LongMemConfig, layers: Sequence[LayerStructure]) -> None:
+    def __init__(self, config: LongMemConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        factor = config.layer_reduction_factor
+        layers = backbone.structure.layers
+        copier = ModuleCopier(backbone.model, config.side_layer_options or {})
         self.layers = nn.ModuleList(
-            SideLayer(config, number, layers[factor * number], cache_slot=len(layers) + slot)
+            SideLayer(config, number, layers[config.source_layer(number)], copier, cache_slot=len(layers) + slot)
             for slot, number in enumerate(config.side_layers)
         )
+        self.final_modules: nn.ModuleList | None = None
+        if config.final_norm == "side":
+            self.final_modules = copier.modules(backbone.structure.final_modules)
 
     @property
     def hidden_layers(self) -> set[int]:

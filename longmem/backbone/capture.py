@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -132,19 +132,26 @@ class Backbone:
         self._record(states, (), handlers, input_ids, {"use_cache": False, **inputs})
         return [states.keys[layer] for layer in memory_layers], [states.values[layer] for layer in memory_layers]
 
-    def final_norm(self, hidden_states: Float[Tensor, "lanes tokens hidden"]) -> Float[Tensor, "lanes tokens hidden"]:
-        """Return the hidden states after what stands between the last layer and the LM head."""
-        for module in self.structure.final_modules:
+    def final_norm(
+        self, hidden_states: Float[Tensor, "lanes tokens hidden"], modules: Iterable[nn.Module] | None = None
+    ) -> Float[Tensor, "lanes tokens hidden"]:
+        """Return the hidden states after what stands between the last layer and the LM head, or after `modules`."""
+        for module in self.structure.final_modules if modules is None else modules:
             hidden_states = first(module(hidden_states))
         return hidden_states
 
     def logits(
-        self, hidden_states: Float[Tensor, "lanes tokens hidden"], logits_to_keep: int | Tensor = 0
+        self,
+        hidden_states: Float[Tensor, "lanes tokens hidden"],
+        logits_to_keep: int | Tensor = 0,
+        final_modules: Iterable[nn.Module] | None = None,
     ) -> Float[Tensor, "lanes kept vocabulary"]:
-        """Return the logits of hidden states as they leave the last layer: final norm, LM head, the model's own scaling."""
-        return self._head(
-            inputs_embeds=self.final_norm(hidden_states), logits_to_keep=logits_to_keep, use_cache=False
-        ).logits
+        """Return the logits of hidden states as they leave the last layer: final norm, LM head, the model's own scaling.
+
+        `final_modules`: to run in place of the backbone's own final norm.
+        """
+        normed = self.final_norm(hidden_states, final_modules)
+        return self._head(inputs_embeds=normed, logits_to_keep=logits_to_keep, use_cache=False).logits
 
     def _record(
         self,

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import longmem  # noqa: F401  makes the classes of this package known to transformers
+
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 NO_TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -16,6 +18,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "gpt_neox": dict(SMALL, max_position_embeddings=1024),
     "qwen3": dict(SMALL, num_key_value_heads=2, head_dim=16),
     "gemma2": dict(SMALL, num_key_value_heads=2, head_dim=16, sliding_window=8),
+    "newgpt": dict(SMALL),
 }
 SETTINGS = dict(segment_length=32, num_retrieved_tokens=16, memory_distance=8)
 
