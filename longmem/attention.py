@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,6 +90,7 @@ def read_memory(
     num_chunks: int,
     scaling: float,
     softcap: float | None = None,
+    rows: Int[Tensor, "lanes heads tokens chunks"] | None = None,
 ) -> Retrieved:
     """Return each query's attention over the `num_chunks` chunks whose mean keys have the largest inner product with it.
 
@@ -102,22 +103,34 @@ def read_memory(
         layer: the memory layer to read.
         scaling: factor on the scores before their softmax.
         softcap: bound of the scores, for models that have one.
+        rows: chunks found before, to read these instead of searching.
     """
     lanes, heads, tokens, _ = queries.shape
     parts: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor]] = []
     for bank in {id(bank): bank for bank in memory}.values():
         own = [lane for lane, candidate in enumerate(memory) if candidate is bank]
         folded = fold_groups(queries[own] if len(own) < lanes else queries, num_kv_heads)
-        if bank.is_empty:
-            rows = torch.full((*folded.shape[:2], num_chunks), -1, device=queries.device)
+        if rows is not None:
+            chosen = fold_groups(rows[own], num_kv_heads)
+        elif bank.is_empty:
+            chosen = torch.full((*folded.shape[:2], num_chunks), -1, device=queries.device)
         else:
-            rows = bank.search(layer, folded.detach(), num_chunks)[1].to(queries.device)
-        found = attend_rows(folded, rows, bank, layer, scaling, softcap)
-        unfolded = [unfold_groups(part, len(own), heads, tokens) for part in (*found, rows)]
+            chosen = bank.search(layer, folded.detach(), num_chunks)[1].to(queries.device)
+        found = attend_rows(folded, chosen, bank, layer, scaling, softcap)
+        unfolded = [unfold_groups(part, len(own), heads, tokens) for part in (*found, chosen)]
         parts.append((own, *unfolded))  # type: ignore[arg-type]
     order = torch.tensor([lane for own, *_ in parts for lane in own], device=queries.device).argsort()
-    output, logsumexp, chunk_weights, rows = (torch.cat(column)[order] for column in list(zip(*parts, strict=True))[1:])
-    return Retrieved(output, logsumexp, MemoryRead(layer, rows, chunk_weights.detach()))
+    columns = list(zip(*parts, strict=True))[1:]
+    output, logsumexp, chunk_weights, read_rows = (torch.cat(column)[order] for column in columns)
+    return Retrieved(output, logsumexp, MemoryRead(layer, read_rows, chunk_weights.detach()))
+
+
+def refuse_changed_memory() -> None:
+    """Raise: what was found before the backward pass is no longer where it was."""
+    raise RuntimeError(
+        "The memory bank moved or overwrote chunks between the forward and the backward pass; "
+        "call `backward()` before writing to the bank."
+    )
 
 
 def attend_rows(
@@ -137,10 +150,7 @@ def attend_rows(
 
     def block(some_queries: Tensor, some_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if bank.generation != generation:
-            raise RuntimeError(
-                "The memory bank moved or overwrote chunks between the forward and the backward pass; "
-                "call `backward()` before writing to the bank."
-            )
+            refuse_changed_memory()
         kv_heads, count, chunks = some_rows.shape
         keys, values = bank.gather(layer, some_rows.clamp_min(0).flatten(1))
         keys, values = (part.to(some_queries).unflatten(1, (count, chunks)).flatten(2, 3) for part in (keys, values))
@@ -167,8 +177,8 @@ def attend_rows(
 
 
 def fold_groups(
-    states: Float[Tensor, "lanes heads tokens dim"], num_kv_heads: int
-) -> Float[Tensor, "kv_heads queries dim"]:
+    states: Shaped[Tensor, "lanes heads tokens dim"], num_kv_heads: int
+) -> Shaped[Tensor, "kv_heads queries dim"]:
     """Return the states with lanes, the query heads of a group and tokens in one axis, one row of work per key-value head."""
     return states.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 3)
 

@@ -58,6 +58,8 @@ class LongMemConfig(PreTrainedConfig):
             `"side"` network trains, as in the released code.
         side_layer_options: fields of the backbone's configuration that the side network has differently (activation,
             epsilon, inner size); weights of another shape than the backbone's start as new ones do.
+        side_network_dtype: dtype of the side network's weights and of its computation, "float32", "bfloat16" or
+            "float16"; None for the backbone's. Train a half-precision backbone's side network in float32.
         memory_bias_init: start of the learned bias per head: added to retrieved scores (joint, default -1), or the
             gate before its sigmoid (gated, default 0 as in the paper).
     """
@@ -81,6 +83,7 @@ class LongMemConfig(PreTrainedConfig):
     num_side_layers: int | None = None
     final_norm: Literal["backbone", "side"] = "backbone"
     side_layer_options: dict[str, Any] | None = None
+    side_network_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     memory_bias_init: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -196,7 +199,9 @@ class LongMemConfig(PreTrainedConfig):
             or not layers
             or sorted(set(readers if any_depth else layers)) != list(readers if any_depth else layers)
         ):
-            rule = "layers with readers of their own" if any_depth else f"multiples of `layer_reduction_factor` ({factor})"
+            rule = (
+                "layers with readers of their own" if any_depth else f"multiples of `layer_reduction_factor` ({factor})"
+            )
             depth = min(num_layers, factor * self.side_layers.stop) if any_depth else num_layers
             raise ValueError(
                 f"`memory_layers` must be ascending, different {rule} below the backbone's {num_layers} layers, got "

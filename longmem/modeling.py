@@ -63,7 +63,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
     config: LongMemConfig  # transformers reads the configuration class from this annotation
     base_model_prefix = "side_network"
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(
@@ -202,6 +202,10 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         """
         refuse_unknown_inputs(kwargs)
         banks = None if memory is None else banks_per_lane(self, memory, input_ids.shape[0])
+        if use_cache and self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "`use_cache` must be False in training with gradient checkpointing, which would fill the cache twice, got True."
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.get_text_config())
         if past_key_values is not None:
@@ -321,7 +325,9 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         """Raise if copies of the backbone's layers, called as the backbone calls its own, do not give its logits."""
         tokens = probe_ids(self.backbone)
         expected, found = self.backbone(tokens, use_cache=False).logits, self(tokens).logits
-        if not torch.allclose(found, expected, atol=1e-3, rtol=1e-3):
+        # Copies in another dtype round otherwise: then a mistake must be larger than that to be told from it.
+        tolerance = 1e-3 if self.side_network.dtype == self.backbone.dtype else 0.1
+        if not torch.allclose(found, expected, atol=tolerance * max(expected.abs().max().item(), 1), rtol=0):
             raise UnsupportedBackboneError(
                 f"{type(self.backbone).__name__}: copies of its upper layers give logits that differ from its own by "
                 f"{(found - expected).abs().max():.3g}; its layers do more than their arguments say."
@@ -340,6 +346,28 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
         """Set whether the side network is trained; the backbone never is."""
         self.side_network.requires_grad_(requires_grad)
         return self
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        """Switch recomputation of side layers in the backward pass; the backbone keeps nothing for a backward pass anyway.
+
+        transformers' own method, private but meant to be overridden (5.23), would reach the layers inside ours.
+
+        Raises:
+            ValueError: reentrant checkpointing is asked for; it passes no gradient to the first side layer.
+        """
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "`use_reentrant` must be False: what enters the first side layer has no gradient, got True; leave it out."
+            )
+        layers: list[Any] = list(self.side_network.layers)
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = enable and number % every_n_layers == 0
+            layer._gradient_checkpointing_func = gradient_checkpointing_func
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: the side network gets its gradients whatever enters it."""
 
     def get_input_embeddings(self) -> Any:
         """Return the backbone's token embeddings."""

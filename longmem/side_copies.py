@@ -9,7 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longmem.backbone.interception import calls_registry, intercept, intercept_direct_calls
-from longmem.backbone.structure import LayerStructure
+from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
+
+UNIT_VECTORS = 1024  # columns of a quantized weight that are asked for at once
 
 
 class ModuleCopier:
@@ -18,9 +20,12 @@ class ModuleCopier:
     Args:
         backbone: the causal LM; nothing of it is changed.
         options: fields of its configuration that the copies have differently; empty for plain copies.
+        dtype: of the copies, None for the backbone's.
     """
 
-    def __init__(self, backbone: PreTrainedModel, options: dict[str, Any]) -> None:
+    def __init__(self, backbone: PreTrainedModel, options: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
+        self._backbone_dtype = backbone.dtype
         self._paths = {module: path for path, module in backbone.named_modules()}
         self._changed: PreTrainedModel | None = None
         if options:
@@ -56,10 +61,23 @@ class ModuleCopier:
         return nn.ModuleList(self.module(source) for source in sources)
 
     def module(self, source: nn.Module) -> nn.Module:
-        """Return a trainable copy: the backbone's weights, or new ones where the options changed their shape."""
-        if self._changed is None:
-            return copy.deepcopy(source).requires_grad_(True)
-        blank = self._changed.get_submodule(self._paths[source])
+        """Return a trainable copy: the backbone's weights, or new ones where the options changed their shape.
+
+        Raises:
+            UnsupportedBackboneError: the weights are not on a device but offloaded.
+        """
+        refuse_offloaded(source)
+        made = self._plain(source) if self._changed is None else self._with_options(source, self._changed)
+        return made.to(self._dtype).requires_grad_(True)
+
+    def _plain(self, source: nn.Module) -> nn.Module:
+        quantized = {module for module in source.modules() if is_quantized_linear(module)}
+        # A copy takes what its memo holds for a module, here a linear layer that can be trained.
+        memo: dict[int, Any] = {id(module): plain_linear(module, self._backbone_dtype) for module in quantized}
+        return copy.deepcopy(source, memo)
+
+    def _with_options(self, source: nn.Module, changed: PreTrainedModel) -> nn.Module:
+        blank = changed.get_submodule(self._paths[source])
         reference = next((tensor for tensor in source.parameters() if tensor.is_floating_point()), None)
         if reference is None:
             return copy.deepcopy(source)
@@ -67,8 +85,45 @@ class ModuleCopier:
         given = dict(source.named_parameters()) | dict(source.named_buffers())
         with torch.no_grad():
             for module in made.modules():
-                self._changed._init_weights(module)
+                changed._init_weights(module)
             for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
                 if name in given and given[name].shape == tensor.shape:
                     tensor.copy_(given[name])
-        return made.requires_grad_(True)
+        return made
+
+
+def refuse_offloaded(source: nn.Module) -> None:
+    """Raise if weights of the module are not on any device, but brought to one for each forward pass."""
+    if any(parameter.device.type == "meta" for parameter in source.parameters()):
+        raise UnsupportedBackboneError(
+            "a layer that the side network copies is offloaded to the CPU or to disk by the device map, so there is nothing "
+            "to train; place the layers from the first memory layer on, and the final norm, on a device."
+        )
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Return whether the module is a linear layer whose weight is not a plain floating-point tensor."""
+    if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        return False
+    weight = getattr(module, "weight", None)
+    return type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or not weight.is_floating_point()
+
+
+@torch.no_grad()
+def plain_linear(module: Any, dtype: torch.dtype) -> nn.Linear:
+    """Return a linear layer with the weights that a quantized one computes with, whatever library quantized it.
+
+    Its outputs for the unit vectors are the columns of its weight.
+    """
+    device = next(tensor.device for tensor in [*module.parameters(), *module.buffers()])
+    bias = module(torch.zeros(1, module.in_features, dtype=dtype, device=device))[0]
+    has_bias = getattr(module, "bias", None) is not None
+    plain = nn.Linear(module.in_features, module.out_features, bias=has_bias, device=device, dtype=dtype)
+    for start in range(0, module.in_features, UNIT_VECTORS):
+        stop = min(start + UNIT_VECTORS, module.in_features)
+        units = torch.zeros(stop - start, module.in_features, dtype=dtype, device=device)
+        units[:, start:stop].fill_diagonal_(1)
+        plain.weight[:, start:stop] = (module(units) - bias).T
+    if has_bias:
+        plain.bias.copy_(bias)
+    return plain

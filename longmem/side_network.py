@@ -2,18 +2,20 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
-from longmem.attention import MemoryRead, ReadableMemory, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
+from longmem.attention import MemoryRead, ReadableMemory
 from longmem.backbone.capture import Backbone, BackboneStates
 from longmem.backbone.interception import handled_by, local_implementation
+from longmem.backbone.observation import LayerCall
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
+from longmem.reading import MemoryReader
 from longmem.side_copies import ModuleCopier
 
 
@@ -34,6 +36,8 @@ class SideLayer(nn.Module):
         super().__init__()
         self.layer, attention = copier.layer(source, cache_slot)
         self.source_layer = config.source_layer(number)
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
         self.memory_layer = config.memory_layer_of(number)
         self.config = config
         self._attention = [attention]  # in a list: it is registered once, inside `layer`
@@ -57,67 +61,37 @@ class SideLayer(nn.Module):
     def forward(
         self,
         hidden_states: Float[Tensor, "lanes tokens hidden"],
-        states: BackboneStates,
+        call: LayerCall,
         memory: Sequence[ReadableMemory] | None,
-        reads: list[MemoryRead],
-    ) -> Float[Tensor, "lanes tokens hidden"]:
-        """Return the layer's output, without the cross-network residual; appends what was read to `reads`."""
-        call = states.calls[self.source_layer]
-        if memory is None or self.memory_bias is None:
+    ) -> tuple[Float[Tensor, "lanes tokens hidden"], MemoryRead | None]:
+        """Return the layer's output, without the cross-network residual, and what it read.
+
+        Args:
+            hidden_states: what enters the layer.
+            call: how the backbone called the layer that this one copies.
+            memory: one bank for each lane, or None to read nothing.
+        """
+        reader = None
+        if memory is not None and self.memory_bias is not None and self.memory_layer is not None:
+            positions = call.kwargs.get("position_embeddings")
+            reader = MemoryReader(self.config, self.memory_layer, self._source, self.memory_bias, memory, positions)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # Around all of it: in the backward pass, the handler would no longer be there for a layer that recomputes
+            # itself alone.
+            output = self._gradient_checkpointing_func(self._compute, hidden_states, call, reader)
+        else:
+            output = self._compute(hidden_states, call, reader)
+        return output, None if reader is None else reader.read
+
+    def _compute(self, hidden_states: Tensor, call: LayerCall, reader: MemoryReader | None) -> Tensor:
+        if reader is None:
             output = call.replay(self.layer, hidden_states)
         else:
-            handler = self._reader(memory, call.kwargs.get("position_embeddings"), reads)
-            with handled_by({self.attention: handler}):
+            with handled_by({self.attention: reader}):
                 output = call.replay(self.layer, hidden_states)
         if self.output_scale is not None:
             output = hidden_states + self.output_scale.to(output.dtype) * (output - hidden_states)
         return output
-
-    def _reader(
-        self, memory: Sequence[ReadableMemory], position_embeddings: Any, reads: list[MemoryRead]
-    ) -> Callable[..., tuple[Tensor, None]]:
-        """Return an attention handler that reads `memory` beside the local context."""
-        config, source = self.config, self._source
-        assert self.memory_bias is not None
-        assert self.memory_layer is not None
-        bias, memory_layer = self.memory_bias, self.memory_layer
-
-        def attend(
-            local: Callable[..., tuple[Tensor, Tensor | None]],
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            scaling: float | None = None,
-            softcap: float | None = None,
-            **kwargs: Any,
-        ) -> tuple[Tensor, None]:
-            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            memory_query = query
-            if source.rotation is not None and source.rotary is not None:
-                there = source.rotary.at(config.memory_distance, query)
-                memory_query = source.rotation.move_queries(query, position_embeddings, there)
-            retrieved = read_memory(
-                memory_query,
-                memory,
-                memory_layer,
-                num_kv_heads=key.shape[1],
-                num_chunks=config.num_retrieved_tokens // config.chunk_size,
-                scaling=scaling,
-                softcap=softcap,
-            )
-            reads.append(retrieved.read)
-            arguments = query, key, value, attention_mask
-            if config.fusion == "gated":
-                capped = {} if softcap is None else {"softcap": softcap}
-                output, _ = local(module, *arguments, scaling=scaling, **capped, **kwargs)
-                return fuse_gated(output, retrieved, bias), None
-            if softcap is not None:
-                return fuse_joint_plain(*arguments, retrieved, bias, scaling, softcap), None
-            return fuse_joint(local, module, *arguments, retrieved, bias, scaling, **kwargs), None
-
-        return attend
 
 
 class SideNetwork(nn.Module):
@@ -132,7 +106,8 @@ class SideNetwork(nn.Module):
         super().__init__()
         self.config = config
         layers = backbone.structure.layers
-        copier = ModuleCopier(backbone.model, config.side_layer_options or {})
+        dtype = None if config.side_network_dtype is None else getattr(torch, config.side_network_dtype)
+        copier = ModuleCopier(backbone.model, config.side_layer_options or {}, dtype)
         self.layers = nn.ModuleList(
             SideLayer(config, number, layers[config.source_layer(number)], copier, cache_slot=len(layers) + slot)
             for slot, number in enumerate(config.side_layers)
@@ -168,14 +143,26 @@ class SideNetwork(nn.Module):
         """
         if memory is not None and all(bank.is_empty for bank in memory):
             memory = None
+        dtype = self.dtype
         reads: list[MemoryRead] = []
-        hidden_states = states.hidden_states[self.config.layer_reduction_factor * self.config.first_side_layer]
+        hidden_states = states.hidden_states[self.config.layer_reduction_factor * self.config.first_side_layer].to(
+            dtype
+        )
         for number, layer in zip(self.config.side_layers, self.layers, strict=True):
-            hidden_states = layer(hidden_states, states, memory, reads)
+            call = states.calls[self.config.source_layer(number)].to(dtype)
+            hidden_states, read = layer(hidden_states, call, memory)
+            if read is not None:
+                reads.append(read)
             if ends := self.residual_ends(number):
                 upper, lower = ends
-                hidden_states = hidden_states + (self._upper_state(states, upper) - states.hidden_states[lower])
+                passed = self._upper_state(states, upper).to(dtype) - states.hidden_states[lower].to(dtype)
+                hidden_states = hidden_states + passed
         return hidden_states, reads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the side network computes: that of its weights."""
+        return next(parameter.dtype for name, parameter in self.named_parameters() if "memory_bias" not in name)
 
     def _upper_state(self, states: BackboneStates, number: int) -> Tensor:
         if states.final_states is not None and number == self.config.num_backbone_layers:

@@ -150,7 +150,9 @@ class Backbone:
 
         `final_modules`: to run in place of the backbone's own final norm.
         """
-        normed = self.final_norm(hidden_states, final_modules)
+        if final_modules is None:
+            hidden_states = hidden_states.to(self.model.dtype)
+        normed = self.final_norm(hidden_states, final_modules).to(self.model.dtype)
         return self._head(inputs_embeds=normed, logits_to_keep=logits_to_keep, use_cache=False).logits
 
     def _record(

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,6 +24,17 @@ class LayerCall:
     def position_embeddings(self) -> CosSin:
         """Cosines and sines that the layer was given."""
         return self.kwargs["position_embeddings"]
+
+    def to(self, dtype: torch.dtype) -> "LayerCall":
+        """Return the call with floating-point arguments (cosines and sines, additive masks) in another dtype."""
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(cast, value))
+            is_other = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
+            return value.to(dtype) if is_other else value
+
+        return LayerCall(cast(self.args), {name: cast(value) for name, value in self.kwargs.items()})
 
     def replay(self, layer: nn.Module, hidden_states: Tensor) -> Float[Tensor, "lanes tokens hidden"]:
         """Return the output of another layer for `hidden_states`, called the same way."""
