@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -65,8 +67,17 @@ def encoder_fingerprint(
     }
     for name, tensor in model.named_parameters():
         if id(tensor) not in above:
-            values = tensor.detach().cpu().contiguous()
+            values = on_cpu(model, name, tensor)
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
             digest.update(values.flatten().view(torch.uint8).numpy().data)
     digest.update(repr(sorted(recipe.items())).encode())
     return digest.hexdigest()
+
+
+def on_cpu(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+    """Return the values of a parameter; one that a device map has offloaded is fetched for the moment."""
+    if not tensor.is_meta:
+        values = tensor.detach().cpu()
+        return (values if type(values) is Tensor else values.dequantize()).contiguous()
+    with align_module_device(model.get_submodule(name.rpartition(".")[0]), torch.device("cpu")):
+        return model.get_parameter(name).detach().clone()
