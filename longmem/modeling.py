@@ -146,6 +146,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{folder} does not name its backbone (it was made from a model without a name); "
                     "pass `backbone=` with that model."
                 )
+            config.backbone_name_or_path = saving.backbone_location(folder, config.backbone_name_or_path)
             backbone = load_backbone(config.backbone_name_or_path, config.backbone_revision, **loading)
         saving.refuse_other_backbone(config, backbone)
         model = cls(config, backbone)
