@@ -146,17 +146,21 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=TeachingFormatter,
     )
     uses = official.add_subparsers(dest="action", required=True, metavar="ACTION")
-    convert = add(uses, "convert", "official:convert_checkpoints", "write its checkpoints as a model of this package", "")
+    convert = add(
+        uses, "convert", "official:convert_checkpoints", "write its checkpoints as a model of this package", ""
+    )
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of the side network (.pt)")
     convert.add_argument("backbone", type=Path, metavar="BACKBONE_CHECKPOINT", help="of its NewGPT backbone (.pt)")
     convert.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
     compare = add(uses, "compare", "official:compare_with_recording", "replay a recording, print the differences", "")
-    compare.add_argument("recording", type=Path, metavar="RECORDING", help="safetensors file; settings (.json) beside it")
+    compare.add_argument(
+        "recording", type=Path, metavar="RECORDING", help="safetensors file; settings (.json) beside it"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 (or what it says), 2 after an error that a user can mend (told in one line), or 130 when interrupted."""
+    """Run one command; return 0 or what it says, 2 after an error that a user can mend (told in one line), 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
     module, function = arguments.does.split(":")
     try:

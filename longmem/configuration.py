@@ -184,7 +184,8 @@ class LongMemConfig(PreTrainedConfig):
                 f"`layer_reduction_factor` must divide the backbone's {num_layers} layers, got {factor}; "
                 f"one of {', '.join(divisors)} does."
             )
-        self._validate_side_layers(num_layers, factor)
+        if self.residual == "paper":
+            self._validate_side_layers(num_layers, factor)
         layers = self.memory_layers or []
         any_depth = self.residual == "paper"
         readers = [layer // factor for layer in layers]
@@ -194,7 +195,9 @@ class LongMemConfig(PreTrainedConfig):
             or not layers
             or sorted(set(readers if any_depth else layers)) != list(readers if any_depth else layers)
         ):
-            rule = "layers with readers of their own" if any_depth else f"multiples of `layer_reduction_factor` ({factor})"
+            rule = (
+                "layers with readers of their own" if any_depth else f"multiples of `layer_reduction_factor` ({factor})"
+            )
             depth = min(num_layers, factor * self.side_layers.stop) if any_depth else num_layers
             raise ValueError(
                 f"`memory_layers` must be ascending, different {rule} below the backbone's {num_layers} layers, got "

@@ -208,11 +208,12 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             inputs[name] = value
         if position_ids is not None:
             inputs["position_ids"] = position_ids
+        hidden_layers = self.side_network.hidden_layers
         states = self._backbone.run(
             input_ids,
-            hidden_layers=self.side_network.hidden_layers,
+            hidden_layers=hidden_layers,
             memory_layers=self.config.memory_layers or (),
-            with_final_states=self.config.residual_states == "post_norm",
+            with_final_states=self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers,
             **inputs,
         )
         hidden_states, reads = self.side_network(states, banks)

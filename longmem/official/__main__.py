@@ -15,7 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m longmem.official", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     compare = commands.add_parser("compare", help="replay a recording and print the differences")
-    compare.add_argument("recording", type=Path, metavar="RECORDING", help="safetensors file; its settings are beside it")
+    compare.add_argument(
+        "recording", type=Path, metavar="RECORDING", help="safetensors file; its settings are beside it"
+    )
     arguments = parser.parse_args(argv)
     try:
         agrees = show_comparison(arguments.recording, Console(highlight=False, soft_wrap=True))

@@ -59,7 +59,9 @@ class Checkpoint:
     def setting(self, name: str) -> Any:
         """Return a setting. Raises ValueError if the checkpoint does not tell it."""
         if self.settings.get(name) is None:
-            raise ValueError(f"{self.path} does not tell `{name}`: it is neither in its `cfg['model']` nor in its `args`.")
+            raise ValueError(
+                f"{self.path} does not tell `{name}`: it is neither in its `cfg['model']` nor in its `args`."
+            )
         return self.settings[name]
 
 

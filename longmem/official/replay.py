@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from longmem.modeling import LongMemForCausalLM
@@ -40,9 +39,7 @@ INPUTS = ("input_ids", "target")
 UNKNOWN = "not compared"  # the family of names that nothing here answers to
 
 
-def replay(
-    recording: Recording, model: LongMemForCausalLM, run: str, *, is_fed: bool
-) -> Iterator[tuple[str, float]]:
+def replay(recording: Recording, model: LongMemForCausalLM, run: str, *, is_fed: bool) -> Iterator[tuple[str, float]]:
     """Yield (family, difference) for every recorded tensor of a run.
 
     Args:
@@ -58,9 +55,7 @@ def replay(
     for number in recording.runs[run]:
         recorded = without_sentinels(recording.step(run, number))
         values = memory_values(memory, "before")
-        forward, select = forward_values(
-            model, memory, recorded["input_ids"], recorded.get("target"), recording.pad_id
-        )
+        forward, select = forward_values(model, memory, recorded["input_ids"], recorded.get("target"), recording.pad_id)
         values |= forward
         for name, parameter in model.side_network.named_parameters():
             if parameter.grad is not None:

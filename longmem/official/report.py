@@ -34,11 +34,11 @@ def print_comparison(result: Comparison, console: Console) -> None:
     for run, reason in result.skipped.items():
         console.print(f"Skipped {run}: {reason}.", markup=False)
     console.print(
-        "Differences are absolute, of scores relative to the largest one, of the loss per token; the last lines of the table "
-        "are counts. Where there is padding, outputs "
-        "are compared at tokens: the released memory layer lets padding see padding, this package does not. Under "
-        '"recorded k, v" the runs with float16 rows are replayed again while the recorded float32 keys and values are written, so no rounding of a row can fall another way; '
-        f"that column and the first must be within {TOLERANCE:g}, and make the figure below."
+        "Differences are absolute; of scores relative to the largest one, of the loss per token. The last lines of the table "
+        "are counts. Where there is padding, outputs are compared at tokens: the released memory layer lets padding see "
+        "padding, this package does not. For the last column the runs with float16 rows are replayed again while the "
+        "recorded float32 keys and values are written, so that no rounding of a row can fall another way. That column and "
+        f"the first must be within {TOLERANCE:g}, and make the figure below."
     )
     console.print(f"worst {result.worst:.3g} over {len(result.replayed)} runs")
 

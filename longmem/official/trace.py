@@ -132,4 +132,8 @@ def memory_values(memory: OfficialMemory, when: str) -> Values:
     counters = {f"memory/ntotal_{when}": count, f"memory/dstore_{when}": count}
     if when == "before" or not memory.keys.numel():
         return counters
-    return counters | {"memory/index_keys": memory.search_keys, "memory/keys": memory.keys, "memory/vals": memory.values}
+    return counters | {
+        "memory/index_keys": memory.search_keys,
+        "memory/keys": memory.keys,
+        "memory/vals": memory.values,
+    }

@@ -4,10 +4,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from longmem.backbone.newgpt import NewGPTForCausalLM
-from longmem.configuration import LongMemConfig
 from longmem.configuration_newgpt import NewGPTConfig
 from longmem.modeling import LongMemForCausalLM
 from longmem.saving import load_strictly
@@ -104,7 +105,8 @@ def build_backbone(weights: Mapping[str, Tensor], num_heads: int, **fields: Any)
         intermediate_size=needed(weights, "transformer.h.0.mlp.fc_in.weight", "the backbone").shape[0],
         **{"layer_norm_eps": BACKBONE_EPS, **fields},
     )
-    model = NewGPTForCausalLM(config).to(embeddings.dtype)
+    model = NewGPTForCausalLM(config)
+    torch.nn.Module.to(model, embeddings.dtype)
     load_strictly(model, weights, "the backbone's checkpoint")
     return model.eval()
 
@@ -149,20 +151,23 @@ def build_model(
     }
     # Its `--reload-ptm-layer` copies the layer after the first of each group (E16); at factor 1 there is none.
     last = backbone.config.num_hidden_layers - 1
-    model = LongMemForCausalLM.from_backbone(
-        backbone,
-        layer_reduction_factor=factor,
-        num_side_layers=num_side_layers,
-        side_layer_offset=1 if factor * (num_side_layers - 1) < last else 0,
-        memory_layers=[retrieval_layer],
-        chunk_size=chunk_size,
-        num_retrieved_tokens=num_retrieved_tokens,
-        residual="paper",
-        residual_states="post_norm",
-        fusion="gated",
-        final_norm="side",
-        side_layer_options=options,
-        **fields,
-    )
+    try:
+        model = LongMemForCausalLM.from_backbone(
+            backbone,
+            layer_reduction_factor=factor,
+            num_side_layers=num_side_layers,
+            side_layer_offset=1 if factor * (num_side_layers - 1) < last else 0,
+            memory_layers=[retrieval_layer],
+            chunk_size=chunk_size,
+            num_retrieved_tokens=num_retrieved_tokens,
+            residual="paper",
+            residual_states="post_norm",
+            fusion="gated",
+            final_norm="side",
+            side_layer_options=options,
+            **fields,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(f"the released settings have no form here: {error.__cause__ or error}") from error
     load_strictly(model.side_network, weights, "the side network's checkpoint")
     return model.eval()
