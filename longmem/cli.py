@@ -57,6 +57,13 @@ examples:
   longmem demo --file book.txt --output book-demo
   longmem demo --steps 8 --windows 4               quicker, rougher
 """
+OFFICIAL_EXAMPLES = """\
+examples:
+  longmem official convert checkpoint.pt newgpt.pt longmem-released   then: LongMemForCausalLM.from_pretrained
+  longmem official compare recording.safetensors                      exit code 1 if a float32 run is off
+
+The released code is github.com/Victorwz/LongMem; docs/paper-differences.md says how this package differs from it.
+"""
 
 
 class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -130,15 +137,34 @@ def build_parser() -> argparse.ArgumentParser:
     add(actions, "info", "bank:show_info", "show sizes and settings of a bank", "", bank)
     delete = add(actions, "delete", "bank:delete_documents", "delete documents from a bank", "", bank)
     delete.add_argument("documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them")
+
+    official = commands.add_parser(
+        "official",
+        help="use what the released code wrote",
+        description="Use what the released code of the paper wrote.",
+        epilog=OFFICIAL_EXAMPLES,
+        formatter_class=TeachingFormatter,
+    )
+    uses = official.add_subparsers(dest="action", required=True, metavar="ACTION")
+    convert = add(
+        uses, "convert", "official:convert_checkpoints", "write its checkpoints as a model of this package", ""
+    )
+    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of the side network (.pt)")
+    convert.add_argument("backbone", type=Path, metavar="BACKBONE_CHECKPOINT", help="of its NewGPT backbone (.pt)")
+    convert.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
+    compare = add(uses, "compare", "official:compare_with_recording", "replay a recording, print the differences", "")
+    compare.add_argument(
+        "recording", type=Path, metavar="RECORDING", help="safetensors file; settings (.json) beside it"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 2 after an error that a user can mend (told in one line), or 130 when interrupted."""
+    """Run one command; return 0 or what it says, 2 after an error that a user can mend (told in one line), 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
     module, function = arguments.does.split(":")
     try:
-        getattr(importlib.import_module(f"longmem.commands.{module}"), function)(arguments)
+        code = getattr(importlib.import_module(f"longmem.commands.{module}"), function)(arguments)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if arguments.debug:
             raise
@@ -147,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("longmem: interrupted; what was on disk before is unchanged.", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -189,7 +189,8 @@ class LongMemConfig(PreTrainedConfig):
                 f"`layer_reduction_factor` must divide the backbone's {num_layers} layers, got {factor}; "
                 f"one of {', '.join(divisors)} does."
             )
-        self._validate_side_layers(num_layers, factor)
+        if self.residual == "paper":
+            self._validate_side_layers(num_layers, factor)
         layers = self.memory_layers or []
         any_depth = self.residual == "paper"
         readers = [layer // factor for layer in layers]

@@ -151,6 +151,7 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{folder} does not name its backbone (it was made from a model without a name); "
                     "pass `backbone=` with that model."
                 )
+            config.backbone_name_or_path = saving.backbone_location(folder, config.backbone_name_or_path)
             backbone = load_backbone(config.backbone_name_or_path, config.backbone_revision, **loading)
         saving.refuse_other_backbone(config, backbone)
         model = cls(config, backbone)
@@ -216,11 +217,12 @@ class LongMemForCausalLM(PreTrainedModel, GenerationMixin):
             inputs[name] = value
         if position_ids is not None:
             inputs["position_ids"] = position_ids
+        hidden_layers = self.side_network.hidden_layers
         states = self._backbone.run(
             input_ids,
-            hidden_layers=self.side_network.hidden_layers,
+            hidden_layers=hidden_layers,
             memory_layers=self.config.memory_layers or (),
-            with_final_states=self.config.residual_states == "post_norm",
+            with_final_states=self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers,
             **inputs,
         )
         hidden_states, reads = self.side_network(states, banks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +68,18 @@ def local_folder(name_or_path: str | PathLike[str], revision: str | None) -> Pat
     return folder
 
 
+def backbone_location(folder: Path, name: str) -> str:
+    """Return where to open a backbone: inside the model's folder if its name is a folder there, else by its name."""
+    return str((folder / name).resolve()) if (folder / name).is_dir() else name
+
+
+def name_from(folder: Path, name: str | None) -> str | None:
+    """Return how a model in `folder` names its backbone: by a relative path if it is inside, so that both can move."""
+    if name and Path(name).is_dir() and Path(name).resolve().is_relative_to(folder.resolve()):
+        return Path(name).resolve().relative_to(folder.resolve()).as_posix()
+    return name
+
+
 def save_model(model: LongMemForCausalLM, save_directory: str | PathLike[str], **options: Any) -> None:
     """Write side network, configuration, generation configuration and model card to a folder.
 
@@ -84,9 +98,11 @@ def save_model(model: LongMemForCausalLM, save_directory: str | PathLike[str], *
     own = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     save_torch_state_dict(own, folder)
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.backbone_name_or_path = name_from(folder, config.backbone_name_or_path)
+    config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(model.config), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
     if push_to_hub:
         from huggingface_hub import upload_folder
 
@@ -121,16 +137,21 @@ def load_side_network(side_network: nn.Module, folder: Path) -> None:
             found |= load_state_dict_from_file(file)
         except Exception as error:
             raise ValueError(f"{file} can't be read, it is damaged or incomplete: {error}") from error
-    expected = {PREFIX + name: tensor for name, tensor in side_network.state_dict().items()}
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    reshaped = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
+    load_strictly(side_network, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}, str(folder))
+
+
+def load_strictly(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
+    """Load weights, all of them and nothing else. Raises ValueError, with `where` they are from, if they do not fit."""
+    expected = module.state_dict()
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    reshaped = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
     if missing or unexpected or reshaped:
         raise ValueError(
-            f"the weights in {folder} do not fit the side network that its config.json describes: "
+            f"the weights in {where} do not fit the network that its settings describe: "
             f"missing {missing[:3]} ({len(missing)}), unexpected {unexpected[:3]} ({len(unexpected)}), "
-            f"of another shape {sorted(reshaped)[:3]} ({len(reshaped)})."
+            f"of another shape {reshaped[:3]} ({len(reshaped)})."
         )
-    side_network.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in found.items()})
+    module.load_state_dict(weights)
 
 
 def refuse_other_backbone(config: LongMemConfig, backbone: PreTrainedModel) -> None:

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 # Workers that run side by side (pytest -n) share the cores; tiny models gain nothing from more threads than that.
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# Cores this process may use, which can be fewer than the machine has: with more threads than that, small products crawl.
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+torch.set_num_threads(max(1, cores // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from longmem.cli import main
 from longmem.memory import MemoryBank
 
 COMMANDS = [["demo"], ["memorize"], ["generate"], ["bank"], ["bank", "list"], ["bank", "info"], ["bank", "delete"]]
+COMMANDS += [["official"], ["official", "convert"], ["official", "compare"]]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ untied LM head with one. Module names are those of its checkpoints.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -86,8 +86,9 @@ class NewGPTAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=False))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(4)
+        )
 
     def forward(
         self,
@@ -152,10 +153,10 @@ class NewGPTPreTrainedModel(PreTrainedModel):
 
     config: NewGPTConfig
     base_model_prefix = "transformer"
-    _no_split_modules: ClassVar[list[str]] = ["NewGPTLayer"]
+    _no_split_modules = ["NewGPTLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": NewGPTLayer, "attentions": NewGPTAttention}
+    _can_record_outputs = {"hidden_states": NewGPTLayer, "attentions": NewGPTAttention}
 
 
 class NewGPTModel(NewGPTPreTrainedModel):
@@ -163,7 +164,7 @@ class NewGPTModel(NewGPTPreTrainedModel):
 
     def __init__(self, config: NewGPTConfig) -> None:
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.wte: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.h = nn.ModuleList(NewGPTLayer(config, number) for number in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -195,7 +196,7 @@ class NewGPTModel(NewGPTPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given.")
-        hidden_states: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[assignment]
+        hidden_states: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -220,7 +221,7 @@ class NewGPTForCausalLM(NewGPTPreTrainedModel, GenerationMixin):
         """Return the LM head."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the LM head."""
         self.lm_head = new_embeddings
 

@@ -26,6 +26,17 @@ CONFIG_ROWS = [
     ("init", "identity", ["init", 'residual="paper"', 'init="backbone"']),
     ("residual_states", "post_norm", ["residual_states", "pre_norm"]),
     ("chunk_size", "4", ["chunk_size", "int"]),
+    ("side_layer_offset", 1, ["side_layer_offset", 'residual="paper"', "leave it at 0"]),
+    ("num_side_layers", 2, ["num_side_layers", 'residual="paper"']),
+    ("final_norm", "side", ["final_norm", 'residual="paper"', "leave it at 'backbone'"]),
+    ("side_layer_options", {"rms_norm_eps": 1e-5}, ["side_layer_options", 'residual="paper"']),
+]
+PAPER_ROWS = [
+    ("side_layer_offset", 2, ["side_layer_offset", "from 0 to 1", "got 2"]),
+    ("num_side_layers", 3, ["num_side_layers", "from 1 to 2", "got 3"]),
+    ("memory_layers", [2, 3], ["readers of their own", "got [2, 3]", "side layer m // 2 of 2"]),
+    ("side_layer_options", {"rms_norm_ep": 1.0}, ["side_layer_options", "Did you mean `rms_norm_eps`"]),
+    ("side_layer_options", {"hidden_size": 8}, ["side_layer_options", "hidden_size", "leave it out"]),
 ]
 
 
@@ -33,6 +44,16 @@ CONFIG_ROWS = [
 def test_configuration(llama, field, value, words):
     with pytest.raises(Exception) as caught:
         LongMemForCausalLM.from_backbone(llama, **{**SETTINGS, field: value})
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "value", "words"), PAPER_ROWS)
+def test_configuration_of_the_papers_form(llama, field, value, words):
+    with pytest.raises(Exception) as caught:
+        LongMemForCausalLM.from_backbone(
+            llama, **{**SETTINGS, "residual": "paper", "layer_reduction_factor": 2, field: value}
+        )
     for word in words:
         assert word in str(caught.value)
 

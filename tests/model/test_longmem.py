@@ -13,6 +13,14 @@ FORMS = [
     dict(fusion="gated"),
     dict(residual="paper", init="identity"),
     dict(residual="paper", init="identity", layer_reduction_factor=2, fusion="gated"),
+    dict(
+        residual="paper",
+        init="identity",
+        layer_reduction_factor=2,
+        side_layer_offset=1,
+        final_norm="side",
+        memory_layers=[3],
+    ),
 ]
 by_form = pytest.mark.parametrize("form", FORMS, ids=str)
 
@@ -229,6 +237,43 @@ def test_paper_residual_is_the_papers_equation(llama, input_ids):
         second = llama.model.layers[2](first, position_embeddings=position) + last - hidden[2]
         expected = llama.lm_head(llama.model.norm(second))
         torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_side_network_may_differ_from_the_backbone_in_some_settings(backbone, input_ids, document):
+    """Same shapes: the backbone's weights; another shape: new weights; the backbone itself stays as it was."""
+    config = backbone.config
+    width = next(name for name in ("intermediate_size", "n_inner") if hasattr(config, name))
+    eps = next(name for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if hasattr(config, name))
+    form = dict(residual="paper", layer_reduction_factor=2, final_norm="side", fusion="gated")
+    same, bank = make(backbone, document, **form, side_layer_options={width: getattr(config, width)})
+    plain, _ = make(backbone, **form)
+    logits = plain(input_ids, memory=bank).logits
+    torch.testing.assert_close(same(input_ids, memory=bank).logits, logits, rtol=0, atol=0)
+    other, _ = make(backbone, **form, side_layer_options={eps: 0.1})
+    for name, weight in other.side_network.state_dict().items():
+        assert torch.equal(weight, plain.side_network.state_dict()[name])
+    assert (other(input_ids, memory=bank).logits - logits).abs().max() > 1e-3
+    wide, _ = make(backbone, **form, side_layer_options={width: 200})
+    shapes = [parameter.shape for parameter in wide.side_network.parameters()]
+    assert any(200 in shape or 400 in shape for shape in shapes)
+    loss = wide.train()(input_ids, memory=bank, labels=input_ids).loss
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in wide.side_network.parameters())
+    assert getattr(backbone.config, eps) != 0.1
+
+
+@torch.no_grad()
+def test_fewer_side_layers_than_the_depth_allows(llama, input_ids, document):
+    """The paper's form with three of seven layers to a side layer: what lies above the last group is left out."""
+    deep = build_backbone("llama", num_hidden_layers=7)
+    model, bank = make(deep, document, residual="paper", layer_reduction_factor=3, num_side_layers=2, memory_layers=[5])
+    hidden = deep(input_ids, output_hidden_states=True).hidden_states
+    position = deep.model.rotary_emb(hidden[0], torch.arange(24)[None])
+    first = deep.model.layers[0](hidden[0], position_embeddings=position) + hidden[3] - hidden[0]
+    second = deep.model.layers[3](first, position_embeddings=position) + hidden[6] - hidden[3]
+    expected = deep.lm_head(deep.model.norm(second))
+    torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (model(input_ids, memory=bank).logits - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
