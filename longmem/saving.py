@@ -17,7 +17,7 @@ from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from longmem.modeling import LongMemForCausalLM
+    from longmem.pretrained import LongMemPreTrainedModel
 
 PREFIX = "side_network."
 MODEL_CARD = """---
@@ -80,7 +80,7 @@ def name_from(folder: Path, name: str | None) -> str | None:
     return name
 
 
-def save_model(model: LongMemForCausalLM, save_directory: str | PathLike[str], **options: Any) -> None:
+def save_model(model: LongMemPreTrainedModel, save_directory: str | PathLike[str], **options: Any) -> None:
     """Write side network, configuration, generation configuration and model card to a folder.
 
     Raises:

@@ -73,7 +73,7 @@ class SideLayer(nn.Module):
         """
         reader = None
         if memory is not None and self.memory_bias is not None and self.memory_layer is not None:
-            positions = call.kwargs.get("position_embeddings")
+            positions = call.position_embeddings if self._source.rotation is not None else None
             reader = MemoryReader(self.config, self.memory_layer, self._source, self.memory_bias, memory, positions)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # Around all of it: in the backward pass, the handler would no longer be there for a layer that recomputes
