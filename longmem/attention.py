@@ -81,6 +81,7 @@ def attend_block(
     return output, logsumexp.clamp_min(NO_MEMORY), weights
 
 
+@torch.compiler.disable  # search and rows live outside of any graph
 def read_memory(
     queries: Float[Tensor, "lanes heads tokens dim"],
     memory: Sequence[ReadableMemory],

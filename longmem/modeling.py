@@ -99,7 +99,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         """
         refuse_unknown_inputs(kwargs)
         banks = None if memory is None else banks_per_lane(self, memory, input_ids.shape[0])
-        if use_cache and self.training and self.is_gradient_checkpointing:
+        if use_cache and self.training and any(layer.gradient_checkpointing for layer in self.side_network.layers):
             raise ValueError(
                 "`use_cache` must be False in training with gradient checkpointing, which would fill the cache twice, got True."
             )

@@ -116,17 +116,19 @@ def test_sampling_and_beams_use_the_memory(llama, input_ids, document):
         assert not torch.equal(first, model.generate(input_ids, max_new_tokens=16, **options))
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("shared", [False, True], ids=["own banks", "shared bank"])
 @torch.no_grad()
-def test_left_padded_rows_with_their_own_banks_equal_batch_one(backbone, input_ids, document):
+def test_left_padded_rows_generate_as_they_would_alone(backbone, input_ids, document, num_beams, shared):
     model, bank = make(backbone, document)
-    other = bank.empty_like()
+    other = bank if shared else bank.empty_like()
     model.memorize(other, document.flip(0), document_id="b")
     prompts = [input_ids[0, :9], input_ids[1, :14]]
     mask = torch.ones(2, 14, dtype=torch.long)
     mask[0, :5] = 0
     padded = torch.stack([torch.cat([torch.zeros(5, dtype=torch.long), prompts[0]]), prompts[1]])
-    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
-    together = model.generate(padded, attention_mask=mask, memory=[bank, other], **options)
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, num_beams=num_beams)
+    together = model.generate(padded, attention_mask=mask, memory=bank if shared else [bank, other], **options)
     for row, (prompt, own) in enumerate(zip(prompts, [bank, other], strict=True)):
         alone = model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)).long(), memory=own, **options)
         assert together[row, -6:].tolist() == alone[0, -6:].tolist()
