@@ -8,6 +8,7 @@ random weights. Writes results.json and, where matplotlib is installed, memory.p
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -83,9 +84,12 @@ def main() -> None:
         table.add_row(*cells)
     Console().print(table)
     full = [row["resident"] for row in rows if row["tokens"] > 2 * given.capacity]
-    if full:
-        growth = full[-1] - full[0]
-        print(f"With the bank full, resident memory went from {full[0]:.0f} to {full[-1]:.0f} MB ({growth:+.1f}).")
+    if len(full) >= 10:  # single samples jump by what the allocator has not given back yet
+        early, late = statistics.median(full[: len(full) // 3]), statistics.median(full[-(len(full) // 3) :])
+        print(
+            f"With the bank full, the median of resident memory went from {early:.0f} MB in the first third to {late:.0f} MB "
+            f"in the last ({late - early:+.1f}); samples from {min(full):.0f} to {max(full):.0f} MB."
+        )
     try:
         draw(given.output / "memory.png", rows)
     except ImportError:

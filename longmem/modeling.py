@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.attention import MemoryRead, ReadableMemory
-from longmem.backbone.structure import UnsupportedBackboneError, probe_ids
+from longmem.backbone.structure import UnsupportedBackboneError, computes_exactly, probe_ids, same_logits
 from longmem.configuration import LongMemConfig
 from longmem.input_checks import banks_per_lane, refuse_other_encoder, refuse_unknown_inputs
 from longmem.memorizing import memorize
@@ -199,12 +199,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         """Raise if copies of the backbone's layers, called as the backbone calls its own, do not give its logits."""
         tokens = probe_ids(self.backbone)
         expected, found = self.backbone(tokens, use_cache=False).logits, self(tokens).logits
-        # Copies in another dtype, or of quantized layers, round otherwise: a mistake must be larger than that to be told.
-        full = self.side_network.dtype == self.backbone.dtype == torch.float32 and not hasattr(
-            self.backbone, "hf_quantizer"
-        )
-        tolerance = 1e-3 if full else 0.1
-        if not torch.allclose(found, expected, atol=tolerance * max(expected.abs().max().item(), 1), rtol=0):
+        is_exact = computes_exactly(self.backbone) and self.side_network.dtype == torch.float32
+        if not same_logits(found, expected, is_exact):
             raise UnsupportedBackboneError(
                 f"{type(self.backbone).__name__}: copies of its upper layers give logits that differ from its own by "
                 f"{(found - expected).abs().max():.3g}; its layers do more than their arguments say."

@@ -19,8 +19,10 @@ from longmem.backbone.structure import (
     PROBE_LENGTH,
     BackboneStructure,
     UnsupportedBackboneError,
+    computes_exactly,
     inspect_backbone,
     probe_ids,
+    same_logits,
 )
 
 
@@ -230,7 +232,7 @@ class Backbone:
         expected = self.model(tokens, use_cache=False).logits
         states = self.run(tokens, hidden_layers=[self.num_layers], use_cache=False)
         found = self.logits(states.hidden_states[self.num_layers])
-        if not torch.allclose(found, expected, atol=1e-3, rtol=1e-3):
+        if not same_logits(found, expected, is_exact=computes_exactly(self.model)):
             raise UnsupportedBackboneError(
                 f"{type(self.model).__name__}: logits computed from the last layer's output differ from the model's own "
                 f"by {(found - expected).abs().max():.3g}; it does more between its last layer and its logits than a "
