@@ -218,7 +218,7 @@ def continue_prompt(
 ) -> dict[str, str]:
     """Return the prompt (the start of the window), its greedy continuations, and how the text really goes on."""
     length = min(64, len(window) // 2)
-    prompt = window[None, :length].to(model.get_input_embeddings().weight.device)
+    prompt = window[None, :length].to(model.input_device)
 
     def decode(ids: Tensor) -> str:
         return str(model.tokenizer.decode(ids, skip_special_tokens=True))

@@ -61,7 +61,7 @@ def memorize(
 ) -> int:
     """Encode a document and write it to the bank; see `LongMemForCausalLM.memorize`."""
     ids = to_token_ids(model, text_or_ids)
-    device = model.get_input_embeddings().weight.device
+    device = model.input_device
     done = 0
     write = bank.add
     try:

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from longmem import saving
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.loading import encoder_fingerprint
+from longmem.backbone.structure import input_device
 from longmem.configuration import LongMemConfig
 from longmem.input_checks import refuse_unstorable_layers
 from longmem.side_network import SideNetwork
@@ -187,6 +188,11 @@ class LongMemPreTrainedModel(PreTrainedModel):
 
     def enable_input_require_grads(self) -> None:
         """Do nothing: the side network gets its gradients whatever enters it."""
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids are expected."""
+        return input_device(self.backbone)
 
     def get_input_embeddings(self) -> Any:
         """Return the backbone's token embeddings."""

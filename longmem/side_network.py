@@ -155,8 +155,9 @@ class SideNetwork(nn.Module):
                 reads.append(read)
             if ends := self.residual_ends(number):
                 upper, lower = ends
-                passed = self._upper_state(states, upper).to(dtype) - states.hidden_states[lower].to(dtype)
-                hidden_states = hidden_states + passed
+                # To the dtype of the side network, and to where the last layer was placed.
+                passed, skipped = self._upper_state(states, upper), states.hidden_states[lower]
+                hidden_states = hidden_states + (passed.to(hidden_states) - skipped.to(hidden_states))
         return hidden_states, reads
 
     @property

@@ -144,10 +144,10 @@ class MemoryStream:
 
     def _next_token(self, options: dict[str, Any]) -> int:
         """Return the token that `generate` chooses, drawn with the stream's own random numbers."""
-        local = self.local_ids[None].to(self._device)
+        local = self.local_ids[None].to(self.model.input_device)
         cache: dict[str, Any] = {} if self._cache is None else {"past_key_values": self._cache}
-        with own_random_numbers(self._device):
-            set_random_state(self._state.random, self._device)
+        with own_random_numbers(self.model.input_device):
+            set_random_state(self._state.random, self.model.input_device)
             output: Any = self.model.generate(  # type: ignore[misc]  # transformers names `self` by a protocol
                 local,
                 attention_mask=torch.ones_like(local),
@@ -157,7 +157,7 @@ class MemoryStream:
                 **cache,
                 **options,
             )
-            self._state.random = random_state(self._device)
+            self._state.random = random_state(self.model.input_device)
         self._cache, self._cached = output.past_key_values, len(self._state.local_ids)
         return int(output.sequences[0, -1])
 
@@ -186,7 +186,7 @@ class MemoryStream:
         """Move the oldest tokens of the window to memory, and compute the cache of the others anew."""
         state = self._state
         leaving = self.local_ids[: state.window - state.keep]
-        keys, values = self.model.encode(leaving[None].to(self._device))
+        keys, values = self.model.encode(leaving[None].to(self.model.input_device))
         write = self.memory.append if state.document_id in self.memory else self.memory.add
         write(state.document_id, [k[0] for k in keys], [v[0] for v in values], token_ids=leaving)
         state.local_ids = state.local_ids[len(leaving) :]
@@ -196,16 +196,12 @@ class MemoryStream:
 
     def _compute(self, stop: int, logits_to_keep: int) -> Float[Tensor, "tokens vocabulary"]:
         """Return the logits of the window's tokens from the first that is not cached to `stop`, and cache them."""
-        ids = self.local_ids[None, self._cached : stop].to(self._device)
+        ids = self.local_ids[None, self._cached : stop].to(self.model.input_device)
         output = self.model(
             ids, memory=self.memory, past_key_values=self._cache, use_cache=True, logits_to_keep=logits_to_keep
         )
         self._cache, self._cached = output.past_key_values, stop
         return output.logits[0]
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
 
     # Saving ------------------------------------------------------------------------------------------------------------
 
@@ -266,7 +262,7 @@ def start_stream(
             "`keep` must be 0 or more and leave whole chunks to go, `window - keep` a multiple of `chunk_size`, got "
             f"window {window}, keep {keep} and chunks of {chunk_size}; {window - chunk_size} would do."
         )
-    device = model.get_input_embeddings().weight.device
+    device = model.input_device
     with own_random_numbers(device):
         torch.manual_seed(seed)
         random = random_state(device)

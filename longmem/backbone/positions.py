@@ -69,7 +69,7 @@ class Rotation:
         A rotary embedding multiplies by `a * R(position)`; `a` is 1 except for scaled kinds such as YaRN. The inverse is
         `R(-position) / a`: negated sine, and both divided by `a**2 = cos**2 + sin**2`.
         """
-        cos, sin = (part.float() for part in cos_sin)
+        cos, sin = (part.to(states.device, torch.float32) for part in cos_sin)
         squared_scale = cos.square() + sin.square()
         return self.rotate(states.float(), (cos / squared_scale, -sin / squared_scale)).to(states.dtype)
 
@@ -80,7 +80,7 @@ class Rotation:
 
         Keys are stored without the rotary scale `a`, so the query carries it twice, once for each side of the product.
         """
-        cos, sin = (part.float() for part in there)
+        cos, sin = (part.to(queries.device, torch.float32) for part in there)
         scale = (cos.square() + sin.square()).sqrt()
         return self.rotate(self.undo(queries.float(), here), (cos * scale, sin * scale)).to(queries.dtype)
 

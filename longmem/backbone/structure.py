@@ -96,6 +96,13 @@ def watch(backbone: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) 
     return seen
 
 
+def input_device(backbone: PreTrainedModel) -> torch.device:
+    """Return where the backbone expects token ids: with its embeddings, or where a device map brings these when needed."""
+    embeddings: Any = backbone.get_input_embeddings()
+    device = next(embeddings.parameters()).device
+    return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
+
+
 def computes_exactly(backbone: PreTrainedModel) -> bool:
     """Return whether the same computation done in another way agrees to float32 precision: no half, nothing quantized."""
     return backbone.dtype == torch.float32 and not hasattr(backbone, "hf_quantizer")
@@ -109,8 +116,10 @@ def same_logits(found: Tensor, expected: Tensor, is_exact: bool) -> bool:
 
 def probe_ids(backbone: PreTrainedModel) -> Tensor:
     """Return a few valid token ids, `1 tokens`, on the device of the embeddings."""
-    device = next(backbone.get_input_embeddings().parameters()).device
-    return ((torch.arange(PROBE_LENGTH, device=device) * 7 + 5) % backbone.config.get_text_config().vocab_size)[None]
+    return (
+        (torch.arange(PROBE_LENGTH, device=input_device(backbone)) * 7 + 5)
+        % backbone.config.get_text_config().vocab_size
+    )[None]
 
 
 def find_decoder(backbone: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"the bank in {arguments.bank} does not say which model wrote it; name it with `--model`.")
     model = opening.open_model(model_name)
     bank = opening.open_bank(arguments.bank, model)
-    inputs = model.tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    inputs = model.tokenizer(prompt, return_tensors="pt").to(model.input_device)
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     if options["do_sample"]:
         torch.manual_seed(arguments.seed)

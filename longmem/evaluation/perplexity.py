@@ -107,7 +107,7 @@ def score_windows(
     stride = validate_windows(len(token_ids), window, stride)
     if grow is not None and not isinstance(memory, MemoryBank):
         raise ValueError(f"`grow` needs a MemoryBank as `memory`, got {type(memory).__name__}.")
-    device = model.get_input_embeddings().weight.device
+    device = model.input_device
     num_windows = (len(token_ids) - window) // stride + 1
     scored = min(stride, window - 1)
     losses, shares, seconds = [], [], 0.0

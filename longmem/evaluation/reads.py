@@ -77,7 +77,7 @@ def read_passages(
         count: passages per run, at most.
         context: tokens of the document shown before and after a chunk.
     """
-    ids = token_ids[None].to(model.get_input_embeddings().weight.device)
+    ids = token_ids[None].to(model.input_device)
     reads = model(ids, memory=bank, output_memory_reads=True, logits_to_keep=1).memory_reads
     if not reads:
         return [[] for _ in targets]  # the bank is empty

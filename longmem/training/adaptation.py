@@ -165,7 +165,7 @@ def train_step(
     start = time.perf_counter()
     readable = bank.num_tokens
     learning_rate = float(schedule.get_last_lr()[0])
-    ids = token_ids[None].to(model.get_input_embeddings().weight.device)
+    ids = token_ids[None].to(model.input_device)
     output = model(ids, memory=bank, labels=ids)
     output.loss.backward()
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]

@@ -236,6 +236,7 @@ PLACES = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": 
 def place(tmp_path, document, **offloaded):
     build_backbone("llama").save_pretrained(tmp_path / "model")
     places = {**PLACES, **{f"model.layers.{n}": offloaded.get(f"layer{n}", "cpu") for n in range(4)}}
+    places["model.embed_tokens"] = offloaded.get("embeddings", "cpu")
     options = {"device_map": places, "offload_folder": str(tmp_path / "offloaded")}
     model = LongMemForCausalLM.from_backbone(str(tmp_path / "model"), backbone_options=options, **SETTINGS).eval()
     bank = MemoryBank.for_model(model)
@@ -245,7 +246,7 @@ def place(tmp_path, document, **offloaded):
 
 @torch.no_grad()
 def test_a_device_map_may_offload_the_lower_layers(input_ids, document, tmp_path):
-    placed = place(tmp_path, document, layer0="disk")
+    placed = place(tmp_path, document, layer0="disk", embeddings="disk")
     model, bank = make(build_backbone("llama"), document)
     assert placed.bank.fingerprint == bank.fingerprint
     expected = model(input_ids, memory=bank).logits
