@@ -10,7 +10,7 @@ import torch
 from model import architectures
 from model.architectures import ARCHITECTURES, FORMS, REFUSED, build
 from model.conftest import SETTINGS
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.backbone import Backbone, UnsupportedBackboneError
@@ -105,6 +105,23 @@ def test_a_saved_model_comes_back_the_same(case, tmp_path):
     assert (logits - case.logits).abs().max() > 1e-4
     for bias in biases:
         bias -= 1
+
+
+@torch.no_grad()
+def test_the_language_model_inside_a_multimodal_one_is_found():
+    """Its layers are told from those of the vision tower, which has as many."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
+    text = architectures.tiny_config("gemma3_text", {}).to_dict()
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**sizes, "image_size": 28, "patch_size": 14})
+    backbone = AutoModelForCausalLM.from_config(config).eval()
+    assert type(backbone).__name__ == "Gemma3ForConditionalGeneration"
+    model = LongMemForCausalLM.from_backbone(backbone, **SETTINGS).eval()
+    bank = MemoryBank.for_model(model)
+    tokens = torch.randint(0, 97, (1, 60), generator=torch.Generator().manual_seed(5))
+    model.memorize(bank, tokens[0, :36], document_id="a")
+    plain = backbone(tokens[:, 36:]).logits
+    torch.testing.assert_close(model(tokens[:, 36:]).logits, plain, rtol=0, atol=1e-5)
+    assert (model(tokens[:, 36:], memory=bank).logits - plain).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
