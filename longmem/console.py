@@ -10,8 +10,21 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from transformers.utils import logging
 
 Report = Callable[[int, int], None]
+
+
+@contextlib.contextmanager
+def without_transformers_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars of its own inside the block."""
+    show_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if show_bars:
+            logging.enable_progress_bar()
 
 
 class Headings:

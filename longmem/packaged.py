@@ -21,6 +21,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from longmem.console import without_transformers_bars
+
 # Part of the cache folder's name. Raise it when the conversion changes, so that no old result is used.
 FORMAT = 1
 MANIFEST = "longmem_manifest.json"
@@ -138,7 +140,8 @@ def convert_gguf(source: Path, target: Path) -> None:
     clean.load_state_dict(loaded.state_dict(), assign=True)
     clean.tie_weights()
     clean.generation_config = loaded.generation_config
-    clean.save_pretrained(target)
+    with without_transformers_bars():
+        clean.save_pretrained(target)
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # The file names its text splitting "smollm": digits one by one, before all else. transformers 5.23 reads every file

@@ -8,8 +8,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
+from longmem.console import without_transformers_bars
 from longmem.packaged import resolve_backbone
 
 
@@ -25,14 +25,8 @@ def load_backbone(name_or_path: str, revision: str | None = None, **load_options
         OSError: there is no such model, or it can't be reached.
     """
     resolved = resolve_backbone(name_or_path)
-    show_bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(resolved, revision=revision or "main", **load_options)
-    finally:
-        if show_bar:
-            transformers_logging.enable_progress_bar()
-    return model
+    with without_transformers_bars():
+        return AutoModelForCausalLM.from_pretrained(resolved, revision=revision or "main", **load_options)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:

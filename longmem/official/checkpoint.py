@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmem.console import without_transformers_bars
 from longmem.modeling import LongMemForCausalLM
 from longmem.official.weights import OWN_BACKBONE, backbone_weights, build_backbone, build_model, side_weights
 
@@ -40,9 +41,10 @@ class Checkpoint:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(self.path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            # torch's own message would have the user try again without this safeguard.
             raise ValueError(
-                f"{self.path} can't be read as plain tensors and settings, and anything else in a pickle could run code: "
-                f"{str(error).splitlines()[0]}"
+                f"{self.path} can't be read: it is no checkpoint of torch, or it is damaged, or it holds more than tensors and "
+                f"settings, which could run code ({type(error).__name__})."
             ) from error
         weights = content.get("model") if isinstance(content, dict) else None
         if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -115,6 +117,7 @@ def refuse_another_backbone(side: Checkpoint, weights: Mapping[str, Tensor]) -> 
 
 def save(model: LongMemForCausalLM, folder: Path) -> None:
     """Write a model and, inside its folder, its backbone, which it names by that relative path."""
-    model.backbone.save_pretrained(folder / BACKBONE_FOLDER)
+    with without_transformers_bars():
+        model.backbone.save_pretrained(folder / BACKBONE_FOLDER)
     model.config.backbone_name_or_path = str(folder / BACKBONE_FOLDER)
     model.save_pretrained(folder)

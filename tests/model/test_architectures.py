@@ -112,7 +112,9 @@ def test_the_language_model_inside_a_multimodal_one_is_found():
     """Its layers are told from those of the vision tower, which has as many."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
     text = architectures.tiny_config("gemma3_text", {}).to_dict()
-    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**sizes, "image_size": 28, "patch_size": 14})
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config={**sizes, "image_size": 28, "patch_size": 14}
+    )
     backbone = AutoModelForCausalLM.from_config(config).eval()
     assert type(backbone).__name__ == "Gemma3ForConditionalGeneration"
     model = LongMemForCausalLM.from_backbone(backbone, **SETTINGS).eval()
