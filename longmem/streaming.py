@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import math
@@ -146,7 +147,7 @@ class MemoryStream:
         """Return the token that `generate` chooses, drawn with the stream's own random numbers."""
         local = self.local_ids[None].to(self.model.input_device)
         cache: dict[str, Any] = {} if self._cache is None else {"past_key_values": self._cache}
-        with own_random_numbers(self.model.input_device):
+        with self._forgetting_cache_on_error(), own_random_numbers(self.model.input_device):
             set_random_state(self._state.random, self.model.input_device)
             output: Any = self.model.generate(  # type: ignore[misc]  # transformers names `self` by a protocol
                 local,
@@ -170,6 +171,8 @@ class MemoryStream:
         With `logits_to_keep=0` these are the predictions of all `ids`, in order, except a stream's first token.
         """
         state = self._state
+        if self._cached < len(state.local_ids) - 1:  # just opened, or interrupted before
+            self._compute(len(state.local_ids) - 1, logits_to_keep=1)
         while ids:
             if len(state.local_ids) == state.window:
                 if self._cached < state.window and logits_to_keep == 0:
@@ -197,11 +200,21 @@ class MemoryStream:
     def _compute(self, stop: int, logits_to_keep: int) -> Float[Tensor, "tokens vocabulary"]:
         """Return the logits of the window's tokens from the first that is not cached to `stop`, and cache them."""
         ids = self.local_ids[None, self._cached : stop].to(self.model.input_device)
-        output = self.model(
-            ids, memory=self.memory, past_key_values=self._cache, use_cache=True, logits_to_keep=logits_to_keep
-        )
+        with self._forgetting_cache_on_error():
+            output = self.model(
+                ids, memory=self.memory, past_key_values=self._cache, use_cache=True, logits_to_keep=logits_to_keep
+            )
         self._cache, self._cached = output.past_key_values, stop
         return output.logits[0]
+
+    @contextlib.contextmanager
+    def _forgetting_cache_on_error(self) -> Iterator[None]:
+        """Drop the cache when the block is interrupted, which may leave it filled in some layers only."""
+        try:
+            yield
+        except BaseException:
+            self._cache, self._cached = None, 0
+            raise
 
     # Saving ------------------------------------------------------------------------------------------------------------
 

@@ -120,10 +120,35 @@ def test_stopping_saving_and_opening_again_changes_nothing(sampling, stop, token
     first = list(itertools.islice(stream.generate(**sampling), stop))
     stream.save(tmp_path / "talk")
     stream.save(tmp_path / "talk")
-    del stream
     again = MemoryStream.load(tmp_path / "talk", model)
     assert again.num_tokens == 20 + stop
     assert first + list(again.generate(80 - stop, **sampling)) == expected
+    scored = MemoryStream.load(tmp_path / "talk", model).score(tokens[:50])
+    torch.testing.assert_close(scored, stream.score(tokens[:50]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("interrupted", [1, 2, 3, 4])
+def test_an_interrupted_stream_can_go_on(interrupted, tokens, monkeypatch):
+    """Ctrl-C after some layers of the n-th forward pass have filled the cache: what was taken in is computed again."""
+    model, bank = make()
+    stream = model.stream(bank)
+    last_layer = model.side_network.layers[-1]
+    forward, calls = type(last_layer).forward, []
+
+    def fail_once(layer, *args):
+        calls.append(layer is last_layer)
+        if sum(calls) == interrupted and calls[-1]:
+            raise KeyboardInterrupt
+        return forward(layer, *args)
+
+    monkeypatch.setattr(type(last_layer), "forward", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        stream.read(tokens[:100])
+    read = stream.num_tokens
+    assert 0 < read < 100
+    found = stream.score(tokens[read:150])
+    expected = model.stream(bank.empty_like()).score(tokens[:150])[read:]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_sampling_follows_the_seed_and_leaves_other_random_numbers_alone(tokens):
