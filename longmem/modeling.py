@@ -191,8 +191,9 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a size breaks these rules, the bank has the document already or is another encoder's.
         """
+        stream = start_stream(self, memory, document_id, window, keep, seed)
         refuse_other_encoder(self, memory)
-        return start_stream(self, memory, document_id, window, keep, seed)
+        return stream
 
     @torch.no_grad()
     def _check_against_backbone(self) -> None:

@@ -196,6 +196,11 @@ class MemoryBank:
         return self._ledger.generation
 
     @property
+    def version(self) -> int:
+        """Return a number that changes with every change of what the bank holds."""
+        return self._ledger.version
+
+    @property
     def is_empty(self) -> bool:
         """Return whether a search can find nothing."""
         return not self.num_chunks

@@ -212,10 +212,81 @@ def test_what_generation_refuses(tokens):
     with pytest.raises(ValueError, match="`read` a prompt"):
         stream.generate(3)
     stream.read(tokens[:5])
-    with pytest.raises(ValueError, match="`num_beams` has no meaning"):
-        stream.generate(3, num_beams=2)
+    for name in (
+        "num_beams",
+        "use_cache",
+        "prompt_lookup_num_tokens",
+        "max_length",
+        "generation_config",
+        "stop_strings",
+    ):
+        with pytest.raises(ValueError, match=f"`{name}` has no meaning"):
+            stream.generate(3, **{name: 2})
+    with pytest.raises(ValueError, match="Did you mean `temperature`"):
+        stream.generate(3, temprature=2)
     with pytest.raises(ValueError, match="another encoder|written by encoder"):
         make("gpt2")[0].stream(bank)
+    for memory in ([bank], bank.select):
+        with pytest.raises(ValueError, match="`memory` must be one MemoryBank"):
+            model.stream(memory, document_id="b")
+    model.train()
+    for call in (stream.read, stream.score):
+        with pytest.raises(ValueError, match="eval mode"):
+            call(tokens[:5])
+    with pytest.raises(ValueError, match="eval mode"):
+        stream.generate(1)
+    assert stream.num_tokens == 5
+
+
+def test_the_models_generation_configuration_says_how_tokens_are_chosen(tokens):
+    model, bank = make()
+    free = model.stream(bank.empty_like())
+    free.read(tokens[:20])
+    expected = list(free.generate(10, do_sample=False))
+    config = model.generation_config
+    config.eos_token_id, config.min_new_tokens, config.num_beams, config.max_length = [96, expected[4]], 8, 2, 3
+    stream = model.stream(bank)
+    stream.read(tokens[:20])
+    assert list(stream.generate()) == expected[: expected.index(expected[4]) + 1]
+
+
+def test_two_streams_of_one_bank_keep_their_documents_apart(tokens):
+    model, bank = make()
+    one, two, same = (model.stream(bank, document_id=name) for name in ("one", "two", "one"))
+    for start in range(0, 120, 30):
+        one.read(tokens[start : start + 30])
+        two.read(tokens[500 + start : 530 + start])
+    assert torch.equal(torch.cat([bank.token_ids("one"), one.local_ids]), tokens[:120])
+    assert torch.equal(torch.cat([bank.token_ids("two"), two.local_ids]), tokens[500:620])
+    with pytest.raises(ValueError, match="one"):
+        same.read(tokens[:60])
+
+
+def test_a_stream_notices_that_the_bank_has_changed(tokens, tmp_path):
+    model, bank = make()
+    model.memorize(bank, tokens[500:700], document_id="book")
+    stream = model.stream(bank)
+    stream.read(tokens[:50])
+    bank.delete("book")
+    model.memorize(bank, tokens[800:900], document_id="other")
+    stream.save(tmp_path)
+    found = stream.score(tokens[50:70])
+    torch.testing.assert_close(found, MemoryStream.load(tmp_path, model).score(tokens[50:70]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_failed_write_leaves_a_stream_that_can_go_on(tokens, monkeypatch):
+    model, bank = make()
+    stream = model.stream(bank)
+    stream.read(tokens[:30])
+    monkeypatch.setattr(model, "encode", lambda ids: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        list(stream.generate(5, do_sample=False))
+    monkeypatch.undo()
+    everything = torch.cat([tokens[:30], stream.local_ids[30:], tokens[100:140]])
+    found = stream.score(tokens[100:140])
+    assert len(found) == 40
+    expected = model.stream(bank.empty_like()).score(everything)[-40:]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_folder_without_a_stream_is_refused(tokens, tmp_path):
@@ -227,9 +298,26 @@ def test_a_folder_without_a_stream_is_refused(tokens, tmp_path):
     stream.save(tmp_path)
     stream.read(tokens[50:100])
     stream.save(tmp_path)
-    assert len(list(tmp_path.glob("bank-*"))) == 1
-    saved = json.loads((tmp_path / "stream.json").read_text())
-    del saved["stream"]["keep"]
-    (tmp_path / "stream.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="keep"):
-        MemoryStream.load(tmp_path, model)
+    bank.save(tmp_path / "bank-of-mine")
+    stream.save(tmp_path)
+    assert len(list(tmp_path.glob("bank-*"))) == 2  # the one of the last save, and what is not the stream's
+    assert MemoryBank.load(tmp_path / "bank-of-mine", model=model).num_tokens == bank.num_tokens
+    with pytest.raises(ValueError, match="encoder"):
+        MemoryStream.load(tmp_path, make("gpt2")[0])
+    whole = (tmp_path / "stream.json").read_text()
+    for part, name, value in [
+        ("stream", "keep", None),
+        ("stream", "window", 7),
+        ("stream", "local_ids", [9999]),
+        ("stream", "random", {}),
+        ("stream", "random", {"cpu": "AAAA"}),
+        (None, "bank", "../elsewhere"),
+    ]:
+        saved = json.loads(whole)
+        target = saved if part is None else saved[part]
+        target.pop(name) if value is None else target.update({name: value})
+        (tmp_path / "stream.json").write_text(json.dumps(saved))
+        with pytest.raises(
+            ValueError, match=r"`folder` must hold|`window` must|`keep` must|`local_ids` must|`random` must"
+        ):
+            MemoryStream.load(tmp_path, model)

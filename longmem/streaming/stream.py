@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import dataclasses
-import json
 import math
-import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,35 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationConfig
 
 from longmem.memorizing import to_token_ids
 from longmem.memory import MemoryBank
+from longmem.streaming.choosing import end_tokens, one_token_config
+from longmem.streaming.state import (
+    STATE_FILE,
+    StreamState,
+    own_random_numbers,
+    random_state,
+    read_state,
+    seeded_random_state,
+    set_random_state,
+    write_state,
+)
 
 if TYPE_CHECKING:
     from longmem.modeling import LongMemForCausalLM
-
-STATE_FILE = "stream.json"
-# Tokens come one at a time, so what spans several tokens or sequences of one `generate` has no meaning.
-NOT_FOR_STREAMS = (
-    *("max_length", "min_new_tokens", "min_length", "num_beams", "num_return_sequences", "stopping_criteria"),
-    *("stop_strings", "assistant_model", "past_key_values", "memory", "input_ids", "attention_mask"),
-)
-
-
-@dataclasses.dataclass
-class StreamState:
-    """What a stream is, beside its model and its bank: enough to go on from.
-
-    `local_ids` are the tokens in the window, `random` the states of the random number generators, as JSON can hold them.
-    """
-
-    document_id: str
-    window: int
-    keep: int
-    random: dict[str, str]
-    num_tokens: int = 0
-    local_ids: list[int] = dataclasses.field(default_factory=list)
 
 
 class MemoryStream:
@@ -54,8 +39,10 @@ class MemoryStream:
 
     The local window holds at most `window` tokens. When the next one finds no room, the oldest `window - keep` leave: their
     position-free keys and values, made by the frozen backbone in that window, go to the bank. The `keep` others begin the
-    next window, whose cache is computed anew. So what the model computes depends on the bank and on the tokens in the
-    window alone, whatever the architecture, and the memory it takes outside the bank is that of one window.
+    next window, whose cache is computed anew; so it is when somebody else has changed the bank. What the model computes
+    therefore depends on the bank and on the tokens in the window alone, whatever the architecture, and the memory it takes
+    outside the bank is that of one window. After an interruption (Ctrl-C, an error) `num_tokens` says how many were taken
+    in, and the stream can go on.
     """
 
     def __init__(self, model: LongMemForCausalLM, memory: MemoryBank, state: StreamState) -> None:
@@ -65,6 +52,7 @@ class MemoryStream:
         # The cache holds the first `_cached` tokens of the window; the last one waits for what follows it.
         self._cache: Cache | None = None
         self._cached = 0
+        self._bank_version = memory.version  # that the cache was computed with
 
     @property
     def num_tokens(self) -> int:
@@ -88,6 +76,7 @@ class MemoryStream:
         Raises:
             ValueError: there is nothing to read, or ids are outside the vocabulary.
         """
+        refuse_training(self.model)
         ids = to_token_ids(self.model, text_or_ids).tolist()
         for _ in self._take_in(ids, logits_to_keep=1):
             pass
@@ -101,6 +90,7 @@ class MemoryStream:
         Raises:
             ValueError: there is nothing to read, or ids are outside the vocabulary.
         """
+        refuse_training(self.model)
         ids = to_token_ids(self.model, text_or_ids)
         losses = [torch.tensor([math.nan])] if self.num_tokens == 0 else []
         done = len(losses)
@@ -115,27 +105,22 @@ class MemoryStream:
 
         Args:
             max_new_tokens: stop after so many; None goes on to the end-of-sequence token, perhaps for ever.
-            options: of transformers' `generate`, for one sequence (do_sample, temperature, top_p, repetition_penalty,
-                eos_token_id, ...); what looks back, like the penalty, sees the local window.
+            options: how a token is chosen, as in transformers' `generate` (do_sample, temperature, top_p, repetition_penalty,
+                eos_token_id, ...), in place of the model's `generation_config`; what looks back sees the local window.
 
         Raises:
             ValueError: nothing has been read yet, or an option has no meaning for a stream.
         """
-        for name in options:
-            if name in NOT_FOR_STREAMS:
-                raise ValueError(
-                    f"`{name}` has no meaning for a stream, whose tokens come one at a time; leave it out."
-                )
+        refuse_training(self.model)
+        config = one_token_config(self.model.generation_config, options)
         if not self._state.local_ids:
             raise ValueError("`generate` needs a token to go on from; `read` a prompt first.")
-        return self._generate(max_new_tokens, options)
+        return self._generate(max_new_tokens, config)
 
-    def _generate(self, max_new_tokens: int | None, options: dict[str, Any]) -> Iterator[int]:
-        ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
-        ends = ends if isinstance(ends, list) else [ends]
-        count = 0
+    def _generate(self, max_new_tokens: int | None, config: GenerationConfig) -> Iterator[int]:
+        ends, count = end_tokens(config), 0
         while max_new_tokens is None or count < max_new_tokens:
-            token = self._next_token(options)
+            token = self._next_token(config)
             for _ in self._take_in([token], logits_to_keep=1):
                 pass
             count += 1
@@ -143,22 +128,20 @@ class MemoryStream:
             if token in ends:
                 return
 
-    def _next_token(self, options: dict[str, Any]) -> int:
+    def _next_token(self, config: GenerationConfig) -> int:
         """Return the token that `generate` chooses, drawn with the stream's own random numbers."""
-        local = self.local_ids[None].to(self.model.input_device)
-        cache: dict[str, Any] = {} if self._cache is None else {"past_key_values": self._cache}
-        with self._forgetting_cache_on_error(), own_random_numbers(self.model.input_device):
-            set_random_state(self._state.random, self.model.input_device)
-            output: Any = self.model.generate(  # type: ignore[misc]  # transformers names `self` by a protocol
-                local,
-                attention_mask=torch.ones_like(local),
-                memory=self.memory,
-                max_new_tokens=1,
-                return_dict_in_generate=True,
+        self._forget_cache_if_bank_changed()
+        device, local = self.model.input_device, self.local_ids[None]
+        cache = {} if self._cache is None else {"past_key_values": self._cache}
+        with self._forgetting_cache_on_error(), own_random_numbers(device):
+            set_random_state(self._state.random, device)
+            inputs: dict[str, Any] = {
+                "attention_mask": torch.ones_like(local).to(device),
+                "memory": self.memory,
                 **cache,
-                **options,
-            )
-            self._state.random = random_state(self.model.input_device)
+            }
+            output: Any = self.model.generate(local.to(device), generation_config=config, **inputs)  # type: ignore[misc]
+            self._state.random = random_state(device)
         self._cache, self._cached = output.past_key_values, len(self._state.local_ids)
         return int(output.sequences[0, -1])
 
@@ -170,18 +153,21 @@ class MemoryStream:
 
         With `logits_to_keep=0` these are the predictions of all `ids`, in order, except a stream's first token.
         """
-        state = self._state
-        if self._cached < len(state.local_ids) - 1:  # just opened, or interrupted before
+        state, taken = self._state, 0
+        self._forget_cache_if_bank_changed()
+        if logits_to_keep == 0 and self._cached == len(state.local_ids):
+            self._forget_cache()  # interrupted after it chose a token: the prediction of the next one is needed again
+        if self._cached < len(state.local_ids) - 1:
             self._compute(len(state.local_ids) - 1, logits_to_keep=1)
-        while ids:
+        while taken < len(ids):
             if len(state.local_ids) == state.window:
                 if self._cached < state.window and logits_to_keep == 0:
                     yield self._compute(state.window, logits_to_keep)
                 self._make_room()
-            room = state.window - len(state.local_ids)
-            state.local_ids += ids[:room]
-            state.num_tokens += len(ids[:room])
-            ids = ids[room:]
+            new = ids[taken : taken + state.window - len(state.local_ids)]
+            state.local_ids += new
+            state.num_tokens += len(new)
+            taken += len(new)
             if self._cached < len(state.local_ids) - 1:
                 yield self._compute(len(state.local_ids) - 1, logits_to_keep)
 
@@ -190,10 +176,12 @@ class MemoryStream:
         state = self._state
         leaving = self.local_ids[: state.window - state.keep]
         keys, values = self.model.encode(leaving[None].to(self.model.input_device))
-        write = self.memory.append if state.document_id in self.memory else self.memory.add
+        # The bank refuses a first write to a document that somebody else has written meanwhile.
+        is_there = state.is_written and state.document_id in self.memory
+        write = self.memory.append if is_there else self.memory.add
         write(state.document_id, [k[0] for k in keys], [v[0] for v in values], token_ids=leaving)
-        state.local_ids = state.local_ids[len(leaving) :]
-        self._cache, self._cached = None, 0
+        state.is_written, state.local_ids = True, state.local_ids[len(leaving) :]
+        self._forget_cache()
         if state.local_ids:
             self._compute(state.keep, logits_to_keep=1)
 
@@ -213,8 +201,16 @@ class MemoryStream:
         try:
             yield
         except BaseException:
-            self._cache, self._cached = None, 0
+            self._forget_cache()
             raise
+
+    def _forget_cache_if_bank_changed(self) -> None:
+        if self.memory.version != self._bank_version:
+            self._forget_cache()
+
+    def _forget_cache(self) -> None:
+        self._cache, self._cached = None, 0
+        self._bank_version = self.memory.version
 
     # Saving ------------------------------------------------------------------------------------------------------------
 
@@ -225,14 +221,12 @@ class MemoryStream:
             ValueError: the folder can't be written.
         """
         folder = Path(folder)
-        bank = f"bank-{self.num_tokens}"
+        old = read_state(folder)[0] if (folder / STATE_FILE).is_file() else None
+        bank = f"bank-{secrets.token_hex(8)}"
         self.memory.save(folder / bank)
-        draft = folder / f"{STATE_FILE}.draft"
-        draft.write_text(json.dumps({"bank": bank, "stream": dataclasses.asdict(self._state)}), encoding="utf-8")
-        os.replace(draft, folder / STATE_FILE)
-        for old in folder.glob("bank-*"):
-            if old.name != bank:
-                shutil.rmtree(old, ignore_errors=True)
+        write_state(folder, bank, self._state)
+        if old is not None:
+            shutil.rmtree(folder / old, ignore_errors=True)
 
     @classmethod
     def load(
@@ -243,63 +237,43 @@ class MemoryStream:
         Raises:
             ValueError: there is no stream, it is damaged, or another encoder wrote it.
         """
-        path = Path(folder) / STATE_FILE
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            bank, state = saved["bank"], StreamState(**saved["stream"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"`folder` must hold a saved stream, got {str(folder)!r}: {error!r}.") from error
-        return cls(model, MemoryBank.load(path.parent / bank, model=model, device=device), state)
+        folder = Path(folder)
+        bank, state = read_state(folder)
+        memory = MemoryBank.load(folder / bank, model=model, device=device)
+        validate(state, model, memory)
+        return cls(model, memory, state)
 
 
 def start_stream(
     model: LongMemForCausalLM, memory: MemoryBank, document_id: str, window: int | None, keep: int | None, seed: int
 ) -> MemoryStream:
     """Return a new stream; see `LongMemForCausalLM.stream`."""
-    longest, chunk_size = model.config.segment_length, memory.chunk_size
+    if not isinstance(memory, MemoryBank):
+        raise ValueError(f"`memory` must be one MemoryBank, which can be written to, got {type(memory).__name__}.")
     if document_id in memory:
         raise ValueError(
             f"`document_id` must be new to the bank, got {document_id!r}; to go on with a saved stream, open it with "
             "`MemoryStream.load`."
         )
-    window = longest if window is None else window
-    if not chunk_size < window <= longest:
-        raise ValueError(
-            f"`window` must be more than one chunk of {chunk_size} tokens and at most the model's `segment_length`, "
-            f"{longest}, got {window}."
-        )
+    window = model.config.segment_length if window is None else window
     if keep is None:
-        keep = window - max(window // 2 // chunk_size, 1) * chunk_size
-    if not 0 <= keep < window or (window - keep) % chunk_size:
-        raise ValueError(
-            "`keep` must be 0 or more and leave whole chunks to go, `window - keep` a multiple of `chunk_size`, got "
-            f"window {window}, keep {keep} and chunks of {chunk_size}; {window - chunk_size} would do."
-        )
-    device = model.input_device
-    with own_random_numbers(device):
-        torch.manual_seed(seed)
-        random = random_state(device)
-    return MemoryStream(model, memory, StreamState(document_id, window, keep, random))
+        keep = window - max(window // 2 // memory.chunk_size, 1) * memory.chunk_size
+    state = StreamState(document_id, window, keep, seeded_random_state(seed, model.input_device))
+    validate(state, model, memory)
+    return MemoryStream(model, memory, state)
 
 
-def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context in which random numbers can be drawn from other states without a trace outside."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+def validate(state: StreamState, model: LongMemForCausalLM, memory: MemoryBank) -> None:
+    """Raise ValueError if the state is not one of a stream of this model."""
+    state.validate(
+        chunk_size=memory.chunk_size,
+        segment_length=model.config.segment_length,
+        vocab_size=model.config.get_text_config().vocab_size,
+        device=model.input_device,
+    )
 
 
-def random_state(device: torch.device) -> dict[str, str]:
-    """Return the states of the generators that sampling on `device` draws from, as text."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
-
-
-def set_random_state(states: dict[str, str], device: torch.device) -> None:
-    """Put the generators into these states; one without a state is left as it is."""
-    for kind, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if kind == "cpu":
-            torch.set_rng_state(state)
-        elif device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
+def refuse_training(model: LongMemForCausalLM) -> None:
+    """Raise ValueError in training mode, where dropout would make what a stream computes a matter of chance."""
+    if model.training:
+        raise ValueError("a stream needs the model in eval mode, got training mode; call `model.eval()`.")

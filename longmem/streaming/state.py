@@ -1,0 +1,105 @@
+"""What a stream is beside its model and its bank, and the file that holds it."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import re
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+STATE_FILE = "stream.json"
+BANK_NAME = "bank-[0-9a-f]{16}"  # a new name for every save, so that no bank is overwritten
+
+
+@dataclasses.dataclass
+class StreamState:
+    """Enough to go on from.
+
+    `local_ids` are the tokens in the window; `is_written` tells whether the document is in the bank; `random` holds the
+    states of the random number generators, as text.
+    """
+
+    document_id: str
+    window: int
+    keep: int
+    random: dict[str, str]
+    num_tokens: int = 0
+    local_ids: list[int] = dataclasses.field(default_factory=list)
+    is_written: bool = False
+
+    def validate(self, *, chunk_size: int, segment_length: int, vocab_size: int, device: torch.device) -> None:
+        """Raise ValueError if a size breaks a rule or a value can't be right; the last three come from the model."""
+        if not chunk_size < self.window <= segment_length:
+            raise ValueError(
+                f"`window` must be more than one chunk of {chunk_size} tokens and at most the model's `segment_length`, "
+                f"{segment_length}, got {self.window}."
+            )
+        if not 0 <= self.keep < self.window or (self.window - self.keep) % chunk_size:
+            raise ValueError(
+                "`keep` must be 0 or more and leave whole chunks to go, `window - keep` a multiple of `chunk_size`, got "
+                f"window {self.window}, keep {self.keep} and chunks of {chunk_size}; {self.window - chunk_size} would do."
+            )
+        if not len(self.local_ids) <= min(self.window, self.num_tokens) or not all(
+            isinstance(token, int) and 0 <= token < vocab_size for token in self.local_ids
+        ):
+            raise ValueError(
+                f"`local_ids` must be at most {self.window} ids from 0 to {vocab_size - 1}, got {len(self.local_ids)}."
+            )
+        try:
+            with own_random_numbers(device):
+                set_random_state(self.random, device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`random` must hold states of random number generators, got {error!r}.") from error
+
+
+def read_state(folder: Path) -> tuple[str, StreamState]:
+    """Return the name of the bank that belongs to a saved stream, and its state. Raises ValueError if there is none."""
+    try:
+        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if not re.fullmatch(BANK_NAME, saved["bank"]):
+            raise ValueError(f"{saved['bank']!r} is no bank of a stream")
+        return saved["bank"], StreamState(**saved["stream"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`folder` must hold a saved stream, got {str(folder)!r}: {error!r}.") from error
+
+
+def write_state(folder: Path, bank: str, state: StreamState) -> None:
+    """Put the state of a stream into its folder, in one step."""
+    draft = folder / f"{STATE_FILE}.draft"
+    draft.write_text(json.dumps({"bank": bank, "stream": dataclasses.asdict(state)}), encoding="utf-8")
+    os.replace(draft, folder / STATE_FILE)
+
+
+def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which random numbers can be drawn from other states without a trace outside."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def seeded_random_state(seed: int, device: torch.device) -> dict[str, str]:
+    """Return the states of generators that have just been seeded."""
+    with own_random_numbers(device):
+        torch.manual_seed(seed)
+        return random_state(device)
+
+
+def random_state(device: torch.device) -> dict[str, str]:
+    """Return the states of the generators that sampling on `device` draws from, as text."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
+
+
+def set_random_state(states: dict[str, str], device: torch.device) -> None:
+    """Put the generators into these states; that of a GPU is left as it is when the stream has not been on one."""
+    decoded = {
+        kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in states.items()
+    }
+    torch.set_rng_state(decoded["cpu"])
+    if device.type == "cuda" and "cuda" in decoded:
+        torch.cuda.set_rng_state(decoded["cuda"], device)
