@@ -44,7 +44,7 @@ class BackboneStates:
 
 @dataclasses.dataclass(frozen=True)
 class _Recording:
-    owner: "Backbone"
+    numbers: Mapping[nn.Module, int]
     states: BackboneStates
     hidden_layers: Collection[int]
 
@@ -67,8 +67,10 @@ class Backbone:
         self.freeze()
         try:
             self.structure: BackboneStructure = inspect_backbone(model)
+            self._numbers = {layer.layer: number for number, layer in enumerate(self.structure.layers)}
+            self._implementation = model.config._attn_implementation
             self._head = head_without_decoder(model, self.structure.decoder_name)
-            self._watch_layers()
+            watch_layers(self.structure)
             self._check_against_plain_forward()
         except UnsupportedBackboneError:
             raise
@@ -167,39 +169,18 @@ class Backbone:
     ) -> None:
         if self.model.training or any(parameter.requires_grad for parameter in self.model.parameters()):
             self.freeze()
-        token = _recording.set(_Recording(self, states, hidden_layers))
+        if self.model.config._attn_implementation != self._implementation:
+            raise ValueError(
+                "the attention implementation of the backbone must stay what it was when the model was made, "
+                f'"{self._implementation}", got "{self.model.config._attn_implementation}"; '
+                "load the backbone with the one you want and make the model anew."
+            )
+        token = _recording.set(_Recording(self._numbers, states, hidden_layers))
         try:
             with handled_by(handlers), contextlib.suppress(EnoughSeen):
                 self.model(input_ids, **inputs)
         finally:
             _recording.reset(token)
-
-    def _watch_layers(self) -> None:
-        for number, structure in enumerate(self.structure.layers):
-            structure.layer.register_forward_pre_hook(self._enter_layer(number), with_kwargs=True)
-        self.structure.layers[-1].layer.register_forward_hook(self._leave_last_layer())
-
-    def _enter_layer(self, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            recording = _recording.get()
-            if recording is None or recording.owner is not self:
-                return
-            hidden_states, recording.states.calls[number] = split_call(args, kwargs)
-            if number in recording.hidden_layers:
-                recording.states.hidden_states[number] = hidden_states
-
-        return hook
-
-    def _leave_last_layer(self) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            recording = _recording.get()
-            if recording is None or recording.owner is not self:
-                return
-            if self.num_layers in recording.hidden_layers:
-                recording.states.hidden_states[self.num_layers] = first(output)
-            raise EnoughSeen
-
-        return hook
 
     def _keep_keys(self, states: BackboneStates, number: int, last: int | None) -> Callable[..., Any]:
         """Return an attention handler that keeps the new tokens' keys and values of a layer, and ends the run at `last`."""
@@ -238,6 +219,39 @@ class Backbone:
                 f"by {(found - expected).abs().max():.3g}; it does more between its last layer and its logits than a "
                 f"norm and a head ({[type(module).__name__ for module in self.structure.final_modules]})."
             )
+
+
+def watch_layers(structure: BackboneStructure) -> None:
+    """Let the layers' inputs and the last one's output be recorded, once however many models share the backbone.
+
+    The hooks are plain functions that know no model, so that a copied or reopened model records its own layers.
+    """
+    for layer in structure.layers:
+        if _record_input not in layer.layer._forward_pre_hooks.values():
+            layer.layer.register_forward_pre_hook(_record_input, with_kwargs=True)
+    last = structure.layers[-1].layer
+    if _record_output not in last._forward_hooks.values():
+        last.register_forward_hook(_record_output)
+
+
+def _record_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    recording = _recording.get()
+    if recording is None or layer not in recording.numbers:
+        return
+    number = recording.numbers[layer]
+    hidden_states, recording.states.calls[number] = split_call(args, kwargs)
+    if number in recording.hidden_layers:
+        recording.states.hidden_states[number] = hidden_states
+
+
+def _record_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    recording = _recording.get()
+    if recording is None or layer not in recording.numbers:
+        return
+    number = recording.numbers[layer] + 1
+    if number in recording.hidden_layers:
+        recording.states.hidden_states[number] = first(output)
+    raise EnoughSeen
 
 
 class _DecoderOutput(BaseModelOutputWithPast):

@@ -31,9 +31,13 @@ _handlers: ContextVar[Mapping[nn.Module, Handler] | None] = ContextVar("longmem_
 def handled_by(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """Route the attention of intercepted modules (keys of `handlers`) to their handlers inside the block."""
     token = _handlers.set(handlers)
+    layer = _direct_layer.set(None)
+    direct = any(not calls_registry(module) for module in handlers)
     try:
-        yield
+        with _DirectCalls() if direct else contextlib.nullcontext():
+            yield
     finally:
+        _direct_layer.reset(layer)
         _handlers.reset(token)
 
 
@@ -53,22 +57,23 @@ def intercept(module: nn.Module) -> None:
     if config._attn_implementation == IMPLEMENTATION:
         return
     own_config = copy.copy(config)
-    own_config.intercepted_attn_implementation = config._attn_implementation
+    own_config.intercepted_config = config  # live: whoever changes the backbone's implementation changes both
     own_config._attn_implementation_internal = IMPLEMENTATION
     module.config = own_config
 
 
 def intercept_direct_calls(layer: nn.Module) -> None:
     """Route the layer's own calls of `scaled_dot_product_attention` to its handler, if there is one for the call."""
-    layer.register_forward_pre_hook(_enter_direct_calls)
-    layer.register_forward_hook(_leave_direct_calls, always_call=True)
+    if _enter_layer not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_enter_layer)
+        layer.register_forward_hook(_leave_layer, always_call=True)
 
 
 def local_implementation(module: nn.Module) -> str:
     """Return the name of the attention implementation that the module used before it was intercepted."""
     if not calls_registry(module):
         return "sdpa"
-    return module.config.intercepted_attn_implementation or "eager"  # type: ignore[union-attr, return-value]
+    return module.config.intercepted_config._attn_implementation or "eager"  # type: ignore[union-attr, return-value]
 
 
 def local_attention(module: nn.Module) -> LocalAttention:
@@ -88,55 +93,51 @@ def dispatch_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Te
 AttentionInterface.register(IMPLEMENTATION, dispatch_attention)
 
 
-class _DirectCalls(TorchFunctionMode):
-    """While it is entered, hands calls of `scaled_dot_product_attention` to a layer's handler."""
+# The layer whose own calls are intercepted now; `handled_by` clears it, also after an interruption.
+_direct_layer: ContextVar[nn.Module | None] = ContextVar("longmem_direct_layer", default=None)
 
-    def __init__(self, layer: nn.Module, handler: Handler) -> None:
-        super().__init__()
-        self.layer, self.handler = layer, handler
+
+def _enter_layer(layer: nn.Module, args: Any) -> None:
+    _direct_layer.set(layer)
+
+
+def _leave_layer(layer: nn.Module, args: Any, output: Any) -> None:
+    _direct_layer.set(None)
+
+
+class _DirectCalls(TorchFunctionMode):
+    """While it is entered, hands calls of `scaled_dot_product_attention` to the handler of the layer that makes them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attend(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        def local(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Any:
-            causal = mask is None and q.shape[2] > 1
-            grouped = enable_gqa or k.shape[1] not in (1, q.shape[1])
-            output = nn.functional.scaled_dot_product_attention(
-                q, k, v, mask, dropout_p, is_causal=causal, scale=scaling, enable_gqa=grouped
-            )
-            return output.transpose(1, 2), None
-
-        scaling = query.shape[-1] ** -0.5 if scale is None else scale
-        output, _ = self.handler(local, self.layer, query, key, value, attn_mask, scaling=scaling)
-        return output.transpose(1, 2)
+        kwargs, layer = kwargs or {}, _direct_layer.get()
+        handler = None if layer is None else (_handlers.get() or {}).get(layer)
+        if handler is None or func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return attend_directly(handler, layer, *args, **kwargs)
 
 
-_direct_calls: ContextVar[tuple[_DirectCalls, ...]] = ContextVar("longmem_direct_calls", default=())
+def attend_directly(
+    handler: Handler,
+    layer: nn.Module | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Return what the handler makes of a call of `scaled_dot_product_attention`, with the arguments of that function."""
 
+    def local(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Any:
+        causal = mask is None and q.shape[2] > 1
+        grouped = enable_gqa or k.shape[1] not in (1, q.shape[1])
+        output = nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+        return output.transpose(1, 2), None
 
-def _enter_direct_calls(layer: nn.Module, args: Any) -> None:
-    handler = (_handlers.get() or {}).get(layer)
-    if handler is not None:
-        mode = _DirectCalls(layer, handler)
-        mode.__enter__()
-        _direct_calls.set((*_direct_calls.get(), mode))
-
-
-def _leave_direct_calls(layer: nn.Module, args: Any, output: Any) -> None:
-    entered = _direct_calls.get()
-    if entered and entered[-1].layer is layer:
-        _direct_calls.set(entered[:-1])
-        entered[-1].__exit__(None, None, None)
+    scaling = query.shape[-1] ** -0.5 if scale is None else scale
+    output, _ = handler(local, layer, query, key, value, attn_mask, scaling=scaling)
+    return output.transpose(1, 2)
