@@ -1,10 +1,12 @@
 """What a LongMem model shares with every pretrained model of transformers: making, saving, loading, training modes."""
 
+import copy
 from os import PathLike
 from typing import Any, Self
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem import saving
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
@@ -40,7 +42,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         refuse_unstorable_layers(config, self._backbone.structure)
         self.side_network = SideNetwork(config, self._backbone)
         self._tokenizer = tokenizer
-        self._fingerprint: str | None = None
+        self._fingerprints: dict[torch.dtype, str] = {}
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         self.post_init()
 
@@ -102,7 +104,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
             ValueError: a weight is missing, left over, or of another shape, or the folder holds no LongMem model.
         """
         folder = saving.local_folder(pretrained_model_name_or_path, revision)
-        config = options.pop("config", None) or LongMemConfig.from_pretrained(folder)
+        config = copy.deepcopy(options.pop("config", None)) or LongMemConfig.from_pretrained(folder)
         loading = {**(backbone_options or {})}
         if (dtype := options.pop("dtype", None)) is not None:
             loading["dtype"] = dtype
@@ -118,6 +120,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
         saving.refuse_other_backbone(config, backbone)
         model = cls(config, backbone)
         saving.load_side_network(model.side_network, folder)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 
     def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> None:  # type: ignore[override]
@@ -144,14 +148,16 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def encoder_fingerprint(self) -> str:
         """Return a hash of everything that determines what this model stores: weights up to the memory layers, recipe.
 
-        Computed once (about 1 s per GB of weights), because the backbone never changes.
+        Computed once for each dtype of the backbone (about 1 s per GB of weights), which otherwise never changes.
         """
-        if self._fingerprint is None:
+        dtype = self.backbone.dtype
+        if dtype not in self._fingerprints:
             layers = [structure.layer for structure in self._backbone.structure.layers]
             names = ("memory_layers", "chunk_size", "segment_length")
             recipe = {name: getattr(self.config, name) for name in names}
-            self._fingerprint = encoder_fingerprint(self.backbone, layers, self.config.memory_layers or [0], recipe)
-        return self._fingerprint
+            memory_layers = self.config.memory_layers or [0]
+            self._fingerprints[dtype] = encoder_fingerprint(self.backbone, layers, memory_layers, recipe)
+        return self._fingerprints[dtype]
 
     # What transformers asks for ----------------------------------------------------------------------------------------
 

@@ -75,9 +75,10 @@ def backbone_location(folder: Path, name: str) -> str:
 
 def name_from(folder: Path, name: str | None) -> str | None:
     """Return how a model in `folder` names its backbone: by a relative path if it is inside, so that both can move."""
-    if name and Path(name).is_dir() and Path(name).resolve().is_relative_to(folder.resolve()):
-        return Path(name).resolve().relative_to(folder.resolve()).as_posix()
-    return name
+    if not name or not Path(name).is_dir():
+        return name
+    place = Path(name).resolve()  # a folder elsewhere by its whole path, whatever folder the model is opened from
+    return (place.relative_to(folder.resolve()) if place.is_relative_to(folder.resolve()) else place).as_posix()
 
 
 def save_model(model: LongMemPreTrainedModel, save_directory: str | PathLike[str], **options: Any) -> None:
@@ -91,12 +92,19 @@ def save_model(model: LongMemPreTrainedModel, save_directory: str | PathLike[str
         raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
     push_to_hub, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", folder.name)
     state = options.pop("state_dict", None) or model.state_dict()
-    for habit in ("is_main_process", "max_shard_size", "safe_serialization", "save_function", "variant", "token"):
+    is_main_process, token = options.pop("is_main_process", True), options.pop("token", None)
+    sharding = {"max_shard_size": options.pop("max_shard_size")} if "max_shard_size" in options else {}
+    for habit in (
+        "safe_serialization",
+        "save_function",
+    ):  # accelerate and the Trainer pass them; it is always safetensors
         options.pop(habit, None)
     refuse_unknown_options(options)
+    if not is_main_process:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     own = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-    save_torch_state_dict(own, folder)
+    save_torch_state_dict(own, folder, **sharding)
     model.config.architectures = [type(model).__name__]
     config = copy.deepcopy(model.config)
     config.backbone_name_or_path = name_from(folder, config.backbone_name_or_path)
@@ -106,7 +114,7 @@ def save_model(model: LongMemPreTrainedModel, save_directory: str | PathLike[str
     if push_to_hub:
         from huggingface_hub import upload_folder
 
-        upload_folder(repo_id=repo_id, folder_path=folder)
+        upload_folder(repo_id=repo_id, folder_path=folder, token=token)
 
 
 def model_card(config: LongMemConfig) -> str:

@@ -68,7 +68,10 @@ class ModuleCopier:
         """
         refuse_offloaded(source)
         made = self._plain(source) if self._changed is None else self._with_options(source, self._changed)
-        return made.to(self._dtype).requires_grad_(True)
+        made = made.to(self._dtype)
+        for parameter in made.parameters():  # what is still quantized, such as packed experts, stays as it is
+            parameter.requires_grad_(parameter.is_floating_point())
+        return made
 
     def _plain(self, source: nn.Module) -> nn.Module:
         quantized = {module for module in source.modules() if is_quantized_linear(module)}
@@ -105,8 +108,9 @@ def is_quantized_linear(module: nn.Module) -> bool:
     """Return whether the module is a linear layer whose weight is not a plain floating-point tensor."""
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         return False
-    weight = getattr(module, "weight", None)
-    return type(weight) is not nn.Parameter or type(weight.data) is not torch.Tensor or not weight.is_floating_point()
+    weight: Any = getattr(module, "weight", None)
+    is_plain = type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
+    return not is_plain or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @torch.no_grad()

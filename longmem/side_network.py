@@ -145,11 +145,10 @@ class SideNetwork(nn.Module):
             memory = None
         dtype = self.dtype
         reads: list[MemoryRead] = []
-        hidden_states = states.hidden_states[self.config.layer_reduction_factor * self.config.first_side_layer].to(
-            dtype
-        )
+        start = states.hidden_states[self.config.layer_reduction_factor * self.config.first_side_layer]
+        hidden_states = start.to(dtype)
         for number, layer in zip(self.config.side_layers, self.layers, strict=True):
-            call = states.calls[self.config.source_layer(number)].to(dtype)
+            call = states.calls[self.config.source_layer(number)].to(dtype, computed_in=start.dtype)
             hidden_states, read = layer(hidden_states, call, memory)
             if read is not None:
                 reads.append(read)

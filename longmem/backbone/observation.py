@@ -25,14 +25,19 @@ class LayerCall:
         """Cosines and sines that the layer was given."""
         return self.kwargs["position_embeddings"]
 
-    def to(self, dtype: torch.dtype) -> "LayerCall":
-        """Return the call with floating-point arguments (cosines and sines, additive masks) in another dtype."""
+    def to(self, dtype: torch.dtype, computed_in: torch.dtype) -> "LayerCall":
+        """Return the call for a layer that computes in another dtype than the backbone, `computed_in`.
+
+        Arguments in the backbone's dtype (cosines and sines, additive masks) are cast; what an architecture keeps in float32
+        whatever its dtype stays so.
+        """
+        if dtype == computed_in:
+            return self
 
         def cast(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(cast, value))
-            is_other = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype
-            return value.to(dtype) if is_other else value
+            return value.to(dtype) if isinstance(value, Tensor) and value.dtype == computed_in else value
 
         return LayerCall(cast(self.args), {name: cast(value) for name, value in self.kwargs.items()})
 

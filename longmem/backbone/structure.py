@@ -85,7 +85,7 @@ def watch(backbone: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) 
     with seen.watching(decoder, layers), torch.no_grad():
         logits = backbone(probe_ids(backbone), use_cache=False).logits
     changed = probe_ids(backbone)
-    changed[:, -1] = changed[:, 0]
+    changed[:, -1] = (changed[:, -1] + 1) % backbone.config.get_text_config().vocab_size
     with torch.no_grad():
         others = backbone(changed, use_cache=False).logits
     if not same_logits(others[:, :-1], logits[:, :-1], is_exact=computes_exactly(backbone)):

@@ -303,6 +303,17 @@ class MemoryBank:
         token_ids: Iterable[int] | Tensor | None,
     ) -> None:
         """Check everything, then write: an error leaves the bank as it was."""
+        # Outside of inference mode, whatever the caller's: what is made there can never be written to again.
+        with torch.inference_mode(False):
+            self._extend_checked(document, keys, values, token_ids)
+
+    def _extend_checked(
+        self,
+        document: Document,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        token_ids: Iterable[int] | Tensor | None,
+    ) -> None:
         num_tokens = checks.validate_key_values(
             keys,
             values,
