@@ -92,5 +92,5 @@ class MemoryReader:
         rotary, rotation = self._source.rotary, self._source.rotation
         if rotary is None or rotation is None or self._position_embeddings is None:
             return query
-        there = rotary.at(self._config.memory_distance, query)
+        there = rotary.at([self._config.memory_distance], query)
         return rotation.move_queries(query, self._position_embeddings, there)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +26,15 @@ class RotaryEmbedding:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def at(self, position: int, like: Tensor) -> CosSin:
-        """Return cosines and sines `1 1 rotary_dim` of one position, in the dtype and on the device of `like`."""
+    def at(self, positions: Sequence[int], like: Tensor) -> CosSin:
+        """Return cosines and sines `1 positions rotary_dim`, in the dtype and on the device of `like`."""
 
         def swap(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             if value.is_floating_point():
                 return like
-            return torch.full((1, 1), position, device=like.device)
+            return torch.tensor([list(positions)], device=like.device)
 
         return self.module(*map(swap, self.args), **{name: swap(value) for name, value in self.kwargs.items()})
 

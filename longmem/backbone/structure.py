@@ -14,6 +14,8 @@ from longmem.backbone.observation import EnoughSeen, LayerCall, Observation
 from longmem.backbone.positions import RotaryEmbedding, Rotation, candidate_rotations
 
 PROBE_LENGTH = 8
+# Far apart, because some rotations are slow, and small enough for the window of any model.
+PROBE_POSITIONS = (0, 1, 3, 9, 27, 81, 130, 243)
 # Half precision turns a key by cosines of three digits; a key turned by the wrong angle is off by its own size.
 POSITION_TOLERANCE = 0.2
 
@@ -84,11 +86,12 @@ def watch(backbone: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) 
     seen = Observation()
     with seen.watching(decoder, layers), torch.no_grad():
         logits = backbone(probe_ids(backbone), use_cache=False).logits
+    half = PROBE_LENGTH // 2
     changed = probe_ids(backbone)
-    changed[:, -1] = (changed[:, -1] + 1) % backbone.config.get_text_config().vocab_size
+    changed[:, half:] = (changed[:, half:] + 1) % backbone.config.get_text_config().vocab_size
     with torch.no_grad():
         others = backbone(changed, use_cache=False).logits
-    if not same_logits(others[:, :-1], logits[:, :-1], is_exact=computes_exactly(backbone)):
+    if not same_logits(others[:, :half], logits[:, :half], is_exact=computes_exactly(backbone)):
         raise UnsupportedBackboneError(
             f"{type(backbone).__name__} is not causal: its logits depend on later tokens. Load it as a decoder "
             "(`is_decoder=True`) or use a decoder-only causal LM."
@@ -115,11 +118,10 @@ def same_logits(found: Tensor, expected: Tensor, is_exact: bool) -> bool:
 
 
 def probe_ids(backbone: PreTrainedModel) -> Tensor:
-    """Return a few valid token ids, `1 tokens`, on the device of the embeddings."""
-    return (
-        (torch.arange(PROBE_LENGTH, device=input_device(backbone)) * 7 + 5)
-        % backbone.config.get_text_config().vocab_size
-    )[None]
+    """Return a few different, valid token ids, `1 tokens`, on the device of the embeddings."""
+    vocab_size = backbone.config.get_text_config().vocab_size
+    ids = torch.arange(PROBE_LENGTH, device=input_device(backbone))[None]
+    return (ids * (vocab_size // PROBE_LENGTH or 1) + 5) % vocab_size
 
 
 def find_decoder(backbone: PreTrainedModel) -> tuple[str, nn.Module, nn.ModuleList]:
@@ -154,20 +156,22 @@ def layer_structure(seen: Observation, number: int, layer: nn.Module) -> LayerSt
             "(`ALL_ATTENTION_FUNCTIONS`) nor through torch's `scaled_dot_product_attention`, so its keys can't be seen",
         )
     attention, num_heads = seen.attention[number]
-    keys = keys_of_one_token(seen.calls[number], seen.inputs[number], layer, attention)
+    call, rotary = seen.calls[number], seen.rotary(number)
+    if rotary is not None:
+        call = call.at_positions(rotary.at(PROBE_POSITIONS, like=seen.inputs[number]))
+    keys = keys_of_one_token(call, seen.inputs[number], layer, attention)
     known = LayerStructure(layer, attention, num_heads, keys.shape[1])
     scale = keys.abs().amax(dim=2, keepdim=True)
     scale = scale.clamp_min(1e-4 * scale.max())
     if is_constant(keys, scale):
         return known
-    rotary = seen.rotary(number)
     if rotary is None:
         return dataclasses.replace(
             known,
             obstacle=f"layer {number} turns its keys, but the rotation is not given to the layer as "
             "`position_embeddings`, so it can't be undone and keys can't be stored free of their position",
         )
-    cos_sin = seen.calls[number].position_embeddings
+    cos_sin = call.position_embeddings
     for rotation in candidate_rotations(attention, cos_sin[0], keys.shape[-1]):
         with contextlib.suppress(RuntimeError):  # a candidate of the wrong width
             if is_constant(rotation.undo(keys, cos_sin), scale):

@@ -30,7 +30,7 @@ def close(found, expected, tolerance):
 # Half precision ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "falcon", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "falcon", "qwen3_next", "olmo2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_backbone_with_a_float32_side_network(model_type, dtype, input_ids, document):
     backbone = build(model_type).to(dtype)
@@ -61,6 +61,19 @@ def test_a_half_precision_backbone_with_a_float32_side_network(model_type, dtype
     gradients = [parameter.grad for parameter in model.side_network.parameters() if parameter.grad is not None]
     assert gradients
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "olmo2", "ernie4_5", "newgpt"])  # the last three keep parts in float32
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_half_precision_model_without_memory_is_its_backbone(model_type, dtype, input_ids, document):
+    backbone = (build_backbone if model_type == "newgpt" else build)(model_type).to(dtype)
+    plain = backbone(input_ids).logits
+    model, bank = make(backbone, document)
+    assert torch.equal(model(input_ids).logits, plain)
+    assert (model(input_ids, memory=bank).logits - plain).abs().max() > 1e-2
+    mixed, bank = make(build("llama"), document, side_network_dtype="bfloat16")
+    assert close(mixed(input_ids).logits, mixed.backbone(input_ids).logits, 0.1)
 
 
 @torch.no_grad()
