@@ -20,7 +20,6 @@ CHOICE = (
 ONE_TOKEN = {
     "max_new_tokens": 1,
     "min_new_tokens": 0,
-    "min_length": 0,
     "num_beams": 1,
     "num_return_sequences": 1,
     "use_cache": True,

@@ -238,7 +238,7 @@ def test_what_generation_refuses(tokens):
     assert stream.num_tokens == 5
 
 
-def test_the_models_generation_configuration_says_how_tokens_are_chosen(tokens):
+def test_the_models_generation_configuration_says_how_tokens_are_chosen(tokens, capfd):
     model, bank = make()
     free = model.stream(bank.empty_like())
     free.read(tokens[:20])
@@ -247,7 +247,9 @@ def test_the_models_generation_configuration_says_how_tokens_are_chosen(tokens):
     config.eos_token_id, config.min_new_tokens, config.num_beams, config.max_length = [96, expected[4]], 8, 2, 3
     stream = model.stream(bank)
     stream.read(tokens[:20])
+    capfd.readouterr()
     assert list(stream.generate()) == expected[: expected.index(expected[4]) + 1]
+    assert capfd.readouterr().err == ""  # transformers has nothing to warn about, token after token
 
 
 def test_two_streams_of_one_bank_keep_their_documents_apart(tokens):
