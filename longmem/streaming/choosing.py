@@ -16,15 +16,6 @@ CHOICE = (
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
     *("renormalize_logits", "remove_invalid_values", "eos_token_id", "pad_token_id"),
 )
-# Set so that the model's own generation configuration does not fill them in.
-ONE_TOKEN = {
-    "max_new_tokens": 1,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "return_dict_in_generate": True,
-}
 
 
 def one_token_config(defaults: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
@@ -40,7 +31,7 @@ def one_token_config(defaults: GenerationConfig, options: dict[str, Any]) -> Gen
                 f"Options: {', '.join(CHOICE)}."
             )
     given = {name: value for name in CHOICE if (value := getattr(defaults, name, None)) is not None}
-    return GenerationConfig(**{**given, **options, **ONE_TOKEN})
+    return GenerationConfig(**{**given, **options}, max_new_tokens=1, return_dict_in_generate=True)
 
 
 def end_tokens(config: GenerationConfig) -> set[int]:

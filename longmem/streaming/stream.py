@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import secrets
 import shutil
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache
 
 from longmem.memorizing import to_token_ids
 from longmem.memory import MemoryBank
@@ -115,12 +116,15 @@ class MemoryStream:
         config = one_token_config(self.model.generation_config, options)
         if not self._state.local_ids:
             raise ValueError("`generate` needs a token to go on from; `read` a prompt first.")
-        return self._generate(max_new_tokens, config)
+        # A view of the model with this configuration and no other: `generate` would fill in the model's own length limits.
+        chooser = copy.copy(self.model)
+        chooser.generation_config = config
+        return self._generate(max_new_tokens, chooser)
 
-    def _generate(self, max_new_tokens: int | None, config: GenerationConfig) -> Iterator[int]:
-        ends, count = end_tokens(config), 0
+    def _generate(self, max_new_tokens: int | None, chooser: LongMemForCausalLM) -> Iterator[int]:
+        ends, count = end_tokens(chooser.generation_config), 0
         while max_new_tokens is None or count < max_new_tokens:
-            token = self._next_token(config)
+            token = self._next_token(chooser)
             for _ in self._take_in([token], logits_to_keep=1):
                 pass
             count += 1
@@ -128,7 +132,7 @@ class MemoryStream:
             if token in ends:
                 return
 
-    def _next_token(self, config: GenerationConfig) -> int:
+    def _next_token(self, chooser: LongMemForCausalLM) -> int:
         """Return the token that `generate` chooses, drawn with the stream's own random numbers."""
         self._forget_cache_if_bank_changed()
         device, local = self.model.input_device, self.local_ids[None]
@@ -140,7 +144,7 @@ class MemoryStream:
                 "memory": self.memory,
                 **cache,
             }
-            output: Any = self.model.generate(local.to(device), generation_config=config, **inputs)  # type: ignore[misc]
+            output: Any = chooser.generate(local.to(device), **inputs)  # type: ignore[misc]
             self._state.random = random_state(device)
         self._cache, self._cached = output.past_key_values, len(self._state.local_ids)
         return int(output.sequences[0, -1])
