@@ -74,6 +74,11 @@ class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDesc
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
+def sentence(summary: str) -> str:
+    """Return a summary as a sentence."""
+    return summary[0].upper() + summary[1:] + "."
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; each command names the function in `longmem.commands` that does it."""
     parser = argparse.ArgumentParser(
@@ -90,13 +95,19 @@ def build_parser() -> argparse.ArgumentParser:
         command = to.add_parser(
             name,
             help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
+            description=sentence(summary),
             epilog=epilog,
             parents=[common, *parents],
             formatter_class=TeachingFormatter,
         )
         command.set_defaults(does=does)
         return command
+
+    def add_group(to: Any, name: str, summary: str, epilog: str) -> Any:
+        group = to.add_parser(
+            name, help=summary, description=sentence(summary), epilog=epilog, formatter_class=TeachingFormatter
+        )
+        return group.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     demo = add(commands, "demo", "demo:run", "measure what memory does, on this machine, in minutes", DEMO_EXAMPLES)
     demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
@@ -125,27 +136,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
     generate.add_argument("--show-reads", action="store_true", help="list the passages that were read most")
 
-    banks = commands.add_parser(
-        "bank",
-        help="look into a bank, delete from it",
-        description="Look into a bank, delete from it.",
-        epilog=BANK_EXAMPLES,
-        formatter_class=TeachingFormatter,
-    )
-    actions = banks.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = add_group(commands, "bank", "look into a bank, delete from it", BANK_EXAMPLES)
     add(actions, "list", "bank:list_documents", "list the documents of a bank", "", bank)
     add(actions, "info", "bank:show_info", "show sizes and settings of a bank", "", bank)
     delete = add(actions, "delete", "bank:delete_documents", "delete documents from a bank", "", bank)
     delete.add_argument("documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them")
 
-    official = commands.add_parser(
-        "official",
-        help="use what the released code wrote",
-        description="Use what the released code of the paper wrote.",
-        epilog=OFFICIAL_EXAMPLES,
-        formatter_class=TeachingFormatter,
-    )
-    uses = official.add_subparsers(dest="action", required=True, metavar="ACTION")
+    uses = add_group(commands, "official", "use what the released code of the paper wrote", OFFICIAL_EXAMPLES)
     convert = add(
         uses, "convert", "official:convert_checkpoints", "write its checkpoints as a model of this package", ""
     )

@@ -295,6 +295,7 @@ class MemoryBank:
         checks.validate_search(queries, num_chunks, None if shapes is None else shapes[position])
         return self._contents.search(position, queries, num_chunks, rows)
 
+    @torch.inference_mode(False)  # whatever the caller's mode: what is made inside it can never be written to again
     def _extend(
         self,
         document: Document,
@@ -303,17 +304,6 @@ class MemoryBank:
         token_ids: Iterable[int] | Tensor | None,
     ) -> None:
         """Check everything, then write: an error leaves the bank as it was."""
-        # Outside of inference mode, whatever the caller's: what is made there can never be written to again.
-        with torch.inference_mode(False):
-            self._extend_checked(document, keys, values, token_ids)
-
-    def _extend_checked(
-        self,
-        document: Document,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        token_ids: Iterable[int] | Tensor | None,
-    ) -> None:
         num_tokens = checks.validate_key_values(
             keys,
             values,
