@@ -1,76 +1,88 @@
-"""What a memory bank holds: ledger, stores and indexes, which change together here and nowhere else."""
+"""What a memory bank holds: ledger, storage and indexes, which change together here and nowhere else."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.index import ChunkIndex, Found
-from longmem.memory.index_kinds import INDEXES
-from longmem.memory.ledger import Document, Ledger
-from longmem.memory.store import Chunks, ChunkStore, LayerShape, cut_into_chunks
+from longmem.memory.documents import Document, IntQueue, Run, SourcePart
+from longmem.memory.eviction import EvictionPolicy
+from longmem.memory.index import INDEXES, ChunkIndex, Found
+from longmem.memory.ledger import Ledger
+from longmem.memory.storage import Storage
+from longmem.memory.store import Chunks, LayerShape, cut_into_chunks
 
 
 class BankContents:
-    """Return the empty contents of a bank with room for `capacity` chunks; layers are counted by position here.
+    """Return the empty contents of a bank; layers are counted by position here.
 
     Arguments have been checked by the bank. A write allocates all it needs before it changes anything.
+
+    Args:
+        storage: where rows are kept.
+        policy: what goes when `capacity` is reached.
+        capacity: chunks; None: no limit.
     """
 
     def __init__(
-        self, *, chunk_size: int, capacity: int, index: str, storage_dtype: torch.dtype, device: torch.device
+        self,
+        storage: Storage,
+        policy: EvictionPolicy,
+        *,
+        chunk_size: int,
+        capacity: int | None,
+        index: str,
+        storage_dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        self.storage = storage
         self.chunk_size = chunk_size
         self.capacity = capacity
         self.index = index
         self.storage_dtype = storage_dtype
         self.device = device
-        self.ledger = Ledger(chunk_size)
-        self.stores: list[ChunkStore] = []
-        self.indexes: list[ChunkIndex] = []
+        self.ledger = Ledger(chunk_size, policy)
+        self._indexes: dict[int, ChunkIndex] = {}
 
     @property
     def shapes(self) -> list[LayerShape] | None:
         """Return the sizes of each layer, None before the first write has fixed them."""
-        return [store.shape for store in self.stores] or None
+        return self.storage.shapes or None
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of all keys, values and search keys, with the room that growth has reserved."""
         tails = (tensor for document in self.ledger.documents.values() for pair in document.waiting for tensor in pair)
-        return sum(store.nbytes for store in self.stores) + sum(tensor.nbytes for tensor in tails)
+        return self.storage.nbytes + sum(tensor.nbytes for tensor in tails)
+
+    # Writing.
 
     def extend(
         self,
         document: Document,
         keys: Sequence[Float[Tensor, "_kv_heads _tokens _dim"]],
         values: Sequence[Float[Tensor, "_kv_heads _tokens _dim"]],
-        token_ids: Int[Tensor, " tokens"] | None,
+        source: SourcePart | None,
     ) -> None:
         """Write tokens to the end of a document, new or known, together with the tail that waited there."""
-        new_tokens = keys[0].shape[1]
         tokens = [
             (key.detach().to(self.device), value.detach().to(self.device))
             for key, value in zip(keys, values, strict=True)
         ]
+        new_tokens = tokens[0][0].shape[1]
         if document.waiting:
             tokens = [
                 (torch.cat([old_key, key], dim=1), torch.cat([old_value, value], dim=1))
                 for (old_key, old_value), (key, value) in zip(document.waiting, tokens, strict=True)
             ]
         num_chunks = tokens[0][0].shape[1] // self.chunk_size
-        skipped = max(0, num_chunks - self.capacity)
-        if skipped:
-            warnings.warn(
-                f"document {document.document_id!r}: {num_chunks} chunks were written at once to a bank of "
-                f"{self.capacity}, so its first {skipped * self.chunk_size} tokens are dropped; raise "
-                f"`capacity_tokens` to {num_chunks * self.chunk_size} to keep them.",
-                stacklevel=4,
-            )
+        skipped = self._chunks_without_room(document, num_chunks)
         start, stop = skipped * self.chunk_size, num_chunks * self.chunk_size
         chunks = [
             cut_into_chunks(key[:, start:stop], value[:, start:stop], self.chunk_size, self.storage_dtype)
@@ -85,62 +97,130 @@ class BankContents:
 
         document.num_tokens += new_tokens
         document.waiting = tails if tails[0][0].shape[1] else []
-        if token_ids is not None:
-            document.push_token_ids(token_ids)
+        if source is not None:
+            document.push_source(source)
         self._write(document, chunks)
-        if document.token_ids is not None:
-            document.token_ids.pop(skipped * self.chunk_size)
+        if skipped and document.source is not None:
+            document.source.drop(skipped * self.chunk_size)
 
-    def replace(self, old: Document, new: Document, chunks: list[Chunks]) -> None:
-        """Write `new`, whose record is complete but for its rows, in place of `old`."""
+    def extend_with_chunks(self, document: Document, chunks: list[Chunks], source: SourcePart | None) -> None:
+        """Write whole chunks, as they are stored, to the end of a document without a tail."""
+        assert not document.waiting
+        skipped = self._chunks_without_room(document, chunks[0].keys.shape[1])
+        document.num_tokens += chunks[0].keys.shape[1] * self.chunk_size
+        chunks = [Chunks(*(tensor[:, skipped:].to(self.device) for tensor in layer)) for layer in chunks]
         self._reserve(chunks)
-        self.drop(old)
-        self._write(new, chunks)
+        if source is not None:
+            document.push_source(source)
+        self._write(document, chunks)
+        if skipped and document.source is not None:
+            document.source.drop(skipped * self.chunk_size)
 
     def drop(self, document: Document) -> None:
         """Forget a document, and move the last live rows into the holes it leaves."""
-        dropped, sources, destinations = self.ledger.close(document)
-        for store, index in zip(self.stores, self.indexes, strict=True):
-            index.rows_dropped(dropped)
-            store.move(sources, destinations)
-            store.truncate(self.ledger.num_rows)
-            index.rows_moved(sources, destinations)
+        self._remove(*self.ledger.close(document))
+
+    def drop_expired(self) -> None:
+        """Forget what has outlived the policy's time."""
+        if expired := self.ledger.expired():
+            self._remove(*self.ledger.release(expired))
+
+    def copy_to(self, target: BankContents) -> None:
+        """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
+        twins: dict[int, Document] = {}
+        for document in self.ledger.documents.values():
+            twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=deque(), source_or_reader=None)
+            twin.waiting = [(key.to(target.device), value.to(target.device)) for key, value in document.waiting]
+            if document.source is not None:
+                twin.push_source(document.source.part(0, len(document.source.token_ids)))
+            target.ledger.open(twin)
+            twins[document.serial] = twin
+        for run in self.ledger.runs.values():
+            document, twin = run.document, twins[run.document.serial]
+            done = len(twin.rows)
+            chunks = self.storage.select(document.rows.values[done : done + run.num_chunks])
+            chunks = [Chunks(*(tensor.to(target.device) for tensor in layer)) for layer in chunks]
+            rows = target.ledger.num_rows + torch.arange(run.num_chunks)
+            target.storage.reserve(chunks, target.ledger.num_rows + run.num_chunks)
+            slot = target.storage.write(rows, chunks)
+            target.ledger.enter_run(Run(twin, run.num_chunks, run.written_at, run.order, slot))
+            target.ledger.place(twin, rows, document.first_chunk(self.chunk_size) + done)
+            target._tell_indexes_of(rows)
+
+    # Reading.
 
     def search(self, position: int, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
         """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written."""
-        if self.stores:
-            return self.indexes[position].search(queries, num_chunks, rows)
+        if self.storage.shapes:
+            return self.index_of(position).search(queries, num_chunks, rows)
         missing = torch.full((*queries.shape[:2], num_chunks), -1, device=queries.device)
         return torch.full_like(missing, -torch.inf, dtype=torch.float32), missing
 
-    def restore(self, documents: Iterable[Document], runs: Iterable[tuple[str, int]], layers: list[Chunks]) -> None:
-        """Take over what was saved; `self` is empty."""
-        self.ledger.restore(documents, runs)
-        self._open([ChunkStore.of(chunks, capacity=self.capacity) for chunks in layers])
-        for index in self.indexes:
+    def index_of(self, position: int) -> ChunkIndex:
+        """Return the index of one layer, made when it is first needed."""
+        if position not in self._indexes:
+            index = INDEXES[self.index](self.storage.layer(position))
             index.rows_written(torch.arange(self.ledger.num_rows))
+            self._indexes[position] = index
+        return self._indexes[position]
 
-    def _open(self, stores: list[ChunkStore]) -> None:
-        self.stores = stores
-        self.indexes = [INDEXES[self.index](store) for store in stores]
+    # Inside.
+
+    def _chunks_without_room(self, document: Document, num_chunks: int) -> int:
+        """Return how many of so many new chunks can't be kept even if all that is not pinned is evicted.
+
+        Raises ValueError where pinned documents leave no room at all, or a pinned one would lose a part of itself.
+        """
+        if self.capacity is None:
+            return 0
+        room = self.capacity - self.ledger.num_pinned_rows
+        if num_chunks <= room:
+            return 0
+        if document.is_pinned or not room:
+            raise ValueError(
+                f"the bank holds {self.capacity * self.chunk_size} tokens, {self.ledger.num_pinned_rows * self.chunk_size} "
+                f"of them pinned, so {num_chunks * self.chunk_size} more for {document.document_id!r} do not fit; unpin or "
+                "delete documents, or make a bank with a larger `capacity_tokens`."
+            )
+        warnings.warn(
+            f"document {document.document_id!r}: {num_chunks} chunks were written at once to a bank with room for {room}, "
+            f"so its first {(num_chunks - room) * self.chunk_size} tokens are dropped; raise `capacity_tokens` by "
+            f"{(num_chunks - room) * self.chunk_size} to keep them.",
+            stacklevel=5,
+        )
+        return num_chunks - room
 
     def _reserve(self, chunks: list[Chunks]) -> None:
-        if not self.stores:
-            empty = [Chunks(*(tensor[:, :0].clone() for tensor in layer)) for layer in chunks]
-            self._open([ChunkStore.of(layer, capacity=self.capacity) for layer in empty])
-        for store, layer in zip(self.stores, chunks, strict=True):
-            store.reserve(min(self.capacity, store.num_rows + layer.keys.shape[1]))
+        num_rows = self.ledger.num_rows + chunks[0].keys.shape[1]
+        self.storage.reserve(chunks, num_rows if self.capacity is None else min(self.capacity, num_rows))
 
     def _write(self, document: Document, chunks: list[Chunks]) -> None:
-        """Write chunks, at most as many as there is capacity, over the oldest ones where the bank is full."""
-        num_rows = self.ledger.num_rows
-        num_new = chunks[0].keys.shape[1]
+        """Write chunks, at most as many as there is room for, over those that the policy chooses where the bank is full."""
+        num_rows, num_new = self.ledger.num_rows, chunks[0].keys.shape[1]
         if document.serial < 0:
             self.ledger.open(document)
-        evicted = self.ledger.evict(max(0, num_rows + num_new - self.capacity), keep=document)
+        excess = 0 if self.capacity is None else max(0, num_rows + num_new - self.capacity)
+        evicted = self.ledger.evict(excess, keep=document)
         rows = torch.cat([evicted, torch.arange(num_rows, num_rows + num_new - len(evicted))])
-        for store, index, layer in zip(self.stores, self.indexes, chunks, strict=True):
-            index.rows_dropped(evicted)
-            store.write(rows, layer)
+        if len(evicted):
+            for index in self._indexes.values():
+                index.rows_dropped(evicted)
+            self.storage.drop(evicted)
+        slot = self.storage.write(rows, chunks) if num_new else -1
+        self._tell_indexes_of(rows)
+        self.ledger.record(document, rows, slot)
+
+    def _tell_indexes_of(self, rows: Int[Tensor, " rows"]) -> None:
+        for index in self._indexes.values():
             index.rows_written(rows)
-        self.ledger.record(document, rows)
+
+    def _remove(
+        self, dropped: Int[Tensor, " rows"], sources: Int[Tensor, " moved"], destinations: Int[Tensor, " moved"]
+    ) -> None:
+        for index in self._indexes.values():
+            index.rows_dropped(dropped)
+        self.storage.drop(dropped)
+        self.storage.move(sources, destinations)
+        self.storage.truncate(self.ledger.num_rows)
+        for index in self._indexes.values():
+            index.rows_moved(sources, destinations)

@@ -1,206 +1,200 @@
 """The book-keeping of the memory bank: which document owns which row, and in which order rows were written.
 
-Nothing here touches keys or values (but the tails that wait for a full chunk), so every promise about rows and
-documents can be read, and tested, in this file alone.
+Nothing here touches keys or values, so every promise about rows and documents can be read, and tested, in this file and
+`documents.py` alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-# Keys and values of one memory layer; layers may differ in heads and widths, so sizes have no names (underscore).
-Tail = tuple[Float[Tensor, "_kv_heads _waiting _key_dim"], Float[Tensor, "_kv_heads _waiting _value_dim"]]
+from longmem.memory.documents import Document, Run
+from longmem.memory.eviction import EvictionPolicy
 
 # Numbers that no two states of any ledgers share, also when a bank is cleared and gets a new ledger.
 _STAMPS = itertools.count()
 
+# Chunks of one document that are written one after the other within this time make one run.
+SECONDS_OF_A_RUN = 1.0
 
-@dataclass(frozen=True)
-class DocumentInfo:
-    """Return what a bank knows about one document; lengths and offsets in tokens of the document.
 
-    `num_tokens`: written so far, also those since evicted. `num_chunks`: resident, so found by search.
-    `num_waiting_tokens`: the tail that is shorter than a chunk and waits for more. `first_resident_token`: where the
-    first resident chunk starts (where the next chunk will start, if none is resident).
+class ChunkPlace(NamedTuple):
+    """Return where a chunk is from: tokens and characters of its document, and its text.
+
+    Characters and text are None where the writer gave no text.
     """
 
     document_id: str
-    num_tokens: int
-    num_chunks: int
-    num_waiting_tokens: int
-    first_resident_token: int
-
-
-class IntQueue:
-    """Return a queue of integers in one tensor; pushing and popping cost O(what is pushed or popped), amortised.
-
-    >>> queue = IntQueue()
-    >>> queue.push(torch.tensor([1, 2, 3])); queue.pop(2), queue.values
-    (tensor([1, 2]), tensor([3]))
-    """
-
-    def __init__(self, values: Int[Tensor, " values"] | None = None) -> None:
-        self._data = torch.empty(0, dtype=torch.int64) if values is None else values
-        self._start, self._stop = 0, len(self._data)
-
-    def __len__(self) -> int:
-        return self._stop - self._start
-
-    @property
-    def values(self) -> Int[Tensor, " values"]:
-        """Return a view of the values, oldest first; it is valid until the next push."""
-        return self._data[self._start : self._stop]
-
-    def push(self, values: Int[Tensor, " values"]) -> None:
-        """Add values at the end."""
-        if self._stop + len(values) > len(self._data):
-            data = torch.empty(2 * (len(self) + len(values)), dtype=torch.int64)
-            data[: len(self)] = self.values
-            self._data, self._start, self._stop = data, 0, len(self)
-        self._data[self._stop : self._stop + len(values)] = values
-        self._stop += len(values)
-
-    def pop(self, count: int) -> Int[Tensor, " count"]:
-        """Return the oldest `count` values and drop them."""
-        values = self.values[:count].clone()
-        self._start += count
-        return values
-
-
-@dataclass(eq=False)
-class Document:
-    """Return the record of one document.
-
-    `serial` is its number in the ledger, -1 before it is entered; it is never used again, so that a document that
-    replaces another of the same name cannot inherit rows.
-    """
-
-    document_id: str
-    serial: int = -1
-    num_tokens: int = 0
-    rows: IntQueue = field(default_factory=IntQueue)
-    # Ids of the resident and the waiting tokens; None where the writer gave none.
-    token_ids: IntQueue | None = None
-    # For each memory layer the float32 keys and values of the tokens that wait; empty if none do.
-    waiting: list[Tail] = field(default_factory=list)
-
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Return the length of the tail that is shorter than a chunk."""
-        return self.waiting[0][0].shape[1] if self.waiting else 0
-
-    def first_chunk(self, chunk_size: int) -> int:
-        """Return the position in the document, in chunks, of its first resident chunk."""
-        return (self.num_tokens - self.num_waiting_tokens) // chunk_size - len(self.rows)
-
-    def push_token_ids(self, token_ids: Int[Tensor, " tokens"]) -> None:
-        """Add the ids of new tokens."""
-        if self.token_ids is None:
-            self.token_ids = IntQueue()
-        self.token_ids.push(token_ids)
-
-    def info(self, chunk_size: int) -> DocumentInfo:
-        """Return the public summary."""
-        return DocumentInfo(
-            document_id=self.document_id,
-            num_tokens=self.num_tokens,
-            num_chunks=len(self.rows),
-            num_waiting_tokens=self.num_waiting_tokens,
-            first_resident_token=self.first_chunk(chunk_size) * chunk_size,
-        )
+    start: int
+    stop: int
+    char_start: int | None = None
+    char_stop: int | None = None
+    text: str | None = None
 
 
 class Ledger:
     """Return an empty ledger; live rows are always `[0, num_rows)`, each owned by one chunk of one document."""
 
-    def __init__(self, chunk_size: int) -> None:
+    def __init__(self, chunk_size: int, policy: EvictionPolicy) -> None:
         self.chunk_size = chunk_size
+        self.policy = policy
         self.documents: dict[str, Document] = {}
         self.num_rows = 0
+        self.num_pinned_rows = 0
         # `version` changes with every change, so that a view knows when to look again; `generation` only when a row
         # that was live may hold something else, so that a reader knows whether rows found before are still good.
         self.version = self.generation = next(_STAMPS)
-        self._by_serial: dict[int, Document] = {}
-        self._next_serial = 0
-        # Runs of chunks in the order of writing: [serial, number of chunks], oldest first.
-        self._runs: deque[list[int]] = deque()
+        # Serials of the documents that changed or ceased to be since somebody last emptied the set: what a bank on disk
+        # has to write. Serials of documents that were only read stand in the second one.
+        self.changed: set[int] = set()
+        self.read: set[int] = set()
+        self.by_serial: dict[int, Document] = {}
+        self.next_serial = 0
+        # Runs of chunks in the order of writing, oldest first.
+        self.runs: OrderedDict[int, Run] = OrderedDict()
+        self.next_order = 0
         # For each row the serial of its document and its position there, in chunks; never without a column, so that
         # row -1 can be looked up, too.
         self._table = torch.zeros(2, 1, dtype=torch.int64)
 
-    def runs(self) -> list[tuple[str, int]]:
-        """Return (document id, number of chunks) in the order of writing: what fifo eviction takes first."""
-        return [(self._by_serial[serial].document_id, count) for serial, count in self._runs]
+    # Writing.
 
     def open(self, document: Document) -> None:
         """Enter a document; it stays until it is closed, or evicted to the last chunk with no tail waiting."""
-        document.serial, self._next_serial = self._next_serial, self._next_serial + 1
+        if document.serial < 0:
+            document.serial = self.next_serial
+        self.next_serial = max(self.next_serial, document.serial + 1)
         self.documents[document.document_id] = document
-        self._by_serial[document.serial] = document
+        self.by_serial[document.serial] = document
+        self.changed.add(document.serial)
 
-    def record(self, document: Document, rows: Int[Tensor, " chunks"]) -> None:
-        """Enter the rows of the newest chunks of `document`, whose length and tail are already up to date."""
-        self.version = next(_STAMPS)
+    def record(self, document: Document, rows: Int[Tensor, " chunks"], slot: int = -1) -> None:
+        """Enter the rows of the newest chunks of `document`, whose length and tail are already up to date.
+
+        `slot`: where the first of them is on disk, the others behind it.
+        """
+        self._touch(document)
+        document.written_at = now = time.time()
         if not len(rows):
             return
+        last = next(reversed(self.runs.values()), None)
+        follows = slot < 0 or (last is not None and slot == last.slot + last.num_chunks)
+        if last is None or last.document is not document or now - last.written_at > SECONDS_OF_A_RUN or not follows:
+            last = self.enter_run(Run(document, 0, now, self.next_order, slot))
+        last.num_chunks += len(rows)
+        self.place(document, rows, document.num_whole_chunks(self.chunk_size) - len(rows))
+
+    def enter_run(self, run: Run) -> Run:
+        """Return `run`, which now is the newest of all."""
+        self.runs[run.order] = run
+        self.next_order = run.order + 1
+        run.document.runs.append(run)
+        return run
+
+    def place(self, document: Document, rows: Int[Tensor, " chunks"], start: int) -> None:
+        """Give rows to the chunks of a document that follow those which have one; the first stands at `start`, in chunks."""
         document.rows.push(rows)
+        self.num_pinned_rows += len(rows) * document.is_pinned
         self.num_rows = max(self.num_rows, int(rows.max()) + 1)
         if self.num_rows > self._table.shape[1]:
-            table = torch.empty(2, 2 * self.num_rows, dtype=torch.int64)
+            table = torch.zeros(2, 2 * self.num_rows, dtype=torch.int64)
             table[:, : self._table.shape[1]] = self._table
             self._table = table
-        stop = document.first_chunk(self.chunk_size) + len(document.rows)
         self._table[0, rows] = document.serial
-        self._table[1, rows] = torch.arange(stop - len(rows), stop)
-        if self._runs and self._runs[-1][0] == document.serial:
-            self._runs[-1][1] += len(rows)
-        else:
-            self._runs.append([document.serial, len(rows)])
+        self._table[1, rows] = torch.arange(start, start + len(rows))
 
-    def restore(self, documents: Iterable[Document], runs: Iterable[tuple[str, int]]) -> None:
-        """Enter saved documents, whose `rows` are filled, and the order in which their chunks were written."""
-        for document in documents:
-            rows = document.rows.values
-            document.rows = IntQueue()
-            self.open(document)
-            self.record(document, rows)
-        self._runs = deque([self.documents[document_id].serial, count] for document_id, count in runs)
+    def rename(self, old: str, new: str) -> None:
+        """Give a document another id; its place in the order of documents stays."""
+        self._touch(self.documents[old])
+        self.documents[old].document_id = new
+        self.documents = {document.document_id: document for document in self.documents.values()}
+
+    def label(self, document: Document, tags: tuple[str, ...]) -> None:
+        """Give a document other tags."""
+        self._touch(document)
+        document.tags = tags
+
+    def pin(self, document: Document, is_pinned: bool) -> None:
+        """Keep a document from eviction, or no longer."""
+        if document.is_pinned != is_pinned:
+            self._touch(document)
+            document.is_pinned = is_pinned
+            self.num_pinned_rows += len(document.rows) * (1 if is_pinned else -1)
+
+    # Forgetting.
 
     def evict(self, num_chunks: int, keep: Document) -> Int[Tensor, " chunks"]:
-        """Return the rows of the oldest `num_chunks` chunks, taken from their documents for the caller to overwrite.
+        """Return the rows of `num_chunks` chunks that the policy chose, for the caller to overwrite.
 
-        A document with nothing left is forgotten, except `keep`, which is about to get more.
+        A document with nothing left is forgotten, except `keep`, which is about to get more. There are so many chunks
+        that are not pinned.
         """
-        if num_chunks:
-            self.version = self.generation = next(_STAMPS)
-        evicted = [torch.empty(0, dtype=torch.int64)]
-        while num_chunks:
-            run = self._runs[0]
-            document, count = self._by_serial[run[0]], min(run[1], num_chunks)
-            evicted.append(document.rows.pop(count))
-            if document.token_ids is not None:
-                document.token_ids.pop(count * self.chunk_size)
-            if not len(document.rows) and not document.waiting and document is not keep:
-                self._forget(document)
-            run[1] -= count
-            num_chunks -= count
-            if not run[1]:
-                self._runs.popleft()
-        return torch.cat(evicted)
+        if not num_chunks:
+            return torch.empty(0, dtype=torch.int64)
+        taken: list[tuple[Document, int]] = []
+        missing = num_chunks
+        for run in self.policy.order(self._unpinned_runs()):
+            taken.append((run.document, min(run.num_chunks, missing)))
+            missing -= taken[-1][1]
+            if not missing:
+                break
+        assert not missing, "a policy must offer all runs that it is given"
+        return self._take(taken, keep)
+
+    def expired(self) -> list[tuple[Document, int]]:
+        """Return documents and how many of their oldest chunks have outlived the policy's time."""
+        return [(run.document, run.num_chunks) for run in self.policy.expired(self._unpinned_runs(), time.time())]
+
+    def release(
+        self, taken: Iterable[tuple[Document, int]]
+    ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " moved"], Int[Tensor, " moved"]]:
+        """Take the oldest chunks of documents; return their rows, and rows to move (from, to), as `close` does."""
+        return self._fill_holes(self._take(taken, None))
 
     def close(self, document: Document) -> tuple[Int[Tensor, " rows"], Int[Tensor, " moved"], Int[Tensor, " moved"]]:
         """Forget a document; return its rows, and the live rows to move (from, to) so that rows stay dense."""
-        self.version = next(_STAMPS)
-        if len(document.rows):
-            self.generation = self.version
-        dropped = document.rows.values.sort().values
+        self._touch(document)
+        rows = document.rows.values.clone()
+        self._forget(document)
+        for run in document.runs:
+            del self.runs[run.order]
+        return self._fill_holes(rows)
+
+    def _take(self, taken: Iterable[tuple[Document, int]], keep: Document | None) -> Int[Tensor, " chunks"]:
+        """Take so many of the oldest chunks from each document; return their rows."""
+        self.generation = next(_STAMPS)
+        rows = [torch.empty(0, dtype=torch.int64)]
+        for document, count in taken:
+            self._touch(document)
+            rows.append(document.rows.pop(count))
+            if document.source is not None:
+                document.source.drop(count * self.chunk_size)
+            while count:
+                run = document.runs[0]
+                gone = min(count, run.num_chunks)
+                run.num_chunks -= gone
+                run.slot += gone * (run.slot >= 0)
+                count -= gone
+                if not run.num_chunks:
+                    del self.runs[document.runs.popleft().order]
+            if not len(document.rows) and not document.waiting and document is not keep:
+                self._forget(document)
+        return torch.cat(rows)
+
+    def _fill_holes(
+        self, dropped: Int[Tensor, " rows"]
+    ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " moved"], Int[Tensor, " moved"]]:
+        if len(dropped):
+            self.generation = next(_STAMPS)
+        dropped = dropped.sort().values
         num_rows = self.num_rows - len(dropped)
         stays = torch.ones(len(dropped), dtype=torch.bool)
         stays[dropped[dropped >= num_rows] - num_rows] = False
@@ -210,33 +204,54 @@ class Ledger:
         self._table[:, destinations] = self._table[:, sources]
         serials, positions = self._table[:, sources]
         for serial in serials.unique().tolist():
-            owner, mine = self._by_serial[serial], serials == serial
+            owner, mine = self.by_serial[serial], serials == serial
             owner.rows.values[positions[mine] - owner.first_chunk(self.chunk_size)] = destinations[mine]
         self.num_rows = num_rows
-        self._forget(document)
-        self._runs = deque(run for run in self._runs if run[0] != document.serial)
         return dropped, sources, destinations
 
-    def rename(self, old: str, new: str) -> None:
-        """Give a document another id; its place in the order of documents stays."""
-        self.version = next(_STAMPS)
-        self.documents[old].document_id = new
-        self.documents = {document.document_id: document for document in self.documents.values()}
+    def _forget(self, document: Document) -> None:
+        self.num_pinned_rows -= len(document.rows) * document.is_pinned
+        del self.documents[document.document_id], self.by_serial[document.serial]
 
-    def rows_of(self, document_ids: Iterable[str]) -> Int[Tensor, " rows"]:
-        """Return the live rows of these documents, sorted; ids without a document add none."""
-        documents = (self.documents.get(document_id) for document_id in document_ids)
-        rows = [document.rows.values for document in documents if document is not None]
+    def _touch(self, document: Document) -> None:
+        self.version = next(_STAMPS)
+        self.changed.add(document.serial)
+
+    def _unpinned_runs(self) -> Iterator[Run]:
+        return (run for run in self.runs.values() if not run.document.is_pinned)
+
+    # Reading.
+
+    def rows_of(self, documents: Iterable[Document]) -> Int[Tensor, " rows"]:
+        """Return the live rows of these documents, sorted."""
+        rows = [document.rows.values for document in documents]
         return torch.cat([torch.empty(0, dtype=torch.int64), *rows]).sort().values
 
-    def locate(self, rows: Int[Tensor, " rows"]) -> list[tuple[str, int, int] | None]:
-        """Return (document id, first token, token after the last) for each row; None for row -1."""
+    def count_reads(self, rows: Int[Tensor, ...]) -> None:
+        """Note that a search returned these rows, where they are not -1."""
+        rows = rows.detach().flatten().cpu()
+        serials = self._table[0, rows[rows >= 0]]
+        counts = torch.bincount(serials)
+        now = time.time()
+        for serial in counts.nonzero().flatten().tolist():
+            document = self.by_serial[serial]
+            document.num_reads += int(counts[serial])
+            document.last_read = now
+            self.read.add(serial)
+
+    def locate(self, rows: Int[Tensor, " rows"]) -> list[ChunkPlace | None]:
+        """Return the place of each row; None for row -1."""
         serials, positions = self._table[:, rows.clamp(min=0)].tolist()
-        starts = (position * self.chunk_size for position in positions)
         return [
-            (self._by_serial[serial].document_id, start, start + self.chunk_size) if row >= 0 else None
-            for row, serial, start in zip(rows.tolist(), serials, starts, strict=True)
+            self._place_of(self.by_serial[serial], position) if row >= 0 else None
+            for row, serial, position in zip(rows.tolist(), serials, positions, strict=True)
         ]
 
-    def _forget(self, document: Document) -> None:
-        del self.documents[document.document_id], self._by_serial[document.serial]
+    def _place_of(self, document: Document, chunk: int) -> ChunkPlace:
+        start = chunk * self.chunk_size
+        place = ChunkPlace(document.document_id, start, start + self.chunk_size)
+        source = document.source
+        if source is None or not source.has_text:
+            return place
+        first = (chunk - document.first_chunk(self.chunk_size)) * self.chunk_size
+        return ChunkPlace(*place[:3], *source.characters(first, first + self.chunk_size))

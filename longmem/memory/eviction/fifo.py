@@ -1,0 +1,18 @@
+"""First in, first out: what was written first goes first (the released code of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from longmem.memory.documents import Run
+from longmem.memory.eviction.policy import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class FirstInFirstOut(EvictionPolicy):
+    """Forget the chunks that were written first, whichever document owns them."""
+
+    def order(self, runs: Iterable[Run]) -> Iterable[Run]:
+        """Return the runs as they were written."""
+        return runs

@@ -1,0 +1,21 @@
+"""Least recently used: the document that was not read for longest goes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from longmem.memory.documents import Run
+from longmem.memory.eviction.policy import EvictionPolicy
+
+
+@dataclass(frozen=True)
+class LeastRecentlyUsed(EvictionPolicy):
+    """Forget the document of which no chunk was found by a search, nor written, for the longest time.
+
+    Sorting the runs makes an eviction cost O(runs).
+    """
+
+    def order(self, runs: Iterable[Run]) -> Iterable[Run]:
+        """Return the runs by the last use of their document."""
+        return sorted(runs, key=lambda run: max(run.document.last_read, run.document.written_at))

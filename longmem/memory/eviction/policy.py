@@ -1,0 +1,24 @@
+"""What an eviction policy is: the order in which chunks go when a bank is full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from longmem.memory.documents import Run
+
+
+class EvictionPolicy:
+    """Choose what a full bank forgets; one class in one file, a dataclass whose fields are its settings.
+
+    A policy is asked for runs: chunks of one document that were written together. Inside a document chunks go from its
+    oldest end, whichever of its runs is named, so that what stays of a document is its end, without holes. Runs of
+    pinned documents are never offered.
+    """
+
+    def order(self, runs: Iterable[Run]) -> Iterable[Run]:
+        """Return the runs in the order in which they go; `runs` is oldest first, and is read only as far as needed."""
+        raise NotImplementedError
+
+    def expired(self, runs: Iterable[Run], now: float) -> Iterator[Run]:
+        """Yield the runs that go now (seconds since 1970), full or not; `runs` is oldest first."""
+        yield from ()

@@ -1,0 +1,329 @@
+"""A bank in a folder: opening it, committing what changed, checking it, giving back the space of what was deleted.
+
+    catalogue.sqlite    what counts (`catalogue.py`)
+    segments/           keys, values and search keys; files that never change (`disk_storage.py`)
+    indexes/            FAISS indexes, derived from the search keys; rebuilt where they are missing or do not fit
+    lock                held by the one process that may write
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sqlite3
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from longmem.memory.contents import BankContents
+from longmem.memory.documents import Source
+from longmem.memory.folder import records
+from longmem.memory.folder.catalogue import SEGMENTS, SOURCES, TABLES, Catalogue
+from longmem.memory.folder.disk_storage import SEGMENT_BYTES, DiskStorage, Segment, open_segments
+from longmem.memory.folder.tensor_file import damaged, not_written, remove
+
+LOCK = "lock"
+SEGMENT_FOLDER = "segments"
+# So many segments of about one size are merged into one: a bank that grows by small steps keeps few files.
+SEGMENTS_TO_MERGE = 8
+ATTEMPTS_TO_READ = 10
+
+
+class BankFolder:
+    """Return the folder of a bank, open until `close`.
+
+    A reader sees the commit that was the last when it opened the bank; files stay mapped when a writer removes them.
+
+    Args:
+        path: of the folder.
+        write: to change it, as the only process.
+        create: settings of a new bank, to be made if none is there.
+        device: where search keys are, and gathered chunks go.
+        max_mapped_bytes: pages of segments that may be resident before they are given back; None: the system decides.
+
+    Raises ValueError if there is no bank to read, it is damaged or of another version, another process is writing it, or
+    the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        write: bool,
+        create: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        max_mapped_bytes: int | None = None,
+    ) -> None:
+        self.path = path
+        self.is_writable = write
+        self.device = torch.device("cpu") if device is None else device
+        self.max_mapped_bytes = max_mapped_bytes
+        self._lock: FileLock | None = None
+        # What the catalogue holds: names of segments by first slot, tokens of each document whose source is there.
+        self._segments: dict[int, str] = {}
+        self._source_tokens: dict[int, int] = {}
+        if write and (create is not None or has_bank(path)):
+            self._acquire_lock()
+        try:
+            start = {"commit": 0, "next_serial": 0, "next_order": 0, "next_slot": 0, "shapes": []}
+            self.catalogue = Catalogue(path, write, None if create is None else start | {"settings": create})
+        except BaseException:
+            self._release_lock()
+            raise
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Return what the last commit that was read or written says about the bank as a whole; empty for a new one."""
+        return self.catalogue.content
+
+    def close(self) -> None:
+        """Let others write."""
+        self.catalogue.close()
+        self._release_lock()
+
+    # Reading.
+
+    def read_content(self) -> dict[str, Any]:
+        """Return what the last commit says about the bank as a whole."""
+        with self.catalogue.snapshot():
+            return self.catalogue.read_content()
+
+    def is_current(self) -> bool:
+        """Return whether the commit that was read is still the last one."""
+        number = self.content["commit"]
+        return self.read_content()["commit"] == number
+
+    def new_storage(self, storage_dtype: torch.dtype) -> DiskStorage:
+        """Return an empty storage in this folder."""
+        place = self.path / SEGMENT_FOLDER
+        return DiskStorage(place, storage_dtype, self.device, self.max_mapped_bytes, self.refuse_reader)
+
+    def fill(self, contents: BankContents) -> None:
+        """Read the last commit into empty contents over a `new_storage`.
+
+        Raises ValueError if the folder is damaged: the catalogue, or the length or header of a segment.
+        """
+        for attempt in range(ATTEMPTS_TO_READ):
+            with self.catalogue.snapshot():
+                content = self.catalogue.read_content()
+                rows = {table.name: self.catalogue.read_table(table) for table in TABLES}
+            try:
+                files = [(*row[:4], json.loads(row[4])) for row in rows["segments"]]
+                segments = open_segments(self.path / SEGMENT_FOLDER, files)
+                break
+            except ValueError:
+                # A writer may have merged or removed segments since the catalogue was read.
+                if attempt == ATTEMPTS_TO_READ - 1 or self.is_current():
+                    raise
+        self._segments = {row[0]: row[2] for row in rows["segments"]}
+        self._restore(contents, content, segments, rows)
+        if self.is_writable:
+            self._remove_strangers()
+
+    def _restore(
+        self,
+        contents: BankContents,
+        content: dict[str, Any],
+        segments: list[Segment],
+        rows: dict[str, list[tuple[Any, ...]]],
+    ) -> None:
+        storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
+        assert isinstance(storage, DiskStorage)
+        storage.restore(segments, content["next_slot"], content["shapes"])
+        usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
+        for serial, text, waiting in rows["documents"]:
+            ledger.open(records.read_document(serial, text, waiting, usage[serial], self.device))
+        spans = sorted(rows["spans"], key=lambda row: row[4])
+        for row in spans:
+            run = ledger.enter_run(records.read_run(ledger.by_serial[row[0]], row))
+            new_rows = ledger.num_rows + torch.arange(run.num_chunks)
+            ledger.place(run.document, new_rows, row[1])
+            storage.point(new_rows, run.slot)
+        for serial, text, _ in rows["documents"]:
+            document = ledger.by_serial[serial]
+            if json.loads(text)["has_source"]:
+                start, stop = document.first_chunk(contents.chunk_size) * chunk_size, document.num_tokens
+                document.source_or_reader = functools.partial(self._read_source, serial, start, stop)
+            self._source_tokens[serial] = document.num_tokens
+        ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
+        ledger.changed.clear()
+
+    def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
+        with self.catalogue.snapshot():
+            return records.read_source(self.catalogue.read_large(SOURCES, serial), start, stop)
+
+    # Writing.
+
+    def replace(self, source: BankContents, contents: BankContents, settings: dict[str, Any]) -> None:
+        """Make a copy of `source` the bank, instead of what was there; `contents` are empty, over a `new_storage`."""
+        content = self.read_content()
+        assert isinstance(contents.storage, DiskStorage)
+        contents.ledger.next_serial, contents.storage.next_slot = content["next_serial"], content["next_slot"]
+        with self.catalogue.snapshot():
+            self._segments = {row[0]: row[2] for row in self.catalogue.read_table(SEGMENTS)}
+        try:
+            source.copy_to(contents)
+        except OSError as error:
+            self._remove_strangers()
+            raise not_written(self.path, error) from error
+        self.commit(contents, settings, replace=True)
+
+    def commit(self, contents: BankContents, settings: dict[str, Any], *, replace: bool = False) -> None:
+        """Make what `contents` holds the bank, for good; a process killed meanwhile leaves the last commit, or this one.
+
+        `replace`: instead of all that was there. Raises ValueError, and leaves the last commit, if the disk is full or
+        the folder cannot be written. The caller then has to fill its contents anew.
+        """
+        self.refuse_reader()
+        try:
+            self._commit(contents, settings, replace)
+            while victims := self._segments_to_merge(contents.storage):
+                self._rewrite(contents, victims)
+                self._commit(contents, settings, False)
+        except (OSError, sqlite3.OperationalError) as error:
+            self._remove_strangers()
+            raise not_written(self.path, error) from error
+        except sqlite3.DatabaseError as error:
+            raise damaged(self.catalogue.path, f"cannot be written ({error})") from error
+
+    def _commit(self, contents: BankContents, settings: dict[str, Any], replace: bool) -> None:
+        storage, ledger = contents.storage, contents.ledger
+        assert isinstance(storage, DiskStorage)
+        storage.flush()
+        storage.segments = [segment for segment in storage.segments if segment.num_live]
+        stored = {segment.first_slot: segment.file for segment in storage.segments if segment.file is not None}
+        with self.catalogue.transaction():
+            for table in TABLES if replace else ():
+                self.catalogue.remove(table, ())
+            source_tokens = {} if replace else self._source_tokens
+            for serial in sorted(ledger.changed):
+                if (document := ledger.by_serial.get(serial)) is None:
+                    records.remove_document(self.catalogue, serial)
+                else:
+                    written = source_tokens.get(serial, 0)
+                    records.put_document(self.catalogue, document, contents.chunk_size, written)
+            for serial in sorted(ledger.read - ledger.changed):
+                if serial in ledger.by_serial:
+                    records.put_usage(self.catalogue, ledger.by_serial[serial])
+            for first_slot in self._segments.keys() - stored.keys():
+                self.catalogue.remove(SEGMENTS, (first_slot,))
+            for segment in storage.segments:
+                file = segment.file
+                if file is not None and (replace or self._segments.get(segment.first_slot) != file.path.name):
+                    digests = json.dumps(file.digests, sort_keys=True)
+                    row = segment.first_slot, segment.num_slots, file.path.name, file.num_bytes, digests
+                    self.catalogue.put(SEGMENTS, row)
+            self.catalogue.describe(
+                {
+                    "settings": settings,
+                    "shapes": [list(shape) for shape in storage.shapes],
+                    "commit": self.content.get("commit", 0) + 1,
+                    "next_serial": ledger.next_serial,
+                    "next_order": ledger.next_order,
+                    "next_slot": storage.next_slot,
+                }
+            )
+        # From here on the commit counts, and nothing below may undo it.
+        if replace:
+            self._source_tokens.clear()
+        for serial in ledger.changed:
+            if serial in ledger.by_serial:
+                self._source_tokens[serial] = ledger.by_serial[serial].num_tokens
+            else:
+                self._source_tokens.pop(serial, None)
+        ledger.changed.clear()
+        ledger.read.clear()
+        gone = set(self._segments.values()) - {file.path.name for file in stored.values()}
+        self._segments = {first_slot: file.path.name for first_slot, file in stored.items()}
+        for name in gone:
+            remove(self.path / SEGMENT_FOLDER / name)
+
+    def compact(self, contents: BankContents, settings: dict[str, Any]) -> None:
+        """Give back the space of what was deleted or evicted: afterwards no byte of it is in the folder.
+
+        Segments that hold some of it are written anew, one after the other, and the catalogue without its free pages.
+        """
+        storage = contents.storage
+        assert isinstance(storage, DiskStorage)
+        self.commit(contents, settings)
+        for segment in [segment for segment in storage.segments if segment.num_live < segment.num_slots]:
+            self._rewrite(contents, [segment])
+            self.commit(contents, settings)
+        with self.catalogue.transaction():
+            for document in contents.ledger.documents.values():
+                if document.first_chunk(contents.chunk_size):
+                    records.trim_source(self.catalogue, document, contents.chunk_size)
+            self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
+        try:
+            self.catalogue.vacuum()
+        except sqlite3.OperationalError as error:
+            raise not_written(self.path, error) from error
+
+    def verify(self, contents: BankContents) -> None:
+        """Raise ValueError, which names the file, unless every byte that counts is as it was written."""
+        self.catalogue.verify()
+        assert isinstance(contents.storage, DiskStorage)
+        contents.storage.verify()
+
+    # Inside.
+
+    def _segments_to_merge(self, storage: Any) -> list[Segment]:
+        """Return segments that are better written anew: many of about one size, or one that is mostly dead."""
+        sizes = defaultdict(list)
+        for segment in storage.segments:
+            if segment.num_live * 2 < segment.num_slots:
+                return [segment]
+            if segment.file is not None and segment.file.num_bytes < SEGMENT_BYTES // 2:
+                sizes[int(math.log(segment.file.num_bytes, SEGMENTS_TO_MERGE))].append(segment)
+        return next((group for group in sizes.values() if len(group) >= SEGMENTS_TO_MERGE), [])
+
+    def _rewrite(self, contents: BankContents, victims: Sequence[Segment]) -> None:
+        """Write the live chunks of these segments to new ones."""
+        storage = contents.storage
+        assert isinstance(storage, DiskStorage)
+        for document in contents.ledger.documents.values():
+            done = 0
+            for run in document.runs:
+                if any(0 <= run.slot - segment.first_slot < segment.num_slots for segment in victims):
+                    run.slot = storage.rewrite(document.rows.values[done : done + run.num_chunks])
+                    contents.ledger.changed.add(document.serial)
+                done += run.num_chunks
+
+    def _remove_strangers(self) -> None:
+        """Remove what a process that was killed before its commit has left."""
+        known = set(self._segments.values())
+        for path in (self.path / SEGMENT_FOLDER).glob("segment-*.safetensors"):
+            if path.name not in known:
+                remove(path)
+
+    def refuse_reader(self) -> None:
+        """Raise ValueError if the bank was opened to be read."""
+        if not self.is_writable:
+            raise ValueError(f"the bank in {str(self.path)!r} was opened with `read_only=True`; open it without.")
+
+    def _acquire_lock(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / LOCK, thread_local=False)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"`folder` must not be written by two at once, but somebody is writing the bank in {str(self.path)!r}; wait "
+                "for them to close it, or open it with `read_only=True`."
+            ) from error
+        except OSError as error:
+            raise not_written(self.path, error) from error
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def has_bank(path: Path) -> bool:
+    """Return whether there is a bank in a folder."""
+    return Catalogue.is_in(path)

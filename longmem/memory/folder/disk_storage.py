@@ -1,0 +1,340 @@
+"""Rows whose keys and values are on disk, and whose search keys are in memory: how a bank grows beyond the memory.
+
+Every chunk has a slot: its place in the order of writing, which no other chunk ever gets. A segment is an immutable file
+with the chunks of consecutive slots, of all layers. Rows, which an index searches densely, point to slots; moving a row
+moves the pointer. What was written since the last file waits in memory.
+"""
+
+from __future__ import annotations
+
+import bisect
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.memory.codec import decode
+from longmem.memory.folder.tensor_file import TensorFile, sync, write_tensor_file
+from longmem.memory.store import Chunks, LayerShape, shape_of, with_rows
+
+# Chunks of so many bytes wait in memory at most, and make one file.
+SEGMENT_BYTES = 2**26
+PAGE_BYTES = 4096
+
+
+@dataclass
+class Segment:
+    """Return chunks of consecutive slots: a file or, while they wait, tensors (`waiting`)."""
+
+    first_slot: int
+    num_slots: int
+    num_live: int
+    file: TensorFile | None = None
+    waiting: list[Chunks] | None = None
+
+    def tensor(self, position: int, name: str, *, check: bool = False) -> Tensor:
+        """Return the keys, values or search keys of one layer."""
+        if self.waiting is not None:
+            return getattr(self.waiting[position], name)
+        assert self.file is not None
+        return self.file.tensor(f"{position}.{name}", check=check)
+
+
+class ResidentKeys:
+    """Return the search keys of one layer, in memory: `num_rows` rows for each head, dense."""
+
+    def __init__(self, keys: Float[Tensor, "kv_heads rows key_dim"]) -> None:
+        self._keys = keys
+        self.num_rows = keys.shape[1]
+
+    @property
+    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
+        """Return a view of the live rows."""
+        return self._keys[:, : self.num_rows]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where they are."""
+        return self._keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Return their bytes, with the room that growth has reserved."""
+        return self._keys.nbytes
+
+    def write(self, rows: Int[Tensor, " chunks"], keys: Float[Tensor, "kv_heads chunks key_dim"]) -> None:
+        """Write the search keys of new rows."""
+        num_rows = max(self.num_rows, int(rows.max()) + 1)
+        if num_rows > self._keys.shape[1]:
+            self._keys = with_rows(self._keys, max(num_rows, 2 * self._keys.shape[1]), self.num_rows)
+        self._keys.index_copy_(1, rows.to(self.device), keys.to(self.device))
+        self.num_rows = num_rows
+
+    def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
+        """Copy rows onto other rows."""
+        self._keys.index_copy_(1, destinations.to(self.device), self._keys.index_select(1, sources.to(self.device)))
+
+
+class LazyLayer:
+    """What an index sees of one layer: search keys that are read from the segments when they are first asked for."""
+
+    def __init__(self, storage: DiskStorage, position: int) -> None:
+        self._storage, self._position = storage, position
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of live rows."""
+        return self._storage.num_rows
+
+    @property
+    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
+        """Return the search keys of the live rows, dense for each head."""
+        return self._storage.resident_keys(self._position).search_keys
+
+    @property
+    def device(self) -> torch.device:
+        """Return where they are."""
+        return self._storage.device
+
+
+class DiskStorage:
+    """Return the storage of a bank in a folder; `commit` of the folder makes what was written here count.
+
+    Args:
+        folder: of the segments.
+        storage_dtype: of keys and values.
+        device: where search keys are, and gathered chunks go.
+        max_mapped_bytes: pages of segments that may be resident before they are given back; None: the system decides.
+        before_write: called before a file is written; raises where the bank may not be changed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        storage_dtype: torch.dtype,
+        device: torch.device,
+        max_mapped_bytes: int | None,
+        before_write: Callable[[], None],
+    ) -> None:
+        self.folder = folder
+        self.storage_dtype = storage_dtype
+        self.device = device
+        self.max_mapped_bytes = max_mapped_bytes
+        self.shapes: list[LayerShape] = []
+        self.num_rows = 0
+        self.next_slot = 0
+        self.segments: list[Segment] = []  # by slot
+        self._before_write = before_write
+        self._slots = torch.empty(0, dtype=torch.int64)  # of each row
+        self._keys: dict[int, ResidentKeys] = {}
+        self._mapped_bytes = 0
+
+    # What the bank's contents ask of a storage.
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes in memory and on disk: keys, values and search keys of all slots, also dead ones."""
+        waiting = [layer for segment in self.segments for layer in segment.waiting or ()]
+        in_files = sum(segment.file.num_bytes for segment in self.segments if segment.file)
+        return in_files + sum(tensor.nbytes for layer in waiting for tensor in layer)
+
+    def layer(self, position: int) -> LazyLayer:
+        """Return what an index sees of one layer."""
+        return LazyLayer(self, position)
+
+    def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None:
+        """Make room for the pointers of `num_rows` rows in all."""
+        self._before_write()
+        if not self.shapes:
+            self.shapes = [shape_of(layer, self.storage_dtype) for layer in layers]
+        if num_rows > len(self._slots):
+            slots = torch.empty(max(num_rows, 2 * len(self._slots)), dtype=torch.int64)
+            slots[: self.num_rows] = self._slots[: self.num_rows]
+            self._slots = slots
+
+    def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
+        """Write one chunk of every layer into each row; return the slot of the first, the others follow it."""
+        first_slot = self._append(rows, layers)
+        self.num_rows = max(self.num_rows, int(rows.max()) + 1)
+        for position, keys in self._keys.items():
+            keys.write(rows, layers[position].search_keys)
+        return first_slot
+
+    def rewrite(self, rows: Int[Tensor, " chunks"]) -> int:
+        """Write the chunks of these rows anew, to other slots; return the first of them."""
+        layers = self.select(rows)
+        self.drop(rows)
+        return self._append(rows, layers)
+
+    def drop(self, rows: Int[Tensor, " rows"]) -> None:
+        """Give up the slots of these rows."""
+        for segment, which in self._by_segment(self._slots[rows]):
+            segment.num_live -= len(which)
+
+    def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
+        """Let rows point where other rows do."""
+        if len(sources):
+            self._slots[destinations] = self._slots[sources]
+            for keys in self._keys.values():
+                keys.move(sources, destinations)
+
+    def truncate(self, num_rows: int) -> None:
+        """Forget the rows from `num_rows` on."""
+        self.num_rows = num_rows
+        for keys in self._keys.values():
+            keys.num_rows = num_rows
+
+    def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
+        """Return copies of these rows, of every layer, in this order, on the CPU."""
+        slots = self._slots[rows]
+        return [
+            Chunks(*(self._take(position, name, slots) for name in Chunks._fields)) for position in range(len(self.shapes))
+        ]
+
+    def gather(
+        self, position: int, rows: Int[Tensor, "kv_heads chunks"]
+    ) -> tuple[
+        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
+        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
+    ]:
+        """Return copies of keys and values of one layer, other rows for each head; row -1 is read as some row."""
+        slots = self._slots[rows.detach().cpu().clamp(min=0)]
+        found = (self._take(position, name, slots) for name in ("keys", "values"))
+        keys, values = (decode(stored.to(self.device)) for stored in found)
+        return keys, values
+
+    # Slots and segments.
+
+    def slots_of(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """Return the slot of each row."""
+        return self._slots[rows]
+
+    def rows_of(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, " slots"]:
+        """Return the row that points to each slot, -1 where none does."""
+        live, rows = self._slots[: self.num_rows].sort()
+        if not len(live):
+            return torch.full_like(slots, -1)
+        places = torch.searchsorted(live, slots).clamp(max=len(live) - 1)
+        return torch.where(live[places] == slots, rows[places], -1)
+
+    def restore(self, segments: Sequence[Segment], next_slot: int, shapes: Sequence[Sequence[int]]) -> None:
+        """Take over what the catalogue says; rows follow by `point`."""
+        self.segments, self.next_slot = list(segments), next_slot
+        self.shapes = [LayerShape(*shape) for shape in shapes]
+
+    def point(self, rows: Int[Tensor, " chunks"], slot: int) -> None:
+        """Let rows point to consecutive slots."""
+        self.num_rows = max(self.num_rows, int(rows.max()) + 1)
+        if self.num_rows > len(self._slots):
+            self._slots = torch.cat([self._slots, torch.empty(2 * self.num_rows, dtype=torch.int64)])
+        self._slots[rows] = torch.arange(slot, slot + len(rows))
+        for segment, which in self._by_segment(self._slots[rows]):
+            segment.num_live += len(which)
+
+    def resident_keys(self, position: int) -> ResidentKeys:
+        """Return the search keys of one layer, read from the segments, and checked, the first time."""
+        if position not in self._keys:
+            keys = self._take(position, "search_keys", self._slots[: self.num_rows], check=True)
+            self._keys[position] = ResidentKeys(keys.to(self.device))
+        return self._keys[position]
+
+    def flush(self) -> None:
+        """Write what waits to a file, and to the disk itself.
+
+        Raises OSError if that is not possible; what waits goes on to wait.
+        """
+        waiting = [segment for segment in self.segments if segment.waiting is not None]
+        if not waiting:
+            return
+        first_slot = waiting[0].first_slot
+        num_slots, num_live = (sum(getattr(segment, name) for segment in waiting) for name in ("num_slots", "num_live"))
+        written = []
+        if num_live:
+            tensors = {
+                f"{position}.{name}": torch.cat([segment.tensor(position, name) for segment in waiting], dim=1)
+                for position in range(len(self.shapes))
+                for name in Chunks._fields
+            }
+            self.folder.mkdir(exist_ok=True)
+            path = self.folder / f"segment-{first_slot:012d}-{secrets.token_hex(4)}.safetensors"
+            digests = write_tensor_file(path, tensors)
+            sync(self.folder)
+            written = [Segment(first_slot, num_slots, num_live, file=TensorFile(path, path.stat().st_size, digests))]
+        self.segments = [segment for segment in self.segments if segment.waiting is None] + written
+        self.next_slot += 1  # a gap: no run of chunks goes on in another file
+
+    def verify(self) -> None:
+        """Raise ValueError, which names the file, unless every segment is as it was written."""
+        for segment in self.segments:
+            if segment.file is not None:
+                segment.file.verify()
+                segment.file.release()
+
+    def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
+        if sum(tensor.nbytes for s in self.segments for layer in s.waiting or () for tensor in layer) > SEGMENT_BYTES:
+            self.flush()
+        first_slot = self.next_slot
+        # Copies: what the caller goes on to change, or a view of a whole document, must not be what waits.
+        waiting = [Chunks(*(tensor.to("cpu", copy=True) for tensor in layer)) for layer in layers]
+        self.segments.append(Segment(first_slot, len(rows), len(rows), waiting=waiting))
+        self.next_slot += len(rows)
+        self._slots[rows] = torch.arange(first_slot, self.next_slot)
+        return first_slot
+
+    def _take(self, position: int, name: str, slots: Int[Tensor, "*shape"], *, check: bool = False) -> Tensor:
+        """Return one tensor of one layer at these slots: the same for all heads, or, with two axes, others for each."""
+        heads = self.shapes[position].kv_heads
+        slots = slots.expand(heads, -1) if slots.ndim == 1 else slots
+        flat = slots.reshape(-1)
+        taken: Tensor | None = None
+        for segment, which in self._by_segment(flat):
+            stored = segment.tensor(position, name, check=check)
+            # One index_select over (heads * slots) copies whole chunks; other ways need an index for every number.
+            places = flat[which] - segment.first_slot + which.div(slots.shape[1], rounding_mode="floor") * segment.num_slots
+            rows = stored.flatten(0, 1).index_select(0, places)
+            if taken is None:
+                taken = rows.new_empty(len(flat), *rows.shape[1:])
+            taken.index_copy_(0, which, rows)
+            self._count_pages(segment, len(which), rows[0].nbytes)
+        assert taken is not None or not len(flat), "live rows point to slots of segments"
+        if taken is None:
+            shape = self.segments[0].tensor(position, name).shape[2:]
+            taken = self.segments[0].tensor(position, name).new_empty(0, *shape)
+        return taken.unflatten(0, (heads, slots.shape[1]))
+
+    def _by_segment(self, slots: Int[Tensor, " slots"]) -> Iterator[tuple[Segment, Int[Tensor, " of_segment"]]]:
+        """Yield each segment that holds some of these slots, with the positions of those in `slots`."""
+        if not len(slots):
+            return
+        starts = [segment.first_slot for segment in self.segments]
+        low, high = (bisect.bisect_right(starts, int(end)) - 1 for end in slots.aminmax())
+        if low == high:
+            yield self.segments[low], torch.arange(len(slots))
+            return
+        which = torch.bucketize(slots, torch.tensor(starts[low : high + 1]), right=True) - 1
+        order = which.argsort(stable=True)
+        for number, positions in enumerate(order.split(torch.bincount(which, minlength=high - low + 1).tolist())):
+            if len(positions):
+                yield self.segments[low + number], positions
+
+    def _count_pages(self, segment: Segment, num_reads: int, num_bytes: int) -> None:
+        if self.max_mapped_bytes is None or segment.file is None:
+            return
+        self._mapped_bytes += num_reads * (num_bytes + PAGE_BYTES)
+        if self._mapped_bytes > self.max_mapped_bytes:
+            for each in self.segments:
+                if each.file is not None:
+                    each.file.release()
+            self._mapped_bytes = 0
+
+
+def open_segments(folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]]) -> list[Segment]:
+    """Return the segments that the catalogue lists: (first slot, slots, file name, bytes, digests)."""
+    return [
+        Segment(first_slot, num_slots, 0, file=TensorFile(folder / name, num_bytes, digests))
+        for first_slot, num_slots, name, num_bytes, digests in rows
+    ]

@@ -1,0 +1,128 @@
+"""Documents as rows of the catalogue, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from longmem.memory.documents import Document, Run, Source, SourcePart
+from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
+
+
+def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stored_tokens: int) -> None:
+    """Write all that changed of a document; the source of its first `stored_tokens` tokens is there already."""
+    content = {
+        "document_id": document.document_id,
+        "num_tokens": document.num_tokens,
+        "tags": document.tags,
+        "is_pinned": document.is_pinned,
+        "window_length": document.window_length,
+        "written_at": document.written_at,
+        "has_source": document.source_or_reader is not None,
+    }
+    tails = {
+        f"{layer}.{name}": tensor.cpu().contiguous()
+        for layer, pair in enumerate(document.waiting)
+        for name, tensor in zip(("keys", "values"), pair, strict=True)
+    }
+    catalogue.put(DOCUMENTS, (document.serial, json.dumps(content), save(tails) if tails else b""))
+    put_usage(catalogue, document)
+    _put_spans(catalogue, document, chunk_size)
+    if isinstance(document.source_or_reader, Source):
+        _put_source(catalogue, document, document.source_or_reader, chunk_size, stored_tokens)
+
+
+def put_usage(catalogue: Catalogue, document: Document) -> None:
+    """Write how often a document was read."""
+    catalogue.put(USAGE, (document.serial, document.num_reads, document.last_read))
+
+
+def remove_document(catalogue: Catalogue, serial: int) -> None:
+    """Remove all rows of a document."""
+    for table in (DOCUMENTS, USAGE, SPANS, SOURCES):
+        catalogue.remove(table, (serial,))
+
+
+def _put_spans(catalogue: Catalogue, document: Document, chunk_size: int) -> None:
+    start = document.first_chunk(chunk_size)
+    catalogue.remove(SPANS, (document.serial,), below=start)
+    for run in document.runs:
+        place = start, run.num_chunks, run.slot
+        if run.stored != place:
+            catalogue.put(SPANS, (document.serial, *place, run.order, run.written_at))
+            run.stored = place
+        start += run.num_chunks
+
+
+def _put_source(
+    catalogue: Catalogue, document: Document, source: Source, chunk_size: int, stored_tokens: int
+) -> None:
+    resident = document.first_chunk(chunk_size) * chunk_size
+    if resident:
+        catalogue.remove(SOURCES, (document.serial,), below=catalogue.floor(SOURCES, document.serial, resident))
+    start = max(stored_tokens, resident)
+    if start == document.num_tokens:
+        return
+    part = source.part(start - resident, document.num_tokens - resident)
+    first_char = source.characters(start - resident, start - resident)[0] if source.has_text else 0
+    ends, text = (b"", b"") if part.char_ends is None or part.text is None else (_int32(part.char_ends), part.text)
+    text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    row = (document.serial, start, len(part.token_ids), first_char, _int32(part.token_ids), ends, text)
+    catalogue.put(SOURCES, row)
+
+
+def trim_source(catalogue: Catalogue, document: Document, chunk_size: int) -> None:
+    """Write the source of a document anew, without the tokens that were evicted."""
+    if document.source is not None:
+        catalogue.remove(SOURCES, (document.serial,))
+        _put_source(catalogue, document, document.source, chunk_size, 0)
+
+
+def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Source | None:
+    """Return the source of tokens from `start` to `stop`, of the rows of one document; None if they are not all there."""
+    rows = [row for row in rows if row[1] + row[2] > start and row[1] < stop]
+    if sum(row[2] for row in rows) < stop - start or (rows and rows[0][1] > start):
+        return None
+    source = Source(has_text=bool(rows) and bool(rows[0][5]), first_char=rows[0][3] if rows else 0)
+    for _, _, _, _, token_ids, char_ends, text in rows:
+        ids = _from_int32(token_ids)
+        if char_ends:
+            source.push(SourcePart(ids, text.decode("utf-8", "surrogatepass"), _from_int32(char_ends)))
+        else:
+            source.push(SourcePart(ids))
+    source.drop(max(0, start - rows[0][1]) if rows else 0)
+    source.shorten(stop - start)
+    return source
+
+
+def read_document(serial: int, content: str, waiting: bytes, usage: tuple[int, float], device: torch.device) -> Document:
+    """Return a document without its rows and its source."""
+    fields = json.loads(content)
+    fields["tags"] = tuple(fields["tags"])
+    del fields["has_source"]
+    document = Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
+    tails = load(waiting) if waiting else {}
+    document.waiting = [
+        (tails[f"{layer}.keys"].to(device), tails[f"{layer}.values"].to(device)) for layer in range(len(tails) // 2)
+    ]
+    return document
+
+
+def read_run(document: Document, row: Sequence[Any]) -> Run:
+    """Return a run of chunks, from a row of the table of spans."""
+    _, first_chunk, num_chunks, slot, order, written_at = row
+    return Run(document, num_chunks, written_at, order, slot, stored=(first_chunk, num_chunks, slot))
+
+
+def _int32(values: Tensor) -> bytes:
+    return values.numpy().astype("<i4").tobytes()
+
+
+def _from_int32(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype="<i4").astype(np.int64))

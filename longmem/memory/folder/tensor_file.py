@@ -1,0 +1,150 @@
+"""Safetensors files that are written once, synced to the disk, mapped, and checked tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
+# The name, in the digests of a file, of everything before its first tensor.
+HEADER = ""
+
+
+def damaged(path: Path, problem: str) -> ValueError:
+    """Return the error for a file of a bank that is not as it was written."""
+    return ValueError(
+        f"the bank needs {str(path)!r} as it was written, but the file {problem}; restore the folder from a copy, or "
+        "memorize its documents again."
+    )
+
+
+def not_written(folder: Path, error: Exception) -> ValueError:
+    """Return the error for a folder that cannot take a change."""
+    return ValueError(
+        f"`folder` must be a folder that can be written, with room for the bank, got {str(folder)!r} ({error}); what was "
+        "committed there before is unharmed. Free some room, or use another folder."
+    )
+
+
+def digest(data: Any) -> str:
+    """Return 16 bytes of BLAKE2b, in hexadecimal."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened, and needs no sync
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file if that is possible: one that is still mapped, where the system forbids it, goes the next time."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors to a new file and to the disk itself; return the digest of each, and of the header.
+
+    Raises OSError where there is no room or no permission; nothing is left then.
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path)
+        sync(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            header = file.read(8 + length)
+    except (OSError, SafetensorError) as error:
+        remove(path)
+        raise OSError(str(error)) from error
+    digests = {
+        name: digest(tensor.flatten().view(torch.uint8).numpy()) if tensor.numel() else digest(b"")
+        for name, tensor in contiguous.items()
+    }
+    return digests | {HEADER: digest(header)}
+
+
+class TensorFile:
+    """Return a file of tensors, mapped into memory: pages are read when they are touched.
+
+    Opening checks its length and its header. Raises ValueError, which names the file, if these are not as written.
+
+    Args:
+        path: of the file.
+        num_bytes: its length.
+        digests: of its tensors and its header, by name.
+    """
+
+    def __init__(self, path: Path, num_bytes: int, digests: Mapping[str, str]) -> None:
+        self.path, self.num_bytes, self.digests = path, num_bytes, digests
+        self._checked: set[str] = set()
+        try:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != num_bytes:
+                    raise damaged(path, f"was cut or grew: {num_bytes} bytes were written, there are {found}")
+                # A private mapping: nobody writes to it, but torch wants memory that could be written to.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise damaged(path, f"cannot be read ({error})") from error
+        start = 8 + int.from_bytes(self._map[:8], "little")
+        if start > num_bytes or digest(self._map[:start]) != digests[HEADER]:
+            raise damaged(path, "was changed after it was written (header)")
+        self._places = {
+            name: (DTYPES[place["dtype"]], place["shape"], *(start + offset for offset in place["data_offsets"]))
+            for name, place in json.loads(self._map[8:start]).items()
+            if name != "__metadata__"
+        }
+
+    def tensor(self, name: str, *, check: bool = False) -> Tensor:
+        """Return one tensor, in the mapping; `check` compares it with its digest, the first time."""
+        dtype, shape, start, stop = self._places[name]
+        if check and name not in self._checked:
+            if digest(memoryview(self._map)[start:stop]) != self.digests[name]:
+                raise damaged(self.path, f"was changed after it was written (tensor {name!r})")
+            self._checked.add(name)
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
+
+    def names(self) -> list[str]:
+        """Return the names of the tensors."""
+        return list(self._places)
+
+    def verify(self) -> None:
+        """Raise ValueError unless every byte is as it was written."""
+        for name in self.names():
+            self._checked.discard(name)
+            self.tensor(name, check=True)
+
+    def release(self) -> None:
+        """Give the pages that were read back to the system; they are read again when they are touched again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)

@@ -1,0 +1,153 @@
+"""What a memory bank answers: which documents it holds, which chunks fit a query, what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.memory import checks
+from longmem.memory.contents import BankContents
+from longmem.memory.documents import Document, DocumentInfo
+from longmem.memory.index import Found
+from longmem.memory.ledger import ChunkPlace, Ledger
+from longmem.memory.store import LayerShape
+from longmem.memory.view import BankView
+
+
+class BankReader:
+    """The reading half of `MemoryBank`."""
+
+    memory_layers: tuple[int, ...]
+    chunk_size: int
+    fingerprint: str | None
+    _contents: BankContents
+
+    # What is there.
+
+    def documents(self) -> list[DocumentInfo]:
+        """Return a summary of each document, in the order in which they were added."""
+        self._contents.drop_expired()
+        return [document.info(self.chunk_size) for document in self._ledger.documents.values()]
+
+    def __contains__(self, document_id: object) -> bool:
+        return document_id in self._ledger.documents
+
+    def __repr__(self) -> str:
+        limit = "" if self.capacity_tokens is None else f"of {self.capacity_tokens} "
+        place = "" if self._folder is None else f" in {str(self._folder.path)!r}"
+        return (
+            f"MemoryBank({len(self._ledger.documents)} documents, {self.num_tokens} {limit}tokens{place}, "
+            f"memory_layers={self.memory_layers}, chunk_size={self.chunk_size}, index={self.index!r})"
+        )
+
+    def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
+        """Return the ids of resident and waiting tokens, from `first_resident_token` on; None if none were given."""
+        source = self._document("document_id", document_id).source
+        return None if source is None else source.token_ids.clone()
+
+    def text(self, document_id: str) -> str | None:
+        """Return the text of resident and waiting tokens; None if none was given."""
+        source = self._document("document_id", document_id).source
+        return source.text if source is not None and source.has_text else None
+
+    @property
+    def num_chunks(self) -> int:
+        """Return the number of resident chunks: those that a search can find."""
+        return self._ledger.num_rows
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens in resident chunks; tails that wait are not counted."""
+        return self.num_chunks * self.chunk_size
+
+    @property
+    def generation(self) -> int:
+        """Return a number that changes when rows found before may hold other chunks: eviction, deletion, clearing."""
+        return self._ledger.generation
+
+    @property
+    def version(self) -> int:
+        """Return a number that changes with every change of what the bank holds."""
+        return self._ledger.version
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing."""
+        return not self.num_chunks
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all keys, values and search keys, with the room that growth has reserved."""
+        return self._contents.nbytes
+
+    # Reading.
+
+    def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> BankView:
+        """Return a view that reads these documents, and those with one of these tags. Raises ValueError for an unknown id."""
+        return BankView(self, document_ids, tags)
+
+    def search(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
+        """Return scores (float32) and rows (int64), each (kv_heads, queries, num_chunks), best first.
+
+        A score is the inner product of the query with the mean key of a chunk. Where there are fewer than
+        `num_chunks`, rows are -1 and scores -inf. Rows are good for `gather` and `locate` while `generation` stays.
+        """
+        return self._search(layer, queries, num_chunks, None)
+
+    def gather(
+        self, layer: int, rows: Int[Tensor, "kv_heads chunks"]
+    ) -> tuple[
+        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
+        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
+    ]:
+        """Return copies of the keys and values of these rows (float32 for int8, else in the storage dtype).
+
+        The caller masks rows of -1.
+        """
+        position = self._position(layer)
+        if self.is_empty:
+            raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
+        return self._contents.storage.gather(position, rows)
+
+    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+        """Return document, tokens, characters and text of each row, flattened; None for row -1.
+
+        Characters and text are None where the writer gave no text, or where it was deleted since a reader opened the bank.
+        """
+        rows = rows.detach().to("cpu", torch.int64).flatten()
+        if len(rows) and (rows.min() < -1 or rows.max() >= self.num_chunks):
+            raise ValueError(
+                f"`rows` must be from -1 to {self.num_chunks - 1}, got {rows.min()} to {rows.max()}; rows are good "
+                "while `generation` stays, so search again."
+            )
+        return self._ledger.locate(rows)
+
+    # Inside.
+
+    @property
+    def _ledger(self) -> Ledger:
+        return self._contents.ledger
+
+    @property
+    def _shapes(self) -> list[LayerShape] | None:
+        return self._contents.shapes
+
+    def _document(self, argument: str, document_id: str) -> Document:
+        checks.validate_known(argument, document_id, self._ledger.documents)
+        return self._ledger.documents[document_id]
+
+    def _position(self, layer: int) -> int:
+        if layer not in self.memory_layers:
+            raise ValueError(f"`layer` must be one of the memory layers {self.memory_layers}, got {layer!r}.")
+        return self.memory_layers.index(layer)
+
+    def _search(self, layer: int, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+        position = self._position(layer)
+        shapes = self._contents.shapes
+        checks.validate_search(queries, num_chunks, None if shapes is None else shapes[position])
+        found = self._contents.search(position, queries, num_chunks, rows)
+        self._ledger.count_reads(found[1])
+        return found
