@@ -33,7 +33,8 @@ class MemoryBank:
         index: "auto" (exact search by FAISS up to 8,192 chunks, an inverted file beyond), "flat" (exact at any size) or
             "exact" (the same by torch).
         eviction: "fifo": when the bank is full, the chunks written first go first, whichever document owns them.
-        storage_dtype: of stored keys and values, "float16", "bfloat16" or "float32"; search keys are float32.
+        storage_dtype: of stored keys and values, "float16", "bfloat16", "float32" or "int8" (with a scale for each token
+            and head, in half the room of float16); search keys are float32.
         device: where the tensors are.
         fingerprint: of the encoder that writes (`LongMemForCausalLM.encoder_fingerprint`); None is not checked.
 
@@ -230,7 +231,7 @@ class MemoryBank:
         Float[Tensor, "kv_heads chunks chunk_size key_dim"],
         Float[Tensor, "kv_heads chunks chunk_size value_dim"],
     ]:
-        """Return copies of the keys and values of these rows, in the storage dtype; the caller masks rows of -1."""
+        """Return copies of the keys and values of these rows, decoded (int8 to float32); the caller masks rows of -1."""
         position = self._position(layer)
         if self.is_empty:
             raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
