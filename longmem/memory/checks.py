@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.errors import did_you_mean
+from longmem.memory.codec import STORAGE_DTYPES, largest_number
 from longmem.memory.store import LayerShape
-
-STORAGE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def name_known(name: object, known: Collection[str], limit: int = 8) -> str:
@@ -33,15 +32,15 @@ def validate_choice(argument: str, value: object, known: Collection[str]) -> Non
         raise ValueError(f"`{argument}` must be one of the known names, got {value!r}; {name_known(value, known)}")
 
 
-def validate_storage_dtype(value: object) -> torch.dtype:
-    """Return the dtype that is meant by a torch dtype or by its name.
+def validate_storage_dtype(value: object, known: Mapping[str, torch.dtype] = STORAGE_DTYPES) -> torch.dtype:
+    """Return the dtype, one of the `known`, that is meant by a torch dtype or by its name.
 
     >>> validate_storage_dtype("bfloat16")
     torch.bfloat16
     """
     name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-    validate_choice("storage_dtype", name, STORAGE_DTYPES)
-    return STORAGE_DTYPES[str(name)]
+    validate_choice("storage_dtype", name, known)
+    return known[str(name)]
 
 
 def validate_count(argument: str, value: object) -> None:
@@ -149,7 +148,7 @@ def _validate_numbers(
     keys: Sequence[Tensor], values: Sequence[Tensor], memory_layers: Sequence[int], storage_dtype: torch.dtype
 ) -> None:
     """Raise ValueError for NaN, inf, and numbers that rounding to the storage dtype would turn into inf."""
-    limit = torch.finfo(storage_dtype).max
+    limit = largest_number(storage_dtype)
     for position, tensor in enumerate((*keys, *values)):
         # One pass over the numbers finds NaN too, which `aminmax` lets through.
         number = torch.stack(tensor.detach().aminmax()).abs().amax().item()
@@ -164,7 +163,7 @@ def _validate_numbers(
             )
         raise ValueError(
             f"{place} must fit the storage dtype {storage_dtype} (largest {limit:.6g}), got {number:.6g}; create the "
-            'bank with `storage_dtype="bfloat16"` or "float32".'
+            'bank with `storage_dtype="bfloat16"`, "float32" or "int8".'
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
+
+from longmem.memory.codec import decode, encode, stored_width, vector_width
 
 
 class LayerShape(NamedTuple):
@@ -18,10 +20,10 @@ class LayerShape(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Return the chunks of one memory layer, ready to be written: keys and values rounded, search keys not."""
+    """Return the chunks of one memory layer, ready to be written: keys and values encoded, search keys not."""
 
-    keys: Float[Tensor, "kv_heads chunks chunk_size key_dim"]
-    values: Float[Tensor, "kv_heads chunks chunk_size value_dim"]
+    keys: Num[Tensor, "kv_heads chunks chunk_size stored_key_dim"]
+    values: Num[Tensor, "kv_heads chunks chunk_size stored_value_dim"]
     search_keys: Float[Tensor, "kv_heads chunks key_dim"]
 
 
@@ -40,7 +42,7 @@ def cut_into_chunks(
     [(2, 2, 4, 3), (2, 2, 4, 5), (2, 2, 3)]
     """
     keys, values = (tensor.unflatten(1, (-1, chunk_size)) for tensor in (keys, values))
-    return Chunks(keys.to(storage_dtype), values.to(storage_dtype), keys.float().mean(dim=2))
+    return Chunks(encode(keys, storage_dtype), encode(values, storage_dtype), keys.float().mean(dim=2))
 
 
 class ChunkStore:
@@ -69,16 +71,16 @@ class ChunkStore:
         self.num_rows = 0
         heads, key_dim, value_dim = shape
         self._tensors = Chunks(
-            torch.empty(heads, 0, chunk_size, key_dim, dtype=dtype, device=device),
-            torch.empty(heads, 0, chunk_size, value_dim, dtype=dtype, device=device),
+            torch.empty(heads, 0, chunk_size, stored_width(key_dim, dtype), dtype=dtype, device=device),
+            torch.empty(heads, 0, chunk_size, stored_width(value_dim, dtype), dtype=dtype, device=device),
             torch.empty(heads, 0, key_dim, dtype=torch.float32, device=device),
         )
 
     @classmethod
     def of(cls, chunks: Chunks, *, capacity: int) -> ChunkStore:
         """Return a store that holds `chunks`, row by row, in these very tensors (which may be memory-mapped)."""
-        keys, values, _ = chunks
-        shape = LayerShape(keys.shape[0], keys.shape[3], values.shape[3])
+        keys, values, search_keys = chunks
+        shape = LayerShape(keys.shape[0], search_keys.shape[2], vector_width(values.shape[3], values.dtype))
         store = cls(shape, chunk_size=keys.shape[2], capacity=capacity, dtype=keys.dtype, device=keys.device)
         store._tensors = chunks
         store.num_rows = keys.shape[1]
@@ -148,14 +150,15 @@ class ChunkStore:
         Float[Tensor, "kv_heads chunks chunk_size key_dim"],
         Float[Tensor, "kv_heads chunks chunk_size value_dim"],
     ]:
-        """Return copies of the keys and values of these rows, other rows for each head; row -1 is read as row 0."""
+        """Return copies of the keys and values of these rows, decoded, other rows for each head; row -1 is read as row 0."""
         keys, values, _ = self._tensors
         heads, allocated = keys.shape[:2]
         offsets = allocated * torch.arange(heads, device=self.device).unsqueeze(1)
         flat_rows = (rows.to(self.device).clamp(min=0) + offsets).flatten()
         # One index_select over (heads * rows) copies whole chunks; `gather` would need an index for every number.
         return tuple(
-            tensor.flatten(0, 1).index_select(0, flat_rows).unflatten(0, rows.shape) for tensor in (keys, values)
+            decode(tensor.flatten(0, 1).index_select(0, flat_rows)).unflatten(0, rows.shape)
+            for tensor in (keys, values)
         )
 
 

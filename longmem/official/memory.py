@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.checks import validate_storage_dtype
+from longmem.memory.codec import FLOATING_DTYPES
 
 
 class ReleasedCodeError(ValueError):
@@ -44,7 +45,7 @@ class OfficialMemory:
         self.memory_layers = (memory_layer,)
         self.chunk_size = chunk_size
         self.capacity = memory_size // chunk_size
-        self.storage_dtype = validate_storage_dtype(storage_dtype)
+        self.storage_dtype = validate_storage_dtype(storage_dtype, FLOATING_DTYPES)
         if self.capacity < 1:
             raise ValueError(f"`memory_size` must hold a chunk of `chunk_size` {chunk_size}, got {memory_size}.")
         self.num_chunks = 0

@@ -108,6 +108,15 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.parametrize("storage_dtype", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("number", [float("nan"), torch.inf, -torch.inf])
+def test_no_storage_dtype_takes_what_is_not_finite(storage_dtype, number):
+    bank = new_bank(storage_dtype=storage_dtype)
+    with pytest.raises(ValueError, match="`values` of layer 7 must be finite"):
+        bank.add("a", *changed(1, put(number), of_values=True))
+    assert "a" not in bank
+
+
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_input_is_named_and_changes_nothing(name, monkeypatch):
     # Some arguments have wrong types on purpose: our check must see them, not the one that runs in tests only.
@@ -132,7 +141,7 @@ BAD_SETTINGS = {
     "unknown index": ({"index": "flatt"}, ["index", "'flatt'", "Did you mean `flat`"]),
     "unknown eviction": ({"eviction": "fifi"}, ["eviction", "'fifi'", "Did you mean `fifo`"]),
     "unknown dtype": ({"storage_dtype": "bf16"}, ["storage_dtype", "'bf16'", "Did you mean `bfloat16`"]),
-    "unusable dtype": ({"storage_dtype": torch.int8}, ["storage_dtype", "'int8'", "float16"]),
+    "unusable dtype": ({"storage_dtype": torch.int16}, ["storage_dtype", "'int16'", "float16"]),
 }
 
 
@@ -147,7 +156,7 @@ def test_bad_settings_are_named(name, monkeypatch):
 
 def test_numbers_too_large_for_float16_fit_the_other_dtypes():
     keys, values = changed(0, put(70000.0))
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float32", "int8"):
         bank = new_bank(storage_dtype=dtype)
         bank.add("a", keys, values)
         assert torch.isfinite(bank.gather(3, torch.tensor([[0, 1], [0, 1]]))[0]).all()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem.memory import DocumentInfo, MemoryBank, persistence
+from longmem.memory.codec import decode, encode
 from longmem.memory.index import FlatIndex
 from longmem.memory.index_kinds import INDEXES
 
@@ -105,12 +106,17 @@ class BankMachine(RuleBasedStateMachine):
         chunk_size=st.integers(1, 4),
         capacity=st.sampled_from([1, 2, 3, 5, 8, 13, 21]),
         with_ids=st.booleans(),
+        storage_dtype=st.sampled_from(["float16", "int8"]),
     )
-    def start(self, chunk_size, capacity, with_ids):
+    def start(self, chunk_size, capacity, with_ids, storage_dtype):
         INDEXES["mirror"] = MirrorIndex
         self.fsync, persistence.os.fsync = persistence.os.fsync, lambda descriptor: None  # not what is tested here
         self.bank = MemoryBank(
-            memory_layers=LAYERS, chunk_size=chunk_size, capacity_tokens=chunk_size * capacity, index="mirror"
+            memory_layers=LAYERS,
+            chunk_size=chunk_size,
+            capacity_tokens=chunk_size * capacity,
+            index="mirror",
+            storage_dtype=storage_dtype,
         )
         self.naive = NaiveBank(chunk_size, capacity)
         self.with_ids = with_ids
@@ -130,7 +136,7 @@ class BankMachine(RuleBasedStateMachine):
         for _ in range(count):
             unique = torch.zeros(1, UNIQUE_DIM)
             unique[0, self.num_written % UNIQUE_DIM] = 1.0
-            # Numbers that float16 holds exactly: the naive bank need not round.
+            # Numbers that float16 holds exactly: the naive bank need not round while nothing is decoded.
             random = torch.randint(-64, 64, (3, 2, 4), generator=self.generator) / 16
             tokens.append((self.num_written, {2: unique, 5: random[0]}, {2: random[1, :1], 5: random[2]}))
             self.num_written += 1
@@ -251,6 +257,7 @@ class BankMachine(RuleBasedStateMachine):
             keys, values = reader.gather(layer, rows[:, -1])
             for part, stored in enumerate((keys, values)):
                 expected = torch.stack([pair[part] for pair in chunks.values()], dim=1)
+                expected = decode(encode(expected, self.bank.storage_dtype)).float()
                 for head in range(HEADS[layer]):
                     assert torch.equal(stored[head].float(), expected[head, found[head, -1]])
 

@@ -49,7 +49,7 @@ class Encoder:
         return self.fingerprint
 
 
-@pytest.mark.parametrize("storage_dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("storage_dtype", ["float16", "bfloat16", "float32", "int8"])
 @pytest.mark.parametrize("index", ["flat", "exact"])
 def test_a_reloaded_bank_is_the_same_now_and_later(tmp_path, storage_dtype, index):
     bank = filled_bank(storage_dtype=storage_dtype, index=index)

@@ -40,6 +40,11 @@ def test_it_holds_what_a_list_of_tokens_would(dtype):
     assert not memory.keys.any()
 
 
+def test_it_has_only_the_dtypes_that_a_cast_makes():
+    with pytest.raises(ValueError, match="storage_dtype.*'int8'"):
+        new_memory(storage_dtype="int8")
+
+
 def test_a_missing_slot_is_a_zero_row_with_score_zero():
     memory = new_memory()
     keys, values = batch(1, CHUNK, 0)
