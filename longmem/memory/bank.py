@@ -17,6 +17,7 @@ from longmem.memory.index import Found
 from longmem.memory.index_kinds import INDEXES
 from longmem.memory.ledger import Document, DocumentInfo, IntQueue, Ledger
 from longmem.memory.persistence import read_bank, write_bank
+from longmem.memory.store import LayerShape
 from longmem.memory.view import BankView
 
 # Another policy will name other rows in `Ledger.evict`.
@@ -272,6 +273,10 @@ class MemoryBank:
     @property
     def _ledger(self) -> Ledger:
         return self._contents.ledger
+
+    @property
+    def _shapes(self) -> list[LayerShape] | None:
+        return self._contents.shapes
 
     def _settings(self) -> dict[str, Any]:
         return {
