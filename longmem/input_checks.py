@@ -35,7 +35,10 @@ def refuse_other_encoder(model: LongMemForCausalLM, bank: Any) -> None:
     """Raise ValueError if `bank` is no bank, or holds what another encoder wrote."""
     config = model.config
     if not hasattr(bank, "search"):
-        raise ValueError(f"`memory` must be a MemoryBank or a list of them, got {type(bank).__name__}.")
+        raise ValueError(
+            f"`memory` must be a MemoryBank or a list with one for each row, got {type(bank).__name__}; a row reads "
+            "several banks through `BankShards([...])`."
+        )
     if list(bank.memory_layers) != list(config.memory_layers or ()) or bank.chunk_size != config.chunk_size:
         raise ValueError(
             f"`memory` was made for memory layers {list(bank.memory_layers)} in chunks of {bank.chunk_size}, this "

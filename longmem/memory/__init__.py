@@ -2,6 +2,7 @@
 
 from longmem.memory.bank import MemoryBank
 from longmem.memory.ledger import DocumentInfo
+from longmem.memory.shards import BankShards
 from longmem.memory.view import BankView
 
-__all__ = ["BankView", "DocumentInfo", "MemoryBank"]
+__all__ = ["BankShards", "BankView", "DocumentInfo", "MemoryBank"]

@@ -63,6 +63,11 @@ class BankView:
         return self._bank.generation
 
     @property
+    def version(self) -> int:
+        """Return what `MemoryBank.version` returns."""
+        return self._bank.version
+
+    @property
     def is_empty(self) -> bool:
         """Return whether a search can find nothing."""
         return not self.num_chunks

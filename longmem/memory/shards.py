@@ -1,0 +1,218 @@
+"""Several banks of one encoder, read as if they were one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.memory.bank import MemoryBank
+from longmem.memory.checks import validate_known
+from longmem.memory.index import Found
+from longmem.memory.view import BankView
+
+
+class BankShards:
+    """Return one read-only bank over several: a library in parts, or a shared library and a private bank.
+
+    It holds the banks, not their chunks: it sees what is later written to them, and writing is done there. Any reader
+    of a bank takes it: `model(input_ids, memory=BankShards([library, mine]))`. Search asks every shard and keeps the
+    best, so with exact shards it finds what one bank with all documents would find.
+
+    Row r of shard s is row `r * len(shards) + s` here, so rows found before stay good when a shard grows. Names of
+    documents are a matter of each shard and may repeat; `shard_of` tells which one a row is from.
+
+    Args:
+        banks: `MemoryBank`s or views on them (`MemoryBank.select`), each of another bank. Shards of shards are taken
+            apart.
+
+    >>> library, mine = (MemoryBank(memory_layers=[5], chunk_size=4) for _ in range(2))
+    >>> keys = torch.eye(10).unsqueeze(0)  # one head, ten tokens, each with a direction of its own
+    >>> library.add("emma", [keys[:, :8]], [keys[:, :8]])
+    >>> mine.add("notes", [keys[:, 6:]], [keys[:, 6:]])
+    >>> shards = BankShards([library, mine])
+    >>> scores, rows = shards.search(5, keys[:, 7:8], num_chunks=3)
+    >>> rows, shards.shard_of(rows), shards.locate(rows)
+    (tensor([[[2, 1, 0]]]), tensor([[[0, 1, 0]]]), [('emma', 4, 8), ('notes', 0, 4), ('emma', 0, 4)])
+    """
+
+    def __init__(self, banks: Iterable[MemoryBank | BankView | BankShards]) -> None:
+        if isinstance(banks, MemoryBank | BankView | BankShards) or not isinstance(banks, Iterable):
+            raise ValueError(f"`banks` must be a list of banks, got {type(banks).__name__}; put it in a list.")
+        self.shards: tuple[MemoryBank | BankView, ...] = tuple(
+            shard for bank in banks for shard in (bank.shards if isinstance(bank, BankShards) else [bank])
+        )
+        _validate_shards(self.shards)
+        self.memory_layers = self.shards[0].memory_layers
+        self.chunk_size = self.shards[0].chunk_size
+
+    def __repr__(self) -> str:
+        return f"BankShards({len(self.shards)} shards, {self.num_tokens} tokens, memory_layers={self.memory_layers})"
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Return the encoder fingerprint that the shards share; None if none of them has one."""
+        return next((shard.fingerprint for shard in self.shards if shard.fingerprint is not None), None)
+
+    @property
+    def num_chunks(self) -> int:
+        """Return the number of chunks that a search can find."""
+        return sum(shard.num_chunks for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens in these chunks."""
+        return self.num_chunks * self.chunk_size
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing."""
+        return all(shard.is_empty for shard in self.shards)
+
+    @property
+    def generation(self) -> int:
+        """Return a number that changes when rows found before may hold other chunks, in any shard."""
+        # A bank's stamps only grow, so the sum grows when one of them does, and two changes can't cancel out.
+        return sum(shard.generation for shard in self.shards)
+
+    @property
+    def version(self) -> int:
+        """Return a number that changes with every change of what a shard holds."""
+        return sum(shard.version for shard in self.shards)
+
+    def select(self, document_ids: str | Iterable[str]) -> BankShards:
+        """Return these documents alone; an id that several shards know means all of its documents.
+
+        The shards of the result are views, of those shards that have one of the documents. Raises ValueError for an id
+        that no shard knows.
+        """
+        wanted = (document_ids,) if isinstance(document_ids, str) else tuple(dict.fromkeys(document_ids))
+        if not wanted:
+            raise ValueError("`document_ids` must name at least one document, got none; read the shards for all.")
+        known = [_known_documents(shard) for shard in self.shards]
+        names = dict.fromkeys(document_id for each in known for document_id in each)
+        for document_id in wanted:
+            validate_known("document_ids", document_id, names)
+        chosen = [[document_id for document_id in wanted if document_id in each] for each in known]
+        return BankShards(BankView(_bank_of(shard), ids) for shard, ids in zip(self.shards, chosen, strict=True) if ids)
+
+    def search(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
+        """Return what `MemoryBank.search` returns, of all shards; of equal scores the earlier shard's comes first."""
+        found = [shard.search(layer, queries, num_chunks) for shard in self.shards]
+        scores = torch.cat([scores for scores, _ in found], dim=2)
+        rows = torch.cat(
+            [torch.where(rows < 0, -1, rows * len(self.shards) + number) for number, (_, rows) in enumerate(found)],
+            dim=2,
+        )
+        scores, order = scores.sort(dim=2, descending=True, stable=True)
+        return scores[..., :num_chunks], rows.gather(2, order[..., :num_chunks])
+
+    def gather(
+        self, layer: int, rows: Int[Tensor, "kv_heads chunks"]
+    ) -> tuple[
+        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
+        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
+    ]:
+        """Return copies of the keys and values of these rows, where `rows` are; the caller masks rows of -1.
+
+        The dtype is the storage dtype of the shards that are read, or one that holds all of them where they differ.
+        """
+        if self.is_empty:
+            raise ValueError("`gather` needs a shard that holds chunks, got empty ones only; ask `is_empty` first.")
+        numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
+        parts: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        for number, shard in enumerate(self.shards):
+            mine = numbers == number
+            counts = mine.sum(dim=1, keepdim=True)
+            if shard.is_empty or not counts.any():
+                continue
+            # Heads ask a shard for different numbers of rows: pushed to the left, those of all heads fit one tensor.
+            filled = torch.arange(int(counts.max()), device=rows.device) < counts
+            packed = own_rows.new_zeros(filled.shape)
+            packed[filled] = own_rows[mine]
+            keys, values = shard.gather(layer, packed)
+            parts.append((mine, (keys.to(rows.device)[filled], values.to(rows.device)[filled])))
+        if not parts:  # nothing but missing rows: any chunk will do
+            any_shard = next(shard for shard in self.shards if not shard.is_empty)
+            return any_shard.gather(layer, torch.zeros_like(rows))
+        return _assemble(rows, parts, 0), _assemble(rows, parts, 1)
+
+    def locate(self, rows: Int[Tensor, ...]) -> list[tuple[str, int, int] | None]:
+        """Return (document id, first token, token after the last) for each row, flattened; None for row -1."""
+        rows = rows.detach().to("cpu", torch.int64).flatten()
+        numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
+        limits = torch.tensor([_bank_of(shard).num_chunks for shard in self.shards])
+        wrong = rows[(rows < -1) | ((rows >= 0) & (own_rows >= limits[numbers]))]
+        if len(wrong):
+            raise ValueError(
+                f"`rows` must be -1 or rows that `search` gave, got {wrong[0]} with {limits.tolist()} chunks in the "
+                "shards; rows are good while `generation` stays, so search again."
+            )
+        found: list[tuple[str, int, int] | None] = [None] * len(rows)
+        for number, shard in enumerate(self.shards):
+            places = (numbers == number).nonzero().flatten()
+            for place, located in zip(places.tolist(), shard.locate(own_rows[places]), strict=True):
+                found[place] = located
+        return found
+
+    def shard_of(self, rows: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return the place in `shards` of the bank that each row is from, -1 for row -1."""
+        return torch.where(rows < 0, -1, rows % len(self.shards))
+
+
+def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
+    return shard._bank if isinstance(shard, BankView) else shard
+
+
+def _known_documents(shard: MemoryBank | BankView) -> list[str]:
+    if isinstance(shard, BankView):
+        return [document_id for document_id in shard.document_ids if document_id in shard._bank]
+    return [document.document_id for document in shard.documents()]
+
+
+def _assemble(
+    rows: Int[Tensor, "kv_heads chunks"], parts: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]], position: int
+) -> Float[Tensor, "kv_heads chunks chunk_size _dim"]:
+    """Return the keys (position 0) or values (1) of all shards in the places of `rows`; zeros in those of no shard."""
+    dtype = functools.reduce(torch.promote_types, (part[position].dtype for _, part in parts))
+    whole = rows.new_zeros(*rows.shape, *parts[0][1][position].shape[1:], dtype=dtype)
+    for mine, part in parts:
+        whole[mine] = part[position].to(dtype)
+    return whole
+
+
+def _validate_shards(shards: Sequence[Any]) -> None:
+    """Raise ValueError unless these are different banks that one encoder has written."""
+    if not shards:
+        raise ValueError("`banks` must hold at least one bank, got none; an empty `MemoryBank` stands for no memory.")
+    for number, shard in enumerate(shards):
+        if not isinstance(shard, MemoryBank | BankView):
+            raise ValueError(
+                f"`banks` must be MemoryBanks or views on them, got {type(shard).__name__} at place {number}; open a "
+                "saved bank with `MemoryBank.load(folder)`."
+            )
+    banks = [_bank_of(shard) for shard in shards]
+    if len({id(bank) for bank in banks}) < len(banks):
+        twice = next(number for number, bank in enumerate(banks) if any(bank is other for other in banks[:number]))
+        raise ValueError(
+            f"`banks` must be different banks, got one again at place {twice}: its chunks would be found twice; for "
+            "several documents of one bank, `bank.select([...])` names them all."
+        )
+    for name, advice in (
+        ("memory_layers", "banks of one model agree, made by `MemoryBank.for_model(model)`"),
+        ("chunk_size", "banks of one model agree, made by `MemoryBank.for_model(model)`"),
+        ("fingerprint", "memorize the documents of one of them again with the other's model"),
+        ("_shapes", "one model writes one size of heads; memorize the documents of one of them again"),
+    ):
+        # None: no fingerprint to compare, or sizes that the first write will fix.
+        known = [(number, getattr(bank, name)) for number, bank in enumerate(banks) if getattr(bank, name) is not None]
+        for number, value in known[1:]:
+            if value != known[0][1]:
+                raise ValueError(
+                    f"`banks` must agree in {'head sizes' if name == '_shapes' else f'`{name}`'}, got {known[0][1]} "
+                    f"at place {known[0][0]} and {value} at place {number}; {advice}."
+                )
