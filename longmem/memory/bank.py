@@ -13,8 +13,7 @@ from torch import Tensor
 
 from longmem.memory import checks
 from longmem.memory.contents import BankContents
-from longmem.memory.index import Found
-from longmem.memory.index_kinds import INDEXES
+from longmem.memory.index import Found, validate_index
 from longmem.memory.ledger import Document, DocumentInfo, IntQueue, Ledger
 from longmem.memory.persistence import read_bank, write_bank
 from longmem.memory.view import BankView
@@ -60,7 +59,7 @@ class MemoryBank:
         fingerprint: str | None = None,
     ) -> None:
         checks.validate_sizes(memory_layers, chunk_size, capacity_tokens)
-        checks.validate_choice("index", index, INDEXES)
+        validate_index(index)
         checks.validate_choice("eviction", eviction, EVICTION_POLICIES)
         self.memory_layers = tuple(memory_layers)
         self.chunk_size = chunk_size

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.index import ChunkIndex, Found
-from longmem.memory.index_kinds import INDEXES
+from longmem.memory.index import ChunkIndex, Found, make_index
 from longmem.memory.ledger import Document, Ledger
 from longmem.memory.store import Chunks, ChunkStore, LayerShape, cut_into_chunks
 
@@ -122,7 +121,7 @@ class BankContents:
 
     def _open(self, stores: list[ChunkStore]) -> None:
         self.stores = stores
-        self.indexes = [INDEXES[self.index](store) for store in stores]
+        self.indexes = [make_index(self.index, store) for store in stores]
 
     def _reserve(self, chunks: list[Chunks]) -> None:
         if not self.stores:

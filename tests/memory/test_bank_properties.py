@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem.memory import DocumentInfo, MemoryBank, persistence
-from longmem.memory.index import FlatIndex
-from longmem.memory.index_kinds import INDEXES
+from longmem.memory.index import INDEXES, FlatIndex
 
 LAYERS = (2, 5)
 HEADS = {2: 1, 5: 2}
