@@ -10,8 +10,10 @@ import torch
 
 from longmem.evaluation.perplexity import WindowScores
 from longmem.evaluation.results import TITLES
+from longmem.memory.index.tuning import Tuned
 
 COLORS = {"backbone": "#767676", "off": "#d98c21", "on": "#1f6fb4", "wrong": "#b5455f"}
+INDEX_COLORS = {"auto": "#1f6fb4", "ivf": "#2a9d8f", "hnsw": "#d98c21", "pq": "#b5455f"}
 STYLES = {"backbone": ":", "off": "--", "on": "-", "wrong": "-."}
 
 
@@ -81,6 +83,39 @@ def plot_scores(
         axes.grid(axis="y", alpha=0.3)
     if shares is not None:
         _draw_shares(figure, figure.add_subplot(grid[1, 1]), shares, reading_layers)
+    figure.savefig(path, dpi=130)
+
+
+def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: str) -> None:
+    """Draw the recall of index settings against their latency: what is up and to the left is better.
+
+    Args:
+        path: PNG to write.
+        results: of `tune`; each kind gets a color and a line along its settings.
+        title: of the figure.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    axes = figure.add_subplot()
+    kinds = dict.fromkeys(result.index.partition(":")[0] for result in results)
+    for kind in kinds:
+        own = sorted((each for each in results if each.index.partition(":")[0] == kind), key=lambda each: each.recall)
+        color = INDEX_COLORS.get(kind, "#767676")
+        axes.plot([each.milliseconds for each in own], [each.recall for each in own], "o-", color=color, label=kind)
+        for each in own:
+            note = each.index.partition(":")[2].replace(",", "\n") or "default"
+            place = (each.milliseconds, each.recall)
+            axes.annotate(note, place, xytext=(6, -3), textcoords="offset points", fontsize=7, va="top", color=color)
+    exact = [each.milliseconds * each.speed_ratio for each in results]
+    if exact:
+        axes.axvline(sum(exact) / len(exact), color="black", linestyle=":", linewidth=1, label="exact search")
+    axes.set(xscale="log", xlabel="milliseconds per 1,000 queries", ylabel="recall against exact search")
+    axes.legend(fontsize=9, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 

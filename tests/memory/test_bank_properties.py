@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem.memory import DocumentInfo, MemoryBank, persistence
-from longmem.memory.codec import decode, encode
-from longmem.memory.index import FlatIndex
-from longmem.memory.index_kinds import INDEXES
+from longmem.memory.index import INDEXES, FlatIndex
 
 LAYERS = (2, 5)
 HEADS = {2: 1, 5: 2}
@@ -106,17 +104,12 @@ class BankMachine(RuleBasedStateMachine):
         chunk_size=st.integers(1, 4),
         capacity=st.sampled_from([1, 2, 3, 5, 8, 13, 21]),
         with_ids=st.booleans(),
-        storage_dtype=st.sampled_from(["float16", "int8"]),
     )
-    def start(self, chunk_size, capacity, with_ids, storage_dtype):
+    def start(self, chunk_size, capacity, with_ids):
         INDEXES["mirror"] = MirrorIndex
         self.fsync, persistence.os.fsync = persistence.os.fsync, lambda descriptor: None  # not what is tested here
         self.bank = MemoryBank(
-            memory_layers=LAYERS,
-            chunk_size=chunk_size,
-            capacity_tokens=chunk_size * capacity,
-            index="mirror",
-            storage_dtype=storage_dtype,
+            memory_layers=LAYERS, chunk_size=chunk_size, capacity_tokens=chunk_size * capacity, index="mirror"
         )
         self.naive = NaiveBank(chunk_size, capacity)
         self.with_ids = with_ids
@@ -136,7 +129,7 @@ class BankMachine(RuleBasedStateMachine):
         for _ in range(count):
             unique = torch.zeros(1, UNIQUE_DIM)
             unique[0, self.num_written % UNIQUE_DIM] = 1.0
-            # Numbers that float16 holds exactly: the naive bank need not round while nothing is decoded.
+            # Numbers that float16 holds exactly: the naive bank need not round.
             random = torch.randint(-64, 64, (3, 2, 4), generator=self.generator) / 16
             tokens.append((self.num_written, {2: unique, 5: random[0]}, {2: random[1, :1], 5: random[2]}))
             self.num_written += 1
@@ -257,7 +250,6 @@ class BankMachine(RuleBasedStateMachine):
             keys, values = reader.gather(layer, rows[:, -1])
             for part, stored in enumerate((keys, values)):
                 expected = torch.stack([pair[part] for pair in chunks.values()], dim=1)
-                expected = decode(encode(expected, self.bank.storage_dtype)).float()
                 for head in range(HEADS[layer]):
                     assert torch.equal(stored[head].float(), expected[head, found[head, -1]])
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from longmem.memory import index as index_module
-from longmem.memory.index import ChunkIndex
-from longmem.memory.index_kinds import INDEXES
+from longmem.memory.index import INDEXES, ChunkIndex
+from longmem.memory.index import exact as exact_module
 from longmem.memory.store import Chunks, ChunkStore
 
 HEADS, DIM = 3, 8
@@ -53,7 +52,7 @@ def test_search_equals_a_sort(kind, num_chunks, subset):
 def test_blocks_of_queries_change_nothing(monkeypatch):
     index, queries = INDEXES["exact"](store_of(random(HEADS, 50, DIM))), random(HEADS, 11, DIM, seed=1)
     whole = index.search(queries, 5)
-    monkeypatch.setattr(index_module, "SCORES_PER_STEP", 1)
+    monkeypatch.setattr(exact_module, "SCORES_PER_STEP", 1)
     torch.testing.assert_close(index.search(queries, 5), whole, rtol=1e-6, atol=1e-6)
 
 

@@ -1,6 +1,9 @@
-"""Chunk search: which rows of a store have the largest inner product with a query."""
+"""Exact search: which rows of a store have the largest inner product with a query."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import faiss
 import torch
@@ -8,6 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from longmem.memory.index.saved import SavedIndex
+from longmem.memory.index.settings import Setting
 from longmem.memory.store import ChunkStore
 
 Found = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
@@ -58,17 +63,19 @@ def _stack(heads: list[tuple[Tensor, Tensor]]) -> Found:
 
 
 class ChunkIndex:
-    """Return an index over the live rows of one store; subclasses say how `top_chunks` finds its rows.
+    """Return an index over the live rows of one store; subclasses say how `best_rows` finds them.
 
-    The bank tells the index about every change of the rows. A kind that keeps data of its own overrides the three
-    `rows_*` methods, and `search`; the kinds here read the store and need nothing.
+    The bank tells the index about every change of the rows. A kind that keeps data of its own notes it in the three
+    `rows_*` methods, in O(changed rows) and without a look at the store's keys, and carries it out at the next search.
     """
+
+    settings: ClassVar[Mapping[str, Setting]] = {}
 
     def __init__(self, store: ChunkStore) -> None:
         self.store = store
 
-    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Found:
-        """Return the best `num_chunks` of `search_keys` for each query; there are at least so many."""
+    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+        """Return scores and rows of the best chunks, best first; there are at least `num_chunks`, and a query."""
         raise NotImplementedError
 
     def search(
@@ -81,24 +88,18 @@ class ChunkIndex:
 
         `rows`: search only these live rows (sorted, without duplicates). Results are where `queries` are.
         """
-        device, search_keys = queries.device, self.store.search_keys
-        if rows is not None:
-            rows = rows.to(search_keys.device)
-            search_keys = search_keys.index_select(1, rows)
-        queries = queries.detach().to(search_keys.device, torch.float32).contiguous()
-        num_found = min(num_chunks, search_keys.shape[1])
+        device, kept = queries.device, self.store.device
+        num_found = min(num_chunks, self.store.num_rows if rows is None else len(rows))
         if num_found and queries.shape[1]:
-            scores, found = self.top_chunks(queries, search_keys, num_found)
+            rows = None if rows is None else rows.to(kept)
+            queries = queries.detach().to(kept, torch.float32).contiguous()
+            scores, found = self.best_rows(queries, num_found, rows)
         else:
-            scores = queries.new_empty(*queries.shape[:2], 0)
+            scores = torch.empty(*queries.shape[:2], 0, device=device)
             found = torch.empty_like(scores, dtype=torch.int64)
-            num_found = 0
         # FAISS answers -1 where it finds nothing to rank, such as for a query that holds NaN.
-        missing = found < 0
-        scores = scores.masked_fill(missing, -torch.inf)
-        if rows is not None and num_found:
-            found = rows[found.clamp(min=0)].masked_fill(missing, -1)
-        room = (0, num_chunks - num_found)
+        scores = scores.masked_fill(found < 0, -torch.inf)
+        room = (0, num_chunks - found.shape[2])
         scores = functional.pad(scores, room, value=-torch.inf)
         return scores.to(device), functional.pad(found, room, value=-1).to(device)
 
@@ -111,18 +112,37 @@ class ChunkIndex:
     def rows_dropped(self, rows: Int[Tensor, " rows"]) -> None:
         """Let go of rows that are no longer live; called before the store changes."""
 
+    def export(self) -> SavedIndex | None:
+        """Return what reopening would otherwise build anew, None if that is nothing; valid until the next change."""
+        return None
+
+    def adopt(self, saved: SavedIndex) -> bool:
+        """Take over what `export` returned of an index over these rows; return whether it fits and was taken.
+
+        Rows that it does not cover are added at the next search. What does not fit is left, and built at a search.
+        """
+        return False
+
 
 class ExactIndex(ChunkIndex):
     """Return the reference: a matrix product and `topk`, on whatever device the store is."""
 
+    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+        """Return the best rows by `top_chunks` over the store's rows, or over a copy of a subset of them."""
+        search_keys = self.store.search_keys
+        if rows is None:
+            return self.top_chunks(queries, search_keys, num_chunks)
+        scores, found = self.top_chunks(queries, search_keys.index_select(1, rows), num_chunks)
+        return scores, torch.where(found < 0, -1, rows[found.clamp(min=0)])
+
     def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Found:
-        """Return the best rows by torch."""
+        """Return the best `num_chunks` of `search_keys` by torch."""
         return exact_top_chunks(queries, search_keys, num_chunks)
 
 
-class FlatIndex(ChunkIndex):
+class FlatIndex(ExactIndex):
     """Return exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
 
     def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Found:
-        """Return the best rows by FAISS."""
+        """Return the best `num_chunks` of `search_keys` by FAISS."""
         return faiss_top_chunks(queries, search_keys, num_chunks)

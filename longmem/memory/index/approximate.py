@@ -1,0 +1,193 @@
+"""Approximate search: FAISS indexes, one for each key-value head, that follow the rows of a store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.memory.index.exact import FlatIndex, Found
+from longmem.memory.index.labels import LabelTable
+from longmem.memory.index.saved import SavedIndex
+from longmem.memory.store import ChunkStore
+
+EXACT_BELOW = 8_192  # rows; a store, or a subset, of so few is searched faster exactly
+GROWTH_BEFORE_RETRAINING = 4  # a store that has grown by this factor wants other clusters than it was trained with
+# Tombstones cost memory and are skipped one by one. A rebuild adds every row again, so at this share each drop pays for
+# three rows of it, whatever the size.
+DEAD_SHARE_BEFORE_REBUILDING = 0.25
+POINTS_PER_CENTROID = 39  # k-means of FAISS warns below this
+ROWS_PER_STEP = 65_536  # rows copied at a time while they are added
+CANDIDATES_PER_STEP = 2**18  # keys gathered at a time to rank candidates again
+
+
+class ApproximateIndex(FlatIndex):
+    """Return an index that misses some of the best chunks, and searches exactly while the store is small.
+
+    Subclasses name a FAISS index and its search parameters. Vectors are the keys less their mean key: for one query
+    that lowers all scores by the same number, so it changes no ranking, and clusters and codes need not spend
+    themselves on what all keys share. On a GPU every search is exact: FAISS's indexes there have no filter.
+    """
+
+    # Share of the rows below which a filtered search is exact: see the kinds.
+    exact_share = 0.0
+
+    def __init__(self, store: ChunkStore, **chosen: Any) -> None:
+        super().__init__(store)
+        self.chosen = {name: setting.default for name, setting in self.settings.items()} | chosen
+        self._table = LabelTable()
+        self._files: list[faiss.Index] = []
+        self._centres: Float[np.ndarray, "kv_heads dim"] = np.empty((0, 0), dtype=np.float32)
+        self._trained_rows = 0
+
+    # What a kind says.
+
+    def layout(self, dim: int, num_rows: int) -> str:
+        """Return the name of the FAISS index to build for so many rows."""
+        raise NotImplementedError
+
+    def training_points(self, num_rows: int) -> int:
+        """Return how many keys to train with; at most all are there."""
+        raise NotImplementedError
+
+    def prepare(self, file: Any) -> None:
+        """Set what the name of a FAISS index cannot say, before it is trained."""
+
+    def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
+        """Return the search parameters where a `share` of the vectors may be found, chosen by `selector`."""
+        raise NotImplementedError
+
+    def candidates(self, num_chunks: int) -> int:
+        """Return how many vectors to look for; where that is more than is wanted they are ranked again, exactly."""
+        return num_chunks
+
+    def exact_below(self) -> int:
+        """Return the rows below which this kind searches exactly."""
+        return EXACT_BELOW
+
+    # Search.
+
+    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+        """Return the best rows that FAISS finds, and the exact answer to queries for which it finds too few."""
+        num_rows = self.store.num_rows
+        if self.store.device.type != "cpu" or num_rows < self.exact_below():
+            return super().best_rows(queries, num_chunks, rows)
+        if rows is not None and len(rows) < max(EXACT_BELOW, self.exact_share * num_rows):
+            return super().best_rows(queries, num_chunks, rows)
+        self._catch_up()
+        scores, found = self._look_up(queries, num_chunks, rows)
+        if self.candidates(num_chunks) > num_chunks:
+            scores, found = self._rank_again(queries, found, num_chunks)
+        # Clusters that hold too few, or a filter that cuts the graph: rare, but nobody else would fill the slots.
+        short = (found < 0).any(dim=2).any(dim=0).nonzero().flatten()
+        if len(short):
+            scores[:, short], found[:, short] = super().best_rows(queries[:, short].contiguous(), num_chunks, rows)
+        return scores, found
+
+    def _look_up(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+        mask = self._table.mask(None if rows is None else rows.numpy())
+        selector = None if mask is None else faiss.IDSelectorBitmap(mask)  # type: ignore[arg-type, call-arg]
+        share = (self._table.num_live if rows is None else len(rows)) / self._table.num_labels
+        count = min(self.candidates(num_chunks), self._table.num_live)
+        scores = torch.empty(*queries.shape[:2], count)
+        found = torch.empty(*queries.shape[:2], count, dtype=torch.int64)
+        for head, (file, query) in enumerate(zip(self._files, queries.numpy(), strict=True)):
+            lowered, labels = file.search(query, count, params=self.parameters(file, selector, share))
+            scores[head] = torch.from_numpy(lowered + (query @ self._centres[head])[:, None])
+            found[head] = torch.from_numpy(np.where(labels < 0, -1, self._table.rows[labels]))
+        return scores, found
+
+    def _rank_again(self, queries: Tensor, found: Tensor, num_chunks: int) -> Found:
+        """Return the best of the rows found by their exact scores."""
+        search_keys, step = self.store.search_keys, max(1, CANDIDATES_PER_STEP // found.shape[2])
+        heads = []
+        for query, keys, rows in zip(queries, search_keys, found, strict=True):
+            blocks = zip(query.split(step), rows.split(step), strict=True)
+            products = [torch.einsum("qcd,qd->qc", keys[block.clamp(min=0)], part) for part, block in blocks]
+            scores, slots = torch.cat(products).masked_fill(rows < 0, -torch.inf).topk(num_chunks, dim=1)
+            heads.append((scores, rows.gather(1, slots)))
+        return torch.stack([scores for scores, _ in heads]), torch.stack([rows for _, rows in heads])
+
+    # Changes: noted as they come, carried out at the next search.
+
+    def rows_written(self, rows: Int[Tensor, " rows"]) -> None:
+        """Note rows to add; before the first training there is nothing to add them to."""
+        if self._files:
+            self._table.wait(rows.numpy())
+
+    def rows_moved(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
+        """Hand the vectors of the sources to the destinations."""
+        if self._files:
+            self._table.move(sources.numpy(), destinations.numpy())
+
+    def rows_dropped(self, rows: Int[Tensor, " rows"]) -> None:
+        """Make tombstones of the vectors of these rows."""
+        if self._files:
+            self._table.drop(rows.numpy())
+
+    def _catch_up(self) -> None:
+        """Train if the store has outgrown what is there, rebuild if too much of it is dead, and add new rows."""
+        num_rows, table = self.store.num_rows, self._table
+        # A build or an addition that was interrupted has left the heads with vectors that have no label.
+        is_whole = all(file.ntotal == table.num_labels for file in self._files)
+        if not is_whole or num_rows >= GROWTH_BEFORE_RETRAINING * max(self._trained_rows, 1):
+            self._train()
+        elif table.num_dead > DEAD_SHARE_BEFORE_REBUILDING * table.num_labels:
+            for file in self._files:
+                file.reset()
+        else:
+            self._add(table.take_waiting(num_rows))
+            return
+        table.clear()
+        self._add(np.arange(num_rows))
+
+    def _train(self) -> None:
+        num_rows, search_keys = self.store.num_rows, self.store.search_keys.numpy()
+        sample = np.arange(num_rows)
+        if num_rows > (count := self.training_points(num_rows)):
+            sample = np.sort(np.random.default_rng(0).choice(num_rows, count, replace=False))
+        files, centres = [], []
+        for keys in search_keys:
+            points = keys[sample]
+            centres.append(points.mean(axis=0))
+            file = faiss.index_factory(keys.shape[1], self.layout(keys.shape[1], num_rows), faiss.METRIC_INNER_PRODUCT)
+            self.prepare(file)
+            file.train(points - centres[-1])
+            files.append(file)
+        self._files, self._centres, self._trained_rows = files, np.stack(centres), num_rows
+
+    def _add(self, rows: Int[np.ndarray, " rows"]) -> None:
+        if not len(rows):
+            return
+        for file, keys, centre in zip(self._files, self.store.search_keys.numpy(), self._centres, strict=True):
+            for start in range(0, len(rows), ROWS_PER_STEP):
+                file.add(keys[rows[start : start + ROWS_PER_STEP]] - centre)
+        self._table.add(rows)
+
+    # Derived data on disk.
+
+    def export(self) -> SavedIndex | None:
+        """Return the FAISS indexes and their labels; rows that wait are left for the reader to add."""
+        if not self._files or any(file.ntotal != self._table.num_labels for file in self._files):
+            return None
+        layout = self.layout(self._centres.shape[1], self._trained_rows)
+        return SavedIndex(self._files, self._table.rows.copy(), self._trained_rows, layout, self._centres)
+
+    def adopt(self, saved: SavedIndex) -> bool:
+        """Take over saved FAISS indexes if they are what these settings would build."""
+        heads, dim, _ = self.store.shape
+        fits = (
+            saved.centres.shape == (heads, dim)
+            and len(saved.files) == heads
+            and saved.trained_rows > 0
+            and saved.layout == self.layout(dim, saved.trained_rows)
+            and all(file.d == dim and file.ntotal == len(saved.rows) and file.is_trained for file in saved.files)
+        )
+        if not fits or not self._table.adopt(saved.rows, self.store.num_rows):
+            return False
+        self._files, self._centres, self._trained_rows = saved.files, saved.centres, saved.trained_rows
+        return True

@@ -1,0 +1,162 @@
+"""The kinds of chunk index by name; a new kind is one class and one line here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import faiss
+
+from longmem.memory.index import approximate
+from longmem.memory.index.approximate import ApproximateIndex
+from longmem.memory.index.exact import ChunkIndex, ExactIndex, FlatIndex
+from longmem.memory.index.settings import Setting, parse_index
+from longmem.memory.store import ChunkStore
+
+STORAGE = {"float32": "Flat", "float16": "SQfp16"}
+
+
+class InvertedFileIndex(ApproximateIndex):
+    """Return search by clusters (FAISS IVF): a query looks only into those whose centres are nearest to it."""
+
+    settings: ClassVar[Mapping[str, Setting]] = {
+        "clusters_per_root": Setting(4.0, "the clusters for each square root of the chunks", 0.25, 64.0),
+        "probed_share": Setting(1 / 32, "the share of the clusters that a query looks into", 0.0001, 1.0),
+        "storage": Setting("float32", "the type of the copied search keys", words=tuple(STORAGE)),
+    }
+    exact_share = 1 / 8
+
+    def clusters(self, num_rows: int) -> int:
+        """Return the number of clusters: no more than there are enough points to train."""
+        wanted = int(self.chosen["clusters_per_root"] * math.sqrt(num_rows))
+        return max(1, min(wanted, num_rows // approximate.POINTS_PER_CENTROID))
+
+    def layout(self, dim: int, num_rows: int) -> str:
+        """Return an inverted file of whole vectors."""
+        return f"IVF{self.clusters(num_rows)},{STORAGE[self.chosen['storage']]}"
+
+    def training_points(self, num_rows: int) -> int:
+        """Return FAISS's lower limit and half of it again; k-means with more is slower and finds as much."""
+        return math.ceil(1.5 * approximate.POINTS_PER_CENTROID * self.clusters(num_rows))
+
+    def prepare(self, file: Any) -> None:
+        """Let k-means train with what it is given."""
+        file.cp.min_points_per_centroid = 1
+
+    def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
+        """Return how many clusters to look into."""
+        probes = max(1, round(self.chosen["probed_share"] * file.nlist))
+        return faiss.SearchParametersIVF(sel=selector, nprobe=probes)  # type: ignore[call-arg]
+
+
+class AutoIndex(InvertedFileIndex):
+    """Return exact search while the store is small and an inverted file beyond, with settings that need no choice."""
+
+    settings: ClassVar[Mapping[str, Setting]] = {}
+
+    def __init__(self, store: ChunkStore) -> None:
+        super().__init__(store)
+        self.chosen = {name: setting.default for name, setting in InvertedFileIndex.settings.items()}
+
+
+class GraphIndex(ApproximateIndex):
+    """Return search along a graph of neighbours (FAISS HNSW): fast and accurate, but slow to build.
+
+    The graph knows no filter: it walks as before and leaves out what it may not return, so a filtered search goes
+    deeper by as much, and is worth it only if it keeps at least half of the chunks.
+    """
+
+    settings: ClassVar[Mapping[str, Setting]] = {
+        "neighbors": Setting(32, "the links of each chunk", 2, 256),
+        "build_depth": Setting(40, "the candidates for the links of a new chunk", 1, 4096),
+        "search_depth": Setting(64, "the candidates that a search keeps", 1, 65_536),
+        "storage": Setting("float32", "the type of the copied search keys", words=tuple(STORAGE)),
+    }
+    exact_share = 1 / 2
+
+    def layout(self, dim: int, num_rows: int) -> str:
+        """Return a graph over whole vectors."""
+        return f"HNSW{self.chosen['neighbors']},{STORAGE[self.chosen['storage']]}"
+
+    def training_points(self, num_rows: int) -> int:
+        """Return enough for a mean key: nothing else is trained."""
+        return ROWS_FOR_MEAN
+
+    def prepare(self, file: Any) -> None:
+        """Set how carefully the graph is built."""
+        file.hnsw.efConstruction = self.chosen["build_depth"]
+
+    def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
+        """Return how deep to search."""
+        depth = math.ceil(self.chosen["search_depth"] / share)
+        return faiss.SearchParametersHNSW(sel=selector, efSearch=depth)  # type: ignore[attr-defined]
+
+
+ROWS_FOR_MEAN = 16_384
+
+
+class CodeIndex(InvertedFileIndex):
+    """Return search by clusters over product-quantised keys: the least memory, and scores that are only near.
+
+    So more chunks are looked for than are wanted, and these are ranked again with the store's search keys.
+    """
+
+    settings: ClassVar[Mapping[str, Setting]] = {
+        "clusters_per_root": InvertedFileIndex.settings["clusters_per_root"],
+        "probed_share": InvertedFileIndex.settings["probed_share"],
+        "dims_per_code": Setting(2, "the numbers of a key that share a code", 1, 64),
+        "bits": Setting(8, "the bits of a code", 4, 8),
+        "candidates": Setting(8, "the candidates that are ranked again, for each chunk that is wanted", 1, 1024),
+    }
+
+    def layout(self, dim: int, num_rows: int) -> str:
+        """Return an inverted file of codes; the number of codes has to divide the width of a key."""
+        codes = next(count for count in range(max(1, dim // self.chosen["dims_per_code"]), 0, -1) if dim % count == 0)
+        return f"IVF{self.clusters(num_rows)},PQ{codes}x{self.chosen['bits']}"
+
+    def exact_below(self) -> int:
+        """Return a size at which the codes can be trained as well."""
+        return max(super().exact_below(), approximate.POINTS_PER_CENTROID * 2 ** self.chosen["bits"])
+
+    def training_points(self, num_rows: int) -> int:
+        """Return enough points for clusters and codes."""
+        return max(super().training_points(num_rows), approximate.POINTS_PER_CENTROID * 2 ** self.chosen["bits"])
+
+    def prepare(self, file: Any) -> None:
+        """Leave out what FAISS does by default for searches by Hamming distance, which takes minutes."""
+        super().prepare(file)
+        file.do_polysemous_training = False
+        file.pq.cp.min_points_per_centroid = 1
+
+    def candidates(self, num_chunks: int) -> int:
+        """Return a multiple of the chunks that are wanted."""
+        return self.chosen["candidates"] * num_chunks
+
+
+INDEXES: dict[str, type[ChunkIndex]] = {
+    "auto": AutoIndex,
+    "flat": FlatIndex,
+    "exact": ExactIndex,
+    "ivf": InvertedFileIndex,
+    "hnsw": GraphIndex,
+    "pq": CodeIndex,
+}
+
+
+def validate_index(index: object) -> None:
+    """Raise ValueError unless `index` names a kind, and settings of it with values that they can have."""
+    parse_index(index, {kind: each.settings for kind, each in INDEXES.items()})
+
+
+def make_index(index: str, store: ChunkStore) -> ChunkIndex:
+    """Return an index over `store` of the kind and with the settings that `index` names.
+
+    >>> from longmem.memory.store import LayerShape
+    >>> import torch
+    >>> store = ChunkStore(LayerShape(2, 3, 5), chunk_size=4, capacity=16, dtype=torch.float16)
+    >>> make_index("ivf:probed_share=0.5", store).chosen["probed_share"]
+    0.5
+    """
+    kind, chosen = parse_index(index, {kind: each.settings for kind, each in INDEXES.items()})
+    return INDEXES[kind](store, **chosen)

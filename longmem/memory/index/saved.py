@@ -1,0 +1,62 @@
+"""The data of an approximate index outside of it: what a bank on disk keeps, so that reopening need not build it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import faiss
+import numpy as np
+from jaxtyping import Float, Int
+
+MAGIC = b"longmem index 1\n"
+MAX_HEADS = 4_096  # more than any model has: a larger number was not written by `write_index`
+
+
+@dataclass(frozen=True)
+class SavedIndex:
+    """Return the state of an index: derived data, that can be built anew from the store at any time.
+
+    `files`: one FAISS index for each key-value head. `rows`: the row of each label, -1 for one that is dead.
+    `trained_rows`: live rows when it was trained. `layout`: what was built, so that other settings do not adopt it.
+    `centres`: for each head the mean key that was subtracted from all keys.
+    """
+
+    files: list[faiss.Index]
+    rows: Int[np.ndarray, " labels"]
+    trained_rows: int
+    layout: str
+    centres: Float[np.ndarray, "kv_heads dim"]
+
+
+def write_index(path: str | PathLike[str], files: list[faiss.Index]) -> None:
+    """Write FAISS indexes to one file, one after the other, in FAISS's own format."""
+    with Path(path).open("wb") as file:
+        file.write(MAGIC + len(files).to_bytes(8, "little"))
+        for each in files:
+            faiss.write_index(each, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+
+
+def read_index(path: str | PathLike[str]) -> list[faiss.Index]:
+    """Return the FAISS indexes of a file that `write_index` has written. Raises ValueError for any other.
+
+    FAISS trusts much of what it reads, so the caller compares a checksum first: this finds truncation, not malice.
+    """
+    with Path(path).open("rb") as file:
+        heads = file.read(len(MAGIC) + 8)
+        count = int.from_bytes(heads[len(MAGIC) :], "little")
+        if len(heads) < len(MAGIC) + 8 or not heads.startswith(MAGIC) or not 1 <= count <= MAX_HEADS:
+            raise _damaged(path)
+        reader = faiss.PyCallbackIOReader(file.read)  # type: ignore[attr-defined]
+        try:
+            files = [faiss.read_index(reader) for _ in range(count)]
+        except (RuntimeError, MemoryError) as error:
+            raise _damaged(path) from error
+        if file.read(1):
+            raise _damaged(path)
+    return files
+
+
+def _damaged(path: str | PathLike[str]) -> ValueError:
+    return ValueError(f"`path` must be a file of `write_index`, got {str(path)!r}, which is damaged; build it anew.")

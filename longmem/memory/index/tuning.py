@@ -1,0 +1,127 @@
+"""Recall and latency of index settings on keys and queries of one's own: how to choose `index=`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import faiss
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.memory.index.kinds import make_index
+from longmem.memory.store import Chunks, ChunkStore
+
+# A few settings of each kind, from fast to accurate.
+SPECS = (
+    "auto",
+    "ivf:probed_share=0.01",
+    "ivf:probed_share=0.03",
+    "ivf:probed_share=0.06",
+    "ivf:probed_share=0.06,storage=float16",
+    "hnsw:search_depth=64",
+    "hnsw:search_depth=128",
+    "hnsw:search_depth=256",
+    "pq",
+    "pq:probed_share=0.06,candidates=16",
+)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Return what one setting is worth.
+
+    `recall`: share of the chunks of exact search that are found. `milliseconds`: per 1,000 queries, each a vector of
+    one head. `speed_ratio`: time of exact search over time of this one. `build_seconds`: training and adding all rows.
+    `num_bytes`: of the index alone, without the store's search keys, which every kind needs.
+    """
+
+    index: str
+    recall: float
+    milliseconds: float
+    speed_ratio: float
+    build_seconds: float
+    num_bytes: int
+
+
+def recall(found: Int[Tensor, "kv_heads queries chunks"], best: Int[Tensor, "kv_heads queries chunks"]) -> float:
+    """Return the share of the rows in `best` that are in `found`, query by query; -1 stands for no row.
+
+    >>> recall(torch.tensor([[[4, 7, -1]]]), torch.tensor([[[7, 5, -1]]]))
+    0.5
+    """
+    hits = (best.unsqueeze(3) == found.unsqueeze(2)).any(dim=3) & (best >= 0)
+    return float(hits.sum() / (best >= 0).sum())
+
+
+def tune(
+    search_keys: Float[Tensor, "kv_heads rows dim"],
+    queries: Float[Tensor, "kv_heads queries dim"],
+    specs: Sequence[str] = SPECS,
+    num_chunks: int = 16,
+    repeats: int = 3,
+) -> list[Tuned]:
+    """Return recall, latency and price of every index in `specs`, in that order, with as many threads as there are.
+
+    Queries should be those that a model asks: keys of the same text are not, and flatter an index. Each repeat times
+    exact search and then the other, so what slows the machine for a while slows both; medians of repeats are given.
+    """
+    store = _store_of(search_keys)
+    exact = make_index("flat", store)
+    best = exact.search(queries, num_chunks)[1]
+    thousands = queries.shape[0] * queries.shape[1] / 1000
+    results = []
+    for spec in specs:
+        index = make_index(spec, store)
+        start = time.perf_counter()
+        index.search(queries[:, :1], num_chunks)  # the first search builds
+        build_seconds = time.perf_counter() - start
+        found, times = index.search(queries, num_chunks)[1], []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            exact.search(queries, num_chunks)
+            middle = time.perf_counter()
+            index.search(queries, num_chunks)
+            times.append((middle - start, time.perf_counter() - middle))
+        seconds = statistics.median(own for _, own in times)
+        ratio = statistics.median(reference / own for reference, own in times)
+        saved = index.export()
+        results.append(
+            Tuned(
+                index=spec,
+                recall=recall(found, best),
+                milliseconds=1000 * seconds / thousands,
+                speed_ratio=ratio,
+                build_seconds=build_seconds if saved is not None else 0.0,
+                num_bytes=0 if saved is None else sum(map(_num_bytes, saved.files)) + saved.rows.nbytes,
+            )
+        )
+    return results
+
+
+def _store_of(search_keys: Float[Tensor, "kv_heads rows dim"]) -> ChunkStore:
+    """Return a store that holds these search keys, and keys and values of no width."""
+    search_keys = search_keys.detach().to("cpu", torch.float32).contiguous()
+    heads, rows, dim = search_keys.shape
+    keys = torch.empty(heads, rows, 0, dim)
+    return ChunkStore.of(Chunks(keys, keys, search_keys), capacity=rows)
+
+
+def _num_bytes(file: faiss.Index) -> int:
+    writer = _CountingWriter()
+    faiss.write_index(file, faiss.PyCallbackIOWriter(writer.write))  # type: ignore[attr-defined]
+    return writer.count
+
+
+class _CountingWriter:
+    """Return a file that keeps nothing but its length."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def write(self, data: bytes) -> None:
+        """Take note of some bytes."""
+        self.count += len(data)
