@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.memory import MemoryBank
+from longmem.memory import MemoryBank, SourcePart
 
 if TYPE_CHECKING:
     from longmem.modeling import LongMemForCausalLM
 
 
+@dataclass(frozen=True)
+class EncodableText:
+    """Return token ids and, if they were made from text by a tokenizer that says where, the text and their ends in it."""
+
+    ids: Int[Tensor, " tokens"]
+    text: str | None = None
+    char_ends: Int[Tensor, " tokens"] | None = None
+
+    def part(self, start: int, stop: int) -> SourcePart:
+        """Return the source of tokens from `start` to `stop`; the last token takes the text that follows it."""
+        if self.text is None or self.char_ends is None:
+            return SourcePart(self.ids[start:stop])
+        first = int(self.char_ends[start - 1]) if start else 0
+        last = len(self.text) if stop == len(self.ids) else int(self.char_ends[stop - 1])
+        return SourcePart(self.ids[start:stop], self.text[first:last], self.char_ends[start:stop] - first)
+
+
 def to_token_ids(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
-    """Return token ids of a text, or the given ids, checked.
+    """Return token ids of a text, or the given ids, checked; see `encodable`."""
+    return encodable(model, text_or_ids).ids
+
+
+def encodable(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tensor) -> EncodableText:
+    """Return token ids of a text, with their places in it, or the given ids, checked.
 
     Raises:
         ValueError: nothing to encode, not a flat sequence of integers, or ids outside the backbone's vocabulary.
     """
+    text, char_ends = None, None
     if isinstance(text_or_ids, str):
         if not text_or_ids.strip():
             raise ValueError("`text_or_ids` must hold some text, got an empty or blank string.")
-        text_or_ids = model.tokenizer(text_or_ids, add_special_tokens=False, verbose=False)["input_ids"]
+        has_offsets = getattr(model.tokenizer, "is_fast", False)
+        encoded = model.tokenizer(
+            text_or_ids, add_special_tokens=False, verbose=False, return_offsets_mapping=has_offsets
+        )
+        if has_offsets:
+            # Ends never fall: tokens of one character that takes several all end with it.
+            text = text_or_ids
+            char_ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64).cummax(0).values
+        text_or_ids = encoded["input_ids"]
     ids = torch.as_tensor(text_or_ids)
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
@@ -39,15 +71,7 @@ def to_token_ids(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | T
             f"`text_or_ids` must hold ids from 0 to {vocabulary - 1}, the backbone's vocabulary, got "
             f"{int(ids.min())} to {int(ids.max())}; were they made by the tokenizer of another model?"
         )
-    return ids.long()
-
-
-def windows(ids: Int[Tensor, " tokens"], length: int, batch_size: int) -> Iterator[Int[Tensor, "lanes tokens"]]:
-    """Yield batches of consecutive windows of `length` tokens; the shorter last one comes alone."""
-    whole = ids[: len(ids) // length * length].view(-1, length)
-    yield from whole.split(batch_size) if len(whole) else ()
-    if len(ids) % length:
-        yield ids[len(whole) * length :][None]
+    return EncodableText(ids.long().cpu(), text, char_ends)
 
 
 def memorize(
@@ -56,25 +80,105 @@ def memorize(
     text_or_ids: str | Sequence[int] | Tensor,
     document_id: str,
     *,
+    append: bool = False,
+    tags: Sequence[str] = (),
+    reuse: tuple[MemoryBank, str] | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Encode a document and write it to the bank; see `LongMemForCausalLM.memorize`."""
-    ids = to_token_ids(model, text_or_ids)
-    device = model.input_device
-    done = 0
-    write = bank.add
-    try:
-        for batch in windows(ids, model.config.segment_length, batch_size):
-            keys, values = model.encode(batch.to(device))
-            for lane, lane_ids in enumerate(batch):
-                write(document_id, [k[lane] for k in keys], [v[lane] for v in values], token_ids=lane_ids)
-                write = bank.append
-            done += batch.numel()
-            if progress is not None:
-                progress(done, len(ids))
-    except BaseException:
-        if write == bank.append:
-            bank.delete(document_id)
-        raise
-    return len(ids)
+    source = encodable(model, text_or_ids)
+    length = model.config.segment_length
+    context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
+    # What is appended goes on with the window that the document ends in; if that is not known, windows start here.
+    window_length = None if context is None else length
+    context = torch.empty(0, dtype=torch.int64) if context is None else context
+    known = {} if reuse is None else known_windows(*reuse, length)
+    is_new = not append
+
+    def write(start: int, stop: int, keys: list[Tensor], values: list[Tensor]) -> None:
+        nonlocal is_new
+        part = source.part(start, stop)
+        options = {"text": part.text, "char_ends": part.char_ends, "window_length": window_length}
+        if is_new:
+            bank.add(document_id, keys, values, part.token_ids, tags=tags, **options)  # type: ignore[arg-type]
+        else:
+            bank.append(document_id, keys, values, part.token_ids, **options)  # type: ignore[arg-type]
+        is_new = False
+
+    with bank.transaction():
+        try:
+            for group in groups(source.ids, len(context), length, batch_size, known):
+                start, stop = group[0][0], group[-1][1]
+                if (origin := known.get(window_key(source.ids[start:stop]))) is not None:
+                    assert reuse is not None
+                    bank.copy_tokens(document_id, *reuse, origin, source.part(start, stop), window_length=length)
+                    is_new = False
+                else:
+                    before = context if start == 0 else context[:0]
+                    batch = torch.stack([torch.cat([before, source.ids[first:last]]) for first, last in group])
+                    keys, values = model.encode(batch.to(model.input_device))
+                    for lane, place in enumerate(group):
+                        write(*place, *([layer[lane, :, len(before) :] for layer in part] for part in (keys, values)))
+                if progress is not None:
+                    progress(stop, len(source.ids))
+        except BaseException:
+            if not append and not is_new:
+                bank.delete(document_id)
+            raise
+    return len(source.ids)
+
+
+def groups(
+    ids: Int[Tensor, " tokens"], offset: int, length: int, batch_size: int, known: Mapping[bytes, int]
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield windows, as (start, stop), that can be encoded together; the first is shorter by `offset`.
+
+    Known windows, and those that are not whole, come alone.
+    """
+    group: list[tuple[int, int]] = []
+    start = 0
+    while start < len(ids):
+        stop = min(len(ids), start + length - (0 if start else offset))
+        is_alone = stop - start < length or window_key(ids[start:stop]) in known
+        if group and (is_alone or len(group) == batch_size):
+            yield group
+            group = []
+        group.append((start, stop))
+        if is_alone:
+            yield group
+            group = []
+        start = stop
+    if group:
+        yield group
+
+
+def window_key(ids: Int[Tensor, " tokens"]) -> bytes:
+    """Return what two windows of the same tokens have in common."""
+    return ids.numpy().tobytes()
+
+
+def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes, int]:
+    """Return the first token of every whole window of a document that is resident, by its tokens.
+
+    None are known if the document was encoded in another way, or chunks reach over the ends of its windows.
+    """
+    ids, info = bank.token_ids(document_id), bank.info(document_id)
+    if ids is None or bank.window_length(document_id) != length or length % bank.chunk_size:
+        return {}
+    first = -(-info.first_resident_token // length) * length
+    stop = info.num_tokens - info.num_waiting_tokens
+    offset = info.first_resident_token
+    return {
+        window_key(ids[start - offset : start - offset + length]): start
+        for start in range(first, stop - length + 1, length)
+    }
+
+
+def open_window(bank: MemoryBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
+    """Return the tokens of the window that a document ends in, None if they are not known."""
+    ids, info = bank.token_ids(document_id), bank.info(document_id)
+    num_tokens = info.num_tokens % length
+    if ids is None or bank.window_length(document_id) != length or num_tokens > len(ids):
+        return None
+    return ids[len(ids) - num_tokens :]

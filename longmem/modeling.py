@@ -150,17 +150,25 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         text_or_ids: str | Sequence[int] | Tensor,
         document_id: str,
         *,
+        append: bool = False,
+        tags: Sequence[str] = (),
+        reuse: tuple[MemoryBank, str] | None = None,
         batch_size: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Encode a document with the frozen backbone and write it to the bank; return its number of tokens.
+        """Encode a document with the frozen backbone and write it to the bank; return the number of tokens encoded.
 
-        The text is read in windows of `segment_length` tokens. When anything fails, nothing of the document stays.
+        The text is read in windows of `segment_length` tokens, counted from the start of the document. When anything fails,
+        nothing of a new document stays; in a folder, nothing of what was to be appended either.
 
         Args:
             bank: where to write.
             text_or_ids: text, or token ids of the backbone's tokenizer.
-            document_id: name of the document; must be new to the bank.
+            document_id: name of the document; must be new to the bank, or with `append` known.
+            append: continue the document. The tokens of the window that it ends in are read again, so that the bank holds
+                what it would if all had been memorized at once; if they are not known, a new window begins.
+            tags: of a new document; `bank.select(tags=...)` reads by them.
+            reuse: a bank and a document of it; windows of the same tokens are copied from there and not encoded.
             batch_size: windows encoded at once.
             progress: called with (tokens done, tokens in all) after every step.
 
@@ -168,7 +176,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             ValueError: empty text, ids outside the vocabulary, duplicate id, or a bank of another encoder.
         """
         refuse_other_encoder(self, bank)
-        return memorize(self, bank, text_or_ids, document_id, batch_size=batch_size, progress=progress)
+        options = {"append": append, "tags": tags, "reuse": reuse}
+        return memorize(self, bank, text_or_ids, document_id, **options, batch_size=batch_size, progress=progress)
 
     def stream(
         self,

@@ -1,8 +1,9 @@
 """The memory bank: documents stored as attention keys and values in chunks, found by inner product."""
 
 from longmem.memory.bank import MemoryBank
-from longmem.memory.ledger import DocumentInfo
+from longmem.memory.documents import DocumentInfo, SourcePart
+from longmem.memory.ledger import ChunkPlace
 from longmem.memory.shards import BankShards
 from longmem.memory.view import BankView
 
-__all__ = ["BankShards", "BankView", "DocumentInfo", "MemoryBank"]
+__all__ = ["BankShards", "BankView", "ChunkPlace", "DocumentInfo", "MemoryBank", "SourcePart"]

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from longmem.memory import checks
 from longmem.memory.contents import BankContents
-from longmem.memory.documents import Document
-from longmem.memory.eviction import EVICTION_POLICIES
+from longmem.memory.documents import Document, SourcePart
+from longmem.memory.eviction import make_policy
 from longmem.memory.index import validate_index
 from longmem.memory.persistence import PersistentBank
 from longmem.memory.reader import BankReader
-from longmem.memory.specs import make_plugin
 from longmem.memory.storage import MemoryStorage, Storage
 
 
@@ -65,7 +64,7 @@ class MemoryBank(BankReader, PersistentBank):
     ) -> None:
         checks.validate_sizes(memory_layers, chunk_size, capacity_tokens, capacity_bytes)
         validate_index(index)
-        make_plugin("eviction", eviction, EVICTION_POLICIES)
+        make_policy(eviction)
         self.memory_layers = tuple(memory_layers)
         self.chunk_size = chunk_size
         self.capacity_tokens = capacity_tokens
@@ -166,21 +165,26 @@ class MemoryBank(BankReader, PersistentBank):
             self._contents.replace(old, draft._contents, draft._ledger.documents[document_id])
 
     def copy_tokens(
-        self, document_id: str, source: MemoryBank, source_id: str, start: int, stop: int, *, window_length: int | None = None
+        self,
+        document_id: str,
+        bank: MemoryBank,
+        origin_id: str,
+        origin: int,
+        part: SourcePart,
+        *,
+        window_length: int | None = None,
     ) -> None:
-        """Add, or append, tokens of a document of another bank with the same settings, as they are stored there.
+        """Add, or append, the tokens `part` as they are stored in a document of another bank with the same settings.
 
-        `start` and `stop` are multiples of the chunk, between which all chunks of the source are resident; what the document
-        holds already ends with a full chunk.
+        `origin` is the first of them there; they begin and end with whole chunks, in both documents.
         """
-        origin = source._document("source_id", source_id)
-        first = origin.first_chunk(self.chunk_size)
-        rows = origin.rows.values[start // self.chunk_size - first : stop // self.chunk_size - first]
-        offset = first * self.chunk_size
-        part = None if origin.source is None else origin.source.part(start - offset, stop - offset)
+        document = bank._document("origin_id", origin_id)
+        first = origin // self.chunk_size - document.first_chunk(self.chunk_size)
+        rows = document.rows.values[first : first + len(part.token_ids) // self.chunk_size]
+        chunks = bank._contents.storage.select(rows)
         with self.transaction():
-            document = self._ledger.documents.get(document_id) or Document(document_id, window_length=window_length)
-            self._contents.extend_with_chunks(document, source._contents.storage.select(rows), part)
+            own = self._ledger.documents.get(document_id) or Document(document_id, window_length=window_length)
+            self._contents.extend_with_chunks(own, chunks, part)
 
     def delete(self, document_id: str) -> None:
         """Forget a document; its chunks are never found again. Raises ValueError if there is none.
@@ -223,8 +227,8 @@ class MemoryBank(BankReader, PersistentBank):
 
     def _new_contents(self, storage: Storage | None = None) -> BankContents:
         return BankContents(
-            MemoryStorage() if storage is None else storage,
-            make_plugin("eviction", self.eviction, EVICTION_POLICIES),
+            self._new_storage() if storage is None else storage,
+            make_policy(self.eviction),
             chunk_size=self.chunk_size,
             capacity_tokens=self.capacity_tokens,
             capacity_bytes=self.capacity_bytes,
@@ -232,6 +236,9 @@ class MemoryBank(BankReader, PersistentBank):
             storage_dtype=self.storage_dtype,
             device=self.device,
         )
+
+    def _new_storage(self) -> MemoryStorage:
+        return MemoryStorage(None if self.capacity_tokens is None else self.capacity_tokens // self.chunk_size)
 
     def _settings(self) -> dict[str, Any]:
         return {

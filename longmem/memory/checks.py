@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longmem.errors import did_you_mean
 from longmem.memory.codec import STORAGE_DTYPES, largest_number
+from longmem.memory.documents import Document, SourcePart
 from longmem.memory.store import LayerShape
 
 
@@ -49,8 +50,10 @@ def validate_count(argument: str, value: object) -> None:
         raise ValueError(f"`{argument}` must be an integer of at least 1, got {value!r}.")
 
 
-def validate_sizes(memory_layers: Sequence[int], chunk_size: int, capacity_tokens: int) -> None:
-    """Raise ValueError unless the layers are distinct indices and the capacity is a whole number of chunks."""
+def validate_sizes(
+    memory_layers: Sequence[int], chunk_size: int, capacity_tokens: int | None, capacity_bytes: int | None
+) -> None:
+    """Raise ValueError unless the layers are distinct indices and the capacity, if any, is a whole number of chunks."""
     whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in memory_layers)
     if not whole or not memory_layers or len(set(memory_layers)) < len(memory_layers):
         raise ValueError(
@@ -58,6 +61,10 @@ def validate_sizes(memory_layers: Sequence[int], chunk_size: int, capacity_token
             f"got {tuple(memory_layers)}; for a model, `MemoryBank.for_model(model)` reads them from its config."
         )
     validate_count("chunk_size", chunk_size)
+    if capacity_bytes is not None:
+        validate_count("capacity_bytes", capacity_bytes)
+    if capacity_tokens is None:
+        return
     validate_count("capacity_tokens", capacity_tokens)
     if capacity_tokens < chunk_size:
         raise ValueError(
@@ -167,25 +174,71 @@ def _validate_numbers(
         )
 
 
-def validate_token_ids(
-    token_ids: Iterable[int] | Tensor | None, num_tokens: int, expected: bool | None
-) -> Int[Tensor, " tokens"] | None:
-    """Return the ids as int64 on the CPU; `expected`: whether earlier parts of the document had ids, None if new."""
-    if expected is not None and expected != (token_ids is not None):
+def validate_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """Return the tags, each once. Raises ValueError unless they are words that are not empty, and not one string."""
+    words = [] if isinstance(tags, str) else list(tags)
+    if isinstance(tags, str) or not all(isinstance(tag, str) and tag for tag in words):
+        raise ValueError(f"`tags` must be a list of strings that are not empty, got {tags!r}.")
+    return tuple(dict.fromkeys(words))
+
+
+def validate_encoder(model: Any, fingerprint: str | None, where: str) -> None:
+    """Raise ValueError unless `model`, if any, is the encoder with this fingerprint; None: any encoder will do."""
+    if model is not None and fingerprint is not None and (own := model.encoder_fingerprint()) != fingerprint:
         raise ValueError(
-            "`token_ids` must be given for every part of a document or for none, got "
-            f"{'none' if expected else 'some'} for a document that was started {'with' if expected else 'without'}."
+            f"`model` must be the encoder of {where}, {fingerprint}, got {own}: its queries do not fit the stored keys. "
+            "Memorize the documents again, in `MemoryBank.for_model(model)`; without `model` a bank opens for inspection."
         )
+
+
+def validate_source(
+    token_ids: Iterable[int] | Tensor | None,
+    text: str | None,
+    char_ends: Iterable[int] | Tensor | None,
+    num_tokens: int,
+    document: Document,
+) -> SourcePart | None:
+    """Return what tokens came from, None if that is not given; all parts of a document must give the same.
+
+    The last token takes the text that follows it.
+    """
+    source = document.source
+    for argument, given, known in (
+        ("token_ids", token_ids, source is not None),
+        ("text", text, source is not None and source.has_text),
+    ):
+        if document.serial >= 0 and known != (given is not None):
+            raise ValueError(
+                f"`{argument}` must be given for every part of a document or for none, got "
+                f"{'none' if known else 'some'} for a document that was started {'with' if known else 'without'}."
+            )
+    if (text is None) != (char_ends is None) or (text is not None and token_ids is None):
+        raise ValueError("`text` needs `char_ends` and `token_ids`, and `char_ends` needs `text`; give all or leave out both.")
     if token_ids is None:
         return None
-    ids: Any = token_ids if isinstance(token_ids, Tensor) else torch.as_tensor(list(token_ids))
+    ids = _validate_integers("token_ids", token_ids, num_tokens)
+    if text is None or char_ends is None:
+        return SourcePart(ids)
+    ends = _validate_integers("char_ends", char_ends, num_tokens).clone()
+    if (ends.diff() < 0).any() or ends[0] < 0 or ends[-1] > len(text):
+        raise ValueError(
+            f"`char_ends` must rise from 0 to at most the length of `text`, {len(text)}, got {int(ends.min())} to "
+            f"{int(ends.max())}{', not in order' if (ends.diff() < 0).any() else ''}; a tokenizer's offset mapping has them."
+        )
+    ends[-1] = len(text)
+    return SourcePart(ids, text, ends)
+
+
+def _validate_integers(argument: str, values: Iterable[int] | Tensor, num_tokens: int) -> Int[Tensor, " tokens"]:
+    """Return the values as int64 on the CPU."""
+    ids: Any = values if isinstance(values, Tensor) else torch.as_tensor(list(values))
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(
-            f"`token_ids` must be a flat list of integers, got {tuple(ids.shape)} {ids.dtype}; pass one row of a batch."
+            f"`{argument}` must be a flat list of integers, got {tuple(ids.shape)} {ids.dtype}; pass one row of a batch."
         )
     if len(ids) != num_tokens:
         raise ValueError(
-            f"`token_ids` must name each token of `keys`, got {len(ids)} ids for {num_tokens} tokens; pass the "
+            f"`{argument}` must name each token of `keys`, got {len(ids)} ids for {num_tokens} tokens; pass the "
             "ids that were encoded, without padding."
         )
     return ids.detach().to("cpu", torch.int64)

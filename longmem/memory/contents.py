@@ -13,10 +13,10 @@ from torch import Tensor
 
 from longmem.memory.documents import Document, IntQueue, Run, SourcePart
 from longmem.memory.eviction import EvictionPolicy
-from longmem.memory.index import INDEXES, ChunkIndex, Found
+from longmem.memory.index import ChunkIndex, Found, make_index
 from longmem.memory.ledger import Ledger
 from longmem.memory.storage import Storage
-from longmem.memory.store import Chunks, LayerShape, cut_into_chunks
+from longmem.memory.store import Chunks, LayerShape, bytes_of_chunk, cut_into_chunks
 
 
 class BankContents:
@@ -27,7 +27,8 @@ class BankContents:
     Args:
         storage: where rows are kept.
         policy: what goes when `capacity` is reached.
-        capacity: chunks; None: no limit.
+        capacity_tokens: None: no limit.
+        capacity_bytes: None: no limit; both: the lower one.
     """
 
     def __init__(
@@ -36,14 +37,15 @@ class BankContents:
         policy: EvictionPolicy,
         *,
         chunk_size: int,
-        capacity: int | None,
+        capacity_tokens: int | None,
+        capacity_bytes: int | None,
         index: str,
         storage_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.storage = storage
         self.chunk_size = chunk_size
-        self.capacity = capacity
+        self._capacity_tokens, self._capacity_bytes = capacity_tokens, capacity_bytes
         self.index = index
         self.storage_dtype = storage_dtype
         self.device = device
@@ -60,6 +62,16 @@ class BankContents:
         """Return the bytes of all keys, values and search keys, with the room that growth has reserved."""
         tails = (tensor for document in self.ledger.documents.values() for pair in document.waiting for tensor in pair)
         return self.storage.nbytes + sum(tensor.nbytes for tensor in tails)
+
+    @property
+    def capacity(self) -> int | None:
+        """Return how many chunks there is room for, None for no limit; bytes count once the sizes of heads are known."""
+        limits = []
+        if self._capacity_tokens is not None:
+            limits.append(self._capacity_tokens // self.chunk_size)
+        if self._capacity_bytes is not None and self.shapes is not None:
+            limits.append(self._capacity_bytes // bytes_of_chunk(self.shapes, self.chunk_size, self.storage_dtype))
+        return min(limits, default=None)
 
     # Writing.
 
@@ -82,6 +94,9 @@ class BankContents:
                 for (old_key, old_value), (key, value) in zip(document.waiting, tokens, strict=True)
             ]
         num_chunks = tokens[0][0].shape[1] // self.chunk_size
+        if self._capacity_bytes is not None and self.shapes is None:  # how many chunks that is depends on their sizes
+            none = [(key[:, :0], value[:, :0]) for key, value in tokens]
+            self.storage.reserve([cut_into_chunks(*pair, self.chunk_size, self.storage_dtype) for pair in none], 0)
         skipped = self._chunks_without_room(document, num_chunks)
         start, stop = skipped * self.chunk_size, num_chunks * self.chunk_size
         chunks = [
@@ -115,6 +130,17 @@ class BankContents:
         self._write(document, chunks)
         if skipped and document.source is not None:
             document.source.drop(skipped * self.chunk_size)
+
+    def replace(self, old: Document, draft: BankContents, new: Document) -> None:
+        """Put a document of `draft`, whose chunks are as they are stored here, in place of `old`."""
+        chunks = draft.storage.select(new.rows.values)
+        room = None if self.capacity is None else self.capacity - self.ledger.num_pinned_rows
+        if room is not None and len(new.rows) > room + len(old.rows) * old.is_pinned:
+            raise self._too_full(new.document_id, len(new.rows))
+        self._reserve(chunks)
+        self.drop(old)
+        twin = dataclasses.replace(new, serial=-1, tags=old.tags, is_pinned=old.is_pinned, rows=IntQueue(), runs=deque())
+        self._write(twin, chunks)
 
     def drop(self, document: Document) -> None:
         """Forget a document, and move the last live rows into the holes it leaves."""
@@ -159,7 +185,7 @@ class BankContents:
     def index_of(self, position: int) -> ChunkIndex:
         """Return the index of one layer, made when it is first needed."""
         if position not in self._indexes:
-            index = INDEXES[self.index](self.storage.layer(position))
+            index = make_index(self.index, self.storage.layer(position))
             index.rows_written(torch.arange(self.ledger.num_rows))
             self._indexes[position] = index
         return self._indexes[position]
@@ -177,11 +203,7 @@ class BankContents:
         if num_chunks <= room:
             return 0
         if document.is_pinned or not room:
-            raise ValueError(
-                f"the bank holds {self.capacity * self.chunk_size} tokens, {self.ledger.num_pinned_rows * self.chunk_size} "
-                f"of them pinned, so {num_chunks * self.chunk_size} more for {document.document_id!r} do not fit; unpin or "
-                "delete documents, or make a bank with a larger `capacity_tokens`."
-            )
+            raise self._too_full(document.document_id, num_chunks)
         warnings.warn(
             f"document {document.document_id!r}: {num_chunks} chunks were written at once to a bank with room for {room}, "
             f"so its first {(num_chunks - room) * self.chunk_size} tokens are dropped; raise `capacity_tokens` by "
@@ -189,6 +211,14 @@ class BankContents:
             stacklevel=5,
         )
         return num_chunks - room
+
+    def _too_full(self, document_id: str, num_chunks: int) -> ValueError:
+        assert self.capacity is not None
+        return ValueError(
+            f"the bank has room for {self.capacity * self.chunk_size} tokens, and "
+            f"{self.ledger.num_pinned_rows * self.chunk_size} are pinned, so {num_chunks * self.chunk_size} for "
+            f"{document_id!r} do not fit; unpin or delete documents, or make a bank with a larger `capacity_tokens`."
+        )
 
     def _reserve(self, chunks: list[Chunks]) -> None:
         num_rows = self.ledger.num_rows + chunks[0].keys.shape[1]

@@ -121,6 +121,11 @@ class Source:
         """Return a view of the ids; it is valid until the next push."""
         return self._ids.values
 
+    @property
+    def text(self) -> str:
+        """Return the text of all tokens that are left."""
+        return self._string(self.first_char, self.first_char + len(self._text))
+
     def push(self, part: SourcePart) -> None:
         """Add what follows."""
         self._ids.push(part.token_ids)

@@ -32,6 +32,14 @@ class BankReader:
         self._contents.drop_expired()
         return [document.info(self.chunk_size) for document in self._ledger.documents.values()]
 
+    def info(self, document_id: str) -> DocumentInfo:
+        """Return a summary of one document."""
+        return self._document("document_id", document_id).info(self.chunk_size)
+
+    def window_length(self, document_id: str) -> int | None:
+        """Return the tokens of the windows that a document is encoded in; None: it was encoded in another way."""
+        return self._document("document_id", document_id).window_length
+
     def __contains__(self, document_id: object) -> bool:
         return document_id in self._ledger.documents
 

@@ -9,20 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.store import Chunks, ChunkStore, LayerShape
-
-
-class LayerRows(Protocol):
-    """What an index sees of one layer: its search keys, `kv_heads rows key_dim` in float32, dense for each head."""
-
-    @property
-    def num_rows(self) -> int: ...
-
-    @property
-    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]: ...
-
-    @property
-    def device(self) -> torch.device: ...
+from longmem.memory.store import Chunks, ChunkStore, LayerRows, LayerShape
 
 
 class Storage(Protocol):
@@ -65,9 +52,9 @@ class Storage(Protocol):
 
 
 class MemoryStorage:
-    """Return an empty storage in memory, or on a GPU, for at most `capacity` rows (None: as many as there is memory)."""
+    """Return an empty storage in memory, or on a GPU; it grows by doubling, up to `capacity` rows (None: no limit)."""
 
-    def __init__(self, capacity: int | None) -> None:
+    def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
         self.stores: list[ChunkStore] = []
 

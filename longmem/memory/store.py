@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -27,6 +28,42 @@ class Chunks(NamedTuple):
     search_keys: Float[Tensor, "kv_heads chunks key_dim"]
 
 
+@runtime_checkable
+class LayerRows(Protocol):
+    """What an index sees of one layer: `num_rows` live rows and their search keys, dense for each head."""
+
+    @property
+    def shape(self) -> LayerShape: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def shape_of(chunks: Chunks) -> LayerShape:
+    """Return the sizes of chunks."""
+    width = vector_width(chunks.values.shape[3], chunks.values.dtype)
+    return LayerShape(chunks.keys.shape[0], chunks.search_keys.shape[2], width)
+
+
+def bytes_of_chunk(shapes: Sequence[LayerShape], chunk_size: int, storage_dtype: torch.dtype) -> int:
+    """Return the bytes of one chunk in all layers: keys, values and the search key.
+
+    >>> bytes_of_chunk([LayerShape(2, 64, 64)], 4, torch.float16)
+    2560
+    """
+    total = 0
+    for heads, key_dim, value_dim in shapes:
+        stored = stored_width(key_dim, storage_dtype) + stored_width(value_dim, storage_dtype)
+        total += heads * (chunk_size * stored * storage_dtype.itemsize + key_dim * torch.float32.itemsize)
+    return total
+
+
 def cut_into_chunks(
     keys: Float[Tensor, "kv_heads tokens key_dim"],
     values: Float[Tensor, "kv_heads tokens value_dim"],
@@ -46,7 +83,7 @@ def cut_into_chunks(
 
 
 class ChunkStore:
-    """Return an empty store for the chunks of one memory layer: at most `capacity` rows, one chunk in each.
+    """Return an empty store for the chunks of one memory layer: at most `capacity` rows (None: no limit), one chunk in each.
 
     Live rows are always `[0, num_rows)`: whoever frees a row in the middle moves the last live row into it. So exact
     search runs over one dense tensor without a mask. Memory grows by doubling, up to `capacity` rows.
@@ -62,7 +99,7 @@ class ChunkStore:
         shape: LayerShape,
         *,
         chunk_size: int,
-        capacity: int,
+        capacity: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -77,10 +114,10 @@ class ChunkStore:
         )
 
     @classmethod
-    def of(cls, chunks: Chunks, *, capacity: int) -> ChunkStore:
+    def of(cls, chunks: Chunks, *, capacity: int | None = None) -> ChunkStore:
         """Return a store that holds `chunks`, row by row, in these very tensors (which may be memory-mapped)."""
-        keys, values, search_keys = chunks
-        shape = LayerShape(keys.shape[0], search_keys.shape[2], vector_width(values.shape[3], values.dtype))
+        keys = chunks.keys
+        shape = shape_of(chunks)
         store = cls(shape, chunk_size=keys.shape[2], capacity=capacity, dtype=keys.dtype, device=keys.device)
         store._tensors = chunks
         store.num_rows = keys.shape[1]
@@ -108,11 +145,11 @@ class ChunkStore:
 
     def reserve(self, num_rows: int) -> None:
         """Make room for `num_rows` rows in all: the only step of a write that allocates, so the only one to fail."""
-        assert num_rows <= self.capacity
+        assert self.capacity is None or num_rows <= self.capacity
         allocated = self._tensors.keys.shape[1]
         if num_rows > allocated:
-            rows = min(self.capacity, max(num_rows, 2 * allocated))
-            self._tensors = Chunks(*(_with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
+            rows = max(num_rows, 2 * allocated) if self.capacity is None else min(self.capacity, max(num_rows, 2 * allocated))
+            self._tensors = Chunks(*(with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
 
     def write(self, rows: Int[Tensor, " chunks"], chunks: Chunks) -> None:
         """Write one chunk into each row; rows beyond the live ones must continue them without a gap."""
@@ -162,7 +199,7 @@ class ChunkStore:
         )
 
 
-def _with_rows(tensor: Tensor, rows: int, num_live: int) -> Tensor:
+def with_rows(tensor: Tensor, rows: int, num_live: int) -> Tensor:
     """Return a tensor with room for `rows` rows that starts with the live rows of `tensor`."""
     grown = tensor.new_empty(tensor.shape[0], rows, *tensor.shape[2:])
     grown[:, :num_live] = tensor[:, :num_live]

@@ -8,25 +8,29 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.checks import validate_known
+from longmem.memory.checks import validate_known, validate_tags
 from longmem.memory.index import Found
 
 if TYPE_CHECKING:  # a view is made by its bank, so the bank's module imports this one
-    from longmem.memory.bank import MemoryBank
+    from longmem.memory.reader import BankReader
 
 
 class BankView:
-    """Return a read-only view of some documents of a bank: searches find only their chunks.
+    """Return a read-only view of some documents of a bank: those named, and those with one of the tags.
 
-    A view holds names, not chunks: it sees what is later appended to its documents, follows an update, and finds
-    nothing of a document once it is deleted, evicted or renamed.
+    A view holds names and tags, not chunks: it sees what is later appended to its documents, follows an update, and finds
+    nothing of a document once it is deleted, evicted or renamed. A document that gets one of the tags later is seen.
     """
 
-    def __init__(self, bank: MemoryBank, document_ids: Iterable[str]) -> None:
+    def __init__(self, bank: BankReader, document_ids: str | Iterable[str] | None, tags: str | Iterable[str]) -> None:
         self._bank = bank
-        self.document_ids = (document_ids,) if isinstance(document_ids, str) else tuple(dict.fromkeys(document_ids))
-        if not self.document_ids:
-            raise ValueError("`document_ids` must name at least one document, got none; read the bank itself for all.")
+        document_ids = (document_ids,) if isinstance(document_ids, str) else document_ids or ()
+        self.document_ids = tuple(dict.fromkeys(document_ids))
+        self.tags = validate_tags((tags,) if isinstance(tags, str) else tags)
+        if not self.document_ids and not self.tags:
+            raise ValueError(
+                "`document_ids` or `tags` must name at least one document or tag, got none; read the bank itself for all."
+            )
         for document_id in self.document_ids:
             validate_known("document_ids", document_id, bank._ledger.documents)
         # The rows found last, and the version of the ledger that they are from.
@@ -92,5 +96,10 @@ class BankView:
     def _rows(self) -> Int[Tensor, " rows"]:
         ledger = self._bank._ledger
         if self._seen is None or self._seen[0] != ledger.version:
-            self._seen = ledger.version, ledger.rows_of(self.document_ids)
+            chosen = (
+                document
+                for name, document in ledger.documents.items()
+                if name in self.document_ids or any(tag in self.tags for tag in document.tags)
+            )
+            self._seen = ledger.version, ledger.rows_of(chosen)
         return self._seen[1]

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from longmem.memory import DocumentInfo, MemoryBank, persistence
+from longmem.memory import DocumentInfo, MemoryBank
+from longmem.memory.folder import tensor_file
 from longmem.memory.index import INDEXES, FlatIndex
 
 LAYERS = (2, 5)
@@ -107,7 +108,7 @@ class BankMachine(RuleBasedStateMachine):
     )
     def start(self, chunk_size, capacity, with_ids):
         INDEXES["mirror"] = MirrorIndex
-        self.fsync, persistence.os.fsync = persistence.os.fsync, lambda descriptor: None  # not what is tested here
+        self.fsync, tensor_file.os.fsync = tensor_file.os.fsync, lambda descriptor: None  # not what is tested here
         self.bank = MemoryBank(
             memory_layers=LAYERS, chunk_size=chunk_size, capacity_tokens=chunk_size * capacity, index="mirror"
         )
@@ -121,7 +122,7 @@ class BankMachine(RuleBasedStateMachine):
 
     def teardown(self):
         INDEXES.pop("mirror", None)
-        persistence.os.fsync = self.fsync
+        tensor_file.os.fsync = self.fsync
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def new_tokens(self, count):

@@ -4,6 +4,7 @@ from longmem.memory.eviction.fifo import FirstInFirstOut
 from longmem.memory.eviction.lru import LeastRecentlyUsed
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.eviction.ttl import TimeToLive
+from longmem.memory.settings import parse_name
 
 EVICTION_POLICIES: dict[str, type[EvictionPolicy]] = {
     "fifo": FirstInFirstOut,
@@ -11,4 +12,15 @@ EVICTION_POLICIES: dict[str, type[EvictionPolicy]] = {
     "ttl": TimeToLive,
 }
 
-__all__ = ["EVICTION_POLICIES", "EvictionPolicy"]
+
+def make_policy(eviction: object) -> EvictionPolicy:
+    """Return the policy that `eviction` names, with the settings it gives. Raises ValueError for what is not known.
+
+    >>> make_policy("ttl:seconds=60").chosen
+    {'seconds': 60.0}
+    """
+    kind, chosen = parse_name("eviction", eviction, {name: each.settings for name, each in EVICTION_POLICIES.items()})
+    return EVICTION_POLICIES[kind](**chosen)
+
+
+__all__ = ["EVICTION_POLICIES", "EvictionPolicy", "make_policy"]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from longmem.memory.documents import Run
 from longmem.memory.eviction.policy import EvictionPolicy
 
 
-@dataclass(frozen=True)
 class LeastRecentlyUsed(EvictionPolicy):
     """Forget the document of which no chunk was found by a search, nor written, for the longest time.
 

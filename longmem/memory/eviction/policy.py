@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 from longmem.memory.documents import Run
+from longmem.memory.settings import Setting
 
 
 class EvictionPolicy:
-    """Choose what a full bank forgets; one class in one file, a dataclass whose fields are its settings.
+    """Choose what a full bank forgets; a new policy is one class in one file.
 
     A policy is asked for runs: chunks of one document that were written together. Inside a document chunks go from its
     oldest end, whichever of its runs is named, so that what stays of a document is its end, without holes. Runs of
     pinned documents are never offered.
     """
+
+    # Settings that may follow the name, as in "ttl:seconds=3600"; `chosen` holds their values.
+    settings: ClassVar[Mapping[str, Setting]] = {}
+
+    def __init__(self, **chosen: Any) -> None:
+        self.chosen = {name: setting.default for name, setting in self.settings.items()} | chosen
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
         """Return the runs in the order in which they go; `runs` is oldest first, and is read only as far as needed."""

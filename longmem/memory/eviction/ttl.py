@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar
 
 from longmem.memory.documents import Run
 from longmem.memory.eviction.policy import EvictionPolicy
+from longmem.memory.settings import Setting
 
 
-@dataclass(frozen=True)
 class TimeToLive(EvictionPolicy):
-    """Forget chunks `seconds` after they were written; when the bank is full before, the oldest first."""
+    """Forget chunks `seconds` after they were written; when the bank is full before, the oldest first.
 
-    seconds: float
+    Time passes for a bank when it is searched, listed or written to.
+    """
 
-    def __post_init__(self) -> None:
-        if self.seconds <= 0:
-            raise ValueError(f"seconds must be more than 0, got {self.seconds:g}.")
+    settings: ClassVar[Mapping[str, Setting]] = {
+        "seconds": Setting(86_400.0, "how long a chunk lives", 0.001, 1e10),
+    }
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
         """Return the runs as they were written."""
@@ -26,4 +27,4 @@ class TimeToLive(EvictionPolicy):
 
     def expired(self, runs: Iterable[Run], now: float) -> Iterator[Run]:
         """Yield the runs whose time is over; runs stand in the order of writing, so the first that lives ends it."""
-        return itertools.takewhile(lambda run: run.written_at + self.seconds <= now, runs)
+        return itertools.takewhile(lambda run: run.written_at + self.chosen["seconds"] <= now, runs)

@@ -86,6 +86,11 @@ class LazyLayer:
         self._storage, self._position = storage, position
 
     @property
+    def shape(self) -> LayerShape:
+        """Return the sizes of its chunks."""
+        return self._storage.shapes[self._position]
+
+    @property
     def num_rows(self) -> int:
         """Return the number of live rows."""
         return self._storage.num_rows
@@ -150,7 +155,7 @@ class DiskStorage:
         """Make room for the pointers of `num_rows` rows in all."""
         self._before_write()
         if not self.shapes:
-            self.shapes = [shape_of(layer, self.storage_dtype) for layer in layers]
+            self.shapes = [shape_of(layer) for layer in layers]
         if num_rows > len(self._slots):
             slots = torch.empty(max(num_rows, 2 * len(self._slots)), dtype=torch.int64)
             slots[: self.num_rows] = self._slots[: self.num_rows]

@@ -13,7 +13,7 @@ from torch import Tensor
 from longmem.memory.index.exact import FlatIndex, Found
 from longmem.memory.index.labels import LabelTable
 from longmem.memory.index.saved import SavedIndex
-from longmem.memory.store import ChunkStore
+from longmem.memory.store import LayerRows
 
 EXACT_BELOW = 8_192  # rows; a store, or a subset, of so few is searched faster exactly
 GROWTH_BEFORE_RETRAINING = 4  # a store that has grown by this factor wants other clusters than it was trained with
@@ -36,7 +36,7 @@ class ApproximateIndex(FlatIndex):
     # Share of the rows below which a filtered search is exact: see the kinds.
     exact_share = 0.0
 
-    def __init__(self, store: ChunkStore, **chosen: Any) -> None:
+    def __init__(self, store: LayerRows, **chosen: Any) -> None:
         super().__init__(store)
         self.chosen = {name: setting.default for name, setting in self.settings.items()} | chosen
         self._table = LabelTable()

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from longmem.memory.index.saved import SavedIndex
-from longmem.memory.index.settings import Setting
-from longmem.memory.store import ChunkStore
+from longmem.memory.settings import Setting
+from longmem.memory.store import LayerRows
 
 Found = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
 
@@ -71,7 +71,7 @@ class ChunkIndex:
 
     settings: ClassVar[Mapping[str, Setting]] = {}
 
-    def __init__(self, store: ChunkStore) -> None:
+    def __init__(self, store: LayerRows) -> None:
         self.store = store
 
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:

@@ -11,8 +11,8 @@ import faiss
 from longmem.memory.index import approximate
 from longmem.memory.index.approximate import ApproximateIndex
 from longmem.memory.index.exact import ChunkIndex, ExactIndex, FlatIndex
-from longmem.memory.index.settings import Setting, parse_index
-from longmem.memory.store import ChunkStore
+from longmem.memory.settings import Setting, parse_name
+from longmem.memory.store import LayerRows
 
 STORAGE = {"float32": "Flat", "float16": "SQfp16"}
 
@@ -55,7 +55,7 @@ class AutoIndex(InvertedFileIndex):
 
     settings: ClassVar[Mapping[str, Setting]] = {}
 
-    def __init__(self, store: ChunkStore) -> None:
+    def __init__(self, store: LayerRows) -> None:
         super().__init__(store)
         self.chosen = {name: setting.default for name, setting in InvertedFileIndex.settings.items()}
 
@@ -146,17 +146,17 @@ INDEXES: dict[str, type[ChunkIndex]] = {
 
 def validate_index(index: object) -> None:
     """Raise ValueError unless `index` names a kind, and settings of it with values that they can have."""
-    parse_index(index, {kind: each.settings for kind, each in INDEXES.items()})
+    parse_name("index", index, {kind: each.settings for kind, each in INDEXES.items()})
 
 
-def make_index(index: str, store: ChunkStore) -> ChunkIndex:
+def make_index(index: str, store: LayerRows) -> ChunkIndex:
     """Return an index over `store` of the kind and with the settings that `index` names.
 
-    >>> from longmem.memory.store import LayerShape
+    >>> from longmem.memory.store import ChunkStore, LayerShape
     >>> import torch
     >>> store = ChunkStore(LayerShape(2, 3, 5), chunk_size=4, capacity=16, dtype=torch.float16)
     >>> make_index("ivf:probed_share=0.5", store).chosen["probed_share"]
     0.5
     """
-    kind, chosen = parse_index(index, {kind: each.settings for kind, each in INDEXES.items()})
+    kind, chosen = parse_name("index", index, {kind: each.settings for kind, each in INDEXES.items()})
     return INDEXES[kind](store, **chosen)
