@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from longmem.memory.bank import MemoryBank
@@ -121,24 +121,25 @@ class BankShards:
 
         The dtype is the storage dtype of the shards that are read, or one that holds all of them where they differ.
         """
-        if self.is_empty:
+        # Not `shard.is_empty`: rows found through a view stay good when its document is renamed, as in `BankView.gather`.
+        with_chunks = [shard for shard in self.shards if not _bank_of(shard).is_empty]
+        if not with_chunks:
             raise ValueError("`gather` needs a shard that holds chunks, got empty ones only; ask `is_empty` first.")
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
         parts: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
         for number, shard in enumerate(self.shards):
             mine = numbers == number
             counts = mine.sum(dim=1, keepdim=True)
-            if shard.is_empty or not counts.any():
+            if shard not in with_chunks or not counts.any():
                 continue
             # Heads ask a shard for different numbers of rows: pushed to the left, those of all heads fit one tensor.
             filled = torch.arange(int(counts.max()), device=rows.device) < counts
             packed = own_rows.new_zeros(filled.shape)
             packed[filled] = own_rows[mine]
-            keys, values = shard.gather(layer, packed)
-            parts.append((mine, (keys.to(rows.device)[filled], values.to(rows.device)[filled])))
+            keys, values = (_take(part.to(rows.device), filled) for part in shard.gather(layer, packed))
+            parts.append((mine, (keys, values)))
         if not parts:  # nothing but missing rows: any chunk will do
-            any_shard = next(shard for shard in self.shards if not shard.is_empty)
-            return any_shard.gather(layer, torch.zeros_like(rows))
+            return with_chunks[0].gather(layer, torch.zeros_like(rows))
         return _assemble(rows, parts, 0), _assemble(rows, parts, 1)
 
     def locate(self, rows: Int[Tensor, ...]) -> list[tuple[str, int, int] | None]:
@@ -174,15 +175,22 @@ def _known_documents(shard: MemoryBank | BankView) -> list[str]:
     return [document.document_id for document in shard.documents()]
 
 
+def _take(
+    part: Float[Tensor, "kv_heads chunks chunk_size _dim"], places: Bool[Tensor, "kv_heads chunks"]
+) -> Float[Tensor, "places chunk_size _dim"]:
+    # Whole chunks by number are copied several times faster than by a mask.
+    return part.flatten(0, 1).index_select(0, places.flatten().nonzero().flatten())
+
+
 def _assemble(
     rows: Int[Tensor, "kv_heads chunks"], parts: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]], position: int
 ) -> Float[Tensor, "kv_heads chunks chunk_size _dim"]:
     """Return the keys (position 0) or values (1) of all shards in the places of `rows`; zeros in those of no shard."""
     dtype = functools.reduce(torch.promote_types, (part[position].dtype for _, part in parts))
-    whole = rows.new_zeros(*rows.shape, *parts[0][1][position].shape[1:], dtype=dtype)
+    whole = rows.new_zeros(rows.numel(), *parts[0][1][position].shape[1:], dtype=dtype)
     for mine, part in parts:
-        whole[mine] = part[position].to(dtype)
-    return whole
+        whole.index_copy_(0, mine.flatten().nonzero().flatten(), part[position].to(dtype))
+    return whole.unflatten(0, rows.shape)
 
 
 def _validate_shards(shards: Sequence[Any]) -> None:

@@ -168,6 +168,18 @@ def test_views_and_shards_are_shards_too():
     assert logical.shard_of(logical.search(3, some_queries(), 20)[1]).max() == 1
 
 
+def test_rows_found_through_a_view_stay_good_when_its_document_is_renamed():
+    library, mine = fill(make_bank(), {"a": 8, "b": 6}), fill(make_bank(), {"c": 4})
+    logical = BankShards([library.select("b"), mine])
+    generation = logical.generation
+    rows = logical.search(3, some_queries(), 5)[1].flatten(1)
+    before = logical.gather(3, rows)
+    library.rename("b", "other")
+    assert logical.generation == generation
+    assert logical.num_chunks == 2
+    torch.testing.assert_close(logical.gather(3, rows), before, rtol=0, atol=0)
+
+
 def test_select_reads_the_named_documents_of_every_shard():
     library, mine = fill(make_bank(), {"a": 8, "b": 6}), fill(make_bank(), {"b": 4, "c": 10})
     logical = BankShards([library, mine.select(["b"])])
