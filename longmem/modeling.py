@@ -176,8 +176,17 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             ValueError: empty text, ids outside the vocabulary, duplicate id, or a bank of another encoder.
         """
         refuse_other_encoder(self, bank)
-        options = {"append": append, "tags": tags, "reuse": reuse}
-        return memorize(self, bank, text_or_ids, document_id, **options, batch_size=batch_size, progress=progress)
+        return memorize(
+            self,
+            bank,
+            text_or_ids,
+            document_id,
+            append=append,
+            tags=tags,
+            reuse=reuse,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
     def stream(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from longmem import memory
 from longmem.memory import MemoryBank
 from longmem.modeling import LongMemForCausalLM
 
@@ -71,7 +72,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 def has_bank(folder: Path) -> bool:
     """Return whether a bank was saved there."""
-    return (folder / "manifest.json").is_file()
+    return memory.has_bank(folder)
 
 
 def open_bank(folder: Path, model: LongMemForCausalLM | None = None) -> MemoryBank:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.attention import MemoryRead
-from longmem.memory import MemoryBank
+from longmem.memory import ChunkPlace, MemoryBank
 from longmem.modeling import LongMemForCausalLM
 
 
@@ -93,15 +93,13 @@ def read_passages(
     return passages
 
 
-def passage_at(
-    model: LongMemForCausalLM, bank: MemoryBank, place: tuple[str, int, int], share: float, context: int
-) -> Passage:
+def passage_at(model: LongMemForCausalLM, bank: MemoryBank, place: ChunkPlace, share: float, context: int) -> Passage:
     """Return a chunk with its surroundings; its text is empty where the bank has no token ids."""
-    document_id, start, stop = place
+    document_id, start, stop = place[:3]
     ids = bank.token_ids(document_id)
     if ids is None:
         return Passage(document_id, start, stop, share, "", "", "")
-    first = next(info.first_resident_token for info in bank.documents() if info.document_id == document_id)
+    first = bank.info(document_id).first_resident_token
     low, high = start - first, stop - first
     parts = ids[max(0, low - context) : low], ids[low:high], ids[high : high + context]
     before, chunk, after = (str(model.tokenizer.decode(part)) for part in parts)

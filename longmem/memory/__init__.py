@@ -2,8 +2,9 @@
 
 from longmem.memory.bank import MemoryBank
 from longmem.memory.documents import DocumentInfo, SourcePart
+from longmem.memory.folder.bank_folder import has_bank
 from longmem.memory.ledger import ChunkPlace
 from longmem.memory.shards import BankShards
 from longmem.memory.view import BankView
 
-__all__ = ["BankShards", "BankView", "ChunkPlace", "DocumentInfo", "MemoryBank", "SourcePart"]
+__all__ = ["BankShards", "BankView", "ChunkPlace", "DocumentInfo", "MemoryBank", "SourcePart", "has_bank"]

@@ -223,6 +223,14 @@ class MemoryBank(BankReader, PersistentBank):
             for document in list(self._ledger.documents.values()):
                 self._contents.drop(document)
 
+    def __repr__(self) -> str:
+        limit = "" if self.capacity_tokens is None else f"of {self.capacity_tokens} "
+        place = "" if self._folder is None else f" in {str(self._folder.path)!r}"
+        return (
+            f"MemoryBank({len(self._ledger.documents)} documents, {self.num_tokens} {limit}tokens{place}, "
+            f"memory_layers={self.memory_layers}, chunk_size={self.chunk_size}, index={self.index!r})"
+        )
+
     # Inside.
 
     def _new_contents(self, storage: Storage | None = None) -> BankContents:

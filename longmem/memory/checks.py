@@ -213,7 +213,9 @@ def validate_source(
                 f"{'none' if known else 'some'} for a document that was started {'with' if known else 'without'}."
             )
     if (text is None) != (char_ends is None) or (text is not None and token_ids is None):
-        raise ValueError("`text` needs `char_ends` and `token_ids`, and `char_ends` needs `text`; give all or leave out both.")
+        raise ValueError(
+            "`text` needs `char_ends` and `token_ids`, and `char_ends` needs `text`; give all or leave out both."
+        )
     if token_ids is None:
         return None
     ids = _validate_integers("token_ids", token_ids, num_tokens)

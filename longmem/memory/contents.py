@@ -139,7 +139,9 @@ class BankContents:
             raise self._too_full(new.document_id, len(new.rows))
         self._reserve(chunks)
         self.drop(old)
-        twin = dataclasses.replace(new, serial=-1, tags=old.tags, is_pinned=old.is_pinned, rows=IntQueue(), runs=deque())
+        twin = dataclasses.replace(
+            new, serial=-1, tags=old.tags, is_pinned=old.is_pinned, rows=IntQueue(), runs=deque()
+        )
         self._write(twin, chunks)
 
     def drop(self, document: Document) -> None:

@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from longmem.memory import checks
 from longmem.memory.contents import BankContents
@@ -19,6 +18,9 @@ from longmem.memory.storage import Storage
 
 class PersistentBank:
     """What `MemoryBank` is on disk. A bank is in memory, without a folder, unless `create` or `open` made it."""
+
+    def __init__(self, **settings: Any) -> None:
+        raise NotImplementedError
 
     device: torch.device
     storage_dtype: torch.dtype
@@ -185,4 +187,3 @@ class PersistentBank:
         contents = self._new_contents(folder.new_storage(self.storage_dtype))
         folder.fill(contents)
         self._contents = contents
-

@@ -43,14 +43,6 @@ class BankReader:
     def __contains__(self, document_id: object) -> bool:
         return document_id in self._ledger.documents
 
-    def __repr__(self) -> str:
-        limit = "" if self.capacity_tokens is None else f"of {self.capacity_tokens} "
-        place = "" if self._folder is None else f" in {str(self._folder.path)!r}"
-        return (
-            f"MemoryBank({len(self._ledger.documents)} documents, {self.num_tokens} {limit}tokens{place}, "
-            f"memory_layers={self.memory_layers}, chunk_size={self.chunk_size}, index={self.index!r})"
-        )
-
     def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
         """Return the ids of resident and waiting tokens, from `first_resident_token` on; None if none were given."""
         source = self._document("document_id", document_id).source

@@ -13,6 +13,8 @@ from torch import Tensor
 from longmem.memory.bank import MemoryBank
 from longmem.memory.checks import validate_known
 from longmem.memory.index import Found
+from longmem.memory.ledger import ChunkPlace
+from longmem.memory.reader import BankReader
 from longmem.memory.view import BankView
 
 
@@ -36,7 +38,7 @@ class BankShards:
     >>> mine.add("notes", [keys[:, 6:]], [keys[:, 6:]])
     >>> shards = BankShards([library, mine])
     >>> scores, rows = shards.search(5, keys[:, 7:8], num_chunks=3)
-    >>> rows, shards.shard_of(rows), shards.locate(rows)
+    >>> rows, shards.shard_of(rows), [place[:3] for place in shards.locate(rows)]
     (tensor([[[2, 1, 0]]]), tensor([[[0, 1, 0]]]), [('emma', 4, 8), ('notes', 0, 4), ('emma', 0, 4)])
     """
 
@@ -142,7 +144,7 @@ class BankShards:
             return with_chunks[0].gather(layer, torch.zeros_like(rows))
         return _assemble(rows, parts, 0), _assemble(rows, parts, 1)
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[tuple[str, int, int] | None]:
+    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
         """Return (document id, first token, token after the last) for each row, flattened; None for row -1."""
         rows = rows.detach().to("cpu", torch.int64).flatten()
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
@@ -153,7 +155,7 @@ class BankShards:
                 f"`rows` must be -1 or rows that `search` gave, got {wrong[0]} with {limits.tolist()} chunks in the "
                 "shards; rows are good while `generation` stays, so search again."
             )
-        found: list[tuple[str, int, int] | None] = [None] * len(rows)
+        found: list[ChunkPlace | None] = [None] * len(rows)
         for number, shard in enumerate(self.shards):
             places = (numbers == number).nonzero().flatten()
             for place, located in zip(places.tolist(), shard.locate(own_rows[places]), strict=True):
@@ -165,7 +167,7 @@ class BankShards:
         return torch.where(rows < 0, -1, rows % len(self.shards))
 
 
-def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
+def _bank_of(shard: MemoryBank | BankView) -> BankReader:
     return shard._bank if isinstance(shard, BankView) else shard
 
 

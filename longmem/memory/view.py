@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longmem.memory.checks import validate_known, validate_tags
 from longmem.memory.index import Found
+from longmem.memory.ledger import ChunkPlace
 
 if TYPE_CHECKING:  # a view is made by its bank, so the bank's module imports this one
     from longmem.memory.reader import BankReader
@@ -22,7 +23,9 @@ class BankView:
     nothing of a document once it is deleted, evicted or renamed. A document that gets one of the tags later is seen.
     """
 
-    def __init__(self, bank: BankReader, document_ids: str | Iterable[str] | None, tags: str | Iterable[str]) -> None:
+    def __init__(
+        self, bank: BankReader, document_ids: str | Iterable[str] | None, tags: str | Iterable[str] = ()
+    ) -> None:
         self._bank = bank
         document_ids = (document_ids,) if isinstance(document_ids, str) else document_ids or ()
         self.document_ids = tuple(dict.fromkeys(document_ids))
@@ -89,7 +92,7 @@ class BankView:
         """Return what `MemoryBank.gather` returns."""
         return self._bank.gather(layer, rows)
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[tuple[str, int, int] | None]:
+    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
         """Return what `MemoryBank.locate` returns."""
         return self._bank.locate(rows)
 

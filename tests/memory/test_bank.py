@@ -38,7 +38,7 @@ def everything(bank: MemoryBank | BankView, layer: int = 3):
     if bank.is_empty:
         return {}
     keys, values = bank.gather(layer, rows[:, 0])
-    places = bank.locate(rows[0, 0])
+    places = [place and place[:3] for place in bank.locate(rows[0, 0])]
     return {
         place: (score, key.tolist(), value.tolist())
         for place, score, key, value in sorted(
@@ -60,7 +60,7 @@ class TinyEncoder:
     def encoder_fingerprint(self) -> str:
         return self.fingerprint
 
-    def memorize(self, bank, text_or_ids, *, document_id):
+    def memorize(self, bank, text_or_ids, *, document_id, reuse=None):
         ids = torch.tensor([ord(letter) for letter in text_or_ids])
         keys, values = random_tokens(len(ids), seed=int(ids.sum()))
         for start in range(0, len(ids), 6):
@@ -105,7 +105,7 @@ def test_search_scores_are_inner_products_with_mean_keys(index):
     torch.testing.assert_close(scores, naive.sort(dim=2, descending=True).values[..., :3], rtol=1e-5, atol=1e-5)
     stored_keys, stored_values = bank.gather(3, rows.flatten(1))
     for head in range(2):
-        for slot, (document_id, start, stop) in enumerate(bank.locate(rows[head])):
+        for slot, (document_id, start, stop) in enumerate(place[:3] for place in bank.locate(rows[head])):
             assert document_id == "a"
             assert stop - start == 4
             torch.testing.assert_close(stored_keys[head, slot], keys[0][head, start:stop].half(), rtol=0, atol=0)
@@ -162,7 +162,7 @@ def test_an_evicted_document_stays_while_its_tail_waits():
 
 def test_one_add_beyond_the_capacity_keeps_its_end_and_warns():
     bank = new_bank(capacity_tokens=8)
-    with pytest.warns(UserWarning, match=r"'a'.*first 12 tokens are dropped.*`capacity_tokens` to 20"):
+    with pytest.warns(UserWarning, match=r"'a'.*first 12 tokens are dropped.*`capacity_tokens` by 12"):
         bank.add("a", *random_tokens(21), range(21))
     assert bank.documents() == [DocumentInfo("a", 21, 2, 1, 12)]
     assert bank.token_ids("a").tolist() == list(range(12, 21))
@@ -289,7 +289,7 @@ def test_an_empty_bank_answers_searches():
 
 def test_work_is_proportional_to_what_is_written(monkeypatch):
     counts = {"written": 0, "moved": 0, "grown": 0}
-    write, move, grow = ChunkStore.write, ChunkStore.move, store_module._with_rows
+    write, move, grow = ChunkStore.write, ChunkStore.move, store_module.with_rows
 
     def counting_write(self, rows, chunks):
         counts["written"] += len(rows)
@@ -305,7 +305,7 @@ def test_work_is_proportional_to_what_is_written(monkeypatch):
 
     monkeypatch.setattr(ChunkStore, "write", counting_write)
     monkeypatch.setattr(ChunkStore, "move", counting_move)
-    monkeypatch.setattr(store_module, "_with_rows", counting_grow)
+    monkeypatch.setattr(store_module, "with_rows", counting_grow)
     bank = new_bank(capacity_tokens=4 * 256)
     for position in range(64):
         bank.add(f"{position}", *random_tokens(16))

@@ -165,7 +165,7 @@ def test_forward_reads_and_never_writes(llama, input_ids, document):
         torch.testing.assert_close(returned, encoded, rtol=0, atol=0)
     (read,) = output.memory_reads
     assert read.rows.shape == (2, 4, 24, 4)
-    assert {name for name, _, _ in bank.locate(read.rows)} == {"a"}
+    assert {place.document_id for place in bank.locate(read.rows)} == {"a"}
     assert ((read.memory_share > 0) & (read.memory_share < 1)).all()
     logits = output.logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, input_ids[:, 1:].flatten())

@@ -1,9 +1,9 @@
 """A bank in a folder: opening it, committing what changed, checking it, giving back the space of what was deleted.
 
-    catalogue.sqlite    what counts (`catalogue.py`)
-    segments/           keys, values and search keys; files that never change (`disk_storage.py`)
-    indexes/            FAISS indexes, derived from the search keys; rebuilt where they are missing or do not fit
-    lock                held by the one process that may write
+catalogue.sqlite    what counts (`catalogue.py`)
+segments/           keys, values and search keys; files that never change (`disk_storage.py`)
+indexes/            FAISS indexes, derived from the search keys; rebuilt where they are missing or do not fit
+lock                held by the one process that may write
 """
 
 from __future__ import annotations

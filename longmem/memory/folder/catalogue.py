@@ -209,9 +209,7 @@ class Catalogue:
         """Write what is said about the bank as a whole; the last step of every transaction."""
         self.content = content
         text = json.dumps({"content": content, "totals": self._totals}, sort_keys=True)
-        self._connection.execute(
-            "INSERT OR REPLACE INTO bank VALUES (1, ?, ?)", (text, _checksum([text.encode()]))
-        )
+        self._connection.execute("INSERT OR REPLACE INTO bank VALUES (1, ?, ?)", (text, _checksum([text.encode()])))
 
     def _count(self, table: Table, rows: int, checksum: int) -> None:
         total = self._totals[table.name]

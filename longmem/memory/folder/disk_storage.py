@@ -197,7 +197,8 @@ class DiskStorage:
         """Return copies of these rows, of every layer, in this order, on the CPU."""
         slots = self._slots[rows]
         return [
-            Chunks(*(self._take(position, name, slots) for name in Chunks._fields)) for position in range(len(self.shapes))
+            Chunks(*(self._take(position, name, slots) for name in Chunks._fields))
+            for position in range(len(self.shapes))
         ]
 
     def gather(
@@ -299,7 +300,9 @@ class DiskStorage:
         for segment, which in self._by_segment(flat):
             stored = segment.tensor(position, name, check=check)
             # One index_select over (heads * slots) copies whole chunks; other ways need an index for every number.
-            places = flat[which] - segment.first_slot + which.div(slots.shape[1], rounding_mode="floor") * segment.num_slots
+            places = (
+                flat[which] - segment.first_slot + which.div(slots.shape[1], rounding_mode="floor") * segment.num_slots
+            )
             rows = stored.flatten(0, 1).index_select(0, places)
             if taken is None:
                 taken = rows.new_empty(len(flat), *rows.shape[1:])

@@ -60,9 +60,7 @@ def _put_spans(catalogue: Catalogue, document: Document, chunk_size: int) -> Non
         start += run.num_chunks
 
 
-def _put_source(
-    catalogue: Catalogue, document: Document, source: Source, chunk_size: int, stored_tokens: int
-) -> None:
+def _put_source(catalogue: Catalogue, document: Document, source: Source, chunk_size: int, stored_tokens: int) -> None:
     resident = document.first_chunk(chunk_size) * chunk_size
     if resident:
         catalogue.remove(SOURCES, (document.serial,), below=catalogue.floor(SOURCES, document.serial, resident))
@@ -101,7 +99,9 @@ def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Sourc
     return source
 
 
-def read_document(serial: int, content: str, waiting: bytes, usage: tuple[int, float], device: torch.device) -> Document:
+def read_document(
+    serial: int, content: str, waiting: bytes, usage: tuple[int, float], device: torch.device
+) -> Document:
     """Return a document without its rows and its source."""
     fields = json.loads(content)
     fields["tags"] = tuple(fields["tags"])
