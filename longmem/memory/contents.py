@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longmem.memory.documents import Document, IntQueue, Run, SourcePart
 from longmem.memory.eviction import EvictionPolicy
-from longmem.memory.index import ChunkIndex, Found, make_index
+from longmem.memory.index import ChunkIndex, Found, SavedIndex, make_index
 from longmem.memory.ledger import Ledger
 from longmem.memory.storage import Storage
 from longmem.memory.store import Chunks, LayerShape, bytes_of_chunk, cut_into_chunks
@@ -50,7 +50,9 @@ class BankContents:
         self.storage_dtype = storage_dtype
         self.device = device
         self.ledger = Ledger(chunk_size, policy)
-        self._indexes: dict[int, ChunkIndex] = {}
+        # Indexes that were needed so far, by the position of their layer; and how to find what is saved of one.
+        self.indexes: dict[int, ChunkIndex] = {}
+        self.find_saved: Callable[[int], SavedIndex | None] = lambda position: None
 
     @property
     def shapes(self) -> list[LayerShape] | None:
@@ -186,11 +188,13 @@ class BankContents:
 
     def index_of(self, position: int) -> ChunkIndex:
         """Return the index of one layer, made when it is first needed."""
-        if position not in self._indexes:
+        if position not in self.indexes:
             index = make_index(self.index, self.storage.layer(position))
-            index.rows_written(torch.arange(self.ledger.num_rows))
-            self._indexes[position] = index
-        return self._indexes[position]
+            saved = self.find_saved(position)
+            if saved is None or not index.adopt(saved):
+                index.rows_written(torch.arange(self.ledger.num_rows))
+            self.indexes[position] = index
+        return self.indexes[position]
 
     # Inside.
 
@@ -235,7 +239,7 @@ class BankContents:
         evicted = self.ledger.evict(excess, keep=document)
         rows = torch.cat([evicted, torch.arange(num_rows, num_rows + num_new - len(evicted))])
         if len(evicted):
-            for index in self._indexes.values():
+            for index in self.indexes.values():
                 index.rows_dropped(evicted)
             self.storage.drop(evicted)
         slot = self.storage.write(rows, chunks) if num_new else -1
@@ -243,16 +247,16 @@ class BankContents:
         self.ledger.record(document, rows, slot)
 
     def _tell_indexes_of(self, rows: Int[Tensor, " rows"]) -> None:
-        for index in self._indexes.values():
+        for index in self.indexes.values():
             index.rows_written(rows)
 
     def _remove(
         self, dropped: Int[Tensor, " rows"], sources: Int[Tensor, " moved"], destinations: Int[Tensor, " moved"]
     ) -> None:
-        for index in self._indexes.values():
+        for index in self.indexes.values():
             index.rows_dropped(dropped)
         self.storage.drop(dropped)
         self.storage.move(sources, destinations)
         self.storage.truncate(self.ledger.num_rows)
-        for index in self._indexes.values():
+        for index in self.indexes.values():
             index.rows_moved(sources, destinations)

@@ -35,7 +35,7 @@ class PersistentBank:
         Every change is on the disk when the call returns. The default capacity is without limit. Raises ValueError if a
         bank is there already, or the folder cannot be written.
         """
-        if has_bank(Path(folder)):
+        if has_bank(folder):
             raise ValueError(f"`folder` must not hold a bank yet, got {str(folder)!r}; open it with `MemoryBank.open`.")
         bank = cls(**{"capacity_tokens": None} | settings)
         bank._folder = BankFolder(Path(folder), write=True, create=bank._settings(), device=bank.device)
@@ -154,12 +154,15 @@ class PersistentBank:
         self._folder_or_raise().compact(self._contents, self._settings())
 
     def close(self) -> None:
-        """Write down how often documents were read, and let others write; the bank cannot be used afterwards."""
+        """Save indexes and how often documents were read, and let others write; the bank cannot be used afterwards."""
         if self._folder is not None:
-            if self._folder.is_writable:
-                with self.transaction():
-                    pass
-            self._folder.close()
+            try:
+                if self._folder.is_writable:
+                    with self.transaction():
+                        pass
+                    self._folder.save_indexes(self._contents)
+            finally:
+                self._folder.close()
 
     def __enter__(self) -> Self:
         return self

@@ -14,6 +14,7 @@ import math
 import sqlite3
 from collections import defaultdict
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from filelock import FileLock, Timeout
 from longmem.memory.contents import BankContents
 from longmem.memory.documents import Source
 from longmem.memory.folder import records
-from longmem.memory.folder.catalogue import SEGMENTS, SOURCES, TABLES, Catalogue
+from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
 from longmem.memory.folder.disk_storage import SEGMENT_BYTES, DiskStorage, Segment, open_segments
+from longmem.memory.folder.saved_indexes import SavedIndexes
 from longmem.memory.folder.tensor_file import damaged, not_written, remove
 
 LOCK = "lock"
 SEGMENT_FOLDER = "segments"
+INDEX_FOLDER = "indexes"
 # So many segments of about one size are merged into one: a bank that grows by small steps keeps few files.
 SEGMENTS_TO_MERGE = 8
 ATTEMPTS_TO_READ = 10
@@ -75,6 +78,7 @@ class BankFolder:
         except BaseException:
             self._release_lock()
             raise
+        self.indexes = SavedIndexes(path / INDEX_FOLDER, self.catalogue)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -122,8 +126,12 @@ class BankFolder:
                     raise
         self._segments = {row[0]: row[2] for row in rows["segments"]}
         self._restore(contents, content, segments, rows)
+        self.indexes.restore(rows["indexes"])
+        assert isinstance(contents.storage, DiskStorage)
+        contents.find_saved = functools.partial(self.indexes.read, contents.storage)
         if self.is_writable:
             self._remove_strangers()
+            self.indexes.remove_strangers()
 
     def _restore(
         self,
@@ -231,6 +239,7 @@ class BankFolder:
         # From here on the commit counts, and nothing below may undo it.
         if replace:
             self._source_tokens.clear()
+            self.indexes.clear()
         for serial in ledger.changed:
             if serial in ledger.by_serial:
                 self._source_tokens[serial] = ledger.by_serial[serial].num_tokens
@@ -258,11 +267,22 @@ class BankFolder:
             for document in contents.ledger.documents.values():
                 if document.first_chunk(contents.chunk_size):
                     records.trim_source(self.catalogue, document, contents.chunk_size)
+            self.catalogue.remove(INDEXES, ())
             self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
+        self.indexes.clear()
         try:
+            self.save_indexes(contents, again=True)
             self.catalogue.vacuum()
-        except sqlite3.OperationalError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             raise not_written(self.path, error) from error
+
+    def save_indexes(self, contents: BankContents, *, again: bool = False) -> None:
+        """Save the indexes that were built since, so that the next who opens the bank need not build them."""
+        if rows := self.indexes.write(contents, again=again):
+            with self.catalogue.transaction():
+                self.indexes.put(rows)
+                self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
+            self.indexes.keep(rows)
 
     def verify(self, contents: BankContents) -> None:
         """Raise ValueError, which names the file, unless every byte that counts is as it was written."""
@@ -324,6 +344,6 @@ class BankFolder:
             self._lock.release()
 
 
-def has_bank(path: Path) -> bool:
+def has_bank(path: str | PathLike[str]) -> bool:
     """Return whether there is a bank in a folder."""
-    return Catalogue.is_in(path)
+    return Catalogue.is_in(Path(path))
