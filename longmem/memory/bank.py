@@ -280,4 +280,5 @@ class MemoryBank(BankReader, PersistentBank):
         )
         part = checks.validate_source(token_ids, text, char_ends, num_tokens, document)
         with self.transaction():
+            self._contents.drop_expired()
             self._contents.extend(document, keys, values, part)

@@ -95,6 +95,7 @@ class BankReader:
         A score is the inner product of the query with the mean key of a chunk. Where there are fewer than
         `num_chunks`, rows are -1 and scores -inf. Rows are good for `gather` and `locate` while `generation` stays.
         """
+        self._contents.drop_expired()
         return self._search(layer, queries, num_chunks, None)
 
     def gather(

@@ -1,0 +1,184 @@
+"""Eviction policies: what goes when a bank is full, what never goes, and what goes with time."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from longmem.memory import MemoryBank, ledger
+from longmem.memory.eviction import EVICTION_POLICIES, EvictionPolicy, make_policy
+
+CHUNK, ROOM = 2, 6
+
+
+def new_bank(**options) -> MemoryBank:
+    return MemoryBank(memory_layers=[1], chunk_size=CHUNK, capacity_tokens=CHUNK * ROOM, **options)
+
+
+def tokens(count: int, seed: int = 0):
+    keys = torch.randn(1, count, 4, generator=torch.Generator().manual_seed(seed))
+    return [keys], [keys]
+
+
+def add(bank: MemoryBank, name: str, chunks: int, seed: int = 0) -> None:
+    (bank.append if name in bank else bank.add)(name, *tokens(chunks * CHUNK, seed), range(chunks * CHUNK))
+
+
+def resident(bank: MemoryBank) -> dict[str, int]:
+    return {info.document_id: info.num_chunks for info in bank.documents()}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until a test moves it."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(ledger, "time", SimpleNamespace(time=lambda: clock.now))
+    return clock
+
+
+def read(bank: MemoryBank, name: str) -> None:
+    bank.select(name).search(1, torch.ones(1, 3, 4), 1)
+
+
+@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+def test_every_policy_keeps_the_capacity_and_the_newest(eviction):
+    bank = new_bank(eviction=eviction)
+    for number in range(20):
+        add(bank, f"d{number % 7}", 1 + number % 3, seed=number)
+        assert bank.num_chunks <= ROOM
+        assert f"d{number % 7}" in bank
+    assert bank.num_chunks == ROOM
+
+
+def test_fifo_forgets_by_age_and_lru_by_last_read(clock):
+    left = {}
+    for eviction in ("fifo", "lru"):
+        bank = new_bank(eviction=eviction)
+        for name in "abc":
+            add(bank, name, 2, seed=ord(name))
+            clock.now += 10
+        read(bank, "a")
+        clock.now += 10
+        add(bank, "d", 3)
+        left[eviction] = resident(bank)
+    assert left == {"fifo": {"b": 1, "c": 2, "d": 3}, "lru": {"a": 2, "c": 1, "d": 3}}
+
+
+def test_a_document_goes_from_its_oldest_end(clock):
+    bank = new_bank(eviction="lru")
+    add(bank, "a", 2, seed=1)
+    clock.now += 10
+    add(bank, "b", 2, seed=2)
+    clock.now += 10
+    add(bank, "a", 2, seed=3)  # now b was used least recently, and a consists of two runs
+    clock.now += 10
+    read(bank, "b")
+    add(bank, "c", 3, seed=4)
+    infos = {info.document_id: info for info in bank.documents()}
+    assert (infos["a"].num_chunks, infos["a"].first_resident_token) == (1, 3 * CHUNK)
+    assert bank.token_ids("a").tolist() == [2, 3]
+
+
+def test_pinned_documents_are_never_evicted():
+    bank = new_bank()
+    add(bank, "a", 2)
+    bank.pin("a")
+    for number in range(6):
+        add(bank, f"d{number}", 2, seed=number)
+    assert resident(bank) == {"a": 2, "d4": 2, "d5": 2}
+    bank.pin("a", False)
+    add(bank, "e", 2)
+    assert "a" not in bank
+
+
+def test_a_bank_full_of_pins_refuses_and_stays_as_it_was():
+    bank = new_bank()
+    add(bank, "a", 4)
+    bank.pin("a")
+    add(bank, "b", 2, seed=1)
+    with pytest.warns(UserWarning, match="room for 2, so its first 2 tokens are dropped"):
+        add(bank, "c", 3, seed=2)
+    assert resident(bank) == {"a": 4, "c": 2}
+    before = bank.documents(), bank.version
+    with pytest.raises(ValueError, match=r"room for 12 tokens, and 8 are pinned, so 6 for 'a' do not fit.*unpin"):
+        add(bank, "a", 3)
+    bank.pin("c")
+    with pytest.raises(ValueError, match="unpin or delete documents"):
+        add(bank, "d", 1)
+    bank.pin("c", False)
+    assert (bank.documents()[0], resident(bank)) == (before[0][0], {"a": 4, "c": 2})
+
+
+def test_time_to_live_ends_at_a_search_or_a_listing(clock):
+    bank = new_bank(eviction="ttl:seconds=60")
+    add(bank, "a", 1, seed=1)
+    clock.now += 40
+    add(bank, "a", 1, seed=2)
+    add(bank, "b", 1, seed=3)
+    bank.pin("b")
+    clock.now += 30
+    scores, rows = bank.search(1, torch.ones(1, 1, 4), 3)
+    assert {place[:3] for place in bank.locate(rows) if place} == {("a", 2, 4), ("b", 0, 2)}
+    clock.now += 1000
+    assert resident(bank) == {"b": 1}
+    bank.pin("b", False)
+    assert bank.documents() == []
+
+
+def test_reads_are_counted_for_each_query():
+    bank = new_bank()
+    add(bank, "a", 2, seed=1)
+    add(bank, "b", 1, seed=2)
+    assert [info.num_reads for info in bank.documents()] == [0, 0]
+    began = time.time()
+    bank.search(1, torch.ones(1, 5, 4), 8)  # five queries find all three chunks
+    bank.select("b").search(1, torch.ones(1, 4, 4), 8)
+    infos = bank.documents()
+    assert [info.num_reads for info in infos] == [10, 9]
+    assert all(info.last_read >= began for info in infos)
+
+
+def test_a_budget_in_bytes_is_one_in_chunks():
+    # float16 keys and values of two tokens, and a float32 search key: 2 * 2 * 4 * 2 + 4 * 4 bytes.
+    bank = MemoryBank(memory_layers=[1], chunk_size=CHUNK, capacity_tokens=None, capacity_bytes=3 * 48 + 47)
+    with pytest.warns(UserWarning, match="room for 3"):
+        add(bank, "a", 5)
+    assert (bank.num_chunks, bank.documents()[0].first_resident_token) == (3, 4)
+    add(bank, "b", 2)
+    assert resident(bank) == {"a": 1, "b": 2}
+
+
+def test_a_policy_of_ones_own_is_one_class():
+    class LargestFirst(EvictionPolicy):
+        """Forget the document that holds most."""
+
+        def order(self, runs):
+            return sorted(runs, key=lambda run: -len(run.document.rows))
+
+    EVICTION_POLICIES["largest"] = LargestFirst
+    try:
+        bank = new_bank(eviction="largest")
+        add(bank, "a", 1)
+        add(bank, "b", 4, seed=1)
+        add(bank, "c", 2, seed=2)
+        assert resident(bank) == {"a": 1, "b": 3, "c": 2}
+    finally:
+        del EVICTION_POLICIES["largest"]
+
+
+@pytest.mark.parametrize(
+    ("eviction", "message"),
+    [
+        ("lur", "`eviction` must be one of the known kinds, got 'lur'.*Did you mean `lru`"),
+        ("ttl:second=3", "settings of 'ttl', got 'second'.*Did you mean `seconds`"),
+        ("ttl:seconds=-3", "`seconds` of eviction 'ttl' must be a number from"),
+        ("fifo:seconds=3", "no settings"),
+        (7, "`eviction`"),
+    ],
+)
+def test_unknown_policies_and_settings_are_refused(eviction, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(eviction)
+    with pytest.raises(ValueError, match=message):
+        new_bank(eviction=eviction)

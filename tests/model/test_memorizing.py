@@ -1,0 +1,163 @@
+"""Writing documents with a model: windows, appended text, updates that copy what did not change."""
+
+import pytest
+import torch
+
+from longmem import LongMemForCausalLM, MemoryBank
+from tiny_models import save_tiny_backbone, some_text
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = save_tiny_backbone(tmp_path_factory.mktemp("backbone"))
+    return LongMemForCausalLM.from_backbone(str(folder), segment_length=LENGTH).eval()
+
+
+@pytest.fixture
+def encoded(model, monkeypatch):
+    """The tokens that were encoded since the test began."""
+    counted = []
+    encode = model.encode
+
+    def counting(ids, *args, **kwargs):
+        counted.append(ids.numel())
+        return encode(ids, *args, **kwargs)
+
+    monkeypatch.setattr(model, "encode", counting)
+    return counted
+
+
+def bank_of(model, *parts, **options) -> MemoryBank:
+    bank = MemoryBank.for_model(model, **options)
+    for part in parts:
+        model.memorize(bank, part, "a", append="a" in bank)
+    return bank
+
+
+def assert_same(bank: MemoryBank, other: MemoryBank, tolerance: float) -> None:
+    assert bank.documents() == other.documents()
+    assert bank.token_ids("a").tolist() == other.token_ids("a").tolist()
+    rows, other_rows = (each._ledger.documents["a"].rows.values for each in (bank, other))
+    for layer in bank.memory_layers:
+        heads = bank._shapes[0].kv_heads
+        stored, others = (
+            each.gather(layer, which.expand(heads, -1)) for each, which in ((bank, rows), (other, other_rows))
+        )
+        for one, two in zip(stored, others, strict=True):
+            torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+
+
+def random_ids(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(5, 60, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("cuts", [(5,), (32,), (33, 34, 35), (64, 70), (10, 90)])
+def test_appended_parts_are_encoded_as_one_document(model, cuts):
+    ids = random_ids(101)
+    bank = bank_of(model, *torch.tensor_split(ids, cuts))
+    assert_same(bank, bank_of(model, ids), 2e-3)
+    assert bank.window_length("a") == LENGTH
+
+
+def test_appending_costs_the_window_and_not_the_document(model, encoded):
+    bank = bank_of(model, random_ids(100))
+    encoded.clear()
+    model.memorize(bank, random_ids(3, seed=1), "a", append=True)
+    assert encoded == [100 % LENGTH + 3]
+
+
+def test_what_cannot_be_continued_begins_a_window(model, encoded):
+    bank = bank_of(model, random_ids(40))
+    chunk = bank.chunk_size
+    keys, values = ([layer[0] for layer in part] for part in model.encode(random_ids(chunk)[None]))
+    bank.append("a", keys, values, random_ids(chunk))  # encoded in another way: by the caller
+    encoded.clear()
+    model.memorize(bank, random_ids(7), "a", append=True)
+    assert encoded == [7]
+    assert bank.window_length("a") is None
+
+
+def test_an_update_copies_the_windows_that_did_not_change(model, encoded):
+    ids = random_ids(5 * LENGTH + 7)
+    bank = bank_of(model, ids)
+    changed = ids.clone()
+    changed[2 * LENGTH + 3] += 1
+    encoded.clear()
+    bank.update("a", changed, model=model)
+    assert sum(encoded) == LENGTH + 7  # one window, and the rest that is shorter than one
+    assert_same(bank, bank_of(model, changed), 0)
+
+
+def test_an_update_finds_windows_that_moved(model, encoded):
+    ids = random_ids(4 * LENGTH)
+    bank = bank_of(model, ids)
+    swapped = torch.cat([random_ids(LENGTH, seed=9), ids[2 * LENGTH :], ids[:LENGTH]])
+    encoded.clear()
+    bank.update("a", swapped, model=model)
+    assert sum(encoded) == LENGTH
+    assert_same(bank, bank_of(model, swapped), 0)
+
+
+def test_an_update_of_an_evicted_document_copies_what_is_left(model, encoded):
+    ids = random_ids(4 * LENGTH)
+    bank = bank_of(model, ids, capacity_tokens=2 * LENGTH + 8)
+    encoded.clear()
+    bank.update("a", ids, model=model)
+    assert sum(encoded) == 2 * LENGTH
+    assert_same(bank, bank_of(model, ids, capacity_tokens=2 * LENGTH + 8), 0)
+
+
+def test_tags_and_pins_stay_with_an_updated_document(model):
+    bank = MemoryBank.for_model(model)
+    model.memorize(bank, random_ids(50), "a", tags=["law"])
+    bank.pin("a")
+    bank.update("a", random_ids(60, seed=1), model=model)
+    info = bank.info("a")
+    assert (info.tags, info.is_pinned, info.num_tokens) == (("law",), True, 60)
+
+
+def test_text_is_kept_with_the_places_of_tokens(model):
+    text = some_text(60)
+    bank = MemoryBank.for_model(model)
+    model.memorize(bank, text, "a")
+    assert bank.text("a") == text
+    for place in bank.locate(torch.arange(bank.num_chunks)):
+        assert text[place.char_start : place.char_stop] == place.text
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"][place.start : place.stop]
+        assert model.tokenizer.decode(ids).strip() == place.text.strip()
+
+
+def test_a_failure_while_appending_to_a_folder_changes_nothing(model, tmp_path, monkeypatch):
+    bank = MemoryBank.for_model(model, folder=tmp_path / "bank")
+    model.memorize(bank, random_ids(50), "a")
+    before = bank.documents()
+
+    def stop(done, total):
+        if done > LENGTH:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.memorize(bank, random_ids(200), "a", append=True, progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.memorize(bank, random_ids(200), "b", progress=stop)
+    assert bank.documents() == before
+    bank.close()
+    with MemoryBank.open(tmp_path / "bank", model, read_only=True) as reopened:
+        assert reopened.documents() == before
+        assert_same(reopened, bank_of(model, random_ids(50)), 0)
+
+
+def test_a_bank_in_a_folder_is_read_like_one_in_memory(model, tmp_path):
+    memory, folder = MemoryBank.for_model(model), MemoryBank.for_model(model, folder=tmp_path / "bank")
+    for bank in (memory, folder):
+        model.memorize(bank, random_ids(150), "a")
+        model.memorize(bank, random_ids(90, seed=1), "b")
+        bank.delete("a")
+    with torch.no_grad():
+        expected = model(random_ids(20, seed=2)[None], memory=memory).logits
+        assert torch.equal(model(random_ids(20, seed=2)[None], memory=folder).logits, expected)
+        folder.close()
+        with MemoryBank.open(tmp_path / "bank", model, read_only=True) as reopened:
+            assert torch.equal(model(random_ids(20, seed=2)[None], memory=reopened).logits, expected)
