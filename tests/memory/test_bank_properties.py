@@ -4,13 +4,14 @@ import shutil
 import tempfile
 import warnings
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem.memory import DocumentInfo, MemoryBank, persistence
-from longmem.memory.index import INDEXES, FlatIndex
+from longmem.memory.index import INDEXES, FlatIndex, approximate
 
 LAYERS = (2, 5)
 HEADS = {2: 1, 5: 2}
@@ -100,6 +101,8 @@ class NaiveBank:
 class BankMachine(RuleBasedStateMachine):
     """Do the same to both banks, and compare all that can be read."""
 
+    index = "mirror"
+
     @initialize(
         chunk_size=st.integers(1, 4),
         capacity=st.sampled_from([1, 2, 3, 5, 8, 13, 21]),
@@ -107,9 +110,12 @@ class BankMachine(RuleBasedStateMachine):
     )
     def start(self, chunk_size, capacity, with_ids):
         INDEXES["mirror"] = MirrorIndex
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(approximate, "EXACT_BELOW", 3)
+        self.patch.setattr(approximate, "POINTS_PER_CENTROID", 1)
         self.fsync, persistence.os.fsync = persistence.os.fsync, lambda descriptor: None  # not what is tested here
         self.bank = MemoryBank(
-            memory_layers=LAYERS, chunk_size=chunk_size, capacity_tokens=chunk_size * capacity, index="mirror"
+            memory_layers=LAYERS, chunk_size=chunk_size, capacity_tokens=chunk_size * capacity, index=self.index
         )
         self.naive = NaiveBank(chunk_size, capacity)
         self.with_ids = with_ids
@@ -121,6 +127,7 @@ class BankMachine(RuleBasedStateMachine):
 
     def teardown(self):
         INDEXES.pop("mirror", None)
+        self.patch.undo()
         persistence.os.fsync = self.fsync
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -254,11 +261,21 @@ class BankMachine(RuleBasedStateMachine):
                     assert torch.equal(stored[head].float(), expected[head, found[head, -1]])
 
 
-BankMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
-test_any_sequence_of_operations = BankMachine.TestCase
+def machine_test(index, max_examples):
+    """Return a test of a bank with this index, as pytest collects it."""
+    machine = type("BankMachine", (BankMachine,), {"index": index})
+    machine.TestCase.settings = settings(
+        max_examples=max_examples,
+        stateful_step_count=25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    )
+    return machine.TestCase
+
+
+test_any_sequence_of_operations = machine_test("mirror", 60)
+# Thresholds and settings with which each kind is at work in a bank of a few chunks, and has to find all of them.
+test_any_sequence_with_clusters = machine_test("ivf:probed_share=1", 10)
+test_any_sequence_with_a_graph = machine_test("hnsw:search_depth=100", 10)
+test_any_sequence_with_codes = machine_test("pq:probed_share=1,bits=4,candidates=100", 10)

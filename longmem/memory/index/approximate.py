@@ -133,8 +133,8 @@ class ApproximateIndex(FlatIndex):
         """Train if the store has outgrown what is there, rebuild if too much of it is dead, and add new rows."""
         num_rows, table = self.store.num_rows, self._table
         # A build or an addition that was interrupted has left the heads with vectors that have no label.
-        is_whole = all(file.ntotal == table.num_labels for file in self._files)
-        if not is_whole or num_rows >= GROWTH_BEFORE_RETRAINING * max(self._trained_rows, 1):
+        is_whole = bool(self._files) and all(file.ntotal == table.num_labels for file in self._files)
+        if not is_whole or num_rows >= GROWTH_BEFORE_RETRAINING * self._trained_rows:
             self._train()
         elif table.num_dead > DEAD_SHARE_BEFORE_REBUILDING * table.num_labels:
             for file in self._files:
