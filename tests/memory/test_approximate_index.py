@@ -17,7 +17,7 @@ SMALL = 24  # rows from which the kinds approximate in these tests
 THOROUGH = {
     "auto": "auto",
     "ivf": "ivf:probed_share=1",
-    "ivf float16": "ivf:probed_share=1,storage=float16",
+    "ivf float32": "ivf:probed_share=1,storage=float32",
     "hnsw": "hnsw:neighbors=16,search_depth=400",
     "hnsw float16": "hnsw:neighbors=16,search_depth=400,storage=float16",
     "pq": "pq:probed_share=1,bits=4,candidates=1000",
@@ -88,7 +88,7 @@ class Follower:
         assert torch.isin(found, allowed).all()
         assert (found.sort(dim=2).values.diff(dim=2) > 0).all()  # no chunk twice
         picked = torch.stack([head[chosen] for head, chosen in zip(self.store.search_keys, found, strict=True)])
-        tolerance = dict(rtol=1e-3, atol=2e-2) if "float16" in self.name else dict(rtol=1e-4, atol=1e-4)
+        tolerance = dict(rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(torch.einsum("hqcd,hqd->hqc", picked, queries), scores, **tolerance)
         if thorough:
             torch.testing.assert_close(scores, exact_top_chunks(queries, keys, count)[0], **tolerance)
@@ -207,7 +207,7 @@ def test_a_bank_that_is_never_searched_gathers_no_notes():
     assert sum(map(len, table._waiting)) == 10
 
 
-@pytest.mark.parametrize("index", ["auto", "ivf:storage=float16,probed_share=1", "hnsw", "pq:bits=4"])
+@pytest.mark.parametrize("index", ["auto", "ivf:storage=float32,probed_share=1", "hnsw", "pq:bits=4"])
 def test_a_saved_index_is_adopted_with_what_has_changed_since(index, tmp_path):
     follower = Follower(index, num_rows=120)
     follower.check(3, thorough=False)

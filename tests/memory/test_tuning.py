@@ -42,7 +42,7 @@ def test_every_default_setting_is_measured(monkeypatch, tmp_path):
         assert each.milliseconds > 0
         assert each.speed_ratio > 0
     by_name = {each.index: each for each in results}
-    whole, half = (by_name[f"ivf:probed_share=0.06{storage}"] for storage in ("", ",storage=float16"))
+    whole, half = (by_name[f"ivf:probed_share=0.03{storage}"] for storage in (",storage=float32", ""))
     assert 0 < half.num_bytes < whole.num_bytes
 
     pytest.importorskip("matplotlib")

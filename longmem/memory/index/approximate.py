@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -28,9 +30,14 @@ CANDIDATES_PER_STEP = 2**18  # keys gathered at a time to rank candidates again
 class ApproximateIndex(FlatIndex):
     """Return an index that misses some of the best chunks, and searches exactly while the store is small.
 
-    Subclasses name a FAISS index and its search parameters. Vectors are the keys less their mean key: for one query
-    that lowers all scores by the same number, so it changes no ranking, and clusters and codes need not spend
-    themselves on what all keys share. On a GPU every search is exact: FAISS's indexes there have no filter.
+    Subclasses name a FAISS index and its search parameters. Two things make keys of attention fit such an index, which
+    by itself finds few of their best (`docs/experiments.md`):
+    - Vectors are the keys less their mean key, which is most of the length of a key. For one query that lowers all
+      scores by the same number, so it changes no ranking.
+    - Keys are put together by distance and searched by inner product. Put together by inner product, the long keys
+      would draw all others to themselves.
+
+    On a GPU every search is exact: FAISS's indexes there know no filter and let go of no vector.
     """
 
     # Share of the rows below which a filtered search is exact: see the kinds.
@@ -57,12 +64,20 @@ class ApproximateIndex(FlatIndex):
     def prepare(self, file: Any) -> None:
         """Set what the name of a FAISS index cannot say, before it is trained."""
 
+    def compare_by(self, file: Any, metric: int) -> None:
+        """Set how keys are put together."""
+
     def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
         """Return the search parameters where a `share` of the vectors may be found, chosen by `selector`."""
         raise NotImplementedError
 
+    @property
+    def is_exact_in_scores(self) -> bool:
+        """Return whether vectors are kept as they are; where not, what is found is ranked again by the store's keys."""
+        raise NotImplementedError
+
     def candidates(self, num_chunks: int) -> int:
-        """Return how many vectors to look for; where that is more than is wanted they are ranked again, exactly."""
+        """Return how many vectors to look for, so that the best of them by their exact scores are good."""
         return num_chunks
 
     def exact_below(self) -> int:
@@ -80,7 +95,7 @@ class ApproximateIndex(FlatIndex):
             return super().best_rows(queries, num_chunks, rows)
         self._catch_up()
         scores, found = self._look_up(queries, num_chunks, rows)
-        if self.candidates(num_chunks) > num_chunks:
+        if not self.is_exact_in_scores:
             scores, found = self._rank_again(queries, found, num_chunks)
         # Clusters that hold too few, or a filter that cuts the graph: rare, but nobody else would fill the slots.
         short = (found < 0).any(dim=2).any(dim=0).nonzero().flatten()
@@ -156,7 +171,8 @@ class ApproximateIndex(FlatIndex):
             centres.append(points.mean(axis=0))
             file = faiss.index_factory(keys.shape[1], self.layout(keys.shape[1], num_rows), faiss.METRIC_INNER_PRODUCT)
             self.prepare(file)
-            file.train(points - centres[-1])
+            with self._by_distance(file):
+                file.train(points - centres[-1])
             files.append(file)
         self._files, self._centres, self._trained_rows = files, np.stack(centres), num_rows
 
@@ -164,9 +180,18 @@ class ApproximateIndex(FlatIndex):
         if not len(rows):
             return
         for file, keys, centre in zip(self._files, self.store.search_keys.numpy(), self._centres, strict=True):
-            for start in range(0, len(rows), ROWS_PER_STEP):
-                file.add(keys[rows[start : start + ROWS_PER_STEP]] - centre)
+            with self._by_distance(file):
+                for start in range(0, len(rows), ROWS_PER_STEP):
+                    file.add(keys[rows[start : start + ROWS_PER_STEP]] - centre)
         self._table.add(rows)
+
+    @contextmanager
+    def _by_distance(self, file: Any) -> Iterator[None]:
+        self.compare_by(file, faiss.METRIC_L2)
+        try:
+            yield
+        finally:
+            self.compare_by(file, faiss.METRIC_INNER_PRODUCT)
 
     # Derived data on disk.
 
