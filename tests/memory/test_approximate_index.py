@@ -146,7 +146,10 @@ def test_own_key_is_found_and_a_small_store_is_searched_exactly(index, monkeypat
     assert small.export() is None
 
 
-@pytest.mark.parametrize("index", ["ivf:probed_share=0.05", "hnsw:search_depth=4", "pq:probed_share=0.05,bits=4"])
+@pytest.mark.parametrize(
+    "index",
+    ["ivf:probed_share=0.05,least_probes=1", "hnsw:search_depth=4", "pq:probed_share=0.05,least_probes=1,bits=4"],
+)
 def test_a_thin_filter_and_too_few_clusters_leave_no_slot_open(index, monkeypatch):
     follower = Follower(index, num_rows=400)
     follower.check(60, thorough=False)

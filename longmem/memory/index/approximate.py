@@ -34,8 +34,8 @@ class ApproximateIndex(FlatIndex):
     by itself finds few of their best (`docs/experiments.md`):
     - Vectors are the keys less their mean key, which is most of the length of a key. For one query that lowers all
       scores by the same number, so it changes no ranking.
-    - Keys are put together by distance and searched by inner product. Put together by inner product, the long keys
-      would draw all others to themselves.
+    - Clusters are made by distance and searched by inner product. Made by inner product, a few with long centres would
+      draw most keys to themselves.
 
     On a GPU every search is exact: FAISS's indexes there know no filter and let go of no vector.
     """
@@ -65,7 +65,7 @@ class ApproximateIndex(FlatIndex):
         """Set what the name of a FAISS index cannot say, before it is trained."""
 
     def compare_by(self, file: Any, metric: int) -> None:
-        """Set how keys are put together."""
+        """Set how the cluster of a key is chosen, where there are clusters."""
 
     def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
         """Return the search parameters where a `share` of the vectors may be found, chosen by `selector`."""

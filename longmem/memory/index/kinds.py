@@ -27,10 +27,12 @@ class InvertedFileIndex(ApproximateIndex):
     settings: ClassVar[Mapping[str, Setting]] = {
         "clusters_per_root": Setting(4.0, "the clusters for each square root of the chunks", 0.25, 64.0),
         "probed_share": Setting(1 / 32, "the share of the clusters that a query looks into", 0.0001, 1.0),
+        # The best chunks of a query lie in some tens of clusters, however few these are.
+        "least_probes": Setting(32, "the clusters that a query looks into at least", 1, 65_536),
         "storage": Setting("float16", "the type of the copied search keys", words=tuple(STORAGE)),
     }
-    # A selected key costs a walk through a list about eight times what it costs in a matrix product, and for one in
-    # thirty-two of them; the filter itself is asked about every key of the lists.
+    # Measured on 250,880 chunks: at a sixteenth both take the same time, at an eighth clusters take half of it, and the
+    # thinner the filter the more of its best chunks lie in clusters that nobody looks into.
     exact_share = 1 / 8
 
     @property
@@ -63,7 +65,7 @@ class InvertedFileIndex(ApproximateIndex):
 
     def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
         """Return how many clusters to look into."""
-        probes = max(1, round(self.chosen["probed_share"] * file.nlist))
+        probes = max(self.chosen["least_probes"], round(self.chosen["probed_share"] * file.nlist))
         return faiss.SearchParametersIVF(sel=selector, nprobe=probes)  # type: ignore[call-arg]
 
 
@@ -78,10 +80,11 @@ class AutoIndex(InvertedFileIndex):
 
 
 class GraphIndex(ApproximateIndex):
-    """Return search along a graph of neighbours (FAISS HNSW): fast and accurate, but slow to build.
+    """Return search along a graph of neighbours (FAISS HNSW), for comparison: on keys of attention clusters do better.
 
-    The graph knows no filter: it walks as before and leaves out what it may not return, so a filtered search goes
-    deeper by as much, and is worth it only if it keeps at least half of the chunks.
+    The graph is linked by inner product, like the search; linked by distance it found half as much. It knows no filter:
+    it walks as before and leaves out what it may not return, so a filtered search goes deeper by as much, and below
+    half of the chunks exact search is both faster and better (an eighth: 30 times as fast, recall 0.78 by the graph).
     """
 
     settings: ClassVar[Mapping[str, Setting]] = {
@@ -127,6 +130,7 @@ class CodeIndex(InvertedFileIndex):
     settings: ClassVar[Mapping[str, Setting]] = {
         "clusters_per_root": InvertedFileIndex.settings["clusters_per_root"],
         "probed_share": InvertedFileIndex.settings["probed_share"],
+        "least_probes": InvertedFileIndex.settings["least_probes"],
         "dims_per_code": Setting(2, "the numbers of a key that share a code", 1, 64),
         "bits": Setting(8, "the bits of a code", 4, 8),
         "candidates": Setting(4, "the candidates that are ranked again, for each chunk that is wanted", 1, 1024),
@@ -156,6 +160,7 @@ class CodeIndex(InvertedFileIndex):
         file.do_polysemous_training = False
         file.pq.cp.min_points_per_centroid = 1
         file.pq.cp.max_points_per_centroid = 64
+        file.pq.cp.niter = 10
 
     def candidates(self, num_chunks: int) -> int:
         """Return a multiple of the chunks that are wanted."""
