@@ -29,8 +29,9 @@ class MemoryBank:
         memory_layers: backbone layers whose keys and values are stored, in the order in which `add` gets them.
         chunk_size: tokens in a chunk, the unit of search.
         capacity_tokens: tokens that can be resident, a multiple of `chunk_size`; the default is the paper's.
-        index: "auto" (exact search by FAISS up to 8,192 chunks, an inverted file beyond), "flat" (exact at any size) or
-            "exact" (the same by torch).
+        index: "auto" (exact search by FAISS up to 8,192 chunks, clusters beyond), "flat" (exact at any size), "exact"
+            (the same by torch), or "ivf", "hnsw" and "pq", whose settings follow a colon: "ivf:probed_share=0.06"
+            (`longmem/memory/index/kinds.py`).
         eviction: "fifo": when the bank is full, the chunks written first go first, whichever document owns them.
         storage_dtype: of stored keys and values, "float16", "bfloat16" or "float32"; search keys are float32.
         device: where the tensors are.

@@ -193,12 +193,33 @@ def test_tombstones_are_cleared_and_growth_trains_again():
     assert follower.index._files[0].nlist > files[0].nlist
 
 
+def test_a_bank_whose_rows_are_replaced_is_trained_again():
+    follower = Follower("ivf", num_rows=100)
+    follower.check(3, thorough=False)
+    files = follower.index._files
+    for _ in range(10):
+        follower.overwrite(torch.arange(30))
+        follower.check(3, thorough=False)
+    assert follower.index._files is not files
+
+
+def test_keys_that_half_precision_cannot_hold_are_found_by_their_exact_scores():
+    follower = Follower("ivf:probed_share=1", num_rows=100)
+    follower.store.search_keys[:, 40] *= 1e6
+    follower.check(5, thorough=False)
+    queries = follower.store.search_keys[:, 40:41]
+    assert (follower.index.search(queries, 1)[1] == 40).all()
+
+
 def test_an_interrupted_addition_is_started_anew():
     follower = Follower("ivf:probed_share=1", num_rows=100)
     follower.check(3)
     follower.write(10)
     follower.index._files[0].add(np.zeros((4, DIM), dtype=np.float32))  # as if the second head had been interrupted
     assert follower.index.export() is None
+    follower.check(3)
+    follower.write(10)
+    follower.index._table.take_waiting(follower.store.num_rows)  # as if it had been interrupted before the first
     follower.check(3)
 
 

@@ -18,11 +18,14 @@ from longmem.memory.index.saved import SavedIndex
 from longmem.memory.store import ChunkStore
 
 EXACT_BELOW = 8_192  # rows; a store, or a subset, of so few is searched faster exactly
-GROWTH_BEFORE_RETRAINING = 4  # a store that has grown by this factor wants other clusters than it was trained with
+# A store that has grown by this factor wants other clusters than it was trained with, and so does one to which as many
+# rows were added in place of others.
+GROWTH_BEFORE_RETRAINING = 4
 # Tombstones cost memory and are skipped one by one. A rebuild adds every row again, so at this share each drop pays for
 # three rows of it, whatever the size.
 DEAD_SHARE_BEFORE_REBUILDING = 0.25
 POINTS_PER_CENTROID = 39  # k-means of FAISS warns below this
+FLOAT16_LIMIT = 65_504.0
 ROWS_PER_STEP = 65_536  # rows copied at a time while they are added
 CANDIDATES_PER_STEP = 2**18  # keys gathered at a time to rank candidates again
 
@@ -50,6 +53,7 @@ class ApproximateIndex(FlatIndex):
         self._files: list[faiss.Index] = []
         self._centres: Float[np.ndarray, "kv_heads dim"] = np.empty((0, 0), dtype=np.float32)
         self._trained_rows = 0
+        self._rows_added = 0  # since it was trained
 
     # What a kind says.
 
@@ -149,14 +153,15 @@ class ApproximateIndex(FlatIndex):
         num_rows, table = self.store.num_rows, self._table
         # A build or an addition that was interrupted has left the heads with vectors that have no label.
         is_whole = bool(self._files) and all(file.ntotal == table.num_labels for file in self._files)
-        if not is_whole or num_rows >= GROWTH_BEFORE_RETRAINING * self._trained_rows:
-            self._train()
-        elif table.num_dead > DEAD_SHARE_BEFORE_REBUILDING * table.num_labels:
+        if is_whole and max(num_rows, self._rows_added) < GROWTH_BEFORE_RETRAINING * self._trained_rows:
+            if table.num_dead <= DEAD_SHARE_BEFORE_REBUILDING * table.num_labels:
+                self._add(table.take_waiting(num_rows))
+                if table.num_live == num_rows:
+                    return  # else an interruption has lost notes
             for file in self._files:
                 file.reset()
         else:
-            self._add(table.take_waiting(num_rows))
-            return
+            self._train()
         table.clear()
         self._add(np.arange(num_rows))
 
@@ -172,9 +177,14 @@ class ApproximateIndex(FlatIndex):
             file = faiss.index_factory(keys.shape[1], self.layout(keys.shape[1], num_rows), faiss.METRIC_INNER_PRODUCT)
             self.prepare(file)
             with self._by_distance(file):
-                file.train(points - centres[-1])
+                file.train(self._vectors(points, centres[-1]))
             files.append(file)
-        self._files, self._centres, self._trained_rows = files, np.stack(centres), num_rows
+        self._files, self._centres, self._trained_rows, self._rows_added = files, np.stack(centres), num_rows, 0
+
+    def _vectors(self, keys: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Return what FAISS gets for these keys; what it rounds must not become inf, so it is cut off first."""
+        vectors = keys - centre
+        return vectors if self.is_exact_in_scores else vectors.clip(-FLOAT16_LIMIT, FLOAT16_LIMIT)
 
     def _add(self, rows: Int[np.ndarray, " rows"]) -> None:
         if not len(rows):
@@ -182,8 +192,9 @@ class ApproximateIndex(FlatIndex):
         for file, keys, centre in zip(self._files, self.store.search_keys.numpy(), self._centres, strict=True):
             with self._by_distance(file):
                 for start in range(0, len(rows), ROWS_PER_STEP):
-                    file.add(keys[rows[start : start + ROWS_PER_STEP]] - centre)
+                    file.add(self._vectors(keys[rows[start : start + ROWS_PER_STEP]], centre))
         self._table.add(rows)
+        self._rows_added += len(rows)
 
     @contextmanager
     def _by_distance(self, file: Any) -> Iterator[None]:

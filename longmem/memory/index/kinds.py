@@ -21,7 +21,7 @@ class InvertedFileIndex(ApproximateIndex):
     """Return search by clusters (FAISS IVF): a query looks only into those whose centres have its largest products.
 
     Half precision is the default: it is as good, takes half the memory and is read in less time. What is found is
-    ranked again by the store's search keys, so scores are exact. Keys beyond 65,504 need float32.
+    ranked again by the store's search keys, so scores are exact. For keys beyond 65,504 choose float32.
     """
 
     settings: ClassVar[Mapping[str, Setting]] = {
