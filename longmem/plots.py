@@ -91,7 +91,7 @@ def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: s
 
     Args:
         path: PNG to write.
-        results: of `tune`; each kind gets a color and a line along its settings.
+        results: of `tune`; each kind gets a color, and each of its settings a point.
         title: of the figure.
     """
     require_matplotlib()
@@ -102,9 +102,9 @@ def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: s
     axes = figure.add_subplot()
     kinds = dict.fromkeys(result.index.partition(":")[0] for result in results)
     for kind in kinds:
-        own = sorted((each for each in results if each.index.partition(":")[0] == kind), key=lambda each: each.recall)
+        own = [each for each in results if each.index.partition(":")[0] == kind]
         color = INDEX_COLORS.get(kind, "#767676")
-        axes.plot([each.milliseconds for each in own], [each.recall for each in own], "o-", color=color, label=kind)
+        axes.plot([each.milliseconds for each in own], [each.recall for each in own], "o", color=color, label=kind)
         for each in own:
             note = each.index.partition(":")[2].replace(",", "\n") or "default"
             place = (each.milliseconds, each.recall)
@@ -112,6 +112,7 @@ def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: s
     exact = [each.milliseconds * each.speed_ratio for each in results]
     if exact:
         axes.axvline(sum(exact) / len(exact), color="black", linestyle=":", linewidth=1, label="exact search")
+    axes.margins(x=0.1, y=0.15)  # room for the notes
     axes.set(xscale="log", xlabel="milliseconds per 1,000 queries", ylabel="recall against exact search")
     axes.legend(fontsize=9, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

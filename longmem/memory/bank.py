@@ -31,8 +31,9 @@ class MemoryBank(BankReader, PersistentBank):
         chunk_size: tokens in a chunk, the unit of search.
         capacity_tokens: tokens that can be resident, a multiple of `chunk_size`; None: no limit; the default is the paper's.
         capacity_bytes: bytes of keys, values and search keys that can be resident; a limit beside the other one.
-        index: "auto" (exact search up to some thousand chunks, an inverted file beyond), "flat" (exact at any size, by
-            FAISS), "exact" (the same by torch), "ivf", "hnsw" or "pq", also with settings (`longmem.memory.index`).
+        index: "auto" (exact search by FAISS up to 8,192 chunks, clusters beyond), "flat" (exact at any size), "exact"
+            (the same by torch), or "ivf", "hnsw" and "pq", whose settings follow a colon: "ivf:probed_share=0.06"
+            (`longmem/memory/index/kinds.py`).
         eviction: what goes when the bank is full. "fifo": the chunks written first, whichever document owns them; "lru":
             the document that was not read for longest; "ttl:seconds=3600": what was written an hour ago, full or not.
         storage_dtype: of stored keys and values, "float16", "bfloat16", "float32" or "int8"; search keys are float32.

@@ -1,17 +1,21 @@
 """Any sequence of operations against a bank that is only a list of chunks (promises 1 to 4 and 7 of the design)."""
 
+import contextlib
+import functools
 import shutil
 import tempfile
 import warnings
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem.memory import DocumentInfo, MemoryBank
-from longmem.memory.folder import tensor_file
-from longmem.memory.index import INDEXES, FlatIndex
+from longmem.memory.codec import STORAGE_DTYPES, decode, encode
+from longmem.memory.folder import bank_folder, tensor_file
+from longmem.memory.index import INDEXES, FlatIndex, approximate
 
 LAYERS = (2, 5)
 HEADS = {2: 1, 5: 2}
@@ -54,6 +58,7 @@ class NaiveDocument:
     def __init__(self, name):
         self.name = name
         self.tokens = []
+        self.is_pinned = False
 
 
 class NaiveBank:
@@ -66,6 +71,14 @@ class NaiveBank:
     def find(self, name):
         return next((document for document in self.documents if document.name == name), None)
 
+    def has_room(self, name, num_tokens):
+        """Return whether all new chunks of a document, or at least the last of them, find room beside what is pinned."""
+        document = self.find(name)
+        num_waiting = len(document.tokens) % self.chunk_size if document else 0
+        num_chunks = (num_waiting + num_tokens) // self.chunk_size
+        room = self.capacity - sum(owner.is_pinned for owner, _ in self.resident)
+        return num_chunks <= room or (room > 0 and not (document and document.is_pinned))
+
     def write(self, name, tokens):
         document = self.find(name)
         if document is None:
@@ -74,7 +87,8 @@ class NaiveBank:
         first = len(document.tokens) // self.chunk_size
         document.tokens.extend(tokens)
         self.resident += [(document, i) for i in range(first, len(document.tokens) // self.chunk_size)]
-        self.resident = self.resident[max(0, len(self.resident) - self.capacity) :]
+        while len(self.resident) > self.capacity:
+            self.resident.remove(next(each for each in self.resident if not each[0].is_pinned))
         self.documents = [d for d in self.documents if self.chunks_of(d) or len(d.tokens) % self.chunk_size]
 
     def delete(self, name):
@@ -89,7 +103,12 @@ class NaiveBank:
         chunks, num_tokens = self.chunks_of(document), len(document.tokens)
         first = chunks[0] if chunks else num_tokens // self.chunk_size
         return DocumentInfo(
-            document.name, num_tokens, len(chunks), num_tokens % self.chunk_size, first * self.chunk_size
+            document.name,
+            num_tokens,
+            len(chunks),
+            num_tokens % self.chunk_size,
+            first * self.chunk_size,
+            is_pinned=document.is_pinned,
         )
 
     def chunk(self, document, i, layer):
@@ -101,28 +120,44 @@ class NaiveBank:
 class BankMachine(RuleBasedStateMachine):
     """Do the same to both banks, and compare all that can be read."""
 
+    index = "mirror"
+    in_folder = False
+
     @initialize(
         chunk_size=st.integers(1, 4),
         capacity=st.sampled_from([1, 2, 3, 5, 8, 13, 21]),
         with_ids=st.booleans(),
+        storage_dtype=st.sampled_from(["float16", "int8"]),
     )
-    def start(self, chunk_size, capacity, with_ids):
+    def start(self, chunk_size, capacity, with_ids, storage_dtype):
         INDEXES["mirror"] = MirrorIndex
-        self.fsync, tensor_file.os.fsync = tensor_file.os.fsync, lambda descriptor: None  # not what is tested here
-        self.bank = MemoryBank(
-            memory_layers=LAYERS, chunk_size=chunk_size, capacity_tokens=chunk_size * capacity, index="mirror"
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(approximate, "EXACT_BELOW", 3)
+        self.patch.setattr(approximate, "POINTS_PER_CENTROID", 1)
+        self.patch.setattr(tensor_file.os, "fsync", lambda descriptor: None)  # not what is tested here
+        self.patch.setattr(bank_folder, "SEGMENTS_TO_MERGE", 3)
+        self.folder = tempfile.mkdtemp()
+        options = dict(
+            memory_layers=LAYERS,
+            chunk_size=chunk_size,
+            capacity_tokens=chunk_size * capacity,
+            index=self.index,
+            storage_dtype=storage_dtype,
         )
+        make = functools.partial(MemoryBank.create, self.folder) if self.in_folder else MemoryBank
+        self.bank = make(**options)
+        self.storage_dtype = STORAGE_DTYPES[storage_dtype]
         self.naive = NaiveBank(chunk_size, capacity)
         self.with_ids = with_ids
         self.generator = torch.Generator().manual_seed(0)
         self.num_written = 0
         self.views = []
-        self.folder = tempfile.mkdtemp()
         self.saved = False
 
     def teardown(self):
         INDEXES.pop("mirror", None)
-        tensor_file.os.fsync = self.fsync
+        self.bank.close()
+        self.patch.undo()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def new_tokens(self, count):
@@ -130,7 +165,7 @@ class BankMachine(RuleBasedStateMachine):
         for _ in range(count):
             unique = torch.zeros(1, UNIQUE_DIM)
             unique[0, self.num_written % UNIQUE_DIM] = 1.0
-            # Numbers that float16 holds exactly: the naive bank need not round.
+            # Numbers that float16 holds exactly: the naive bank need not round while nothing is decoded.
             random = torch.randint(-64, 64, (3, 2, 4), generator=self.generator) / 16
             tokens.append((self.num_written, {2: unique, 5: random[0]}, {2: random[1, :1], 5: random[2]}))
             self.num_written += 1
@@ -149,8 +184,12 @@ class BankMachine(RuleBasedStateMachine):
     def add_or_append(self, name, count):
         self.saved = False
         tokens = self.new_tokens(count)
-        self.write(self.bank, name, tokens)
-        self.naive.write(name, tokens)
+        if self.naive.has_room(name, count):
+            self.write(self.bank, name, tokens)
+            self.naive.write(name, tokens)
+        else:
+            with pytest.raises(ValueError, match="are pinned"):
+                self.write(self.bank, name, tokens)
 
     @precondition(lambda self: self.naive.documents)
     @rule(data=st.data())
@@ -159,6 +198,31 @@ class BankMachine(RuleBasedStateMachine):
         self.saved = False
         self.bank.delete(name)
         self.naive.delete(name)
+
+    @precondition(lambda self: self.naive.documents)
+    @rule(data=st.data(), is_pinned=st.booleans())
+    def pin(self, data, is_pinned):
+        document = data.draw(st.sampled_from(self.naive.documents))
+        self.saved = False
+        self.bank.pin(document.name, is_pinned)
+        document.is_pinned = is_pinned
+
+    @precondition(lambda self: self.in_folder)
+    @rule()
+    def compact(self):
+        self.bank.compact()
+        self.bank.verify()
+
+    @precondition(lambda self: self.in_folder and self.naive.documents)
+    @rule(data=st.data(), count=LENGTHS)
+    def break_off(self, data, count):
+        name = data.draw(st.sampled_from([document.name for document in self.naive.documents]))
+        tokens = self.new_tokens(count)
+        with contextlib.suppress(KeyError, ValueError), self.bank.transaction():
+            self.bank.delete(name)
+            self.write(self.bank, name, tokens)
+            raise KeyError
+        self.views = []
 
     @precondition(lambda self: self.naive.documents)
     @rule(data=st.data(), new=st.sampled_from(["a", "e", "f"]))
@@ -177,22 +241,33 @@ class BankMachine(RuleBasedStateMachine):
         tokens, machine = self.new_tokens(count), self
 
         class Encoder:
-            def memorize(self, bank, text_or_ids, *, document_id, reuse=None):
+            def memorize(self, bank, text_or_ids, *, document_id, reuse):
                 for piece in (tokens[:cut], tokens[cut:]):
                     if piece:
                         machine.write(bank, document_id, piece)
 
+        document = self.naive.find(name)
+        room = self.naive.capacity - sum(owner.is_pinned and owner is not document for owner, _ in self.naive.resident)
+        if min(self.naive.capacity, count // self.naive.chunk_size) > room:
+            with pytest.raises(ValueError, match="are pinned"):
+                self.bank.update(name, "", model=Encoder())
+            return
         self.bank.update(name, "", model=Encoder())
         # What did not fit while the new text was encoded counts as written, in both.
         self.naive.delete(name)
         self.naive.write(name, tokens)
+        self.naive.find(name).is_pinned = document.is_pinned
 
     @precondition(lambda self: not self.saved)  # a second time would show nothing new
     @rule()
     def save_and_load(self):
         self.saved = True
-        self.bank.save(self.folder)
-        self.bank = MemoryBank.load(self.folder)
+        if self.in_folder:
+            self.bank.close()
+            self.bank = MemoryBank.open(self.folder)
+        else:
+            self.bank.save(self.folder)
+            self.bank = MemoryBank.load(self.folder)
         self.views = []
 
     @precondition(lambda self: self.naive.documents)
@@ -251,15 +326,35 @@ class BankMachine(RuleBasedStateMachine):
             keys, values = reader.gather(layer, rows[:, -1])
             for part, stored in enumerate((keys, values)):
                 expected = torch.stack([pair[part] for pair in chunks.values()], dim=1)
+                expected = decode(encode(expected, self.storage_dtype)).float()
                 for head in range(HEADS[layer]):
                     assert torch.equal(stored[head].float(), expected[head, found[head, -1]])
 
 
-BankMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+def machine_test(index, max_examples, in_folder=False):
+    """Return a test of a bank with this index, as pytest collects it."""
+    machine = type("BankMachine", (BankMachine,), {"index": index, "in_folder": in_folder})
+    machine.TestCase.settings = settings(
+        max_examples=max_examples,
+        stateful_step_count=25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    )
+    return machine.TestCase
+
+
+test_any_sequence_of_operations = machine_test("mirror", 60)
+test_any_sequence_in_a_folder = machine_test("flat", 25, in_folder=True)
+# Thresholds and settings with which each kind is at work in a bank of a few chunks, and has to find all of them.
+CLUSTERS, GRAPH, CODES = (
+    "ivf:probed_share=1",
+    "hnsw:search_depth=100",
+    "pq:probed_share=1,bits=4,candidates=100",
 )
-test_any_sequence_of_operations = BankMachine.TestCase
+test_any_sequence_with_clusters = machine_test(CLUSTERS, 10)
+test_any_sequence_with_a_graph = machine_test(GRAPH, 10)
+test_any_sequence_with_codes = machine_test(CODES, 10)
+test_any_sequence_in_a_folder_with_clusters = machine_test(CLUSTERS, 10, in_folder=True)
+test_any_sequence_in_a_folder_with_a_graph = machine_test(GRAPH, 10, in_folder=True)
+test_any_sequence_in_a_folder_with_codes = machine_test(CODES, 10, in_folder=True)

@@ -22,7 +22,8 @@ def test_recall_of_one_cluster_is_that_of_a_hand_computed_case(monkeypatch):
     keys = torch.cat([first, first * torch.tensor([-1.0, 1.0])]).unsqueeze(0)
     queries = torch.tensor([[[1.0, 0.1], [-1.0, 0.1], [2.0, 0.2], [-3.0, 0.3]]])
     # Two clusters (0.5 sqrt(16)); the exact best eight are in one of them, the best sixteen half in each.
-    half, whole = "ivf:clusters_per_root=0.5,probed_share=0.5", "ivf:clusters_per_root=0.5,probed_share=1"
+    settings = "ivf:clusters_per_root=0.5,least_probes=1,probed_share="
+    half, whole = settings + "0.5", settings + "1"
     assert [each.recall for each in tune(keys, queries, [half, whole], num_chunks=8, repeats=1)] == [1.0, 1.0]
     index = make_index(half, _store_of(keys))
     index.search(queries, 1)
@@ -42,7 +43,7 @@ def test_every_default_setting_is_measured(monkeypatch, tmp_path):
         assert each.milliseconds > 0
         assert each.speed_ratio > 0
     by_name = {each.index: each for each in results}
-    whole, half = (by_name[f"ivf:probed_share=0.06{storage}"] for storage in ("", ",storage=float16"))
+    whole, half = (by_name[index] for index in ("ivf:storage=float32", "ivf:probed_share=0.06"))
     assert 0 < half.num_bytes < whole.num_bytes
 
     pytest.importorskip("matplotlib")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tiny_models import save_tiny_backbone, some_text
 
 from longmem import LongMemForCausalLM, MemoryBank
-from tiny_models import save_tiny_backbone, some_text
 
 LENGTH = 32
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import faiss
-import numpy as np
 import torch
 
 from longmem.memory.contents import BankContents

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import faiss
@@ -16,11 +18,14 @@ from longmem.memory.index.saved import SavedIndex
 from longmem.memory.store import LayerRows
 
 EXACT_BELOW = 8_192  # rows; a store, or a subset, of so few is searched faster exactly
-GROWTH_BEFORE_RETRAINING = 4  # a store that has grown by this factor wants other clusters than it was trained with
+# A store that has grown by this factor wants other clusters than it was trained with, and so does one to which as many
+# rows were added in place of others.
+GROWTH_BEFORE_RETRAINING = 4
 # Tombstones cost memory and are skipped one by one. A rebuild adds every row again, so at this share each drop pays for
 # three rows of it, whatever the size.
 DEAD_SHARE_BEFORE_REBUILDING = 0.25
 POINTS_PER_CENTROID = 39  # k-means of FAISS warns below this
+FLOAT16_LIMIT = 65_504.0
 ROWS_PER_STEP = 65_536  # rows copied at a time while they are added
 CANDIDATES_PER_STEP = 2**18  # keys gathered at a time to rank candidates again
 
@@ -28,9 +33,14 @@ CANDIDATES_PER_STEP = 2**18  # keys gathered at a time to rank candidates again
 class ApproximateIndex(FlatIndex):
     """Return an index that misses some of the best chunks, and searches exactly while the store is small.
 
-    Subclasses name a FAISS index and its search parameters. Vectors are the keys less their mean key: for one query
-    that lowers all scores by the same number, so it changes no ranking, and clusters and codes need not spend
-    themselves on what all keys share. On a GPU every search is exact: FAISS's indexes there have no filter.
+    Subclasses name a FAISS index and its search parameters. Two things make keys of attention fit such an index, which
+    by itself finds few of their best (`docs/experiments.md`):
+    - Vectors are the keys less their mean key, which is most of the length of a key. For one query that lowers all
+      scores by the same number, so it changes no ranking.
+    - Clusters are made by distance and searched by inner product. Made by inner product, a few with long centres would
+      draw most keys to themselves.
+
+    On a GPU every search is exact: FAISS's indexes there know no filter and let go of no vector.
     """
 
     # Share of the rows below which a filtered search is exact: see the kinds.
@@ -43,6 +53,7 @@ class ApproximateIndex(FlatIndex):
         self._files: list[faiss.Index] = []
         self._centres: Float[np.ndarray, "kv_heads dim"] = np.empty((0, 0), dtype=np.float32)
         self._trained_rows = 0
+        self._rows_added = 0  # since it was trained
 
     # What a kind says.
 
@@ -57,12 +68,20 @@ class ApproximateIndex(FlatIndex):
     def prepare(self, file: Any) -> None:
         """Set what the name of a FAISS index cannot say, before it is trained."""
 
+    def compare_by(self, file: Any, metric: int) -> None:
+        """Set how the cluster of a key is chosen, where there are clusters."""
+
     def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
         """Return the search parameters where a `share` of the vectors may be found, chosen by `selector`."""
         raise NotImplementedError
 
+    @property
+    def is_exact_in_scores(self) -> bool:
+        """Return whether vectors are kept as they are; where not, what is found is ranked again by the store's keys."""
+        raise NotImplementedError
+
     def candidates(self, num_chunks: int) -> int:
-        """Return how many vectors to look for; where that is more than is wanted they are ranked again, exactly."""
+        """Return how many vectors to look for, so that the best of them by their exact scores are good."""
         return num_chunks
 
     def exact_below(self) -> int:
@@ -80,7 +99,7 @@ class ApproximateIndex(FlatIndex):
             return super().best_rows(queries, num_chunks, rows)
         self._catch_up()
         scores, found = self._look_up(queries, num_chunks, rows)
-        if self.candidates(num_chunks) > num_chunks:
+        if not self.is_exact_in_scores:
             scores, found = self._rank_again(queries, found, num_chunks)
         # Clusters that hold too few, or a filter that cuts the graph: rare, but nobody else would fill the slots.
         short = (found < 0).any(dim=2).any(dim=0).nonzero().flatten()
@@ -133,15 +152,16 @@ class ApproximateIndex(FlatIndex):
         """Train if the store has outgrown what is there, rebuild if too much of it is dead, and add new rows."""
         num_rows, table = self.store.num_rows, self._table
         # A build or an addition that was interrupted has left the heads with vectors that have no label.
-        is_whole = all(file.ntotal == table.num_labels for file in self._files)
-        if not is_whole or num_rows >= GROWTH_BEFORE_RETRAINING * max(self._trained_rows, 1):
-            self._train()
-        elif table.num_dead > DEAD_SHARE_BEFORE_REBUILDING * table.num_labels:
+        is_whole = bool(self._files) and all(file.ntotal == table.num_labels for file in self._files)
+        if is_whole and max(num_rows, self._rows_added) < GROWTH_BEFORE_RETRAINING * self._trained_rows:
+            if table.num_dead <= DEAD_SHARE_BEFORE_REBUILDING * table.num_labels:
+                self._add(table.take_waiting(num_rows))
+                if table.num_live == num_rows:
+                    return  # else an interruption has lost notes
             for file in self._files:
                 file.reset()
         else:
-            self._add(table.take_waiting(num_rows))
-            return
+            self._train()
         table.clear()
         self._add(np.arange(num_rows))
 
@@ -156,17 +176,33 @@ class ApproximateIndex(FlatIndex):
             centres.append(points.mean(axis=0))
             file = faiss.index_factory(keys.shape[1], self.layout(keys.shape[1], num_rows), faiss.METRIC_INNER_PRODUCT)
             self.prepare(file)
-            file.train(points - centres[-1])
+            with self._by_distance(file):
+                file.train(self._vectors(points, centres[-1]))
             files.append(file)
-        self._files, self._centres, self._trained_rows = files, np.stack(centres), num_rows
+        self._files, self._centres, self._trained_rows, self._rows_added = files, np.stack(centres), num_rows, 0
+
+    def _vectors(self, keys: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Return what FAISS gets for these keys; what it rounds must not become inf, so it is cut off first."""
+        vectors = keys - centre
+        return vectors if self.is_exact_in_scores else vectors.clip(-FLOAT16_LIMIT, FLOAT16_LIMIT)
 
     def _add(self, rows: Int[np.ndarray, " rows"]) -> None:
         if not len(rows):
             return
         for file, keys, centre in zip(self._files, self.store.search_keys.numpy(), self._centres, strict=True):
-            for start in range(0, len(rows), ROWS_PER_STEP):
-                file.add(keys[rows[start : start + ROWS_PER_STEP]] - centre)
+            with self._by_distance(file):
+                for start in range(0, len(rows), ROWS_PER_STEP):
+                    file.add(self._vectors(keys[rows[start : start + ROWS_PER_STEP]], centre))
         self._table.add(rows)
+        self._rows_added += len(rows)
+
+    @contextmanager
+    def _by_distance(self, file: Any) -> Iterator[None]:
+        self.compare_by(file, faiss.METRIC_L2)
+        try:
+            yield
+        finally:
+            self.compare_by(file, faiss.METRIC_INNER_PRODUCT)
 
     # Derived data on disk.
 

@@ -18,15 +18,15 @@ from longmem.memory.store import Chunks, ChunkStore
 # A few settings of each kind, from fast to accurate.
 SPECS = (
     "auto",
-    "ivf:probed_share=0.01",
-    "ivf:probed_share=0.03",
+    "ivf:probed_share=0.01,least_probes=1",
+    "ivf:storage=float32",
     "ivf:probed_share=0.06",
-    "ivf:probed_share=0.06,storage=float16",
     "hnsw:search_depth=64",
     "hnsw:search_depth=128",
     "hnsw:search_depth=256",
     "pq",
-    "pq:probed_share=0.06,candidates=16",
+    "pq:probed_share=0.06,candidates=8",
+    "pq:probed_share=0.06,candidates=8,dims_per_code=4",
 )
 
 
