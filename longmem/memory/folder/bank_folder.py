@@ -254,12 +254,14 @@ class BankFolder:
         for segment in [segment for segment in storage.segments if segment.num_live < segment.num_slots]:
             self._rewrite(contents, [segment])
             self.commit(contents, settings)
-        with self.catalogue.transaction():
-            for document in contents.ledger.documents.values():
-                if document.first_chunk(contents.chunk_size):
-                    records.trim_source(self.catalogue, document, contents.chunk_size)
-            self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
+        # Asked for their source before the transaction: it may have to be read, in a transaction of its own.
+        evicted = [each for each in contents.ledger.documents.values() if each.first_chunk(contents.chunk_size)]
+        trimmed = [document for document in evicted if document.source is not None]
         try:
+            with self.catalogue.transaction():
+                for document in trimmed:
+                    records.trim_source(self.catalogue, document, contents.chunk_size)
+                self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
             self.catalogue.vacuum()
         except sqlite3.OperationalError as error:
             raise not_written(self.path, error) from error
