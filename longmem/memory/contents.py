@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.documents import Document, IntQueue, Run, SourcePart
+from longmem.memory.documents import Document, IntQueue, Run, Source, SourcePart
 from longmem.memory.eviction import EvictionPolicy
 from longmem.memory.index import ChunkIndex, Found, make_index
 from longmem.memory.ledger import Ledger
@@ -159,7 +159,8 @@ class BankContents:
         for document in self.ledger.documents.values():
             twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=deque(), source_or_reader=None)
             twin.waiting = [(key.to(target.device), value.to(target.device)) for key, value in document.waiting]
-            if document.source is not None:
+            if document.source is not None:  # characters go on to be counted from the start of the document
+                twin.source_or_reader = Source(document.source.has_text, document.source.first_char)
                 twin.push_source(document.source.part(0, len(document.source.token_ids)))
             target.ledger.open(twin)
             twins[document.serial] = twin
