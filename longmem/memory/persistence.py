@@ -101,7 +101,7 @@ class PersistentBank:
 
         For a bank that is in this very folder there is nothing to do. Raises ValueError if the folder cannot be written.
         """
-        if self._folder is not None and Path(folder).resolve() == self._folder.path.resolve():
+        if self._folder is not None and Path(folder).resolve() == self._folder.path:
             return
         target = BankFolder(Path(folder), write=True, create=self._settings())
         try:

@@ -59,7 +59,8 @@ class BankFolder:
         device: torch.device | None = None,
         max_mapped_bytes: int | None = None,
     ) -> None:
-        self.path = path
+        # Where it is now: the process may go to another folder, and a link may come to lead elsewhere.
+        self.path = path.resolve()
         self.is_writable = write
         self.device = torch.device("cpu") if device is None else device
         self.max_mapped_bytes = max_mapped_bytes
@@ -67,11 +68,11 @@ class BankFolder:
         # What the catalogue holds: names of segments by first slot, tokens of each document whose source is there.
         self._segments: dict[int, str] = {}
         self._source_tokens: dict[int, int] = {}
-        if write and (create is not None or has_bank(path)):
+        if write and (create is not None or has_bank(self.path)):
             self._acquire_lock()
         try:
             start = {"commit": 0, "next_serial": 0, "next_order": 0, "next_slot": 0, "shapes": []}
-            self.catalogue = Catalogue(path, write, None if create is None else start | {"settings": create})
+            self.catalogue = Catalogue(self.path, write, None if create is None else start | {"settings": create})
         except BaseException:
             self._release_lock()
             raise
