@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,8 @@ class Catalogue:
                 f"{old if (folder / 'manifest.json').is_file() else ''}; `bank.save` or `MemoryBank.create` writes one."
             )
         self.content: dict[str, Any] = {}
+        # Threads of one process share the connection, which can be in one transaction at a time.
+        self._turn = threading.Lock()
         self._totals = {table.name: [0, 0] for table in TABLES}
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
@@ -173,16 +176,17 @@ class Catalogue:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make the changes inside the block together, or none of them, for good."""
-        totals = {name: list(total) for name, total in self._totals.items()}
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            self._totals = totals
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
+        with self._turn:
+            totals = {name: list(total) for name, total in self._totals.items()}
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._totals = totals
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
 
     def put(self, table: Table, row: Sequence[Any]) -> None:
         """Write a row, in place of the one with its keys."""
@@ -221,13 +225,15 @@ class Catalogue:
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read inside the block from one commit, whatever others commit meanwhile."""
-        self._connection.execute("BEGIN")
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            raise damaged(self.path, f"cannot be read ({error})") from error
-        finally:
-            self._connection.execute("ROLLBACK")
+        with self._turn:
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                raise damaged(self.path, f"cannot be read ({error})") from error
+            finally:
+                if self._connection.in_transaction:  # SQLite ends it itself when a read fails
+                    self._connection.execute("ROLLBACK")
 
     def read_content(self) -> dict[str, Any]:
         """Return what is said about the bank as a whole."""
