@@ -126,6 +126,7 @@ class PersistentBank:
         try:
             yield
             if self._contents.ledger.version != before or self._contents.ledger.read:
+                before = -1  # a commit that fails leaves its traces in what is in memory
                 self._folder.commit(self._contents, self._settings())
         except BaseException:
             if self._contents.ledger.version != before:
@@ -151,7 +152,15 @@ class PersistentBank:
 
         Files that hold some of it are written anew, one after the other, so there must be room for one more of them.
         """
-        self._folder_or_raise().compact(self._contents, self._settings())
+        folder = self._folder_or_raise()
+        folder.refuse_reader()
+        if self._in_transaction:
+            raise ValueError("`compact` must not be called inside a transaction, which it would end; call it afterwards.")
+        try:
+            folder.compact(self._contents, self._settings())
+        except BaseException:
+            self._read_folder()
+            raise
 
     def close(self) -> None:
         """Write down how often documents were read, and let others write; the bank cannot be used afterwards."""
