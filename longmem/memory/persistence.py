@@ -164,10 +164,13 @@ class PersistentBank:
 
     def close(self) -> None:
         """Write down how often documents were read, and let others write; the bank cannot be used afterwards."""
-        if self._folder is not None:
+        if self._folder is None or self._folder.is_closed:
+            return
+        try:
             if self._folder.is_writable:
                 with self.transaction():
                     pass
+        finally:
             self._folder.close()
 
     def __enter__(self) -> Self:

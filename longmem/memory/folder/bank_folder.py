@@ -82,6 +82,11 @@ class BankFolder:
         """Return what the last commit that was read or written says about the bank as a whole; empty for a new one."""
         return self.catalogue.content
 
+    @property
+    def is_closed(self) -> bool:
+        """Return whether `close` was called."""
+        return self.catalogue.is_closed
+
     def close(self) -> None:
         """Let others write."""
         self.catalogue.close()
@@ -305,7 +310,8 @@ class BankFolder:
                 remove(path)
 
     def refuse_reader(self) -> None:
-        """Raise ValueError if the bank was opened to be read."""
+        """Raise ValueError if the bank was opened to be read, or is closed."""
+        self.catalogue.refuse_closed()
         if not self.is_writable:
             raise ValueError(f"the bank in {str(self.path)!r} was opened with `read_only=True`; open it without.")
 

@@ -93,6 +93,7 @@ class Catalogue:
                 f"{old if (folder / 'manifest.json').is_file() else ''}; `bank.save` or `MemoryBank.create` writes one."
             )
         self.content: dict[str, Any] = {}
+        self.is_closed = False
         # Threads of one process share the connection, which can be in one transaction at a time.
         self._turn = threading.Lock()
         self._totals = {table.name: [0, 0] for table in TABLES}
@@ -226,6 +227,7 @@ class Catalogue:
     def snapshot(self) -> Iterator[None]:
         """Read inside the block from one commit, whatever others commit meanwhile."""
         with self._turn:
+            self.refuse_closed()
             self._connection.execute("BEGIN")
             try:
                 yield
@@ -290,7 +292,13 @@ class Catalogue:
 
     def close(self) -> None:
         """Close the file."""
+        self.is_closed = True
         self._connection.close()
+
+    def refuse_closed(self) -> None:
+        """Raise ValueError if the bank was closed."""
+        if self.is_closed:
+            raise ValueError(f"the bank in {str(self.path.parent)!r} was closed; open it again with `MemoryBank.open`.")
 
     def _check_row(self, table: Table, row: Sequence[Any], checksum: object) -> None:
         if row_checksum(table, row) != checksum:
