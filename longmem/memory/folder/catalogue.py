@@ -95,7 +95,7 @@ class Catalogue:
         self.content: dict[str, Any] = {}
         self.is_closed = False
         # Threads of one process share the connection, which can be in one transaction at a time.
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
