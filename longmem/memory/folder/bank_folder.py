@@ -159,6 +159,7 @@ class BankFolder:
         ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
         ledger.changed.clear()
 
+    @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
         with self.catalogue.snapshot():
             return records.read_source(self.catalogue.read_large(SOURCES, serial), start, stop)

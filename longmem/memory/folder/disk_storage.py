@@ -242,6 +242,7 @@ class DiskStorage:
         for segment, which in self._by_segment(self._slots[rows]):
             segment.num_live += len(which)
 
+    @torch.inference_mode(False)  # a first search while the model runs must not keep later ones from being written
     def resident_keys(self, position: int) -> ResidentKeys:
         """Return the search keys of one layer, read from the segments, and checked, the first time."""
         if position not in self._keys:
