@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.codec import decode
-from longmem.memory.folder.tensor_file import TensorFile, sync, write_tensor_file
+from longmem.memory.folder.tensor_file import TensorFile, not_written, sync, write_tensor_file
 from longmem.memory.store import Chunks, LayerShape, shape_of, with_rows
 
 # Chunks of so many bytes wait in memory at most, and make one file.
@@ -284,7 +284,10 @@ class DiskStorage:
 
     def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         if sum(tensor.nbytes for s in self.segments for layer in s.waiting or () for tensor in layer) > SEGMENT_BYTES:
-            self.flush()
+            try:
+                self.flush()
+            except OSError as error:
+                raise not_written(self.folder.parent, error) from error
         first_slot = self.next_slot
         # Copies: what the caller goes on to change, or a view of a whole document, must not be what waits.
         waiting = [Chunks(*(tensor.to("cpu", copy=True) for tensor in layer)) for layer in layers]
