@@ -99,9 +99,13 @@ class Catalogue:
         self._totals = {table.name: [0, 0] for table in TABLES}
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
-            if create is not None and self._is_blank():
-                self._make_tables(create)
-            self._check_kind()
+            try:
+                if create is not None and self._is_blank():
+                    self._make_tables(create)
+                self._check_kind()
+            except BaseException:
+                self._connection.close()  # it may have made files of its own
+                raise
         except sqlite3.OperationalError as error:
             if create is None:
                 raise damaged(self.path, f"cannot be read ({error})") from error
@@ -165,6 +169,9 @@ class Catalogue:
         kind = self._connection.execute("PRAGMA application_id").fetchone()[0]
         if kind != APPLICATION_ID:
             raise damaged(self.path, "is not the catalogue of a memory bank")
+        # With another journal, commits would be in files beside this one, which nobody here knows of.
+        if self._connection.execute("PRAGMA journal_mode").fetchone()[0] != "delete":
+            raise damaged(self.path, "was changed after it was written (the kind of its journal)")
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
             raise ValueError(
