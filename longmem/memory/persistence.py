@@ -103,7 +103,7 @@ class PersistentBank:
         """
         if self._folder is not None and Path(folder).resolve() == self._folder.path:
             return
-        target = BankFolder(Path(folder), write=True, create=self._settings())
+        target = BankFolder(Path(folder), write=True, create=self._settings(), with_first_commit=True)
         try:
             target.replace(self._contents, self._new_contents(target.new_storage(self.storage_dtype)), self._settings())
         finally:

@@ -13,7 +13,7 @@ import torch
 from longmem.memory import MemoryBank
 
 LAYERS = (1, 4)
-SIZES = {1: (2, 32, 5), 4: (1, 48, 7)}  # kv_heads, key_dim, value_dim: other ones for each layer
+SIZES = {1: (2, 64, 5), 4: (1, 96, 7)}  # kv_heads, key_dim, value_dim: other ones for each layer
 CHUNK_SIZE = 4
 SETTINGS = {"memory_layers": LAYERS, "chunk_size": CHUNK_SIZE, "index": "exact", "fingerprint": "encoder-a"}
 

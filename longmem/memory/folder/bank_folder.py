@@ -43,6 +43,7 @@ class BankFolder:
         path: of the folder.
         write: to change it, as the only process.
         create: settings of a new bank, to be made if none is there.
+        with_first_commit: make it then, not now.
         device: where search keys are, and gathered chunks go.
         max_mapped_bytes: pages of segments that may be resident before they are given back; None: the system decides.
 
@@ -56,6 +57,7 @@ class BankFolder:
         *,
         write: bool,
         create: dict[str, Any] | None = None,
+        with_first_commit: bool = False,
         device: torch.device | None = None,
         max_mapped_bytes: int | None = None,
     ) -> None:
@@ -72,7 +74,10 @@ class BankFolder:
             self._acquire_lock()
         try:
             start = {"commit": 0, "next_serial": 0, "next_order": 0, "next_slot": 0, "shapes": []}
-            self.catalogue = Catalogue(self.path, write, None if create is None else start | {"settings": create})
+            content = None if create is None else start | {"settings": create}
+            self.catalogue = Catalogue(self.path, write, content, with_first_commit=with_first_commit)
+            if self.catalogue.is_new and content is not None:
+                self.catalogue.content = content
         except BaseException:
             self._release_lock()
             raise
@@ -168,11 +173,13 @@ class BankFolder:
 
     def replace(self, source: BankContents, contents: BankContents, settings: dict[str, Any]) -> None:
         """Make a copy of `source` the bank, instead of what was there; `contents` are empty, over a `new_storage`."""
-        content = self.read_content()
         assert isinstance(contents.storage, DiskStorage)
-        contents.ledger.next_serial, contents.storage.next_slot = content["next_serial"], content["next_slot"]
-        with self.catalogue.snapshot():
-            self._segments = {row[0]: row[2] for row in self.catalogue.read_table(SEGMENTS)}
+        if not self.catalogue.is_new:
+            with self.catalogue.snapshot():
+                self.catalogue.read_content()
+                self._segments = {row[0]: row[2] for row in self.catalogue.read_table(SEGMENTS)}
+        contents.ledger.next_serial = self.content["next_serial"]
+        contents.storage.next_slot = self.content["next_slot"]
         try:
             source.copy_to(contents)
         except OSError as error:

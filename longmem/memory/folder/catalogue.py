@@ -80,29 +80,35 @@ class Catalogue:
         folder: of the bank.
         write: whether changes are meant; without, a folder that cannot be written to will do.
         create: description of a new bank, to be made where there is none.
+        with_first_commit: make it then, so that what is cut short before leaves no bank.
 
     Raises ValueError if there is none, or it is damaged, or of another version.
     """
 
-    def __init__(self, folder: Path, write: bool, create: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, write: bool, create: dict[str, Any] | None = None, *, with_first_commit: bool = False
+    ) -> None:
         self.path = folder / CATALOGUE
-        if create is None and not self.path.is_file():
+        if create is None and not (self.path.is_file() and self.path.stat().st_size):
             old = " (a manifest.json is: it was written by an earlier version of longmem; memorize its documents again)"
             raise ValueError(
                 f"`folder` must be a saved memory bank, got {str(folder)!r}, where no {CATALOGUE} is"
                 f"{old if (folder / 'manifest.json').is_file() else ''}; `bank.save` or `MemoryBank.create` writes one."
             )
         self.content: dict[str, Any] = {}
-        self.is_closed = False
+        self.is_closed = self.is_new = False
         # Threads of one process share the connection, which can be in one transaction at a time.
         self._turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
             try:
-                if create is not None and self._is_blank():
-                    self._make_tables(create)
-                self._check_kind()
+                self.is_new = create is not None and self._is_blank()
+                if create is None or not self.is_new:
+                    self._check_kind()
+                elif not with_first_commit:
+                    with self.transaction():
+                        self.describe(create)
             except BaseException:
                 self._connection.close()  # it may have made files of its own
                 raise
@@ -152,18 +158,16 @@ class Catalogue:
         connection.text_factory = str
         return connection
 
-    def _make_tables(self, content: dict[str, Any]) -> None:
-        with self.transaction():
-            self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            self._connection.execute("CREATE TABLE bank (id INTEGER PRIMARY KEY, content TEXT, checksum INTEGER)")
-            for table in TABLES:
-                keys = ", ".join(column.split()[0] for column in table.columns[: table.num_keys])
-                # The checksum stands before the large columns: reading it does not read them.
-                small = table.columns[: len(table.columns) - table.num_large]
-                columns = ", ".join((*small, "checksum INTEGER", *table.columns[len(small) :]))
-                self._connection.execute(f"CREATE TABLE {table.name} ({columns}, PRIMARY KEY ({keys})) WITHOUT ROWID")
-            self.describe(content)
+    def _make_tables(self) -> None:
+        self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._connection.execute("CREATE TABLE bank (id INTEGER PRIMARY KEY, content TEXT, checksum INTEGER)")
+        for table in TABLES:
+            keys = ", ".join(column.split()[0] for column in table.columns[: table.num_keys])
+            # The checksum stands before the large columns: reading it does not read them.
+            small = table.columns[: len(table.columns) - table.num_large]
+            columns = ", ".join((*small, "checksum INTEGER", *table.columns[len(small) :]))
+            self._connection.execute(f"CREATE TABLE {table.name} ({columns}, PRIMARY KEY ({keys})) WITHOUT ROWID")
 
     def _check_kind(self) -> None:
         kind = self._connection.execute("PRAGMA application_id").fetchone()[0]
@@ -188,8 +192,11 @@ class Catalogue:
             totals = {name: list(total) for name, total in self._totals.items()}
             self._connection.execute("BEGIN IMMEDIATE")
             try:
+                if self.is_new:
+                    self._make_tables()
                 yield
                 self._connection.execute("COMMIT")
+                self.is_new = False
             except BaseException:
                 self._totals = totals
                 if self._connection.in_transaction:
