@@ -162,9 +162,10 @@ class MemoryBank(BankReader, PersistentBank):
                 f"`model` must write the sizes that the bank holds, {self._contents.shapes}, got "
                 f"{draft._contents.shapes}; memorize all documents again, in `MemoryBank.for_model(model)`."
             )
-        with self.transaction():
+        with self.transaction(), torch.inference_mode(False):
             self._contents.replace(old, draft._contents, draft._ledger.documents[document_id])
 
+    @torch.inference_mode(False)
     def copy_tokens(
         self,
         document_id: str,

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.documents import Document, IntQueue, Run, SourcePart
+from longmem.memory.documents import Document, IntQueue, Run, Source, SourcePart, Tail
 from longmem.memory.eviction import EvictionPolicy
 from longmem.memory.index import ChunkIndex, Found, SavedIndex, make_index
 from longmem.memory.ledger import Ledger
@@ -97,8 +97,7 @@ class BankContents:
             ]
         num_chunks = tokens[0][0].shape[1] // self.chunk_size
         if self._capacity_bytes is not None and self.shapes is None:  # how many chunks that is depends on their sizes
-            none = [(key[:, :0], value[:, :0]) for key, value in tokens]
-            self.storage.reserve([cut_into_chunks(*pair, self.chunk_size, self.storage_dtype) for pair in none], 0)
+            self.fix_sizes(tokens)
         skipped = self._chunks_without_room(document, num_chunks)
         start, stop = skipped * self.chunk_size, num_chunks * self.chunk_size
         chunks = [
@@ -119,6 +118,11 @@ class BankContents:
         self._write(document, chunks)
         if skipped and document.source is not None:
             document.source.drop(skipped * self.chunk_size)
+
+    def fix_sizes(self, tokens: Sequence[Tail]) -> None:
+        """Take over the sizes of heads from the keys and values of each layer, without writing any."""
+        none = [(key[:, :0], value[:, :0]) for key, value in tokens]
+        self.storage.reserve([cut_into_chunks(*pair, self.chunk_size, self.storage_dtype) for pair in none], 0)
 
     def extend_with_chunks(self, document: Document, chunks: list[Chunks], source: SourcePart | None) -> None:
         """Write whole chunks, as they are stored, to the end of a document without a tail."""
@@ -157,11 +161,14 @@ class BankContents:
 
     def copy_to(self, target: BankContents) -> None:
         """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
+        if (tails := next((each.waiting for each in self.ledger.documents.values() if each.waiting), None)) is not None:
+            target.fix_sizes(tails)  # there may be no chunk that would
         twins: dict[int, Document] = {}
         for document in self.ledger.documents.values():
             twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=deque(), source_or_reader=None)
             twin.waiting = [(key.to(target.device), value.to(target.device)) for key, value in document.waiting]
-            if document.source is not None:
+            if document.source is not None:  # characters go on to be counted from the start of the document
+                twin.source_or_reader = Source(document.source.has_text, document.source.first_char)
                 twin.push_source(document.source.part(0, len(document.source.token_ids)))
             target.ledger.open(twin)
             twins[document.serial] = twin

@@ -101,9 +101,9 @@ class PersistentBank:
 
         For a bank that is in this very folder there is nothing to do. Raises ValueError if the folder cannot be written.
         """
-        if self._folder is not None and Path(folder).resolve() == self._folder.path.resolve():
+        if self._folder is not None and Path(folder).resolve() == self._folder.path:
             return
-        target = BankFolder(Path(folder), write=True, create=self._settings())
+        target = BankFolder(Path(folder), write=True, create=self._settings(), with_first_commit=True)
         try:
             target.replace(self._contents, self._new_contents(target.new_storage(self.storage_dtype)), self._settings())
         finally:
@@ -126,6 +126,7 @@ class PersistentBank:
         try:
             yield
             if self._contents.ledger.version != before or self._contents.ledger.read:
+                before = -1  # a commit that fails leaves its traces in what is in memory
                 self._folder.commit(self._contents, self._settings())
         except BaseException:
             if self._contents.ledger.version != before:
@@ -151,18 +152,29 @@ class PersistentBank:
 
         Files that hold some of it are written anew, one after the other, so there must be room for one more of them.
         """
-        self._folder_or_raise().compact(self._contents, self._settings())
+        folder = self._folder_or_raise()
+        folder.refuse_reader()
+        if self._in_transaction:
+            raise ValueError(
+                "`compact` must not be called inside a transaction, which it would end; call it afterwards."
+            )
+        try:
+            folder.compact(self._contents, self._settings())
+        except BaseException:
+            self._read_folder()
+            raise
 
     def close(self) -> None:
         """Save indexes and how often documents were read, and let others write; the bank cannot be used afterwards."""
-        if self._folder is not None:
-            try:
-                if self._folder.is_writable:
-                    with self.transaction():
-                        pass
-                    self._folder.save_indexes(self._contents)
-            finally:
-                self._folder.close()
+        if self._folder is None or self._folder.is_closed:
+            return
+        try:
+            if self._folder.is_writable:
+                with self.transaction():
+                    pass
+                self._folder.save_indexes(self._contents)
+        finally:
+            self._folder.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,12 @@
 """One thread for the tiny banks of these tests: threads of torch and of FAISS would mostly wait for each other."""
 
-from collections.abc import Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import faiss
 import pytest
@@ -15,3 +21,52 @@ def one_thread() -> Iterator[None]:
     yield
     torch.set_num_threads(before[0])
     faiss.omp_set_num_threads(before[1])
+
+
+class Workers:
+    """Return a process that forks workers (`folder_worker.py`), started when it is first used."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(
+        self, function: str, kill_after: float | None = None, **arguments: Any
+    ) -> Callable[[], tuple[list[Any], int]]:
+        """Start a function of `folder_worker.py`; return a function that waits for its reports and its exit status."""
+        if self.process is None:
+            here = Path(__file__).parent
+            self.process = subprocess.Popen(
+                [sys.executable, here / "folder_worker.py"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path]), "OMP_NUM_THREADS": "1"},
+            )
+        process = self.process
+        assert process.stdin is not None
+        print(json.dumps([function, arguments, kill_after]), file=process.stdin, flush=True)
+
+        def wait() -> tuple[list[Any], int]:
+            assert process.stdout is not None
+            reports, status = json.loads(process.stdout.readline())
+            return reports, status
+
+        return wait
+
+    def run(self, function: str, kill_after: float | None = None, **arguments: Any) -> tuple[list[Any], int]:
+        """Return what the function reported, and its exit status."""
+        return self.start(function, kill_after, **arguments)()
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs a system that can fork processes")
+    started = Workers()
+    yield started
+    started.close()

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import sqlite3
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from os import PathLike
@@ -46,6 +47,7 @@ class BankFolder:
         path: of the folder.
         write: to change it, as the only process.
         create: settings of a new bank, to be made if none is there.
+        with_first_commit: make it then, not now.
         device: where search keys are, and gathered chunks go.
         max_mapped_bytes: pages of segments that may be resident before they are given back; None: the system decides.
 
@@ -59,10 +61,12 @@ class BankFolder:
         *,
         write: bool,
         create: dict[str, Any] | None = None,
+        with_first_commit: bool = False,
         device: torch.device | None = None,
         max_mapped_bytes: int | None = None,
     ) -> None:
-        self.path = path
+        # Where it is now: the process may go to another folder, and a link may come to lead elsewhere.
+        self.path = path.resolve()
         self.is_writable = write
         self.device = torch.device("cpu") if device is None else device
         self.max_mapped_bytes = max_mapped_bytes
@@ -70,11 +74,14 @@ class BankFolder:
         # What the catalogue holds: names of segments by first slot, tokens of each document whose source is there.
         self._segments: dict[int, str] = {}
         self._source_tokens: dict[int, int] = {}
-        if write and (create is not None or has_bank(path)):
+        if write and (create is not None or has_bank(self.path)):
             self._acquire_lock()
         try:
             start = {"commit": 0, "next_serial": 0, "next_order": 0, "next_slot": 0, "shapes": []}
-            self.catalogue = Catalogue(path, write, None if create is None else start | {"settings": create})
+            content = None if create is None else start | {"settings": create}
+            self.catalogue = Catalogue(self.path, write, content, with_first_commit=with_first_commit)
+            if self.catalogue.is_new and content is not None:
+                self.catalogue.content = content
         except BaseException:
             self._release_lock()
             raise
@@ -84,6 +91,11 @@ class BankFolder:
     def content(self) -> dict[str, Any]:
         """Return what the last commit that was read or written says about the bank as a whole; empty for a new one."""
         return self.catalogue.content
+
+    @property
+    def is_closed(self) -> bool:
+        """Return whether `close` was called."""
+        return self.catalogue.is_closed
 
     def close(self) -> None:
         """Let others write."""
@@ -161,6 +173,7 @@ class BankFolder:
         ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
         ledger.changed.clear()
 
+    @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
         with self.catalogue.snapshot():
             return records.read_source(self.catalogue.read_large(SOURCES, serial), start, stop)
@@ -169,11 +182,13 @@ class BankFolder:
 
     def replace(self, source: BankContents, contents: BankContents, settings: dict[str, Any]) -> None:
         """Make a copy of `source` the bank, instead of what was there; `contents` are empty, over a `new_storage`."""
-        content = self.read_content()
         assert isinstance(contents.storage, DiskStorage)
-        contents.ledger.next_serial, contents.storage.next_slot = content["next_serial"], content["next_slot"]
-        with self.catalogue.snapshot():
-            self._segments = {row[0]: row[2] for row in self.catalogue.read_table(SEGMENTS)}
+        if not self.catalogue.is_new:
+            with self.catalogue.snapshot():
+                self.catalogue.read_content()
+                self._segments = {row[0]: row[2] for row in self.catalogue.read_table(SEGMENTS)}
+        contents.ledger.next_serial = self.content["next_serial"]
+        contents.storage.next_slot = self.content["next_slot"]
         try:
             source.copy_to(contents)
         except OSError as error:
@@ -263,21 +278,30 @@ class BankFolder:
         for segment in [segment for segment in storage.segments if segment.num_live < segment.num_slots]:
             self._rewrite(contents, [segment])
             self.commit(contents, settings)
-        with self.catalogue.transaction():
-            for document in contents.ledger.documents.values():
-                if document.first_chunk(contents.chunk_size):
-                    records.trim_source(self.catalogue, document, contents.chunk_size)
-            self.catalogue.remove(INDEXES, ())
-            self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
-        self.indexes.clear()
+        # Asked for their source before the transaction: it may have to be read, in a transaction of its own.
+        evicted = [each for each in contents.ledger.documents.values() if each.first_chunk(contents.chunk_size)]
+        trimmed = [document for document in evicted if document.source is not None]
         try:
-            self.save_indexes(contents, again=True)
+            with self.catalogue.transaction():
+                for document in trimmed:
+                    records.trim_source(self.catalogue, document, contents.chunk_size)
+                self.catalogue.remove(INDEXES, ())
+                self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
+            self.indexes.clear()
+            self._save_indexes(contents, again=True)
             self.catalogue.vacuum()
         except (OSError, sqlite3.OperationalError) as error:
             raise not_written(self.path, error) from error
 
-    def save_indexes(self, contents: BankContents, *, again: bool = False) -> None:
+    def save_indexes(self, contents: BankContents) -> None:
         """Save the indexes that were built since, so that the next who opens the bank need not build them."""
+        try:
+            self._save_indexes(contents)
+        except (OSError, sqlite3.OperationalError) as error:  # nothing is lost that counts
+            self.indexes.remove_strangers()
+            warnings.warn(f"the index of the bank in {str(self.path)!r} was not saved: {error}", stacklevel=4)
+
+    def _save_indexes(self, contents: BankContents, *, again: bool = False) -> None:
         if rows := self.indexes.write(contents, again=again):
             with self.catalogue.transaction():
                 self.indexes.put(rows)
@@ -322,7 +346,8 @@ class BankFolder:
                 remove(path)
 
     def refuse_reader(self) -> None:
-        """Raise ValueError if the bank was opened to be read."""
+        """Raise ValueError if the bank was opened to be read, or is closed."""
+        self.catalogue.refuse_closed()
         if not self.is_writable:
             raise ValueError(f"the bank in {str(self.path)!r} was opened with `read_only=True`; open it without.")
 

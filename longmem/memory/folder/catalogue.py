@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,25 +80,38 @@ class Catalogue:
         folder: of the bank.
         write: whether changes are meant; without, a folder that cannot be written to will do.
         create: description of a new bank, to be made where there is none.
+        with_first_commit: make it then, so that what is cut short before leaves no bank.
 
     Raises ValueError if there is none, or it is damaged, or of another version.
     """
 
-    def __init__(self, folder: Path, write: bool, create: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, write: bool, create: dict[str, Any] | None = None, *, with_first_commit: bool = False
+    ) -> None:
         self.path = folder / CATALOGUE
-        if create is None and not self.path.is_file():
+        if create is None and not (self.path.is_file() and self.path.stat().st_size):
             old = " (a manifest.json is: it was written by an earlier version of longmem; memorize its documents again)"
             raise ValueError(
                 f"`folder` must be a saved memory bank, got {str(folder)!r}, where no {CATALOGUE} is"
                 f"{old if (folder / 'manifest.json').is_file() else ''}; `bank.save` or `MemoryBank.create` writes one."
             )
         self.content: dict[str, Any] = {}
+        self.is_closed = self.is_new = False
+        # Threads of one process share the connection, which can be in one transaction at a time.
+        self._turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
-            if create is not None and self._is_blank():
-                self._make_tables(create)
-            self._check_kind()
+            try:
+                self.is_new = create is not None and self._is_blank()
+                if create is None or not self.is_new:
+                    self._check_kind()
+                elif not with_first_commit:
+                    with self.transaction():
+                        self.describe(create)
+            except BaseException:
+                self._connection.close()  # it may have made files of its own
+                raise
         except sqlite3.OperationalError as error:
             if create is None:
                 raise damaged(self.path, f"cannot be read ({error})") from error
@@ -144,23 +158,24 @@ class Catalogue:
         connection.text_factory = str
         return connection
 
-    def _make_tables(self, content: dict[str, Any]) -> None:
-        with self.transaction():
-            self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            self._connection.execute("CREATE TABLE bank (id INTEGER PRIMARY KEY, content TEXT, checksum INTEGER)")
-            for table in TABLES:
-                keys = ", ".join(column.split()[0] for column in table.columns[: table.num_keys])
-                # The checksum stands before the large columns: reading it does not read them.
-                small = table.columns[: len(table.columns) - table.num_large]
-                columns = ", ".join((*small, "checksum INTEGER", *table.columns[len(small) :]))
-                self._connection.execute(f"CREATE TABLE {table.name} ({columns}, PRIMARY KEY ({keys})) WITHOUT ROWID")
-            self.describe(content)
+    def _make_tables(self) -> None:
+        self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._connection.execute("CREATE TABLE bank (id INTEGER PRIMARY KEY, content TEXT, checksum INTEGER)")
+        for table in TABLES:
+            keys = ", ".join(column.split()[0] for column in table.columns[: table.num_keys])
+            # The checksum stands before the large columns: reading it does not read them.
+            small = table.columns[: len(table.columns) - table.num_large]
+            columns = ", ".join((*small, "checksum INTEGER", *table.columns[len(small) :]))
+            self._connection.execute(f"CREATE TABLE {table.name} ({columns}, PRIMARY KEY ({keys})) WITHOUT ROWID")
 
     def _check_kind(self) -> None:
         kind = self._connection.execute("PRAGMA application_id").fetchone()[0]
         if kind != APPLICATION_ID:
             raise damaged(self.path, "is not the catalogue of a memory bank")
+        # With another journal, commits would be in files beside this one, which nobody here knows of.
+        if self._connection.execute("PRAGMA journal_mode").fetchone()[0] != "delete":
+            raise damaged(self.path, "was changed after it was written (the kind of its journal)")
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
             raise ValueError(
@@ -173,16 +188,20 @@ class Catalogue:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make the changes inside the block together, or none of them, for good."""
-        totals = {name: list(total) for name, total in self._totals.items()}
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            self._totals = totals
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
+        with self._turn:
+            totals = {name: list(total) for name, total in self._totals.items()}
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                if self.is_new:
+                    self._make_tables()
+                yield
+                self._connection.execute("COMMIT")
+                self.is_new = False
+            except BaseException:
+                self._totals = totals
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
 
     def put(self, table: Table, row: Sequence[Any]) -> None:
         """Write a row, in place of the one with its keys."""
@@ -221,13 +240,16 @@ class Catalogue:
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read inside the block from one commit, whatever others commit meanwhile."""
-        self._connection.execute("BEGIN")
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            raise damaged(self.path, f"cannot be read ({error})") from error
-        finally:
-            self._connection.execute("ROLLBACK")
+        with self._turn:
+            self.refuse_closed()
+            self._connection.execute("BEGIN")
+            try:
+                yield
+            except sqlite3.DatabaseError as error:
+                raise damaged(self.path, f"cannot be read ({error})") from error
+            finally:
+                if self._connection.in_transaction:  # SQLite ends it itself when a read fails
+                    self._connection.execute("ROLLBACK")
 
     def read_content(self) -> dict[str, Any]:
         """Return what is said about the bank as a whole."""
@@ -284,7 +306,13 @@ class Catalogue:
 
     def close(self) -> None:
         """Close the file."""
+        self.is_closed = True
         self._connection.close()
+
+    def refuse_closed(self) -> None:
+        """Raise ValueError if the bank was closed."""
+        if self.is_closed:
+            raise ValueError(f"the bank in {str(self.path.parent)!r} was closed; open it again with `MemoryBank.open`.")
 
     def _check_row(self, table: Table, row: Sequence[Any], checksum: object) -> None:
         if row_checksum(table, row) != checksum:

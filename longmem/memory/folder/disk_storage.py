@@ -18,12 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.codec import decode
-from longmem.memory.folder.tensor_file import TensorFile, sync, write_tensor_file
+from longmem.memory.folder.tensor_file import TensorFile, not_written, sync, write_tensor_file
 from longmem.memory.store import Chunks, LayerShape, shape_of, with_rows
 
 # Chunks of so many bytes wait in memory at most, and make one file.
 SEGMENT_BYTES = 2**26
-PAGE_BYTES = 4096
+# What a read maps beyond its own bytes, at most: systems map pages around the one that was touched (Linux: 64 KiB).
+AROUND_BYTES = 2**17
 
 
 @dataclass
@@ -241,6 +242,7 @@ class DiskStorage:
         for segment, which in self._by_segment(self._slots[rows]):
             segment.num_live += len(which)
 
+    @torch.inference_mode(False)  # a first search while the model runs must not keep later ones from being written
     def resident_keys(self, position: int) -> ResidentKeys:
         """Return the search keys of one layer, read from the segments, and checked, the first time."""
         if position not in self._keys:
@@ -282,7 +284,10 @@ class DiskStorage:
 
     def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         if sum(tensor.nbytes for s in self.segments for layer in s.waiting or () for tensor in layer) > SEGMENT_BYTES:
-            self.flush()
+            try:
+                self.flush()
+            except OSError as error:
+                raise not_written(self.folder.parent, error) from error
         first_slot = self.next_slot
         # Copies: what the caller goes on to change, or a view of a whole document, must not be what waits.
         waiting = [Chunks(*(tensor.to("cpu", copy=True) for tensor in layer)) for layer in layers]
@@ -299,15 +304,17 @@ class DiskStorage:
         taken: Tensor | None = None
         for segment, which in self._by_segment(flat):
             stored = segment.tensor(position, name, check=check)
-            # One index_select over (heads * slots) copies whole chunks; other ways need an index for every number.
-            places = (
-                flat[which] - segment.first_slot + which.div(slots.shape[1], rounding_mode="floor") * segment.num_slots
-            )
-            rows = stored.flatten(0, 1).index_select(0, places)
             if taken is None:
-                taken = rows.new_empty(len(flat), *rows.shape[1:])
-            taken.index_copy_(0, which, rows)
-            self._count_pages(segment, len(which), rows[0].nbytes)
+                taken = stored.new_empty(len(flat), *stored.shape[2:])
+            for part in which.split(self._rows_at_once(stored)):
+                # One index_select over (heads * slots) copies whole chunks; other ways need an index for every number.
+                places = (
+                    flat[part]
+                    - segment.first_slot
+                    + part.div(slots.shape[1], rounding_mode="floor") * segment.num_slots
+                )
+                self._count_pages(segment, len(part), stored[0, 0].nbytes)
+                taken.index_copy_(0, part, stored.flatten(0, 1).index_select(0, places))
         assert taken is not None or not len(flat), "live rows point to slots of segments"
         if taken is None:
             shape = self.segments[0].tensor(position, name).shape[2:]
@@ -329,15 +336,23 @@ class DiskStorage:
             if len(positions):
                 yield self.segments[low + number], positions
 
+    def _rows_at_once(self, stored: Tensor) -> int:
+        """Return how many chunks of a tensor may be read before pages are given back."""
+        if self.max_mapped_bytes is None:
+            return max(1, stored.shape[0] * stored.shape[1])
+        return max(1, self.max_mapped_bytes // (stored[0, 0].nbytes + AROUND_BYTES))
+
     def _count_pages(self, segment: Segment, num_reads: int, num_bytes: int) -> None:
+        """Give back all pages if what is about to be read would not fit beside them."""
         if self.max_mapped_bytes is None or segment.file is None:
             return
-        self._mapped_bytes += num_reads * (num_bytes + PAGE_BYTES)
+        new_bytes = num_reads * (num_bytes + AROUND_BYTES)
+        self._mapped_bytes += new_bytes
         if self._mapped_bytes > self.max_mapped_bytes:
             for each in self.segments:
                 if each.file is not None:
                     each.file.release()
-            self._mapped_bytes = 0
+            self._mapped_bytes = new_bytes
 
 
 def open_segments(folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]]) -> list[Segment]:
