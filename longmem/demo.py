@@ -238,8 +238,8 @@ def reopened_difference(
     model.save_pretrained(settings.output / "side-network")
     bank.save(settings.output / "bank")
     reopened = LongMemForCausalLM.from_pretrained(settings.output / "side-network")
-    reopened_bank = MemoryBank.load(settings.output / "bank", model=reopened)
-    again = score_windows(reopened, rest[: settings.window], window=settings.window, memory=reopened_bank)
+    with MemoryBank.open(settings.output / "bank", reopened, read_only=True) as reopened_bank:
+        again = score_windows(reopened, rest[: settings.window], window=settings.window, memory=reopened_bank)
     return (again.losses - scores["on"].losses[:1]).abs().max().item()
 
 

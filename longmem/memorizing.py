@@ -95,6 +95,7 @@ def memorize(
     context = torch.empty(0, dtype=torch.int64) if context is None else context
     known = {} if reuse is None else known_windows(*reuse, length)
     is_new = not append
+    num_encoded = 0
 
     def write(start: int, stop: int, keys: list[Tensor], values: list[Tensor]) -> None:
         nonlocal is_new
@@ -118,6 +119,7 @@ def memorize(
                     before = context if start == 0 else context[:0]
                     batch = torch.stack([torch.cat([before, source.ids[first:last]]) for first, last in group])
                     keys, values = model.encode(batch.to(model.input_device))
+                    num_encoded += stop - start
                     for lane, place in enumerate(group):
                         write(*place, *([layer[lane, :, len(before) :] for layer in part] for part in (keys, values)))
                 if progress is not None:
@@ -126,7 +128,7 @@ def memorize(
             if not append and not is_new:
                 bank.delete(document_id)
             raise
-    return len(source.ids)
+    return num_encoded
 
 
 def groups(

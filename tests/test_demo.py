@@ -28,7 +28,7 @@ def test_the_demo_writes_what_it_says(backbone_folder, tmp_path, capsys):
     told = capsys.readouterr().out
     for word in ("memory on", "wrong memory", "share", "with memory:", "largest difference of 31 losses 0.0e+00"):
         assert word in told
-    for name in ("demo.png", "table.md", "config.json", "environment.json", "bank/manifest.json"):
+    for name in ("demo.png", "table.md", "config.json", "environment.json", "bank/catalogue.sqlite"):
         assert (output / name).stat().st_size > 0
     metrics = json.loads((output / "metrics.json").read_text())
     losses = load_file(output / "losses.safetensors")

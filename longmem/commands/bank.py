@@ -1,65 +1,150 @@
-"""`longmem bank`: look into a saved bank, delete from it. No model is opened."""
+"""`longmem bank`, as far as no model is needed: look into a bank, label, delete, check, compact, export."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 
 from rich.table import Table
 
 from longmem.commands import opening
+from longmem.commands.texts import export_line
+from longmem.memory import DocumentInfo, MemoryBank
 
 
 def list_documents(arguments: argparse.Namespace) -> None:
     """Print the documents of a bank, in the order in which they were added."""
-    documents = opening.open_bank(arguments.bank).documents()
+    with opening.open_bank(arguments.bank) as bank:
+        documents = chosen_documents(bank, arguments.tag)
     if arguments.json:
         opening.print_json({"documents": [dataclasses.asdict(info) for info in documents]})
         return
     table = Table("document", box=None, header_style="bold")
-    for column in ("tokens", "in memory from token", "chunks"):
+    for column in ("tokens", "in memory from token", "chunks", "reads"):
         table.add_column(column, justify="right")
+    table.add_column("pinned")
+    table.add_column("tags")
     for info in documents:
-        numbers = (info.num_tokens, info.first_resident_token, info.num_chunks)
-        table.add_row(info.document_id, *(f"{number:,}" for number in numbers))
-    opening.console_for(False).print(table if documents else "The bank is empty.")
+        numbers = (info.num_tokens, info.first_resident_token, info.num_chunks, info.num_reads)
+        labels = ("pinned" if info.is_pinned else "", ", ".join(info.tags))
+        table.add_row(info.document_id, *(f"{number:,}" for number in numbers), *labels)
+    nothing = f"No document has a tag of {', '.join(arguments.tag)}." if arguments.tag else "The bank is empty."
+    opening.console_for(False).print(table if documents else nothing)
 
 
 def show_info(arguments: argparse.Namespace) -> None:
     """Print sizes and settings of a bank."""
-    bank = opening.open_bank(arguments.bank)
-    files = [path for path in arguments.bank.iterdir() if path.is_file()]
-    values = {
-        "model": opening.model_of_bank(arguments.bank),
-        "documents": len(bank.documents()),
-        "tokens": bank.num_tokens,
-        "capacity_tokens": bank.capacity_tokens,
-        "bytes_on_disk": sum(path.stat().st_size for path in files),
-        "memory_layers": list(bank.memory_layers),
-        "chunk_size": bank.chunk_size,
-        "index": bank.index,
-        "eviction": bank.eviction,
-        "storage_dtype": str(bank.storage_dtype).removeprefix("torch."),
-        "fingerprint": bank.fingerprint,
-    }
+    with opening.open_bank(arguments.bank) as bank:
+        documents = bank.documents()
+        values = {
+            "model": opening.model_of_bank(arguments.bank),
+            "documents": len(documents),
+            "pinned_documents": sum(info.is_pinned for info in documents),
+            "tags": sorted({tag for info in documents for tag in info.tags}),
+            "tokens": bank.num_tokens,
+            "capacity_tokens": bank.capacity_tokens,
+            "capacity_bytes": bank.capacity_bytes,
+            "reads": sum(info.num_reads for info in documents),
+            "bytes_on_disk": opening.bytes_on_disk(arguments.bank),
+            "bytes_that_compact_gives_back": bank.num_dead_bytes,
+            "memory_layers": list(bank.memory_layers),
+            "chunk_size": bank.chunk_size,
+            "index": bank.index,
+            "eviction": bank.eviction,
+            "storage_dtype": str(bank.storage_dtype).removeprefix("torch."),
+            "fingerprint": bank.fingerprint,
+        }
     if arguments.json:
         opening.print_json(values)
         return
     table = Table(box=None, show_header=False)
     for name, value in values.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        if value is None and name.startswith("capacity"):
+            value = "no limit"
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        table.add_row(name.replace("_", " "), f"{text:,}" if isinstance(text, int) else str(text))
     opening.console_for(False).print(table)
 
 
 def delete_documents(arguments: argparse.Namespace) -> None:
-    """Delete documents and save the bank; all of them or, if one is unknown, none."""
-    opening.open_bank(arguments.bank)  # before a lock is made in a folder that holds none
-    with opening.sole_writer(arguments.bank):
-        bank = opening.open_bank(arguments.bank)
-        for document_id in arguments.documents:
-            bank.delete(document_id)
-        bank.save(arguments.bank)
+    """Delete documents; all of them or, if one is unknown, none."""
+    change_documents(arguments, "deleted", lambda bank, name: bank.delete(name))
+
+
+def tag_documents(arguments: argparse.Namespace) -> None:
+    """Give documents tags, instead of those that they had."""
+    change_documents(arguments, "tagged", lambda bank, name: bank.tag(name, arguments.tag))
+
+
+def pin_documents(arguments: argparse.Namespace) -> None:
+    """Keep documents from eviction."""
+    change_documents(arguments, "pinned", lambda bank, name: bank.pin(name))
+
+
+def unpin_documents(arguments: argparse.Namespace) -> None:
+    """Let documents be evicted again."""
+    change_documents(arguments, "unpinned", lambda bank, name: bank.pin(name, False))
+
+
+def change_documents(arguments: argparse.Namespace, done: str, change: Callable[[MemoryBank, str], None]) -> None:
+    """Change the named documents in one commit, and say what was done."""
+    with opening.open_bank(arguments.bank, write=True) as bank:
+        with bank.transaction():
+            for document_id in dict.fromkeys(arguments.documents):
+                change(bank, document_id)
+        tokens = bank.num_tokens
     if arguments.json:
-        opening.print_json({"deleted": arguments.documents, "bank_tokens": bank.num_tokens})
+        opening.print_json({done: arguments.documents, "bank_tokens": tokens})
     else:
-        opening.console_for(False).print(f"{arguments.bank}: {bank.num_tokens:,} tokens left.")
+        names = ", ".join(arguments.documents)
+        opening.console_for(False).print(
+            f"{arguments.bank}: {done} {names}; {tokens:,} tokens in memory.", markup=False
+        )
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Read every file of a bank and compare it with its checksums."""
+    with opening.open_bank(arguments.bank) as bank:
+        files = bank.verify()
+        num_bytes = sum(path.stat().st_size for path in files)
+    if arguments.json:
+        opening.print_json({"files": len(files), "bytes": num_bytes, "is_whole": True})
+    else:
+        opening.console_for(False).print(
+            f"{len(files)} files, {num_bytes / 1e6:,.1f} MB: every byte is as it was written."
+        )
+
+
+def compact(arguments: argparse.Namespace) -> None:
+    """Give back the space of what was deleted or evicted."""
+    with opening.open_bank(arguments.bank, write=True) as bank:
+        before = opening.bytes_on_disk(arguments.bank)
+        bank.compact()
+        after = opening.bytes_on_disk(arguments.bank)
+    if arguments.json:
+        opening.print_json({"bytes_before": before, "bytes_after": after})
+    else:
+        opening.console_for(False).print(f"{arguments.bank}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now.")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write documents to a file, one JSON object on each line; the file is there once it is whole."""
+    unfinished = arguments.output.with_name(arguments.output.name + ".part")
+    with opening.open_bank(arguments.bank) as bank:
+        documents = chosen_documents(bank, arguments.tag)
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.writelines(export_line(bank, info) for info in documents)
+            unfinished.replace(arguments.output)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    if arguments.json:
+        opening.print_json({"output": str(arguments.output), "documents": len(documents)})
+    else:
+        opening.console_for(False).print(f"{arguments.output}: {len(documents)} documents.")
+
+
+def chosen_documents(bank: MemoryBank, tags: list[str]) -> list[DocumentInfo]:
+    """Return the documents with one of the tags; all, if there are none."""
+    return [info for info in bank.documents() if not tags or set(tags) & set(info.tags)]

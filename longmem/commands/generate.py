@@ -11,7 +11,10 @@ import torch
 from transformers import TextStreamer
 
 from longmem.commands import opening
+from longmem.commands.texts import read_text
 from longmem.evaluation.reads import read_passages
+from longmem.memory import MemoryBank
+from longmem.modeling import LongMemForCausalLM
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,14 +23,18 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: no bank, a bank of another model, an empty prompt, or a number out of range.
     """
-    prompt = arguments.prompt if arguments.prompt_file is None else opening.read_text(arguments.prompt_file)
+    prompt = arguments.prompt if arguments.prompt_file is None else read_text(arguments.prompt_file)
     validate(prompt, arguments)
-    opening.open_bank(arguments.bank)  # says what is wrong with it before a model is opened
-    model_name = arguments.model or opening.model_of_bank(arguments.bank)
-    if model_name is None:
-        raise ValueError(f"the bank in {arguments.bank} does not say which model wrote it; name it with `--model`.")
-    model = opening.open_model(model_name)
-    bank = opening.open_bank(arguments.bank, model)
+    opening.open_bank(arguments.bank).close()  # says what is wrong with it before a model is opened
+    model_name, model = opening.open_model_of(arguments.bank, arguments.model)
+    with opening.open_bank(arguments.bank, model) as bank:
+        answer(prompt, model_name, model, bank, arguments)
+
+
+def answer(
+    prompt: str, model_name: str, model: LongMemForCausalLM, bank: MemoryBank, arguments: argparse.Namespace
+) -> None:
+    """Print the continuation, and what was read."""
     inputs = model.tokenizer(prompt, return_tensors="pt").to(model.input_device)
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     if options["do_sample"]:

@@ -1,84 +1,143 @@
-"""`longmem memorize`: text files into a bank on disk."""
+"""`longmem memorize` and `longmem bank add`, `append`, `update`: texts into a bank on disk."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from typing import NamedTuple
 
 from longmem.commands import opening
+from longmem.commands.texts import Text, read_text, read_texts
 from longmem.console import token_progress
-from longmem.memory import MemoryBank
+from longmem.memory import MemoryBank, has_bank
+from longmem.modeling import LongMemForCausalLM
+
+# What is chosen when a bank is made: the argument of the command, and that of `MemoryBank`.
+OPTIONS_OF_A_NEW_BANK = {
+    "capacity": "capacity_tokens",
+    "index": "index",
+    "eviction": "eviction",
+    "storage_dtype": "storage_dtype",
+}
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Add or replace documents, then save the bank in one step.
+class Written(NamedTuple):
+    """Return how many tokens of a text were encoded, and how many copied from the version before."""
+
+    encoded: int
+    copied: int = 0
+
+
+def add(arguments: argparse.Namespace) -> None:
+    """Add documents or, with `--replace`, new versions of them; each is on the disk once it is whole.
 
     Raises:
         ValueError: a name that is there or given twice, an empty or unreadable file, or a bank of another model.
     """
-    names = [arguments.id] if arguments.id else [path.name for path in arguments.files]
-    if arguments.id and len(arguments.files) > 1:
-        raise ValueError(
-            f"`--id` names one file, got {len(arguments.files)}; leave it out, or memorize them one by one."
-        )
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"files must have different names, got {twice[0]} twice; memorize them one by one with `--id`."
-        )
-    texts = [opening.read_text(path) for path in arguments.files]
-    if blank := [str(path) for path, text in zip(arguments.files, texts, strict=True) if not text.strip()]:
-        raise ValueError(f"{blank[0]} holds no text.")
-    folder, is_new = arguments.bank, not opening.has_bank(arguments.bank)
-    if not is_new:
-        if arguments.capacity is not None:
-            raise ValueError("`--capacity` is set when a bank is made; leave it out for the one that is there.")
-        refuse_known(opening.open_bank(folder), names, arguments.replace)  # before the model is opened
+    texts = read_texts(arguments.files, arguments.id)
+    folder, is_new = arguments.bank, not has_bank(arguments.bank)
+    options = {name: vars(arguments)[name] for name in OPTIONS_OF_A_NEW_BANK if vars(arguments)[name] is not None}
+    # All that can be said before a model is opened is said before.
+    if is_new:
+        options = {OPTIONS_OF_A_NEW_BANK[name]: value for name, value in options.items()}
+        MemoryBank(**{"memory_layers": [0], "chunk_size": 1, **options})
+    else:
+        if options:
+            option = next(iter(options)).replace("_", "-")
+            raise ValueError(f"`--{option}` is set when a bank is made; leave it out for the one that is there.")
+        with opening.open_bank(folder) as bank:
+            refuse_known(bank, texts, arguments.replace)
     model_name = arguments.model or opening.model_of_bank(folder) or opening.DEFAULT_MODEL
     console = opening.console_for(arguments.json)
     console.print(f"Opening {model_name} ...")
     model = opening.open_model(model_name)
-    with opening.sole_writer(folder):
-        capacity = {} if arguments.capacity is None else {"capacity_tokens": arguments.capacity}
-        bank = MemoryBank.for_model(model, **capacity) if is_new else opening.open_bank(folder, model)
-        refuse_known(bank, names, arguments.replace)
-        written = {}
+    if is_new:
+        MemoryBank.for_model(model, folder=folder, **options).close()
+    with opening.open_bank(folder, model, write=True) as bank:
+        if is_new or arguments.model:
+            opening.remember_model(folder, model_name)
+        refuse_known(bank, texts, arguments.replace)
         began = time.perf_counter()
-        for name, text in zip(names, texts, strict=True):
-            if name in bank:
-                bank.delete(name)
-            with token_progress(name, console) as report:
-                written[name] = model.memorize(bank, text, name, progress=report)
-        seconds = time.perf_counter() - began
-        bank.save(folder)
-        opening.remember_model(folder, model_name)
-    lost = sum(info.first_resident_token for info in bank.documents())
-    if lost or any(name not in bank for name in names):
-        opening.say(
-            f"longmem: the bank is full at {bank.capacity_tokens:,} tokens; the oldest made room for the newest."
-        )
+        written = {text.name: write(bank, model, text, arguments) for text in texts}
+        report(bank, model_name, written, time.perf_counter() - began, arguments)
+
+
+def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: argparse.Namespace) -> Written:
+    """Commit one document, new or in place of the one of this name."""
+    tags = (*text.tags, *arguments.tag)
+    with token_progress(text.name, opening.console_for(arguments.json)) as progress, bank.transaction():
+        if text.name in bank:
+            encoded = bank.update(text.name, text.text, model=model, progress=progress)
+            written = Written(encoded, bank.info(text.name).num_tokens - encoded)
+            if tags:
+                bank.tag(text.name, tags)
+        else:
+            written = Written(model.memorize(bank, text.text, text.name, tags=tags, progress=progress))
+        if arguments.pin or text.is_pinned:
+            bank.pin(text.name)
+    return written
+
+
+def append(arguments: argparse.Namespace) -> None:
+    """Continue a document with the text of files; all of them or, if anything fails, none."""
+    texts = [read_text(path) for path in arguments.files]
+    with opening.open_bank(arguments.bank) as bank:
+        bank.info(arguments.id)
+    model_name, model = opening.open_model_of(arguments.bank, arguments.model)
+    with opening.open_bank(arguments.bank, model, write=True) as bank:
+        encoded, began = 0, time.perf_counter()
+        with bank.transaction():  # of a second try after half of it, the document would have that half twice
+            for path, text in zip(arguments.files, texts, strict=True):
+                with token_progress(path.name, opening.console_for(arguments.json)) as progress:
+                    encoded += model.memorize(bank, text, arguments.id, append=True, progress=progress)
+        report(bank, model_name, {arguments.id: Written(encoded)}, time.perf_counter() - began, arguments)
+
+
+def update(arguments: argparse.Namespace) -> None:
+    """Replace a document by a new version of its text; what did not change is copied."""
+    (text,) = read_texts([arguments.file], arguments.id or arguments.file.name)
+    with opening.open_bank(arguments.bank) as bank:
+        bank.info(text.name)
+    model_name, model = opening.open_model_of(arguments.bank, arguments.model)
+    with opening.open_bank(arguments.bank, model, write=True) as bank:
+        began = time.perf_counter()
+        written = {text.name: write(bank, model, text, arguments)}
+        report(bank, model_name, written, time.perf_counter() - began, arguments)
+
+
+def report(
+    bank: MemoryBank, model_name: str, written: dict[str, Written], seconds: float, arguments: argparse.Namespace
+) -> None:
+    """Print what was written, and whether anything had to go for it."""
+    infos = {info.document_id: info for info in bank.documents()}
+    if any(info.first_resident_token for info in infos.values()) or written.keys() - infos.keys():
+        full = "" if bank.capacity_tokens is None else f" at {bank.capacity_tokens:,} tokens"
+        opening.say(f"longmem: the bank is full{full}; the oldest made room for the newest.")
     if arguments.json:
         opening.print_json(
             {
-                "bank": str(folder),
+                "bank": str(arguments.bank),
                 "model": model_name,
-                "written_tokens": written,
+                "written_tokens": {name: sum(counts) for name, counts in written.items()},
+                "copied_tokens": {name: counts.copied for name, counts in written.items()},
                 "seconds": round(seconds, 3),
                 "bank_tokens": bank.num_tokens,
                 "capacity_tokens": bank.capacity_tokens,
             }
         )
         return
-    speed = sum(written.values()) / seconds
-    console.print(
-        f"{folder}: {bank.num_tokens:,} of {bank.capacity_tokens:,} tokens, {bank.nbytes / 1e6:,.0f} MB "
-        f"({speed:,.0f} tokens/s)."
+    encoded, copied = (sum(column) for column in zip(*written.values(), strict=True))
+    limit = "" if bank.capacity_tokens is None else f" of {bank.capacity_tokens:,}"
+    opening.console_for(False).print(
+        f"{arguments.bank}: {encoded:,} tokens encoded ({encoded / seconds:,.0f} tokens/s), {copied:,} copied; "
+        f"{bank.num_tokens:,}{limit} tokens in memory, {opening.bytes_on_disk(arguments.bank) / 1e6:,.1f} MB on disk."
     )
 
 
-def refuse_known(bank: MemoryBank, names: list[str], replace: bool) -> None:
+def refuse_known(bank: MemoryBank, texts: list[Text], replace: bool) -> None:
     """Raise ValueError for a document that is there, unless it is to be replaced."""
-    if known := [name for name in names if name in bank and not replace]:
+    if known := [text.name for text in texts if text.name in bank and not replace]:
         raise ValueError(
-            f"the bank already holds a document {known[0]!r}; use `--replace` for a new version of it, or another name "
-            "with `--id`."
+            f"the bank already holds a document {known[0]!r}; leave it out, use `--replace` for a new version of it, or "
+            "another name with `--id`."
         )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
-from longmem import memory
-from longmem.memory import MemoryBank
+from longmem.memory import MemoryBank, has_bank
 from longmem.modeling import LongMemForCausalLM
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -30,14 +27,6 @@ def console_for(as_json: bool) -> Console:
 def print_json(values: dict[str, Any]) -> None:
     """Print what a program reads."""
     print(json.dumps(values, indent=2, ensure_ascii=False))
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file. Raises ValueError if it is no UTF-8, OSError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a UTF-8 text file ({error}); convert it to UTF-8 text first.") from error
 
 
 def open_model(name: str, **config_fields: Any) -> LongMemForCausalLM:
@@ -70,16 +59,16 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def has_bank(folder: Path) -> bool:
-    """Return whether a bank was saved there."""
-    return memory.has_bank(folder)
-
-
-def open_bank(folder: Path, model: LongMemForCausalLM | None = None) -> MemoryBank:
-    """Return the bank in a folder. Raises ValueError if there is none, or it was written by another model."""
+def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: bool = False) -> MemoryBank:
+    """Return the bank in a folder, to be closed. Raises ValueError if there is none, or it was written by another model."""
     if not has_bank(folder):
         raise ValueError(f"there is no bank in {folder}; `longmem memorize FILE --bank {folder}` makes one.")
-    return MemoryBank.load(folder, model=model)
+    return MemoryBank.open(folder, model, read_only=not write)
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Return the size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def model_of_bank(folder: Path) -> str | None:
@@ -90,21 +79,18 @@ def model_of_bank(folder: Path) -> str | None:
         return None
 
 
+def open_model_of(folder: Path, chosen: str | None) -> tuple[str, LongMemForCausalLM]:
+    """Return name and model: the one that was chosen or, without a choice, the one that wrote the bank."""
+    name = chosen or model_of_bank(folder)
+    if name is None:
+        raise ValueError(f"the bank in {folder} does not say which model wrote it; name it with `--model`.")
+    return name, open_model(name)
+
+
 def remember_model(folder: Path, name: str) -> None:
     """Write down the model of a bank; a folder by its full path, so that it is found from anywhere."""
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
     (folder / MODEL_FILE).write_text(json.dumps({"model": name}, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other `longmem` processes from changing a bank meanwhile. Raises ValueError if one is at it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(f"another process is writing the bank in {folder}; wait for it to end.") from error
 
 
 def say(message: str) -> None:

@@ -145,8 +145,10 @@ class MemoryBank(BankReader, PersistentBank):
             if document.window_length != window_length:
                 document.window_length = None
 
-    def update(self, document_id: str, text_or_ids: str | Iterable[int] | Tensor, *, model: Any) -> None:
-        """Replace a document by the encoding of a new text, which counts as written now; tags and pin stay.
+    def update(self, document_id: str, text_or_ids: str | Iterable[int] | Tensor, *, model: Any, **options: Any) -> int:
+        """Replace a document by the encoding of a new text, written now; return how many tokens had to be encoded.
+
+        Tags and pin stay. `options`: `batch_size` and `progress` of `LongMemForCausalLM.memorize`.
 
         Windows whose tokens are the same as those of some window before are copied, the others encoded; so a change costs
         as much as the text from there to the end of its window, if it keeps the length, and to the end of the document
@@ -156,7 +158,7 @@ class MemoryBank(BankReader, PersistentBank):
         old = self._document("document_id", document_id)
         checks.validate_encoder(model, self.fingerprint, "the bank")
         draft = self.empty_like()
-        model.memorize(draft, text_or_ids, document_id=document_id, reuse=(self, document_id))
+        num_encoded = model.memorize(draft, text_or_ids, document_id=document_id, reuse=(self, document_id), **options)
         if draft._contents.shapes != self._contents.shapes:
             raise ValueError(
                 f"`model` must write the sizes that the bank holds, {self._contents.shapes}, got "
@@ -164,6 +166,7 @@ class MemoryBank(BankReader, PersistentBank):
             )
         with self.transaction(), torch.inference_mode(False):
             self._contents.replace(old, draft._contents, draft._ledger.documents[document_id])
+        return num_encoded
 
     @torch.inference_mode(False)
     def copy_tokens(
@@ -215,6 +218,13 @@ class MemoryBank(BankReader, PersistentBank):
         document = self._document("document_id", document_id)
         with self.transaction():
             self._ledger.pin(document, is_pinned)
+
+    def use_index(self, index: str) -> None:
+        """Search with another index from now on, named as for the class; it is built when it is first needed."""
+        validate_index(index)
+        with self.transaction():
+            self.index = index
+            self._contents.use_index(index)
 
     def clear(self) -> None:
         """Forget all documents; of a bank in memory also the sizes of heads that the first of them has fixed."""

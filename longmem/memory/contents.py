@@ -184,6 +184,12 @@ class BankContents:
             target.ledger.place(twin, rows, document.first_chunk(self.chunk_size) + done)
             target._tell_indexes_of(rows)
 
+    def use_index(self, index: str) -> None:
+        """Search with indexes of another kind or with other settings; those that were built are let go."""
+        self.index = index
+        self._indexes.clear()
+        self.ledger.note_change()
+
     # Reading.
 
     def search(self, position: int, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:

@@ -129,6 +129,10 @@ class Ledger:
             document.is_pinned = is_pinned
             self.num_pinned_rows += len(document.rows) * (1 if is_pinned else -1)
 
+    def note_change(self) -> None:
+        """Count a change of the bank that is none of its documents'."""
+        self.version = next(_STAMPS)
+
     # Forgetting.
 
     def evict(self, num_chunks: int, keep: Document) -> Int[Tensor, " chunks"]:

@@ -22,6 +22,7 @@ class PersistentBank:
     def __init__(self, **settings: Any) -> None:
         raise NotImplementedError
 
+    index: str
     device: torch.device
     storage_dtype: torch.dtype
     _contents: BankContents
@@ -143,9 +144,12 @@ class PersistentBank:
         self._read_folder()
         return True
 
-    def verify(self) -> None:
-        """Raise ValueError, which names the file, unless every byte in the bank's folder that counts is as it was written."""
-        self._folder_or_raise().verify(self._contents)
+    def verify(self) -> list[Path]:
+        """Return the files of the bank's folder that count, after a check that every byte of them is as it was written.
+
+        Raises ValueError, which names the file, where one is not.
+        """
+        return self._folder_or_raise().verify(self._contents)
 
     def compact(self) -> None:
         """Give back the space of what was deleted or evicted: afterwards no byte of it is in the bank's folder.
@@ -163,6 +167,11 @@ class PersistentBank:
         except BaseException:
             self._read_folder()
             raise
+
+    @property
+    def num_dead_bytes(self) -> int:
+        """Return the bytes of deleted and evicted chunks in the bank's folder, which `compact` gives back."""
+        return self._folder_or_raise().num_dead_bytes(self._contents)
 
     def close(self) -> None:
         """Save indexes and how often documents were read, and let others write; the bank cannot be used afterwards."""
@@ -199,6 +208,7 @@ class PersistentBank:
     def _read_folder(self) -> None:
         """Make the contents those of the last commit."""
         folder = self._folder_or_raise()
+        self.index = folder.read_content()["settings"]["index"]  # the one setting that can change
         contents = self._new_contents(folder.new_storage(self.storage_dtype))
         folder.fill(contents)
         self._contents = contents

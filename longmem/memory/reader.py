@@ -98,6 +98,13 @@ class BankReader:
         self._contents.drop_expired()
         return self._search(layer, queries, num_chunks, None)
 
+    def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
+        """Return a copy of the mean keys of all resident chunks of a layer, in float32: what a search compares."""
+        position = self._position(layer)
+        if self.is_empty:
+            raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
+        return self._contents.storage.layer(position).search_keys.clone()
+
     def gather(
         self, layer: int, rows: Int[Tensor, "kv_heads chunks"]
     ) -> tuple[

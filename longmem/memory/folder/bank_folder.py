@@ -308,11 +308,16 @@ class BankFolder:
                 self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
             self.indexes.keep(rows)
 
-    def verify(self, contents: BankContents) -> None:
-        """Raise ValueError, which names the file, unless every byte that counts is as it was written."""
+    def verify(self, contents: BankContents) -> list[Path]:
+        """Return the files that count; raise ValueError, which names the file, unless every byte is as it was written."""
         self.catalogue.verify()
         assert isinstance(contents.storage, DiskStorage)
-        contents.storage.verify()
+        return [self.catalogue.path, *contents.storage.verify()]
+
+    def num_dead_bytes(self, contents: BankContents) -> int:
+        """Return the bytes of chunks in segments that no row points to."""
+        assert isinstance(contents.storage, DiskStorage)
+        return contents.storage.num_dead_bytes
 
     # Inside.
 

@@ -148,6 +148,15 @@ class DiskStorage:
         in_files = sum(segment.file.num_bytes for segment in self.segments if segment.file)
         return in_files + sum(tensor.nbytes for layer in waiting for tensor in layer)
 
+    @property
+    def num_dead_bytes(self) -> int:
+        """Return the bytes in files of slots that no row points to."""
+        return sum(
+            segment.file.num_bytes * (segment.num_slots - segment.num_live) // segment.num_slots
+            for segment in self.segments
+            if segment.file is not None
+        )
+
     def layer(self, position: int) -> LazyLayer:
         """Return what an index sees of one layer."""
         return LazyLayer(self, position)
@@ -275,12 +284,13 @@ class DiskStorage:
         self.segments = [segment for segment in self.segments if segment.waiting is None] + written
         self.next_slot += 1  # a gap: no run of chunks goes on in another file
 
-    def verify(self) -> None:
-        """Raise ValueError, which names the file, unless every segment is as it was written."""
-        for segment in self.segments:
-            if segment.file is not None:
-                segment.file.verify()
-                segment.file.release()
+    def verify(self) -> list[Path]:
+        """Return the files of all segments; raise ValueError, which names the file, unless each is as it was written."""
+        files = [segment.file for segment in self.segments if segment.file is not None]
+        for file in files:
+            file.verify()
+            file.release()
+        return [file.path for file in files]
 
     def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         if sum(tensor.nbytes for s in self.segments for layer in s.waiting or () for tensor in layer) > SEGMENT_BYTES:

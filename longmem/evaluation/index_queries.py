@@ -1,0 +1,95 @@
+"""The queries that a model asks of its memory, and which index setting serves them best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.attention import ReadableMemory
+from longmem.memory.index.tuning import Tuned
+from longmem.modeling import LongMemForCausalLM
+
+
+class QueryRecorder:
+    """Return a memory that answers as `bank` does, and keeps the queries of every layer.
+
+    It is the bank that answers, because what a layer asks depends on what the layers below it have read.
+    """
+
+    def __init__(self, bank: ReadableMemory) -> None:
+        self._bank = bank
+        self.queries: dict[int, list[Float[Tensor, "_kv_heads _queries _dim"]]] = {}
+
+    def __getattr__(self, name: str) -> object:
+        """Return what the bank says of itself: sizes, layers, fingerprint."""
+        return getattr(self._bank, name)
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing."""
+        return self._bank.is_empty
+
+    @property
+    def generation(self) -> int:
+        """Return what the bank returns."""
+        return self._bank.generation
+
+    def search(
+        self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the bank finds."""
+        self.queries.setdefault(layer, []).append(queries.detach().to("cpu", torch.float32))
+        return self._bank.search(layer, queries, num_chunks)
+
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"]) -> tuple[Tensor, Tensor]:
+        """Return what the bank holds."""
+        return self._bank.gather(layer, rows)
+
+
+@torch.no_grad()
+def recorded_queries(
+    model: LongMemForCausalLM,
+    bank: ReadableMemory,
+    token_ids: Int[Tensor, " tokens"],
+    layer: int,
+    *,
+    num_queries: int = 1024,
+    num_windows: int = 4,
+) -> Float[Tensor, "kv_heads queries dim"]:
+    """Return queries that a memory layer sends to the bank while the model reads a text, evenly spaced in what it reads.
+
+    Args:
+        model: reads.
+        bank: answers.
+        token_ids: of the text.
+        layer: a memory layer of the model.
+        num_queries: for each key-value head, at most.
+        num_windows: of `segment_length` tokens are read at most, from the start of the text on.
+    """
+    recorder = QueryRecorder(bank)
+    length = model.config.segment_length
+    for start in range(0, min(len(token_ids), num_windows * length), length):
+        window = token_ids[None, start : start + length].to(model.input_device)
+        model(window, memory=recorder, logits_to_keep=1)
+    queries = torch.cat(recorder.queries[layer], dim=1)
+    asked = queries.shape[1]
+    return queries[:, torch.linspace(0, asked - 1, min(num_queries, asked)).long()]
+
+
+def recommended_index(results: Sequence[Tuned], recall: float) -> str:
+    """Return the fastest setting with at least this recall, "flat" where none is both that good and faster than exact search.
+
+    Where no setting has built anything, all are exact, and "auto" it is: it will build an index when the bank has grown.
+
+    >>> slow, fast = Tuned("ivf:probed_share=0.06", 0.97, 4.0, 2.0, 1.0, 9), Tuned("ivf", 0.9, 1.0, 8.0, 1.0, 9)
+    >>> recommended_index([slow, fast], 0.95), recommended_index([slow, fast], 0.8), recommended_index([slow, fast], 1.0)
+    ('ivf:probed_share=0.06', 'ivf', 'flat')
+    """
+    built = [each for each in results if each.num_bytes]
+    if not built:
+        return "auto"
+    good = [each for each in built if each.recall >= recall and each.speed_ratio > 1]
+    return min(good, key=lambda each: each.milliseconds).index if good else "flat"
