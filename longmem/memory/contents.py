@@ -52,7 +52,7 @@ class BankContents:
         self.ledger = Ledger(chunk_size, policy)
         # Indexes that were needed so far, by the position of their layer; and how to find what is saved of one.
         self.indexes: dict[int, ChunkIndex] = {}
-        self.find_saved: Callable[[int], SavedIndex | None] = lambda position: None
+        self.find_saved: Callable[[int], SavedIndex | None] | None = None
 
     @property
     def shapes(self) -> list[LayerShape] | None:
@@ -187,7 +187,7 @@ class BankContents:
     def use_index(self, index: str) -> None:
         """Search with indexes of another kind or with other settings; those that were built are let go."""
         self.index = index
-        self._indexes.clear()
+        self.indexes.clear()
         self.ledger.note_change()
 
     # Reading.
@@ -203,7 +203,7 @@ class BankContents:
         """Return the index of one layer, made when it is first needed."""
         if position not in self.indexes:
             index = make_index(self.index, self.storage.layer(position))
-            saved = self.find_saved(position)
+            saved = None if self.find_saved is None else self.find_saved(position)
             if saved is None or not index.adopt(saved):
                 index.rows_written(torch.arange(self.ledger.num_rows))
             self.indexes[position] = index
