@@ -197,5 +197,5 @@ class PersistentBank:
         """Make the contents those of the last commit."""
         folder = self._folder_or_raise()
         contents = self._new_contents(folder.new_storage(self.storage_dtype))
-        folder.fill(contents)
+        folder.fill(contents, self._settings())
         self._contents = contents
