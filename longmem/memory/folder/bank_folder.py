@@ -330,9 +330,10 @@ class BankFolder:
     def _remove_strangers(self) -> None:
         """Remove what a process that was killed before its commit has left."""
         known = set(self._segments.values())
-        for path in (self.path / SEGMENT_FOLDER).glob("segment-*.safetensors"):
-            if path.name not in known:
-                remove(path)
+        for pattern in ("segment-*.safetensors", ".tmp*"):  # safetensors gives a file its name when it is whole
+            for path in (self.path / SEGMENT_FOLDER).glob(pattern):
+                if path.name not in known:
+                    remove(path)
 
     def refuse_reader(self) -> None:
         """Raise ValueError if the bank was opened to be read, or is closed."""
