@@ -73,7 +73,8 @@ class PersistentBank:
         )
         try:
             settings = opened.read_content()["settings"]
-            checks.validate_encoder(model, settings["fingerprint"], str(folder))
+            # Of a bank without a fingerprint nobody knows which encoder wrote it.
+            checks.validate_encoder(model, settings["fingerprint"] or "None", str(folder))
             bank = cls(**settings, device=device)
             bank._folder = opened
             bank._read_folder()
@@ -155,7 +156,9 @@ class PersistentBank:
         folder = self._folder_or_raise()
         folder.refuse_reader()
         if self._in_transaction:
-            raise ValueError("`compact` must not be called inside a transaction, which it would end; call it afterwards.")
+            raise ValueError(
+                "`compact` must not be called inside a transaction, which it would end; call it afterwards."
+            )
         try:
             folder.compact(self._contents, self._settings())
         except BaseException:

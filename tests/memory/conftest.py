@@ -29,7 +29,9 @@ class Workers:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, function: str, kill_after: float | None = None, **arguments: Any) -> Callable[[], tuple[list[Any], int]]:
+    def start(
+        self, function: str, kill_after: float | None = None, **arguments: Any
+    ) -> Callable[[], tuple[list[Any], int]]:
         """Start a function of `folder_worker.py`; return a function that waits for its reports and its exit status."""
         if self.process is None:
             here = Path(__file__).parent
@@ -38,7 +40,8 @@ class Workers:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path]), "OMP_NUM_THREADS": "1"},
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path]), "OMP_NUM_THREADS": "1"},
             )
         process = self.process
         assert process.stdin is not None

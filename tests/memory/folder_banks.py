@@ -52,7 +52,12 @@ def contents(bank: MemoryBank) -> dict[str, Any]:
         ids = bank.token_ids(info.document_id)
         assert ids is not None
         assert len(ids) == info.num_tokens - info.first_resident_token
-        found[info.document_id] = [info, bank.window_length(info.document_id), ids.tolist(), bank.text(info.document_id)]
+        found[info.document_id] = [
+            info,
+            bank.window_length(info.document_id),
+            ids.tolist(),
+            bank.text(info.document_id),
+        ]
     if bank.is_empty:
         return found
     rows = torch.arange(bank.num_chunks)

@@ -115,8 +115,9 @@ def write_versions(report: Report, folder: str, seconds: float) -> None:
                     write(bank, name, range(1000 * version + offset, 1000 * version + offset + 5 + version % 17))
             write(bank, "log", [version])
             if version % 10 == 0:
-                bank.delete("log")
-                write(bank, "log", range(5))
+                with bank.transaction():
+                    bank.delete("log")
+                    write(bank, "log", range(5))
             if version % 7 == 0:
                 bank.compact()
             version += 1

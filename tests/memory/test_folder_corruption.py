@@ -126,7 +126,9 @@ def test_a_catalogue_that_keeps_a_log_beside_it_is_refused(folder):
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-@pytest.mark.parametrize("damage", ["cut by one", "cut in half", "emptied", "one byte more", "a page more", "missing", "zeros", "folder"])
+@pytest.mark.parametrize(
+    "damage", ["cut by one", "cut in half", "emptied", "one byte more", "a page more", "missing", "zeros", "folder"]
+)
 def test_a_file_that_was_cut_or_grew_or_is_gone_is_refused(folder, bank_folder, answers, damage, read_only):
     for path in files_of(folder):
         content = path.read_bytes()

@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,9 +39,10 @@ def check_after_a_kill(folder: Path, seed: int, reports: list[int]) -> str:
         assert found in (last, in_progress)
         assert list(found) in (list(last), list(in_progress))
         assert segment_files(folder) == names_of_segments(bank)
-        assert {path.name for path in folder.iterdir()} <= {"catalogue.sqlite", "segments", "lock"}
         write(bank, "after", range(10**6, 10**6 + 9))
         bank.compact()
+        # SQLite leaves a journal that was not begun in earnest until the next commit.
+        assert {path.name for path in folder.iterdir()} <= {"catalogue.sqlite", "segments", "lock"}
         bank.verify()
     return "last" if found == last else "in progress"
 

@@ -1,16 +1,14 @@
 """Where a bank can be, and how it can be used there: any path, from threads, under inference mode, with little memory."""
 
 import copy
-import os
 import pickle
 import shutil
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from folder_banks import SETTINGS, contents, segment_files, write
+from folder_banks import SETTINGS, contents, write
 
 from longmem.memory import MemoryBank
 
@@ -22,7 +20,10 @@ def make_bank(folder, **options) -> MemoryBank:
     return bank
 
 
-@pytest.mark.parametrize("name", ["a b", "bänk 銀行 🏦", "a#b", "a?mode=ro", "100%", "%41", "a&b=c;d", "'\"", "a\\b", "new\nline", ":memory:"])
+@pytest.mark.parametrize(
+    "name",
+    ["a b", "bänk 銀行 🏦", "a#b", "a?mode=ro", "100%", "%41", "a&b=c;d", "'\"", "a\\b", "new\nline", ":memory:"],
+)
 def test_any_name_of_a_folder_will_do(tmp_path, name):
     with make_bank(tmp_path / name) as bank:
         found = contents(bank)

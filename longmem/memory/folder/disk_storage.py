@@ -309,7 +309,9 @@ class DiskStorage:
             for part in which.split(self._rows_at_once(stored)):
                 # One index_select over (heads * slots) copies whole chunks; other ways need an index for every number.
                 places = (
-                    flat[part] - segment.first_slot + part.div(slots.shape[1], rounding_mode="floor") * segment.num_slots
+                    flat[part]
+                    - segment.first_slot
+                    + part.div(slots.shape[1], rounding_mode="floor") * segment.num_slots
                 )
                 self._count_pages(segment, len(part), stored[0, 0].nbytes)
                 taken.index_copy_(0, part, stored.flatten(0, 1).index_select(0, places))
