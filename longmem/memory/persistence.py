@@ -74,7 +74,8 @@ class PersistentBank:
         )
         try:
             settings = opened.read_content()["settings"]
-            checks.validate_encoder(model, settings["fingerprint"], str(folder))
+            # Of a bank without a fingerprint nobody knows which encoder wrote it.
+            checks.validate_encoder(model, settings["fingerprint"] or "None", str(folder))
             bank = cls(**settings, device=device)
             bank._folder = opened
             bank._read_folder()
@@ -210,5 +211,5 @@ class PersistentBank:
         folder = self._folder_or_raise()
         self.index = folder.read_content()["settings"]["index"]  # the one setting that can change
         contents = self._new_contents(folder.new_storage(self.storage_dtype))
-        folder.fill(contents)
+        folder.fill(contents, self._settings())
         self._contents = contents

@@ -115,8 +115,9 @@ def write_versions(report: Report, folder: str, seconds: float) -> None:
                     write(bank, name, range(1000 * version + offset, 1000 * version + offset + 5 + version % 17))
             write(bank, "log", [version])
             if version % 10 == 0:
-                bank.delete("log")
-                write(bank, "log", range(5))
+                with bank.transaction():
+                    bank.delete("log")
+                    write(bank, "log", range(5))
             if version % 7 == 0:
                 bank.compact()
             version += 1
@@ -129,7 +130,7 @@ def fill_under_quota(report: Report, folder: str, max_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, resource.RLIM_INFINITY))
         try:
             for number in range(1000):
-                write(bank, f"big {number}", range(100_000 * number, 100_000 * number + 37 * (number + 1)))
+                write(bank, f"big {number}", range(100_000 * (number + 1), 100_000 * (number + 1) + 37 * (number + 1)))
         except ValueError as error:
             report([str(error), [info.document_id for info in bank.documents()]])
         with MemoryBank.open(folder, read_only=True) as reader:

@@ -41,6 +41,8 @@ def check_after_a_kill(folder: Path, seed: int, reports: list[int]) -> str:
         assert segment_files(folder) == names_of_segments(bank)
         write(bank, "after", range(10**6, 10**6 + 9))
         bank.compact()
+        # SQLite leaves a journal that was not begun in earnest until the next commit.
+        assert {path.name for path in folder.iterdir()} <= {"catalogue.sqlite", "segments", "lock"}
         bank.verify()
     return "last" if found == last else "in progress"
 
@@ -65,7 +67,7 @@ def test_a_killed_process_leaves_the_last_commit_or_the_one_in_progress(workers,
 
 @pytest.mark.slow
 def test_many_killed_processes(workers, tmp_path):
-    outcomes = kill_many(workers, tmp_path, range(1000, 1300))
+    outcomes = kill_many(workers, tmp_path, range(1000, 1220))
     print(outcomes)
     assert min(outcomes.values()) > 0
 

@@ -1,13 +1,14 @@
 """Saved banks: the same after a reload, whole or refused, and never half replaced."""
 
-import errno
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
 import torch
 
-from longmem.memory import MemoryBank, persistence
+from longmem.memory import MemoryBank
+from longmem.memory.folder.catalogue import CATALOGUE
 
 LAYERS = (1, 4)
 
@@ -23,22 +24,32 @@ def filled_bank(**options) -> MemoryBank:
     """Return a bank that is full, has evicted, has a hole filled by a delete, and tails that wait."""
     bank = MemoryBank(memory_layers=LAYERS, chunk_size=4, capacity_tokens=40, fingerprint="encoder-a", **options)
     for position, name in enumerate(["näive", "b", "c", "d"]):
-        bank.add(name, *random_tokens(11, seed=position), range(11))
-    bank.append("näive", *random_tokens(10, seed=9), range(11, 21))
+        text, ends = "é" * 22, range(2, 24, 2)
+        bank.add(name, *random_tokens(11, seed=position), range(11), text=text, char_ends=ends, tags=[name, "all"])
+    bank.append("näive", *random_tokens(10, seed=9), range(11, 21), text="𝄞" * 10, char_ends=range(1, 11))
     bank.delete("c")
-    bank.add("no ids", *random_tokens(5, seed=5))
+    bank.pin("d")
+    bank.add("no ids", *random_tokens(5, seed=5), window_length=8)
     return bank
 
 
 def state(bank: MemoryBank):
-    """Return all that can be read, in an order that tells rows apart."""
+    """Return all that can be read, whatever rows chunks are in."""
     read = []
     for layer in LAYERS if not bank.is_empty else ():
-        scores, rows = bank.search(layer, torch.linspace(-1, 1, 36).view(2, 3, 6), 12)
+        queries = torch.linspace(-1, 1, 36).view(2, 3, 6)
+        scores, rows = bank.search(layer, queries, 12)
         keys, values = bank.gather(layer, rows.flatten(1))
-        read += [scores.tolist(), rows.tolist(), keys.tolist(), values.tolist(), bank.locate(rows)]
-    ids = [bank.token_ids(info.document_id) for info in bank.documents()]
-    return bank._settings(), bank.documents(), [None if each is None else each.tolist() for each in ids], read
+        found = (rows >= 0).flatten(1)
+        read += [scores.tolist(), keys[found].tolist(), values[found].tolist(), bank.locate(rows)]
+    names = [info.document_id for info in bank.documents()]
+    ids = [bank.token_ids(name) for name in names]
+    sources = [None if each is None else each.tolist() for each in ids], [bank.text(name) for name in names]
+    return bank._settings(), bank.documents(), [bank.window_length(name) for name in names], sources, read
+
+
+def times(bank: MemoryBank):
+    return [(info.num_reads, info.last_read, info.written_at) for info in bank.documents()]
 
 
 class Encoder:
@@ -53,31 +64,57 @@ class Encoder:
 @pytest.mark.parametrize("index", ["flat", "exact"])
 def test_a_reloaded_bank_is_the_same_now_and_later(tmp_path, storage_dtype, index):
     bank = filled_bank(storage_dtype=storage_dtype, index=index)
+    state(bank)  # reads are counted
     bank.save(tmp_path / "some" / "bank")
     loaded = MemoryBank.load(tmp_path / "some" / "bank", model=Encoder("encoder-a"))
-    assert state(loaded) == state(bank)
+    opened = MemoryBank.open(tmp_path / "some" / "bank", model=Encoder("encoder-a"), device="cpu")
+    assert times(loaded) == times(opened) == times(bank)
+    assert any(num_reads for num_reads, _, _ in times(bank))
+    assert state(loaded) == state(opened) == state(bank)
     for change in (
-        lambda bank: bank.append("b", *random_tokens(7, seed=20), range(11, 18)),
+        lambda bank: bank.append("b", *random_tokens(7, seed=20), range(11, 18), text="b" * 7, char_ends=range(1, 8)),
         lambda bank: bank.add("e", *random_tokens(18, seed=21)),
         lambda bank: bank.delete("b"),
-        lambda bank: bank.append("no ids", *random_tokens(30, seed=22)),
+        lambda bank: bank.append("no ids", *random_tokens(12, seed=22)),
     ):
         before = state(bank)
-        change(bank)
-        change(loaded)
-        assert state(loaded) == state(bank) != before
+        for each in (bank, loaded, opened):
+            change(each)
+        assert state(loaded) == state(opened) == state(bank) != before
+    opened.close()
+    assert state(MemoryBank.load(tmp_path / "some" / "bank")) == state(bank)
+
+
+def content_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_saved_bank_is_not_touched_by_what_the_loaded_one_does(tmp_path):
     filled_bank().save(tmp_path)
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    files = content_of(tmp_path)
     loaded = MemoryBank.load(tmp_path)
     before = state(loaded)
-    loaded.add("over all that is mapped", *random_tokens(40, seed=30))
+    loaded.pin("d", False)
+    loaded.add("over all that was mapped", *random_tokens(40, seed=30))
     assert state(loaded) != before
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
-    loaded.save(tmp_path)  # over the very files that are mapped
+    assert content_of(tmp_path) == files
+    loaded.save(tmp_path)
     assert state(MemoryBank.load(tmp_path)) == state(loaded)
+    assert not files.keys() <= content_of(tmp_path).keys(), "files of the old bank are gone"
+
+
+def test_an_open_bank_is_saved_elsewhere_over_another_and_over_itself(tmp_path):
+    filled_bank().save(tmp_path / "a")
+    MemoryBank(memory_layers=[2], chunk_size=8).save(tmp_path / "b")
+    with MemoryBank.open(tmp_path / "a") as bank:
+        for seed, folder in enumerate("abc"):
+            bank.save(tmp_path / folder)
+            bank.add(f"after {folder}", *random_tokens(4, seed=50 + seed))
+            with MemoryBank.open(tmp_path / folder, read_only=True) as saved:
+                saved.verify()
+                assert (state(saved) == state(bank)) == (folder == "a"), "the others do not follow"
+        bank.save(tmp_path / "c")
+        assert state(MemoryBank.load(tmp_path / "c")) == state(bank)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 3])
@@ -102,7 +139,7 @@ def test_a_deleted_document_is_gone_from_the_disk(tmp_path):
     bytes_of_secret = secret[0][0][0, 1].numpy().tobytes()
 
     def is_on_disk(wanted: bytes) -> bool:
-        return any(wanted in path.read_bytes() for path in tmp_path.iterdir())
+        return any(wanted in content for content in content_of(tmp_path).values())
 
     bank.save(tmp_path)
     assert is_on_disk(bytes_of_secret)
@@ -113,157 +150,82 @@ def test_a_deleted_document_is_gone_from_the_disk(tmp_path):
     assert not is_on_disk(b"secret name")
 
 
-def saved_files(folder: Path) -> list[str]:
-    return sorted(path.name.split("-")[0] for path in folder.iterdir())
-
-
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-@pytest.mark.parametrize("which", range(4))
-def test_damage_to_any_file_is_refused(tmp_path, damage, which):
+def test_damage_to_any_file_is_refused_when_it_is_loaded(tmp_path, damage):
     filled_bank().save(tmp_path)
-    assert saved_files(tmp_path) == ["documents", "layer0", "layer1", "manifest.json"]
-    path = sorted(tmp_path.iterdir())[which]
-    content = path.read_bytes()
-    middle = len(content) // 2
-    if damage == "remove":
-        path.unlink()
-    else:
-        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        path.write_bytes(flipped if damage == "flip" else content[:middle])
-    with pytest.raises(ValueError, match="`folder` must") as caught:
+    files = {path: content for path, content in content_of(tmp_path).items() if content}
+    assert {path.suffix for path in files} == {".sqlite", ".safetensors"}
+    for path, content in files.items():
+        place = content.index(b"num_tokens") if path.name == CATALOGUE else len(content) // 2
+        if damage == "remove":
+            path.unlink()
+        else:
+            flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+            path.write_bytes(flipped if damage == "flip" else content[:place])
+        with pytest.raises(ValueError, match=path.name):
+            MemoryBank.load(tmp_path)
+        path.write_bytes(content)
         MemoryBank.load(tmp_path)
-    assert path.name in str(caught.value)
-    path.write_bytes(content)
-    MemoryBank.load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("pragma", "message"),
     [
-        ("[]", "is not the manifest"),
-        ("{}", "is not the manifest"),
-        ("no json", "cannot be read"),
-        (json.dumps({"format": persistence.FORMAT, "schema_version": 2}), "schema version 1, got version 2"),
+        ("user_version = 3", r"schema version 2, got version 3 in .*catalogue\.sqlite.*newer"),
+        ("user_version = 1", "schema version 2, got version 1"),
+        ("application_id = 7", r"catalogue\.sqlite.*is not the catalogue of a memory bank"),
     ],
 )
-def test_other_manifests_are_refused(tmp_path, content, message):
-    (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        MemoryBank.load(tmp_path)
-
-
-def test_a_changed_number_in_the_manifest_is_refused(tmp_path):
+def test_other_versions_and_other_programs_files_are_refused(tmp_path, pragma, message):
     filled_bank().save(tmp_path)
-    path = tmp_path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest))
-    MemoryBank.load(tmp_path)  # another layout of the same content is fine
-    manifest["settings"]["capacity_tokens"] = 80
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="checksum"):
+    connection = sqlite3.connect(tmp_path / CATALOGUE)
+    connection.execute(f"PRAGMA {pragma}")
+    connection.commit()
+    connection.close()
+    for use in (MemoryBank.load, MemoryBank.open, filled_bank().save):
+        with pytest.raises(ValueError, match=message):
+            use(tmp_path)
+
+
+def test_a_changed_setting_is_refused(tmp_path):
+    filled_bank().save(tmp_path)
+    connection = sqlite3.connect(tmp_path / CATALOGUE)
+    connection.execute("""UPDATE bank SET content = replace(content, '"chunk_size": 4', '"chunk_size": 8')""")
+    connection.commit()
+    connection.close()
+    with pytest.raises(ValueError, match=r"catalogue\.sqlite.*checksum"):
         MemoryBank.load(tmp_path)
+
+
+def test_the_format_before_this_one_is_named(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema_version": 1}))
+    for use in (MemoryBank.load, MemoryBank.open):
+        with pytest.raises(ValueError, match=r"manifest\.json.*earlier version.*memorize its documents again"):
+            use(tmp_path)
 
 
 def test_missing_folders_and_files_in_their_place_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must be a saved memory bank.*nowhere.*manifest\.json"):
-        MemoryBank.load(tmp_path / "nowhere")
+    for use in (MemoryBank.load, MemoryBank.open):
+        with pytest.raises(ValueError, match=r"must be a saved memory bank.*nowhere.*catalogue\.sqlite"):
+            use(tmp_path / "nowhere")
+        assert not (tmp_path / "nowhere").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="must be a saved memory bank"):
         MemoryBank.load(tmp_path / "file")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="`folder` must be a folder that can be written"):
             filled_bank().save(folder)
+        with pytest.raises(ValueError, match="`folder` must be a folder that can be written"):
+            MemoryBank.create(folder, memory_layers=LAYERS, chunk_size=4)
 
 
 def test_another_encoder_is_refused(tmp_path):
     filled_bank().save(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"encoder-a, got encoder-b.*for_model"):
-        MemoryBank.load(tmp_path / "a", model=Encoder("encoder-b"))
+    for use in (MemoryBank.load, MemoryBank.open):
+        with pytest.raises(ValueError, match=r"encoder-a, got encoder-b.*for_model"):
+            use(tmp_path / "a", model=Encoder("encoder-b"))
     MemoryBank.load(tmp_path / "a", model=Encoder("encoder-a"))
-    MemoryBank.load(tmp_path / "a")
+    MemoryBank.open(tmp_path / "a").close()  # and the refused one has let go of the lock
     MemoryBank(memory_layers=LAYERS, chunk_size=4).save(tmp_path / "none")
     with pytest.raises(ValueError, match="None, got encoder-a"):
         MemoryBank.load(tmp_path / "none", model=Encoder("encoder-a"))
-
-
-class Killed(BaseException):
-    """Nothing in the library may catch this, as nothing can catch a kill."""
-
-
-def kill_at(monkeypatch, step: int) -> None:
-    """Let the process end at the `step`-th call that changes the disk, in the middle of it where that is possible."""
-    count = 0
-
-    def dying(function, half=lambda *arguments, **options: None):
-        def call(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count == step:
-                half(*arguments, **options)
-                raise Killed
-            return function(*arguments, **options)
-
-        return call
-
-    def half_file(tensors, path):
-        path.write_bytes(b"half")
-
-    def half_text(path, text, **options):
-        write_text(path, text[: len(text) // 2], **options)
-
-    write_text = Path.write_text
-    monkeypatch.setattr(persistence, "save_file", dying(persistence.save_file, half_file))
-    monkeypatch.setattr(persistence.os, "fsync", dying(persistence.os.fsync))
-    monkeypatch.setattr(persistence.os, "replace", dying(persistence.os.replace))
-    monkeypatch.setattr(Path, "write_text", dying(write_text, half_text))
-    monkeypatch.setattr(Path, "unlink", dying(Path.unlink))
-
-
-def test_a_kill_at_any_step_leaves_the_old_bank_or_the_new(tmp_path, monkeypatch):
-    monkeypatch.setattr(persistence.os, "fsync", lambda descriptor: None)  # counted, not waited for
-    old, new = filled_bank(), filled_bank()
-    new.add("new", *random_tokens(9, seed=40))
-    outcomes = []
-    for step in range(1, 100):
-        folder = tmp_path / str(step)
-        old.save(folder)
-        with monkeypatch.context() as patch:
-            kill_at(patch, step)
-            try:
-                new.save(folder)
-                killed = False
-            except Killed:
-                killed = True
-        found = state(MemoryBank.load(folder))
-        assert found in (state(old), state(new))
-        outcomes.append(found == state(new))
-        new.save(folder)  # the next save works, and clears away what the killed one left
-        assert state(MemoryBank.load(folder)) == state(new)
-        assert saved_files(folder) == ["documents", "layer0", "layer1", "manifest.json"]
-        if not killed:
-            break
-    assert not killed
-    assert sorted(outcomes) == outcomes
-    assert outcomes.count(False) >= 8
-    assert outcomes.count(True) >= 4
-
-
-def test_a_full_disk_leaves_the_old_bank_and_no_litter(tmp_path, monkeypatch):
-    bank = filled_bank()
-    bank.save(tmp_path)
-    before, files = state(bank), sorted(tmp_path.iterdir())
-    save_file, calls = persistence.save_file, []
-
-    def full(tensors, path):
-        calls.append(path)
-        save_file(tensors, path)
-        if len(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    bank.delete("b")
-    with monkeypatch.context() as patch:
-        patch.setattr(persistence, "save_file", full)
-        with pytest.raises(ValueError, match=r"with room for the bank.*No space left.*unharmed"):
-            bank.save(tmp_path)
-    assert state(MemoryBank.load(tmp_path)) == before != state(bank)
-    assert sorted(tmp_path.iterdir()) == files

@@ -111,23 +111,40 @@ class BankFolder:
 
     def is_current(self) -> bool:
         """Return whether the commit that was read is still the last one."""
-        number = self.content["commit"]
-        return self.read_content()["commit"] == number
+        before = self.content
+        try:
+            return self.read_content()["commit"] == before["commit"]
+        finally:
+            self.catalogue.content = before
 
     def new_storage(self, storage_dtype: torch.dtype) -> DiskStorage:
         """Return an empty storage in this folder."""
         place = self.path / SEGMENT_FOLDER
         return DiskStorage(place, storage_dtype, self.device, self.max_mapped_bytes, self.refuse_reader)
 
-    def fill(self, contents: BankContents) -> None:
+    def fill(self, contents: BankContents, settings: dict[str, Any]) -> None:
         """Read the last commit into empty contents over a `new_storage`.
 
-        Raises ValueError if the folder is damaged: the catalogue, or the length or header of a segment.
+        Raises ValueError if the folder is damaged: the catalogue, or the length or header of a segment; or if the bank
+        there no longer has these settings.
         """
+        before = self.content
+        try:
+            self._fill(contents, settings)
+        except BaseException:
+            self.catalogue.content = before  # what the caller goes on with is not of another commit
+            raise
+
+    def _fill(self, contents: BankContents, settings: dict[str, Any]) -> None:
         for attempt in range(ATTEMPTS_TO_READ):
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
                 rows = {table.name: self.catalogue.read_table(table) for table in TABLES}
+            if content["settings"] != settings:
+                raise ValueError(
+                    f"the bank in {str(self.path)!r} was replaced by one with other settings, {content['settings']}, not "
+                    f"{settings}; open it again."
+                )
             try:
                 files = [(*row[:4], json.loads(row[4])) for row in rows["segments"]]
                 segments = open_segments(self.path / SEGMENT_FOLDER, files)
@@ -346,9 +363,10 @@ class BankFolder:
     def _remove_strangers(self) -> None:
         """Remove what a process that was killed before its commit has left."""
         known = set(self._segments.values())
-        for path in (self.path / SEGMENT_FOLDER).glob("segment-*.safetensors"):
-            if path.name not in known:
-                remove(path)
+        for pattern in ("segment-*.safetensors", ".tmp*"):  # safetensors gives a file its name when it is whole
+            for path in (self.path / SEGMENT_FOLDER).glob(pattern):
+                if path.name not in known:
+                    remove(path)
 
     def refuse_reader(self) -> None:
         """Raise ValueError if the bank was opened to be read, or is closed."""

@@ -23,6 +23,8 @@ CATALOGUE = "catalogue.sqlite"
 APPLICATION_ID = 0x4C4D4231  # "LMB1": says to other programs what this file is
 SCHEMA_VERSION = 2  # 1 was a folder with a manifest.json
 MODULUS = 2**63
+# The second where SQLite quotes, in its message, a damaged name.
+UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)
 BUSY_SECONDS = 60  # how long to wait for another process's commit
 
 
@@ -116,7 +118,7 @@ class Catalogue:
             if create is None:
                 raise damaged(self.path, f"cannot be read ({error})") from error
             raise not_written(folder, error) from error
-        except sqlite3.DatabaseError as error:
+        except UNREADABLE as error:
             raise damaged(self.path, f"cannot be read ({error})") from error
 
     @classmethod
@@ -130,7 +132,7 @@ class Catalogue:
             catalogue._connection = catalogue._connect(["rw", "ro"])
             with contextlib.closing(catalogue._connection):
                 return not catalogue._is_blank()
-        except sqlite3.DatabaseError:
+        except UNREADABLE:
             return True
 
     def _is_blank(self) -> bool:
@@ -245,7 +247,7 @@ class Catalogue:
             self._connection.execute("BEGIN")
             try:
                 yield
-            except sqlite3.DatabaseError as error:
+            except UNREADABLE as error:
                 raise damaged(self.path, f"cannot be read ({error})") from error
             finally:
                 if self._connection.in_transaction:  # SQLite ends it itself when a read fails
