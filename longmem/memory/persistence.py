@@ -208,8 +208,12 @@ class PersistentBank:
     @torch.inference_mode(False)
     def _read_folder(self) -> None:
         """Make the contents those of the last commit."""
-        folder = self._folder_or_raise()
-        self.index = folder.read_content()["settings"]["index"]  # the one setting that can change
-        contents = self._new_contents(folder.new_storage(self.storage_dtype))
-        folder.fill(contents, self._settings())
+        folder, index = self._folder_or_raise(), self.index
+        self.index = folder.newest_content()["settings"]["index"]  # the one setting that can change
+        try:
+            contents = self._new_contents(folder.new_storage(self.storage_dtype))
+            folder.fill(contents, self._settings())
+        except BaseException:
+            self.index = index
+            raise
         self._contents = contents

@@ -26,8 +26,9 @@ from longmem.memory.contents import BankContents
 from longmem.memory.documents import Source
 from longmem.memory.folder import records
 from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
-from longmem.memory.folder.disk_storage import SEGMENT_BYTES, DiskStorage, Segment, open_segments
+from longmem.memory.folder.disk_storage import SEGMENT_BYTES, DiskStorage
 from longmem.memory.folder.saved_indexes import SavedIndexes
+from longmem.memory.folder.segments import Segment, open_segments
 from longmem.memory.folder.tensor_file import damaged, not_written, remove
 
 LOCK = "lock"
@@ -109,13 +110,17 @@ class BankFolder:
         with self.catalogue.snapshot():
             return self.catalogue.read_content()
 
-    def is_current(self) -> bool:
-        """Return whether the commit that was read is still the last one."""
+    def newest_content(self) -> dict[str, Any]:
+        """Return what `read_content` does, and stay with the commit that was read before."""
         before = self.content
         try:
-            return self.read_content()["commit"] == before["commit"]
+            return self.read_content()
         finally:
             self.catalogue.content = before
+
+    def is_current(self) -> bool:
+        """Return whether the commit that was read is still the last one."""
+        return self.newest_content()["commit"] == self.content["commit"]
 
     def new_storage(self, storage_dtype: torch.dtype) -> DiskStorage:
         """Return an empty storage in this folder."""
@@ -140,7 +145,7 @@ class BankFolder:
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
                 rows = {table.name: self.catalogue.read_table(table) for table in TABLES}
-            if content["settings"] != settings:
+            if content["settings"] | {"index": None} != settings | {"index": None}:  # the index alone may change
                 raise ValueError(
                     f"the bank in {str(self.path)!r} was replaced by one with other settings, {content['settings']}, not "
                     f"{settings}; open it again."

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import bisect
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,93 +17,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.codec import decode
+from longmem.memory.folder.resident_keys import LazyLayer, ResidentKeys
+from longmem.memory.folder.segments import Segment
 from longmem.memory.folder.tensor_file import TensorFile, not_written, sync, write_tensor_file
-from longmem.memory.store import Chunks, LayerShape, shape_of, with_rows
+from longmem.memory.store import Chunks, LayerShape, shape_of
 
 # Chunks of so many bytes wait in memory at most, and make one file.
 SEGMENT_BYTES = 2**26
 # What a read maps beyond its own bytes, at most: systems map pages around the one that was touched (Linux: 64 KiB).
 AROUND_BYTES = 2**17
-
-
-@dataclass
-class Segment:
-    """Return chunks of consecutive slots: a file or, while they wait, tensors (`waiting`)."""
-
-    first_slot: int
-    num_slots: int
-    num_live: int
-    file: TensorFile | None = None
-    waiting: list[Chunks] | None = None
-
-    def tensor(self, position: int, name: str, *, check: bool = False) -> Tensor:
-        """Return the keys, values or search keys of one layer."""
-        if self.waiting is not None:
-            return getattr(self.waiting[position], name)
-        assert self.file is not None
-        return self.file.tensor(f"{position}.{name}", check=check)
-
-
-class ResidentKeys:
-    """Return the search keys of one layer, in memory: `num_rows` rows for each head, dense."""
-
-    def __init__(self, keys: Float[Tensor, "kv_heads rows key_dim"]) -> None:
-        self._keys = keys
-        self.num_rows = keys.shape[1]
-
-    @property
-    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return a view of the live rows."""
-        return self._keys[:, : self.num_rows]
-
-    @property
-    def device(self) -> torch.device:
-        """Return where they are."""
-        return self._keys.device
-
-    @property
-    def nbytes(self) -> int:
-        """Return their bytes, with the room that growth has reserved."""
-        return self._keys.nbytes
-
-    def write(self, rows: Int[Tensor, " chunks"], keys: Float[Tensor, "kv_heads chunks key_dim"]) -> None:
-        """Write the search keys of new rows."""
-        num_rows = max(self.num_rows, int(rows.max()) + 1)
-        if num_rows > self._keys.shape[1]:
-            self._keys = with_rows(self._keys, max(num_rows, 2 * self._keys.shape[1]), self.num_rows)
-        self._keys.index_copy_(1, rows.to(self.device), keys.to(self.device))
-        self.num_rows = num_rows
-
-    def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
-        """Copy rows onto other rows."""
-        self._keys.index_copy_(1, destinations.to(self.device), self._keys.index_select(1, sources.to(self.device)))
-
-
-class LazyLayer:
-    """What an index sees of one layer: search keys that are read from the segments when they are first asked for."""
-
-    def __init__(self, storage: DiskStorage, position: int) -> None:
-        self._storage, self._position = storage, position
-
-    @property
-    def shape(self) -> LayerShape:
-        """Return the sizes of its chunks."""
-        return self._storage.shapes[self._position]
-
-    @property
-    def num_rows(self) -> int:
-        """Return the number of live rows."""
-        return self._storage.num_rows
-
-    @property
-    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return the search keys of the live rows, dense for each head."""
-        return self._storage.resident_keys(self._position).search_keys
-
-    @property
-    def device(self) -> torch.device:
-        """Return where they are."""
-        return self._storage.device
 
 
 class DiskStorage:
@@ -363,11 +284,3 @@ class DiskStorage:
                 if each.file is not None:
                     each.file.release()
             self._mapped_bytes = new_bytes
-
-
-def open_segments(folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]]) -> list[Segment]:
-    """Return the segments that the catalogue lists: (first slot, slots, file name, bytes, digests)."""
-    return [
-        Segment(first_slot, num_slots, 0, file=TensorFile(folder / name, num_bytes, digests))
-        for first_slot, num_slots, name, num_bytes, digests in rows
-    ]

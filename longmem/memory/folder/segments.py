@@ -1,0 +1,38 @@
+"""Segments: chunks of consecutive slots, in one file that never changes or, before a commit, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from longmem.memory.folder.tensor_file import TensorFile
+from longmem.memory.store import Chunks
+
+
+@dataclass
+class Segment:
+    """Return chunks of consecutive slots: a file or, while they wait, tensors (`waiting`)."""
+
+    first_slot: int
+    num_slots: int
+    num_live: int
+    file: TensorFile | None = None
+    waiting: list[Chunks] | None = None
+
+    def tensor(self, position: int, name: str, *, check: bool = False) -> Tensor:
+        """Return the keys, values or search keys of one layer."""
+        if self.waiting is not None:
+            return getattr(self.waiting[position], name)
+        assert self.file is not None
+        return self.file.tensor(f"{position}.{name}", check=check)
+
+
+def open_segments(folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]]) -> list[Segment]:
+    """Return the segments that the catalogue lists: (first slot, slots, file name, bytes, digests)."""
+    return [
+        Segment(first_slot, num_slots, 0, file=TensorFile(folder / name, num_bytes, digests))
+        for first_slot, num_slots, name, num_bytes, digests in rows
+    ]
