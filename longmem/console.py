@@ -45,7 +45,7 @@ def plain_table(rows: Sequence[Sequence[str]], emphasized: str = "") -> Table:
     head, *body = rows
     table = Table(box=None, header_style="bold")
     for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
     for row in body:
         table.add_row(*row, style="bold" if row[0] == emphasized else None)
     return table
