@@ -41,19 +41,25 @@ def test_random_steps_leave_what_a_bank_in_memory_holds(tmp_path, seed, monkeypa
 # Transactions.
 
 
+def change_and_raise(bank: MemoryBank, error: type[BaseException]) -> None:
+    before = contents(bank)
+    with bank.transaction():
+        bank.delete("a")
+        write(bank, "new", range(500, 520))
+        with bank.transaction():
+            bank.rename("b", "other")
+            write(bank, "c", range(520, 530))
+        bank.pin("c")
+        assert contents(bank) != before
+        raise error
+
+
 def test_a_transaction_that_fails_leaves_memory_and_disk_at_the_last_commit(tmp_path):
     with make_bank(tmp_path) as bank:
         before = contents(bank)
         for error in (RuntimeError, KeyboardInterrupt):
-            with pytest.raises(error), bank.transaction():
-                bank.delete("a")
-                write(bank, "new", range(500, 520))
-                with bank.transaction():
-                    bank.rename("b", "other")
-                    write(bank, "c", range(520, 530))
-                bank.pin("c")
-                assert contents(bank) != before
-                raise error
+            with pytest.raises(error):
+                change_and_raise(bank, error)
             assert contents(bank) == before
             with MemoryBank.open(tmp_path, read_only=True) as reader:
                 assert contents(reader) == before
@@ -98,18 +104,24 @@ def test_an_interrupt_while_files_are_written_leaves_the_last_commit(tmp_path, m
 
 def test_a_bank_in_memory_undoes_nothing():
     bank = MemoryBank(**SETTINGS)
-    with pytest.raises(RuntimeError), bank.transaction():
-        write(bank, "a", range(9))
-        raise RuntimeError
-    assert list(contents(bank)) == ["a"]
+    for position, name in enumerate("abc"):
+        write(bank, name, range(100 * position, 100 * position + 18))
+    with pytest.raises(RuntimeError):
+        change_and_raise(bank, RuntimeError)
+    assert list(contents(bank)) == ["other", "c", "new"]
 
 
 def test_compact_inside_a_transaction_is_refused(tmp_path):
     with make_bank(tmp_path) as bank:
         before = contents(bank)
-        with pytest.raises(ValueError, match="transaction"), bank.transaction():
-            bank.delete("a")
-            bank.compact()
+
+        def compact_inside() -> None:
+            with bank.transaction():
+                bank.delete("a")
+                bank.compact()
+
+        with pytest.raises(ValueError, match="transaction"):
+            compact_inside()
         assert contents(bank) == before
         with MemoryBank.open(tmp_path, read_only=True) as reader:
             assert contents(reader) == before

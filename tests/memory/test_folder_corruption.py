@@ -54,9 +54,10 @@ def outcome(folder: Path, answers: dict, damaged: Path | None, *, read_only: boo
             assert contents(bank) == answers
             return "harmless"
     except ValueError as error:
-        assert type(error) is ValueError, repr(error)
-        assert any(name in str(error) for name in names), str(error)
-        return "refused"
+        refusal = error
+    assert type(refusal) is ValueError, repr(refusal)
+    assert any(name in str(refusal) for name in names), str(refusal)
+    return "refused"
 
 
 def flip(path: Path, place: int, mask: int) -> None:
@@ -153,7 +154,7 @@ def test_a_file_that_was_cut_or_grew_or_is_gone_is_refused(folder, bank_folder, 
         if path.is_dir():
             path.rmdir()
         path.write_bytes(content)
-        assert set(path.name for path in files_of(folder)) == set(path.name for path in files_of(bank_folder))
+        assert {path.name for path in files_of(folder)} == {path.name for path in files_of(bank_folder)}
     assert outcome(folder, answers, None, read_only=read_only) == "harmless"
 
 

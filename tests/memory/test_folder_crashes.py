@@ -51,7 +51,7 @@ def kill_many(workers, tmp_path: Path, seeds: range) -> dict[str, int]:
     outcomes = {"none": 0, "last": 0, "in progress": 0}
     for seed in seeds:
         # Every fourth is killed early, so that some die while they make the bank.
-        delay = random.Random(seed).uniform(0, 0.04 if seed % 4 == 0 else 0.6)
+        delay = random.Random(seed).uniform(0, 0.04 if seed % 4 == 0 else 0.45)
         folder = tmp_path / str(seed)
         reports, status = workers.run("do_random_steps", delay, folder=str(folder), seed=seed)
         assert os.waitstatus_to_exitcode(status) == -KILLED, reports
@@ -81,8 +81,9 @@ def make_bank(folder: Path) -> None:
         bank.delete("d")
 
 
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", ["transaction", "compact", "save over", "create"])
-def test_an_exit_at_any_point_of_a_change_leaves_the_old_or_the_new(workers, tmp_path, change):
+def test_an_exit_at_any_point_of_a_change_leaves_the_old_or_the_new(workers, tmp_path, change, every):
     make_bank(tmp_path / "start")
     shutil.copytree(tmp_path / "start", tmp_path / "end")
     reports, status = workers.run("change_and_exit", folder=str(tmp_path / "end"), change=change, count=-1)
@@ -90,7 +91,7 @@ def test_an_exit_at_any_point_of_a_change_leaves_the_old_or_the_new(workers, tmp
     with MemoryBank.load(tmp_path / "start") as old, MemoryBank.load(tmp_path / "end") as new:
         allowed = [contents(old), contents(new)]
     outcomes = []
-    for count in range(1, 1000):
+    for count in range(1, 1000, every):
         folder = tmp_path / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "start", folder)
@@ -102,8 +103,6 @@ def test_an_exit_at_any_point_of_a_change_leaves_the_old_or_the_new(workers, tmp
             bank.verify()
             outcomes.append(allowed.index(contents(bank)))
             assert segment_files(folder) == names_of_segments(bank)
-            write(bank, "after", range(10**6, 10**6 + 9))
-            bank.verify()
     assert sorted(outcomes) == outcomes
-    assert len(outcomes) > 15
+    assert len(outcomes) * every > 15
     assert change in ("compact", "create") or set(outcomes) == {0, 1}
