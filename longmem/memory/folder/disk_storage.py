@@ -127,10 +127,7 @@ class DiskStorage:
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
         """Return copies of these rows, of every layer, in this order, on the CPU."""
         slots = self._slots[rows]
-        return [
-            Chunks(*(self._take(position, name, slots) for name in Chunks._fields))
-            for position in range(len(self.shapes))
-        ]
+        return [Chunks(*self._take(position, Chunks._fields, slots)) for position in range(len(self.shapes))]
 
     def gather(
         self, position: int, rows: Int[Tensor, "kv_heads chunks"]
@@ -140,8 +137,7 @@ class DiskStorage:
     ]:
         """Return copies of keys and values of one layer, other rows for each head; row -1 is read as some row."""
         slots = self._slots[rows.detach().cpu().clamp(min=0)]
-        found = (self._take(position, name, slots) for name in ("keys", "values"))
-        keys, values = (decode(stored.to(self.device)) for stored in found)
+        keys, values = (decode(each.to(self.device)) for each in self._take(position, ("keys", "values"), slots))
         return keys, values
 
     # Slots and segments.
@@ -176,7 +172,7 @@ class DiskStorage:
     def resident_keys(self, position: int) -> ResidentKeys:
         """Return the search keys of one layer, read from the segments, and checked, the first time."""
         if position not in self._keys:
-            keys = self._take(position, "search_keys", self._slots[: self.num_rows], check=True)
+            (keys,) = self._take(position, ("search_keys",), self._slots[: self.num_rows], check=True)
             self._keys[position] = ResidentKeys(keys.to(self.device))
         return self._keys[position]
 
@@ -227,30 +223,35 @@ class DiskStorage:
         self._slots[rows] = torch.arange(first_slot, self.next_slot)
         return first_slot
 
-    def _take(self, position: int, name: str, slots: Int[Tensor, "*shape"], *, check: bool = False) -> Tensor:
-        """Return one tensor of one layer at these slots: the same for all heads, or, with two axes, others for each."""
+    def _take(
+        self, position: int, names: Sequence[str], slots: Int[Tensor, "*shape"], *, check: bool = False
+    ) -> list[Tensor]:
+        """Return tensors of one layer at these slots: the same for all heads, or, with two axes, others for each."""
         heads = self.shapes[position].kv_heads
         slots = slots.expand(heads, -1) if slots.ndim == 1 else slots
         flat = slots.reshape(-1)
-        taken: Tensor | None = None
+        examples = [self.segments[0].tensor(position, name) for name in names]
+        # One index_select over (heads * slots) copies whole chunks, segment after segment, and one more puts them in order;
+        # copying to places is slower than copying from them.
+        taken = [example.new_empty(len(flat), *example.shape[2:]) for example in examples]
+        mapped_bytes = sum(example[0, 0].nbytes + AROUND_BYTES for example in examples)  # of one chunk
+        step = None if self.max_mapped_bytes is None else max(1, self.max_mapped_bytes // mapped_bytes)
+        order, done = [], 0
         for segment, which in self._by_segment(flat):
-            stored = segment.tensor(position, name, check=check)
-            if taken is None:
-                taken = stored.new_empty(len(flat), *stored.shape[2:])
-            for part in which.split(self._rows_at_once(stored)):
-                # One index_select over (heads * slots) copies whole chunks; other ways need an index for every number.
-                places = (
-                    flat[part]
-                    - segment.first_slot
-                    + part.div(slots.shape[1], rounding_mode="floor") * segment.num_slots
-                )
-                self._count_pages(segment, len(part), stored[0, 0].nbytes)
-                taken.index_copy_(0, part, stored.flatten(0, 1).index_select(0, places))
-        assert taken is not None or not len(flat), "live rows point to slots of segments"
-        if taken is None:
-            shape = self.segments[0].tensor(position, name).shape[2:]
-            taken = self.segments[0].tensor(position, name).new_empty(0, *shape)
-        return taken.unflatten(0, (heads, slots.shape[1]))
+            stored = [segment.tensor(position, name, check=check).flatten(0, 1) for name in names]
+            heads_of = which.div(slots.shape[1], rounding_mode="floor")
+            places = flat[which] - segment.first_slot + heads_of * segment.num_slots
+            for part in places.split(step or len(which)):
+                self._count_pages(segment, len(part) * mapped_bytes)
+                for into, tensor in zip(taken, stored, strict=True):
+                    torch.index_select(tensor, 0, part, out=into[done : done + len(part)])
+                done += len(part)
+            order.append(which)
+        if len(order) > 1:
+            back = torch.empty_like(flat)
+            back[torch.cat(order)] = torch.arange(len(flat))
+            taken = [tensor.index_select(0, back) for tensor in taken]
+        return [tensor.unflatten(0, (heads, slots.shape[1])) for tensor in taken]
 
     def _by_segment(self, slots: Int[Tensor, " slots"]) -> Iterator[tuple[Segment, Int[Tensor, " of_segment"]]]:
         """Yield each segment that holds some of these slots, with the positions of those in `slots`."""
@@ -267,17 +268,10 @@ class DiskStorage:
             if len(positions):
                 yield self.segments[low + number], positions
 
-    def _rows_at_once(self, stored: Tensor) -> int:
-        """Return how many chunks of a tensor may be read before pages are given back."""
-        if self.max_mapped_bytes is None:
-            return max(1, stored.shape[0] * stored.shape[1])
-        return max(1, self.max_mapped_bytes // (stored[0, 0].nbytes + AROUND_BYTES))
-
-    def _count_pages(self, segment: Segment, num_reads: int, num_bytes: int) -> None:
+    def _count_pages(self, segment: Segment, new_bytes: int) -> None:
         """Give back all pages if what is about to be read would not fit beside them."""
         if self.max_mapped_bytes is None or segment.file is None:
             return
-        new_bytes = num_reads * (num_bytes + AROUND_BYTES)
         self._mapped_bytes += new_bytes
         if self._mapped_bytes > self.max_mapped_bytes:
             for each in self.segments:

@@ -121,6 +121,7 @@ class TensorFile:
             for name, place in json.loads(self._map[8:start]).items()
             if name != "__metadata__"
         }
+        self.release()  # the header is not read again
 
     def tensor(self, name: str, *, check: bool = False) -> Tensor:
         """Return one tensor, in the mapping; `check` compares it with its digest, the first time."""
