@@ -5,8 +5,8 @@
 
 `add` writes the same tokens in turn to a bank that holds 10^4 and to one that holds `--tokens`, in a folder (each write is
 a commit on the disk), in memory, and in memory when the bank is full and forgets as much; the figure is the ratio of the
-medians. `open` opens a bank in a folder in new processes, then reads random chunks of all its layers while no more than
-half of the bank's size may be resident. Keys and values are random; those of a model have the same sizes. Searches are
+medians. `open` opens a bank in a folder in new processes, then reads random chunks of all its layers, mapped and not, and
+says whether what was resident stayed below half of the bank's size. Keys and values are random; those of a model have the same sizes. Searches are
 measured on the keys and queries of a model, by `longmem bank tune`.
 """
 
@@ -97,24 +97,28 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def read_randomly(path: Path, limit: int, queries: int) -> None:
+def read_randomly(path: Path, mapped: bool, queries: int) -> None:
     """Open a bank, read from all layers, print what that took; run in a process of its own."""
     before = peak_resident()
     begin = time.perf_counter()
-    bank = MemoryBank.open(path, read_only=True, max_mapped_bytes=limit or None)
+    bank = MemoryBank.open(path, read_only=True, mmap=mapped)
     opened = time.perf_counter() - begin
     heads = bank._shapes[0].kv_heads
     begin = time.perf_counter()
     bank.search(0, torch.randn(heads, 1, DIM), 16)
     first = time.perf_counter() - begin
-    read = 0
+    read, begin = 0, time.perf_counter()
     for _ in range(queries // 256):
         for layer in bank.memory_layers:
             rows = torch.randint(0, bank.num_chunks, (heads, 256 * 16))
             read += sum(part.nbytes for part in bank.gather(layer, rows))
             bank.search(layer, torch.randn(heads, 4, DIM), 16)
-    peak = peak_resident()
-    print(json.dumps({"open": opened, "first_search": first, "read": read, "peak": peak, "before": before}))
+    seconds, peak = time.perf_counter() - begin, peak_resident()
+    print(
+        json.dumps(
+            {"open": opened, "first_search": first, "seconds": seconds, "read": read, "peak": peak, "before": before}
+        )
+    )
 
 
 def measure_opening(given: argparse.Namespace, folder: Path) -> list[dict]:
@@ -123,11 +127,13 @@ def measure_opening(given: argparse.Namespace, folder: Path) -> list[dict]:
         size = fill(bank, given.tokens, given.layers, given.heads).nbytes
     search_keys = given.layers * given.heads * given.tokens // CHUNK * DIM * 4
     limit = size // 2
-    # Beside the mapped files there are the search keys, the program, and the copies that one read makes.
-    mapped = limit - search_keys - (900 << 20)
     rows = []
-    for name, most, queries in (("opened, one search", 0, 0), ("read at random", max(mapped, 64 << 20), given.queries)):
-        command = [sys.executable, __file__, "read", "--folder", str(path), "--limit", str(most)]
+    for name, options, queries in (
+        ("opened, one search", [], 0),
+        ("read at random, mapped", [], given.queries),
+        ("read at random, `mmap=False`", ["--unmapped"], given.queries),
+    ):
+        command = [sys.executable, __file__, "read", "--folder", str(path), *options]
         results = [
             json.loads(subprocess.run([*command, "--queries", str(queries)], capture_output=True, check=True).stdout)
             for _ in range(3 if not queries else 1)
@@ -137,10 +143,11 @@ def measure_opening(given: argparse.Namespace, folder: Path) -> list[dict]:
         f"A bank of {given.tokens:,} tokens, {given.layers} layers, {given.heads} heads of {DIM}: {size / MEGABYTE:,.0f} MB "
         f"on disk, of which {search_keys / MEGABYTE:,.0f} MB search keys; limit {limit / MEGABYTE:,.0f} MB."
     )
-    table = Table("", "open s", "first search s", "MB read", "peak resident MB", "program alone MB")
+    table = Table("", "open s", "first search s", "MB read", "in s", "peak resident MB", "program alone MB")
     for row in rows:
-        megabytes = (f"{row[key] / MEGABYTE:,.0f}" for key in ("read", "peak", "before"))
-        table.add_row(row["what"], f"{row['open']:.3f}", f"{row['first_search']:.2f}", *megabytes)
+        read, peak, before = (f"{row[key] / MEGABYTE:,.0f}" for key in ("read", "peak", "before"))
+        times = f"{row['open']:.3f}", f"{row['first_search']:.2f}", read, f"{row['seconds']:.1f}"
+        table.add_row(row["what"], *times, peak, before)
     Console().print(table)
     print("under the limit" if rows[-1]["peak"] < limit else "OVER THE LIMIT")
     return rows
@@ -154,11 +161,11 @@ def main() -> None:
     parser.add_argument("--heads", type=int, help="default: 1 for add, 3 for open")
     parser.add_argument("--rounds", type=int, default=60, help="measured writes")
     parser.add_argument("--queries", type=int, default=20_480, help="queries of 16 chunks to read")
-    parser.add_argument("--limit", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--unmapped", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="for the banks; default: a temporary one")
     given = parser.parse_args()
     if given.what == "read":
-        read_randomly(given.folder, given.limit, given.queries)
+        read_randomly(given.folder, not given.unmapped, given.queries)
         return
     given.tokens = given.tokens or (10_000_000 if given.what == "add" else 1_000_000)
     given.heads = given.heads or (1 if given.what == "add" else 3)

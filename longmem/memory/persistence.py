@@ -51,7 +51,7 @@ class PersistentBank:
         *,
         read_only: bool = False,
         device: torch.device | str = "cpu",
-        max_mapped_bytes: int | None = None,
+        mmap: bool = True,
     ) -> Self:
         """Return the bank in `folder` as it was at the last commit; it stays on disk, and its changes go there.
 
@@ -65,13 +65,12 @@ class PersistentBank:
             model: refuse the bank unless this model's encoder wrote it.
             read_only: change nothing, and keep nobody from changing it.
             device: where search keys are, and what is read goes.
-            max_mapped_bytes: of the files, so much may be resident at most; None: what the system thinks right.
+            mmap: False: keys and values are not mapped but asked for, piece by piece, so that of all that was read nothing
+                stays in this process; it costs about ten times as much as a piece that the system has in memory.
 
         Raises ValueError if it is missing, damaged, of a newer version or another encoder, or somebody is writing it.
         """
-        opened = BankFolder(
-            Path(folder), write=not read_only, device=torch.device(device), max_mapped_bytes=max_mapped_bytes
-        )
+        opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
         try:
             settings = opened.read_content()["settings"]
             # Of a bank without a fingerprint nobody knows which encoder wrote it.

@@ -50,7 +50,7 @@ class BankFolder:
         create: settings of a new bank, to be made if none is there.
         with_first_commit: make it then, not now.
         device: where search keys are, and gathered chunks go.
-        max_mapped_bytes: pages of segments that may be resident before they are given back; None: the system decides.
+        mapped: whether chunks are read by mapping files (`TensorFile`).
 
     Raises ValueError if there is no bank to read, it is damaged or of another version, another process is writing it, or
     the folder cannot be written.
@@ -64,13 +64,13 @@ class BankFolder:
         create: dict[str, Any] | None = None,
         with_first_commit: bool = False,
         device: torch.device | None = None,
-        max_mapped_bytes: int | None = None,
+        mapped: bool = True,
     ) -> None:
         # Where it is now: the process may go to another folder, and a link may come to lead elsewhere.
         self.path = path.resolve()
         self.is_writable = write
         self.device = torch.device("cpu") if device is None else device
-        self.max_mapped_bytes = max_mapped_bytes
+        self.mapped = mapped
         self._lock: FileLock | None = None
         # What the catalogue holds: names of segments by first slot, tokens of each document whose source is there.
         self._segments: dict[int, str] = {}
@@ -86,7 +86,7 @@ class BankFolder:
         except BaseException:
             self._release_lock()
             raise
-        self.indexes = SavedIndexes(path / INDEX_FOLDER, self.catalogue)
+        self.indexes = SavedIndexes(self.path / INDEX_FOLDER, self.catalogue)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class BankFolder:
     def new_storage(self, storage_dtype: torch.dtype) -> DiskStorage:
         """Return an empty storage in this folder."""
         place = self.path / SEGMENT_FOLDER
-        return DiskStorage(place, storage_dtype, self.device, self.max_mapped_bytes, self.refuse_reader)
+        return DiskStorage(place, storage_dtype, self.device, self.mapped, self.refuse_reader)
 
     def fill(self, contents: BankContents, settings: dict[str, Any]) -> None:
         """Read the last commit into empty contents over a `new_storage`.
@@ -152,7 +152,7 @@ class BankFolder:
                 )
             try:
                 files = [(*row[:4], json.loads(row[4])) for row in rows["segments"]]
-                segments = open_segments(self.path / SEGMENT_FOLDER, files)
+                segments = open_segments(self.path / SEGMENT_FOLDER, files, self.mapped)
                 break
             except ValueError:
                 # A writer may have merged or removed segments since the catalogue was read.

@@ -24,8 +24,6 @@ from longmem.memory.store import Chunks, LayerShape, shape_of
 
 # Chunks of so many bytes wait in memory at most, and make one file.
 SEGMENT_BYTES = 2**26
-# What a read maps beyond its own bytes, at most: systems map pages around the one that was touched (Linux: 64 KiB).
-AROUND_BYTES = 2**17
 
 
 class DiskStorage:
@@ -35,7 +33,7 @@ class DiskStorage:
         folder: of the segments.
         storage_dtype: of keys and values.
         device: where search keys are, and gathered chunks go.
-        max_mapped_bytes: pages of segments that may be resident before they are given back; None: the system decides.
+        mapped: whether chunks are read by mapping files (`TensorFile`).
         before_write: called before a file is written; raises where the bank may not be changed.
     """
 
@@ -44,13 +42,13 @@ class DiskStorage:
         folder: Path,
         storage_dtype: torch.dtype,
         device: torch.device,
-        max_mapped_bytes: int | None,
+        mapped: bool,
         before_write: Callable[[], None],
     ) -> None:
         self.folder = folder
         self.storage_dtype = storage_dtype
         self.device = device
-        self.max_mapped_bytes = max_mapped_bytes
+        self.mapped = mapped
         self.shapes: list[LayerShape] = []
         self.num_rows = 0
         self.next_slot = 0
@@ -58,7 +56,6 @@ class DiskStorage:
         self._before_write = before_write
         self._slots = torch.empty(0, dtype=torch.int64)  # of each row
         self._keys: dict[int, ResidentKeys] = {}
-        self._mapped_bytes = 0
 
     # What the bank's contents ask of a storage.
 
@@ -197,7 +194,11 @@ class DiskStorage:
             path = self.folder / f"segment-{first_slot:012d}-{secrets.token_hex(4)}.safetensors"
             digests = write_tensor_file(path, tensors)
             sync(self.folder)
-            written = [Segment(first_slot, num_slots, num_live, file=TensorFile(path, path.stat().st_size, digests))]
+            written = [
+                Segment(
+                    first_slot, num_slots, num_live, file=TensorFile(path, path.stat().st_size, digests, self.mapped)
+                )
+            ]
         self.segments = [segment for segment in self.segments if segment.waiting is None] + written
         self.next_slot += 1  # a gap: no run of chunks goes on in another file
 
@@ -230,23 +231,21 @@ class DiskStorage:
         heads = self.shapes[position].kv_heads
         slots = slots.expand(heads, -1) if slots.ndim == 1 else slots
         flat = slots.reshape(-1)
+        # Segment after segment, and then one more copy that puts all in order: copying to places is slower than from them.
         examples = [self.segments[0].tensor(position, name) for name in names]
-        # One index_select over (heads * slots) copies whole chunks, segment after segment, and one more puts them in order;
-        # copying to places is slower than copying from them.
         taken = [example.new_empty(len(flat), *example.shape[2:]) for example in examples]
-        mapped_bytes = sum(example[0, 0].nbytes + AROUND_BYTES for example in examples)  # of one chunk
-        step = None if self.max_mapped_bytes is None else max(1, self.max_mapped_bytes // mapped_bytes)
         order, done = [], 0
         for segment, which in self._by_segment(flat):
-            stored = [segment.tensor(position, name, check=check).flatten(0, 1) for name in names]
             heads_of = which.div(slots.shape[1], rounding_mode="floor")
             places = flat[which] - segment.first_slot + heads_of * segment.num_slots
-            for part in places.split(step or len(which)):
-                self._count_pages(segment, len(part) * mapped_bytes)
-                for into, tensor in zip(taken, stored, strict=True):
-                    torch.index_select(tensor, 0, part, out=into[done : done + len(part)])
-                done += len(part)
+            for into, name in zip(taken, names, strict=True):
+                if check:
+                    segment.tensor(position, name, check=True)
+                segment.take(position, name, places, into[done : done + len(which)])
+            if check and not self.mapped and segment.file is not None:
+                segment.file.release()
             order.append(which)
+            done += len(which)
         if len(order) > 1:
             back = torch.empty_like(flat)
             back[torch.cat(order)] = torch.arange(len(flat))
@@ -267,14 +266,3 @@ class DiskStorage:
         for number, positions in enumerate(order.split(torch.bincount(which, minlength=high - low + 1).tolist())):
             if len(positions):
                 yield self.segments[low + number], positions
-
-    def _count_pages(self, segment: Segment, new_bytes: int) -> None:
-        """Give back all pages if what is about to be read would not fit beside them."""
-        if self.max_mapped_bytes is None or segment.file is None:
-            return
-        self._mapped_bytes += new_bytes
-        if self._mapped_bytes > self.max_mapped_bytes:
-            for each in self.segments:
-                if each.file is not None:
-                    each.file.release()
-            self._mapped_bytes = new_bytes

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from longmem.memory.folder.tensor_file import TensorFile
@@ -29,10 +31,21 @@ class Segment:
         assert self.file is not None
         return self.file.tensor(f"{position}.{name}", check=check)
 
+    def take(
+        self, position: int, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."]
+    ) -> None:
+        """Copy what the heads and slots of one tensor, counted as one axis, hold at these places."""
+        if self.file is not None:
+            self.file.take(f"{position}.{name}", places, into)
+        else:
+            torch.index_select(self.tensor(position, name).flatten(0, 1), 0, places, out=into)
 
-def open_segments(folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]]) -> list[Segment]:
+
+def open_segments(
+    folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]], mapped: bool
+) -> list[Segment]:
     """Return the segments that the catalogue lists: (first slot, slots, file name, bytes, digests)."""
     return [
-        Segment(first_slot, num_slots, 0, file=TensorFile(folder / name, num_bytes, digests))
+        Segment(first_slot, num_slots, 0, file=TensorFile(folder / name, num_bytes, digests, mapped))
         for first_slot, num_slots, name, num_bytes, digests in rows
     ]

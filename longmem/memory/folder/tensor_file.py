@@ -8,11 +8,13 @@ import json
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -91,7 +93,11 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, st
 
 
 class TensorFile:
-    """Return a file of tensors, mapped into memory: pages are read when they are touched.
+    """Return a file of tensors that is read piece by piece, as pieces are asked for.
+
+    A mapped file is read by touching its pages, which costs nothing where the system has them already; pages that were
+    touched count as memory of this process until the system wants them for something else. Without mapping, `take` asks the
+    system for each piece, which takes longer and leaves nothing behind. Whole tensors are mapped in any case.
 
     Opening checks its length and its header. Raises ValueError, which names the file, if these are not as written.
 
@@ -99,10 +105,12 @@ class TensorFile:
         path: of the file.
         num_bytes: its length.
         digests: of its tensors and its header, by name.
+        mapped: whether pieces are read by a mapping; always where the system knows no other way.
     """
 
-    def __init__(self, path: Path, num_bytes: int, digests: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, num_bytes: int, digests: Mapping[str, str], mapped: bool = True) -> None:
         self.path, self.num_bytes, self.digests = path, num_bytes, digests
+        self._descriptor: int | None = None
         self._checked: set[str] = set()
         try:
             with path.open("rb") as file:
@@ -121,6 +129,12 @@ class TensorFile:
             for name, place in json.loads(self._map[8:start]).items()
             if name != "__metadata__"
         }
+        if not mapped and hasattr(os, "preadv"):
+            try:
+                self._descriptor = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise damaged(path, f"cannot be read ({error})") from error
+            weakref.finalize(self, os.close, self._descriptor)
         self.release()  # the header is not read again
 
     def tensor(self, name: str, *, check: bool = False) -> Tensor:
@@ -134,6 +148,19 @@ class TensorFile:
         if not count:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
+
+    def take(self, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."]) -> None:
+        """Copy the pieces of a tensor that its first two axes, counted as one, have at these places."""
+        if self._descriptor is None:
+            torch.index_select(self.tensor(name).flatten(0, 1), 0, places, out=into)
+            return
+        start = self._places[name][2]
+        size = into[0].nbytes
+        view = memoryview(into.flatten().view(torch.uint8).numpy())
+        for number, place in enumerate(places.tolist()):
+            piece = view[number * size : (number + 1) * size]
+            if os.preadv(self._descriptor, [piece], start + place * size) < size:
+                raise damaged(self.path, "was cut while it was read")
 
     def names(self) -> list[str]:
         """Return the names of the tensors."""
