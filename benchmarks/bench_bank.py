@@ -5,9 +5,9 @@
 
 `add` writes the same tokens in turn to a bank that holds 10^4 and to one that holds `--tokens`, in a folder (each write is
 a commit on the disk), in memory, and in memory when the bank is full and forgets as much; the figure is the ratio of the
-medians. `open` opens a bank in a folder in new processes, then reads random chunks of all its layers, mapped and not, and
-says whether what was resident stayed below half of the bank's size. Keys and values are random; those of a model have the same sizes. Searches are
-measured on the keys and queries of a model, by `longmem bank tune`.
+medians. `open` opens a bank in a folder in new processes, reads random chunks of all its layers, mapped and not, and says
+whether what was resident in the end stayed below half of the bank's size. Keys and values are random; those of a model have
+the same sizes. Searches are measured on the keys and queries of a model, by `longmem bank tune`.
 """
 
 import argparse

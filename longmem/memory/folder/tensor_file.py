@@ -156,7 +156,7 @@ class TensorFile:
             return
         start = self._places[name][2]
         size = into[0].nbytes
-        view = memoryview(into.flatten().view(torch.uint8).numpy())
+        view = memoryview(into.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
         for number, place in enumerate(places.tolist()):
             piece = view[number * size : (number + 1) * size]
             if os.preadv(self._descriptor, [piece], start + place * size) < size:
