@@ -41,11 +41,14 @@ class Headings:
 
 
 def plain_table(rows: Sequence[Sequence[str]], emphasized: str = "") -> Table:
-    """Return a table of rows, the head first and numbers to the right; the row named `emphasized` is bold."""
+    """Return a table of rows, the head first and numbers to the right; the row named `emphasized` is bold.
+
+    Where it is too wide the names of rows are broken, and no number.
+    """
     head, *body = rows
     table = Table(box=None, header_style="bold")
     for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in body:
         table.add_row(*row, style="bold" if row[0] == emphasized else None)
     return table

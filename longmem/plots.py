@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -98,7 +99,7 @@ def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: s
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(textwrap.fill(title, 90), fontsize=12)
     axes = figure.add_subplot()
     kinds = dict.fromkeys(result.index.partition(":")[0] for result in results)
     for kind in kinds:

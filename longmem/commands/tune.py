@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
         source = str(arguments.queries) if own is None else own
         console.print(
             f"{bank.num_chunks:,} chunks of layer {layer}, {queries.shape[1]:,} queries for each of {queries.shape[0]} "
-            f"heads, recall of the {num_chunks} best. The queries are what {model_name} asks as it reads {source}.",
+            f"heads, recall of the {num_chunks} best, milliseconds for 1,000 queries. The queries are what {model_name} asks "
+            f"as it reads {source}.",
             markup=False,
         )
         results = tune(bank.search_keys(layer), queries, num_chunks=num_chunks)
@@ -115,7 +116,7 @@ def query_tokens(
 
 def table_rows(results: list[Tuned]) -> list[list[str]]:
     """Return the rows of the table for people, its head first."""
-    rows = [["index", "recall", "ms per 1,000 queries", "times exact", "build (s)", "MB"]]
+    rows = [["index", "recall", "ms/1,000", "times exact", "build s", "MB"]]
     for each in results:
         numbers = (f"{each.recall:.3f}", f"{each.milliseconds:.2f}", f"{each.speed_ratio:.2f}")
         rows.append([each.index, *numbers, f"{each.build_seconds:.2f}", f"{each.num_bytes / 1e6:.1f}"])
@@ -128,5 +129,6 @@ def write_files(folder: Path, measured: dict[str, object], rows: list[list[str]]
     (folder / "tuning.md").write_text(markdown_table(rows) + "\n", encoding="utf-8")
     content = json.dumps({**measured, "environment": environment()}, indent=2) + "\n"
     (folder / "tuning.json").write_text(content, encoding="utf-8")
-    title = f"Index settings on the bank's keys of layer {measured['layer']}, queries from {measured['queries']}"
+    source = Path(str(measured["queries"])).name
+    title = f"Index settings on the bank's keys of layer {measured['layer']}, queries from {source}"
     plot_tuning(folder / "tuning.png", results, title=title)
