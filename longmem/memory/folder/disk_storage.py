@@ -246,9 +246,10 @@ class DiskStorage:
                 segment.file.release()
             order.append(which)
             done += len(which)
-        if len(order) > 1:
+        positions = torch.cat(order) if order else flat
+        if (positions.diff() < 0).any():
             back = torch.empty_like(flat)
-            back[torch.cat(order)] = torch.arange(len(flat))
+            back[positions] = torch.arange(len(flat))
             taken = [tensor.index_select(0, back) for tensor in taken]
         return [tensor.unflatten(0, (heads, slots.shape[1])) for tensor in taken]
 
