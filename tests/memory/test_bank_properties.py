@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from longmem.memory import DocumentInfo, MemoryBank
 from longmem.memory.codec import STORAGE_DTYPES, decode, encode
-from longmem.memory.folder import bank_folder, tensor_file
+from longmem.memory.folder import merging, tensor_file
 from longmem.memory.index import INDEXES, FlatIndex, approximate
 
 LAYERS = (2, 5)
@@ -135,7 +135,7 @@ class BankMachine(RuleBasedStateMachine):
         self.patch.setattr(approximate, "EXACT_BELOW", 3)
         self.patch.setattr(approximate, "POINTS_PER_CENTROID", 1)
         self.patch.setattr(tensor_file.os, "fsync", lambda descriptor: None)  # not what is tested here
-        self.patch.setattr(bank_folder, "SEGMENTS_TO_MERGE", 3)
+        self.patch.setattr(merging, "SEGMENTS_TO_MERGE", 3)
         self.folder = tempfile.mkdtemp()
         options = dict(
             memory_layers=LAYERS,

@@ -9,7 +9,7 @@ import torch
 from folder_banks import SETTINGS, SIZES, RandomSteps, contents, keys_and_values, segment_files, write
 
 from longmem.memory import MemoryBank
-from longmem.memory.folder import bank_folder, disk_storage
+from longmem.memory.folder import bank_folder, disk_storage, merging
 
 
 def make_bank(folder, **options) -> MemoryBank:
@@ -21,7 +21,7 @@ def make_bank(folder, **options) -> MemoryBank:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_steps_leave_what_a_bank_in_memory_holds(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr(bank_folder, "SEGMENTS_TO_MERGE", 3)
+    monkeypatch.setattr(merging, "SEGMENTS_TO_MERGE", 3)
     monkeypatch.setattr(disk_storage, "SEGMENT_BYTES", 30_000)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     on_disk, in_memory = RandomSteps(seed, tmp_path / "bank"), RandomSteps(seed)

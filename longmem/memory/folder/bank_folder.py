@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import sqlite3
 import warnings
-from collections import defaultdict
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,16 +23,15 @@ from longmem.memory.contents import BankContents
 from longmem.memory.documents import Source
 from longmem.memory.folder import records
 from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
-from longmem.memory.folder.disk_storage import SEGMENT_BYTES, DiskStorage
+from longmem.memory.folder.disk_storage import DiskStorage
+from longmem.memory.folder.merging import rewrite, segments_to_merge
 from longmem.memory.folder.saved_indexes import SavedIndexes
-from longmem.memory.folder.segments import Segment, open_segments
+from longmem.memory.folder.segments import open_segments
 from longmem.memory.folder.tensor_file import damaged, not_written, remove
 
 LOCK = "lock"
 SEGMENT_FOLDER = "segments"
 INDEX_FOLDER = "indexes"
-# So many segments of about one size are merged into one: a bank that grows by small steps keeps few files.
-SEGMENTS_TO_MERGE = 8
 ATTEMPTS_TO_READ = 10
 
 
@@ -159,41 +155,14 @@ class BankFolder:
                 if attempt == ATTEMPTS_TO_READ - 1 or self.is_current():
                     raise
         self._segments = {row[0]: row[2] for row in rows["segments"]}
-        self._restore(contents, content, segments, rows)
+        records.restore(contents, content, segments, rows, self._read_source, self.device)
+        self._source_tokens = {document.serial: document.num_tokens for document in contents.ledger.documents.values()}
         self.indexes.restore(rows["indexes"])
         assert isinstance(contents.storage, DiskStorage)
         contents.find_saved = functools.partial(self.indexes.read, contents.storage)
         if self.is_writable:
             self._remove_strangers()
             self.indexes.remove_strangers()
-
-    def _restore(
-        self,
-        contents: BankContents,
-        content: dict[str, Any],
-        segments: list[Segment],
-        rows: dict[str, list[tuple[Any, ...]]],
-    ) -> None:
-        storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
-        assert isinstance(storage, DiskStorage)
-        storage.restore(segments, content["next_slot"], content["shapes"])
-        usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
-        for serial, text, waiting in rows["documents"]:
-            ledger.open(records.read_document(serial, text, waiting, usage[serial], self.device))
-        spans = sorted(rows["spans"], key=lambda row: row[4])
-        for row in spans:
-            run = ledger.enter_run(records.read_run(ledger.by_serial[row[0]], row))
-            new_rows = ledger.num_rows + torch.arange(run.num_chunks)
-            ledger.place(run.document, new_rows, row[1])
-            storage.point(new_rows, run.slot)
-        for serial, text, _ in rows["documents"]:
-            document = ledger.by_serial[serial]
-            if json.loads(text)["has_source"]:
-                start, stop = document.first_chunk(contents.chunk_size) * chunk_size, document.num_tokens
-                document.source_or_reader = functools.partial(self._read_source, serial, start, stop)
-            self._source_tokens[serial] = document.num_tokens
-        ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
-        ledger.changed.clear()
 
     @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
@@ -227,8 +196,9 @@ class BankFolder:
         self.refuse_reader()
         try:
             self._commit(contents, settings, replace)
-            while victims := self._segments_to_merge(contents.storage):
-                self._rewrite(contents, victims)
+            assert isinstance(contents.storage, DiskStorage)
+            while victims := segments_to_merge(contents.storage):
+                rewrite(contents, contents.storage, victims)
                 self._commit(contents, settings, False)
         except (OSError, sqlite3.OperationalError) as error:
             self._remove_strangers()
@@ -298,7 +268,7 @@ class BankFolder:
         assert isinstance(storage, DiskStorage)
         self.commit(contents, settings)
         for segment in [segment for segment in storage.segments if segment.num_live < segment.num_slots]:
-            self._rewrite(contents, [segment])
+            rewrite(contents, storage, [segment])
             self.commit(contents, settings)
         # Asked for their source before the transaction: it may have to be read, in a transaction of its own.
         evicted = [each for each in contents.ledger.documents.values() if each.first_chunk(contents.chunk_size)]
@@ -342,28 +312,6 @@ class BankFolder:
         return contents.storage.num_dead_bytes
 
     # Inside.
-
-    def _segments_to_merge(self, storage: Any) -> list[Segment]:
-        """Return segments that are better written anew: many of about one size, or one that is mostly dead."""
-        sizes = defaultdict(list)
-        for segment in storage.segments:
-            if segment.num_live * 2 < segment.num_slots:
-                return [segment]
-            if segment.file is not None and segment.file.num_bytes < SEGMENT_BYTES // 2:
-                sizes[int(math.log(segment.file.num_bytes, SEGMENTS_TO_MERGE))].append(segment)
-        return next((group for group in sizes.values() if len(group) >= SEGMENTS_TO_MERGE), [])
-
-    def _rewrite(self, contents: BankContents, victims: Sequence[Segment]) -> None:
-        """Write the live chunks of these segments to new ones."""
-        storage = contents.storage
-        assert isinstance(storage, DiskStorage)
-        for document in contents.ledger.documents.values():
-            done = 0
-            for run in document.runs:
-                if any(0 <= run.slot - segment.first_slot < segment.num_slots for segment in victims):
-                    run.slot = storage.rewrite(document.rows.values[done : done + run.num_chunks])
-                    contents.ledger.changed.add(document.serial)
-                done += run.num_chunks
 
     def _remove_strangers(self) -> None:
         """Remove what a process that was killed before its commit has left."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from longmem.memory.contents import BankContents
 from longmem.memory.documents import Document, Run, Source, SourcePart
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
+from longmem.memory.folder.disk_storage import DiskStorage
+from longmem.memory.folder.segments import Segment
 
 
 def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stored_tokens: int) -> None:
@@ -118,6 +122,44 @@ def read_run(document: Document, row: Sequence[Any]) -> Run:
     """Return a run of chunks, from a row of the table of spans."""
     _, first_chunk, num_chunks, slot, order, written_at = row
     return Run(document, num_chunks, written_at, order, slot, stored=(first_chunk, num_chunks, slot))
+
+
+def restore(
+    contents: BankContents,
+    content: dict[str, Any],
+    segments: Sequence[Segment],
+    rows: dict[str, list[tuple[Any, ...]]],
+    read_source_of: Callable[[int, int, int], Source | None],
+    device: torch.device,
+) -> None:
+    """Fill empty contents, over a storage in the folder, with what the catalogue says.
+
+    Args:
+        contents: to be filled.
+        content: what is said about the bank as a whole.
+        segments: open files.
+        rows: of all tables, by their names.
+        read_source_of: given the serial of a document and a range of tokens, read their source when it is asked for.
+        device: for the tails.
+    """
+    storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
+    assert isinstance(storage, DiskStorage)
+    storage.restore(segments, content["next_slot"], content["shapes"])
+    usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
+    for serial, text, waiting in rows["documents"]:
+        ledger.open(read_document(serial, text, waiting, usage[serial], device))
+    for row in sorted(rows["spans"], key=lambda row: row[4]):
+        run = ledger.enter_run(read_run(ledger.by_serial[row[0]], row))
+        new_rows = ledger.num_rows + torch.arange(run.num_chunks)
+        ledger.place(run.document, new_rows, row[1])
+        storage.point(new_rows, run.slot)
+    for serial, text, _ in rows["documents"]:
+        document = ledger.by_serial[serial]
+        if json.loads(text)["has_source"]:
+            start = document.first_chunk(chunk_size) * chunk_size
+            document.source_or_reader = functools.partial(read_source_of, serial, start, document.num_tokens)
+    ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
+    ledger.changed.clear()
 
 
 def _int32(values: Tensor) -> bytes:
