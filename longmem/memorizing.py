@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.input_checks import refuse_other_encoder
 from longmem.memory import MemoryBank, SourcePart
 from longmem.memory.checks import validate_count
 
@@ -103,7 +102,7 @@ def memorize(
 ) -> int:
     """Encode a document and write it to the bank; see `LongMemForCausalLM.memorize`."""
     source = encodable(model, text_or_ids)
-    validate_options(model, bank, reuse, batch_size)
+    validate_options(bank, reuse, batch_size)
     length = model.config.segment_length
     context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
     # What is appended goes on with the window that the document ends in; if that is not known, windows start here.
@@ -199,21 +198,20 @@ def is_resident(bank: MemoryBank, document_id: str, token: int) -> bool:
     return document_id in bank and bank.info(document_id).first_resident_token <= token
 
 
-def validate_options(
-    model: LongMemForCausalLM, bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, batch_size: int
-) -> None:
+def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, batch_size: int) -> None:
     """Raise ValueError unless windows can be copied from `reuse` as they are stored, and `batch_size` is a count."""
     validate_count("batch_size", batch_size)
     if reuse is None:
         return
     if not isinstance(reuse, tuple) or len(reuse) != 2 or not isinstance(reuse[0], MemoryBank):
         raise ValueError(f"`reuse` must be a MemoryBank and the name of a document in it, got {reuse!r}.")
-    refuse_other_encoder(model, reuse[0])
-    if reuse[0].storage_dtype != bank.storage_dtype:
-        raise ValueError(
-            f"`reuse` must be a bank that stores what the other does, {bank.storage_dtype}, got "
-            f"{reuse[0].storage_dtype}; leave it out to encode all windows."
-        )
+    for name in ("memory_layers", "chunk_size", "storage_dtype", "fingerprint"):
+        own, other = getattr(bank, name), getattr(reuse[0], name)
+        if own != other:
+            raise ValueError(
+                f"`reuse` must be a bank with the `{name}` of the one to write to, {own}, got {other}; leave it out to "
+                "encode all windows."
+            )
 
 
 def open_window(bank: MemoryBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:

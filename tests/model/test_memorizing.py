@@ -208,5 +208,5 @@ def test_wrong_arguments_are_refused(model, text_or_ids, options, message):
 
 def test_windows_are_copied_from_banks_with_the_same_settings_only(model):
     bank = bank_of(model, random_ids(64))
-    with pytest.raises(ValueError, match="`reuse` must be a bank that stores"):
+    with pytest.raises(ValueError, match="`reuse` must be a bank with the `storage_dtype`"):
         model.memorize(MemoryBank.for_model(model, storage_dtype="int8"), random_ids(64), "a", reuse=(bank, "a"))
