@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, function = arguments.does.split(":")
     try:
         code = getattr(importlib.import_module(f"longmem.commands.{module}"), function)(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if arguments.debug:
             raise

@@ -70,7 +70,7 @@ def token_progress(title: str, console: Console) -> Iterator[Report]:
     A console that is no terminal gets one line, at the end.
     """
     columns = (
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),  # a title may hold brackets
         BarColumn(bar_width=24),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
         TokenSpeedColumn(),

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.memory import MemoryBank, SourcePart
+from longmem.memory.checks import validate_count
 
 if TYPE_CHECKING:
     from longmem.modeling import LongMemForCausalLM
@@ -48,6 +49,13 @@ def encodable(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tens
     if isinstance(text_or_ids, str):
         if not text_or_ids.strip():
             raise ValueError("`text_or_ids` must hold some text, got an empty or blank string.")
+        try:
+            text_or_ids.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`text_or_ids` must be text that UTF-8 can write, got half of a surrogate pair ({error}); read files "
+                'with `encoding="utf-8"`.'
+            ) from error
         has_offsets = getattr(model.tokenizer, "is_fast", False)
         encoded = model.tokenizer(
             text_or_ids, add_special_tokens=False, verbose=False, return_offsets_mapping=has_offsets
@@ -57,7 +65,13 @@ def encodable(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tens
             text = text_or_ids
             char_ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64).cummax(0).values
         text_or_ids = encoded["input_ids"]
-    ids = torch.as_tensor(text_or_ids)
+    try:
+        ids = torch.as_tensor(text_or_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "`text_or_ids` must be text or one flat sequence of token ids, at least one, got "
+            f"{type(text_or_ids).__name__} ({error})."
+        ) from error
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.ndim != 1 or ids.is_floating_point() or ids.numel() == 0:
@@ -88,12 +102,14 @@ def memorize(
 ) -> int:
     """Encode a document and write it to the bank; see `LongMemForCausalLM.memorize`."""
     source = encodable(model, text_or_ids)
+    validate_options(bank, reuse, batch_size)
     length = model.config.segment_length
     context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
     # What is appended goes on with the window that the document ends in; if that is not known, windows start here.
     window_length = None if context is None else length
+    # Of a document whose windows are not known, new windows may begin inside a chunk, or without the ids before them.
+    known = {} if reuse is None or context is None else known_windows(*reuse, length)
     context = torch.empty(0, dtype=torch.int64) if context is None else context
-    known = {} if reuse is None else known_windows(*reuse, length)
     is_new = not append
     num_encoded = 0
 
@@ -111,8 +127,8 @@ def memorize(
         try:
             for group in groups(source.ids, len(context), length, batch_size, known):
                 start, stop = group[0][0], group[-1][1]
-                if (origin := known.get(window_key(source.ids[start:stop]))) is not None:
-                    assert reuse is not None
+                origin = known.get(window_key(source.ids[start:stop]))
+                if reuse is not None and origin is not None and is_resident(*reuse, origin):
                     bank.copy_tokens(document_id, *reuse, origin, source.part(start, stop), window_length=length)
                     is_new = False
                 else:
@@ -175,6 +191,27 @@ def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes
         window_key(ids[start - offset : start - offset + length]): start
         for start in range(first, stop - length + 1, length)
     }
+
+
+def is_resident(bank: MemoryBank, document_id: str, token: int) -> bool:
+    """Return whether a token is still there: what is written meanwhile may evict it from the same bank."""
+    return document_id in bank and bank.info(document_id).first_resident_token <= token
+
+
+def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, batch_size: int) -> None:
+    """Raise ValueError unless windows can be copied from `reuse` as they are stored, and `batch_size` is a count."""
+    validate_count("batch_size", batch_size)
+    if reuse is None:
+        return
+    if not isinstance(reuse, tuple) or len(reuse) != 2 or not isinstance(reuse[0], MemoryBank):
+        raise ValueError(f"`reuse` must be a MemoryBank and the name of a document in it, got {reuse!r}.")
+    for name in ("memory_layers", "chunk_size", "storage_dtype", "fingerprint"):
+        own, other = getattr(bank, name), getattr(reuse[0], name)
+        if own != other:
+            raise ValueError(
+                f"`reuse` must be a bank with the `{name}` of the one to write to, {own}, got {other}; leave it out to "
+                "encode all windows."
+            )
 
 
 def open_window(bank: MemoryBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from tiny_models import save_tiny_backbone, some_text
 
 from longmem.cli import main
+from longmem.commands.texts import read_texts
 from longmem.memory import MemoryBank
 from longmem.memory.index import approximate
 from longmem.modeling import LongMemForCausalLM
@@ -340,3 +344,45 @@ def test_errors_are_one_line_and_change_nothing(arguments, message, bank, files,
     assert "Traceback" not in error
     assert documents(bank) == before
     assert not Path(tmp_path / "new").exists()
+
+
+def test_names_are_printed_as_they_are(tmp_path, run):
+    names = ["notes[draft].txt", "[/x].txt", "[bold]y", ":smile:", "-dash", "long " * 40 + "end"]
+    tensors = [torch.randn(1, 4, 4)]
+    with MemoryBank.create(tmp_path / "[b]bank", memory_layers=[0], chunk_size=4) as bank:
+        for name in names:
+            bank.add(name, tensors, tensors, tags=["[red]tag"])
+    place = ("--bank", tmp_path / "[b]bank")
+    code, out, _ = run("bank", "list", *place)
+    assert code == 0
+    assert all(name in out for name in names[:-1])
+    assert "[red]tag" in out
+    assert out.count("long") == 40, "no part of a long name is left out"
+    assert "[red]tag" in run("bank", "info", *place)[1]
+    assert "[b]bank: pinned -dash;" in run("bank", "pin", *place, "--", "-dash")[1]
+    assert "[b]bank" in run("bank", "compact", *place)[1]
+    assert "[o].jsonl: 6 documents" in run("bank", "export", tmp_path / "[o].jsonl", *place)[1]
+
+
+def test_a_document_whose_name_looks_like_markup_is_memorized(model_folder, files, tmp_path, run):
+    place = ("--bank", tmp_path / "new", "--model", model_folder)
+    code, out, error = run("memorize", files[0], "--id", "[/b]", *place)
+    assert code == 0, error
+    assert "[/b]" in out
+    assert documents(tmp_path / "new").keys() == {"[/b]"}
+
+
+def test_an_export_that_another_program_wrote_anew_is_read(tmp_path):
+    line = {"document_id": "a", "tags": [], "is_pinned": False, "first_resident_token": 0, "text": "one\u2028two\x85"}
+    path = tmp_path / "documents.jsonl"
+    path.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [text.text for text in read_texts([path])] == ["one\u2028two\x85"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(bank):
+    command = [sys.executable, "-m", "longmem.cli", "bank", "list", "--bank", bank, "--json"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")

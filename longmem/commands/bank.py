@@ -20,7 +20,8 @@ def list_documents(arguments: argparse.Namespace) -> None:
     if arguments.json:
         opening.print_json({"documents": [dataclasses.asdict(info) for info in documents]})
         return
-    table = Table("document", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("document", overflow="fold")  # a name that is cut short cannot be given to another command
     for column in ("tokens", "in memory from token", "chunks", "reads"):
         table.add_column(column, justify="right")
     table.add_column("pinned")

@@ -63,7 +63,7 @@ def answer(
         opening.print_json({**result, **reads_found})
         return
     console = opening.console_for(arguments.json)
-    console.print(f"[dim]{len(new)} tokens, {len(new) / seconds:.1f} tokens/s[/]")
+    console.print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", style="dim")
     if arguments.show_reads:
         console.print("\nRead most, with the share of attention:")
     for read in reads:

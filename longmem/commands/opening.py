@@ -19,9 +19,12 @@ DEFAULT_MODEL = "smollm2-135m"
 MODEL_FILE = "model.json"
 
 
-def console_for(as_json: bool) -> Console:
-    """Return where to talk to people: standard output, unless a program reads that."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=True)
+def console_for(as_json: bool, *, markup: bool = False) -> Console:
+    """Return where to talk to people: standard output, unless a program reads that.
+
+    Without `markup`, names of documents and files that hold "[draft]" or ":smile:" are printed as they are.
+    """
+    return Console(stderr=as_json, highlight=False, soft_wrap=True, markup=markup, emoji=False)
 
 
 def print_json(values: dict[str, Any]) -> None:

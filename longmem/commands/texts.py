@@ -73,7 +73,7 @@ def _texts_of(path: Path) -> list[Text]:
     if path.suffix != ".jsonl" or '"first_resident_token"' not in text.partition("\n")[0]:
         return [Text(path.name, text)]
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:
             read = json.loads(line)
             documents.append(Text(read["document_id"], read["text"], tuple(read["tags"]), read["is_pinned"]))

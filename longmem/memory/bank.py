@@ -123,9 +123,11 @@ class MemoryBank(BankReader, PersistentBank):
             window_length: the document is encoded in windows of so many tokens from its start on, each by itself, which lets
                 an update copy the windows that did not change; None: it is encoded in another way.
         """
-        checks.validate_new("document_id", document_id, self._ledger.documents)
-        document = Document(document_id, tags=checks.validate_tags(tags), window_length=window_length)
-        self._extend(document, keys, values, token_ids, text, char_ends)
+        with self.transaction():
+            self._contents.drop_expired()
+            checks.validate_new("document_id", document_id, self._ledger.documents)
+            document = Document(document_id, tags=checks.validate_tags(tags), window_length=window_length)
+            self._extend(document, keys, values, token_ids, text, char_ends)
 
     def append(
         self,
@@ -139,8 +141,9 @@ class MemoryBank(BankReader, PersistentBank):
         window_length: int | None = None,
     ) -> None:
         """Continue a document, as if these tokens had been written with those before; arguments as for `add`."""
-        document = self._document("document_id", document_id)
         with self.transaction():
+            self._contents.drop_expired()  # before the document is looked up: it may be what goes
+            document = self._document("document_id", document_id)
             self._extend(document, keys, values, token_ids, text, char_ends)
             if document.window_length != window_length:
                 document.window_length = None
@@ -189,6 +192,7 @@ class MemoryBank(BankReader, PersistentBank):
         chunks = bank._contents.storage.select(rows)
         with self.transaction():
             own = self._ledger.documents.get(document_id) or Document(document_id, window_length=window_length)
+            checks.validate_source(part.token_ids, part.text, part.char_ends, len(part.token_ids), own)
             self._contents.extend_with_chunks(own, chunks, part)
 
     def delete(self, document_id: str) -> None:
@@ -282,7 +286,7 @@ class MemoryBank(BankReader, PersistentBank):
         text: str | None,
         char_ends: Iterable[int] | Tensor | None,
     ) -> None:
-        """Check everything, then write: an error leaves the bank as it was."""
+        """Check everything, then write, inside a transaction: an error leaves the bank as it was."""
         num_tokens = checks.validate_key_values(
             keys,
             values,
@@ -291,6 +295,4 @@ class MemoryBank(BankReader, PersistentBank):
             storage_dtype=self.storage_dtype,
         )
         part = checks.validate_source(token_ids, text, char_ends, num_tokens, document)
-        with self.transaction():
-            self._contents.drop_expired()
-            self._contents.extend(document, keys, values, part)
+        self._contents.extend(document, keys, values, part)

@@ -15,6 +15,8 @@ from longmem.memory.codec import STORAGE_DTYPES, largest_number
 from longmem.memory.documents import Document, SourcePart
 from longmem.memory.store import LayerShape
 
+LARGEST_TOKEN_ID = 2**31 - 1  # a bank on disk keeps ids in four bytes
+
 
 def name_known(name: object, known: Collection[str], limit: int = 8) -> str:
     """Return the end of an error message: the known names, and the one that was probably meant.
@@ -176,8 +178,9 @@ def _validate_numbers(
 
 def validate_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """Return the tags, each once. Raises ValueError unless they are words that are not empty, and not one string."""
-    words = [] if isinstance(tags, str) else list(tags)
-    if isinstance(tags, str) or not all(isinstance(tag, str) and tag for tag in words):
+    is_list = isinstance(tags, Iterable) and not isinstance(tags, str)
+    words = list(tags) if is_list else []
+    if not is_list or not all(isinstance(tag, str) and tag for tag in words):
         raise ValueError(f"`tags` must be a list of strings that are not empty, got {tags!r}.")
     return tuple(dict.fromkeys(words))
 
@@ -218,7 +221,14 @@ def validate_source(
         )
     if token_ids is None:
         return None
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"`text` must be a string, got {type(text).__name__}.")
     ids = _validate_integers("token_ids", token_ids, num_tokens)
+    if int(ids.min()) < 0 or int(ids.max()) > LARGEST_TOKEN_ID:
+        raise ValueError(
+            f"`token_ids` must be from 0 to {LARGEST_TOKEN_ID}, got {int(ids.min())} to {int(ids.max())}; pass the ids "
+            "of a tokenizer."
+        )
     if text is None or char_ends is None:
         return SourcePart(ids)
     ends = _validate_integers("char_ends", char_ends, num_tokens).clone()

@@ -162,7 +162,8 @@ class BankContents:
     def copy_to(self, target: BankContents) -> None:
         """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
         if (tails := next((each.waiting for each in self.ledger.documents.values() if each.waiting), None)) is not None:
-            target.fix_sizes(tails)  # there may be no chunk that would
+            # There may be no chunk that would; and where they are, chunks of a bank in memory will be.
+            target.fix_sizes([(key.to(target.device), value.to(target.device)) for key, value in tails])
         twins: dict[int, Document] = {}
         for document in self.ledger.documents.values():
             twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=deque(), source_or_reader=None)

@@ -163,6 +163,7 @@ class PersistentBank:
                 "`compact` must not be called inside a transaction, which it would end; call it afterwards."
             )
         try:
+            self._contents.drop_expired()
             folder.compact(self._contents, self._settings())
         except BaseException:
             self._read_folder()

@@ -41,6 +41,7 @@ class BankReader:
         return self._document("document_id", document_id).window_length
 
     def __contains__(self, document_id: object) -> bool:
+        self._contents.drop_expired()
         return document_id in self._ledger.documents
 
     def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:

@@ -141,7 +141,8 @@ class BankShards:
             keys, values = (_take(part.to(rows.device), filled) for part in shard.gather(layer, packed))
             parts.append((mine, (keys, values)))
         if not parts:  # nothing but missing rows: any chunk will do
-            return with_chunks[0].gather(layer, torch.zeros_like(rows))
+            keys, values = with_chunks[0].gather(layer, torch.zeros_like(rows))
+            return keys.to(rows.device), values.to(rows.device)
         return _assemble(rows, parts, 0), _assemble(rows, parts, 1)
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
@@ -173,7 +174,7 @@ def _bank_of(shard: MemoryBank | BankView) -> BankReader:
 
 def _known_documents(shard: MemoryBank | BankView) -> list[str]:
     if isinstance(shard, BankView):
-        return [document_id for document_id in shard.document_ids if document_id in shard._bank]
+        return [document.document_id for document in shard._documents()]
     return [document.document_id for document in shard.documents()]
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.checks import validate_known, validate_tags
+from longmem.memory.documents import Document
 from longmem.memory.index import Found
 from longmem.memory.ledger import ChunkPlace
 
@@ -100,10 +101,10 @@ class BankView:
     def _rows(self) -> Int[Tensor, " rows"]:
         ledger = self._bank._ledger
         if self._seen is None or self._seen[0] != ledger.version:
-            chosen = (
-                document
-                for name, document in ledger.documents.items()
-                if name in self.document_ids or any(tag in self.tags for tag in document.tags)
-            )
-            self._seen = ledger.version, ledger.rows_of(chosen)
+            self._seen = ledger.version, ledger.rows_of(self._documents())
         return self._seen[1]
+
+    def _documents(self) -> list[Document]:
+        names, tags = set(self.document_ids), set(self.tags)
+        documents = self._bank._ledger.documents
+        return [each for name, each in documents.items() if name in names or not tags.isdisjoint(each.tags)]

@@ -182,3 +182,32 @@ def test_unknown_policies_and_settings_are_refused(eviction, message):
         make_policy(eviction)
     with pytest.raises(ValueError, match=message):
         new_bank(eviction=eviction)
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_document_that_expired_is_not_continued(clock, tmp_path, in_folder):
+    folder = {"folder": tmp_path / "bank"} if in_folder else {}
+    settings = {"memory_layers": [1], "chunk_size": 4, "eviction": "ttl:seconds=60"}
+    bank = MemoryBank.create(**folder, **settings) if in_folder else MemoryBank(**settings)
+    bank.add("gone", *tokens(8))
+    bank.add("waits", *tokens(9))
+    clock.now += 60
+    with pytest.raises(ValueError, match="deleted or evicted"):
+        bank.append("gone", *tokens(8))
+    bank.append("waits", *tokens(8))
+    assert bank.search(1, torch.ones(1, 1, 4), 3)[1][0, 0, 2] == -1, "no row is left without an owner"
+    assert resident(bank) == {"waits": 2}
+    bank.add("gone", *tokens(4))  # the name is free
+    assert "gone" in bank
+    clock.now += 60
+    assert "gone" not in bank
+
+
+def test_compact_removes_the_bytes_of_what_expired(clock, tmp_path):
+    bank = MemoryBank.create(tmp_path / "bank", memory_layers=[1], chunk_size=4, eviction="ttl:seconds=60")
+    bank.add("a", *tokens(4), range(4), text="secret words", char_ends=[3, 6, 9, 12])
+    clock.now += 60
+    bank.compact()
+    bank.close()
+    files = [path for path in (tmp_path / "bank").rglob("*") if path.is_file()]
+    assert not any(b"secret" in path.read_bytes() for path in files)

@@ -1,6 +1,7 @@
 """A bank in a folder: the same answers as one in memory, changes that count together, and nothing left of what is gone."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from folder_banks import SETTINGS, SIZES, RandomSteps, contents, keys_and_values, segment_files, write
 
 from longmem.memory import MemoryBank
-from longmem.memory.folder import bank_folder, disk_storage, merging
+from longmem.memory.folder import bank_folder, disk_storage, merging, tensor_file
 
 
 def make_bank(folder, **options) -> MemoryBank:
@@ -223,3 +224,16 @@ def test_compact_leaves_no_byte_of_what_was_deleted_or_evicted(tmp_path, reopen)
     bank.close()
     with MemoryBank.open(tmp_path, read_only=True) as bank:
         assert contents(bank) == found
+
+
+def test_a_bank_with_more_files_than_may_be_open_is_not_called_damaged(tmp_path, monkeypatch):
+    MemoryBank.create(tmp_path, **SETTINGS).close()
+    with MemoryBank.open(tmp_path) as bank:
+        write(bank, "a", range(8))
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(tensor_file.mmap, "mmap", refuse)
+    with pytest.raises(ValueError, match=r"more files than this process may open.*nothing is damaged.*ulimit"):
+        MemoryBank.open(tmp_path, read_only=True)

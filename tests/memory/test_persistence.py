@@ -229,3 +229,11 @@ def test_another_encoder_is_refused(tmp_path):
     MemoryBank(memory_layers=LAYERS, chunk_size=4).save(tmp_path / "none")
     with pytest.raises(ValueError, match="None, got encoder-a"):
         MemoryBank.load(tmp_path / "none", model=Encoder("encoder-a"))
+
+
+def test_a_bank_is_loaded_to_another_device_with_the_tails_that_wait(tmp_path):
+    filled_bank().save(tmp_path / "a")
+    loaded = MemoryBank.load(tmp_path / "a", device="meta")  # stands for a GPU: it, too, refuses what is elsewhere
+    tails = [tensor for info in loaded._ledger.documents.values() for pair in info.waiting for tensor in pair]
+    assert {store.device.type for store in loaded._contents.storage.stores} == {"meta"}
+    assert {tensor.device.type for tensor in tails} == {"meta"}

@@ -325,3 +325,13 @@ def test_banks_of_another_model_and_lists_in_lists_are_refused(model):
         model(PROMPT, memory=BankShards([fill(make_bank(), {"a": 4})]))
     with pytest.raises(ValueError, match=r"got list; a row reads several banks through `BankShards"):
         model(PROMPT, memory=[[MemoryBank.for_model(model)], [MemoryBank.for_model(model)]])
+
+
+def test_select_knows_the_documents_that_a_shard_has_by_a_tag():
+    tagged, other = make_bank(), fill(make_bank(), {"b": 8})
+    tagged.add("a", *draw(8, 1), tags=["novel"])
+    tagged.add("hidden", *draw(8, 2))
+    shards = BankShards([tagged.select(tags=["novel"]), other])
+    assert {place[0] for place in shards.select("a").locate(torch.arange(4))} == {"a"}
+    with pytest.raises(ValueError, match="'hidden'"):
+        shards.select("hidden")

@@ -161,3 +161,52 @@ def test_a_bank_in_a_folder_is_read_like_one_in_memory(model, tmp_path):
         folder.close()
         with MemoryBank.open(tmp_path / "bank", model, read_only=True) as reopened:
             assert torch.equal(model(random_ids(20, seed=2)[None], memory=reopened).logits, expected)
+
+
+def test_windows_that_were_evicted_from_under_a_copy_are_encoded(model):
+    ids = random_ids(96)
+    moved = torch.cat([ids[64:], ids[:64]])
+    bank = MemoryBank.for_model(model, capacity_tokens=96)
+    model.memorize(bank, ids, "old")
+    model.memorize(bank, moved, "a", reuse=(bank, "old"))
+    assert_same(bank, bank_of(model, moved, capacity_tokens=96), 2e-3)
+
+
+def test_windows_are_not_copied_behind_a_tail(model):
+    ids = random_ids(64)
+    bank = bank_of(model, ids)
+    tensors = [torch.randn(2, 5, 8) for _ in bank.memory_layers]
+    bank.add("other", tensors, tensors, [1] * 5)
+    assert model.memorize(bank, ids, "other", append=True, reuse=(bank, "a")) == 64
+
+
+def test_ids_are_not_copied_into_a_document_with_text(model):
+    text = some_text(20)[:LENGTH]
+    bank = bank_of(model, text)
+    ids = bank.token_ids("a")
+    with pytest.raises(ValueError, match="`text` must be given for every part"):
+        model.memorize(bank, ids, "a", append=True, reuse=(bank, "a"))
+    assert len(bank.token_ids("a")) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("text_or_ids", "options", "message"),
+    [
+        ("text", {"batch_size": 0}, "`batch_size` must be an integer of at least 1"),
+        ("half \ud800", {}, "half of a surrogate pair"),
+        (None, {}, "must be text or one flat sequence"),
+        (b"text", {}, "must be text or one flat sequence"),
+        ("text", {"reuse": "notes"}, "`reuse` must be a MemoryBank and the name"),
+    ],
+)
+def test_wrong_arguments_are_refused(model, text_or_ids, options, message):
+    bank = MemoryBank.for_model(model)
+    with pytest.raises(ValueError, match=message):
+        model.memorize(bank, text_or_ids, "a", **options)
+    assert not bank.documents()
+
+
+def test_windows_are_copied_from_banks_with_the_same_settings_only(model):
+    bank = bank_of(model, random_ids(64))
+    with pytest.raises(ValueError, match="`reuse` must be a bank with the `storage_dtype`"):
+        model.memorize(MemoryBank.for_model(model, storage_dtype="int8"), random_ids(64), "a", reuse=(bank, "a"))

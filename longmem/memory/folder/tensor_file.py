@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +29,8 @@ DTYPES = {
     "U8": torch.uint8,
     "I64": torch.int64,
 }
+# A mapping outlives its file's descriptor; before Python 3.13 it keeps one all the same.
+MAPPING: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 # The name, in the digests of a file, of everything before its first tensor.
 HEADER = ""
 
@@ -37,6 +41,16 @@ def damaged(path: Path, problem: str) -> ValueError:
         f"the bank needs {str(path)!r} as it was written, but the file {problem}; restore the folder from a copy, or "
         "memorize its documents again."
     )
+
+
+def not_read(path: Path, error: OSError) -> ValueError:
+    """Return the error for a file of a bank that the system does not open."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ValueError(
+            f"the bank in {str(path.parent.parent)!r} has more files than this process may open at once ({error}); nothing "
+            "is damaged. Allow more (`ulimit -n 65536` in the shell), or close other banks."
+        )
+    return damaged(path, f"cannot be read ({error})")
 
 
 def not_written(folder: Path, error: Exception) -> ValueError:
@@ -118,9 +132,9 @@ class TensorFile:
                 if found != num_bytes:
                     raise damaged(path, f"was cut or grew: {num_bytes} bytes were written, there are {found}")
                 # A private mapping: nobody writes to it, but torch wants memory that could be written to.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **MAPPING)
         except OSError as error:
-            raise damaged(path, f"cannot be read ({error})") from error
+            raise not_read(path, error) from error
         start = 8 + int.from_bytes(self._map[:8], "little")
         if start > num_bytes or digest(self._map[:start]) != digests[HEADER]:
             raise damaged(path, "was changed after it was written (header)")
@@ -133,7 +147,7 @@ class TensorFile:
             try:
                 self._descriptor = os.open(path, os.O_RDONLY)
             except OSError as error:
-                raise damaged(path, f"cannot be read ({error})") from error
+                raise not_read(path, error) from error
             weakref.finalize(self, os.close, self._descriptor)
         self.release()  # the header is not read again
 
