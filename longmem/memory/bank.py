@@ -158,6 +158,7 @@ class MemoryBank(BankReader, PersistentBank):
         if it does not. The text is encoded into a bank of its own, so neither a failure nor an eviction on the way touches
         this one; the price is memory for the new version. Raises ValueError for an unknown id or another encoder.
         """
+        self.refuse_reader()
         old = self._document("document_id", document_id)
         checks.validate_encoder(model, self.fingerprint, "the bank")
         draft = self.empty_like()

@@ -237,7 +237,8 @@ class BankContents:
         return ValueError(
             f"the bank has room for {self.capacity * self.chunk_size} tokens, and "
             f"{self.ledger.num_pinned_rows * self.chunk_size} are pinned, so {num_chunks * self.chunk_size} for "
-            f"{document_id!r} do not fit; unpin or delete documents, or make a bank with a larger `capacity_tokens`."
+            f"{document_id!r} do not fit; unpin or delete documents, or make a bank with a larger `capacity_tokens` or "
+            "`capacity_bytes`."
         )
 
     def _reserve(self, chunks: list[Chunks]) -> None:

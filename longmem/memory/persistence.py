@@ -121,7 +121,7 @@ class PersistentBank:
         if self._folder is None or self._in_transaction:
             yield
             return
-        self._folder.refuse_reader()
+        self.refuse_reader()
         before = self._contents.ledger.version
         self._in_transaction = True
         try:
@@ -135,6 +135,11 @@ class PersistentBank:
             raise
         finally:
             self._in_transaction = False
+
+    def refuse_reader(self) -> None:
+        """Raise ValueError if the bank was opened to be read, or is closed: what is to be written later need not begin."""
+        if self._folder is not None:
+            self._folder.refuse_reader()
 
     def reload(self) -> bool:
         """Read the last commit of the folder again; return whether there was a newer one."""

@@ -254,6 +254,7 @@ def start_stream(
     """Return a new stream; see `LongMemForCausalLM.stream`."""
     if not isinstance(memory, MemoryBank):
         raise ValueError(f"`memory` must be one MemoryBank, which can be written to, got {type(memory).__name__}.")
+    memory.refuse_reader()
     if document_id in memory:
         raise ValueError(
             f"`document_id` must be new to the bank, got {document_id!r}; to go on with a saved stream, open it with "

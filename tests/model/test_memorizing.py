@@ -210,3 +210,18 @@ def test_windows_are_copied_from_banks_with_the_same_settings_only(model):
     bank = bank_of(model, random_ids(64))
     with pytest.raises(ValueError, match="`reuse` must be a bank with the `storage_dtype`"):
         model.memorize(MemoryBank.for_model(model, storage_dtype="int8"), random_ids(64), "a", reuse=(bank, "a"))
+
+
+def test_a_bank_that_cannot_be_written_is_refused_before_anything_is_encoded(model, encoded, tmp_path):
+    with MemoryBank.for_model(model, folder=tmp_path / "bank") as bank:
+        model.memorize(bank, some_text(20), "a")
+    encoded.clear()
+    with MemoryBank.open(tmp_path / "bank", model, read_only=True) as bank:
+        for change in (
+            lambda: bank.update("a", some_text(30), model=model),
+            lambda: model.memorize(bank, "more", "a", append=True),
+            lambda: model.stream(bank, document_id="talk"),
+        ):
+            with pytest.raises(ValueError, match="read_only=True"):
+                change()
+    assert not encoded
