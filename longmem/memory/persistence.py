@@ -116,7 +116,8 @@ class PersistentBank:
     def transaction(self) -> Iterator[None]:
         """Make all changes inside the block durable together at its end or, if it raises, none of them.
 
-        Without it, every change is a transaction of its own. Of a bank in memory nothing is undone.
+        Without it, every change is a transaction of its own. A block inside a block is part of it. One thread at a time may
+        change a bank. Of a bank in memory nothing is undone.
         """
         if self._folder is None or self._in_transaction:
             yield
@@ -180,7 +181,7 @@ class PersistentBank:
         return self._folder_or_raise().num_dead_bytes(self._contents)
 
     def close(self) -> None:
-        """Save indexes and how often documents were read, and let others write; the bank cannot be used afterwards."""
+        """Save indexes and how often documents were read, and let others write; the bank cannot be changed afterwards."""
         if self._folder is None or self._folder.is_closed:
             return
         try:

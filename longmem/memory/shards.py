@@ -90,7 +90,7 @@ class BankShards:
         """Return these documents alone; an id that several shards know means all of its documents.
 
         The shards of the result are views, of those shards that have one of the documents. Raises ValueError for an id
-        that no shard knows.
+        that no shard knows. To read by tags, make shards of views: `BankShards(bank.select(tags=...) for bank in banks)`.
         """
         wanted = (document_ids,) if isinstance(document_ids, str) else tuple(dict.fromkeys(document_ids))
         if not wanted:

@@ -234,6 +234,22 @@ def test_a_bank_with_more_files_than_may_be_open_is_not_called_damaged(tmp_path,
     def refuse(*_args, **_options):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(tensor_file.mmap, "mmap", refuse)
+    monkeypatch.setattr(tensor_file.weakref, "finalize", refuse)  # right after the file is opened
     with pytest.raises(ValueError, match=r"more files than this process may open.*nothing is damaged.*ulimit"):
-        MemoryBank.open(tmp_path, read_only=True)
+        MemoryBank.open(tmp_path, read_only=True, mmap=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc/self/fd")
+def test_mapped_segments_keep_no_file_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "SEGMENTS_TO_MERGE", 100)
+    with MemoryBank.create(tmp_path, **SETTINGS) as bank:
+        for number in range(12):
+            write(bank, str(number), range(100 * number, 100 * number + 8))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with MemoryBank.open(tmp_path, read_only=True) as bank:
+        found = contents(bank)
+        assert len(bank._contents.storage.segments) == 12
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1  # the catalogue
+    with MemoryBank.open(tmp_path, read_only=True, mmap=False) as bank:
+        assert contents(bank) == found
+        assert len(list(Path("/proc/self/fd").iterdir())) == before + 13

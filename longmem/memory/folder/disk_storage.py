@@ -207,7 +207,6 @@ class DiskStorage:
         files = [segment.file for segment in self.segments if segment.file is not None]
         for file in files:
             file.verify()
-            file.release()
         return [file.path for file in files]
 
     def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
@@ -232,8 +231,7 @@ class DiskStorage:
         slots = slots.expand(heads, -1) if slots.ndim == 1 else slots
         flat = slots.reshape(-1)
         # Segment after segment, and then one more copy that puts all in order: copying to places is slower than from them.
-        examples = [self.segments[0].tensor(position, name) for name in names]
-        taken = [example.new_empty(len(flat), *example.shape[2:]) for example in examples]
+        taken = [self.segments[0].empty(position, name, len(flat)) for name in names]
         order, done = [], 0
         for segment, which in self._by_segment(flat):
             heads_of = which.div(slots.shape[1], rounding_mode="floor")
@@ -242,8 +240,6 @@ class DiskStorage:
                 if check:
                     segment.tensor(position, name, check=True)
                 segment.take(position, name, places, into[done : done + len(which)])
-            if check and not self.mapped and segment.file is not None:
-                segment.file.release()
             order.append(which)
             done += len(which)
         positions = torch.cat(order) if order else flat

@@ -31,6 +31,13 @@ class Segment:
         assert self.file is not None
         return self.file.tensor(f"{position}.{name}", check=check)
 
+    def empty(self, position: int, name: str, num_pieces: int) -> Shaped[Tensor, "pieces ..."]:
+        """Return room for so many chunks, of one head each, of one tensor."""
+        if self.file is not None:
+            return self.file.empty(f"{position}.{name}", num_pieces)
+        tensor = self.tensor(position, name)
+        return tensor.new_empty(num_pieces, *tensor.shape[2:])
+
     def take(
         self, position: int, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."]
     ) -> None:

@@ -6,10 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
-import mmap
 import os
-import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +26,6 @@ DTYPES = {
     "U8": torch.uint8,
     "I64": torch.int64,
 }
-# A mapping outlives its file's descriptor; before Python 3.13 it keeps one all the same.
-MAPPING: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 # The name, in the digests of a file, of everything before its first tensor.
 HEADER = ""
 
@@ -43,9 +38,9 @@ def damaged(path: Path, problem: str) -> ValueError:
     )
 
 
-def not_read(path: Path, error: OSError) -> ValueError:
+def not_read(path: Path, error: OSError | RuntimeError) -> ValueError:
     """Return the error for a file of a bank that the system does not open."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
         return ValueError(
             f"the bank in {str(path.parent.parent)!r} has more files than this process may open at once ({error}); nothing "
             "is damaged. Allow more (`ulimit -n 65536` in the shell), or close other banks."
@@ -110,8 +105,9 @@ class TensorFile:
     """Return a file of tensors that is read piece by piece, as pieces are asked for.
 
     A mapped file is read by touching its pages, which costs nothing where the system has them already; pages that were
-    touched count as memory of this process until the system wants them for something else. Without mapping, `take` asks the
-    system for each piece, which takes longer and leaves nothing behind. Whole tensors are mapped in any case.
+    touched count as memory of this process until the system wants them for something else. Without mapping the system is
+    asked for each piece, which takes longer, leaves nothing behind, and keeps the file open. Either way the file can be read
+    on when somebody has removed it.
 
     Opening checks its length and its header. Raises ValueError, which names the file, if these are not as written.
 
@@ -131,62 +127,65 @@ class TensorFile:
                 found = os.fstat(file.fileno()).st_size
                 if found != num_bytes:
                     raise damaged(path, f"was cut or grew: {num_bytes} bytes were written, there are {found}")
+                first = file.read(8)
+                start = 8 + int.from_bytes(first, "little")
+                header = first + file.read(start - 8) if start <= num_bytes else b""
+            if digest(header) != digests[HEADER]:
+                raise damaged(path, "was changed after it was written (header)")
+            if mapped or not hasattr(os, "preadv"):
                 # A private mapping: nobody writes to it, but torch wants memory that could be written to.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY, **MAPPING)
-        except OSError as error:
+                storage = torch.UntypedStorage.from_file(str(path), False, num_bytes)
+                self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
+            else:
+                self._descriptor = os.open(path, os.O_RDONLY)
+                weakref.finalize(self, os.close, self._descriptor)
+        except (OSError, RuntimeError) as error:  # torch's error is a RuntimeError
             raise not_read(path, error) from error
-        start = 8 + int.from_bytes(self._map[:8], "little")
-        if start > num_bytes or digest(self._map[:start]) != digests[HEADER]:
-            raise damaged(path, "was changed after it was written (header)")
         self._places = {
             name: (DTYPES[place["dtype"]], place["shape"], *(start + offset for offset in place["data_offsets"]))
-            for name, place in json.loads(self._map[8:start]).items()
+            for name, place in json.loads(header[8:]).items()
             if name != "__metadata__"
         }
-        if not mapped and hasattr(os, "preadv"):
-            try:
-                self._descriptor = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise not_read(path, error) from error
-            weakref.finalize(self, os.close, self._descriptor)
-        self.release()  # the header is not read again
 
     def tensor(self, name: str, *, check: bool = False) -> Tensor:
-        """Return one tensor, in the mapping; `check` compares it with its digest, the first time."""
+        """Return one tensor; `check` compares it with its digest, the first time."""
         dtype, shape, start, stop = self._places[name]
+        if self._descriptor is None:
+            data = self._bytes[start:stop]
+        else:
+            data = torch.empty(stop - start, dtype=torch.uint8)
+            self._read(memoryview(data.numpy()), start)  # type: ignore[arg-type]  # arrays are buffers
         if check and name not in self._checked:
-            if digest(memoryview(self._map)[start:stop]) != self.digests[name]:
+            if digest(data.numpy()) != self.digests[name]:
                 raise damaged(self.path, f"was changed after it was written (tensor {name!r})")
             self._checked.add(name)
-        count = math.prod(shape)
-        if not count:
-            return torch.empty(shape, dtype=dtype)
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).view(shape)
+        return data.view(dtype).view(shape)
+
+    def empty(self, name: str, num_pieces: int) -> Shaped[Tensor, "pieces ..."]:
+        """Return room for pieces of a tensor."""
+        dtype, shape, _, _ = self._places[name]
+        return torch.empty(num_pieces, *shape[2:], dtype=dtype)
 
     def take(self, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."]) -> None:
         """Copy the pieces of a tensor that its first two axes, counted as one, have at these places."""
         if self._descriptor is None:
             torch.index_select(self.tensor(name).flatten(0, 1), 0, places, out=into)
             return
-        start = self._places[name][2]
-        size = into[0].nbytes
-        view = memoryview(into.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
+        start, size = self._places[name][2], into[0].nbytes
+        view = memoryview(into.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
         for number, place in enumerate(places.tolist()):
-            piece = view[number * size : (number + 1) * size]
-            if os.preadv(self._descriptor, [piece], start + place * size) < size:
-                raise damaged(self.path, "was cut while it was read")
-
-    def names(self) -> list[str]:
-        """Return the names of the tensors."""
-        return list(self._places)
+            self._read(view[number * size : (number + 1) * size], start + place * size)
 
     def verify(self) -> None:
         """Raise ValueError unless every byte is as it was written."""
-        for name in self.names():
+        for name in self._places:
             self._checked.discard(name)
             self.tensor(name, check=True)
 
-    def release(self) -> None:
-        """Give the pages that were read back to the system; they are read again when they are touched again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+    def _read(self, view: memoryview, start: int) -> None:
+        assert self._descriptor is not None
+        while len(view):  # Linux reads 2 GiB at most
+            count = os.preadv(self._descriptor, [view], start)
+            if not count:
+                raise damaged(self.path, "was cut while it was read")
+            view, start = view[count:], start + count
