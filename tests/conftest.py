@@ -7,6 +7,7 @@ the package's first import.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -25,3 +26,15 @@ torch.set_num_threads(max(1, cores // int(os.environ.get("PYTEST_XDIST_WORKER_CO
 def fixed_seeds() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002  for code under test that draws from the global generator
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process; return its exit code, and what it wrote to standard output and error."""
+    from longmem.cli import main  # not at the top: the shape checks are put in at the first import of longmem
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run_command

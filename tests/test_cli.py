@@ -24,17 +24,6 @@ def backbone_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run a command in this process; return its exit code, and what it wrote to standard output and error."""
-
-    def run_command(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run_command
-
-
-@pytest.fixture
 def files(tmp_path):
     paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
     for seed, path in enumerate(paths):

@@ -31,17 +31,6 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys):
-    """Run a command in this process; return its exit code, and what it wrote to standard output and error."""
-
-    def run_command(*arguments):
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run_command
-
-
-@pytest.fixture
 def answer(run):
     """Run a command that succeeds, and return the object that it prints for a program."""
 

@@ -40,7 +40,11 @@ class PersistentBank:
             raise ValueError(f"`folder` must not hold a bank yet, got {str(folder)!r}; open it with `MemoryBank.open`.")
         bank = cls(**{"capacity_tokens": None} | settings)
         bank._folder = BankFolder(Path(folder), write=True, create=bank._settings(), device=bank.device)
-        bank._read_folder()
+        try:
+            bank._read_folder()
+        except BaseException:
+            bank._folder.close()
+            raise
         return bank
 
     @classmethod

@@ -28,7 +28,7 @@ class InvertedFileIndex(ApproximateIndex):
         "clusters_per_root": Setting(4.0, "the clusters for each square root of the chunks", 0.25, 64.0),
         "probed_share": Setting(1 / 32, "the share of the clusters that a query looks into", 0.0001, 1.0),
         # The best chunks of a query lie in some tens of clusters, however few these are.
-        "least_probes": Setting(32, "the clusters that a query looks into at least", 1, 65_536),
+        "least_probes": Setting(16, "the clusters that a query looks into at least", 1, 65_536),
         "storage": Setting("float16", "the type of the copied search keys", words=tuple(STORAGE)),
     }
     # Measured on 250,880 chunks: at a sixteenth both take the same time, at an eighth clusters take half of it, and the
