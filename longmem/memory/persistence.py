@@ -70,7 +70,7 @@ class PersistentBank:
             read_only: change nothing, and keep nobody from changing it.
             device: where search keys are, and what is read goes.
             mmap: False: keys and values are not mapped but asked for, piece by piece, so that of all that was read nothing
-                stays in this process; it costs about five times as much as a piece that the system has in memory.
+                stays in this process; reading takes two to five times as long.
 
         Raises ValueError if it is missing, damaged, of a newer version or another encoder, or somebody is writing it.
         """
