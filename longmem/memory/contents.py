@@ -113,11 +113,7 @@ class BankContents:
 
         document.num_tokens += new_tokens
         document.waiting = tails if tails[0][0].shape[1] else []
-        if source is not None:
-            document.push_source(source)
-        self._write(document, chunks)
-        if skipped and document.source is not None:
-            document.source.drop(skipped * self.chunk_size)
+        self._write_with_source(document, chunks, source, skipped)
 
     def fix_sizes(self, tokens: Sequence[Tail]) -> None:
         """Take over the sizes of heads from the keys and values of each layer, without writing any."""
@@ -131,11 +127,7 @@ class BankContents:
         document.num_tokens += chunks[0].keys.shape[1] * self.chunk_size
         chunks = [Chunks(*(tensor[:, skipped:].to(self.device) for tensor in layer)) for layer in chunks]
         self._reserve(chunks)
-        if source is not None:
-            document.push_source(source)
-        self._write(document, chunks)
-        if skipped and document.source is not None:
-            document.source.drop(skipped * self.chunk_size)
+        self._write_with_source(document, chunks, source, skipped)
 
     def replace(self, old: Document, draft: BankContents, new: Document) -> None:
         """Put a document of `draft`, whose chunks are as they are stored here, in place of `old`."""
@@ -260,6 +252,16 @@ class BankContents:
         slot = self.storage.write(rows, chunks) if num_new else -1
         self._tell_indexes_of(rows)
         self.ledger.record(document, rows, slot)
+
+    def _write_with_source(
+        self, document: Document, chunks: list[Chunks], source: SourcePart | None, skipped: int
+    ) -> None:
+        """Write the newest chunks, behind `skipped` ones that there is no room for, and the source of all of them."""
+        if source is not None:
+            document.push_source(source)
+        self._write(document, chunks)
+        if skipped and document.source is not None:
+            document.source.drop(skipped * self.chunk_size)
 
     def _tell_indexes_of(self, rows: Int[Tensor, " rows"]) -> None:
         for index in self.indexes.values():

@@ -6,9 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from longmem.memory.contents import BankContents
+from longmem.memory.documents import Run
 from longmem.memory.folder.disk_storage import SEGMENT_BYTES, DiskStorage
 from longmem.memory.folder.segments import Segment
+from longmem.memory.store import bytes_of_chunk
 
 # So many segments of about one size are merged into one: a bank that grows by small steps keeps few files.
 SEGMENTS_TO_MERGE = 8
@@ -29,11 +35,31 @@ def segments_to_merge(storage: DiskStorage) -> list[Segment]:
 
 
 def rewrite(contents: BankContents, storage: DiskStorage, victims: Sequence[Segment]) -> None:
-    """Write the live chunks of these segments to new ones; what nothing points to any longer ends with the next commit."""
+    """Write the live chunks of these segments to new ones; what nothing points to any longer ends with the next commit.
+
+    As many runs as make a segment are written at once: one by one, a segment of many small ones would take a time that
+    grows with the square of their number.
+    """
+    chunks_at_once = SEGMENT_BYTES // bytes_of_chunk(storage.shapes, contents.chunk_size, contents.storage_dtype)
+    batch: list[tuple[Run, Int[Tensor, " _rows"]]] = []
+    num_chunks = 0
     for document in contents.ledger.documents.values():
         done = 0
         for run in document.runs:
             if any(0 <= run.slot - segment.first_slot < segment.num_slots for segment in victims):
-                run.slot = storage.rewrite(document.rows.values[done : done + run.num_chunks])
+                batch.append((run, document.rows.values[done : done + run.num_chunks]))
                 contents.ledger.changed.add(document.serial)
+                num_chunks += run.num_chunks
+                if num_chunks >= chunks_at_once:
+                    _rewrite_runs(storage, batch)
+                    batch, num_chunks = [], 0
             done += run.num_chunks
+    _rewrite_runs(storage, batch)
+
+
+def _rewrite_runs(storage: DiskStorage, batch: list[tuple[Run, Int[Tensor, " _rows"]]]) -> None:
+    if batch:
+        slot = storage.rewrite(torch.cat([rows for _, rows in batch]))
+        for run, _ in batch:
+            run.slot = slot
+            slot += run.num_chunks

@@ -104,12 +104,10 @@ def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Sourc
 
 
 def read_document(
-    serial: int, content: str, waiting: bytes, usage: tuple[int, float], device: torch.device
+    serial: int, fields: dict[str, Any], waiting: bytes, usage: tuple[int, float], device: torch.device
 ) -> Document:
     """Return a document without its rows and its source."""
-    fields = json.loads(content)
-    fields["tags"] = tuple(fields["tags"])
-    del fields["has_source"]
+    fields = fields | {"tags": tuple(fields["tags"])}
     document = Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
     tails = load(waiting) if waiting else {}
     document.waiting = [
@@ -146,18 +144,21 @@ def restore(
     assert isinstance(storage, DiskStorage)
     storage.restore(segments, content["next_slot"], content["shapes"])
     usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
+    with_source = []
     for serial, text, waiting in rows["documents"]:
-        ledger.open(read_document(serial, text, waiting, usage[serial], device))
+        fields = json.loads(text)
+        if fields.pop("has_source"):
+            with_source.append(serial)
+        ledger.open(read_document(serial, fields, waiting, usage[serial], device))
     for row in sorted(rows["spans"], key=lambda row: row[4]):
         run = ledger.enter_run(read_run(ledger.by_serial[row[0]], row))
         new_rows = ledger.num_rows + torch.arange(run.num_chunks)
         ledger.place(run.document, new_rows, row[1])
         storage.point(new_rows, run.slot)
-    for serial, text, _ in rows["documents"]:
+    for serial in with_source:
         document = ledger.by_serial[serial]
-        if json.loads(text)["has_source"]:
-            start = document.first_chunk(chunk_size) * chunk_size
-            document.source_or_reader = functools.partial(read_source_of, serial, start, document.num_tokens)
+        start = document.first_chunk(chunk_size) * chunk_size
+        document.source_or_reader = functools.partial(read_source_of, serial, start, document.num_tokens)
     ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
     ledger.changed.clear()
 

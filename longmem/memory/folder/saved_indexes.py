@@ -67,7 +67,7 @@ class SavedIndexes:
             is_clean = bool((saved.rows >= 0).all())
             if again and not is_clean:
                 del contents.indexes[position]
-            if is_clean if again else not self._is_covered(position, saved, contents.ledger.num_rows):
+            if is_clean if again else not self._is_covered(position, saved):
                 rows.append(self._write(position, saved, contents.storage))
         return rows
 
@@ -93,7 +93,7 @@ class SavedIndexes:
             if path.stem not in known:
                 remove(path)
 
-    def _is_covered(self, position: int, saved: SavedIndex, num_rows: int) -> bool:
+    def _is_covered(self, position: int, saved: SavedIndex) -> bool:
         """Return whether the saved index of this layout has most of the rows that this one has."""
         if position not in self._listed:
             return False
@@ -127,8 +127,5 @@ class SavedIndexes:
 
 def digest_of(path: Path) -> str:
     """Return 16 bytes of BLAKE2b over a file, in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
