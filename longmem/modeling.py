@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longmem.attention import MemoryRead, ReadableMemory
+from longmem.backbone.capture import BackboneStates
 from longmem.backbone.structure import UnsupportedBackboneError, computes_exactly, probe_ids, same_logits
 from longmem.configuration import LongMemConfig
 from longmem.input_checks import banks_per_lane, refuse_other_encoder, refuse_unknown_inputs
@@ -113,14 +114,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             inputs[name] = value
         if position_ids is not None:
             inputs["position_ids"] = position_ids
-        hidden_layers = self.side_network.hidden_layers
-        states = self._backbone.run(
-            input_ids,
-            hidden_layers=hidden_layers,
-            memory_layers=self.config.memory_layers or (),
-            with_final_states=self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers,
-            **inputs,
-        )
+        states = self.run_backbone(input_ids, **inputs)
         hidden_states, reads = self.side_network(states, banks)
         logits = self._backbone.logits(hidden_states, logits_to_keep, self.side_network.final_modules)
         loss = None
@@ -134,6 +128,26 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             memory_keys=tuple(states.keys.values()),
             memory_values=tuple(states.values.values()),
             memory_reads=tuple(reads) if output_memory_reads else None,
+        )
+
+    def run_backbone(
+        self, input_ids: Int[Tensor, "lanes tokens"], *, extra_hidden_layers: Sequence[int] = (), **inputs: Any
+    ) -> BackboneStates:
+        """Return what the frozen backbone gives to side network and memory: all that depends on no trained weight.
+
+        Args:
+            input_ids: tokens.
+            extra_hidden_layers: layers whose input is kept beside what the side network needs; L is the last one's output.
+            inputs: what the backbone's own forward takes (attention_mask, position_ids, past_key_values, use_cache).
+        """
+        hidden_layers = self.side_network.hidden_layers
+        with_final_states = self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
+        return self._backbone.run(
+            input_ids,
+            hidden_layers=hidden_layers.union(extra_hidden_layers),
+            memory_layers=self.config.memory_layers or (),
+            with_final_states=with_final_states,
+            **inputs,
         )
 
     # Writing -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,57 @@
+"""Checkpoints of a run: written whole or not at all, the last few kept, the newest found again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+class Checkpoints:
+    """Return the checkpoints of a run: side network, optimizer, schedule, random states and number of steps done.
+
+    Neither backbone nor memory is in them: the backbone is named in the configuration, and memory is written anew from the
+    text before the step, which gives the same numbers because the backbone is frozen.
+
+    Args:
+        folder: of the run.
+        keep: so many checkpoints stay, the newest.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder / "checkpoints", keep
+
+    def steps(self) -> list[int]:
+        """Return the step numbers of whole checkpoints, in order."""
+        found = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted(int(number) for number in found if number.isdigit())
+
+    def save(self, accelerator: Accelerator, step: int) -> Path:
+        """Write a checkpoint after `step` optimizer steps; all processes call this."""
+        temporary, final = self.folder / f"writing-{step}", self.folder / f"step-{step}"
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (temporary / "progress.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.folder / f"step-{old}")
+        accelerator.wait_for_everyone()
+        return final
+
+    def restore(self, accelerator: Accelerator) -> int:
+        """Load the newest checkpoint; return its number of steps, 0 if there is none."""
+        steps = self.steps()
+        if not steps:
+            return 0
+        folder = self.folder / f"step-{steps[-1]}"
+        accelerator.load_state(str(folder))
+        return int(json.loads((folder / "progress.json").read_text(encoding="utf-8"))["step"])

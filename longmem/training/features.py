@@ -1,0 +1,215 @@
+"""Frozen features: what the backbone makes of a window, computed once and read by every later epoch and run.
+
+The backbone never changes, so its hidden states, keys, values and own losses for a window of tokens are always the same.
+One file a window (safetensors), named by a hash of the tokens, in a folder named by a hash of all that determines the
+numbers: backbone, layers, dtype. Any run with the same backbone and layers may share it, also at the same time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longmem.backbone.capture import BackboneStates
+from longmem.backbone.loading import encoder_fingerprint
+from longmem.modeling import LongMemForCausalLM
+from longmem.training.losses import token_losses
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What the frozen backbone gives for a batch of windows; `losses` are its own, in nats, 0 where there is no target."""
+
+    states: BackboneStates
+    losses: Float[Tensor, "lanes targets"]
+
+
+class FrozenFeatures:
+    """Return features of windows, from a folder where they were kept before.
+
+    With a folder, numbers are rounded to its dtype also when they were just computed: a run sees the same ones whether
+    they are new or read.
+
+    Args:
+        model: whose backbone runs.
+        folder: where to keep them; None computes always and rounds nothing.
+        dtype: in which hidden states, keys and values are kept; losses are float32.
+        max_gigabytes: write no more once the folder has reached this size (of 10^9 bytes); None: no limit.
+    """
+
+    def __init__(
+        self,
+        model: LongMemForCausalLM,
+        folder: str | PathLike[str] | None = None,
+        dtype: torch.dtype = torch.float16,
+        max_gigabytes: float | None = None,
+    ) -> None:
+        self.model, self.dtype = model, dtype
+        self.folder = None if folder is None else Path(folder) / self._fingerprint()
+        self._max_bytes = None if max_gigabytes is None else max_gigabytes * 1e9
+        self._bytes = 0
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._bytes = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+        self._calls: dict[tuple[int, ...], BackboneStates] = {}
+
+    def bytes_per_token(self) -> int:
+        """Return the bytes that a token takes in the folder, found by computing a few."""
+        probe = torch.zeros(1, 8, dtype=torch.int64, device=self.model.input_device)
+        row = self._row(self._computed(probe, [8]), 0)
+        return sum(tensor[..., :1].nbytes if name == "losses" else tensor.nbytes // 8 for name, tensor in row.items())
+
+    def of(self, input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) -> Features:
+        """Return the features of a batch of windows, computing those that are not kept yet and keeping them.
+
+        Args:
+            input_ids: windows, each from position 0 on, padded on the right.
+            lengths: real tokens of each.
+        """
+        if self.folder is None:
+            return self._computed(input_ids, lengths)
+        files = [self._file(row[:length]) for row, length in zip(input_ids, lengths, strict=True)]
+        rows: list[dict[str, Tensor] | None] = [self._read(file, input_ids) for file in files]
+        calls = self._calls.get(tuple(input_ids.shape))
+        if calls is None or any(row is None for row in rows):
+            features = self._computed(input_ids, lengths)
+            calls = self._calls.setdefault(tuple(input_ids.shape), BackboneStates(calls=features.states.calls))
+            for number, (file, length) in enumerate(zip(files, lengths, strict=True)):
+                if rows[number] is None:
+                    rows[number] = self._row(features, number)
+                    self._write(file, rows[number], length)  # type: ignore[arg-type]
+        return self._stacked(rows, calls, input_ids)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def losses_after(self, context: Int[Tensor, " context"], tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " targets"]:
+        """Return the backbone's losses of `tokens` but the first with `context` before them in its window, in nats."""
+        whole = torch.cat([context, tokens])
+        file = None if self.folder is None else self._file(whole).with_suffix(f".{len(tokens)}.safetensors")
+        if file is not None and (kept := load_kept(file)) is not None:
+            return kept["losses"].to(tokens.device)
+        last = self.model.config.num_backbone_layers
+        states = self.model.run_backbone(whole[None], extra_hidden_layers=[last], use_cache=False)
+        hidden_states = states.hidden_states[last][:, len(context) :]
+        losses = token_losses(self.model, hidden_states, tokens[None], backbone=True)[0]
+        if file is not None:
+            self._save(file, {"losses": losses.cpu()})
+        return losses
+
+    def _computed(self, input_ids: Tensor, lengths: Sequence[int]) -> Features:
+        model = self.model
+        num_layers = model.config.num_backbone_layers
+        hidden_layers = model.side_network.hidden_layers
+        states = model.run_backbone(input_ids, extra_hidden_layers=[num_layers], use_cache=False)
+        with torch.no_grad():
+            losses = token_losses(model, states.hidden_states[num_layers], labels_of(input_ids, lengths), backbone=True)
+        states.hidden_states = {number: states.hidden_states[number] for number in sorted(hidden_layers)}
+        return Features(states, losses)
+
+    def _row(self, features: Features, number: int) -> dict[str, Tensor]:
+        """Return the tensors of one lane, rounded as the folder keeps them."""
+        states = features.states
+        row = {f"hidden.{layer}": tensor[number] for layer, tensor in states.hidden_states.items()}
+        row |= {f"keys.{layer}": tensor[number] for layer, tensor in states.keys.items()}
+        row |= {f"values.{layer}": tensor[number] for layer, tensor in states.values.items()}
+        if states.final_states is not None:
+            row["final"] = states.final_states[number]
+        return {name: tensor.to(self.dtype) for name, tensor in row.items()} | {"losses": features.losses[number]}
+
+    def _stacked(self, rows: list[dict[str, Tensor]], calls: BackboneStates, input_ids: Tensor) -> Features:
+        dtype, device = self.model.backbone.dtype, input_ids.device
+        whole = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
+        losses = whole.pop("losses")
+        states = BackboneStates(calls=calls.calls)
+        for name, tensor in whole.items():
+            kind, _, layer = name.partition(".")
+            if kind == "final":
+                states.final_states = tensor.to(dtype)
+            else:
+                group = {"hidden": states.hidden_states, "keys": states.keys, "values": states.values}[kind]
+                group[int(layer)] = tensor.to(dtype)
+        return Features(states, losses)
+
+    def _fingerprint(self) -> str:
+        layers = [structure.layer for structure in self.model._backbone.structure.layers]
+        config = self.model.config
+        recipe = {
+            "format": FORMAT,
+            "hidden_layers": sorted(self.model.side_network.hidden_layers),
+            "memory_layers": config.memory_layers,
+            "residual_states": config.residual_states,
+            "dtype": str(self.dtype),
+        }
+        return encoder_fingerprint(self.model.backbone, layers, [len(layers) - 1], recipe)
+
+    def _file(self, tokens: Int[Tensor, " tokens"]) -> Path:
+        assert self.folder is not None
+        name = hashlib.blake2b(tokens.cpu().to(torch.int32).numpy().tobytes(), digest_size=16).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _read(self, file: Path, input_ids: Tensor) -> dict[str, Tensor] | None:
+        """Return the kept tensors of a window, padded to the width of the batch; None if they are not there."""
+        width, row = input_ids.shape[1], load_kept(file)
+        return None if row is None else {name: padded(name, tensor, width) for name, tensor in row.items()}
+
+    def _write(self, file: Path, row: dict[str, Tensor], length: int) -> None:
+        """Keep a window's real tokens."""
+        self._save(file, {name: unpadded(name, tensor, length).cpu() for name, tensor in row.items()})
+
+    def _save(self, file: Path, kept: dict[str, Tensor]) -> None:
+        """Write a file, whole or not at all, unless the folder is full."""
+        size = sum(tensor.nbytes for tensor in kept.values())
+        if self._max_bytes is not None and self._bytes + size > self._max_bytes:
+            return
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        save_file(kept, temporary)
+        temporary.replace(file)
+        self._bytes += size
+
+
+def load_kept(file: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a file, None if it is not there or damaged; then they are computed again."""
+    try:
+        return load_file(file)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+def labels_of(input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) -> Int[Tensor, "lanes tokens"]:
+    """Return the tokens as targets, -100 where there is padding."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return input_ids.masked_fill(positions >= torch.tensor(lengths, device=input_ids.device)[:, None], -100)
+
+
+def token_axis(name: str) -> int:
+    """Return the axis of tokens in a kept tensor: keys and values have their heads before it."""
+    return 1 if name.startswith(("keys", "values")) else 0
+
+
+def unpadded(name: str, tensor: Tensor, length: int) -> Tensor:
+    """Return the part of a kept tensor that belongs to `length` real tokens (losses: one target less)."""
+    return tensor.narrow(token_axis(name), 0, length - 1 if name == "losses" else length).contiguous()
+
+
+def padded(name: str, tensor: Tensor, width: int) -> Tensor:
+    """Return a kept tensor with zeros up to `width` tokens."""
+    axis = token_axis(name)
+    missing = width - tensor.shape[axis] - (1 if name == "losses" else 0)
+    return tensor if not missing else torch.cat([tensor, tensor.new_zeros(padding_shape(tensor, axis, missing))], axis)
+
+
+def padding_shape(tensor: Tensor, axis: int, missing: int) -> list[int]:
+    """Return the shape of `missing` more entries along an axis."""
+    return [*tensor.shape[:axis], missing, *tensor.shape[axis + 1 :]]

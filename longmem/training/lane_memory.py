@@ -1,0 +1,147 @@
+"""The memories of the lanes: what a lane may read at a step is a pure function of its text and the step.
+
+Each lane writes a bank of its own, after its backward pass. A document border empties it, unless documents are to be kept.
+When a run goes on from a checkpoint, or when the curriculum allows more memory, banks are written anew from the tokens
+before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from longmem.attention import ReadableMemory
+from longmem.backbone.capture import BackboneStates
+from longmem.data import LaneBatch
+from longmem.memory import BankShards, MemoryBank
+from longmem.modeling import LongMemForCausalLM
+
+BatchAt = Callable[[int], LaneBatch]
+StatesOf = Callable[[LaneBatch], BackboneStates]
+
+
+def scheduled_capacity(step: int, tokens: int, start_tokens: int | None, growth_steps: int, chunk_size: int) -> int:
+    """Return how many tokens a lane's memory holds at an optimizer step: it doubles from `start_tokens` to `tokens`.
+
+    The doublings are spread evenly over `growth_steps`.
+
+    >>> [scheduled_capacity(step, 8192, 1024, 30, 4) for step in (0, 9, 10, 20, 30, 500)]
+    [1024, 1024, 2048, 4096, 8192, 8192]
+    """
+    size = tokens
+    if start_tokens is not None and step < growth_steps:
+        doublings = max(1, (tokens // start_tokens).bit_length() - 1)
+        size = min(tokens, start_tokens * 2 ** (step * doublings // growth_steps))
+    return max(chunk_size, size - size % chunk_size)
+
+
+class LaneMemories:
+    """Return one empty bank for each lane of this process.
+
+    Args:
+        model: whose backbone writes and whose side network reads.
+        num_lanes: lanes of this process.
+        keep_documents: a lane's memory goes on past the end of a document.
+        foreign_lanes: so many other lanes' banks are read together with the lane's own, as distractors that training must
+            learn to pass over (Focused Transformer, arXiv 2307.03170).
+        index: of the banks.
+    """
+
+    def __init__(
+        self, model: LongMemForCausalLM, num_lanes: int, *, keep_documents: bool, foreign_lanes: int, index: str
+    ) -> None:
+        if foreign_lanes >= num_lanes:
+            raise ValueError(
+                f"`memory.foreign_lanes` must be below the {num_lanes} lanes of a process, got {foreign_lanes}; "
+                "raise `data.lanes` or use fewer processes."
+            )
+        self.model, self.keep_documents, self.foreign_lanes, self.index = model, keep_documents, foreign_lanes, index
+        self.capacity = 0
+        self.banks: list[MemoryBank] = [self._new_bank(model.config.chunk_size) for _ in range(num_lanes)]
+
+    def _new_bank(self, capacity: int) -> MemoryBank:
+        device = self.model.input_device
+        return MemoryBank.for_model(self.model, capacity_tokens=capacity, index=self.index, device=device)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Return the tokens that a lane can find in its own bank, averaged over lanes."""
+        return sum(bank.num_tokens for bank in self.banks) / len(self.banks)
+
+    def prepare(self, batch: LaneBatch, step: int, capacity: int, batch_at: BatchAt, states_of: StatesOf) -> None:
+        """Make the banks what they are before a step: rebuilt if their capacity changes, emptied at document borders.
+
+        Args:
+            batch: of this step, this process's lanes.
+            step: its number in the lanes.
+            capacity: tokens that each bank holds.
+            batch_at: the batch of any earlier step.
+            states_of: the frozen backbone's states for a batch.
+        """
+        if capacity != self.capacity:
+            self.capacity = capacity
+            self.banks = [self._new_bank(capacity) for _ in self.banks]
+            for earlier in range(step - self._reach(step, batch_at), step):
+                past = batch_at(earlier)
+                self._clear_new(past)
+                self.write(past, states_of(past))
+        self._clear_new(batch)
+
+    def readable(self) -> list[ReadableMemory]:
+        """Return what each lane reads: its own bank, and the foreign ones."""
+        count = len(self.banks)
+        if not self.foreign_lanes:
+            return list(self.banks)
+        others = range(self.foreign_lanes + 1)
+        return [BankShards([self.banks[(lane + other) % count] for other in others]) for lane in range(count)]
+
+    def write(self, batch: LaneBatch, states: BackboneStates) -> None:
+        """Append what the backbone made of a batch to the banks: real tokens only, each lane to its own document."""
+        for lane, (bank, document_id, length) in enumerate(
+            zip(self.banks, batch.document_ids, batch.lengths, strict=True)
+        ):
+            keys, values = (
+                [tensor[lane, :, :length] for tensor in part.values()] for part in (states.keys, states.values)
+            )
+            ids = batch.input_ids[lane, :length]
+            put = bank.append if document_id in bank else bank.add
+            put(document_id, keys, values, token_ids=ids)
+
+    def _clear_new(self, batch: LaneBatch) -> None:
+        for bank, document_id, is_new in zip(self.banks, batch.document_ids, batch.is_new, strict=True):
+            if is_new and not self.keep_documents:
+                bank.clear()
+            elif is_new:
+                for document in bank.documents():
+                    # One that comes again, in the next epoch, must not find itself. One that is gone but for tokens
+                    # that wait for a full chunk has ended, and they wait for nothing.
+                    if document.document_id == document_id or not document.num_chunks:
+                        bank.delete(document.document_id)
+
+    def _reach(self, step: int, batch_at: BatchAt) -> int:
+        """Return how many steps back the fullest bank's tokens go."""
+        tokens, reach = [0] * len(self.banks), 0
+        missing = [self.keep_documents or not is_new for is_new in batch_at(step).is_new]
+        while any(missing) and reach < step:
+            reach += 1
+            batch = batch_at(step - reach)
+            for lane, length in enumerate(batch.lengths):
+                tokens[lane] += length
+                border = batch.is_new[lane] and not self.keep_documents
+                # A chunk more than fits: tokens that wait for their chunk are not in the bank yet.
+                full = tokens[lane] >= self.capacity + self.model.config.chunk_size
+                missing[lane] = missing[lane] and not border and not full
+        return reach
+
+
+def preceding_tokens(batch_at: BatchAt, step: int, lane: int, count: int) -> Int[Tensor, " context"]:
+    """Return up to `count` tokens that the lane read just before a step's window in the same document."""
+    parts: list[Tensor] = []
+    while not batch_at(step).is_new[lane] and sum(map(len, parts)) < count:
+        step -= 1
+        batch = batch_at(step)
+        parts.insert(0, batch.input_ids[lane, : batch.lengths[lane]])
+    return torch.cat(parts)[-count:] if parts else batch_at(step).input_ids.new_empty(0)

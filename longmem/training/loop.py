@@ -1,0 +1,237 @@
+"""Memory-augmented adaptation training (LongMem, section 2.3) on accelerate: one loop for a laptop and for a cluster.
+
+A step reads one window of every lane. The frozen backbone runs first, or its features are read from where they were kept;
+then the side network predicts the window, reading the memory of the lane's earlier text; after the backward pass the window
+enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from longmem.backbone.capture import BackboneStates
+from longmem.data import LaneBatch, process_lanes
+from longmem.evaluation.results import environment
+from longmem.plots import plot_training
+from longmem.training import setup
+from longmem.training.checkpoints import Checkpoints
+from longmem.training.features import FrozenFeatures
+from longmem.training.interruption import Interruption
+from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
+from longmem.training.losses import IGNORED, long_context_weights, token_losses
+from longmem.training.progress import training_progress
+from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
+from longmem.training.settings import TrainingSettings, refuse_changed_settings, save_settings
+from longmem.training.trainable import mean_bias, select_trained
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+@dataclasses.dataclass
+class StepSums:
+    """Sums over the targets of one optimizer step, of this process until they are reduced."""
+
+    loss: float = 0.0
+    backbone_loss: float = 0.0
+    targets: float = 0.0
+    memory_tokens: float = 0.0
+    memory_share: float = 0.0
+    batches: float = 0.0
+
+
+class Trainer:
+    """Return a run, ready to start, or to go on from its newest checkpoint.
+
+    Args:
+        settings: all that determines the run; written to `settings.output` as `config.yaml`.
+        console: what the first process tells the run on; None is silent.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or data and settings do not fit each other.
+    """
+
+    def __init__(self, settings: TrainingSettings, console: Console | None = None) -> None:
+        self.settings, self.console, self.folder = settings, console, Path(settings.output)
+        optimization = settings.optimization
+        ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # empty memories give biases no gradient
+        self.accelerator = Accelerator(mixed_precision=optimization.mixed_precision, kwargs_handlers=[ddp])
+        set_seed(settings.seed)
+        self.checkpoints = Checkpoints(self.folder, settings.checkpoints.keep)
+        if self.checkpoints.steps():
+            refuse_changed_settings(settings, self.folder / "config.yaml")
+        self.model = setup.make_model(settings, self.accelerator.device)
+        self.lanes = setup.make_lanes(settings, self.model.tokenizer, self.accelerator)
+        self.own = process_lanes(settings.data.lanes, self.accelerator.process_index, self.accelerator.num_processes)
+        self.steps = setup.total_steps(optimization, self.lanes)
+        self.validation = setup.make_validation(settings, self.model, self.accelerator)
+        kept = settings.features
+        self.features = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
+        self.memories = LaneMemories(self.model, len(self.own), **setup.options_of(settings))
+        self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
+        optimizer = setup.make_optimizer(self.trained, optimization)
+        schedule = SCHEDULES[optimization.schedule]
+        self.schedule = get_scheduler(schedule, optimizer, optimization.warmup_steps, self.steps)
+        self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
+        self.accelerator.register_for_checkpointing(self.schedule)
+        self.step = self.checkpoints.restore(self.accelerator)
+
+    def run(self) -> list[StepRecord]:
+        """Train to the last step, or until stopped; return this call's records. The side network is saved either way."""
+        settings, records = self.settings, []
+        main = self.accelerator.is_main_process
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_settings(settings, self.folder / "config.yaml")
+            (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
+            log = stack.enter_context(RunLog(self.folder, settings.logging.tensorboard, self.step + 1)) if main else None
+            show = stack.enter_context(training_progress(self.console if main else None, self.steps, self.step))
+            while self.step < self.steps and not self._any_process(stop.wanted):
+                records.append(self.train_step())
+                if log is not None and self.step % settings.logging.every_steps == 0:
+                    log.write(records[-1])
+                show(records[-1])
+                if self._due(settings.checkpoints.every_steps):
+                    self.checkpoints.save(self.accelerator, self.step)
+                if self.validation is not None and (
+                    self._due(settings.validation.every_steps) or self.step == self.steps
+                ):
+                    validated = ValidationRecord(self.step, self.validation.run(), self.validation.num_tokens)
+                    if log is not None:
+                        log.write(validated)
+                    show(validated)
+        self.finish(stop.reason)
+        return records
+
+    def train_step(self) -> StepRecord:
+        """Do one optimizer step and return what happened in it."""
+        start, settings = time.perf_counter(), self.settings.optimization
+        self.model.train()
+        first = self.step * settings.gradient_accumulation
+        numbers = range(first, first + settings.gradient_accumulation)
+        targets = sum(num_targets(self.lanes.batch(number)) for number in numbers)
+        # Every process holds a mean over all lanes; accelerate averages gradients over processes.
+        scale = self.accelerator.num_processes / targets
+        sums = StepSums()
+        for number in numbers:
+            last = number == numbers[-1]
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.side_network):
+                self._window_step(number, scale, sums)
+        norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), settings.clip_norm)
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.step += 1
+        tokens = sum(sum(self.lanes.batch(number).lengths) for number in numbers)
+        return self._record(sums, float(norm), learning_rate, tokens, time.perf_counter() - start)
+
+    def _window_step(self, number: int, scale: float, sums: StepSums) -> None:
+        """Forward and backward pass over one window of each own lane, which then enters memory."""
+        memory, batch = self.settings.memory, self._batch(number)
+        features = self.features.of(batch.input_ids, batch.lengths)
+        banks = None
+        if memory.enabled:
+            capacity = self._capacity(self.step)
+            self.memories.prepare(batch, number, capacity, self._batch, self._states)
+            banks = self.memories.readable()
+            sums.memory_tokens += self.memories.mean_tokens
+        with self.accelerator.autocast():
+            hidden_states, reads = self.side_network(features.states, banks)
+            losses = token_losses(self.model, hidden_states, batch.labels)
+        weights = (batch.labels[:, 1:] != IGNORED).float()
+        sums.loss += float((losses.detach() * weights).sum())
+        sums.backbone_loss += float((features.losses * weights).sum())
+        sums.targets += float(weights.sum())
+        if reads:
+            sums.memory_share += float(torch.stack([read.memory_share.mean() for read in reads]).mean())
+        sums.batches += 1
+        if self.settings.loss.long_context_weight:
+            weights = weights * self._long_context_weights(number, batch, features.losses)
+        self.accelerator.backward((losses * weights).sum() * scale)
+        if memory.enabled:
+            self.memories.write(batch, features.states)
+
+    def _capacity(self, step: int) -> int:
+        memory = self.settings.memory
+        chunk = self.model.config.chunk_size
+        return scheduled_capacity(step, memory.tokens, memory.start_tokens, memory.growth_steps, chunk)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  a trainer lives as long as its run
+    def _batch(self, number: int) -> LaneBatch:
+        """Return this process's rows of a batch, on its device."""
+        return self.lanes.batch(number, self.own).to(self.model.input_device)
+
+    def _states(self, batch: LaneBatch) -> BackboneStates:
+        return self.features.of(batch.input_ids, batch.lengths).states
+
+    def _long_context_weights(self, number: int, batch: LaneBatch, local: Tensor) -> Tensor:
+        loss = self.settings.loss
+        long = local.clone()
+        for lane, length in enumerate(batch.lengths):
+            context = preceding_tokens(self._batch, number, lane, loss.long_context_tokens - length)
+            if len(context) and length > 1:
+                long[lane, : length - 1] = self.features.losses_after(context, batch.input_ids[lane, :length])
+        return long_context_weights(local, long, loss.long_context_weight)
+
+    def _record(
+        self, sums: StepSums, norm: float, learning_rate: float, tokens: int, seconds: float
+    ) -> StepRecord:
+        values = torch.tensor(dataclasses.astuple(sums), device=self.accelerator.device)
+        total = StepSums(*self.accelerator.reduce(values, "sum").tolist())
+        loss, backbone_loss = total.loss / total.targets, total.backbone_loss / total.targets
+        reads = self.settings.memory.enabled
+        return StepRecord(
+            step=self.step,
+            epoch=self.step * self.settings.optimization.gradient_accumulation / self.lanes.steps_per_epoch,
+            loss=loss,
+            backbone_loss=backbone_loss,
+            gain=backbone_loss - loss,
+            learning_rate=learning_rate,
+            gradient_norm=norm,
+            tokens=tokens,
+            memory_tokens=total.memory_tokens / total.batches,
+            memory_share=total.memory_share / total.batches if reads else None,
+            bias_mean=mean_bias(self.model) if reads else None,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+        )
+
+    def _due(self, every_steps: int) -> bool:
+        return every_steps > 0 and self.step % every_steps == 0
+
+    def _any_process(self, flag: bool) -> bool:
+        """Return whether any process raises the flag: all must leave the loop at the same step."""
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum"))
+
+    def finish(self, reason: str | None) -> None:
+        """Save a checkpoint, the side network and the curve; say how to go on if the run was stopped."""
+        if self.step and self.step not in self.checkpoints.steps():
+            self.checkpoints.save(self.accelerator, self.step)
+        self.accelerator.wait_for_everyone()
+        state = self.accelerator.get_state_dict(self.side_network)
+        if not self.accelerator.is_main_process:
+            return
+        self.model.save_pretrained(self.folder / "side-network")
+        steps, validations = read_log(self.folder / "log.jsonl")
+        plot_training(self.folder / "curve.png", steps, validations)
+        if self.console is not None and reason is not None:
+            self.console.print(f"Stopped by {reason} after step {self.step} of {self.steps}; the same command goes on.")
+
+
+def num_targets(batch: LaneBatch) -> int:
+    """Return the number of tokens of a batch that are predicted: all but the first of each row."""
+    return int((batch.labels[:, 1:] != IGNORED).sum())

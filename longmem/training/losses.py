@@ -1,0 +1,56 @@
+"""Losses of single tokens, from hidden states, without holding the logits of a whole batch."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longmem.modeling import LongMemForCausalLM
+
+IGNORED = -100  # label of what is no target, as in transformers
+
+
+def token_losses(
+    model: LongMemForCausalLM,
+    hidden_states: Float[Tensor, "lanes tokens hidden"],
+    labels: Int[Tensor, "lanes tokens"],
+    *,
+    backbone: bool = False,
+) -> Float[Tensor, "lanes targets"]:
+    """Return the loss of every token but the first in nats, in float32; 0 where the label is -100.
+
+    The LM head runs on one lane at a time, and again in the backward pass: a vocabulary of 50,000 makes 200 MB of logits
+    from 1,000 tokens, and several times that with their gradients.
+
+    Args:
+        model: whose final norm and LM head run.
+        hidden_states: as they leave the last layer.
+        labels: the tokens themselves; shifted here.
+        backbone: use the backbone's own final norm, not the side network's copy.
+    """
+    final_modules = None if backbone else model.side_network.final_modules
+
+    def of_lane(states: Tensor, targets: Tensor) -> Tensor:
+        logits = model._backbone.logits(states[None, :-1], final_modules=final_modules)[0]
+        return nn.functional.cross_entropy(logits.float(), targets[1:], ignore_index=IGNORED, reduction="none")
+
+    lanes = zip(hidden_states, labels, strict=True)
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        return torch.stack([checkpoint(of_lane, *lane, use_reentrant=False) for lane in lanes])
+    return torch.stack([of_lane(*lane) for lane in lanes])
+
+
+def long_context_weights(
+    local: Float[Tensor, "lanes targets"], long: Float[Tensor, "lanes targets"], extra: float
+) -> Float[Tensor, "lanes targets"]:
+    """Return a weight of each token: 1, and up to `extra` more the better a longer context predicts it.
+
+    Both losses are the frozen backbone's, in nats: `local` with the window alone, `long` with more text before it. A gain of
+    1 nat or more counts as 1. These are the tokens for which something outside of the window is worth reading.
+
+    >>> long_context_weights(torch.tensor([[2.0, 2.0, 2.0]]), torch.tensor([[2.5, 1.5, 0.1]]), extra=2.0)
+    tensor([[1., 2., 3.]])
+    """
+    return 1.0 + extra * (local - long).clamp(0.0, 1.0)

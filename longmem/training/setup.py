@@ -1,0 +1,109 @@
+"""What a run is made of, from its settings: model, lanes of text, validation, optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from longmem.data import Lanes, load_corpus
+from longmem.modeling import LongMemForCausalLM
+from longmem.opening import open_model
+from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
+from longmem.training.trainable import parameter_groups
+from longmem.training.validation import Validation, validation_texts
+
+
+def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCausalLM:
+    """Return the model to train, on a device, in training mode.
+
+    On a half-precision backbone a new side network is float32: small updates would be lost in its weights.
+    """
+    wanted = settings.model
+    fields = dict(wanted.config)
+    is_new = wanted.is_backbone
+    if is_new and wanted.backbone_dtype != "float32":
+        fields.setdefault("side_network_dtype", "float32")
+    options = {"dtype": getattr(torch, wanted.backbone_dtype)}
+    model = open_model(wanted.backbone, backbone_options=options, **fields).to(device).train()
+    if settings.optimization.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def open_corpus(
+    source: str, max_tokens: int | None, data: DataSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> Dataset:
+    """Return tokenised documents; the first process of a machine tokenises, the others read what it kept."""
+    with accelerator.local_main_process_first():
+        return load_corpus(
+            source,
+            tokenizer,
+            text_column=data.text_column,
+            max_tokens=max_tokens,
+            num_documents=data.num_documents,
+            cache_dir=data.cache,
+        )
+
+
+def make_lanes(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Lanes:
+    """Return the lanes of text of all processes."""
+    data = settings.data
+    return Lanes(
+        open_corpus(data.train, data.max_train_tokens, data, tokenizer, accelerator),
+        num_lanes=data.lanes,
+        window=data.window,
+        seed=settings.seed,
+        shuffle=data.shuffle,
+        lanes_per_document=data.lanes_per_document,
+    )
+
+
+def make_validation(
+    settings: TrainingSettings, model: LongMemForCausalLM, accelerator: Accelerator
+) -> Validation | None:
+    """Return what validates the model, None without validation text."""
+    data, wanted = settings.data, settings.validation
+    if data.validation is None:
+        return None
+    corpus = open_corpus(data.validation, data.max_validation_tokens, data, model.tokenizer, accelerator)
+    texts = validation_texts(
+        corpus,
+        documents=wanted.documents,
+        memory_tokens=wanted.memory_tokens,
+        windows=wanted.windows,
+        window=data.window,
+    )
+    return Validation(model, texts, data.window)
+
+
+def make_optimizer(trained: dict[str, nn.Parameter], wanted: OptimizationSettings) -> torch.optim.AdamW:
+    """Return AdamW over what is trained."""
+    groups = parameter_groups(
+        trained,
+        learning_rate=wanted.learning_rate,
+        gate_learning_rate=wanted.gate_learning_rate,
+        weight_decay=wanted.weight_decay,
+    )
+    return torch.optim.AdamW(groups, betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
+
+
+def total_steps(wanted: OptimizationSettings, lanes: Lanes) -> int:
+    """Return the number of optimizer steps of the whole run."""
+    if wanted.steps is not None:
+        return wanted.steps
+    assert wanted.epochs is not None
+    return max(1, round(wanted.epochs * lanes.steps_per_epoch / wanted.gradient_accumulation))
+
+
+def options_of(settings: TrainingSettings) -> dict[str, Any]:
+    """Return what the lanes' memories are made with."""
+    return {
+        "keep_documents": settings.data.at_document_border == "keep",
+        "foreign_lanes": settings.memory.foreign_lanes,
+        "index": settings.memory.index,
+    }
