@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
@@ -64,10 +63,15 @@ class Schedule:
         self.seed, self.shuffle, self.lanes_per_document = seed, shuffle, lanes_per_document
         self.num_windows = (token_counts + window - 2) // window  # a rest of one token is no window
         self.readable = np.flatnonzero(self.num_windows)
+        # In whatever order the documents of an epoch are, the same places in it go to a group of lanes.
+        numbers = Dataset.from_dict({"place": np.arange(len(self.readable))}).with_format("numpy")
+        num_groups = num_lanes // lanes_per_document
+        shares = (split_dataset_by_node(numbers, rank=group, world_size=num_groups) for group in range(num_groups))
+        self._dealt = [share["place"][:] for share in shares]
         # Steps of each lane up to the end of each epoch; grows with the steps asked for.
         self._epoch_ends: list[Int[np.ndarray, " lanes"]] = []
-        # The last answers of `_deal` and, for each lane, of `_share`: most steps are near the last one.
-        self._dealt: tuple[int, list[Int[np.ndarray, " documents"]]] = (-1, [])
+        # The last answers of `_order` and, for each lane, of `_share`: most steps are near the last one.
+        self._last_order: tuple[int, Int[np.ndarray, " documents"]] = (-1, self.readable)
         self._shares: dict[int, tuple[int, Share]] = {}
 
     @property
@@ -113,18 +117,14 @@ class Schedule:
     def _divide(self, lane: int, epoch: int) -> Share:
         """Return the lane's part of each document that its group of lanes reads in this epoch."""
         group, part = divmod(lane, self.lanes_per_document)
-        documents = self._deal(epoch)[group]
+        documents = self._order(epoch)[self._dealt[group]]
         starts, ends = (self.num_windows[documents] * each // self.lanes_per_document for each in (part, part + 1))
         return Share(documents, starts, np.cumsum(ends - starts))
 
-    def _deal(self, epoch: int) -> Sequence[Int[np.ndarray, " documents"]]:
-        """Return the documents of each group of lanes in this epoch."""
-        if self._dealt[0] != epoch:
-            order = self.readable
-            if self.shuffle:
-                order = np.random.default_rng((self.seed, epoch)).permutation(order)
-            numbers = Dataset.from_dict({"document": order}).with_format("numpy")
-            num_groups = self.num_lanes // self.lanes_per_document
-            shares = (split_dataset_by_node(numbers, rank=group, world_size=num_groups) for group in range(num_groups))
-            self._dealt = (epoch, [share["document"][:] for share in shares])
-        return self._dealt[1]
+    def _order(self, epoch: int) -> Int[np.ndarray, " documents"]:
+        if not self.shuffle:
+            return self.readable
+        if self._last_order[0] != epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._last_order = (epoch, generator.permutation(self.readable))
+        return self._last_order[1]

@@ -59,15 +59,17 @@ def find_source(source: str | Path, *, text_column: str, split: str, is_bounded:
                 "name the folder that holds the file."
             )
         return _files_source(path.parent, [path], text_column, split)
+    name, _, configuration = str(source).partition(":")
+    if Path(name).expanduser().is_dir():
+        return _loadable_source(Path(name).expanduser(), configuration, text_column, split)
     if isinstance(source, Path) or path.suffix in (".txt", ".jsonl") or source.startswith((".", "/", "~")):
         raise ValueError(f"`source` must exist, got {str(source)!r}, which is neither a file nor a folder.")
-    name, _, configuration = source.partition(":")
-    if not is_bounded and not Path(name).is_dir():
+    if not is_bounded:
         raise ValueError(
             f"`source` {name!r} is neither a file nor a folder, so it is the name of a dataset on Hugging Face's Hub, "
             "which is streamed and may be very long; give `num_documents` or `max_tokens` to say how much to read."
         )
-    return _loadable_source(Path(name) if Path(name).is_dir() else name, configuration or None, text_column, split)
+    return _loadable_source(name, configuration or None, text_column, split)
 
 
 def _folder_source(folder: Path, text_column: str, split: str) -> Source:
