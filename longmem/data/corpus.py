@@ -1,0 +1,197 @@
+"""Corpora: documents as token ids in an Arrow file that is written once and memory-mapped from then on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from longmem.data.sources import Document, Source, find_source
+from longmem.packaged import cache_folder, convert_once, is_complete
+
+# Part of the fingerprint. Raise it when other tokens come out of the same text, so that no old result is used.
+FORMAT = 1
+FILE = "corpus.arrow"
+FEATURES = Features({"document_id": Value("string"), "input_ids": List(Value("int32"))})
+# Documents are tokenised together, so that a fast tokenizer can use several cores. Books are a million times longer
+# than messages, and each token takes about a hundred bytes while it is made, so characters set the limit.
+BATCH_CHARACTERS = 1_000_000
+BATCH_DOCUMENTS = 1_000
+
+
+def load_corpus(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text_column: str = "text",
+    split: str = "train",
+    max_tokens: int | None = None,
+    num_documents: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> Dataset:
+    """Return a dataset with columns `document_id` (unique) and `input_ids` (int32), a row for each document.
+
+    Texts are tokenised once, without special tokens, as `memorize` does. The result is kept on disk under a fingerprint
+    of the files' contents, the tokenizer and the options, and memory-mapped: a second call reads and tokenises nothing.
+    A dataset of the Hub is known by its name, so that it opens without a network; to read it anew, delete its folder.
+
+    Documents without text are left out, with a warning that counts them. Where two documents have the same id, the
+    second gets `#2` at its end.
+
+    Args:
+        source: one of
+
+            - a .txt file, or a folder of them, searched with its subfolders: a document a file, whose id is the path in
+              the folder without suffix;
+            - a .jsonl file, or a folder of them: a document a line, whose id is the column `id`, else the line number;
+            - a folder that `Dataset.save_to_disk` has written, or one with other files that `datasets.load_dataset` reads;
+            - the name of a dataset on Hugging Face's Hub, or `name:configuration`, which is streamed;
+            - `"python-manual"`: the reference manual that every Python carries, as one document of about 370 kB.
+        tokenizer: what makes the tokens.
+        text_column: the column that holds the text; for sources with columns.
+        split: the split to read; for sources with splits.
+        max_tokens: stop after so many tokens; the last document is cut.
+        num_documents: stop after so many documents.
+        cache_dir: where to keep the result; default `corpora` in `$LONGMEM_CACHE`, else `~/.cache/longmem`.
+
+    Raises:
+        ValueError: there is no such source, or it cannot be read as text; a Hub dataset is neither bounded by
+            `max_tokens` nor by `num_documents`.
+    """
+    for name, value in (("max_tokens", max_tokens), ("num_documents", num_documents)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}; leave it out to read everything.")
+    is_bounded = max_tokens is not None or num_documents is not None
+    found = find_source(source, text_column=text_column, split=split, is_bounded=is_bounded)
+    folder = _corpora_folder(cache_dir) / _folder_name(found, tokenizer, [max_tokens, num_documents])
+
+    def write(_: Path, target: Path) -> None:
+        try:
+            _write(_batches(found, tokenizer, max_tokens, num_documents), target / FILE)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)  # a wrong line, or an impatient user: leave nothing behind
+            raise
+
+    if not is_complete(folder):
+        convert_once(Path(found.name), folder, write)
+    return Dataset.from_file(str(folder / FILE))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of all that decides which tokens a text gets."""
+    if getattr(tokenizer, "is_fast", False):
+        written = json.loads(tokenizer.backend_tokenizer.to_str())
+        for state in ("padding", "truncation"):  # set by the tokenizer's last call, and replaced by the next one
+            written.pop(state, None)
+        return _digest(written)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _digest({path.name: path.read_bytes().hex() for path in sorted(Path(folder).iterdir())})
+
+
+def _corpora_folder(cache_dir: str | Path | None) -> Path:
+    folder = cache_folder() / "corpora" if cache_dir is None else Path(cache_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`cache_dir` must be a folder that can be written, got {str(folder)!r} ({error}); name another one, or set "
+            "LONGMEM_CACHE."
+        ) from error
+    return folder
+
+
+def _folder_name(source: Source, tokenizer: PreTrainedTokenizerBase, options: list[int | None]) -> str:
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)[:40].strip(".-") or "corpus"
+    return f"{readable}-{_digest([FORMAT, source.identity, tokenizer_fingerprint(tokenizer), options])}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _write(batches: Iterable[dict[str, list[Any]]], path: Path) -> None:
+    schema = FEATURES.arrow_schema
+    with pa.ipc.new_stream(str(path), schema) as writer:
+        for batch in batches:
+            arrays = [pa.array(batch[field.name], type=field.type) for field in schema]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+
+def _batches(
+    source: Source, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, num_documents: int | None
+) -> Iterator[dict[str, list[Any]]]:
+    """Yield columns of some rows at a time; warn of what was left out, and raise ValueError if that is everything."""
+    seen: Counter[str] = Counter()
+    left_out: list[str] = []
+    num_tokens = 0
+    # A small corpus shall not fetch a large batch; few texts have more than eight characters per token.
+    max_characters = BATCH_CHARACTERS if max_tokens is None else min(BATCH_CHARACTERS, 8 * max_tokens)
+    documents = itertools.islice(_with_text(source.documents(), left_out), num_documents)
+    for batch in _in_batches(documents, max_characters):
+        names, ids = [], []
+        texts = [document.text for document in batch]
+        tokenised = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for document, tokens in zip(batch, tokenised, strict=True):
+            names.append(_unique(document.document_id, seen))
+            ids.append(tokens if max_tokens is None else tokens[: max_tokens - num_tokens])
+            num_tokens += len(ids[-1])
+            if num_tokens == max_tokens:
+                break
+        yield {"document_id": names, "input_ids": ids}
+        if num_tokens == max_tokens:
+            break
+    if not seen:
+        raise ValueError(
+            f"`source` must hold text, got {source.name!r} with {len(left_out)} documents, none of which has any; "
+            "look whether `text_column` and `split` are the right ones."
+        )
+    if left_out:
+        warnings.warn(
+            f"documents of {source.name!r} without text were left out: {len(left_out)}, the first is {left_out[0]!r}.",
+            stacklevel=2,
+        )
+
+
+def _with_text(documents: Iterable[Document], left_out: list[str]) -> Iterator[Document]:
+    """Yield documents with text, and add the ids of the others to `left_out`."""
+    for document in documents:
+        if document.text.strip():
+            yield document
+        else:
+            left_out.append(document.document_id)
+
+
+def _in_batches(documents: Iterable[Document], max_characters: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    num_characters = 0
+    for document in documents:
+        batch.append(document)
+        num_characters += len(document.text)
+        if num_characters >= max_characters or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _unique(document_id: str, seen: Counter[str]) -> str:
+    """Return the id, with a number behind it from the second time on, and note it as seen."""
+    name = document_id
+    while name in seen:
+        seen[document_id] += 1
+        name = f"{document_id}#{seen[document_id]}"
+    seen[name] = 1
+    return name

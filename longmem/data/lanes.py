@@ -1,0 +1,217 @@
+"""Lanes: which window of which document each batch row reads at each step, as a pure function of the step's number."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from jaxtyping import Int
+from torch import Tensor
+
+from longmem.data.schedule import Schedule
+from longmem.errors import did_you_mean
+
+COLUMNS = ("document_id", "input_ids")
+NO_LABEL = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class LaneBatch:
+    """What some lanes read at one step; the shape is the same at every step.
+
+    Attributes:
+        input_ids: tokens, on the left; zeros fill up a document's last window.
+        labels: the same tokens, to be shifted by the model as Hugging Face's models do; -100 where `input_ids` is filled
+            up. So the first token of a window is not predicted.
+        lengths: tokens of each row without what fills it up, at least 2.
+        document_ids: the document of each row.
+        offsets: the token of its document at which each row begins.
+        is_new: whether a row begins a document, or its part of one. A memory that is to hold one document at a time
+            must be cleared before it.
+        epochs: how often the lane has read its share of the corpus before; lanes differ, since documents do.
+    """
+
+    input_ids: Int[Tensor, "lanes tokens"]
+    labels: Int[Tensor, "lanes tokens"]
+    lengths: tuple[int, ...]
+    document_ids: tuple[str, ...]
+    offsets: tuple[int, ...]
+    is_new: tuple[bool, ...]
+    epochs: tuple[int, ...]
+
+
+class Lanes:
+    """Batches of consecutive windows, with one series of documents for each batch row ("lane").
+
+    A lane reads its documents one after the other, each in windows of `window` tokens counted from the document's
+    start. A document's last window may be shorter; of a single token, with nothing to predict, it is left out. When a
+    lane has read its documents, it goes on to its next epoch. In each epoch, documents are dealt to lanes as
+    `datasets.distributed.split_dataset_by_node` does, in an order drawn from seed and epoch if `shuffle`.
+
+    Any step can be asked for at any time: training resumes with a step's number, and old batches can be read again. What
+    is kept in memory grows with the number of documents, not of tokens.
+
+    With `lanes_per_document=g`, g neighbouring lanes share a document, as in LongLLaMA (arXiv 2307.03170): each reads
+    one of g contiguous parts of whole windows, as a stream of its own that begins with its part.
+
+    Args:
+        corpus: columns `document_id` and `input_ids`; see `load_corpus`. Documents of less than two tokens are not read.
+        num_lanes: batch rows of all processes together.
+        window: tokens of a row.
+        seed: draws the order of documents, not negative.
+        shuffle: a new order in each epoch; otherwise the corpus's own order in all.
+        lanes_per_document: lanes that share a document; a divisor of `num_lanes`. Every document must have as many
+            windows.
+
+    Raises:
+        ValueError: an argument is out of its range, or there are fewer documents than `num_lanes / lanes_per_document`,
+            so that a lane would have nothing to read.
+
+    >>> corpus = Dataset.from_dict({"document_id": ["a", "b"], "input_ids": [[1, 2, 3, 4, 5], [6, 7]]})
+    >>> lanes = Lanes(corpus, num_lanes=2, window=3, shuffle=False)
+    >>> lanes.batch(1).input_ids.tolist()
+    [[4, 5, 0], [6, 7, 0]]
+    >>> lanes.batch(1).offsets, lanes.batch(1).epochs  # the second lane has read its document, and begins again
+    ((3, 0), (0, 1))
+    """
+
+    def __init__(
+        self,
+        corpus: Dataset,
+        *,
+        num_lanes: int,
+        window: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        lanes_per_document: int = 1,
+    ) -> None:
+        _validate(corpus, num_lanes, window, seed, lanes_per_document)
+        self.num_lanes, self.window, self.seed, self.shuffle = num_lanes, window, seed, shuffle
+        self.lanes_per_document = lanes_per_document
+        # As Arrow, a document is mapped, not read: a window of a book costs no more than a window of a message.
+        self._corpus = corpus.select_columns(list(COLUMNS)).with_format("arrow")
+        self._schedule = Schedule(
+            _token_counts(self._corpus),
+            num_lanes=num_lanes,
+            window=window,
+            seed=seed,
+            shuffle=shuffle,
+            lanes_per_document=lanes_per_document,
+        )
+        self._validate_documents()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of windows that the longest lane reads in its first epoch."""
+        return self._schedule.num_steps
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens read in one epoch by all lanes together."""
+        return self._schedule.num_tokens
+
+    def batch(self, step: int, own: range | None = None) -> LaneBatch:
+        """Return what the lanes in `own` (default: all) read at `step`, which counts from 0.
+
+        Raises:
+            ValueError: there is no such step or lane.
+        """
+        own = range(self.num_lanes) if own is None else own
+        places = [self._schedule.place(step, lane) for lane in own]
+        input_ids = torch.zeros(len(places), self.window, dtype=torch.long)
+        labels = torch.full_like(input_ids, NO_LABEL)
+        document_ids = []
+        for row, place in enumerate(places):
+            document = self._corpus[place.document]
+            # `flatten` follows a list's offsets into the mapped file, and copies nothing.
+            tokens = document["input_ids"].chunk(0).flatten().slice(place.offset, place.length)
+            input_ids[row, : place.length] = labels[row, : place.length] = torch.from_numpy(
+                tokens.to_numpy(zero_copy_only=False).astype(np.int64)
+            )
+            document_ids.append(document["document_id"][0].as_py())
+        return LaneBatch(
+            input_ids,
+            labels,
+            lengths=tuple(place.length for place in places),
+            document_ids=tuple(document_ids),
+            offsets=tuple(place.offset for place in places),
+            is_new=tuple(place.windows_before == 0 for place in places),
+            epochs=tuple(place.epoch for place in places),
+        )
+
+    def windows_before(self, step: int, lane: int) -> int:
+        """Return how many windows of the same document, or part of it, the lane read before the window of `step`.
+
+        They are those of the steps just before: so far back reaches a memory of this document.
+        """
+        return self._schedule.place(step, lane).windows_before
+
+    def _validate_documents(self) -> None:
+        schedule = self._schedule
+        shared, readable = self.lanes_per_document, len(schedule.readable)
+        if readable * shared < self.num_lanes:
+            enough = [g for g in range(shared + 1, self.num_lanes + 1) if self.num_lanes % g == 0]
+            fitting = [g for g in enough if readable * g >= self.num_lanes]
+            sharing = f", or `lanes_per_document={fitting[0]}`, so that lanes share long documents" if fitting else ""
+            raise ValueError(
+                f"`num_lanes` must be at most the number of documents of two tokens or more times "
+                f"`lanes_per_document`, got {self.num_lanes} lanes for {readable} * {shared}; take more documents, "
+                f"fewer lanes{sharing}."
+            )
+        short = schedule.readable[schedule.num_windows[schedule.readable] < shared]
+        if len(short):
+            name = self._corpus[int(short[0])]["document_id"][0].as_py()
+            tokens = (shared - 1) * self.window + 2
+            raise ValueError(
+                f"`lanes_per_document` must be at most the number of windows of every document, got {shared}, and "
+                f"{len(short)} documents with fewer windows of {self.window} tokens, such as {name!r} with "
+                f"{schedule.token_counts[short[0]]} tokens; take it lower, or take out what has less than {tokens} tokens: "
+                f"`corpus.filter(lambda document: len(document['input_ids']) >= {tokens})`."
+            )
+
+
+def process_lanes(num_lanes: int, process_index: int, num_processes: int) -> range:
+    """Return the lanes of one process: neighbours, as many as every other process has.
+
+    Raises:
+        ValueError: processes cannot have equal numbers of lanes, or there is no such process.
+
+    >>> process_lanes(8, process_index=1, num_processes=4)
+    range(2, 4)
+    """
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"`process_index` must be from 0 to {num_processes - 1}, got {process_index}.")
+    if num_lanes % num_processes:
+        raise ValueError(
+            f"`num_lanes` must be a multiple of the number of processes, got {num_lanes} and {num_processes}; "
+            f"the next above is {num_lanes + -num_lanes % num_processes}."
+        )
+    share = num_lanes // num_processes
+    return range(process_index * share, (process_index + 1) * share)
+
+
+def _validate(corpus: Dataset, num_lanes: int, window: int, seed: int, lanes_per_document: int) -> None:
+    for column in COLUMNS:
+        if column not in corpus.column_names:
+            raise ValueError(
+                f"`corpus` must have the columns {' and '.join(COLUMNS)}, got {', '.join(corpus.column_names)}; "
+                "`load_corpus` makes them." + did_you_mean(column, corpus.column_names)
+            )
+    limits = (("num_lanes", num_lanes, 1), ("window", window, 2), ("seed", seed, 0))
+    for name, value, least in (*limits, ("lanes_per_document", lanes_per_document, 1)):
+        if value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    if num_lanes % lanes_per_document:
+        raise ValueError(
+            f"`num_lanes` must be a multiple of `lanes_per_document`, got {num_lanes} and {lanes_per_document}; "
+            f"the next above is {num_lanes + -num_lanes % lanes_per_document}."
+        )
+
+
+def _token_counts(corpus: Dataset) -> Int[np.ndarray, " documents"]:
+    """Return the tokens of each document of a corpus in Arrow's format, without reading any token."""
+    counts = [pc.list_value_length(rows["input_ids"]).to_numpy() for rows in corpus.iter(batch_size=1_000)]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *counts]).astype(np.int64)

@@ -1,0 +1,235 @@
+"""Where texts come from: files, folders, saved datasets and Hugging Face's Hub, all as a series of documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+
+from longmem.errors import did_you_mean
+from longmem.sample_texts import python_manual
+
+PYTHON_MANUAL = "python-manual"
+SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")  # one of the two is what `save_to_disk` writes
+
+
+class Document(NamedTuple):
+    """One text, which may be empty, and what its source calls it."""
+
+    document_id: str
+    text: str
+
+
+class Source(NamedTuple):
+    """A series of documents that has not been read yet.
+
+    `identity` says in values that JSON can write what the documents are made of; while it stays the same, so do they.
+    """
+
+    name: str
+    identity: Any
+    documents: Callable[[], Iterable[Document]]
+
+
+def find_source(source: str | Path, *, text_column: str, split: str, is_bounded: bool) -> Source:
+    """Return the source that `load_corpus` describes under `source`; files are hashed, but no document is read.
+
+    Args:
+        source: a path, a dataset's name, or `"python-manual"`.
+        text_column: the column that holds the text, where there are columns.
+        split: the split to read, where there are splits.
+        is_bounded: whether the caller stops after so many documents or tokens.
+
+    Raises:
+        ValueError: there is nothing to read under this name, or an option does not apply to it.
+    """
+    if source == PYTHON_MANUAL:
+        return _plain_source(source, None, lambda: [Document(PYTHON_MANUAL, python_manual())], text_column, split)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder_source(path, text_column, split)
+    if path.is_file():
+        if path.suffix not in (".txt", ".jsonl"):
+            raise ValueError(
+                f"`source` must be a .txt or .jsonl file when it is a file, got {str(path)!r}; for other formats "
+                "name the folder that holds the file."
+            )
+        return _files_source(path.parent, [path], text_column, split)
+    name, _, configuration = str(source).partition(":")
+    if Path(name).expanduser().is_dir():
+        return _loadable_source(Path(name).expanduser(), configuration, text_column, split)
+    if isinstance(source, Path) or path.suffix in (".txt", ".jsonl") or source.startswith((".", "/", "~")):
+        raise ValueError(f"`source` must exist, got {str(source)!r}, which is neither a file nor a folder.")
+    if not is_bounded:
+        raise ValueError(
+            f"`source` {name!r} is neither a file nor a folder, so it is the name of a dataset on Hugging Face's Hub, "
+            "which is streamed and may be very long; give `num_documents` or `max_tokens` to say how much to read."
+        )
+    return _loadable_source(name, configuration or None, text_column, split)
+
+
+def _folder_source(folder: Path, text_column: str, split: str) -> Source:
+    if any((folder / name).is_file() for name in SAVED_DATASET_FILES):
+        return _saved_source(folder, text_column, split)
+    texts, lines = (_files_in(folder, suffix) for suffix in (".txt", ".jsonl"))
+    if texts and lines:
+        raise ValueError(
+            f"`source` must hold .txt or .jsonl files, not both, got {str(folder)!r} with {len(texts)} and "
+            f"{len(lines)}; move one kind to a folder of its own."
+        )
+    if texts or lines:
+        return _files_source(folder, texts or lines, text_column, split)
+    if not _files_in(folder):
+        raise ValueError(f"`source` must hold documents, got the folder {str(folder)!r}, which holds no files.")
+    return _loadable_source(folder, None, text_column, split)
+
+
+def _saved_source(folder: Path, text_column: str, split: str) -> Source:
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise ValueError(
+                f"`split` must be one of {', '.join(saved)} for {str(folder)!r}, got {split!r}."
+                + did_you_mean(split, map(str, saved))
+            )
+        saved, folder = saved[split], folder / split
+    else:
+        _refuse_options(str(folder), split=split)
+    dataset = saved.with_format(None)
+    files = [path for path in _files_in(folder) if not path.name.startswith("cache-")]  # what `map` leaves there
+    identity = [text_column, _contents(folder, files)]
+    return Source(folder.name, identity, lambda: _rows(dataset, text_column, f"the dataset {str(folder)!r}"))
+
+
+def _loadable_source(place: str | Path, configuration: str | None, text_column: str, split: str) -> Source:
+    """Return what `datasets.load_dataset` streams from a folder or, by its name, from the Hub."""
+
+    def documents() -> Iterator[Document]:
+        # Opened only now: what was tokenised before is found again without a network.
+        try:
+            dataset = datasets.load_dataset(str(place), configuration, split=split, streaming=True)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(_not_opened(place, configuration, split, error)) from error
+        yield from _rows(dataset, text_column, f"the dataset {str(place)!r}")
+
+    # A folder is known by what is in it, a dataset of the Hub by its name.
+    known_by = _contents(place, _files_in(place)) if isinstance(place, Path) else place
+    name = place.name if isinstance(place, Path) else place
+    return Source(name, [known_by, configuration, split, text_column], documents)
+
+
+def _not_opened(place: str | Path, configuration: str | None, split: str, error: Exception) -> str:
+    given = f"`configuration` {configuration!r} and `split` {split!r}" if configuration else f"`split` {split!r}"
+    if isinstance(place, Path):
+        return (
+            f"`source` {str(place)!r} holds no .txt or .jsonl files, and `datasets.load_dataset` cannot open it with "
+            f"{given}: {error}"
+        )
+    return (
+        f"`source` {place!r} is neither a file nor a folder, and cannot be opened as a dataset's name with {given}: "
+        f"{error}. Check the spelling and the network, and that HF_HUB_OFFLINE is not set; without a network, name "
+        "a folder of .txt or .jsonl files."
+    )
+
+
+def _files_source(folder: Path, files: list[Path], text_column: str, split: str) -> Source:
+    name = files[0].stem if len(files) == 1 else folder.name
+    identity = _contents(folder, files)
+    if files[0].suffix == ".txt":
+        return _plain_source(name, identity, lambda: _texts(folder, files), text_column, split)
+    _refuse_options(str(folder), split=split)
+    return Source(name, [text_column, identity], lambda: _lines(folder, files, text_column))
+
+
+def _plain_source(
+    name: str, identity: Any, documents: Callable[[], Iterable[Document]], text_column: str, split: str
+) -> Source:
+    _refuse_options(name, text_column=text_column, split=split)
+    # The manual changes with Python, and hashing it is quick.
+    identity = identity or [hashlib.sha256(document.text.encode()).hexdigest() for document in documents()]
+    return Source(name, identity, documents)
+
+
+def _refuse_options(name: str, text_column: str = "text", split: str = "train") -> None:
+    for option, value, default in (("text_column", text_column, "text"), ("split", split, "train")):
+        if value != default:
+            raise ValueError(f"`{option}` must be left out for {name!r}, which has no such thing, got {value!r}.")
+
+
+def _texts(folder: Path, files: Iterable[Path]) -> Iterator[Document]:
+    for path in files:
+        # Not by `datasets`: its text reader tells neither a document's file nor the file of a wrong byte.
+        yield Document(path.relative_to(folder).with_suffix("").as_posix(), _read_text(path))
+
+
+def _lines(folder: Path, files: list[Path], text_column: str) -> Iterator[Document]:
+    for path in files:
+        prefix = "" if len(files) == 1 else f"{path.relative_to(folder).with_suffix('').as_posix()}:"
+        # Not by `datasets`: its reader does not say which line is wrong, and wants the same columns in every line.
+        for number, line in enumerate(_read_lines(path), start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}, must be one JSON object, got {line[:40]!r} ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}, must be one JSON object, got {line[:40].strip()!r}.")
+            yield _document(row, text_column, f"{prefix}{number}", where)
+
+
+def _rows(dataset: Iterable[Mapping[str, Any]], text_column: str, title: str) -> Iterator[Document]:
+    for number, row in enumerate(dataset, start=1):
+        yield _document(row, text_column, str(number), f"{title}, row {number}")
+
+
+def _document(row: Mapping[str, Any], text_column: str, default_id: str, where: str) -> Document:
+    if text_column not in row:
+        has_tokens = "; open a corpus that is tokenised with `datasets.load_from_disk`" if "input_ids" in row else ""
+        raise ValueError(
+            f"`text_column` must name a column, got {text_column!r} for {where}, which has {', '.join(row)}{has_tokens}."
+            + did_you_mean(text_column, row)
+        )
+    text = row[text_column]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"`text_column` must name a column of text, got {text_column!r} with {text!r} in {where}.")
+    given_id = row.get("id")
+    return Document(default_id if given_id is None else str(given_id), text or "")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from error
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from error
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{path} must be text in UTF-8, got other bytes ({error}); convert it first.")
+
+
+def _files_in(folder: Path, suffix: str = "") -> list[Path]:
+    return sorted(path for path in folder.rglob(f"*{suffix}") if path.is_file())
+
+
+def _contents(folder: Path, files: Iterable[Path]) -> list[tuple[str, int, str]]:
+    """Return name, size in bytes and hash of each file."""
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        found.append((path.relative_to(folder).as_posix(), path.stat().st_size, digest))
+    return found
