@@ -107,6 +107,7 @@ def read_memory(
         rows: chunks found before, to read these instead of searching.
     """
     lanes, heads, tokens, _ = queries.shape
+    dtype = product_dtype(queries)
     parts: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor]] = []
     for bank in {id(bank): bank for bank in memory}.values():
         own = [lane for lane, candidate in enumerate(memory) if candidate is bank]
@@ -117,13 +118,23 @@ def read_memory(
             chosen = torch.full((*folded.shape[:2], num_chunks), -1, device=queries.device)
         else:
             chosen = bank.search(layer, folded.detach(), num_chunks)[1].to(queries.device)
-        found = attend_rows(folded, chosen, bank, layer, scaling, softcap)
+        # Stored keys are converted to the dtype of what meets them: once for the queries is cheaper than for every key.
+        found = attend_rows(folded.to(dtype), chosen, bank, layer, scaling, softcap)
         unfolded = [unfold_groups(part, len(own), heads, tokens) for part in (*found, chosen)]
         parts.append((own, *unfolded))  # type: ignore[arg-type]
     order = torch.tensor([lane for own, *_ in parts for lane in own], device=queries.device).argsort()
     columns = list(zip(*parts, strict=True))[1:]
     output, logsumexp, chunk_weights, read_rows = (torch.cat(column)[order] for column in columns)
     return Retrieved(output, logsumexp, MemoryRead(layer, read_rows, chunk_weights.detach()))
+
+
+def product_dtype(states: Tensor) -> torch.dtype:
+    """Return the dtype in which products of these states are computed: that of autocast where it is on, else their own.
+
+    Under autocast queries and keys are float32, because rotary embeddings turn them in that.
+    """
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def refuse_changed_memory() -> None:
@@ -221,8 +232,9 @@ def fuse_joint(
     query before the others keeps query and key aligned.
     """
     score = retrieved.biased_score(bias) / scaling
-    coarse = score.to(query.dtype)
-    fine = (score - coarse.float()).to(query.dtype)
+    dtype = product_dtype(query)
+    coarse = score.to(dtype)
+    fine = (score - coarse.float()).to(dtype)
     width, value_width = 8 - query.shape[-1] % 8, 8 - value.shape[-1] % 8  # GPU kernels want multiples of 8
     width = width if width > 1 else width + 8
     extra_query = torch.stack([coarse, fine], dim=-1)

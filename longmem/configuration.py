@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from longmem.errors import did_you_mean
+from longmem.lora import complete_settings
 
 # Keys that transformers itself hands to every configuration; anything else that is not a field is a mistake.
 INHERITED_KEYS = frozenset(
@@ -62,6 +63,10 @@ class LongMemConfig(PreTrainedConfig):
             "float16"; None for the backbone's. Train a half-precision backbone's side network in float32.
         memory_bias_init: start of the learned bias per head: added to retrieved scores (joint, default -1), or the
             gate before its sigmoid (gated, default 0 as in the paper).
+        lora: None to train every weight of the side network, or settings of LoRA (`longmem.lora`), such as
+            `{"rank": 32}`: the copied weights are frozen, and trained are `rank`-wide adapters of the linear layers named by
+            `target_modules` (default: all), scaled by `alpha / rank` (default 2), with `dropout` (default 0), beside
+            memory biases and output scales. Norms stay frozen: they are few and act on all that passes, memory or not.
     """
 
     model_type: ClassVar[str] = "longmem"
@@ -85,6 +90,7 @@ class LongMemConfig(PreTrainedConfig):
     side_layer_options: dict[str, Any] | None = None
     side_network_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     memory_bias_init: float | None = None
+    lora: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_fields(type(self), kwargs)
@@ -98,6 +104,8 @@ class LongMemConfig(PreTrainedConfig):
             self.memory_layers = default_memory_layers(self.get_text_config(), self.layer_reduction_factor, depth)
         if self.memory_bias_init is None:
             self.memory_bias_init = DEFAULT_BIAS.get(self.fusion, 0.0)
+        if self.lora is not None:
+            self.lora = complete_settings(self.lora)
         super().__post_init__(**kwargs)
 
     @property
@@ -176,6 +184,11 @@ class LongMemConfig(PreTrainedConfig):
             raise ValueError(
                 '`init="identity"` belongs to `residual="paper"`, got residual="substitute", which starts as the '
                 'backbone by itself; use `init="backbone"`.'
+            )
+        if self.lora is not None and self.side_layer_options:
+            raise ValueError(
+                "`lora` trains beside copies of the backbone's weights and saves none of them, got `side_layer_options` "
+                f"{self.side_layer_options}, under which weights may be new; leave one of the two out."
             )
 
     def validate_layers(self) -> None:

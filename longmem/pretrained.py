@@ -94,14 +94,16 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """Return a saved model: its side network on its backbone, opened by the name in the configuration.
 
         Args:
-            pretrained_model_name_or_path: folder or hub name that `save_pretrained` or `push_to_hub` wrote.
+            pretrained_model_name_or_path: folder or hub name that `save_pretrained` or `push_to_hub` wrote, or the packaged
+                name "smollm2-135m" for the trained side network that comes with this package.
             backbone: a loaded backbone to use instead of opening one by name.
             revision: hub revision of the saved side network.
             backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (device_map, ...).
             options: `dtype` is passed on to the backbone; `config` replaces the saved one.
 
         Raises:
-            ValueError: a weight is missing, left over, or of another shape, or the folder holds no LongMem model.
+            ValueError: a weight is missing, left over, or of another shape, the folder holds no LongMem model, or no trained
+                side network comes with a packaged name.
         """
         folder = saving.local_folder(pretrained_model_name_or_path, revision)
         config = copy.deepcopy(options.pop("config", None)) or LongMemConfig.from_pretrained(folder)
@@ -124,14 +126,33 @@ class LongMemPreTrainedModel(PreTrainedModel):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 
-    def save_pretrained(self, save_directory: str | PathLike[str], **options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | PathLike[str], *, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> None:
         """Write the side network (safetensors), the configuration and a model card; the backbone is named, not copied.
+
+        With LoRA, the copied weights are the backbone's and not written: adapters, memory biases, output scales, and what
+        else has `requires_grad`.
 
         Args:
             save_directory: folder to write to; made if missing.
+            dtype: of the weights in the file, such as `torch.bfloat16` for half the room of float32; None leaves them as
+                they are. The loaded network has the dtype of its configuration all the same.
             options: `push_to_hub=True` uploads the folder (with `repo_id=`), as in transformers.
+
+        Raises:
+            ValueError: the path is a file, `dtype` is no floating-point dtype, or an option is unknown.
         """
-        saving.save_model(self, save_directory, **options)
+        saving.save_model(self, save_directory, dtype=dtype, **options)
+
+    def merge_lora(self) -> Self:
+        """Fold the adapters into the copied weights; `config.lora` becomes None, and all weights are trained and saved.
+
+        Raises:
+            ValueError: the model has no adapters.
+        """
+        self.side_network.merge_lora()
+        return self
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -169,7 +190,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Set whether the side network is trained; the backbone never is."""
+        """Set whether the side network is trained, with LoRA its adapters, biases and scales; the backbone never is."""
         self.side_network.requires_grad_(requires_grad)
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,15 @@ from transformers import PreTrainedModel
 
 from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
+from longmem.lora import ALL_LINEAR
+from longmem.packaged import PACKAGED_BACKBONES, trained_side_network
 
 if TYPE_CHECKING:
     from longmem.pretrained import LongMemPreTrainedModel
+    from longmem.side_network import SideNetwork
 
 PREFIX = "side_network."
+SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL_CARD = """---
 library_name: longmem
 tags: [longmem, long-term-memory]
@@ -29,7 +33,7 @@ tags: [longmem, long-term-memory]
 
 A residual side network that reads a memory bank of past text beside a frozen backbone
 (LongMem, [arXiv 2306.07174](https://arxiv.org/abs/2306.07174)). This folder holds the side network alone; the backbone,
-`{backbone}`, is opened by name.
+`{backbone}`, is opened by name. Trained: {trained}.
 
 ```python
 from longmem import LongMemForCausalLM, MemoryBank
@@ -48,12 +52,15 @@ print(model.tokenizer.decode(model.generate(**inputs, memory=bank, max_new_token
 
 
 def local_folder(name_or_path: str | PathLike[str], revision: str | None) -> Path:
-    """Return the folder of a saved model, downloading it when the name is not a local folder.
+    """Return the folder of a saved model: that of a packaged name, a local one, or one downloaded from the hub.
 
     Raises:
-        ValueError: a local folder holds no LongMem model.
+        ValueError: a local folder holds no LongMem model, or no trained side network comes with a packaged name.
         OSError: no such folder, and the hub has no such repository or can't be reached.
     """
+    # As for backbones, a packaged name comes before a folder of that name, which is reached as `./name`.
+    if isinstance(name_or_path, str) and name_or_path in PACKAGED_BACKBONES:
+        return trained_side_network(name_or_path)
     folder = Path(name_or_path)
     if not folder.is_dir():
         try:
@@ -81,12 +88,22 @@ def name_from(folder: Path, name: str | None) -> str | None:
     return (place.relative_to(folder.resolve()) if place.is_relative_to(folder.resolve()) else place).as_posix()
 
 
-def save_model(model: LongMemPreTrainedModel, save_directory: str | PathLike[str], **options: Any) -> None:
+def save_model(
+    model: LongMemPreTrainedModel,
+    save_directory: str | PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> None:
     """Write side network, configuration, generation configuration and model card to a folder.
 
     Raises:
-        ValueError: the path is a file, or an option is unknown.
+        ValueError: the path is a file, `dtype` is none that weights are saved in, or an option is unknown.
     """
+    dtype = SAVED_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and dtype not in SAVED_DTYPES.values():
+        raise ValueError(
+            f"`dtype` must be one of {', '.join(SAVED_DTYPES)}, got {dtype!r}; leave it out for that of the weights."
+        )
     folder = Path(save_directory)
     if folder.is_file():
         raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
@@ -103,22 +120,35 @@ def save_model(model: LongMemPreTrainedModel, save_directory: str | PathLike[str
     if not is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    own = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    saved = saved_names(model.side_network)
+    own = {name: tensor for name, tensor in state.items() if name.removeprefix(PREFIX) in saved}
+    if dtype is not None:  # not buffers: positions in half precision would be other positions
+        weights = {PREFIX + name for name in model.side_network.trained_parameters()}
+        own = {name: tensor.to(dtype) if name in weights else tensor for name, tensor in own.items()}
     save_torch_state_dict(own, folder, **sharding)
     model.config.architectures = [type(model).__name__]
     config = copy.deepcopy(model.config)
     config.backbone_name_or_path = name_from(folder, config.backbone_name_or_path)
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(config), encoding="utf-8")
+    trained = sum(weight.numel() for weight in model.side_network.trained_parameters().values())
+    (folder / "README.md").write_text(model_card(config, trained), encoding="utf-8")
     if push_to_hub:
         from huggingface_hub import upload_folder
 
         upload_folder(repo_id=repo_id, folder_path=folder, token=token)
 
 
-def model_card(config: LongMemConfig) -> str:
-    """Return the text of the model card."""
+def saved_names(side_network: SideNetwork) -> set[str]:
+    """Return the names of what a checkpoint holds: everything or, with LoRA, what may differ from the backbone's weights."""
+    if side_network.config.lora is None:
+        return set(side_network.state_dict())
+    unfrozen = {name for name, weight in side_network.named_parameters() if weight.requires_grad}
+    return unfrozen | set(side_network.trained_parameters())
+
+
+def model_card(config: LongMemConfig, num_trained: int) -> str:
+    """Return the text of the model card; `num_trained` is the number of trained parameters."""
     names = (
         "layer_reduction_factor memory_layers chunk_size num_retrieved_tokens segment_length memory_distance "
         "residual fusion init"
@@ -127,10 +157,14 @@ def model_card(config: LongMemConfig) -> str:
     backbone = config.backbone_name_or_path or "a model without a name"
     is_hub_name = bool(config.backbone_name_or_path) and backbone.count("/") == 1 and not Path(backbone).exists()
     base_model = f"base_model: {backbone}\n" if is_hub_name else ""
-    return MODEL_CARD.format(base_model=base_model, backbone=backbone, settings=settings)
+    trained = f"every weight of the side network, {num_trained:,} parameters"
+    if (lora := config.lora) is not None:
+        targets = "every linear layer" if lora["target_modules"] == ALL_LINEAR else ", ".join(lora["target_modules"])
+        trained = f"LoRA of rank {lora['rank']} (alpha {lora['alpha']:g}) on {targets}, {num_trained:,} parameters"
+    return MODEL_CARD.format(base_model=base_model, backbone=backbone, settings=settings, trained=trained)
 
 
-def load_side_network(side_network: nn.Module, folder: Path) -> None:
+def load_side_network(side_network: SideNetwork, folder: Path) -> None:
     """Load the weights that `save_model` wrote, all of them and nothing else.
 
     Raises:
@@ -145,13 +179,24 @@ def load_side_network(side_network: nn.Module, folder: Path) -> None:
             found |= load_state_dict_from_file(file)
         except Exception as error:
             raise ValueError(f"{file} can't be read, it is damaged or incomplete: {error}") from error
-    load_strictly(side_network, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}, str(folder))
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+    copied = side_network.state_dict().keys() - saved_names(side_network)
+    load_strictly(side_network, weights, str(folder), optional=copied)
+    for name, weight in side_network.named_parameters():
+        if name in copied & weights.keys():  # unfrozen by hand: trained on, and saved again
+            weight.requires_grad_(True)
 
 
-def load_strictly(module: nn.Module, weights: Mapping[str, torch.Tensor], where: str) -> None:
-    """Load weights, all of them and nothing else. Raises ValueError, with `where` they are from, if they do not fit."""
+def load_strictly(
+    module: nn.Module, weights: Mapping[str, torch.Tensor], where: str, optional: Collection[str] = ()
+) -> None:
+    """Load weights, all of them and nothing else. Raises ValueError, with `where` they are from, if they do not fit.
+
+    `optional`: names of weights that may be missing and then stay as they are.
+    """
     expected = module.state_dict()
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    missing = sorted(expected.keys() - weights.keys() - set(optional))
+    unexpected = sorted(weights.keys() - expected.keys())
     reshaped = sorted(name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape)
     if missing or unexpected or reshaped:
         raise ValueError(
@@ -159,7 +204,7 @@ def load_strictly(module: nn.Module, weights: Mapping[str, torch.Tensor], where:
             f"missing {missing[:3]} ({len(missing)}), unexpected {unexpected[:3]} ({len(unexpected)}), "
             f"of another shape {reshaped[:3]} ({len(reshaped)})."
         )
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, strict=False)  # checked above
 
 
 def refuse_other_backbone(config: LongMemConfig, backbone: PreTrainedModel) -> None:

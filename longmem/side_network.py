@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from longmem.backbone.interception import handled_by, local_implementation
 from longmem.backbone.observation import LayerCall
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
+from longmem.lora import adapter_names, add_adapters, merge_adapters
 from longmem.reading import MemoryReader
 from longmem.side_copies import ModuleCopier
 
@@ -115,6 +117,39 @@ class SideNetwork(nn.Module):
         self.final_modules: nn.ModuleList | None = None
         if config.final_norm == "side":
             self.final_modules = copier.modules(backbone.structure.final_modules)
+        if config.lora is not None:
+            add_adapters(self.layers, config.lora)
+            super().requires_grad_(False)  # the final norm too
+            self.requires_grad_(True)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return, by name, what training may change: every weight or, with LoRA, adapters, memory biases and output scales."""
+        floating = {name: weight for name, weight in self.named_parameters() if weight.is_floating_point()}
+        if self.config.lora is None:
+            return floating
+        adapters = adapter_names(self)
+        own = ("memory_bias", "output_scale")
+        return {name: weight for name, weight in floating.items() if name in adapters or name.endswith(own)}
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set whether `trained_parameters` are trained; False freezes every other weight as well."""
+        if not requires_grad:
+            return super().requires_grad_(False)
+        for weight in self.trained_parameters().values():
+            weight.requires_grad_(True)
+        return self
+
+    def merge_lora(self) -> None:
+        """Fold the adapters into the copied weights, all of which can be trained from then on.
+
+        Raises:
+            ValueError: the network has no adapters.
+        """
+        if self.config.lora is None:
+            raise ValueError("`merge_lora` needs a model with LoRA, got `config.lora` None: there is nothing to merge.")
+        merge_adapters(self)
+        self.config.lora = None
+        self.requires_grad_(True)
 
     @property
     def hidden_layers(self) -> set[int]:

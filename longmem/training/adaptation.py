@@ -44,14 +44,16 @@ class AdaptationStep:
 def adaptable_parameters(model: LongMemForCausalLM) -> dict[str, nn.Parameter]:
     """Return, by name, what brief adaptation trains: attention and memory bias of each layer that reads memory.
 
-    The attention module is found the way the backbone's is, not by names, which differ between architectures.
+    With LoRA that is the attention's adapters. The attention module is found the way the backbone's is, not by names,
+    which differ between architectures.
     """
     chosen: dict[str, nn.Parameter] = {}
+    trained = {id(weight) for weight in model.side_network.trained_parameters().values()}
     for number, layer in enumerate(model.side_network.layers):
         if layer.memory_bias is None:
             continue
         attends: Any = layer.attention
-        attention = {id(weight) for weight in attends.parameters()}
+        attention = {id(weight) for weight in attends.parameters()} & trained
         for name, parameter in layer.named_parameters():
             if name == "memory_bias" or id(parameter) in attention:
                 chosen[f"layers.{number}.{name}"] = parameter

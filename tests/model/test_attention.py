@@ -188,3 +188,58 @@ def test_writing_over_chunks_before_backward_is_refused(banks, qkv):
     banks[0].delete("a")
     with pytest.raises(RuntimeError, match="before writing to the bank"):
         torch.autograd.grad(output.sum(), qkv[0])
+
+
+class NotingBank:
+    """A bank that notes in which dtype it is asked, for all that reading needs."""
+
+    def __init__(self, bank):
+        self.bank, self.asked = bank, set()
+
+    is_empty, generation = False, 0
+
+    def search(self, layer, queries, num_chunks):
+        self.asked.add(queries.dtype)
+        return self.bank.search(layer, queries, num_chunks)
+
+    def gather(self, layer, rows):
+        return self.bank.gather(layer, rows)
+
+
+def test_under_autocast_memory_is_read_in_its_dtype(banks, qkv, monkeypatch):
+    """Rotary embeddings give float32 queries there; with them every gathered key would become float32."""
+    noted = [NotingBank(bank) for bank in banks]
+    met = set()
+
+    def attend(queries, keys, values, *others):
+        met.update((queries.dtype, keys.dtype, values.dtype))
+        return attend_block(queries, keys, values, *others)
+
+    monkeypatch.setattr(attention, "attend_block", attend)
+    exact = read(qkv[0], noted)
+    assert met == {torch.float32}
+    met.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = read(qkv[0], noted)
+    assert met == {torch.bfloat16}
+    assert {bank_dtype for bank in noted for bank_dtype in bank.asked} == {torch.float32}
+    assert torch.equal(found.read.rows, exact.read.rows)  # the search has the queries as they are
+    assert found.output.dtype == found.logsumexp.dtype == torch.float32
+    torch.testing.assert_close(found.output, exact.output, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(found.logsumexp, exact.logsumexp, rtol=0.03, atol=0.03)
+    assert not torch.equal(found.output, exact.output)
+    (gradient,) = torch.autograd.grad(found.output.sum(), qkv[0])
+    (expected,) = torch.autograd.grad(exact.output.sum(), qkv[0])
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, expected, rtol=0.1, atol=0.1)
+
+
+def test_autocast_keeps_the_share_of_memory(banks, qkv):
+    """As in half precision, the score of memory comes in two parts: autocast would round one float32 score."""
+    query, key, value = (states.detach() for states in qkv)
+    found, bias = read(query, banks), torch.full((HEADS,), 100.0)
+    found.logsumexp = found.logsumexp - 100.3  # two large numbers whose small difference counts
+    exact = fuse_joint_plain(query, key, value, None, found, bias, 0.4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = fuse_joint(sdpa_attention_forward, Attention(), query, key, value, None, found, bias, 0.4)
+    torch.testing.assert_close(output.float(), exact, rtol=0.03, atol=0.03)

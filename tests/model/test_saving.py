@@ -108,3 +108,102 @@ def test_the_fingerprint_is_that_of_what_is_stored(folders, input_ids):
     assert other.encoder_fingerprint() != model.encoder_fingerprint()
     with pytest.raises(ValueError, match="memorize the documents again"):
         other(input_ids, memory=MemoryBank.for_model(model))
+
+
+# LoRA and half the room -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora_folders(tmp_path):
+    """A changed model with LoRA, and where it is saved."""
+    build_backbone("llama").save_pretrained(tmp_path / "backbone")
+    model = LongMemForCausalLM.from_backbone(
+        str(tmp_path / "backbone"), **SETTINGS, memory_layers=[1, 2], lora={"rank": 2, "target_modules": ["q_proj"]}
+    )
+    with torch.no_grad():
+        for parameter in model.side_network.trained_parameters().values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "saved-lora")
+    return model.eval(), tmp_path / "saved-lora"
+
+
+@pytest.mark.parametrize("opener", [LongMemForCausalLM, AutoModelForCausalLM])
+@torch.no_grad()
+def test_a_model_with_lora_is_saved_without_its_base(lora_folders, input_ids, document, opener):
+    model, saved = lora_folders
+    names = {name.removeprefix("side_network.") for name in load_file(saved / "model.safetensors")}
+    assert names == set(model.side_network.trained_parameters())
+    assert not any("base_layer" in name or "norm" in name for name in names)
+    assert not (saved / "adapter_config.json").exists()  # AutoModel would take the folder for an adapter of peft
+    reloaded = opener.from_pretrained(saved)
+    assert reloaded.config.lora == model.config.lora
+    bank = MemoryBank.for_model(model)
+    model.memorize(bank, document, document_id="a")
+    expected = model(input_ids, memory=bank).logits
+    assert torch.equal(reloaded(input_ids, memory=bank).logits, expected)
+    new = LongMemForCausalLM.from_backbone(model.backbone, **SETTINGS, memory_layers=[1, 2], lora=model.config.lora)
+    assert (new(input_ids, memory=bank).logits - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "another shape"])
+def test_loading_lora_refuses_any_other_weights(lora_folders, damage):
+    _, saved = lora_folders
+    weights = load_file(saved / "model.safetensors")
+    name = next(name for name in sorted(weights) if "lora_A" in name)
+    if damage == "missing":
+        del weights[name]
+    elif damage == "unexpected":
+        name = name.replace("q_proj", "k_proj")
+        weights[name] = torch.zeros(2, 32)
+    else:
+        weights[name] = torch.zeros(3, 32)
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{damage} \['{name.removeprefix('side_network.')}'\] \(1\)"):
+        LongMemForCausalLM.from_pretrained(saved)
+
+
+def test_what_was_unfrozen_by_hand_is_saved_too(lora_folders, tmp_path):
+    model, saved = lora_folders
+    norm = "layers.0.layer.input_layernorm.weight"
+    model.side_network.get_parameter(norm).requires_grad_(True).data.add_(1.0)
+    model.save_pretrained(saved)
+    again = LongMemForCausalLM.from_pretrained(saved)
+    again.save_pretrained(tmp_path / "again")
+    last = LongMemForCausalLM.from_pretrained(tmp_path / "again").side_network
+    assert torch.equal(last.get_parameter(norm), model.side_network.get_parameter(norm))
+    assert last.get_parameter(norm).requires_grad
+    assert not last.get_parameter(norm.replace("layers.0", "layers.1")).requires_grad
+
+
+def test_a_merged_model_is_saved_as_a_whole(lora_folders, input_ids, tmp_path):
+    model, _ = lora_folders
+    model.merge_lora().save_pretrained(tmp_path / "merged")
+    again = LongMemForCausalLM.from_pretrained(tmp_path / "merged")
+    assert again.config.lora is None
+    assert torch.equal(again(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("saved_model", ["folders", "lora_folders"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
+def test_weights_can_be_saved_in_half_precision(saved_model, dtype, input_ids, tmp_path, request):
+    model, saved = request.getfixturevalue(saved_model)
+    model.save_pretrained(tmp_path / "half", dtype=dtype)
+    expected = torch.bfloat16 if dtype is torch.bfloat16 else torch.float16
+    weights, full = load_file(tmp_path / "half" / "model.safetensors"), load_file(saved / "model.safetensors")
+    assert weights.keys() == full.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, full[name].to(expected))
+    again = LongMemForCausalLM.from_pretrained(tmp_path / "half")
+    assert again.side_network.dtype == torch.float32
+    with torch.no_grad():
+        difference = (again(input_ids).logits - model(input_ids).logits).abs()
+    assert 0 < difference.max() < 0.2
+    with pytest.raises(ValueError, match="`dtype` must be one of float32, bfloat16, float16, got 'int8'"):
+        model.save_pretrained(tmp_path / "half", dtype="int8")
+
+
+def test_the_model_card_says_what_was_trained(folders, lora_folders):
+    for model, saved in (folders, lora_folders):
+        count = sum(weight.numel() for name, weight in load_file(saved / "model.safetensors").items())
+        words = "LoRA of rank 2 (alpha 4) on q_proj" if model.config.lora else "every weight of the side network"
+        assert f"Trained: {words}, {count:,} parameters." in (saved / "README.md").read_text()
