@@ -138,7 +138,7 @@ def plot_training(
 
     Args:
         path: PNG to write.
-        records: of its optimizer steps, in order, at least one.
+        records: of its optimizer steps, in order, at least one; what none of them has gets no line or panel.
         validations: of the same run; their losses are marked where they were measured.
         title: of the figure.
 
@@ -153,28 +153,30 @@ def plot_training(
     read = _tokens_read(records)
     figure = Figure(figsize=(10, 7), layout="constrained")
     figure.suptitle(title, fontsize=12)
-    grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1))
-    losses, gains, shares = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
+    grid = figure.add_gridspec(2, 2)
+    losses = figure.add_subplot(grid[0, 0] if validations else grid[0, :])
+    has_gains = any(each.gain is not None for each in records)
+    shares = figure.add_subplot(grid[1, 1] if has_gains else grid[1, :])
+    panels = [losses, shares]
 
     _draw_smooth(losses, read, [each.backbone_loss for each in records], COLORS["backbone"], "backbone alone")
     _draw_smooth(losses, read, [each.loss for each in records], COLORS["on"], "side network")
-    steps = [each.step for each in records]
-    for system, marker in (("backbone", "s"), ("off", "v"), ("wrong", "X"), ("on", "o")):
-        points = [(each.step, getattr(each, system)) for each in validations]
-        points = [(step, loss) for step, loss in points if loss is not None]
-        if points:
-            places = np.interp([step for step, _ in points], [0, *steps], [0, *read]).tolist()
-            style: dict[str, Any] = dict(color=COLORS[system], markeredgecolor="white", linewidth=0.8, markersize=8)
-            label = f"validation, {TITLES[system].removeprefix('LongMem, ').partition(',')[0]}"
-            losses.plot(places, [loss for _, loss in points], STYLES[system], marker=marker, label=label, **style)
     losses.set(ylabel="loss (nats per token)")
-    losses.set_title("Loss on the same tokens", fontsize=10)
-    losses.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    losses.set_title("Training loss, both on the same tokens", fontsize=10)
+    _legend_below(losses)
+    if validations:
+        panels.append(figure.add_subplot(grid[0, 1], sharex=losses))
+        steps = [0, *(each.step for each in records)]
+        places = np.interp([each.step for each in validations], steps, [0, *read]).tolist()
+        _draw_validations(panels[-1], places, validations)
 
-    _draw_smooth(gains, read, [each.gain for each in records], COLORS["on"], "gain")
-    gains.axhline(0, color="black", linewidth=0.8)
-    gains.set(ylabel="loss saved (nats per token)")
-    gains.set_title("Backbone alone minus side network; higher is better", fontsize=10)
+    if has_gains:
+        gains = figure.add_subplot(grid[1, 0])
+        panels.append(gains)
+        _draw_smooth(gains, read, [each.gain for each in records], COLORS["on"], "gain")
+        gains.axhline(0, color="black", linewidth=0.8)
+        gains.set(ylabel="loss saved (nats per token)")
+        gains.set_title("Backbone alone minus side network; higher is better", fontsize=10)
 
     percent = [None if each.memory_share is None else 100 * each.memory_share for each in records]
     _draw_smooth(shares, read, percent, COLORS["on"], "attention to memory")
@@ -185,15 +187,32 @@ def plot_training(
     biases.plot(read, [each.bias_mean for each in records], "--", color=COLORS["off"], label="memory bias")
     biases.set_ylabel("memory bias (dashed)", color=COLORS["off"])
     biases.spines["top"].set_visible(False)
-    for axes in (losses, gains, shares):
+    for axes in panels:
         axes.set_xlabel("tokens read")
+        axes.set_xlim(0, read[-1] * 1.02)
         axes.xaxis.set_major_formatter(lambda value, _: _short_count(value))
-        axes.set_xlim(left=0)
         axes.spines["top"].set_visible(False)
+        axes.spines["right"].set_visible(axes is shares)
         axes.grid(axis="y", alpha=0.3)
-    for axes in (losses, gains):
-        axes.spines["right"].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def _draw_validations(axes: Any, places: Sequence[float], validations: Sequence[ValidationRecord]) -> None:
+    for system in ("wrong", "backbone", "off", "on"):  # what should be lowest is drawn on top
+        points = [(place, getattr(each, system)) for place, each in zip(places, validations, strict=True)]
+        points = [(place, loss) for place, loss in points if loss is not None]
+        if points:
+            label = f"{TITLES[system].removeprefix('LongMem, ').partition(',')[0]}: {points[-1][1]:.3f}"
+            axes.plot(*zip(*points, strict=True), STYLES[system], color=COLORS[system], marker="o", label=label)
+    axes.set(ylabel="loss (nats per token)")
+    axes.margins(y=0.15)
+    axes.set_title("Validation loss, all on the same tokens", fontsize=10)
+    _legend_below(axes)
+
+
+def _legend_below(axes: Any) -> None:
+    """Put the legend where no line can be."""
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
 
 
 def _tokens_read(records: Sequence[StepRecord]) -> list[float]:
@@ -212,8 +231,10 @@ def _draw_smooth(axes: Any, places: Sequence[float], values: Sequence[float | No
     if not known:
         return
     xs, ys = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
+    means = _running_mean(ys, max(1, min(50, len(ys) // 10)))
     axes.plot(xs, ys, color=color, alpha=0.2, linewidth=0.8)
-    axes.plot(xs, _running_mean(ys, max(1, min(50, len(ys) // 10))), color=color, linewidth=1.8, label=label)
+    marker = "o" if len(ys) == 1 else None  # one point makes no line
+    axes.plot(xs, means, color=color, linewidth=1.8, label=label, marker=marker)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:

@@ -1,14 +1,15 @@
-"""A training run on the terminal: a live line of its means, or a plain line now and then where nothing can move."""
+"""A training run on the terminal: a bar over a line of its means, or a plain line now and then where nothing can move."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from longmem.training.records import StepRecord
 
@@ -16,6 +17,16 @@ ReportStep = Callable[[StepRecord], None]
 
 MEAN_OVER = 20  # steps; single steps differ by what their texts are
 SECONDS_BETWEEN_LINES = 30.0
+
+
+class BarOverText(Progress):
+    """Show the description of a task below its bar: beside it, it would be cut off at 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield what is shown."""
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            yield Text(f"  {task.description}", style="dim")
 
 
 def summary_of(records: deque[StepRecord] | list[StepRecord]) -> str:
@@ -62,11 +73,10 @@ def training_progress(
     columns = (
         TextColumn("  step"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=32),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=console, speed_estimate_period=120) as bars:
+    with BarOverText(*columns, console=console, speed_estimate_period=120) as bars:
         task = bars.add_task("", total=total_steps, completed=done_steps)
 
         def report(record: StepRecord) -> None:

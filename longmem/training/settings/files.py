@@ -38,9 +38,14 @@ class SettingsLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-SettingsLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class SettingsDumper(yaml.SafeDumper):
+    """Put quotes around text that `SettingsLoader` would take for a number."""
+
+
+for each in (SettingsLoader, SettingsDumper):
+    each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def load_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> TrainingSettings:
@@ -73,7 +78,7 @@ def load_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> T
 
 def save_settings(settings: TrainingSettings, path: str | PathLike[str]) -> None:
     """Write every field, defaults included, to a YAML file that `load_settings` reads back as equal settings."""
-    text = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True)
+    text = yaml.dump(dataclasses.asdict(settings), Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ class From(NamedTuple):
     limit: float
 
     def __str__(self) -> str:
-        return f"at least {self.limit:,}"
+        return f"of at least {self.limit:,}"
 
     def admits(self, value: float) -> bool:
         """Return whether `value` is allowed."""
