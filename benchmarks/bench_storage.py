@@ -20,10 +20,11 @@ from rich.progress import track
 from rich.table import Table
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.commands.opening import open_model, read_text
+from longmem.commands.opening import read_text
 from longmem.evaluation.perplexity import WindowScores, loss_difference, score_windows
 from longmem.evaluation.results import environment
 from longmem.memory.codec import STORAGE_DTYPES
+from longmem.opening import open_model
 from longmem.sample_texts import first_tokens
 
 BASELINE = "float32"

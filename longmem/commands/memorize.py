@@ -11,6 +11,7 @@ from longmem.commands.texts import Text, read_text, read_texts
 from longmem.console import token_progress
 from longmem.memory import MemoryBank, has_bank
 from longmem.modeling import LongMemForCausalLM
+from longmem.opening import open_model
 
 # What is chosen when a bank is made: the argument of the command, and that of `MemoryBank`.
 OPTIONS_OF_A_NEW_BANK = {
@@ -50,7 +51,7 @@ def add(arguments: argparse.Namespace) -> None:
     model_name = arguments.model or opening.model_of_bank(folder) or opening.DEFAULT_MODEL
     console = opening.console_for(arguments.json)
     console.print(f"Opening {model_name} ...")
-    model = opening.open_model(model_name)
+    model = open_model(model_name)
     if is_new:
         MemoryBank.for_model(model, folder=folder, **options).close()
     with opening.open_bank(folder, model, write=True) as bank:

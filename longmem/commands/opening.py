@@ -13,6 +13,7 @@ from rich.console import Console
 
 from longmem.memory import MemoryBank, has_bank
 from longmem.modeling import LongMemForCausalLM
+from longmem.opening import open_model
 
 DEFAULT_MODEL = "smollm2-135m"
 # Beside the bank's own files; it says which model to open when none is named. Whether that model fits, the bank checks.
@@ -30,18 +31,6 @@ def console_for(as_json: bool, *, markup: bool = False) -> Console:
 def print_json(values: dict[str, Any]) -> None:
     """Print what a program reads."""
     print(json.dumps(values, indent=2, ensure_ascii=False))
-
-
-def open_model(name: str, **config_fields: Any) -> LongMemForCausalLM:
-    """Return a saved LongMem model, or a new side network, with these settings, on any other causal LM."""
-    config = Path(name) / "config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "longmem":
-        if config_fields:
-            raise ValueError(
-                f"{name} has its settings; they can be changed for a new side network only: {config_fields}."
-            )
-        return LongMemForCausalLM.from_pretrained(name).eval()
-    return LongMemForCausalLM.from_backbone(name, **config_fields).eval()
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class LaneBatch:
     is_new: tuple[bool, ...]
     epochs: tuple[int, ...]
 
+    def to(self, device: torch.device) -> LaneBatch:
+        """Return the batch with its tensors on a device."""
+        return dataclasses.replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
+
 
 class Lanes:
     """Batches of consecutive windows, with one series of documents for each batch row ("lane").

@@ -1,5 +1,7 @@
 """Training of the side network; the backbone never changes."""
 
-from longmem.training.adaptation import AdaptationStep, adapt, adaptable_parameters
+from longmem.training.loop import Trainer
+from longmem.training.records import StepRecord, ValidationRecord, read_log
+from longmem.training.settings import TrainingSettings, load_settings
 
-__all__ = ["AdaptationStep", "adapt", "adaptable_parameters"]
+__all__ = ["StepRecord", "Trainer", "TrainingSettings", "ValidationRecord", "load_settings", "read_log"]

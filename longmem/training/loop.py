@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import get_scheduler
 
 from longmem.backbone.capture import BackboneStates
@@ -33,7 +33,12 @@ from longmem.training.lane_memory import LaneMemories, preceding_tokens, schedul
 from longmem.training.losses import IGNORED, long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
-from longmem.training.settings import TrainingSettings, refuse_changed_settings, save_settings
+from longmem.training.settings import (
+    TrainingSettings,
+    refuse_changed_settings,
+    save_settings,
+    validate_settings,
+)
 from longmem.training.trainable import mean_bias, select_trained
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -63,10 +68,13 @@ class Trainer:
     """
 
     def __init__(self, settings: TrainingSettings, console: Console | None = None) -> None:
-        self.settings, self.console, self.folder = settings, console, Path(settings.output)
+        validate_settings(settings)
+        self.settings, self.folder = settings, Path(settings.output)
         optimization = settings.optimization
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # empty memories give biases no gradient
         self.accelerator = Accelerator(mixed_precision=optimization.mixed_precision, kwargs_handlers=[ddp])
+        silent = console is None or not self.accelerator.is_main_process
+        self.console = Console(quiet=True) if silent else console
         set_seed(settings.seed)
         self.checkpoints = Checkpoints(self.folder, settings.checkpoints.keep)
         if self.checkpoints.steps():
@@ -98,7 +106,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
             log = stack.enter_context(RunLog(self.folder, settings.logging.tensorboard, self.step + 1)) if main else None
-            show = stack.enter_context(training_progress(self.console if main else None, self.steps, self.step))
+            show = stack.enter_context(training_progress(self.console, self.steps, self.step))
             while self.step < self.steps and not self._any_process(stop.wanted):
                 records.append(self.train_step())
                 if log is not None and self.step % settings.logging.every_steps == 0:
@@ -106,15 +114,20 @@ class Trainer:
                 show(records[-1])
                 if self._due(settings.checkpoints.every_steps):
                     self.checkpoints.save(self.accelerator, self.step)
-                if self.validation is not None and (
-                    self._due(settings.validation.every_steps) or self.step == self.steps
-                ):
-                    validated = ValidationRecord(self.step, self.validation.run(), self.validation.num_tokens)
-                    if log is not None:
-                        log.write(validated)
-                    show(validated)
+                if self._due(settings.validation.every_steps) or self.step == self.steps:
+                    self._validate(log)
         self.finish(stop.reason)
         return records
+
+    def _validate(self, log: RunLog | None) -> None:
+        if self.validation is None:
+            return
+        losses = self.validation.run(with_memory=self.settings.memory.enabled)
+        record = ValidationRecord(step=self.step, tokens=self.validation.num_tokens, **losses)
+        if log is not None:
+            log.write(record)
+        shown = ", ".join(f"{system} {loss:.4f}" for system, loss in losses.items() if loss is not None)
+        self.console.print(f"validation after step {self.step:,}: {shown}", highlight=False)
 
     def train_step(self) -> StepRecord:
         """Do one optimizer step and return what happened in it."""
@@ -205,7 +218,7 @@ class Trainer:
             tokens=tokens,
             memory_tokens=total.memory_tokens / total.batches,
             memory_share=total.memory_share / total.batches if reads else None,
-            bias_mean=mean_bias(self.model) if reads else None,
+            bias_mean=mean_bias(self.model),
             seconds=seconds,
             tokens_per_second=tokens / seconds,
         )
@@ -222,13 +235,14 @@ class Trainer:
         if self.step and self.step not in self.checkpoints.steps():
             self.checkpoints.save(self.accelerator, self.step)
         self.accelerator.wait_for_everyone()
-        state = self.accelerator.get_state_dict(self.side_network)
+        # Whole tensors, also where FSDP has spread them over processes.
+        state = {f"side_network.{name}": each for name, each in self.accelerator.get_state_dict(self.side_network).items()}
         if not self.accelerator.is_main_process:
             return
-        self.model.save_pretrained(self.folder / "side-network")
+        self.model.save_pretrained(self.folder / "side-network", state_dict=state)
         steps, validations = read_log(self.folder / "log.jsonl")
         plot_training(self.folder / "curve.png", steps, validations)
-        if self.console is not None and reason is not None:
+        if reason is not None:
             self.console.print(f"Stopped by {reason} after step {self.step} of {self.steps}; the same command goes on.")
 
 

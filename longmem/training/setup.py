@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.data import Lanes, load_corpus
 from longmem.modeling import LongMemForCausalLM
-from longmem.opening import open_model
+from longmem.opening import is_saved_model, open_model
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
 from longmem.training.trainable import parameter_groups
 from longmem.training.validation import Validation, validation_texts
@@ -25,8 +25,7 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
     """
     wanted = settings.model
     fields = dict(wanted.config)
-    is_new = wanted.is_backbone
-    if is_new and wanted.backbone_dtype != "float32":
+    if wanted.backbone_dtype != "float32" and not is_saved_model(wanted.backbone):
         fields.setdefault("side_network_dtype", "float32")
     options = {"dtype": getattr(torch, wanted.backbone_dtype)}
     model = open_model(wanted.backbone, backbone_options=options, **fields).to(device).train()

@@ -9,9 +9,11 @@ from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.evaluation.perplexity import SYSTEMS, score_windows
+from longmem.evaluation.perplexity import score_windows
 from longmem.memory import MemoryBank
 from longmem.modeling import LongMemForCausalLM
+
+OWN = ("off", "on", "wrong")  # the systems that change while the side network is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +67,10 @@ class Validation:
         """Return the number of tokens that a system is scored on."""
         return sum(len(text.rest) // self.window * (self.window - 1) for text in self.texts)
 
-    def run(self) -> dict[str, float]:
+    def run(self, *, with_memory: bool = True) -> dict[str, float | None]:
         """Return the mean loss of each system in nats, every document counting the same.
+
+        `with_memory`: without, nothing is read, and "on" and "wrong" are None.
 
         The mode of the model and torch's random numbers are what they were before.
         """
@@ -74,9 +78,9 @@ class Validation:
         self.model.eval()
         try:
             with torch.random.fork_rng(enabled=True), torch.no_grad():
-                if not self._banks:
+                if with_memory and not self._banks:
                     self._banks = [self._memorized(text) for text in self.texts]
-                losses = {system: self._loss(system) for system in SYSTEMS if system != "backbone"}
+                losses = {system: self._loss(system) if with_memory or system == "off" else None for system in OWN}
                 if self._backbone_loss is None:
                     self._backbone_loss = self._loss("backbone")
         finally:

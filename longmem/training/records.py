@@ -1,0 +1,184 @@
+"""What a training run writes down: a JSON object per line in `log.jsonl`, and the same for TensorBoard if asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+FILE = "log.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, over all processes; losses are in nats per token, from before the step.
+
+    Steps count from 1. `gain` is what the side network saves against the backbone alone on the same tokens,
+    `backbone_loss`; both are None where that was not computed. `tokens` were read in this step, `memory_tokens` could be
+    read from memory by a lane, on average. `memory_share` is the mean weight of memory in the attention of the reading
+    layers, None where nothing was read, and `bias_mean` the mean memory bias (or gate) over these layers and their heads.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    backbone_loss: float | None
+    gain: float | None
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    memory_tokens: float
+    memory_share: float | None
+    bias_mean: float
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationRecord:
+    """Losses after `step` steps on the same `tokens`, in nats per token, by system as in `longmem.evaluation.perplexity`.
+
+    `on` is None for a run that never reads.
+    """
+
+    step: int
+    backbone: float
+    off: float
+    on: float | None
+    wrong: float | None
+    tokens: int
+
+
+Record = StepRecord | ValidationRecord
+KINDS: dict[str, type[Record]] = {"step": StepRecord, "validation": ValidationRecord}
+
+
+class TrainingLog(NamedTuple):
+    """What a log holds, in the order it was written."""
+
+    steps: list[StepRecord]
+    validations: list[ValidationRecord]
+
+
+class RunLog:
+    """Write the records of one run, each as a line that is complete when `write` returns.
+
+    Only one process of a run may have one. Close it, or use it in a `with` block.
+    """
+
+    def __init__(self, folder: str | PathLike[str], tensorboard: bool = False, resume_at: int | None = None) -> None:
+        """Open the log of a run.
+
+        Args:
+            folder: of the run; made if missing.
+            tensorboard: write the same numbers into `tensorboard/` there.
+            resume_at: the step that will be run next; records of this step and later ones are dropped, with a last line
+                that was cut off. None: a new run.
+
+        Raises:
+            ValueError: the folder has a log, and this is a new run; or that log is damaged.
+            ImportError: there is no tensorboard to write for.
+        """
+        folder = Path(folder)
+        self.path = folder / FILE
+        if resume_at is None and self.path.exists():
+            raise ValueError(
+                f"`folder` must have no {FILE} when a run begins, got {str(folder)!r}, which holds the log of another "
+                "run; resume that run, or choose another folder."
+            )
+        writer = _summary_writer() if tensorboard else None  # an error before anything is written
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume_at is not None and self.path.exists():
+            _drop_from(self.path, resume_at)
+        self._tensorboard = None if writer is None else writer(str(folder / TENSORBOARD_FOLDER), purge_step=resume_at)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Add one record."""
+        self._file.write(_to_line(record))
+        self._file.flush()
+        if self._tensorboard is None:
+            return
+        section = "validation" if isinstance(record, ValidationRecord) else "training"
+        for name, value in dataclasses.asdict(record).items():
+            if name != "step" and value is not None:
+                self._tensorboard.add_scalar(f"{section}/{name}", value, record.step)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_log(path: str | PathLike[str]) -> TrainingLog:
+    """Return the records in a `log.jsonl`, or in that of a run's folder; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: there is no log, or another line than the last is damaged.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"`path` must be a {FILE} or the folder of a run, got {str(path)!r}, which is no file.")
+    records = _read_records(path)
+    return TrainingLog(
+        [record for record in records if isinstance(record, StepRecord)],
+        [record for record in records if isinstance(record, ValidationRecord)],
+    )
+
+
+def _to_line(record: Record) -> str:
+    kind = next(kind for kind, each in KINDS.items() if type(record) is each)
+    return json.dumps({"kind": kind, **dataclasses.asdict(record)}) + "\n"
+
+
+def _read_records(path: Path) -> list[Record]:
+    # Not `splitlines`: what follows the last line feed was cut off while it was written.
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            records.append(KINDS[values.pop("kind")](**values))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"Line {number} of {str(path)!r} must be a record of a training run, got {line[:80]!r}; delete the line."
+            ) from error
+    return records
+
+
+def _drop_from(path: Path, step: int) -> None:
+    """Rewrite a log without the records of `step` and later ones: all of it or nothing."""
+    kept = [record for record in _read_records(path) if record.step < step]
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(map(_to_line, kept))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "`logging.tensorboard` needs the package tensorboard, which is not installed; run `pip install "
+            "tensorboard`, or set `logging.tensorboard=false`: log.jsonl has the same numbers."
+        ) from error
+    return SummaryWriter

@@ -1,0 +1,33 @@
+"""What a training run is told: sections of settings, their YAML files, and the checks at the door."""
+
+from longmem.training.settings.checks import validate_settings
+from longmem.training.settings.files import load_settings, refuse_changed_settings, save_settings
+from longmem.training.settings.sections import (
+    CheckpointSettings,
+    DataSettings,
+    FeatureSettings,
+    LoggingSettings,
+    LossSettings,
+    MemorySettings,
+    ModelSettings,
+    OptimizationSettings,
+    TrainingSettings,
+    ValidationSettings,
+)
+
+__all__ = [
+    "CheckpointSettings",
+    "DataSettings",
+    "FeatureSettings",
+    "LoggingSettings",
+    "LossSettings",
+    "MemorySettings",
+    "ModelSettings",
+    "OptimizationSettings",
+    "TrainingSettings",
+    "ValidationSettings",
+    "load_settings",
+    "refuse_changed_settings",
+    "save_settings",
+    "validate_settings",
+]

@@ -1,0 +1,183 @@
+"""Plain values, as YAML gives them, into dataclasses: every key known, every value of its type and in its range."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from longmem.errors import did_you_mean
+
+Section = TypeVar("Section")
+
+
+class From(NamedTuple):
+    """The lowest number that is allowed."""
+
+    limit: float
+
+    def __str__(self) -> str:
+        return f"of at least {self.limit:,}"
+
+    def admits(self, value: float) -> bool:
+        """Return whether `value` is allowed."""
+        return value >= self.limit
+
+
+class UpTo(NamedTuple):
+    """The highest number that is allowed."""
+
+    limit: float
+
+    def __str__(self) -> str:
+        return f"at most {self.limit:,}"
+
+    def admits(self, value: float) -> bool:
+        """Return whether `value` is allowed."""
+        return value <= self.limit
+
+
+class Above(NamedTuple):
+    """The number that must be exceeded."""
+
+    limit: float
+
+    def __str__(self) -> str:
+        return f"above {self.limit:,}"
+
+    def admits(self, value: float) -> bool:
+        """Return whether `value` is allowed."""
+        return value > self.limit
+
+
+class Below(NamedTuple):
+    """The number that must not be reached."""
+
+    limit: float
+
+    def __str__(self) -> str:
+        return f"below {self.limit:,}"
+
+    def admits(self, value: float) -> bool:
+        """Return whether `value` is allowed."""
+        return value < self.limit
+
+
+def read_section(section: type[Section], values: object, *, place: str = "", known: Iterable[str] = ()) -> Section:
+    """Return a dataclass from a mapping; fields that are dataclasses are read from mappings inside it.
+
+    Args:
+        section: its annotations say what is allowed: `str`, `int`, `float`, `bool`, `Literal`, a free `dict`, another
+            dataclass, each of them `| None` or, if a number, `Annotated` with limits.
+        values: of a YAML file.
+        place: dotted name of the section, empty for the whole.
+        known: dotted names to offer when a key is unknown.
+
+    Raises:
+        ValueError: a key is unknown, a required one is missing, or a value has another type or is out of its range.
+    """
+    known = list(known) or list(dotted_names(section))
+    fields = {field.name: field for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    if values is None:  # `data:` with nothing below it
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"`{place or 'settings'}` must be a section of settings, name: value, got {values!r}; it has "
+            f"{', '.join(fields)}."
+        )
+    for key in values:
+        if key not in fields:
+            refuse_unknown(_join(place, str(key)), known)
+    hints = get_type_hints(section, include_extras=True)
+    read: dict[str, Any] = {}
+    for name, field in fields.items():
+        dotted = _join(place, name)
+        if dataclasses.is_dataclass(hints[name]):
+            read[name] = read_section(hints[name], values.get(name), place=dotted, known=known)
+        elif name in values:
+            read[name] = _read_value(hints[name], values[name], dotted, field)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(
+                f"`{dotted}` must be given, it has no default; write it into the file or add {dotted}=VALUE."
+            )
+    return section(**read)
+
+
+def dotted_names(section: type, place: str = "") -> Iterable[str]:
+    """Yield the dotted name of every setting, those of inner sections included.
+
+    >>> from longmem.training.settings.sections import TrainingSettings
+    >>> list(dotted_names(TrainingSettings))[:2]
+    ['output', 'data.train']
+    """
+    for name, hint in get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield from dotted_names(hint, _join(place, name))  # type: ignore[arg-type]
+        else:
+            yield _join(place, name)
+
+
+def refuse_unknown(name: str, known: Iterable[str]) -> None:
+    """Raise ValueError for a dotted name that is no setting; offer the same name of another section, or a close one."""
+    known = list(known)
+    last = name.rpartition(".")[2]
+    elsewhere = [each for each in known if each.rpartition(".")[2] == last]
+    offer = f" Did you mean `{elsewhere[0]}`?" if elsewhere else did_you_mean(name, known) or did_you_mean(last, known)
+    raise ValueError(f"`{name}` is not a setting of a training run.{offer}")
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _read_value(hint: Any, value: Any, name: str, field: dataclasses.Field[Any]) -> Any:
+    """Return the value in the type of the annotation."""
+    optional = get_origin(hint) in (Union, types.UnionType)
+    if optional:
+        if value is None:
+            return None
+        (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
+    limits: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        limits = tuple(rest)
+    converted = _convert(hint, value)
+    if converted is None or not all(limit.admits(converted) for limit in limits):
+        raise ValueError(f"`{name}` must be {_rule(hint, limits, optional)}, got {value!r}; {_way_out(hint, field)}")
+    return converted
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Return `value` in the type `hint`, None where it has another."""
+    if get_origin(hint) is Literal:
+        if value is False and "no" in get_args(hint):  # how YAML 1.1 reads the word
+            return "no"
+        return value if isinstance(value, str) and value in get_args(hint) else None
+    if hint is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if is_number else None
+    if get_origin(hint) is dict:
+        return copy.deepcopy(dict(value)) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
+        return None
+    return None if value == "" else value
+
+
+def _rule(hint: Any, limits: tuple[Any, ...], optional: bool) -> str:
+    names = {str: "text that is not empty", int: "an integer", float: "a number", bool: "true or false"}
+    if get_origin(hint) is Literal:
+        rule = "one of " + ", ".join(get_args(hint))
+    else:
+        rule = names.get(hint, "a section, name: value")
+    return " ".join([rule, " and ".join(map(str, limits))] if limits else [rule]) + (", or null" if optional else "")
+
+
+def _way_out(hint: Any, field: dataclasses.Field[Any]) -> str:
+    if hint is str:
+        return "put quotes around what YAML would read as a number, a date or true and false."
+    if field.default is dataclasses.MISSING:
+        return "leave it out for none."
+    return f"the default is {'null' if field.default is None else field.default}."
