@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -269,3 +272,18 @@ def test_accelerate_knows_every_key_of_its_files(path):
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("#")
     assert ("UNTESTED ON HARDWARE" in first) == bool(inner)
+
+
+@pytest.mark.slow
+def test_two_processes_on_the_cpu_know_each_other(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import torch\nfrom accelerate import Accelerator\naccelerator = Accelerator()\n"
+        "ranks = accelerator.gather(torch.tensor([accelerator.process_index]))\n"
+        "accelerator.print(accelerator.distributed_type.value, ranks.tolist())\n"
+    )
+    config = CONFIGS / "accelerate" / "cpu-2-processes.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["MULTI_CPU [0, 1]"], done.stderr
