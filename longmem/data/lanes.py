@@ -67,6 +67,7 @@ class Lanes:
         window: tokens of a row.
         seed: draws the order of documents, not negative.
         shuffle: a new order in each epoch; otherwise the corpus's own order in all.
+        document_tokens: read so many tokens of a document at most, from its start: a short run then sees many of them.
         lanes_per_document: lanes that share a document; a divisor of `num_lanes`. Every document must have as many
             windows.
 
@@ -91,14 +92,16 @@ class Lanes:
         seed: int = 0,
         shuffle: bool = True,
         lanes_per_document: int = 1,
+        document_tokens: int | None = None,
     ) -> None:
         _validate(corpus, num_lanes, window, seed, lanes_per_document)
         self.num_lanes, self.window, self.seed, self.shuffle = num_lanes, window, seed, shuffle
         self.lanes_per_document = lanes_per_document
         # As Arrow, a document is mapped, not read: a window of a book costs no more than a window of a message.
         self._corpus = corpus.select_columns(list(COLUMNS)).with_format("arrow")
+        counts = _token_counts(self._corpus)
         self._schedule = Schedule(
-            _token_counts(self._corpus),
+            counts if document_tokens is None else counts.clip(max=document_tokens),
             num_lanes=num_lanes,
             window=window,
             seed=seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 
 import numpy as np
 from datasets import Dataset
@@ -63,11 +64,6 @@ class Schedule:
         self.seed, self.shuffle, self.lanes_per_document = seed, shuffle, lanes_per_document
         self.num_windows = (token_counts + window - 2) // window  # a rest of one token is no window
         self.readable = np.flatnonzero(self.num_windows)
-        # In whatever order the documents of an epoch are, the same places in it go to a group of lanes.
-        numbers = Dataset.from_dict({"place": np.arange(len(self.readable))}).with_format("numpy")
-        num_groups = num_lanes // lanes_per_document
-        shares = (split_dataset_by_node(numbers, rank=group, world_size=num_groups) for group in range(num_groups))
-        self._dealt = [share["place"][:] for share in shares]
         # Steps of each lane up to the end of each epoch; grows with the steps asked for.
         self._epoch_ends: list[Int[np.ndarray, " lanes"]] = []
         # The last answers of `_order` and, for each lane, of `_share`: most steps are near the last one.
@@ -120,6 +116,14 @@ class Schedule:
         documents = self._order(epoch)[self._dealt[group]]
         starts, ends = (self.num_windows[documents] * each // self.lanes_per_document for each in (part, part + 1))
         return Share(documents, starts, np.cumsum(ends - starts))
+
+    @functools.cached_property
+    def _dealt(self) -> list[Int[np.ndarray, " documents"]]:
+        """The places in an epoch's order that each group of lanes gets; the same in every epoch."""
+        numbers = Dataset.from_dict({"place": np.arange(len(self.readable))}).with_format("numpy")
+        num_groups = self.num_lanes // self.lanes_per_document
+        shares = (split_dataset_by_node(numbers, rank=group, world_size=num_groups) for group in range(num_groups))
+        return [share["place"][:] for share in shares]
 
     def _order(self, epoch: int) -> Int[np.ndarray, " documents"]:
         if not self.shuffle:

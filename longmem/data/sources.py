@@ -47,8 +47,12 @@ def find_source(source: str | Path, *, text_column: str, split: str, is_bounded:
     Raises:
         ValueError: there is nothing to read under this name, or an option does not apply to it.
     """
+    if not str(source).strip():
+        raise ValueError(f"`source` must name a file, a folder, a dataset or {PYTHON_MANUAL!r}, got {source!r}.")
     if source == PYTHON_MANUAL:
-        return _plain_source(source, None, lambda: [Document(PYTHON_MANUAL, python_manual())], text_column, split)
+        _refuse_options(source, text_column=text_column, split=split)
+        text = python_manual()  # another Python, another manual
+        return Source(source, hashlib.sha256(text.encode()).hexdigest(), lambda: [Document(PYTHON_MANUAL, text)])
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder_source(path, text_column, split)
@@ -140,18 +144,10 @@ def _files_source(folder: Path, files: list[Path], text_column: str, split: str)
     name = files[0].stem if len(files) == 1 else folder.name
     identity = _contents(folder, files)
     if files[0].suffix == ".txt":
-        return _plain_source(name, identity, lambda: _texts(folder, files), text_column, split)
-    _refuse_options(str(folder), split=split)
+        _refuse_options(name, text_column=text_column, split=split)
+        return Source(name, identity, lambda: _texts(folder, files))
+    _refuse_options(name, split=split)
     return Source(name, [text_column, identity], lambda: _lines(folder, files, text_column))
-
-
-def _plain_source(
-    name: str, identity: Any, documents: Callable[[], Iterable[Document]], text_column: str, split: str
-) -> Source:
-    _refuse_options(name, text_column=text_column, split=split)
-    # The manual changes with Python, and hashing it is quick.
-    identity = identity or [hashlib.sha256(document.text.encode()).hexdigest() for document in documents()]
-    return Source(name, identity, documents)
 
 
 def _refuse_options(name: str, text_column: str = "text", split: str = "train") -> None:
@@ -198,6 +194,12 @@ def _document(row: Mapping[str, Any], text_column: str, default_id: str, where: 
     text = row[text_column]
     if text is not None and not isinstance(text, str):
         raise ValueError(f"`text_column` must name a column of text, got {text_column!r} with {text!r} in {where}.")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:  # JSON can write half a character, which no tokenizer takes
+        raise ValueError(
+            f"{where}, must hold whole characters in {text_column!r}, got half of one ({error})."
+        ) from error
     given_id = row.get("id")
     return Document(default_id if given_id is None else str(given_id), text or "")
 

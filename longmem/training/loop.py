@@ -72,7 +72,12 @@ class Trainer:
         self.settings, self.folder = settings, Path(settings.output)
         optimization = settings.optimization
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # empty memories give biases no gradient
-        self.accelerator = Accelerator(mixed_precision=optimization.mixed_precision, kwargs_handlers=[ddp])
+        # Without an accelerator it must be told: else processes started on a CPU would not know of each other.
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=optimization.mixed_precision,
+            kwargs_handlers=[ddp],
+        )
         silent = console is None or not self.accelerator.is_main_process
         self.console = Console(quiet=True) if silent else console
         set_seed(settings.seed)

@@ -59,6 +59,7 @@ def make_lanes(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, a
         seed=settings.seed,
         shuffle=data.shuffle,
         lanes_per_document=data.lanes_per_document,
+        document_tokens=data.document_tokens,
     )
 
 

@@ -19,6 +19,11 @@ def test_missing_path(tmp_path, monkeypatch, tokenizer, missing):
         load_corpus(missing, tokenizer)
 
 
+def test_no_name(tokenizer):
+    with pytest.raises(ValueError, match=r"`source` must name a file, a folder, a dataset or 'python-manual', got ''"):
+        load_corpus("", tokenizer)
+
+
 def test_name_without_a_bound(tokenizer):
     with pytest.raises(
         ValueError, match=r"'my/books' is neither a file nor a folder, .* give `num_documents` or `max_t"
@@ -85,6 +90,12 @@ def test_other_encoding(tmp_path, tokenizer, suffix):
 def test_line_that_is_no_object(tmp_path, tokenizer, line):
     (tmp_path / "x.jsonl").write_text('{"text": "good"}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"x\.jsonl, line 2, must be one JSON object, got '"):
+        load_corpus(tmp_path, tokenizer)
+
+
+def test_half_a_character(tmp_path, tokenizer):
+    (tmp_path / "x.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}')
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2, must hold whole characters in 'text', got half of one"):
         load_corpus(tmp_path, tokenizer)
 
 

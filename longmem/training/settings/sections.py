@@ -54,6 +54,9 @@ class DataSettings:
     num_documents: Count | None = None
     """Take so many documents at most, which bounds a dataset that is streamed; None: all."""
 
+    document_tokens: Count | None = None
+    """Read so many tokens of a document at most, from its start, so that a short run sees many documents; None: all."""
+
     window: Annotated[int, From(2)] = 1024
     """Tokens of a segment: what a lane reads in one forward pass, beside its memory (paper: 1,024)."""
 
