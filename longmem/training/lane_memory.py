@@ -48,23 +48,32 @@ class LaneMemories:
         foreign_lanes: so many other lanes' banks are read together with the lane's own, as distractors that training must
             learn to pass over (Focused Transformer, arXiv 2307.03170).
         index: of the banks.
+        storage_dtype: of the banks; that in which reading computes saves converting all that is read.
     """
 
     def __init__(
-        self, model: LongMemForCausalLM, num_lanes: int, *, keep_documents: bool, foreign_lanes: int, index: str
+        self,
+        model: LongMemForCausalLM,
+        num_lanes: int,
+        *,
+        keep_documents: bool,
+        foreign_lanes: int,
+        index: str,
+        storage_dtype: str = "float16",
     ) -> None:
         if foreign_lanes >= num_lanes:
             raise ValueError(
                 f"`memory.foreign_lanes` must be below the {num_lanes} lanes of a process, got {foreign_lanes}; "
                 "raise `data.lanes` or use fewer processes."
             )
-        self.model, self.keep_documents, self.foreign_lanes, self.index = model, keep_documents, foreign_lanes, index
+        self.model, self.keep_documents, self.foreign_lanes = model, keep_documents, foreign_lanes
+        self._options = {"index": index, "storage_dtype": storage_dtype}
         self.capacity = 0
         self.banks: list[MemoryBank] = [self._new_bank(model.config.chunk_size) for _ in range(num_lanes)]
 
     def _new_bank(self, capacity: int) -> MemoryBank:
         device = self.model.input_device
-        return MemoryBank.for_model(self.model, capacity_tokens=capacity, index=self.index, device=device)
+        return MemoryBank.for_model(self.model, capacity_tokens=capacity, device=device, **self._options)
 
     @property
     def mean_tokens(self) -> float:

@@ -91,7 +91,7 @@ class Trainer:
         self.validation = setup.make_validation(settings, self.model, self.accelerator)
         kept = settings.features
         self.features = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
-        self.memories = LaneMemories(self.model, len(self.own), **setup.options_of(settings))
+        self.memories = LaneMemories(self.model, len(self.own), **setup.memory_options(settings))
         self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
         optimizer = setup.make_optimizer(self.trained, optimization)
         schedule = SCHEDULES[optimization.schedule]

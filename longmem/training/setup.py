@@ -100,10 +100,11 @@ def total_steps(wanted: OptimizationSettings, lanes: Lanes) -> int:
     return max(1, round(wanted.epochs * lanes.steps_per_epoch / wanted.gradient_accumulation))
 
 
-def options_of(settings: TrainingSettings) -> dict[str, Any]:
+def memory_options(settings: TrainingSettings) -> dict[str, Any]:
     """Return what the lanes' memories are made with."""
     return {
         "keep_documents": settings.data.at_document_border == "keep",
         "foreign_lanes": settings.memory.foreign_lanes,
         "index": settings.memory.index,
+        "storage_dtype": "bfloat16" if settings.optimization.mixed_precision == "bf16" else "float16",
     }
