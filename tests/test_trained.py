@@ -44,9 +44,10 @@ def test_a_packaged_name_opens_the_trained_side_network(model, tmp_path, monkeyp
     ids = torch.randint(0, 256, (1, 40))
     model.memorize(bank, ids[0], document_id="a")
     expected = model(ids[:, :16], memory=bank).logits
-    torch.testing.assert_close(trained(ids[:, :16], memory=bank).logits, expected, rtol=0.05, atol=0.05)
+    found = trained(ids[:, :16], memory=bank).logits
     new = LongMemForCausalLM.from_backbone(NAME, segment_length=16, num_retrieved_tokens=8)
-    assert (new(ids[:, :16], memory=bank).logits - expected).abs().max() > 0.2
+    distance = (new(ids[:, :16], memory=bank).logits - expected).abs().mean()
+    assert 0 < (found - expected).abs().mean() < 0.05 * distance  # all that is left is the rounding to bfloat16
     new.save_pretrained(NAME)  # a folder of that name is another thing
     assert LongMemForCausalLM.from_pretrained(NAME).config.lora is not None
     assert LongMemForCausalLM.from_pretrained(f"./{NAME}").config.lora is None
