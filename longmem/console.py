@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as python_logging
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
@@ -25,6 +26,18 @@ def without_transformers_bars() -> Iterator[None]:
     finally:
         if show_bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def without_warnings_of(library: str) -> Iterator[None]:
+    """Keep the warnings of a library's logger from the terminal inside the block; errors are shown."""
+    logger = python_logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(python_logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Headings:

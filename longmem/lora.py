@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from longmem.console import without_warnings_of
 from longmem.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -75,8 +76,10 @@ def add_adapters(layers: nn.ModuleList, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: a name in `target_modules` is that of no linear layer.
     """
-    # peft takes a second or two to import; without LoRA nobody waits for it.
-    from peft import LoraConfig, inject_adapter_in_model
+    # peft takes a second or two to import; without LoRA nobody waits for it. It imports bitsandbytes where that is
+    # installed, which warns of a missing kernel for inference that nothing here uses.
+    with without_warnings_of("bitsandbytes"):
+        from peft import LoraConfig, inject_adapter_in_model
 
     linear = {name: module for name, module in layers.named_modules() if is_linear(module)}
     names = list(linear)

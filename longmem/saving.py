@@ -82,7 +82,7 @@ def backbone_location(folder: Path, name: str) -> str:
 
 def name_from(folder: Path, name: str | None) -> str | None:
     """Return how a model in `folder` names its backbone: by a relative path if it is inside, so that both can move."""
-    if not name or not Path(name).is_dir():
+    if not name or name in PACKAGED_BACKBONES or not Path(name).is_dir():
         return name
     place = Path(name).resolve()  # a folder elsewhere by its whole path, whatever folder the model is opened from
     return (place.relative_to(folder.resolve()) if place.is_relative_to(folder.resolve()) else place).as_posix()

@@ -13,7 +13,7 @@ from longmem.training import adaptable_parameters
 
 RANK = {"rank": 4}
 # One of each: transposed weights (gpt2), experts with a router that is a linear layer (phimoe), layers of several kinds.
-VARIED = ["falcon", "gemma2", "gpt2", "llama", "mixtral", "phimoe", "qwen3_next"]
+VARIED = ["falcon", "gpt2", "llama", "phimoe", "qwen3_next"]
 PAPER = dict(residual="paper", init="identity", fusion="gated", final_norm="side")
 
 

@@ -1,0 +1,84 @@
+"""The trained side network that comes with the package: found by its backbone's packaged name, and part of the wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_tiny_backbone
+
+from longmem import LongMemForCausalLM, MemoryBank, packaged
+from longmem.backbone import loading
+
+NAME = "smollm2-135m"
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A changed model whose backbone bears the packaged name, saved where the package keeps its trained side networks."""
+    folder = str(save_tiny_backbone(tmp_path / "backbone"))
+    monkeypatch.setattr(loading, "resolve_backbone", lambda name: folder if name == NAME else name)
+    monkeypatch.setattr(packaged, "TRAINED_FOLDER", tmp_path / "trained")
+    model = LongMemForCausalLM.from_backbone(NAME, segment_length=16, num_retrieved_tokens=8, lora={"rank": 2}).eval()
+    with torch.no_grad():
+        for weight in model.side_network.trained_parameters().values():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    model.save_pretrained(tmp_path / "trained" / NAME, dtype=torch.bfloat16)
+    return model
+
+
+@torch.no_grad()
+def test_a_packaged_name_opens_the_trained_side_network(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = LongMemForCausalLM.from_pretrained(NAME)
+    assert trained.config.lora == model.config.lora
+    assert trained.config.backbone_name_or_path == NAME
+    bank = MemoryBank.for_model(model)
+    ids = torch.randint(0, 256, (1, 40))
+    model.memorize(bank, ids[0], document_id="a")
+    expected = model(ids[:, :16], memory=bank).logits
+    found = trained(ids[:, :16], memory=bank).logits
+    new = LongMemForCausalLM.from_backbone(NAME, segment_length=16, num_retrieved_tokens=8)
+    distance = (new(ids[:, :16], memory=bank).logits - expected).abs().mean()
+    assert 0 < (found - expected).abs().mean() < 0.05 * distance  # all that is left is the rounding to bfloat16
+    new.save_pretrained(NAME)  # a folder of that name is another thing
+    assert LongMemForCausalLM.from_pretrained(NAME).config.lora is not None
+    assert LongMemForCausalLM.from_pretrained(f"./{NAME}").config.lora is None
+
+
+def test_a_packaged_name_without_a_trained_side_network(model, monkeypatch):
+    monkeypatch.setitem(packaged.PACKAGED_BACKBONES, "other", packaged.PACKAGED_BACKBONES[NAME])
+    with pytest.raises(ValueError) as caught:
+        LongMemForCausalLM.from_pretrained("other")
+    for words in ("for `other`", f"there is one for: {NAME}", 'from_backbone("other")', "./other"):
+        assert words in str(caught.value)
+
+
+def test_the_place_is_inside_the_installed_package():
+    assert packaged.TRAINED_FOLDER.parent == Path(packaged.__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed")
+def test_the_wheel_holds_it(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(REPOSITORY / "longmem", source / "longmem", ignore=shutil.ignore_patterns("__pycache__", "trained"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    files = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    (source / "longmem" / "trained" / NAME).mkdir(parents=True)
+    for name in files:
+        (source / "longmem" / "trained" / NAME / name).write_bytes(b"content")
+    build = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_wheel(sys.argv[1]))"
+    command = [sys.executable, "-c", build, str(tmp_path)]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(tmp_path / built.stdout.split()[-1]) as wheel:
+        packed = {name for name in wheel.namelist() if "/trained/" in name}
+    assert packed == {f"longmem/trained/{NAME}/{name}" for name in files}
