@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from longmem.configuration import LongMemConfig
 from longmem.memory import MemoryBank, has_bank
 from longmem.modeling import LongMemForCausalLM
 
@@ -32,16 +33,25 @@ def print_json(values: dict[str, Any]) -> None:
     print(json.dumps(values, indent=2, ensure_ascii=False))
 
 
-def open_model(name: str, **config_fields: Any) -> LongMemForCausalLM:
-    """Return a saved LongMem model, or a new side network, with these settings, on any other causal LM."""
+def open_model(name: str, *, dtype: str | None = None, **config_fields: Any) -> LongMemForCausalLM:
+    """Return a saved LongMem model, or a new side network, with these settings, on any other causal LM.
+
+    `dtype`, such as "bfloat16", is that of backbone and side network alike, also where a saved model was trained in
+    another; None leaves both as they were saved.
+    """
     config = Path(name) / "config.json"
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "longmem":
         if config_fields:
             raise ValueError(
                 f"{name} has its settings; they can be changed for a new side network only: {config_fields}."
             )
-        return LongMemForCausalLM.from_pretrained(name).eval()
-    return LongMemForCausalLM.from_backbone(name, **config_fields).eval()
+        if dtype is None:
+            return LongMemForCausalLM.from_pretrained(name).eval()
+        saved = LongMemConfig.from_pretrained(name)
+        saved.side_network_dtype = None  # the backbone's
+        return LongMemForCausalLM.from_pretrained(name, config=saved, dtype=dtype).eval()
+    options = None if dtype is None else {"dtype": dtype}
+    return LongMemForCausalLM.from_backbone(name, backbone_options=options, **config_fields).eval()
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
