@@ -116,7 +116,7 @@ def plot_books(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: 
             window, stride = cut.split("/")
             axes.set_title(f"windows of {window}, stride {stride}; {part['windows']} of each book", fontsize=10)
             if row == len(rows) - 1:
-                axes.set_xlabel("perplexity / backbone's (left is better)")
+                axes.set_xlabel("perplexity / backbone's; left is better\nlarge: mean and 95 % interval, small: books")
     figure.savefig(path, dpi=130)
 
 
@@ -144,7 +144,7 @@ def _draw_ratios(axes: Any, systems: Mapping[str, Any]) -> None:
         )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(others)), [title_of(system) for system in others])
-    axes.set_ylim(len(others) - 0.4, -0.6)
+    axes.set_ylim(len(others) - 0.5, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
 
