@@ -107,7 +107,7 @@ def plot_books(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: 
     figure = Figure(figsize=(1 + 5 * len(metrics["cuts"]), 2 + 0.5 * sum(counts)), layout="constrained")
     figure.suptitle(textwrap.fill(title, 60 * len(metrics["cuts"])), fontsize=12)
     grid = figure.subplots(
-        len(rows), len(metrics["cuts"]), sharex=True, sharey="row", squeeze=False, height_ratios=counts
+        len(rows), len(metrics["cuts"]), sharex="col", sharey="row", squeeze=False, height_ratios=counts
     )
     for row, key in enumerate(rows):
         for column, (cut, values) in enumerate(metrics["cuts"].items()):
@@ -136,11 +136,11 @@ def _draw_ratios(axes: Any, systems: Mapping[str, Any]) -> None:
         axes.annotate(
             f"{value:.3f}",
             (value, place),
-            xytext=(0, -8),
+            xytext=(0, 6),
             textcoords="offset points",
             fontsize=8,
             ha="center",
-            va="top",
+            va="bottom",
         )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(others)), [title_of(system) for system in others])
