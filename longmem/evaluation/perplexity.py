@@ -50,7 +50,7 @@ class WindowScores:
 
     def last(self, scored: int) -> WindowScores:
         """Return the scores of the last tokens of every window; the time of a scored token is taken as it was."""
-        losses = self.losses[:, self.losses.shape[1] - scored :]
+        losses = self.losses[:, self.losses.shape[1] - scored :].clone()  # files hold no two views of one tensor
         seconds = self.seconds * losses.numel() / self.losses.numel()
         return dataclasses.replace(self, losses=losses, seconds=seconds, num_tokens=losses.numel())
 

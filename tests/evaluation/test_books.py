@@ -141,10 +141,12 @@ def test_a_context_beyond_the_backbone_is_refused_before_any_work(model, texts, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_saved_book_is_the_book(model, texts, tmp_path):
-    book = score_book(model, texts[0], texts[1], PLAN)
+@pytest.mark.parametrize("context_windows", [1, 3])
+def test_a_saved_book_is_the_book(model, texts, tmp_path, context_windows):
+    plan = dataclasses.replace(PLAN, context_windows=context_windows)
+    book = score_book(model, texts[0], texts[1], plan)
     save_book(tmp_path / "books" / "a.safetensors", book)
-    loaded = load_book(tmp_path / "books" / "a.safetensors", PLAN)
+    loaded = load_book(tmp_path / "books" / "a.safetensors", plan)
     assert_same_losses({"a": loaded}, {"a": book})
     assert loaded.encoding_seconds == book.encoding_seconds > 0
     own, kept = book.cuts["32/16"]["on"], loaded.cuts["32/16"]["on"]
