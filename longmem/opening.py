@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from longmem.configuration import LongMemConfig
 from longmem.modeling import LongMemForCausalLM
+from longmem.packaged import has_trained_side_network
+from longmem.saving import local_folder
 
 
 def is_saved_model(name: str) -> bool:
@@ -15,18 +18,36 @@ def is_saved_model(name: str) -> bool:
     return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "longmem"
 
 
-def open_model(
-    name: str, *, backbone_options: dict[str, Any] | None = None, **config_fields: Any
-) -> LongMemForCausalLM:
+def refuse_config_of_saved(name: str, config_fields: dict[str, Any]) -> None:
+    """Raise ValueError if there are settings for a saved model, which has its own."""
+    if config_fields:
+        raise ValueError(f"{name} has its settings; they can be changed for a new side network only: {config_fields}.")
+
+
+def open_model(name: str, *, dtype: str | None = None, **config_fields: Any) -> LongMemForCausalLM:
     """Return a saved LongMem model, or a new side network, with these settings, on any other causal LM; in eval mode.
 
-    `backbone_options`: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+    A packaged backbone that comes with a trained side network gets that one, unless there are settings for a new one.
+
+    Args:
+        name: folder of a saved model; or packaged name, hub name or folder of a causal LM.
+        dtype: such as "bfloat16", of backbone and side network alike, also where a saved model was trained in another;
+            None leaves both as they were saved.
+        config_fields: fields of `LongMemConfig` for a new side network.
 
     Raises:
         ValueError: settings are given for a saved model, which has its own.
     """
-    if not is_saved_model(name):
-        return LongMemForCausalLM.from_backbone(name, backbone_options=backbone_options, **config_fields).eval()
-    if config_fields:
-        raise ValueError(f"{name} has its settings; they can be changed for a new side network only: {config_fields}.")
-    return LongMemForCausalLM.from_pretrained(name, backbone_options=backbone_options).eval()
+    if is_saved_model(name):
+        refuse_config_of_saved(name, config_fields)
+        is_saved = True
+    else:
+        is_saved = not config_fields and has_trained_side_network(name)
+    if not is_saved:
+        options = None if dtype is None else {"dtype": dtype}
+        return LongMemForCausalLM.from_backbone(name, backbone_options=options, **config_fields).eval()
+    if dtype is None:
+        return LongMemForCausalLM.from_pretrained(name).eval()
+    config = LongMemConfig.from_pretrained(local_folder(name, None))
+    config.side_network_dtype = None  # the backbone's
+    return LongMemForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval()

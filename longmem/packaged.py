@@ -82,6 +82,11 @@ def resolve_backbone(name_or_path: str) -> str:
     return str(folder)
 
 
+def has_trained_side_network(name: str) -> bool:
+    """Return whether a trained side network comes with this package for a packaged backbone."""
+    return name in PACKAGED_BACKBONES and (TRAINED_FOLDER / name / "config.json").is_file()
+
+
 def trained_side_network(name: str) -> Path:
     """Return the folder of the trained side network that comes with this package for a packaged backbone.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from longmem.evaluation.book_tables import same_windows, title_of
 from longmem.evaluation.perplexity import WindowScores
 from longmem.evaluation.results import TITLES
 from longmem.memory.index.tuning import Tuned
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 COLORS = {"backbone": "#767676", "off": "#d98c21", "on": "#1f6fb4", "wrong": "#b5455f"}
 INDEX_COLORS = {"auto": "#1f6fb4", "ivf": "#2a9d8f", "hnsw": "#d98c21", "pq": "#b5455f"}
+CONTEXT_COLOR = "#5a8f4e"  # the backbone with a longer window
 STYLES = {"backbone": ":", "off": "--", "on": "-", "wrong": "-."}
 
 
@@ -89,6 +91,66 @@ def plot_scores(
     if shares is not None:
         _draw_shares(figure, figure.add_subplot(grid[1, 1]), shares, reading_layers)
     figure.savefig(path, dpi=130)
+
+
+def plot_books(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
+    """Draw each system's perplexity in those of the backbone, for every cut: the mean with its interval, and all books.
+
+    Args:
+        path: PNG to write.
+        metrics: of `summarize_books`.
+        title: of the figure.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    rows = [key for key in ("all_windows", "context_windows") if all(key in cut for cut in metrics["cuts"].values())]
+    if all(same_windows(cut) for cut in metrics["cuts"].values()):
+        rows.remove("all_windows")
+    counts = [len(next(iter(metrics["cuts"].values()))[key]["systems"]) for key in rows]
+    figure = Figure(figsize=(1 + 5 * len(metrics["cuts"]), 2 + 0.5 * sum(counts)), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 60 * len(metrics["cuts"])), fontsize=12)
+    grid = figure.subplots(
+        len(rows), len(metrics["cuts"]), sharex="col", sharey="row", squeeze=False, height_ratios=counts
+    )
+    for row, key in enumerate(rows):
+        for column, (cut, values) in enumerate(metrics["cuts"].items()):
+            axes, part = grid[row, column], values[key]
+            _draw_ratios(axes, part["systems"])
+            window, stride = cut.split("/")
+            axes.set_title(f"windows of {window}, stride {stride}; {part['windows']} of each book", fontsize=10)
+            if row == len(rows) - 1:
+                axes.set_xlabel("perplexity / backbone's; left is better\nlarge: mean and 95 % interval, small: books")
+    figure.savefig(path, dpi=130)
+
+
+def _draw_ratios(axes: Any, systems: Mapping[str, Any]) -> None:
+    others = [system for system in systems if system != "backbone"]
+    for place, system in enumerate(others):
+        values = systems[system]
+        value, *ends = (
+            1 - each / 100 for each in (values["reduction_percent"]["value"], *values["reduction_percent"]["interval"])
+        )
+        books = [values["books"][name] / systems["backbone"]["books"][name] for name in values["books"]]
+        heights = [place + 0.22 + 0.1 * (number % 2) for number in range(len(books))]  # two rows, so that few overlap
+        color = COLORS.get(system, CONTEXT_COLOR)
+        axes.plot(books, heights, "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
+        axes.plot(ends, [place, place], "-", color=color, linewidth=3, solid_capstyle="butt")
+        axes.plot([value], [place], "o", color=color, markersize=7)
+        axes.annotate(
+            f"{value:.3f}",
+            (value, place),
+            xytext=(0, 6),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+            va="bottom",
+        )
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(others)), [title_of(system) for system in others])
+    axes.set_ylim(len(others) - 0.5, -0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
 
 
 def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: str) -> None:

@@ -17,7 +17,9 @@ from longmem.training import Trainer, load_settings
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="YAML file with settings")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+    )
     arguments = parser.parse_args()
     trainer = Trainer(load_settings(arguments.config, arguments.overrides), console_for(as_json=False))
     trainer.run()

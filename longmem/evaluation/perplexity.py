@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from longmem.evaluation.intervals import bootstrap_interval
 from longmem.memory import BankView, MemoryBank
 from longmem.modeling import LongMemForCausalLM
 
@@ -21,7 +22,7 @@ SYSTEMS = ("backbone", "off", "on", "wrong")
 
 @dataclasses.dataclass(frozen=True)
 class WindowScores:
-    """Losses of one system, in nats, and the seconds that its `num_tokens` scored tokens took.
+    """Losses of one system, in nats, and the seconds that its `num_tokens` scored tokens took, writing included.
 
     `memory_share` is the weight of memory in the attention of each reading layer and head, averaged over tokens; None
     where nothing was read.
@@ -47,6 +48,12 @@ class WindowScores:
         """Return scored tokens per second; with a stride, a token is read several times and counts once."""
         return self.num_tokens / self.seconds
 
+    def last(self, scored: int) -> WindowScores:
+        """Return the scores of the last tokens of every window; the time of a scored token is taken as it was."""
+        losses = self.losses[:, self.losses.shape[1] - scored :].clone()  # files hold no two views of one tensor
+        seconds = self.seconds * losses.numel() / self.losses.numel()
+        return dataclasses.replace(self, losses=losses, seconds=seconds, num_tokens=losses.numel())
+
 
 def validate_windows(num_tokens: int, window: int, stride: int | None) -> int:
     """Return the stride. Raises ValueError if window and stride do not fit each other or the text."""
@@ -68,9 +75,12 @@ def strided_windows(
         yield start, token_ids[None, start : start + window]
 
 
-def token_losses(logits: Float[Tensor, "1 tokens vocabulary"], token_ids: Int[Tensor, "1 tokens"]) -> Tensor:
-    """Return the loss of every token but the first, in float32 on the CPU."""
-    return nn.functional.cross_entropy(logits[0, :-1].float(), token_ids[0, 1:], reduction="none").cpu()
+def token_losses(
+    logits: Float[Tensor, "1 kept vocabulary"], token_ids: Int[Tensor, "1 tokens"]
+) -> Float[Tensor, " scored"]:
+    """Return the loss of the last tokens, as many as logits were kept but one, in float32 on the CPU."""
+    targets = token_ids[0, token_ids.shape[1] - logits.shape[1] + 1 :]
+    return nn.functional.cross_entropy(logits[0, :-1].float(), targets, reduction="none").cpu()
 
 
 @torch.no_grad()
@@ -114,19 +124,19 @@ def score_windows(
     for done, (_, ids) in enumerate(strided_windows(token_ids.to(device), window, stride), start=1):
         start = time.perf_counter()
         if backbone_only:
-            logits = model.backbone(ids, use_cache=False).logits
+            logits = model.backbone(ids, use_cache=False, logits_to_keep=scored + 1).logits
         else:
-            output = model(ids, memory=memory, output_memory_reads=True)
+            output = model(ids, memory=memory, output_memory_reads=True, logits_to_keep=scored + 1)
             logits = output.logits
             if output.memory_reads:
                 shares.append(torch.stack([read.memory_share[0].mean(dim=-1) for read in output.memory_reads]).cpu())
-        losses.append(token_losses(logits, ids)[-scored:])
-        seconds += time.perf_counter() - start  # `token_losses` has waited for the device
+        losses.append(token_losses(logits, ids))
         if grow is not None:
             keys, values = (
                 [part[0, :, :stride] for part in parts] for parts in (output.memory_keys, output.memory_values)
             )
             memory.append(grow, keys, values, token_ids=ids[0, :stride])  # type: ignore[union-attr]
+        seconds += time.perf_counter() - start  # `token_losses` has waited for the device
         if progress is not None:
             progress(done * scored, num_windows * scored)
     memory_share = torch.stack(shares).mean(dim=0) if shares else None
@@ -169,20 +179,6 @@ def compare_systems(
             model, token_ids, window=window, stride=stride, progress=report, **settings[system]
         )
     return scores
-
-
-def bootstrap_interval(
-    differences: Float[Tensor, " windows"], *, num_samples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of per-window differences, by resampling windows.
-
-    Neighbouring windows resemble each other, so the interval of one document is narrower than that over documents.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    count = len(differences)
-    picks = torch.randint(count, (num_samples, count), generator=generator)
-    low, high = torch.quantile(differences.double()[picks].mean(dim=1), torch.tensor([0.025, 0.975]).double()).tolist()
-    return low, high
 
 
 def pooled(groups: Sequence[Mapping[str, WindowScores]]) -> dict[str, WindowScores]:

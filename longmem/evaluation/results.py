@@ -107,16 +107,23 @@ def write_results(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("config.json", config),
-        ("environment.json", {**environment(), "seed": seed}),
-        ("metrics.json", metrics),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(as_json(config), encoding="utf-8")
+    write_metrics(folder, metrics=metrics, table=markdown_table(table_rows(summary)) + "\n", seed=seed)
     losses = {f"{text}/{system}": result.losses for text, group in scores.items() for system, result in group.items()}
     save_file(losses, folder / "losses.safetensors")
-    (folder / "table.md").write_text(markdown_table(table_rows(summary)) + "\n", encoding="utf-8")
     return folder
+
+
+def write_metrics(folder: Path, *, metrics: Mapping[str, Any], table: str, seed: int) -> None:
+    """Write `environment.json`, `metrics.json` and `table.md` to a folder that has configuration and losses."""
+    (folder / "environment.json").write_text(as_json({**environment(), "seed": seed}), encoding="utf-8")
+    (folder / "metrics.json").write_text(as_json(metrics), encoding="utf-8")
+    (folder / "table.md").write_text(table, encoding="utf-8")
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """Return the text of a JSON file for people and programs; what JSON does not know is written as text."""
+    return json.dumps(content, indent=2, default=str) + "\n"
 
 
 def verdict(scores: Mapping[str, WindowScores], seed: int = 0) -> str:

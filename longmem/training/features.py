@@ -93,7 +93,9 @@ class FrozenFeatures:
         return self._stacked(rows, calls, input_ids)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def losses_after(self, context: Int[Tensor, " context"], tokens: Int[Tensor, " tokens"]) -> Float[Tensor, " targets"]:
+    def losses_after(
+        self, context: Int[Tensor, " context"], tokens: Int[Tensor, " tokens"]
+    ) -> Float[Tensor, " targets"]:
         """Return the backbone's losses of `tokens` but the first with `context` before them in its window, in nats."""
         whole = torch.cat([context, tokens])
         file = None if self.folder is None else self._file(whole).with_suffix(f".{len(tokens)}.safetensors")

@@ -110,7 +110,9 @@ class Trainer:
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
-            log = stack.enter_context(RunLog(self.folder, settings.logging.tensorboard, self.step + 1)) if main else None
+            log = (
+                stack.enter_context(RunLog(self.folder, settings.logging.tensorboard, self.step + 1)) if main else None
+            )
             show = stack.enter_context(training_progress(self.console, self.steps, self.step))
             while self.step < self.steps and not self._any_process(stop.wanted):
                 records.append(self.train_step())
@@ -205,9 +207,7 @@ class Trainer:
                 long[lane, : length - 1] = self.features.losses_after(context, batch.input_ids[lane, :length])
         return long_context_weights(local, long, loss.long_context_weight)
 
-    def _record(
-        self, sums: StepSums, norm: float, learning_rate: float, tokens: int, seconds: float
-    ) -> StepRecord:
+    def _record(self, sums: StepSums, norm: float, learning_rate: float, tokens: int, seconds: float) -> StepRecord:
         values = torch.tensor(dataclasses.astuple(sums), device=self.accelerator.device)
         total = StepSums(*self.accelerator.reduce(values, "sum").tolist())
         loss, backbone_loss = total.loss / total.targets, total.backbone_loss / total.targets
@@ -241,7 +241,9 @@ class Trainer:
             self.checkpoints.save(self.accelerator, self.step)
         self.accelerator.wait_for_everyone()
         # Whole tensors, also where FSDP has spread them over processes.
-        state = {f"side_network.{name}": each for name, each in self.accelerator.get_state_dict(self.side_network).items()}
+        state = {
+            f"side_network.{name}": each for name, each in self.accelerator.get_state_dict(self.side_network).items()
+        }
         if not self.accelerator.is_main_process:
             return
         self.model.save_pretrained(self.folder / "side-network", state_dict=state)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.data import Lanes, load_corpus
 from longmem.modeling import LongMemForCausalLM
-from longmem.opening import is_saved_model, open_model
+from longmem.opening import is_saved_model, refuse_config_of_saved
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
 from longmem.training.trainable import parameter_groups
 from longmem.training.validation import Validation, validation_texts
@@ -28,14 +28,23 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
     if wanted.backbone_dtype != "float32" and not is_saved_model(wanted.backbone):
         fields.setdefault("side_network_dtype", "float32")
     options = {"dtype": getattr(torch, wanted.backbone_dtype)}
-    model = open_model(wanted.backbone, backbone_options=options, **fields).to(device).train()
+    if is_saved_model(wanted.backbone):
+        refuse_config_of_saved(wanted.backbone, fields)
+        model = LongMemForCausalLM.from_pretrained(wanted.backbone, backbone_options=options)
+    else:
+        model = LongMemForCausalLM.from_backbone(wanted.backbone, backbone_options=options, **fields)
+    model = model.to(device).train()
     if settings.optimization.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
 def open_corpus(
-    source: str, max_tokens: int | None, data: DataSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    source: str,
+    max_tokens: int | None,
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
 ) -> Dataset:
     """Return tokenised documents; the first process of a machine tokenises, the others read what it kept."""
     with accelerator.local_main_process_first():

@@ -9,7 +9,10 @@ from torch import nn
 
 from longmem.modeling import LongMemForCausalLM
 
-GATES = ("memory_bias", "output_scale")  # numbers that open or close a whole path; they may learn at a rate of their own
+GATES = (
+    "memory_bias",
+    "output_scale",
+)  # numbers that open or close a whole path; they may learn at a rate of their own
 
 
 def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: bool) -> dict[str, nn.Parameter]:

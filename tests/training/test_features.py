@@ -44,7 +44,9 @@ def same(first, second, **tolerance):
     first, second = everything(first), everything(second)
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            first[name], second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
 
 
 def test_kept_features_are_those_computed(model, input_ids, tmp_path):
@@ -123,7 +125,11 @@ def test_a_damaged_file_is_computed_again(model, input_ids, tmp_path):
 
 def test_other_backbone_layers_or_dtype_have_other_folders(model, backbone_folder, tmp_path):
     other = LongMemForCausalLM.from_backbone(backbone_folder, memory_layers=[3], num_retrieved_tokens=8)
-    folders = {FrozenFeatures(each, tmp_path, dtype).folder for each in (model, other) for dtype in (torch.float16, torch.float32)}
+    folders = {
+        FrozenFeatures(each, tmp_path, dtype).folder
+        for each in (model, other)
+        for dtype in (torch.float16, torch.float32)
+    }
     with torch.no_grad():
         other.backbone.lm_head.weight.mul_(2)  # above every memory layer, but in the losses
     folders.add(FrozenFeatures(other, tmp_path).folder)

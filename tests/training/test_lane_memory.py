@@ -50,7 +50,9 @@ def contents(memories):
         layers = () if bank.is_empty else bank.memory_layers
         stored = [torch.zeros(1), *(tensor for layer in layers for tensor in bank.gather(layer, rows))]
         ids = [bank.token_ids(document.document_id).tolist() for document in documents]
-        found.append(([document.document_id for document in documents], ids, torch.cat([each.flatten() for each in stored])))
+        found.append(
+            ([document.document_id for document in documents], ids, torch.cat([each.flatten() for each in stored]))
+        )
     return found
 
 
@@ -66,7 +68,9 @@ def play(memories, lanes, steps, states_of, capacity=CAPACITY):
 
 
 def same_contents(first, second):
-    for (names, ids, stored), (other_names, other_ids, other_stored) in zip(contents(first), contents(second), strict=True):
+    for (names, ids, stored), (other_names, other_ids, other_stored) in zip(
+        contents(first), contents(second), strict=True
+    ):
         assert names == other_names
         assert ids == other_ids
         torch.testing.assert_close(stored.sort().values, other_stored.sort().values, rtol=0, atol=0)

@@ -1,0 +1,65 @@
+"""95 % intervals by resampling: of a mean, of a ratio of two perplexities, of a ratio of two means.
+
+Every quantity is computed from one number per unit, the units being the books of an evaluation, or the windows of a
+single text. Two systems that are compared share their units, and a resample takes the same units of both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Estimate = tuple[float, float, float]  # value, lower and upper end of its interval
+
+_ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
+
+
+def resamples(count: int, num_samples: int, seed: int) -> Int[Tensor, "samples units"]:
+    """Return, for each resample, which units are in it: `count` of them, drawn with repeats."""
+    return torch.randint(count, (num_samples, count), generator=torch.Generator().manual_seed(seed))
+
+
+def bootstrap_interval(
+    differences: Float[Tensor, " windows"], *, num_samples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of per-window differences, by resampling windows.
+
+    Neighbouring windows resemble each other, so the interval of one document is narrower than that over documents.
+    """
+    picks = resamples(len(differences), num_samples, seed)
+    low, high = torch.quantile(differences.double()[picks].mean(dim=1), _ENDS).tolist()
+    return low, high
+
+
+def perplexity_estimate(losses: Float[Tensor, " units"], seed: int = 0) -> Estimate:
+    """Return e to the mean loss, and its interval."""
+    value, low, high = (losses.double().mean().item(), *bootstrap_interval(losses, seed=seed))
+    return math.exp(value), math.exp(low), math.exp(high)
+
+
+def perplexity_ratio(losses: Float[Tensor, " units"], baseline: Float[Tensor, " units"], seed: int = 0) -> Estimate:
+    """Return the perplexity of a system divided by that of a baseline on the same units, and its interval."""
+    return perplexity_estimate(losses.double() - baseline.double(), seed)
+
+
+def ratio_of_means(
+    numerators: Float[Tensor, " units"],
+    denominators: Float[Tensor, " units"],
+    *,
+    num_samples: int = 10_000,
+    seed: int = 0,
+) -> Estimate | None:
+    """Return the mean of some numbers divided by the mean of others on the same units, and the interval.
+
+    None where the mean of the denominators is not above 0 in every resample: what may be nothing has no shares.
+    """
+    above, below = numerators.double(), denominators.double()
+    picks = resamples(len(below), num_samples, seed)
+    bottoms = below[picks].mean(dim=1)
+    if bottoms.min() <= 0 or below.mean() <= 0:
+        return None
+    low, high = torch.quantile(above[picks].mean(dim=1) / bottoms, _ENDS).tolist()
+    return (above.mean() / below.mean()).item(), low, high
