@@ -22,6 +22,7 @@ from longmem.evaluation.book_tables import markdown, sections, summarize_books
 from longmem.evaluation.books import evaluate_books
 from longmem.evaluation.perplexity import SYSTEMS
 from longmem.evaluation.results import TITLES, write_metrics
+from longmem.opening import open_model
 from longmem.plots import plot_books, plot_scores, require_matplotlib
 
 

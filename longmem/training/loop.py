@@ -78,8 +78,7 @@ class Trainer:
             mixed_precision=optimization.mixed_precision,
             kwargs_handlers=[ddp],
         )
-        silent = console is None or not self.accelerator.is_main_process
-        self.console = Console(quiet=True) if silent else console
+        self.console = console if console is not None and self.accelerator.is_main_process else Console(quiet=True)
         set_seed(settings.seed)
         self.checkpoints = Checkpoints(self.folder, settings.checkpoints.keep)
         if self.checkpoints.steps():
@@ -130,7 +129,7 @@ class Trainer:
         if self.validation is None:
             return
         losses = self.validation.run(with_memory=self.settings.memory.enabled)
-        record = ValidationRecord(step=self.step, tokens=self.validation.num_tokens, **losses)
+        record = ValidationRecord(self.step, **losses, tokens=self.validation.num_tokens)  # type: ignore[arg-type]
         if log is not None:
             log.write(record)
         shown = ", ".join(f"{system} {loss:.4f}" for system, loss in losses.items() if loss is not None)

@@ -33,7 +33,7 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
         model = LongMemForCausalLM.from_pretrained(wanted.backbone, backbone_options=options)
     else:
         model = LongMemForCausalLM.from_backbone(wanted.backbone, backbone_options=options, **fields)
-    model = model.to(device).train()
+    model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     if settings.optimization.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model

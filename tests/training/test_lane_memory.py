@@ -101,7 +101,8 @@ def test_a_lane_holds_the_text_before_its_window_and_nothing_else(model, lanes, 
         memories.prepare(batch, step, 4096, lanes.batch, states_of)
         for lane, bank in enumerate(memories.banks):
             if batch.is_new[lane]:
-                assert bank.is_empty and not bank.documents()
+                assert bank.is_empty
+                assert not bank.documents()
                 continue
             (document,) = bank.documents()
             assert document.document_id == batch.document_ids[lane]
