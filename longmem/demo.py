@@ -1,7 +1,7 @@
 """The demonstration: what memory does for a small model on this machine, measured here and now.
 
-One recipe, top to bottom: memorize the first part of a long text, adapt the side network on that part, score the
-unseen rest, show what was read, continue a prompt, save, reopen, check. No number is stored in the package.
+One recipe, top to bottom: open a model, memorize the first part of a long text, score the rest, show what was read,
+continue a prompt, save, reopen, check. No number is stored in the package.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from longmem.evaluation.reads import Passage, read_passages
 from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
 from longmem.memory import MemoryBank
 from longmem.modeling import LongMemForCausalLM
+from longmem.opening import open_model, side_network_origin
 from longmem.plots import plot_scores, require_matplotlib
 from longmem.sample_texts import split_texts
-from longmem.training import AdaptationStep, adapt
 
 Scores = dict[str, WindowScores]
 
@@ -37,22 +37,20 @@ class DemoSettings:
     Args:
         output: folder for results, figure, bank and side network.
         file: text to read; default: Python's reference manual.
-        backbone: hub name, folder or packaged name.
+        model: folder of a saved LongMem model; or packaged name, hub name or folder of a causal LM.
         memory_tokens: tokens of the first part, which is memorized.
         windows: windows of the rest, which are scored.
         window: tokens the model sees at once.
-        steps: steps of adaptation, one window each.
         new_tokens: tokens of the continuation.
         seed: of torch and of the bootstrap.
     """
 
     output: Path = Path("longmem-demo")
     file: Path | None = None
-    backbone: str = "smollm2-135m"
+    model: str = "smollm2-135m"
     memory_tokens: int = 12_288
     windows: int = 12
     window: int = 512
-    steps: int = 23
     new_tokens: int = 40
     seed: int = 0
 
@@ -71,10 +69,8 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     step = Headings(console)
 
-    step("Open the backbone")
-    model = LongMemForCausalLM.from_backbone(settings.backbone, segment_length=settings.window).eval()
-    side = sum(parameter.numel() for parameter in model.side_network.parameters()) / 1e6
-    console.print(f"  {settings.backbone}, frozen, and a side network of {side:.0f} million weights.")
+    step("Open the model")
+    model = open_aloud(settings, console)
     scored_tokens = settings.windows * settings.window
     texts = split_texts(model.tokenizer, settings.file, settings.memory_tokens, scored_tokens)
     past, rest, name = texts.past, texts.rest, texts.name
@@ -83,11 +79,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     bank = memorize(model, past, "right memory", console)
     wrong_bank = memorize(model, texts.wrong, "wrong memory", console)
 
-    step(f"Adapt the side network on that first part: {settings.steps} steps of {settings.window} tokens")
-    log = adapt_aloud(model, past, settings, console)
-    console.print(f"  loss of the first and the last quarter of the steps: {' -> '.join(quarter_losses(log))}")
-
-    step(f"Score the {len(rest):,} tokens that follow, which nothing has seen, in windows of {settings.window}")
+    step(f"Score the {len(rest):,} tokens that follow, in windows of {settings.window}")
     scores = score_aloud(model, rest, bank, wrong_bank, settings, console)
     summary = summarize(scores, settings.seed)
     console.print(plain_table(table_rows(summary), emphasized=TITLES["on"]))
@@ -115,6 +107,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         raise RuntimeError(f"the reopened model differs by {difference:.3g} in a loss: what was saved is not the same.")
 
     metrics = {
+        "side_network": side_network_origin(settings.model),
         "systems": summary,
         "reopened_largest_difference": difference,
         "passages_read": [dataclasses.asdict(passage) for (passage,) in reads],
@@ -128,7 +121,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     plot_scores(
         settings.output / "demo.png",
         scores,
-        title=f"{settings.backbone} reading {name}, its first {len(past):,} tokens in memory",
+        title=f"{settings.model} reading {name}, its first {len(past):,} tokens in memory",
         first_token=len(past),
         window=settings.window,
         reading_layers=bank.memory_layers,
@@ -138,13 +131,38 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
 
 
 def validate_settings(settings: DemoSettings) -> None:
-    """Raise ValueError for numbers that leave nothing to memorize, adapt to or score."""
-    if settings.memory_tokens < 2 * settings.window:
+    """Raise ValueError for numbers that leave nothing to memorize or to score."""
+    for name, least in (("windows", 1), ("window", 2), ("new_tokens", 1)):
+        if (value := getattr(settings, name)) < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    if settings.memory_tokens < settings.window:
         raise ValueError(
-            f"`memory_tokens` must be at least two windows, {2 * settings.window} tokens, got {settings.memory_tokens}."
+            f"`memory_tokens` must be at least one window, {settings.window} tokens, got {settings.memory_tokens}."
         )
-    if settings.windows < 1 or settings.new_tokens < 1:
-        raise ValueError(f"`windows` must be at least 1, got {settings.windows}.")
+
+
+def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
+    """Return the model, and say whether its side network is a trained one.
+
+    Raises:
+        ValueError: the side network was made for shorter windows than the demonstration's.
+    """
+    origin = side_network_origin(settings.model)
+    # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
+    model = open_model(settings.model, **({"segment_length": settings.window} if origin == "new" else {}))
+    if settings.window > (longest := model.config.segment_length):
+        raise ValueError(f"`window` must be at most the model's `segment_length`, {longest}, got {settings.window}.")
+    weights = sum(parameter.numel() for parameter in model.side_network.parameters()) / 1e6
+    side_network = {
+        "saved": "the side network that was saved beside it",
+        "packaged": "the trained side network that comes with this package",
+        "new": "a new side network, copied from it and not trained",
+    }[origin]
+    backbone = model.config.backbone_name_or_path or settings.model
+    console.print(f"  {escape(backbone)}, frozen, and {side_network} ({weights:.0f} million weights).")
+    if origin == "new":
+        console.print("  train/train_longmem.py trains one; the README says how.")
+    return model
 
 
 def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id: str, console: Console) -> MemoryBank:
@@ -154,26 +172,6 @@ def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id
     with token_progress(document_id, console) as report:
         model.memorize(bank, ids, document_id, progress=report)
     return bank
-
-
-def adapt_aloud(
-    model: LongMemForCausalLM, past: Int[Tensor, " tokens"], settings: DemoSettings, console: Console
-) -> list[AdaptationStep]:
-    """Adapt the side network with a progress bar and a log file."""
-    log_file = settings.output / "adaptation.jsonl"
-    log_file.unlink(missing_ok=True)
-    with token_progress("adapting", console) as report:
-
-        def report_step(entry: AdaptationStep, total: int) -> None:
-            report(entry.step * entry.tokens, total * entry.tokens)
-
-        return adapt(model, past, window=settings.window, steps=settings.steps, log_file=log_file, progress=report_step)
-
-
-def quarter_losses(log: list[AdaptationStep]) -> list[str]:
-    """Return the mean losses of the first and of the last quarter of the steps."""
-    count = max(1, len(log) // 4)
-    return [f"{sum(entry.loss for entry in part) / count:.3f}" for part in (log[:count], log[-count:])]
 
 
 def score_aloud(
@@ -248,7 +246,7 @@ def closing(output: Path, seconds: float) -> str:
     folder = escape(str(output))
     return (
         f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
-        "  demo.png, table.md, metrics.json, losses.safetensors, adaptation.jsonl, config.json, environment.json,\n"
+        "  demo.png, table.md, metrics.json, losses.safetensors, config.json, environment.json,\n"
         "  bank (the memory) and side-network (the model). Try them:\n"
         f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
     )

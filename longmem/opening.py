@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longmem.configuration import LongMemConfig
 from longmem.modeling import LongMemForCausalLM
-from longmem.packaged import has_trained_side_network
+from longmem.packaged import PACKAGED_BACKBONES, has_trained_side_network
 from longmem.saving import local_folder
 
 
 def is_saved_model(name: str) -> bool:
-    """Return whether a folder holds a side network that `save_pretrained` wrote."""
+    """Return whether a folder holds a side network that `save_pretrained` wrote.
+
+    A packaged name comes before a folder of that name, which is reached as `./smollm2-135m`.
+    """
+    if name in PACKAGED_BACKBONES:
+        return False
     config = Path(name) / "config.json"
     return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "longmem"
+
+
+def side_network_origin(name: str) -> Literal["saved", "packaged", "new"]:
+    """Return where `open_model(name)` has its side network from: the folder, this package (trained), or nowhere yet."""
+    if is_saved_model(name):
+        return "saved"
+    return "packaged" if has_trained_side_network(name) else "new"
 
 
 def refuse_config_of_saved(name: str, config_fields: dict[str, Any]) -> None:
@@ -38,12 +50,10 @@ def open_model(name: str, *, dtype: str | None = None, **config_fields: Any) -> 
     Raises:
         ValueError: settings are given for a saved model, which has its own.
     """
-    if is_saved_model(name):
+    origin = side_network_origin(name)
+    if origin == "saved":
         refuse_config_of_saved(name, config_fields)
-        is_saved = True
-    else:
-        is_saved = not config_fields and has_trained_side_network(name)
-    if not is_saved:
+    if origin == "new" or config_fields:
         options = None if dtype is None else {"dtype": dtype}
         return LongMemForCausalLM.from_backbone(name, backbone_options=options, **config_fields).eval()
     if dtype is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_backbone, some_text
+from tiny_trained import NAME, save_tiny_trained
 
 from longmem import cli
 from longmem.cli import main
@@ -114,6 +115,39 @@ def test_a_saved_side_network_is_a_model(backbone_folder, files, tmp_path, run):
     code, _, error = run("generate", "--bank", tmp_path / "bank", *prompt, "--model", backbone_folder)
     assert code == 2
     assert "`model` must be the encoder of" in error
+
+
+def test_the_default_model_is_the_trained_side_network(files, tmp_path, run, monkeypatch):
+    """Its bank remembers the packaged name; what an untrained side network with other settings wrote is refused."""
+    from longmem.modeling import LongMemForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    trained = save_tiny_trained(tmp_path, monkeypatch, segment_length=64, memory_layers=[1, 2])
+    assert run("memorize", files[0], "--bank", "bank")[0] == 0
+    assert json.loads(Path("bank/model.json").read_text()) == {"model": NAME}
+    trained.save_pretrained(NAME)  # a folder of that name is another thing
+    assert run("memorize", files[1], "--bank", "bank", "--model", NAME)[0] == 0
+    assert json.loads(Path("bank/model.json").read_text()) == {"model": NAME}
+    code, out, _ = run("generate", "--bank", "bank", "--prompt", "the cat", "--max-new-tokens", 4, "--json")
+    assert code == 0
+    with MemoryBank.open("bank", trained, read_only=True) as bank:
+        ids = trained.tokenizer("the cat", return_tensors="pt")["input_ids"]
+        found = trained.generate(ids, memory=bank, max_new_tokens=4, do_sample=False)
+    # Saved in bfloat16, so that not every token need be the same.
+    assert json.loads(out)["text"][0] == trained.tokenizer.decode(found[0, ids.shape[1] :])[0]
+
+    untrained = LongMemForCausalLM.from_backbone(NAME)
+    with MemoryBank.for_model(untrained, folder="old") as bank:
+        untrained.memorize(bank, "the cat sat on a mat", "a")
+    Path("old/model.json").write_text(json.dumps({"model": NAME}))
+    code, _, error = run("generate", "--bank", "old", "--prompt", "the cat", "--max-new-tokens", 4)
+    assert code == 2
+    for words in ("the encoder of old", "`memory_layers`, `chunk_size` and `segment_length`", "longmem bank export"):
+        assert words in error
+    assert run("bank", "export", "old.jsonl", "--bank", "old")[0] == 0
+    assert run("bank", "add", "old.jsonl", "--bank", "new")[0] == 0
+    assert documents("new").keys() == {"a"}
+    assert run("generate", "--bank", "new", "--prompt", "the cat", "--max-new-tokens", 4)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import save_tiny_backbone, some_text
+from tiny_trained import NAME, save_tiny_trained
 
 from longmem.cli import main
 from longmem.sample_texts import docstrings_of, python_manual, split_texts, standard_library_docstrings
 
 pytest.importorskip("matplotlib")
-QUICK = ["--memory-tokens", "128", "--windows", "2", "--window", "32", "--steps", "2"]
+MANUAL = "Python's reference manual"
+QUICK = ["--memory-tokens", "128", "--windows", "2", "--window", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -24,47 +26,73 @@ def backbone_folder(tmp_path_factory):
 
 def test_the_demo_writes_what_it_says(backbone_folder, tmp_path, capsys):
     output = tmp_path / "demo"
-    assert main(["demo", "--backbone", backbone_folder, "--output", str(output), *QUICK]) == 0
+    assert main(["demo", "--model", backbone_folder, "--output", str(output), *QUICK]) == 0
     told = capsys.readouterr().out
     for word in ("memory on", "wrong memory", "share", "with memory:", "largest difference of 31 losses 0.0e+00"):
         assert word in told
+    assert "a new side network" in told
+    assert "trained side network" not in told
     for name in ("demo.png", "table.md", "config.json", "environment.json", "bank/catalogue.sqlite"):
         assert (output / name).stat().st_size > 0
     metrics = json.loads((output / "metrics.json").read_text())
     losses = load_file(output / "losses.safetensors")
-    assert losses.keys() == {f"Python's reference manual/{system}" for system in ("backbone", "off", "on", "wrong")}
+    assert losses.keys() == {f"{MANUAL}/{system}" for system in ("backbone", "off", "on", "wrong")}
     for system, values in metrics["systems"].items():
-        mean = losses[f"Python's reference manual/{system}"].double().mean().item()
+        mean = losses[f"{MANUAL}/{system}"].double().mean().item()
         assert values["loss"] == pytest.approx(mean)
         assert values["perplexity"] == pytest.approx(math.exp(mean))
         assert values["scored_tokens"] == 62
-    assert len((output / "adaptation.jsonl").read_text().splitlines()) == 2
-    assert json.loads((output / "config.json").read_text())["demo"]["memory_tokens"] == 128
+    torch.testing.assert_close(losses[f"{MANUAL}/off"], losses[f"{MANUAL}/backbone"])  # what a new side network is
+    assert not torch.allclose(losses[f"{MANUAL}/on"], losses[f"{MANUAL}/off"], atol=1e-3)
+    config = json.loads((output / "config.json").read_text())
+    assert config["demo"]["memory_tokens"] == 128
+    assert config["model"]["segment_length"] == 32
+    assert metrics["side_network"] == "new"
     assert metrics["continuations"]["the text itself"]
+
+
+def test_the_demo_opens_the_trained_side_network(tmp_path, monkeypatch, capsys):
+    model = save_tiny_trained(tmp_path, monkeypatch, segment_length=64, num_retrieved_tokens=4)
+    assert main(["demo", "--output", str(tmp_path / "demo"), *QUICK]) == 0
+    told = capsys.readouterr().out
+    for word in (f"{NAME}, frozen, and the trained side network", "largest difference of 31 losses 0.0e+00"):
+        assert word in told
+    config = json.loads((tmp_path / "demo" / "config.json").read_text())["model"]
+    assert (config["segment_length"], config["num_retrieved_tokens"]) == (64, 4)  # its own, not the demo's
+    losses = load_file(tmp_path / "demo" / "losses.safetensors")
+    assert (losses[f"{MANUAL}/off"] - losses[f"{MANUAL}/backbone"]).abs().mean() > 1e-3
+    assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["side_network"] == "packaged"
+    saved = [str(tmp_path / "demo" / "side-network"), "--output", str(tmp_path / "again")]
+    assert main(["demo", "--model", *saved, *QUICK]) == 0
+    assert "was saved beside it" in capsys.readouterr().out
+    again = load_file(tmp_path / "again" / "losses.safetensors")
+    assert torch.equal(again[f"{MANUAL}/on"], losses[f"{MANUAL}/on"])
+    assert main(["demo", "--output", str(tmp_path / "long"), "--memory-tokens", "128", "--window", "65"]) == 2
+    assert f"at most the model's `segment_length`, {model.config.segment_length}, got 65" in capsys.readouterr().err
 
 
 def test_the_demo_reads_a_file_and_answers_a_program(backbone_folder, tmp_path, capsys):
     file = tmp_path / "story.txt"
     file.write_text(some_text(200))
-    arguments = ["--backbone", backbone_folder, "--file", str(file), "--output", str(tmp_path / "demo"), "--json"]
+    arguments = ["--model", backbone_folder, "--file", str(file), "--output", str(tmp_path / "demo"), "--json"]
     assert main(["demo", *arguments, *QUICK]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["systems"].keys() == {"backbone", "off", "on", "wrong"}
     assert "story.txt" in captured.err
-    assert "Python's reference manual as a wrong memory" in captured.err
+    assert f"{MANUAL} as a wrong memory" in captured.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory-tokens", "40"], "at least two windows, 64 tokens, got 40"),
-        (["--windows", "0"], "`windows` must be at least 1"),
-        (["--steps", "0"], "`steps` must be at least 1"),
+        (["--memory-tokens", "31"], "at least one window, 32 tokens, got 31"),
+        (["--windows", "0"], "`windows` must be at least 1, got 0"),
+        (["--window", "1"], "`window` must be at least 2, got 1"),
         (["--memory-tokens", "100000000"], "must have 100,000,064 tokens"),
     ],
 )
 def test_impossible_settings_are_explained(arguments, message, backbone_folder, tmp_path, capsys):
-    given = ["demo", "--backbone", backbone_folder, "--output", str(tmp_path), *QUICK, *arguments]
+    given = ["demo", "--model", backbone_folder, "--output", str(tmp_path), *QUICK, *arguments]
     assert main(given) == 2
     assert message in capsys.readouterr().err
 

@@ -11,27 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import save_tiny_backbone
+from tiny_trained import NAME, save_tiny_trained
 
 from longmem import LongMemForCausalLM, MemoryBank, packaged
-from longmem.backbone import loading
+from longmem.opening import open_model, side_network_origin
 
-NAME = "smollm2-135m"
 REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """A changed model whose backbone bears the packaged name, saved where the package keeps its trained side networks."""
-    folder = str(save_tiny_backbone(tmp_path / "backbone"))
-    monkeypatch.setattr(loading, "resolve_backbone", lambda name: folder if name == NAME else name)
-    monkeypatch.setattr(packaged, "TRAINED_FOLDER", tmp_path / "trained")
-    model = LongMemForCausalLM.from_backbone(NAME, segment_length=16, num_retrieved_tokens=8, lora={"rank": 2}).eval()
-    with torch.no_grad():
-        for weight in model.side_network.trained_parameters().values():
-            weight.add_(torch.randn_like(weight) * 0.1)
-    model.save_pretrained(tmp_path / "trained" / NAME, dtype=torch.bfloat16)
-    return model
+    return save_tiny_trained(tmp_path, monkeypatch)
 
 
 @torch.no_grad()
@@ -51,6 +41,19 @@ def test_a_packaged_name_opens_the_trained_side_network(model, tmp_path, monkeyp
     new.save_pretrained(NAME)  # a folder of that name is another thing
     assert LongMemForCausalLM.from_pretrained(NAME).config.lora is not None
     assert LongMemForCausalLM.from_pretrained(f"./{NAME}").config.lora is None
+
+
+def test_settings_or_a_folder_of_that_name_open_another_side_network(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new = open_model(NAME, num_retrieved_tokens=4, segment_length=16)
+    assert (new.config.num_retrieved_tokens, new.config.lora) == (4, None)
+    new.save_pretrained(NAME)
+    found = {name: side_network_origin(name) for name in (NAME, f"./{NAME}", "backbone")}
+    assert found == {NAME: "packaged", f"./{NAME}": "saved", "backbone": "new"}
+    assert open_model(NAME).config.num_retrieved_tokens == 8
+    assert open_model(f"./{NAME}").config.num_retrieved_tokens == 4
+    with pytest.raises(ValueError, match="has its settings"):
+        open_model(f"./{NAME}", chunk_size=2)
 
 
 def test_a_packaged_name_without_a_trained_side_network(model, monkeypatch):

@@ -14,7 +14,9 @@ from rich.console import Console
 from longmem.memory import MemoryBank, has_bank
 from longmem.modeling import LongMemForCausalLM
 from longmem.opening import open_model
+from longmem.packaged import PACKAGED_BACKBONES
 
+# With the trained side network that comes with this package, if there is one.
 DEFAULT_MODEL = "smollm2-135m"
 # Beside the bank's own files; it says which model to open when none is named. Whether that model fits, the bank checks.
 MODEL_FILE = "model.json"
@@ -81,7 +83,8 @@ def open_model_of(folder: Path, chosen: str | None) -> tuple[str, LongMemForCaus
 
 def remember_model(folder: Path, name: str) -> None:
     """Write down the model of a bank; a folder by its full path, so that it is found from anywhere."""
-    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    is_folder = name not in PACKAGED_BACKBONES and Path(name).is_dir()
+    name = str(Path(name).resolve()) if is_folder else name
     (folder / MODEL_FILE).write_text(json.dumps({"model": name}, indent=2) + "\n", encoding="utf-8")
 
 

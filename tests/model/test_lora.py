@@ -9,7 +9,7 @@ from model.conftest import SETTINGS, build_backbone
 from torch import nn
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.training import adaptable_parameters
+from longmem.training.trainable import select_trained
 
 RANK = {"rank": 4}
 # One of each: transposed weights (gpt2), experts with a router that is a linear layer (phimoe), layers of several kinds.
@@ -97,7 +97,7 @@ def test_the_base_stays_frozen_whatever_is_asked_of_the_model(document):
     assert trainable() == set()
     model.train().requires_grad_(True)
     assert trainable() == trained
-    attention = {f"side_network.{name}" for name in adaptable_parameters(model)}
+    attention = {f"side_network.{name}" for name in select_trained(model, "reading_attention", reads_memory=True)}
     assert attention < trained
     assert any(".q_proj.lora_A." in name for name in attention)
 
