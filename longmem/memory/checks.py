@@ -190,8 +190,8 @@ def validate_encoder(model: Any, fingerprint: str | None, where: str) -> None:
     if model is not None and fingerprint is not None and (own := model.encoder_fingerprint()) != fingerprint:
         raise ValueError(
             f"`model` must be the encoder of {where}, {fingerprint}, got {own}: its queries do not fit the stored keys. "
-            "An encoder is a backbone with `memory_layers`, `chunk_size` and `segment_length`; a trained side network may have "
-            "others than a new one on the same backbone. Memorize the documents again, in `MemoryBank.for_model(model)` or with "
+            "An encoder is a backbone with `memory_layers`, `chunk_size` and `segment_length`; those of a trained side network "
+            "may be others than those of a new one. Memorize the documents again, in `MemoryBank.for_model(model)` or with "
             "`longmem bank export` and `longmem bank add`; without `model` a bank opens for inspection."
         )
 
