@@ -1,11 +1,11 @@
 """Train a side network: a YAML file says how, and settings on the command line change it.
 
     python train/train_longmem.py configs/train/python-manual.yaml
-    python train/train_longmem.py configs/train/books.yaml data.train=my-books output=runs/mine optimization.steps=500
-    accelerate launch --num_processes 2 train/train_longmem.py configs/train/books.yaml data.train=my-books
+    python train/train_longmem.py configs/train/books.yaml data.train=my-books data.validation=my-other-books
+    python train/train_longmem.py configs/train/python-manual.yaml output=runs/mine optimization.steps=200
 
 The run's folder gets settings, log, curve, checkpoints and the side network. The same command goes on with a run that was
-stopped.
+stopped. docs/training.md says what a run does, also in several processes (accelerate launch).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Memory-augmented adaptation training (LongMem, section 2.3) on accelerate: one loop for a laptop and for a cluster.
+"""Memory-augmented training of the side network (LongMem, section 2.3) on accelerate: one loop for a laptop and for a cluster.
 
 A step reads one window of every lane. The frozen backbone runs first, or its features are read from where they were kept;
 then the side network predicts the window, reading the memory of the lane's earlier text; after the backward pass the window

@@ -22,7 +22,8 @@ class ModelSettings:
 
     backbone: str = "smollm2-135m"
     """Packaged name, hub name or folder of a causal LM, for a new side network; or folder of a saved LongMem model, to
-    go on from. The default needs no download."""
+    go on from. The default needs no download; its name stands for the backbone alone, not for the trained side network
+    that comes with this package."""
 
     backbone_dtype: Dtype = "float32"
     """Dtype of the backbone's weights. float32 is right on a CPU; bfloat16 halves a GPU's memory, and the side network
@@ -61,8 +62,8 @@ class DataSettings:
     """Tokens of a segment: what a lane reads in one forward pass, beside its memory (paper: 1,024)."""
 
     lanes: Count = 4
-    """Rows of a batch, over all processes together, so that the number of processes changes no result. The default fits
-    a laptop."""
+    """Rows of a batch, over all processes together, so that the number of processes changes no result (except with
+    `memory.foreign_lanes`, which are lanes of the same process). The default fits a laptop."""
 
     lanes_per_document: Count = 1
     """Lanes that a document is divided among; each reads one stretch of it. More than 1 when there are fewer documents
@@ -93,7 +94,7 @@ class MemorySettings:
     """Capacity at the first step of a curriculum; None: `tokens` from the start, as in the paper."""
 
     growth_steps: Number = 0
-    """Optimizer steps over which the capacity grows linearly from `start_tokens` to `tokens`."""
+    """Optimizer steps over which the capacity doubles, at even distances, from `start_tokens` to `tokens`."""
 
     foreign_lanes: Number = 0
     """Other lanes whose memories a lane reads as well. Their texts do not fit its own and teach it to tell them apart
