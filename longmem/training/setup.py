@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from longmem.data import Lanes, load_corpus
 from longmem.modeling import LongMemForCausalLM
 from longmem.opening import is_saved_model, refuse_config_of_saved
+from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
 from longmem.training.trainable import parameter_groups
 from longmem.training.validation import Validation, validation_texts
@@ -99,6 +100,29 @@ def make_optimizer(trained: dict[str, nn.Parameter], wanted: OptimizationSetting
         weight_decay=wanted.weight_decay,
     )
     return torch.optim.AdamW(groups, betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
+
+
+def introduction(
+    settings: TrainingSettings, lanes: Lanes, steps: int, num_trained: int, features: FrozenFeatures
+) -> list[str]:
+    """Return lines on what a run is about to do, and on the room that its feature cache will take."""
+    data, memory = settings.data, settings.memory
+    batch = f"{settings.optimization.gradient_accumulation * data.lanes} x {data.window:,} tokens"
+    reads = (
+        f"lanes read memories of up to {memory.tokens:,} tokens" if memory.enabled else "nothing is read from memory"
+    )
+    lines = [
+        f"{num_trained:,} weights are trained beside {settings.model.backbone}: {steps:,} steps of {batch}, "
+        f"an epoch being {lanes.num_tokens:,} tokens; {reads}.",
+    ]
+    if features.folder is not None:
+        size = features.bytes_per_token()
+        limit = "" if settings.features.max_gigabytes is None else f", at most {settings.features.max_gigabytes:g} GB"
+        lines.append(
+            f"Frozen features: {size:,} bytes a token, {size * lanes.num_tokens / 1e9:.2f} GB for an epoch{limit}, "
+            f"in {features.folder}."
+        )
+    return lines
 
 
 def total_steps(wanted: OptimizationSettings, lanes: Lanes) -> int:
