@@ -22,17 +22,19 @@ from longmem.training.validation import Validation, validation_texts
 def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCausalLM:
     """Return the model to train, on a device, in training mode.
 
-    On a half-precision backbone a new side network is float32: small updates would be lost in its weights.
+    A new side network is later used with segments as long as the windows it is trained on, and on a half-precision backbone
+    it is float32: small updates would be lost in its weights. Both unless `model.config` says otherwise.
     """
     wanted = settings.model
     fields = dict(wanted.config)
-    if wanted.backbone_dtype != "float32" and not is_saved_model(wanted.backbone):
-        fields.setdefault("side_network_dtype", "float32")
     options = {"dtype": getattr(torch, wanted.backbone_dtype)}
     if is_saved_model(wanted.backbone):
         refuse_config_of_saved(wanted.backbone, fields)
         model = LongMemForCausalLM.from_pretrained(wanted.backbone, backbone_options=options)
     else:
+        fields.setdefault("segment_length", settings.data.window)
+        if wanted.backbone_dtype != "float32":
+            fields.setdefault("side_network_dtype", "float32")
         model = LongMemForCausalLM.from_backbone(wanted.backbone, backbone_options=options, **fields)
     model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     if settings.optimization.gradient_checkpointing:
