@@ -1,7 +1,7 @@
 """Check that recall is learned: facts, 16,384 tokens of other text, then questions that only memory can answer.
 
     python eval/eval_recall.py --output results/recall
-    python eval/eval_recall.py --seeds 0 --output results/chunks chunk_size=2 num_retrieved_tokens=32
+    python eval/eval_recall.py --seeds 0 --output results/substitute residual=substitute init=backbone
 
 Everything is made from the seed: a tiny backbone is trained and frozen, then its side network. No model, no data.
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from longmem.commands.opening import console_for, parse_settings
@@ -37,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    torch.set_num_threads(1)  # products this small gain nothing from a second one, and crawl where it is busy
     console = console_for(as_json=False)
     settings, task = RecallSettings(distance=arguments.distance), RecallTask()
     rows, metrics, answers, model_config = [["seed", *TITLES.values(), "chance", "seconds"]], {}, {}, {}

@@ -101,11 +101,20 @@ def train_backbone(task: RecallTask, steps: int, seed: int) -> LlamaForCausalLM:
 
 
 def add_side_network(backbone: LlamaForCausalLM, **config_fields: Any) -> LongMemForCausalLM:
-    """Return the backbone with a new side network: its upper layer reads; a chunk is one token unless told otherwise.
+    """Return the backbone with a new side network, whose upper layer reads memory.
 
-    Pairs stand at any alignment, and the mean key of a longer chunk would hide them: see `docs/experiments.md`.
+    It starts as the backbone and gets nothing from memory (`residual="paper"`, `init="identity"`), so all that it recalls
+    was learned; the default form recalls most of it untrained. A chunk is one token: pairs stand at any alignment, and in
+    the mean key of a longer chunk, the tokens beside the one that matches hide it (`docs/experiments.md`).
     """
-    fields = {"memory_layers": [1], "chunk_size": 1, "num_retrieved_tokens": 16, "segment_length": WINDOW}
+    fields = {
+        "residual": "paper",
+        "init": "identity",
+        "memory_layers": [1],
+        "chunk_size": 1,
+        "num_retrieved_tokens": 16,
+        "segment_length": WINDOW,
+    }
     return LongMemForCausalLM.from_backbone(backbone, **{**fields, **config_fields}).eval()
 
 
@@ -117,7 +126,7 @@ def memorized(model: LongMemForCausalLM, token_ids: Tensor) -> MemoryBank:
 
 
 def train_side_network(
-    model: LongMemForCausalLM, task: RecallTask, steps: int, distance: int, seed: int, learning_rate: float = 2e-3
+    model: LongMemForCausalLM, task: RecallTask, steps: int, distance: int, seed: int, learning_rate: float = 5e-3
 ) -> None:
     """Train the side network, in place: at each step the pairs of a new document, in memory alone, are all asked once.
 

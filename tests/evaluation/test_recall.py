@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -149,12 +151,20 @@ def test_systems_answer_the_same_questions():
     torch.testing.assert_close(again["on"], answers["on"], **EXACT)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products this small gain nothing from a second thread, and crawl where it has to wait for a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_facts_16k_tokens_back_are_recalled_from_memory_alone(seed):
+def test_facts_16k_tokens_back_are_recalled_from_memory_alone(seed, one_thread):
     result = check_recall(seed)
     assert len(result.answers["on"]) == 256
     assert result.accuracy["on"] >= 0.95
-    assert result.accuracy["on"] > result.accuracy["untrained"]
-    # Of 256 guesses among 64 values 4 are right on average, and more than 12 in 1 of 4,000 cases.
-    assert max(result.accuracy["off"], result.accuracy["wrong"]) <= 12 / 256
+    # Of 256 guesses among 64 values 4 are right on average, and more than 12 in about 1 of 4,000 cases.
+    assert max(result.accuracy[system] for system in ("off", "wrong", "untrained")) <= 12 / 256
