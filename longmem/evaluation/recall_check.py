@@ -69,8 +69,13 @@ def train_backbone(task: RecallTask, steps: int, seed: int) -> LlamaForCausalLM:
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": WINDOW}
-    no_special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": WINDOW,
+    }
+    no_special_tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     backbone = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=task.vocab_size,
@@ -107,7 +112,7 @@ def add_side_network(backbone: LlamaForCausalLM, **config_fields: Any) -> LongMe
     was learned; the default form recalls most of it untrained. A chunk is one token: pairs stand at any alignment, and in
     the mean key of a longer chunk, the tokens beside the one that matches hide it (`docs/experiments.md`).
     """
-    fields = {
+    fields: dict[str, Any] = {
         "residual": "paper",
         "init": "identity",
         "memory_layers": [1],
