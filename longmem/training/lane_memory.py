@@ -120,15 +120,17 @@ class LaneMemories:
             put(document_id, keys, values, token_ids=ids)
 
     def _clear_new(self, batch: LaneBatch) -> None:
+        """Let go of what a lane must not find when it begins a batch."""
         for bank, document_id, is_new in zip(self.banks, batch.document_ids, batch.is_new, strict=True):
             if is_new and not self.keep_documents:
                 bank.clear()
-            elif is_new:
-                for document in bank.documents():
-                    # One that comes again, in the next epoch, must not find itself. One that is gone but for tokens
-                    # that wait for a full chunk has ended, and they wait for nothing.
-                    if document.document_id == document_id or not document.num_chunks:
-                        bank.delete(document.document_id)
+                continue
+            for known in bank.documents():
+                # One that comes again, in the next epoch, would find itself. Of one that has left memory but for tokens
+                # that wait for a full chunk, nothing will ever be found.
+                again = is_new and known.document_id == document_id
+                if again or (known.document_id != document_id and not known.num_chunks):
+                    bank.delete(known.document_id)
 
     def _reach(self, step: int, batch_at: BatchAt) -> int:
         """Return how many steps back the fullest bank's tokens go."""

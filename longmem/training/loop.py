@@ -107,6 +107,9 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_settings(settings, self.folder / "config.yaml")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+        num_trained = sum(parameter.numel() for parameter in self.trained.values())
+        for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.features):
+            self.console.print(line, highlight=False, soft_wrap=True)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
             log = (

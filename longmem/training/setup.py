@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from longmem.data import Lanes, load_corpus
 from longmem.modeling import LongMemForCausalLM
 from longmem.opening import is_saved_model, refuse_config_of_saved
+from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
 from longmem.training.trainable import parameter_groups
 from longmem.training.validation import Validation, validation_texts
@@ -21,17 +22,19 @@ from longmem.training.validation import Validation, validation_texts
 def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCausalLM:
     """Return the model to train, on a device, in training mode.
 
-    On a half-precision backbone a new side network is float32: small updates would be lost in its weights.
+    A new side network is later used with segments as long as the windows it is trained on, and on a half-precision backbone
+    it is float32: small updates would be lost in its weights. Both unless `model.config` says otherwise.
     """
     wanted = settings.model
     fields = dict(wanted.config)
-    if wanted.backbone_dtype != "float32" and not is_saved_model(wanted.backbone):
-        fields.setdefault("side_network_dtype", "float32")
     options = {"dtype": getattr(torch, wanted.backbone_dtype)}
     if is_saved_model(wanted.backbone):
         refuse_config_of_saved(wanted.backbone, fields)
         model = LongMemForCausalLM.from_pretrained(wanted.backbone, backbone_options=options)
     else:
+        fields.setdefault("segment_length", settings.data.window)
+        if wanted.backbone_dtype != "float32":
+            fields.setdefault("side_network_dtype", "float32")
         model = LongMemForCausalLM.from_backbone(wanted.backbone, backbone_options=options, **fields)
     model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     if settings.optimization.gradient_checkpointing:
@@ -99,6 +102,29 @@ def make_optimizer(trained: dict[str, nn.Parameter], wanted: OptimizationSetting
         weight_decay=wanted.weight_decay,
     )
     return torch.optim.AdamW(groups, betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
+
+
+def introduction(
+    settings: TrainingSettings, lanes: Lanes, steps: int, num_trained: int, features: FrozenFeatures
+) -> list[str]:
+    """Return lines on what a run is about to do, and on the room that its feature cache will take."""
+    data, memory = settings.data, settings.memory
+    batch = f"{settings.optimization.gradient_accumulation * data.lanes} x {data.window:,} tokens"
+    reads = (
+        f"lanes read memories of up to {memory.tokens:,} tokens" if memory.enabled else "nothing is read from memory"
+    )
+    lines = [
+        f"{num_trained:,} weights are trained beside {settings.model.backbone}: {steps:,} steps of {batch}, "
+        f"an epoch being {lanes.num_tokens:,} tokens; {reads}.",
+    ]
+    if features.folder is not None:
+        size = features.bytes_per_token()
+        limit = "" if settings.features.max_gigabytes is None else f", at most {settings.features.max_gigabytes:g} GB"
+        lines.append(
+            f"Frozen features: {size:,} bytes a token, {size * lanes.num_tokens / 1e9:.2f} GB for an epoch{limit}, "
+            f"in {features.folder}."
+        )
+    return lines
 
 
 def total_steps(wanted: OptimizationSettings, lanes: Lanes) -> int:

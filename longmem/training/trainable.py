@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from longmem.modeling import LongMemForCausalLM
+from longmem.side_network import SideLayer
 
 GATES = (
     "memory_bias",
@@ -25,10 +26,8 @@ def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: boo
         reads_memory: without it the memory biases are left as they are: nothing passes through them.
     """
     model.requires_grad_(True)  # freezes the backbone, and what LoRA leaves frozen
-    wanted = set()
-    for layer in model.side_network.layers:
-        if layer.memory_bias is not None:
-            wanted |= {id(layer.memory_bias), *map(id, layer.attention.parameters())}
+    reading = [layer for layer in side_layers(model) if layer.memory_bias is not None]
+    wanted = {id(each) for layer in reading for each in (layer.memory_bias, *layer.attention.parameters())}
     chosen = {}
     for name, parameter in model.side_network.named_parameters():
         is_bias = name.endswith("memory_bias")
@@ -53,7 +52,12 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
+def side_layers(model: LongMemForCausalLM) -> list[SideLayer]:
+    """Return the side network's layers."""
+    return cast(list[SideLayer], list(model.side_network.layers))
+
+
 def mean_bias(model: LongMemForCausalLM) -> float:
     """Return the mean memory bias, or gate before its sigmoid, over layers and heads."""
-    biases = [layer.memory_bias for layer in model.side_network.layers if layer.memory_bias is not None]
+    biases = [layer.memory_bias for layer in side_layers(model) if layer.memory_bias is not None]
     return torch.cat([bias.detach().float().flatten() for bias in biases]).mean().item()

@@ -33,7 +33,8 @@ def validation_texts(
     Raises:
         ValueError: there are fewer than two of them; the wrong memory of one is the memory of another.
     """
-    needed, texts = memory_tokens + windows * window, []
+    needed = memory_tokens + windows * window
+    texts: list[ValidationText] = []
     for row in corpus:
         if len(row["input_ids"]) >= needed and len(texts) < documents:
             ids = torch.tensor(row["input_ids"][:needed], dtype=torch.int64)
