@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.bank import MemoryBank
@@ -128,22 +127,26 @@ class BankShards:
         if not with_chunks:
             raise ValueError("`gather` needs a shard that holds chunks, got empty ones only; ask `is_empty` first.")
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
-        parts: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
+        places, num_taken = torch.zeros_like(rows), 0
         for number, shard in enumerate(self.shards):
             mine = numbers == number
-            counts = mine.sum(dim=1, keepdim=True)
-            if shard not in with_chunks or not counts.any():
+            ranks = mine.cumsum(dim=1) - 1
+            width = int(ranks[:, -1].max()) + 1 if rows.numel() else 0
+            if shard not in with_chunks or not width:
                 continue
-            # Heads ask a shard for different numbers of rows: pushed to the left, those of all heads fit one tensor.
-            filled = torch.arange(int(counts.max()), device=rows.device) < counts
-            packed = own_rows.new_zeros(filled.shape)
-            packed[filled] = own_rows[mine]
-            keys, values = (_take(part.to(rows.device), filled) for part in shard.gather(layer, packed))
-            parts.append((mine, (keys, values)))
+            # Heads ask a shard for different numbers of rows: pushed to the left, those of all heads fit one tensor. One
+            # more column takes the rows of other shards.
+            packed = rows.new_zeros(len(rows), width + 1)
+            packed.scatter_(1, torch.where(mine, ranks, width), own_rows)
+            parts.append(shard.gather(layer, packed[:, :width]))
+            starts = num_taken + width * torch.arange(len(rows), device=rows.device).unsqueeze(1)
+            places = torch.where(mine, starts + ranks, places)
+            num_taken += width * len(rows)
         if not parts:  # nothing but missing rows: any chunk will do
-            keys, values = with_chunks[0].gather(layer, torch.zeros_like(rows))
-            return keys.to(rows.device), values.to(rows.device)
-        return _assemble(rows, parts, 0), _assemble(rows, parts, 1)
+            parts, places = [with_chunks[0].gather(layer, rows.new_zeros(len(rows), 1))], torch.zeros_like(rows)
+        keys, values = (_in_order(part, places) for part in zip(*parts, strict=True))
+        return keys, values
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
         """Return (document id, first token, token after the last) for each row, flattened; None for row -1."""
@@ -178,22 +181,14 @@ def _known_documents(shard: MemoryBank | BankView) -> list[str]:
     return [document.document_id for document in shard.documents()]
 
 
-def _take(
-    part: Float[Tensor, "kv_heads chunks chunk_size _dim"], places: Bool[Tensor, "kv_heads chunks"]
-) -> Float[Tensor, "places chunk_size _dim"]:
-    # Whole chunks by number are copied several times faster than by a mask.
-    return part.flatten(0, 1).index_select(0, places.flatten().nonzero().flatten())
-
-
-def _assemble(
-    rows: Int[Tensor, "kv_heads chunks"], parts: Sequence[tuple[Tensor, tuple[Tensor, Tensor]]], position: int
-) -> Float[Tensor, "kv_heads chunks chunk_size _dim"]:
-    """Return the keys (position 0) or values (1) of all shards in the places of `rows`; zeros in those of no shard."""
-    dtype = functools.reduce(torch.promote_types, (part[position].dtype for _, part in parts))
-    whole = rows.new_zeros(rows.numel(), *parts[0][1][position].shape[1:], dtype=dtype)
-    for mine, part in parts:
-        whole.index_copy_(0, mine.flatten().nonzero().flatten(), part[position].to(dtype))
-    return whole.unflatten(0, rows.shape)
+def _in_order(
+    parts: Sequence[Float[Tensor, "kv_heads _chunks chunk_size dim"]], places: Int[Tensor, "kv_heads chunks"]
+) -> Float[Tensor, "kv_heads chunks chunk_size dim"]:
+    """Return the chunks at `places`, counted through all heads of all parts."""
+    together = torch.cat([part.to(places.device).flatten(0, 1) for part in parts])
+    # To pick whole chunks copies them at the speed of memory; to put them in their places (`index_copy_`, masks) goes number
+    # by number and takes several times as long.
+    return together.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _validate_shards(shards: Sequence[Any]) -> None:
