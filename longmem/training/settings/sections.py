@@ -93,7 +93,7 @@ class MemorySettings:
     """Capacity at the first step of a curriculum; None: `tokens` from the start, as in the paper."""
 
     growth_steps: Number = 0
-    """Optimizer steps over which the capacity grows linearly from `start_tokens` to `tokens`."""
+    """Optimizer steps over which the capacity doubles, at even distances, from `start_tokens` to `tokens`."""
 
     foreign_lanes: Number = 0
     """Other lanes whose memories a lane reads as well. Their texts do not fit its own and teach it to tell them apart
@@ -146,10 +146,10 @@ class OptimizationSettings:
     """What is added to the root of the mean squared gradient (torch's default)."""
 
     warmup_steps: Number = 100
-    """Steps over which the learning rate grows linearly from 0; fewer than the run has."""
+    """Steps over which the learning rate grows linearly, before the highest one; fewer than the run has."""
 
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """How the learning rate falls after the warm-up, to 0 at the last step, or stays (paper: linear)."""
+    """How the learning rate falls after the warm-up, to just above 0 at the last step, or stays (paper: linear)."""
 
     clip_norm: Annotated[float, Above(0)] = 1.0
     """Largest norm of the gradient; a longer one is scaled down."""
