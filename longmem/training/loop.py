@@ -19,7 +19,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import Tensor
-from transformers import get_scheduler
 
 from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
@@ -40,8 +39,6 @@ from longmem.training.settings import (
     validate_settings,
 )
 from longmem.training.trainable import mean_bias, select_trained
-
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 @dataclasses.dataclass
@@ -93,8 +90,7 @@ class Trainer:
         self.memories = LaneMemories(self.model, len(self.own), **setup.memory_options(settings))
         self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
         optimizer = setup.make_optimizer(self.trained, optimization)
-        schedule = SCHEDULES[optimization.schedule]
-        self.schedule = get_scheduler(schedule, optimizer, optimization.warmup_steps, self.steps)
+        self.schedule = setup.make_schedule(optimizer, optimization, self.steps)
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.step = self.checkpoints.restore(self.accelerator)
@@ -121,10 +117,11 @@ class Trainer:
                 if log is not None and self.step % settings.logging.every_steps == 0:
                     log.write(records[-1])
                 show(records[-1])
-                if self._due(settings.checkpoints.every_steps):
-                    self.checkpoints.save(self.accelerator, self.step)
+                # Before the checkpoint: a run that is killed between the two does this step, and both, again.
                 if self._due(settings.validation.every_steps) or self.step == self.steps:
                     self._validate(log)
+                if self._due(settings.checkpoints.every_steps):
+                    self.checkpoints.save(self.accelerator, self.step)
         self.finish(stop.reason)
         return records
 
@@ -250,7 +247,8 @@ class Trainer:
             return
         self.model.save_pretrained(self.folder / "side-network", state_dict=state)
         steps, validations = read_log(self.folder / "log.jsonl")
-        plot_training(self.folder / "curve.png", steps, validations)
+        if steps:
+            plot_training(self.folder / "curve.png", steps, validations)
         if reason is not None:
             self.console.print(f"Stopped by {reason} after step {self.step} of {self.steps}; the same command goes on.")
 

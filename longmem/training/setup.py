@@ -8,7 +8,13 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    PreTrainedTokenizerBase,
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from longmem.data import Lanes, load_corpus
 from longmem.modeling import LongMemForCausalLM
@@ -125,6 +131,20 @@ def introduction(
             f"in {features.folder}."
         )
     return lines
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, wanted: OptimizationSettings, steps: int) -> LRScheduler:
+    """Return the schedule of the learning rate: no step has the rate 0.
+
+    transformers' schedules begin and end with it. From the second of `steps + 1` values on, all of them move the weights.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # torch asks for it where a schedule does not begin at its first value
+    warmup = wanted.warmup_steps + 1
+    if wanted.schedule == "constant":
+        return get_constant_schedule_with_warmup(optimizer, warmup, last_epoch=0)
+    decay = get_linear_schedule_with_warmup if wanted.schedule == "linear" else get_cosine_schedule_with_warmup
+    return decay(optimizer, warmup, steps + 1, last_epoch=0)
 
 
 def total_steps(wanted: OptimizationSettings, lanes: Lanes) -> int:

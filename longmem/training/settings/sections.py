@@ -147,10 +147,10 @@ class OptimizationSettings:
     """What is added to the root of the mean squared gradient (torch's default)."""
 
     warmup_steps: Number = 100
-    """Steps over which the learning rate grows linearly from 0; fewer than the run has."""
+    """Steps over which the learning rate grows linearly, before the highest one; fewer than the run has."""
 
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """How the learning rate falls after the warm-up, to 0 at the last step, or stays (paper: linear)."""
+    """How the learning rate falls after the warm-up, to just above 0 at the last step, or stays (paper: linear)."""
 
     clip_norm: Annotated[float, Above(0)] = 1.0
     """Largest norm of the gradient; a longer one is scaled down."""
