@@ -149,7 +149,8 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
     """
     origin = side_network_origin(settings.model)
     # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
-    model = open_model(settings.model, **({"segment_length": settings.window} if origin == "new" else {}))
+    fields: dict[str, Any] = {"segment_length": settings.window} if origin == "new" else {}
+    model = open_model(settings.model, **fields)
     if settings.window > (longest := model.config.segment_length):
         raise ValueError(f"`window` must be at most the model's `segment_length`, {longest}, got {settings.window}.")
     weights = sum(parameter.numel() for parameter in model.side_network.parameters()) / 1e6

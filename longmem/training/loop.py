@@ -149,7 +149,9 @@ class Trainer:
             last = number == numbers[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.side_network):
                 self._window_step(number, scale, sums)
-        norm = self.accelerator.clip_grad_norm_(list(self.trained.values()), settings.clip_norm)
+        # Of the network as prepared: FSDP puts parameters of its own in the place of those chosen before.
+        weights = [weight for weight in self.side_network.parameters() if weight.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(weights, settings.clip_norm)
         learning_rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
