@@ -155,6 +155,8 @@ def test_the_loop_does_what_a_naive_one_does(start, overrides):
         else:
             assert record.memory_tokens == 0
             assert record.memory_share is None
+    # A document of some lane began while others went on: lanes with and without memory in one batch.
+    assert mixed or set(overrides) & {"memory__enabled", "data__at_document_border", "data__lanes_per_document"}
     after = trained_weights(trainer)
     for name, weight in naive.model.side_network.named_parameters():
         torch.testing.assert_close(after[name], weight.detach(), rtol=0, atol=2e-4)

@@ -1,0 +1,104 @@
+"""Two processes do what one does with the same lanes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_runs import make_files
+
+from longmem.training.records import read_log
+
+ROOT = Path(__file__).parents[2]
+SHORT = (4, 6, 9, 13, 5, 22, 30, 7, 11, 18)  # rows of one batch have unequal numbers of targets
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return make_files(tmp_path_factory.mktemp("files"), SHORT)
+
+
+def run(files, output, num_processes, *settings):
+    """Train with the script in so many processes that talk over gloo, as `accelerate launch` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "train/train_longmem.py", str(files), f"output={output}", *settings]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    processes = []
+    for rank in range(num_processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} if num_processes > 1 else {}
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**environment, **own},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [process.returncode for process in processes], "\n".join(outputs)
+
+
+def same_runs(folder, other):
+    found, expected = read_log(folder).steps, read_log(other).steps
+    assert [record.step for record in found] == [record.step for record in expected]
+    for record, like in zip(found, expected, strict=True):
+        assert record.loss == pytest.approx(like.loss, rel=2e-5)
+        assert record.backbone_loss == pytest.approx(like.backbone_loss, rel=2e-5)
+        assert record.gradient_norm == pytest.approx(like.gradient_norm, rel=2e-3)
+        assert record.memory_tokens == like.memory_tokens
+        assert record.tokens == like.tokens
+    weights, others = (
+        load_file(each / "side-network" / "model.safetensors") for each in (folder, other)
+    )
+    for name, weight in weights.items():
+        assert (weight - others[name]).abs().max() < 2e-4, name
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(files, tmp_path):
+    settings = ["data.validation=null", "optimization.gradient_accumulation=2"]
+    codes, output = run(files, tmp_path / "two", 2, *settings)
+    assert codes == [0, 0], output
+    assert output.count("step 6/6") == 1  # the first process alone tells
+    codes, output = run(files, tmp_path / "one", 1, *settings)
+    assert codes == [0], output
+    same_runs(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(files, tmp_path, before, after):
+    settings = ["data.validation=null", "checkpoints.every_steps=4"]
+    codes, output = run(files, tmp_path / "both", before, *settings)
+    assert codes == [0] * before, output
+    # What a kill in step 6 would leave: the checkpoint of step 4.
+    newest = tmp_path / "both" / "checkpoints" / "step-6"
+    newest.rename(newest.with_name("later"))
+    codes, output = run(files, tmp_path / "both", after, *settings)
+    assert codes == [0] * after, output
+    codes, output = run(files, tmp_path / "one", 1, *settings)
+    assert codes == [0], output
+    same_runs(tmp_path / "both", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_lanes_that_processes_cannot_share(files, tmp_path):
+    codes, output = run(files, tmp_path / "run", 2, "data.lanes=3", "data.validation=null")
+    assert 0 not in codes
+    assert "must be a multiple of the number of processes, got 3 and 2; the next above is 4." in output
