@@ -109,8 +109,8 @@ def add_side_network(backbone: LlamaForCausalLM, **config_fields: Any) -> LongMe
     """Return the backbone with a new side network, whose upper layer reads memory.
 
     It starts as the backbone and gets nothing from memory (`residual="paper"`, `init="identity"`), so all that it recalls
-    was learned; the default form recalls most of it untrained. A chunk is one token: pairs stand at any alignment, and in
-    the mean key of a longer chunk, the tokens beside the one that matches hide it (`docs/experiments.md`).
+    was learned; the default form recalls most of it untrained. A chunk is one token: longer ones, whose search key is a mean,
+    recall fewer of these pairs, which stand at any alignment (`docs/experiments.md`).
     """
     fields: dict[str, Any] = {
         "residual": "paper",
