@@ -148,21 +148,19 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
         ValueError: the side network was made for shorter windows than the demonstration's.
     """
     origin = side_network_origin(settings.model)
+    name, window = settings.model, settings.window
     # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
-    fields: dict[str, Any] = {"segment_length": settings.window} if origin == "new" else {}
-    model = open_model(settings.model, **fields)
-    if settings.window > (longest := model.config.segment_length):
-        raise ValueError(f"`window` must be at most the model's `segment_length`, {longest}, got {settings.window}.")
+    model = open_model(name, segment_length=window) if origin == "new" else open_model(name)
+    if window > (longest := model.config.segment_length):
+        raise ValueError(f"`window` must be at most the model's `segment_length`, {longest}, got {window}.")
     weights = sum(parameter.numel() for parameter in model.side_network.parameters()) / 1e6
     side_network = {
         "saved": "the side network that was saved beside it",
         "packaged": "the trained side network that comes with this package",
-        "new": "a new side network, copied from it and not trained",
+        "new": "a new side network, copied from it and not trained (the README says how to train one)",
     }[origin]
-    backbone = model.config.backbone_name_or_path or settings.model
-    console.print(f"  {escape(backbone)}, frozen, and {side_network} ({weights:.0f} million weights).")
-    if origin == "new":
-        console.print("  train/train_longmem.py trains one; the README says how.")
+    backbone = escape(model.config.backbone_name_or_path or name)
+    console.print(f"  {backbone}, frozen, and {side_network} ({weights:.0f} million weights).")
     return model
 
 

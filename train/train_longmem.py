@@ -21,7 +21,10 @@ def main() -> None:
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
     )
     arguments = parser.parse_args()
-    trainer = Trainer(load_settings(arguments.config, arguments.overrides), console_for(as_json=False))
+    try:
+        trainer = Trainer(load_settings(arguments.config, arguments.overrides), console_for(as_json=False))
+    except ValueError as error:  # settings, texts or an earlier run do not fit
+        parser.exit(2, f"train_longmem.py: {error}\n")
     trainer.run()
 
 
