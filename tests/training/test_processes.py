@@ -63,9 +63,7 @@ def same_runs(folder, other):
         assert record.gradient_norm == pytest.approx(like.gradient_norm, rel=2e-3)
         assert record.memory_tokens == like.memory_tokens
         assert record.tokens == like.tokens
-    weights, others = (
-        load_file(each / "side-network" / "model.safetensors") for each in (folder, other)
-    )
+    weights, others = (load_file(each / "side-network" / "model.safetensors") for each in (folder, other))
     for name, weight in weights.items():
         assert (weight - others[name]).abs().max() < 2e-4, name
 
