@@ -68,6 +68,11 @@ class Trainer:
         validate_settings(settings)
         self.settings, self.folder = settings, Path(settings.output)
         optimization = settings.optimization
+        if optimization.mixed_precision == "fp16" and not torch.accelerator.is_available():
+            raise ValueError(
+                "`optimization.mixed_precision` must be no or bf16 where there is no GPU, got 'fp16'; bf16 computes "
+                "with the same number of bits."
+            )
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # empty memories give biases no gradient
         # Without an accelerator it must be told: else processes started on a CPU would not know of each other.
         self.accelerator = Accelerator(

@@ -19,8 +19,8 @@ class StepRecord:
     """One optimizer step, over all processes; losses are in nats per token, from before the step.
 
     Steps count from 1. `gain` is what the side network saves against the backbone alone on the same tokens,
-    `backbone_loss`; both are None where that was not computed. `tokens` were read in this step, `memory_tokens` could be
-    read from memory by a lane, on average. `memory_share` is the mean weight of memory in the attention of the reading
+    `backbone_loss`; both are None where that was not computed. `tokens` were read in this step, `memory_tokens` were in a
+    lane's own memory, on average. `memory_share` is the mean weight of memory in the attention of the reading
     layers, None where nothing was read, and `bias_mean` the mean memory bias (or gate) over these layers and their heads.
     """
 

@@ -98,7 +98,8 @@ class MemorySettings:
 
     foreign_lanes: Number = 0
     """Other lanes whose memories a lane reads as well. Their texts do not fit its own and teach it to tell them apart
-    (the crossbatch of Focused Transformer, arXiv 2307.03170). The paper shares one memory among all lanes of a GPU."""
+    (the crossbatch of Focused Transformer, arXiv 2307.03170). The paper shares one memory among all lanes of a GPU.
+    They are lanes of the same process, so here alone the number of processes changes what is read."""
 
     index: str = "flat"
     """Kind of search index, with settings if any, as in `ivf:probed_share=0.06`. `flat` is exact and, in memories of
