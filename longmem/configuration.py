@@ -89,7 +89,7 @@ class LongMemConfig(PreTrainedConfig):
     final_norm: Literal["backbone", "side"] = "backbone"
     side_layer_options: dict[str, Any] | None = None
     side_network_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    memory_bias_init: float | None = None
+    memory_bias_init: float | int | None = None
     lora: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
