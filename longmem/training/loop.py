@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import time
 from pathlib import Path
 
@@ -80,6 +81,11 @@ class Trainer:
             mixed_precision=optimization.mixed_precision,
             kwargs_handlers=[ddp],
         )
+        if self.accelerator.gradient_accumulation_steps != 1:  # it would divide every loss by it
+            raise ValueError(
+                "gradient accumulation must be set by `optimization.gradient_accumulation`, got "
+                f"{self.accelerator.gradient_accumulation_steps} from the settings of `accelerate launch`; set it to 1 there."
+            )
         self.console = console if console is not None and self.accelerator.is_main_process else Console(quiet=True)
         set_seed(settings.seed)
         self.checkpoints = Checkpoints(self.folder, settings.checkpoints.keep)
@@ -119,6 +125,7 @@ class Trainer:
             show = stack.enter_context(training_progress(self.console, self.steps, self.step))
             while self.step < self.steps and not self._any_process(stop.wanted):
                 records.append(self.train_step())
+                refuse_divergence(records[-1], settings.optimization.learning_rate)
                 if log is not None and self.step % settings.logging.every_steps == 0:
                     log.write(records[-1])
                 show(records[-1])
@@ -258,6 +265,15 @@ class Trainer:
             plot_training(self.folder / "curve.png", steps, validations)
         if reason is not None:
             self.console.print(f"Stopped by {reason} after step {self.step} of {self.steps}; the same command goes on.")
+
+
+def refuse_divergence(record: StepRecord, learning_rate: float) -> None:
+    """Raise ValueError if a loss or a gradient is no number any more: no later step would repair the weights."""
+    if not math.isfinite(record.loss) or math.isnan(record.gradient_norm):
+        raise ValueError(
+            f"training diverged in step {record.step}: loss {record.loss}, gradient norm {record.gradient_norm}; lower "
+            f"`optimization.learning_rate` ({learning_rate}) or `optimization.gate_learning_rate`, and give another `output`."
+        )
 
 
 def num_targets(batch: LaneBatch) -> int:

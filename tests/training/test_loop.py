@@ -201,3 +201,11 @@ def test_fp16_without_a_gpu(start):
 def test_settings_that_do_not_fit_the_texts(start, files, overrides, message):
     with pytest.raises(ValueError, match=message):
         start(**{"data__validation": settings_of(files).data.validation, **overrides})
+
+
+def test_a_run_that_diverges_stops_before_its_weights_are_saved(start):
+    trainer = start(optimization__learning_rate=1e30, checkpoints__every_steps=1)
+    with pytest.raises(ValueError, match=r"training diverged in step [23]: .* lower `optimization.learning_rate`"):
+        trainer.run()
+    assert trainer.checkpoints.steps()[-1] < trainer.step
+    assert not (trainer.folder / "side-network").exists()
