@@ -136,9 +136,7 @@ def validate_settings(settings: DemoSettings) -> None:
         if (value := getattr(settings, name)) < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     if settings.memory_tokens < settings.window:
-        raise ValueError(
-            f"`memory_tokens` must be at least one window, {settings.window} tokens, got {settings.memory_tokens}."
-        )
+        raise ValueError(f"`memory_tokens` must be at least `window`, {settings.window}, got {settings.memory_tokens}.")
 
 
 def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:

@@ -85,7 +85,7 @@ def test_the_demo_reads_a_file_and_answers_a_program(backbone_folder, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory-tokens", "31"], "at least one window, 32 tokens, got 31"),
+        (["--memory-tokens", "31"], "at least `window`, 32, got 31"),
         (["--windows", "0"], "`windows` must be at least 1, got 0"),
         (["--window", "1"], "`window` must be at least 2, got 1"),
         (["--memory-tokens", "100000000"], "must have 100,000,064 tokens"),
