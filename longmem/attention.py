@@ -178,8 +178,8 @@ def attend_rows(
         )
     needs_grad = torch.is_grad_enabled() and queries.requires_grad
     results = []
-    for start in range(0, queries.shape[1], QUERY_BLOCK):
-        arguments = queries[:, start : start + QUERY_BLOCK], rows[:, start : start + QUERY_BLOCK]
+    # Split, not sliced: the gradient of each slice would be a tensor of zeros as large as all queries.
+    for arguments in zip(queries.split(QUERY_BLOCK, dim=1), rows.split(QUERY_BLOCK, dim=1), strict=True):
         if needs_grad:
             results.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
