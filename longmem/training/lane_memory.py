@@ -99,13 +99,17 @@ class LaneMemories:
                 self.write(past, states_of(past))
         self._clear_new(batch)
 
-    def readable(self) -> list[ReadableMemory]:
-        """Return what each lane reads: its own bank, and the foreign ones."""
-        count = len(self.banks)
-        if not self.foreign_lanes:
-            return list(self.banks)
-        others = range(self.foreign_lanes + 1)
-        return [BankShards([self.banks[(lane + other) % count] for other in others]) for lane in range(count)]
+    def readable(self, batch: LaneBatch) -> list[ReadableMemory]:
+        """Return what each lane reads with a batch: its own bank, and the next foreign ones.
+
+        A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict.
+        """
+        found: list[ReadableMemory] = []
+        for lane, own in enumerate(self.banks):
+            others = self.banks[lane + 1 :] + self.banks[:lane]
+            foreign = [bank for bank in others if batch.document_ids[lane] not in bank][: self.foreign_lanes]
+            found.append(BankShards([own, *foreign]) if foreign else own)
+        return found
 
     def write(self, batch: LaneBatch, states: BackboneStates) -> None:
         """Append what the backbone made of a batch to the banks: real tokens only, each lane to its own document."""

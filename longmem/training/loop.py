@@ -24,7 +24,7 @@ from torch import Tensor
 from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.evaluation.results import environment
-from longmem.plots import plot_training
+from longmem.plots import plot_training, require_matplotlib
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints
 from longmem.training.features import FrozenFeatures
@@ -67,6 +67,7 @@ class Trainer:
 
     def __init__(self, settings: TrainingSettings, console: Console | None = None) -> None:
         validate_settings(settings)
+        require_matplotlib()  # for the curve, at the end
         self.settings, self.folder = settings, Path(settings.output)
         optimization = settings.optimization
         if optimization.mixed_precision == "fp16" and not torch.accelerator.is_available():
@@ -115,6 +116,8 @@ class Trainer:
             save_settings(settings, self.folder / "config.yaml")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
         num_trained = sum(parameter.numel() for parameter in self.trained.values())
+        if self.step == self.steps:
+            self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
         for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.features):
             self.console.print(line, highlight=False, soft_wrap=True)
         with contextlib.ExitStack() as stack:
@@ -180,7 +183,7 @@ class Trainer:
         if memory.enabled:
             capacity = self._capacity(self.step)
             self.memories.prepare(batch, number, capacity, self._batch, self._states)
-            banks = self.memories.readable()
+            banks = self.memories.readable(batch)
             sums.memory_tokens += self.memories.mean_tokens
         with self.accelerator.autocast():
             hidden_states, reads = self.side_network(features.states, banks)

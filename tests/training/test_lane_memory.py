@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset
@@ -131,11 +133,20 @@ def test_foreign_lanes_are_read_beside_the_own(model, lanes, states_of):
     alone, together = make(model), make(model, foreign_lanes=1)
     for memories in (alone, together):
         play(memories, lanes, 2, states_of)
-    assert alone.readable() == alone.banks
-    for lane, readable in enumerate(together.readable()):
+    batch = lanes.batch(2)
+    assert alone.readable(batch) == alone.banks
+    for lane, readable in enumerate(together.readable(batch)):
         assert isinstance(readable, BankShards)
         assert readable.shards[0] is together.banks[lane]
         assert readable.num_tokens == sum(bank.num_tokens for bank in together.banks)
+
+
+def test_a_foreign_lane_with_the_same_document_is_not_read(model, lanes, states_of):
+    memories = play(make(model, foreign_lanes=1), lanes, 2, states_of)
+    batch = lanes.batch(2)
+    same = dataclasses.replace(batch, document_ids=(batch.document_ids[1], batch.document_ids[1]))
+    assert memories.readable(same)[0] is memories.banks[0]
+    assert isinstance(memories.readable(batch)[0], BankShards)
 
 
 def test_more_foreign_lanes_than_there_are(model):
