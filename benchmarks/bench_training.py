@@ -163,9 +163,8 @@ def main() -> None:
     }
     memory = "GPU memory" if torch.cuda.is_available() else "resident memory"
     title = f"{given.backbone}, {tokens} tokens a step, {given.memory_tokens} in memory, {given.steps} steps"
-    table = Table(
-        Column("tokens/s, and their ratios", no_wrap=True), "median", "min", "max", f"peak {memory}, MB", title=title
-    )
+    columns = (Column(name, no_wrap=True, justify="right") for name in ("median", "min", "max", "peak MB"))
+    table = Table("tokens/s, and their ratios", *columns, title=title, caption=f"peak MB: of {memory}")
     for name, figures in speeds.items():
         table.add_row(name, *(f"{each:,.1f}" for each in figures.values()), f"{peaks[name]:,.0f}")
     for name, figures in ratios.items():
