@@ -129,6 +129,8 @@ def save_model(
     model.config.architectures = [type(model).__name__]
     config = copy.deepcopy(model.config)
     config.backbone_name_or_path = name_from(folder, config.backbone_name_or_path)
+    # Where it was opened from here, such as a folder of somebody's cache, is nobody else's business.
+    config.backbone_config.name_or_path = config.backbone_name_or_path or ""
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     trained = sum(weight.numel() for weight in model.side_network.trained_parameters().values())

@@ -30,6 +30,8 @@ def test_a_packaged_name_opens_the_trained_side_network(model, tmp_path, monkeyp
     trained = LongMemForCausalLM.from_pretrained(NAME)
     assert trained.config.lora == model.config.lora
     assert trained.config.backbone_name_or_path == NAME
+    # Not where the backbone was opened from on the machine that saved it.
+    assert str(tmp_path) not in (tmp_path / "trained" / NAME / "config.json").read_text()
     bank = MemoryBank.for_model(model)
     ids = torch.randint(0, 256, (1, 40))
     model.memorize(bank, ids[0], document_id="a")
