@@ -9,13 +9,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import (
-    PreTrainedTokenizerBase,
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-)
+from transformers import PreTrainedTokenizerBase
 
+from longmem.console import without_warnings_of
 from longmem.data import Lanes, load_corpus
 from longmem.modeling import LongMemForCausalLM
 from longmem.opening import is_saved_model, refuse_config_of_saved
@@ -138,6 +134,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, wanted: OptimizationSettings
 
     transformers' schedules begin and end with it. From the second of `steps + 1` values on, all of them move the weights.
     """
+    # Imported here: transformers' module of schedules imports peft, and that bitsandbytes where it is installed, which warns.
+    with without_warnings_of("bitsandbytes"):
+        from transformers.optimization import (
+            get_constant_schedule_with_warmup,
+            get_cosine_schedule_with_warmup,
+            get_linear_schedule_with_warmup,
+        )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # torch asks for it where a schedule does not begin at its first value
     warmup = wanted.warmup_steps + 1
