@@ -21,8 +21,10 @@ def token_losses(
 ) -> Float[Tensor, "lanes targets"]:
     """Return the loss of every token but the first in nats, in float32; 0 where the label is -100.
 
-    The LM head runs on one lane at a time, and again in the backward pass: a vocabulary of 50,000 makes 200 MB of logits
-    from 1,000 tokens, and several times that with their gradients.
+    The LM head runs on one lane at a time, and nothing of it is kept: a vocabulary of 50,000 makes 200 MB of logits from
+    1,000 tokens, and several times that with their gradients. The head is frozen and sees each token by itself, so the
+    gradient of a token's loss by its hidden state is found at once; the backward pass only scales it. Where the side network
+    trains a final norm of its own, the head runs again in the backward pass instead.
 
     Args:
         model: whose final norm and LM head run.
@@ -36,10 +38,19 @@ def token_losses(
         logits = model._backbone.logits(states[None, :-1], final_modules=final_modules)[0]
         return nn.functional.cross_entropy(logits.float(), targets[1:], ignore_index=IGNORED, reduction="none")
 
+    def with_gradient(states: Tensor, targets: Tensor) -> Tensor:
+        leaf = states.detach().requires_grad_()
+        losses = of_lane(leaf, targets)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        # Adds zeros, whose gradient by the hidden states is the one just found.
+        return losses.detach() + ((states - leaf.detach()) * gradient)[:-1].sum(dim=-1)
+
     lanes = zip(hidden_states, labels, strict=True)
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
+    if not (torch.is_grad_enabled() and hidden_states.requires_grad):
+        return torch.stack([of_lane(*lane) for lane in lanes])
+    if final_modules is not None and any(weight.requires_grad for weight in final_modules.parameters()):
         return torch.stack([checkpoint(of_lane, *lane, use_reentrant=False) for lane in lanes])
-    return torch.stack([of_lane(*lane) for lane in lanes])
+    return torch.stack([with_gradient(*lane) for lane in lanes])
 
 
 def long_context_weights(

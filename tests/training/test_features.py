@@ -134,3 +134,23 @@ def test_other_backbone_layers_or_dtype_have_other_folders(model, backbone_folde
         other.backbone.lm_head.weight.mul_(2)  # above every memory layer, but in the losses
     folders.add(FrozenFeatures(other, tmp_path).folder)
     assert len(folders) == 5
+
+
+@pytest.mark.parametrize("final_norm", ["backbone", "side"])
+def test_gradients_of_token_losses_are_those_of_plain_logits(backbone_folder, input_ids, final_norm):
+    model = LongMemForCausalLM.from_backbone(backbone_folder, residual="paper", final_norm=final_norm)
+    labels = labels_of(input_ids, LENGTHS)
+    weights = torch.rand(3, 15, generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for plain in (False, True):
+        hidden_states = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        if plain:
+            logits = model._backbone.logits(hidden_states, final_modules=model.side_network.final_modules)
+            losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        else:
+            losses = token_losses(model, hidden_states, labels)
+        trained = [] if final_norm == "backbone" else list(model.side_network.final_modules.parameters())
+        gradients.append(torch.autograd.grad((losses * weights).sum(), [hidden_states, *trained]))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert found.abs().max() > 0
