@@ -51,6 +51,7 @@ class StepSums:
     targets: float = 0.0
     memory_tokens: float = 0.0
     memory_share: float = 0.0
+    reads: float = 0.0  # batches in which some lane found something
     batches: float = 0.0
 
 
@@ -194,6 +195,7 @@ class Trainer:
         sums.targets += float(weights.sum())
         if reads:
             sums.memory_share += float(torch.stack([read.memory_share.mean() for read in reads]).mean())
+            sums.reads += 1
         sums.batches += 1
         if self.settings.loss.long_context_weight:
             weights = weights * self._long_context_weights(number, batch, features.losses)
@@ -227,7 +229,6 @@ class Trainer:
         values = torch.tensor(dataclasses.astuple(sums), device=self.accelerator.device)
         total = StepSums(*self.accelerator.reduce(values, "sum").tolist())
         loss, backbone_loss = total.loss / total.targets, total.backbone_loss / total.targets
-        reads = self.settings.memory.enabled
         return StepRecord(
             step=self.step,
             epoch=self.step * self.settings.optimization.gradient_accumulation / self.lanes.steps_per_epoch,
@@ -238,7 +239,7 @@ class Trainer:
             gradient_norm=norm,
             tokens=tokens,
             memory_tokens=total.memory_tokens / total.batches,
-            memory_share=total.memory_share / total.batches if reads else None,
+            memory_share=total.memory_share / total.reads if total.reads else None,
             bias_mean=mean_bias(self.model),
             seconds=seconds,
             tokens_per_second=tokens / seconds,
