@@ -267,6 +267,11 @@ class Trainer:
         steps, validations = read_log(self.folder / "log.jsonl")
         if steps:
             plot_training(self.folder / "curve.png", steps, validations)
+        self.console.print(
+            f"In {self.folder}: side-network (for `LongMemForCausalLM.from_pretrained`), curve.png, log.jsonl, checkpoints.",
+            highlight=False,
+            soft_wrap=True,
+        )
         if reason is not None:
             self.console.print(f"Stopped by {reason} after step {self.step} of {self.steps}; the same command goes on.")
 
