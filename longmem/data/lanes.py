@@ -15,7 +15,7 @@ from longmem.data.schedule import Schedule
 from longmem.errors import did_you_mean
 
 COLUMNS = ("document_id", "input_ids")
-NO_LABEL = -100
+NO_LABEL = -100  # of what is no target, as in transformers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,10 @@ class Lanes:
             is_new=tuple(place.windows_before == 0 for place in places),
             epochs=tuple(place.epoch for place in places),
         )
+
+    def lengths(self, step: int) -> tuple[int, ...]:
+        """Return `LaneBatch.lengths` of all lanes at a step, without reading any token."""
+        return tuple(self._schedule.place(step, lane).length for lane in range(self.num_lanes))
 
     def windows_before(self, step: int, lane: int) -> int:
         """Return how many windows of the same document, or part of it, the lane read before the window of `step`.

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from longmem.evaluation.book_plan import Book, BookPlan
 from longmem.evaluation.perplexity import WindowScores
 from longmem.evaluation.results import as_json
 from longmem.modeling import LongMemForCausalLM
+from longmem.nested import leaves
 
 CONFIG = "config.json"
 
@@ -111,12 +112,3 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
             + (f"; {', '.join(changed[1:6])} differ too" if changed[1:] else "")
             + ". Name another folder, or delete this one."
         )
-
-
-def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) for everything in nested JSON objects."""
-    if isinstance(content, dict) and content:
-        for key, value in content.items():
-            yield from leaves(value, f"{name}.{key}" if name else key)
-    else:
-        yield name, content

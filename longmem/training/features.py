@@ -22,6 +22,7 @@ from torch import Tensor
 
 from longmem.backbone.capture import BackboneStates
 from longmem.backbone.loading import encoder_fingerprint
+from longmem.data.lanes import NO_LABEL
 from longmem.modeling import LongMemForCausalLM
 from longmem.training.losses import token_losses
 
@@ -62,6 +63,7 @@ class FrozenFeatures:
         self._bytes = 0
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is not None and self._max_bytes is not None:  # a large folder takes a while to count
             self._bytes = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
         self._calls: dict[tuple[int, ...], BackboneStates] = {}
 
@@ -192,7 +194,7 @@ def load_kept(file: Path) -> dict[str, Tensor] | None:
 def labels_of(input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) -> Int[Tensor, "lanes tokens"]:
     """Return the tokens as targets, -100 where there is padding."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return input_ids.masked_fill(positions >= torch.tensor(lengths, device=input_ids.device)[:, None], -100)
+    return input_ids.masked_fill(positions >= torch.tensor(lengths, device=input_ids.device)[:, None], NO_LABEL)
 
 
 def token_axis(name: str) -> int:

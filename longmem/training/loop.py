@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
+from longmem.data.lanes import NO_LABEL
 from longmem.evaluation.results import environment
 from longmem.plots import plot_training, require_matplotlib
 from longmem.training import setup
@@ -30,7 +32,7 @@ from longmem.training.checkpoints import Checkpoints
 from longmem.training.features import FrozenFeatures
 from longmem.training.interruption import Interruption
 from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
-from longmem.training.losses import IGNORED, long_context_weights, token_losses
+from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
 from longmem.training.settings import (
@@ -48,7 +50,6 @@ class StepSums:
 
     loss: float = 0.0
     backbone_loss: float = 0.0
-    targets: float = 0.0
     memory_tokens: float = 0.0
     memory_share: float = 0.0
     reads: float = 0.0  # batches in which some lane found something
@@ -157,9 +158,10 @@ class Trainer:
         self.model.train()
         first = self.step * settings.gradient_accumulation
         numbers = range(first, first + settings.gradient_accumulation)
-        targets = sum(num_targets(self.lanes.batch(number)) for number in numbers)
-        # Every process holds a mean over all lanes; accelerate averages gradients over processes.
-        scale = self.accelerator.num_processes / targets
+        lengths = [length for number in numbers for length in self.lanes.lengths(number)]
+        # Every token of a window but its first is a target. Every process holds a mean over all lanes; accelerate averages
+        # gradients over processes.
+        scale = self.accelerator.num_processes / (sum(lengths) - len(lengths))
         sums = StepSums()
         for number in numbers:
             last = number == numbers[-1]
@@ -173,8 +175,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
-        tokens = sum(sum(self.lanes.batch(number).lengths) for number in numbers)
-        return self._record(sums, float(norm), learning_rate, tokens, time.perf_counter() - start)
+        return self._record(sums, lengths, float(norm), learning_rate, time.perf_counter() - start)
 
     def _window_step(self, number: int, scale: float, sums: StepSums) -> None:
         """Forward and backward pass over one window of each own lane, which then enters memory."""
@@ -189,10 +190,9 @@ class Trainer:
         with self.accelerator.autocast():
             hidden_states, reads = self.side_network(features.states, banks)
             losses = token_losses(self.model, hidden_states, batch.labels)
-        weights = (batch.labels[:, 1:] != IGNORED).float()
+        weights = (batch.labels[:, 1:] != NO_LABEL).float()
         sums.loss += float((losses.detach() * weights).sum())
         sums.backbone_loss += float((features.losses * weights).sum())
-        sums.targets += float(weights.sum())
         if reads:
             sums.memory_share += float(torch.stack([read.memory_share.mean() for read in reads]).mean())
             sums.reads += 1
@@ -225,10 +225,13 @@ class Trainer:
                 long[lane, : length - 1] = self.features.losses_after(context, batch.input_ids[lane, :length])
         return long_context_weights(local, long, loss.long_context_weight)
 
-    def _record(self, sums: StepSums, norm: float, learning_rate: float, tokens: int, seconds: float) -> StepRecord:
+    def _record(
+        self, sums: StepSums, lengths: Sequence[int], norm: float, learning_rate: float, seconds: float
+    ) -> StepRecord:
+        tokens, targets = sum(lengths), sum(lengths) - len(lengths)
         values = torch.tensor(dataclasses.astuple(sums), device=self.accelerator.device)
         total = StepSums(*self.accelerator.reduce(values, "sum").tolist())
-        loss, backbone_loss = total.loss / total.targets, total.backbone_loss / total.targets
+        loss, backbone_loss = total.loss / targets, total.backbone_loss / targets
         return StepRecord(
             step=self.step,
             epoch=self.step * self.settings.optimization.gradient_accumulation / self.lanes.steps_per_epoch,
@@ -283,8 +286,3 @@ def refuse_divergence(record: StepRecord, learning_rate: float) -> None:
             f"training diverged in step {record.step}: loss {record.loss}, gradient norm {record.gradient_norm}; lower "
             f"`optimization.learning_rate` ({learning_rate}) or `optimization.gate_learning_rate`, and give another `output`."
         )
-
-
-def num_targets(batch: LaneBatch) -> int:
-    """Return the number of tokens of a batch that are predicted: all but the first of each row."""
-    return int((batch.labels[:, 1:] != IGNORED).sum())

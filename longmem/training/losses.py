@@ -7,9 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longmem.data.lanes import NO_LABEL
 from longmem.modeling import LongMemForCausalLM
-
-IGNORED = -100  # label of what is no target, as in transformers
 
 
 def token_losses(
@@ -36,7 +35,7 @@ def token_losses(
 
     def of_lane(states: Tensor, targets: Tensor) -> Tensor:
         logits = model._backbone.logits(states[None, :-1], final_modules=final_modules)[0]
-        return nn.functional.cross_entropy(logits.float(), targets[1:], ignore_index=IGNORED, reduction="none")
+        return nn.functional.cross_entropy(logits.float(), targets[1:], ignore_index=NO_LABEL, reduction="none")
 
     def with_gradient(states: Tensor, targets: Tensor) -> Tensor:
         leaf = states.detach().requires_grad_()

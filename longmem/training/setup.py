@@ -40,7 +40,7 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
         model = LongMemForCausalLM.from_backbone(wanted.backbone, backbone_options=options, **fields)
     model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides the signature
     if settings.optimization.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 

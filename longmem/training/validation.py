@@ -36,7 +36,9 @@ def validation_texts(
     needed = memory_tokens + windows * window
     texts: list[ValidationText] = []
     for row in corpus:
-        if len(row["input_ids"]) >= needed and len(texts) < documents:
+        if len(texts) == documents:
+            break
+        if len(row["input_ids"]) >= needed:
             ids = torch.tensor(row["input_ids"][:needed], dtype=torch.int64)
             texts.append(ValidationText(row["document_id"], ids[:memory_tokens], ids[memory_tokens:]))
     if len(texts) < 2:

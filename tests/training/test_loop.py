@@ -9,9 +9,9 @@ import torch
 from tiny_runs import make_files, make_trainer, settings_of, trained_weights, without_times
 from torch import nn
 
+from longmem.data.lanes import NO_LABEL
 from longmem.modeling import LongMemForCausalLM
 from longmem.training import load_settings
-from longmem.training.losses import IGNORED
 from longmem.training.records import read_log
 from longmem.training.validation import Validation
 
@@ -169,7 +169,7 @@ def test_records_count_text(start):
     assert len(records) == round(per_epoch / 4)
     for record in records:
         batches = [trainer.lanes.batch(number) for number in (2 * record.step - 2, 2 * record.step - 1)]
-        assert record.tokens == sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        assert record.tokens == sum(int((batch.labels != NO_LABEL).sum()) for batch in batches)
         assert record.epoch == record.step * 2 / per_epoch
         assert record.gain == record.backbone_loss - record.loss
         assert math.isfinite(record.gradient_norm)

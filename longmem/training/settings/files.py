@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from longmem.nested import leaves
 from longmem.training.settings.checks import config_fields, validate_settings
 from longmem.training.settings.reading import dotted_names, read_section, refuse_unknown
 from longmem.training.settings.sections import TrainingSettings
@@ -90,7 +91,8 @@ def refuse_changed_settings(settings: TrainingSettings, path: str | PathLike[str
     What decides only how long a run lasts, what it writes down and where may change.
     """
     changes = []
-    before, now = (_flat(dataclasses.asdict(each)) for each in (load_settings(path), settings))
+    runs = (dataclasses.asdict(each) for each in (load_settings(path), settings))
+    before, now = ({name: value for name, value in leaves(run) if value != {}} for run in runs)
     for name in sorted(before.keys() | now.keys()):
         free = name.startswith(MAY_CHANGE)
         if not free and before.get(name) != now.get(name):
@@ -100,14 +102,6 @@ def refuse_changed_settings(settings: TrainingSettings, path: str | PathLike[str
             f"a run with checkpoints goes on with the settings it began with, in {path}, but {', '.join(changes)}; "
             "take them back, or give another `output`."
         )
-
-
-def _flat(values: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
-    return flat
 
 
 def _parse(text: Any, source: str) -> Any:
