@@ -127,7 +127,7 @@ def test_the_word_no_is_not_false(load):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.windows=8", "`data.windows` is not a setting of a training run. Did you mean `validation.windows`?"),
+        ("data.windows=8", "`data.windows` is not a setting of this run. Did you mean `validation.windows`?"),
         ("data.windwo=8", "Did you mean `data.window`?"),
         ("learning_rate=1", "Did you mean `optimization.learning_rate`?"),
         ("lerning_rate=1", "Did you mean `optimization.learning_rate`?"),
@@ -147,7 +147,7 @@ def test_unknown_overrides_are_explained(load, override, message):
     [
         (
             "optimisation: {steps: 3}",
-            "`optimisation` is not a setting of a training run. Did you mean `optimization.steps`?",
+            "`optimisation` is not a setting of this run. Did you mean `optimization.steps`?",
         ),
         ("memory: {capacity: 3}", "`memory.capacity` is not a setting"),
         ("model: {config: {chunksize: 3}}", "`model.config.chunksize` is not a field of LongMemConfig. Did you mean"),

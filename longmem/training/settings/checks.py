@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
 from longmem.memory.index.kinds import validate_index
-from longmem.training.settings.reading import read_section
+from longmem.settings import read_section
 from longmem.training.settings.sections import TrainingSettings
 
 # These are the backbone's: `model.backbone` names it.

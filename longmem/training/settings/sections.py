@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from longmem.training.settings.reading import Above, Below, From, UpTo
+from longmem.settings import Above, Below, From, UpTo
 
 Count = Annotated[int, From(1)]
 Number = Annotated[int, From(0)]  # 0 switches something off

@@ -71,7 +71,8 @@ def read_section(section: type[Section], values: object, *, place: str = "", kno
 
     Args:
         section: its annotations say what is allowed: `str`, `int`, `float`, `bool`, `Literal`, a free `dict`, another
-            dataclass, each of them `| None` or, if a number, `Annotated` with limits.
+            dataclass, each of them `| None` or, if a number, `Annotated` with limits; `tuple[..., ...]` of one of them
+            takes a list.
         values: of a YAML file.
         place: dotted name of the section, empty for the whole.
         known: dotted names to offer when a key is unknown.
@@ -109,9 +110,9 @@ def read_section(section: type[Section], values: object, *, place: str = "", kno
 def dotted_names(section: type, place: str = "") -> Iterable[str]:
     """Yield the dotted name of every setting, those of inner sections included.
 
-    >>> from longmem.training.settings.sections import TrainingSettings
-    >>> list(dotted_names(TrainingSettings))[:2]
-    ['output', 'data.train']
+    >>> inner = dataclasses.make_dataclass("Inner", [("lanes", int)])
+    >>> list(dotted_names(dataclasses.make_dataclass("Outer", [("output", str), ("data", inner)])))
+    ['output', 'data.lanes']
     """
     for name, hint in get_type_hints(section).items():
         if dataclasses.is_dataclass(hint):
@@ -126,7 +127,7 @@ def refuse_unknown(name: str, known: Iterable[str]) -> None:
     last = name.rpartition(".")[2]
     elsewhere = [each for each in known if each.rpartition(".")[2] == last]
     offer = f" Did you mean `{elsewhere[0]}`?" if elsewhere else did_you_mean(name, known) or did_you_mean(last, known)
-    raise ValueError(f"`{name}` is not a setting of a training run.{offer}")
+    raise ValueError(f"`{name}` is not a setting of this run.{offer}")
 
 
 def _join(place: str, name: str) -> str:
@@ -140,6 +141,10 @@ def _read_value(hint: Any, value: Any, name: str, field: dataclasses.Field[Any])
         if value is None:
             return None
         (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"`{name}` must be a list, got {value!r}; write it as [..., ...].")
+        return tuple(_read_value(get_args(hint)[0], each, name, field) for each in value)
     limits: tuple[Any, ...] = ()
     if get_origin(hint) is Annotated:
         hint, *rest = get_args(hint)

@@ -1,0 +1,126 @@
+"""Settings in YAML files, and changes to them from a command line."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longmem.settings.reading import Section, dotted_names, read_section, refuse_unknown
+
+
+class SettingsLoader(yaml.SafeLoader):
+    """Read YAML as `yaml.safe_load` does, but take `1e-4` for a number and refuse a key that is given twice.
+
+    PyYAML follows YAML 1.1, in which a number needs a dot, and takes the last of two values in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return one mapping."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ValueError(
+                    f"`{key.value}` must be given once, got it again in line {key.start_mark.line + 1} of "
+                    f"{key.start_mark.name!r}; leave out one."
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+class SettingsDumper(yaml.SafeDumper):
+    """Put quotes around text that `SettingsLoader` would take for a number."""
+
+
+for each in (SettingsLoader, SettingsDumper):
+    each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def read_settings(
+    kind: type[Section],
+    path: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    free: Mapping[str, Iterable[str]] | None = None,
+) -> Section:
+    """Return the settings in a YAML file, changed by overrides; types and ranges are checked.
+
+    Relative paths in it are taken from the current directory, as those on a command line are.
+
+    Args:
+        kind: dataclass whose fields are the keys of the file; what it leaves out has its default.
+        path: YAML file.
+        overrides: each `section.key=value`, the value in YAML, as in `data.lanes=8`; the last of the same name counts.
+        free: dotted names of free sections, such as `model.config`, with the names that an override may set in them.
+
+    Raises:
+        ValueError: the file is missing or no YAML, or a setting is unknown, missing, of another type or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`path` must be a YAML file with settings, got {str(path)!r}, which is no file.")
+    with path.open(encoding="utf-8") as file:
+        values = _parse(file, str(path))
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} must hold sections of settings, name: value, got {type(values).__name__}.")
+    values = values or {}
+    known = [*dotted_names(kind), *(f"{section}.{name}" for section, names in (free or {}).items() for name in names)]
+    for override in overrides:
+        _apply_override(values, override, known, tuple(free or ()))
+    return read_section(kind, values)
+
+
+def save_settings(settings: Any, path: str | PathLike[str]) -> None:
+    """Write every field, defaults included, to a YAML file that `read_settings` reads back as equal settings."""
+    Path(path).write_text(settings_text(settings), encoding="utf-8")
+
+
+def settings_text(settings: Any) -> str:
+    """Return the YAML of every field, defaults included."""
+    values = _plain(dataclasses.asdict(settings))
+    return yaml.dump(values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML writes it: a tuple is a list."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def _parse(text: Any, source: str) -> Any:
+    """Return what YAML text says. A file is read under its own name, which errors then give."""
+    try:
+        return yaml.load(text, SettingsLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source!r} must be YAML, which it is not: {error}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str, known: Sequence[str], free: Sequence[str]) -> None:
+    """Set one value of nested mappings, in place; below a known name of a free section any name will do."""
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    if not equals:
+        raise ValueError(f"`overrides` must have the form section.key=value, got {override!r}.")
+    is_inside = any(name.startswith(f"{each}.") for each in known if each.rpartition(".")[0] in free)
+    if name not in known and not is_inside:
+        refuse_unknown(name, known)
+    *sections, key = name.split(".")
+    inner = values
+    for section in sections:
+        if inner.get(section) is None:  # left out, or a heading with nothing below it
+            inner[section] = {}
+        inner = inner[section]
+        if not isinstance(inner, dict):
+            raise ValueError(
+                f"`{section}` must be a section of settings, name: value, got {inner!r}, where `{name}` cannot be set."
+            )
+    inner[key] = copy.deepcopy(_parse(text, override))
