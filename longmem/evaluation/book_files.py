@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from longmem.evaluation.book_plan import Book, BookPlan
 from longmem.evaluation.perplexity import WindowScores
-from longmem.evaluation.results import as_json
+from longmem.evaluation.runs.folder import describe_model
 from longmem.modeling import LongMemForCausalLM
-from longmem.nested import leaves
-
-CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,42 +67,5 @@ def describe_run(
             book.name: {"tokens": book.digest, "wrong": other.name} for book, other in zip(books, wrong, strict=True)
         },
         "wrong_tokens": {book.name: book.digest for book in wrong},
-        "dtype": {"backbone": str(model.backbone.dtype), "side_network": str(model.side_network.dtype)},
-        "encoder": model.encoder_fingerprint(),
-        "side_network": weights_digest(model.side_network),
-        "model": model.config.to_dict(),
+        **describe_model(model),
     }
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Return a hash of the names, shapes, dtypes and values of a module's parameters."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in module.named_parameters():
-        values: Tensor = parameter.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json` to a new folder; a folder that has one goes on only with the same settings.
-
-    Raises:
-        ValueError: the folder belongs to a run with other settings, whose results would be mixed with these.
-    """
-    text = as_json(config)
-    path = folder / CONFIG
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return
-    before, now = (dict(leaves(json.loads(part))) for part in (path.read_text(encoding="utf-8"), text))
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"`output` must be a new folder or that of a run with the same settings, but {folder} has "
-            f"{name} = {before.get(name)!r} and not {now.get(name)!r}"
-            + (f"; {', '.join(changed[1:6])} differ too" if changed[1:] else "")
-            + ". Name another folder, or delete this one."
-        )

@@ -11,10 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from longmem.console import token_progress
-from longmem.evaluation.book_files import BookScores, claim_folder, describe_run, load_book, save_book
+from longmem.evaluation.book_files import BookScores, describe_run, load_book, save_book
 from longmem.evaluation.book_plan import Book, BookPlan, Cut
 from longmem.evaluation.contexts import score_contexts
 from longmem.evaluation.perplexity import SYSTEMS, WindowScores, compare_systems
+from longmem.evaluation.runs.folder import claim_folder
 from longmem.memory import MemoryBank
 from longmem.modeling import LongMemForCausalLM
 

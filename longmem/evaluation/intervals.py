@@ -7,6 +7,7 @@ single text. Two systems that are compared share their units, and a resample tak
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -63,3 +64,26 @@ def ratio_of_means(
         return None
     low, high = torch.quantile(above[picks].mean(dim=1) / bottoms, _ENDS).tolist()
     return (above.mean() / below.mean()).item(), low, high
+
+
+def clustered_mean(
+    values: Sequence[float], groups: Sequence[str], *, num_samples: int = 10_000, seed: int = 0
+) -> Estimate:
+    """Return the mean of one number per item, and its interval by resampling whole groups of items.
+
+    Items of a group, such as questions about one book, are not independent; a group counts by how many items it has. With
+    a single group its items are resampled.
+    """
+    names = list(dict.fromkeys(groups))
+    numbers = torch.tensor(values, dtype=torch.float64)
+    if len(names) == 1:
+        place = torch.arange(len(numbers))
+    else:
+        order = {name: number for number, name in enumerate(names)}
+        place = torch.tensor([order[group] for group in groups])
+    count = int(place.max()) + 1
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, place, numbers)
+    sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, place, torch.ones_like(numbers))
+    picks = resamples(count, num_samples, seed)
+    low, high = torch.quantile(sums[picks].sum(dim=1) / sizes[picks].sum(dim=1), _ENDS).tolist()
+    return numbers.mean().item(), low, high

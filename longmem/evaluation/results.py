@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -75,13 +76,15 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     changes = _git("status", "--porcelain")
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "versions": versions,
         "device": device,
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "memory_gigabytes": round(psutil.virtual_memory().total / 2**30, 1),
         "threads": torch.get_num_threads(),
     }
 
@@ -135,6 +138,14 @@ def verdict(scores: Mapping[str, WindowScores], seed: int = 0) -> str:
     if low <= 0 or low_over_wrong <= 0:
         return f"Memory lowers the loss by {gain:.3f} nats here, which may be chance: an interval holds 0."
     return f"Memory lowers the loss by {gain:.3f} nats; against a wrong memory the right one saves {over_wrong:.3f}."
+
+
+def _processor() -> str:
+    """Return the name of the processor, as far as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git(*arguments: str) -> str | None:

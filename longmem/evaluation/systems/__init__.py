@@ -1,0 +1,25 @@
+"""The systems that every evaluation compares on the same tokens, and the protocol they share: reset, feed, answer."""
+
+from longmem.evaluation.systems.making import SYSTEM_NAMES, make_systems, title_of_system, validate_systems
+from longmem.evaluation.systems.memory import Banks, MemorySystem
+from longmem.evaluation.systems.questions import Answer, Continuation, Question
+from longmem.evaluation.systems.retrieval import RetrievalSystem
+from longmem.evaluation.systems.scoring import answer_questions
+from longmem.evaluation.systems.system import BackboneSystem, LongContextReader, System
+
+__all__ = [
+    "SYSTEM_NAMES",
+    "Answer",
+    "BackboneSystem",
+    "Banks",
+    "Continuation",
+    "LongContextReader",
+    "MemorySystem",
+    "Question",
+    "RetrievalSystem",
+    "System",
+    "answer_questions",
+    "make_systems",
+    "title_of_system",
+    "validate_systems",
+]

@@ -1,0 +1,98 @@
+"""Systems by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from longmem.errors import did_you_mean
+from longmem.evaluation.contexts import validate_context
+from longmem.evaluation.systems.memory import Banks, MemorySystem
+from longmem.evaluation.systems.retrieval import RANKERS, RetrievalSystem
+from longmem.evaluation.systems.system import BackboneSystem, System, longer_backbone
+from longmem.modeling import LongMemForCausalLM
+
+TITLES = {
+    "backbone": "backbone, same window",
+    "bm25": "backbone, passages by BM25",
+    "hidden": "backbone, passages by hidden states",
+    "off": "LongMem, memory off",
+    "on": "LongMem, memory on",
+    "wrong": "LongMem, wrong memory",
+}
+SYSTEM_NAMES = (*TITLES, "context-N")
+
+
+def title_of_system(name: str) -> str:
+    """Return what a system is called in tables and figures.
+
+    >>> title_of_system("context-8192")
+    'backbone, window 8,192'
+    """
+    return f"backbone, window {context_size(name):,}" if name.startswith("context-") else TITLES[name]
+
+
+def context_size(name: str) -> int:
+    """Return the N of "context-N".
+
+    Raises:
+        ValueError: N is no number.
+    """
+    size = name.partition("-")[2]
+    if not size.isdecimal() or not int(size):
+        raise ValueError(f"`systems` must write a longer window as context-N, such as context-4096, got {name!r}.")
+    return int(size)
+
+
+def validate_systems(names: Sequence[str]) -> None:
+    """Raise ValueError unless these are names of different systems, at least one."""
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"`systems` must be at least one, and none twice, got {list(names)}.")
+    for name in names:
+        if name.startswith("context-"):
+            context_size(name)
+        elif name not in TITLES:
+            raise ValueError(
+                f"`systems` must be among {', '.join(SYSTEM_NAMES)}, got {name!r}.{did_you_mean(name, TITLES)}"
+            )
+
+
+def make_systems(
+    names: Sequence[str],
+    model: LongMemForCausalLM,
+    *,
+    window: int,
+    local_tokens: int = 0,
+    batch_size: int = 16,
+    banks: Banks | None = None,
+) -> list[System]:
+    """Return the systems with these names, in their order; those that read memory share banks.
+
+    Args:
+        names: "backbone", "context-N" for the backbone with N tokens in its window, "bm25" and "hidden" for passages
+            pasted into the backbone's window, "off", "on" and "wrong" for LongMem.
+        model: all of them use it or its backbone.
+        window: tokens seen at once by all but "context-N".
+        local_tokens: see `System`.
+        batch_size: see `System`.
+        banks: default: new ones.
+
+    Raises:
+        ValueError: a name is unknown or given twice, or a longer window does not fit the backbone.
+    """
+    validate_systems(names)
+    banks = Banks(model) if banks is None else banks
+    common: dict[str, Any] = {"window": window, "local_tokens": local_tokens, "batch_size": batch_size}
+    systems: list[System] = []
+    for name in names:
+        if name == "backbone":
+            systems.append(BackboneSystem(name, model, **common))
+        elif name in RANKERS:
+            systems.append(RetrievalSystem(name, model, **common))  # type: ignore[arg-type]
+        elif name.startswith("context-"):
+            size = context_size(name)
+            validate_context(model, size, window)
+            systems.append(longer_backbone(name, model, window=size, batch_size=batch_size))
+        else:
+            systems.append(MemorySystem(name, model, banks=banks, **common))
+    return systems

@@ -1,0 +1,111 @@
+"""Log-likelihoods of continuations that share a context: the context is run once, its cache serves every continuation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache
+
+from longmem.evaluation.systems.questions import Answer, Continuation, Question
+
+Forward = Callable[..., Any]  # input_ids, past_key_values, use_cache, logits_to_keep -> output with logits and cache
+Row = tuple[int, ...]
+
+
+@torch.no_grad()
+def answer_questions(
+    forward: Forward,
+    context: Sequence[int],
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+) -> list[Answer]:
+    """Return what a model makes of the candidates of each question after a common context.
+
+    The last token of a continuation is predicted and never read, so candidates of one token share the row of their
+    question. Rows of about equal length are run together, padded on the right, where causal models do not look.
+
+    Args:
+        forward: a causal LM; it may read memory.
+        context: tokens before every question, at least one unless no question is empty.
+        questions: each with its own tokens and candidates.
+        batch_size: rows that are run at once; each has a copy of the context's cache.
+        device: where token ids are expected.
+
+    Raises:
+        ValueError: there is no token from which the first one of a candidate could be predicted.
+    """
+    if not context and not all(len(question.token_ids) for question in questions):
+        raise ValueError("`context` must hold at least one token where a question has none, got none.")
+    # The last token of the context begins every row, so that its prediction is there for empty questions.
+    head, last = list(context[:-1]), list(context[-1:])
+    cache = run_context(forward, head, device) if head else None
+    wanted: dict[Row, list[tuple[int, int]]] = {}  # row -> the candidates that end after it
+    for number, question in enumerate(questions):
+        for candidate, ids in enumerate(question.candidates):
+            wanted.setdefault((*last, *question.token_ids, *ids[:-1]), []).append((number, candidate))
+    found: dict[tuple[int, int], Continuation] = {}
+    likeliest: dict[int, int] = {}
+    for rows in batches(sorted(wanted, key=len), batch_size):
+        needed = max(len(questions[n].candidates[c]) for row in rows for n, c in wanted[row])
+        # Rows are padded on the right: what is needed of the shortest begins before what is needed of the longest.
+        keep = needed + len(rows[-1]) - len(rows[0])
+        logits = run_rows(forward, cache, rows, keep, device)
+        for row, own in zip(rows, logits, strict=True):
+            end = own.shape[0] - (len(rows[-1]) - len(row))  # one past the prediction after the row
+            for number, candidate in wanted[row]:
+                ids = questions[number].candidates[candidate]
+                predictions = own[end - len(ids) : end].float()
+                logprobs = predictions.log_softmax(dim=-1).gather(1, torch.tensor(ids, device=own.device)[:, None])[
+                    :, 0
+                ]
+                best = predictions.argmax(dim=-1).tolist()
+                found[number, candidate] = Continuation(tuple(logprobs.tolist()), best == list(ids))
+                likeliest[number] = best[0]
+    return [
+        Answer(tuple(found[number, candidate] for candidate in range(len(question.candidates))), likeliest[number])
+        for number, question in enumerate(questions)
+    ]
+
+
+def run_context(forward: Forward, ids: Sequence[int], device: torch.device | str) -> Cache:
+    """Return the cache of a context."""
+    tokens = torch.tensor([list(ids)], device=device)
+    return forward(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def run_rows(
+    forward: Forward, cache: Cache | None, rows: Sequence[Row], keep: int, device: torch.device | str
+) -> Float[Tensor, "rows kept vocabulary"]:
+    """Return the logits at the last `keep` places of rows that follow the cached context, padded to the longest."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=device)
+    keep = min(keep, longest)
+    if cache is None:
+        return forward(tokens, use_cache=False, logits_to_keep=keep).logits
+    return forward(tokens, past_key_values=repeated(cache, len(rows)), use_cache=True, logits_to_keep=keep).logits
+
+
+def repeated(cache: Cache, count: int) -> Cache:
+    """Return a copy of a cache of one row with `count` rows; the original may be used again."""
+    copied = copy.deepcopy(cache)
+    if count > 1:
+        copied.batch_repeat_interleave(count)
+    return copied
+
+
+def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """Yield `size` rows at a time, the rest at the end."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def as_ids(token_ids: Sequence[int] | Int[Tensor, " tokens"]) -> list[int]:
+    """Return token ids as a list of integers."""
+    return token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)

@@ -1,0 +1,215 @@
+"""The protocol of everything that is compared: reset, feed, then score candidates or answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from longmem.evaluation.systems.questions import Answer, Question
+from longmem.evaluation.systems.scoring import answer_questions, as_ids, repeated, run_context
+from longmem.modeling import LongMemForCausalLM
+
+
+class LongContextReader(Protocol):
+    """What a benchmark of long contexts needs of a system: forget, take in text, answer a query in text."""
+
+    def reset(self) -> None:
+        """Forget everything that was fed."""
+
+    def feed(self, chunk: str) -> None:
+        """Take in the next piece of text."""
+
+    def answer(self, query: str) -> str:
+        """Return an answer to a query about what was fed; the query is not remembered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalModel:
+    """What runs in the window: a backbone, or a LongMem model with what it reads, None for nothing."""
+
+    model: Any
+    memory: Any = None
+
+    def __call__(self, input_ids: Int[Tensor, "rows tokens"], **options: Any) -> Any:
+        """Return the model's output."""
+        return self.model(input_ids, **self._inputs, **options)
+
+    def generate(self, input_ids: Int[Tensor, "rows tokens"], **options: Any) -> Int[Tensor, "rows longer"]:
+        """Return the tokens and their continuation."""
+        return self.model.generate(input_ids, **self._inputs, **options)
+
+    @property
+    def _inputs(self) -> dict[str, Any]:
+        return {} if self.memory is None or self.memory.is_empty else {"memory": self.memory}
+
+
+class System(ABC):
+    """One way of using a model on a text that is longer than its window; a `LongContextReader`.
+
+    What is fed is one stream of tokens, whatever the pieces. Its last `local_tokens` stand in the window, before what is
+    asked; how the rest is used is what systems differ in. All have the same window but the backbone with a longer one.
+
+    Args:
+        name: as in tables.
+        model: read from, never changed.
+        window: tokens the model sees at once, what is asked and answered included.
+        local_tokens: tokens of the end of the stream that stay in the window, as many as find room there.
+        batch_size: rows that are run at once.
+    """
+
+    def __init__(
+        self, name: str, model: LongMemForCausalLM, *, window: int, local_tokens: int = 0, batch_size: int = 16
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.window = window
+        self.local_tokens = local_tokens
+        self.batch_size = batch_size
+        self.passages: list[list[int]] = []
+        self.preparing_seconds = 0.0  # what depends on the stream alone, such as encoding it
+        self.answering_seconds = 0.0
+
+    # In --------------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything that was fed."""
+        self.passages = []
+
+    def feed(self, chunk: str | Sequence[int] | Int[Tensor, " tokens"]) -> None:
+        """Take in the next piece: text, or token ids of the model's tokenizer."""
+        self.passages.append(self.tokens(chunk) if isinstance(chunk, str) else as_ids(chunk))
+
+    def read(self, passages: Sequence[Sequence[int]], instead: Sequence[Sequence[int]] = ()) -> None:
+        """Forget everything and feed these passages; `instead` is what a wrong memory holds."""
+        self.reset()
+        for passage in passages:
+            self.feed(passage)
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the token ids of a text, without special tokens."""
+        return self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @property
+    def stream(self) -> list[int]:
+        """Return all tokens that were fed."""
+        return [token for passage in self.passages for token in passage]
+
+    # Out -------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(self, questions: Sequence[Question], prefix: Sequence[int] = ()) -> list[Answer]:
+        """Return how likely the candidates of each question are after the stream and a common prefix.
+
+        Raises:
+            ValueError: a question with its longest candidate does not fit the window.
+        """
+        room = max(question.room for question in questions)
+        local, context = self._timed_context(prefix, room, questions)
+        start = time.perf_counter()
+        answers = answer_questions(
+            local, context, questions, batch_size=self.batch_size, device=self.model.input_device
+        )
+        self.answering_seconds += time.perf_counter() - start
+        return answers
+
+    @torch.no_grad()
+    def generate(
+        self,
+        queries: Sequence[Sequence[int]],
+        prefix: Sequence[int] = (),
+        *,
+        max_new_tokens: int = 32,
+        stop: Sequence[str] = ("\n",),
+    ) -> list[list[int]]:
+        """Return the greedy continuation of each query after the stream and a common prefix, up to a stop string.
+
+        Raises:
+            ValueError: a query with its continuation does not fit the window.
+        """
+        room = max(map(len, queries)) + max_new_tokens
+        local, context = self._timed_context(prefix, room, [Question(ids, [[0]]) for ids in queries])
+        start = time.perf_counter()
+        head = context[:-1]
+        cache = run_context(local, head, self.model.input_device) if head else None
+        answers = []
+        for query in queries:
+            ids = torch.tensor([[*context, *query]], device=self.model.input_device)
+            options = {"stop_strings": list(stop), "tokenizer": self.model.tokenizer} if stop else {}
+            output = local.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=None if cache is None else repeated(cache, 1),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.model.generation_config.pad_token_id or 0,
+                **options,
+            )
+            answers.append(output[0, ids.shape[1] :].tolist())
+        self.answering_seconds += time.perf_counter() - start
+        return answers
+
+    def answer(self, query: str, *, max_new_tokens: int = 32, stop: Sequence[str] = ("\n",)) -> str:
+        """Return the greedy answer to a query about what was fed, up to a stop string; the query is not remembered."""
+        (ids,) = self.generate([self.tokens(query)], max_new_tokens=max_new_tokens, stop=stop)
+        return text_before(str(self.model.tokenizer.decode(ids, skip_special_tokens=True)), stop)
+
+    # What systems differ in --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
+        """Return what runs in the window, and the tokens before every question.
+
+        Args:
+            prefix: tokens that the questions share.
+            room: tokens to leave free for the longest question and what follows it.
+            questions: what will be asked; a system that looks for passages needs them.
+        """
+
+    def local(self, tokens: Sequence[int], room: int, window: int | None = None) -> list[int]:
+        """Return the end of some tokens, as much as the window holds beside `room`."""
+        window = self.window if window is None else window
+        if room >= window:
+            raise ValueError(
+                f"`window` must hold a question, its longest answer and one token before them, got {window} tokens for "
+                f"{room}; choose a larger `window`, or shorter questions."
+            )
+        return list(tokens)[max(0, len(tokens) - (window - room)) :]
+
+    def _timed_context(
+        self, prefix: Sequence[int], room: int, questions: Sequence[Question]
+    ) -> tuple[LocalModel, list[int]]:
+        start = time.perf_counter()
+        found = self.context(as_ids(prefix), room, questions)
+        self.preparing_seconds += time.perf_counter() - start
+        return found
+
+
+class BackboneSystem(System):
+    """The plain backbone on the end of the stream, as much of it as finds room: what a user does without memory."""
+
+    def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
+        """Return the backbone and the end of stream and prefix."""
+        tail = self.stream[-self.local_tokens :] if self.local_tokens else []
+        return LocalModel(self.model.backbone), self.local([*tail, *prefix], room)
+
+
+def longer_backbone(name: str, model: LongMemForCausalLM, *, window: int, batch_size: int = 16) -> BackboneSystem:
+    """Return the backbone with a window of its own, filled with the stream as far back as it goes."""
+    return BackboneSystem(name, model, window=window, local_tokens=window, batch_size=batch_size)
+
+
+def text_before(text: str, stop: Sequence[str]) -> str:
+    """Return a text up to the first stop string, without blanks around it.
+
+    >>> text_before(" a white whale\\nQ:", ["\\n"])
+    'a white whale'
+    """
+    places = [place for each in stop if (place := text.find(each)) >= 0]
+    return text[: min(places, default=len(text))].strip()
