@@ -1,0 +1,9 @@
+"""Figures of evaluations and of training runs."""
+
+from longmem.plots.accuracy import plot_accuracies
+from longmem.plots.books import plot_books, plot_scores
+from longmem.plots.style import require_matplotlib
+from longmem.plots.training import plot_training
+from longmem.plots.tuning import plot_tuning
+
+__all__ = ["plot_accuracies", "plot_books", "plot_scores", "plot_training", "plot_tuning", "require_matplotlib"]

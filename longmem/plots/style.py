@@ -1,0 +1,48 @@
+"""Colors and lines of the systems, and what figures share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLORS = {
+    "backbone": "#767676",
+    "bm25": "#7a5aa6",
+    "hidden": "#a98fd1",
+    "off": "#d98c21",
+    "on": "#1f6fb4",
+    "wrong": "#b5455f",
+}
+CONTEXT_COLOR = "#5a8f4e"  # the backbone with a longer window
+STYLES = {"backbone": ":", "off": "--", "on": "-", "wrong": "-."}
+
+
+def require_matplotlib() -> None:
+    """Raise ImportError, with the way out, where there is no matplotlib: before long work and not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("figures need matplotlib, which is not installed; run `pip install matplotlib`.") from error
+
+
+def color_of(system: str) -> str:
+    """Return the color of a system."""
+    return COLORS.get(system, CONTEXT_COLOR)
+
+
+def draw_interval(axes: Any, place: float, value: float, ends: list[float], color: str, text: str) -> None:
+    """Draw a mean with its interval on the line `place`, and its value above it."""
+    axes.plot(ends, [place, place], "-", color=color, linewidth=3, solid_capstyle="butt")
+    axes.plot([value], [place], "o", color=color, markersize=7)
+    axes.annotate(text, (value, place), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center", va="bottom")
+
+
+def short_count(value: float) -> str:
+    """Return a number of tokens as people write it.
+
+    >>> [short_count(value) for value in (0, 500, 20_000, 1_500_000)]
+    ['0', '500', '20k', '1.5M']
+    """
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
