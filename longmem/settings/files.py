@@ -16,9 +16,11 @@ from longmem.settings.reading import Section, dotted_names, read_section, refuse
 
 
 class SettingsLoader(yaml.SafeLoader):
-    """Read YAML as `yaml.safe_load` does, but take `1e-4` for a number and refuse a key that is given twice.
+    """Read YAML as `yaml.safe_load` does, but take `1e-4` for a number, `on`, `off`, `yes` and `no` for words, and refuse
+    a key that is given twice.
 
-    PyYAML follows YAML 1.1, in which a number needs a dot, and takes the last of two values in silence.
+    PyYAML follows YAML 1.1, in which a number needs a dot and those words are true and false, and takes the last of two
+    values in silence.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -42,6 +44,14 @@ for each in (SettingsLoader, SettingsDumper):
     each.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
+
+# Only of the loader: what is saved keeps the quotes that other programs need.
+BOOLEAN = "tag:yaml.org,2002:bool"
+SettingsLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != BOOLEAN]
+    for letter, resolvers in SettingsLoader.yaml_implicit_resolvers.items()
+}
+SettingsLoader.add_implicit_resolver(BOOLEAN, re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def read_settings(

@@ -158,8 +158,6 @@ def _read_value(hint: Any, value: Any, name: str, field: dataclasses.Field[Any])
 def _convert(hint: Any, value: Any) -> Any:
     """Return `value` in the type `hint`, None where it has another."""
     if get_origin(hint) is Literal:
-        if value is False and "no" in get_args(hint):  # how YAML 1.1 reads the word
-            return "no"
         return value if isinstance(value, str) and value in get_args(hint) else None
     if hint is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -107,7 +107,7 @@ class RunFolder:
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             path.write_bytes(whole)
-        for line in whole.decode("utf-8").splitlines():
+        for line in whole.decode("utf-8").split("\n")[:-1]:  # not `splitlines`: a text may hold other line ends
             record = json.loads(line)
             yield record["id"], record
 
