@@ -46,6 +46,13 @@ examples:
   longmem demo --windows 4                          quicker, rougher
   longmem demo --model runs/books/side-network      a side network of your own
 """
+REPORT_EXAMPLES = """\
+examples:
+  longmem report results/chapterbreak results/recall --output report
+  longmem report results/* --title "SmolLM2-135M, trained on novels"
+
+The folders are results of the scripts in eval/. report.html holds its figures and can be sent as one file.
+"""
 OFFICIAL_EXAMPLES = """\
 examples:
   longmem official convert checkpoint.pt newgpt.pt longmem-released   then: LongMemForCausalLM.from_pretrained
@@ -84,6 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     generate.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
     generate.add_argument("--show-reads", action="store_true", help="list the passages that were read most")
+
+    report = add_command(commands, "report", "report:run", "put finished evaluations on one page", REPORT_EXAMPLES)
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results of a finished evaluation")
+    report.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help="folder for the page")
+    report.add_argument("--title", default="Results", help="of the page")
 
     uses = add_group(commands, "official", "use what the released code of the paper wrote", OFFICIAL_EXAMPLES)
     convert = add_command(

@@ -1,9 +1,17 @@
 """Figures of evaluations and of training runs."""
 
-from longmem.plots.accuracy import plot_accuracies
+from longmem.plots.accuracy import plot_accuracies, plot_summaries
 from longmem.plots.books import plot_books, plot_scores
 from longmem.plots.style import require_matplotlib
 from longmem.plots.training import plot_training
 from longmem.plots.tuning import plot_tuning
 
-__all__ = ["plot_accuracies", "plot_books", "plot_scores", "plot_training", "plot_tuning", "require_matplotlib"]
+__all__ = [
+    "plot_accuracies",
+    "plot_books",
+    "plot_scores",
+    "plot_summaries",
+    "plot_training",
+    "plot_tuning",
+    "require_matplotlib",
+]

@@ -41,17 +41,45 @@ def plot_accuracies(
             axes.set_visible(False)
             continue
         name, panel = list(panels.items())[number]
-        systems = panel["systems"]
-        for place, (system, values) in enumerate(systems.items()):
-            draw_interval(axes, place, values["value"], values["interval"], color_of(system), f"{values['value']:.1f}")
-        if chance is not None:
-            axes.axvline(chance, color="black", linestyle=":", linewidth=1, label="chance")
-            axes.legend(fontsize=8, loc="lower right")
-        axes.set_yticks(range(len(systems)), [values["title"] for values in systems.values()], fontsize=9)
-        axes.set_ylim(len(systems) - 0.5, -0.7)
+        draw_systems(axes, panel["systems"], chance)
         axes.set_title(name, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", alpha=0.3)
         if number // columns == rows - 1:
             axes.set_xlabel(f"{measure}, %: mean and 95 % interval")
     figure.savefig(path, dpi=130)
+
+
+def plot_summaries(path: str | PathLike[str], summaries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw the means and intervals of several runs, a panel for each with an axis of its own.
+
+    Args:
+        path: PNG to write.
+        summaries: by title of the run, `measure`, perhaps `chance`, and `systems` with `title`, `value` and `interval`.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(summaries))
+    rows = -(-len(summaries) // columns)
+    most = max(len(summary["systems"]) for summary in summaries.values())
+    figure = Figure(figsize=(1 + 6 * columns, rows * (1.4 + 0.42 * most)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(summaries) :]:
+        axes.set_visible(False)
+    for axes, (title, summary) in zip(grid.flat, summaries.items(), strict=False):
+        draw_systems(axes, summary["systems"], summary.get("chance"))
+        axes.set_title(textwrap.fill(title, 50), fontsize=10)
+        axes.set_xlabel(summary["measure"], fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def draw_systems(axes: Any, systems: Mapping[str, Any], chance: float | None) -> None:
+    """Draw a line for each system: its mean with the interval, and where guessing would be."""
+    for place, (system, values) in enumerate(systems.items()):
+        draw_interval(axes, place, values["value"], values["interval"], color_of(system), f"{values['value']:.1f}")
+    if chance is not None:
+        axes.axvline(chance, color="black", linestyle=":", linewidth=1, label="chance")
+        axes.legend(fontsize=8, loc="lower right")
+    axes.set_yticks(range(len(systems)), [values["title"] for values in systems.values()], fontsize=9)
+    axes.set_ylim(len(systems) - 0.5, -0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
