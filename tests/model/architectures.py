@@ -143,7 +143,7 @@ can't, construction says what is missing.
 For every row `tests/model/test_architectures.py` builds a tiny random model and checks: with an empty memory it is the
 backbone; memory changes its logits; no logit depends on later tokens; decoding with a cache gives the logits of one full
 forward; text stored from another position is stored and read the same; only the side network gets gradients; a saved model
-comes back the same.
+comes back the same; continuations that share a cached context have the likelihoods of full passes.
 
 | type | class | positions | also |
 |---|---|---|---|

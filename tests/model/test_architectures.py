@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.backbone import Backbone, UnsupportedBackboneError
+from longmem.evaluation.systems import Question, answer_questions
 
 
 @dataclasses.dataclass
@@ -141,3 +143,19 @@ def test_a_memory_layer_whose_keys_cannot_be_stored_is_refused():
 def test_the_docs_list_these_architectures():
     path = Path(__file__).parents[2] / "docs" / "supported-models.md"
     assert path.read_text(encoding="utf-8") == architectures.document(), "run `make docs`"
+
+
+@torch.no_grad()
+def test_continuations_that_share_a_context_have_the_likelihoods_of_full_passes(case):
+    context, rest = case.input_ids[0, :12].tolist(), case.input_ids[1].tolist()
+    questions = [Question(rest[:2], [rest[2:4], rest[4:8]]), Question([], [rest[8:13]])]
+
+    def forward(tokens: torch.Tensor, **options: Any) -> Any:
+        return case.model(tokens, memory=case.bank, **options)
+
+    for question, answer in zip(questions, answer_questions(forward, context, questions), strict=True):
+        for ids, found in zip(question.candidates, answer.candidates, strict=True):
+            before = [*context, *question.token_ids]
+            logits = forward(torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1].float()
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(found.logprobs), expected, rtol=1e-4, atol=1e-4)
