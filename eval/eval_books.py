@@ -1,9 +1,9 @@
 """Evaluate memory on books: the first tokens of each are memorized, the windows that follow are scored by all systems.
 
-    python eval/eval_perplexity.py emma.txt middlemarch.txt --memory-tokens 8192 --windows 8 --output results/books
-    python eval/eval_perplexity.py *.txt --model my-longmem --cut 512/512 1024/512 --grow \\
+    python eval/eval_books.py emma.txt middlemarch.txt --memory-tokens 8192 --windows 8 --output results/books
+    python eval/eval_books.py *.txt --model my-longmem --cut 512/512 1024/512 --grow \\
         --context 2048 4096 8192 --context-windows 4 --dtype bfloat16 --output results/both-cuts
-    python eval/eval_perplexity.py chunk_size=8 --books-from books/manifest.json --split test --output results/chunks
+    python eval/eval_books.py chunk_size=8 --books-from books/manifest.json --split test --output results/chunks
 
 Systems, all on the same tokens: the backbone; LongMem with memory off, on, and wrong (the next book's; that of a single
 book, Python's manual); and with --context the backbone with so many tokens in its window. Intervals are over books.
