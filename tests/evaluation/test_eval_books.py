@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_models import some_text
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "eval_perplexity.py"
+SCRIPT = Path(__file__).parents[2] / "eval" / "eval_books.py"
 
 
 @pytest.mark.slow
