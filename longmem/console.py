@@ -1,4 +1,4 @@
-"""What commands show on a terminal: headings, tables, progress bars that count tokens."""
+"""What commands show on a terminal: headings, tables, progress bars that count tokens or items."""
 
 from __future__ import annotations
 
@@ -82,32 +82,26 @@ def token_progress(title: str, console: Console) -> Iterator[Report]:
 
     A console that is no terminal gets one line, at the end.
     """
-    columns = (
-        TextColumn("  {task.description}", markup=False),  # a title may hold brackets
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-        TokenSpeedColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task(title, total=1)
-
-        def report(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
-
-        yield report
+    with _progress(title, console, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"), TokenSpeedColumn()) as bar:
+        yield bar
 
 
 @contextlib.contextmanager
 def item_progress(title: str, console: Console) -> Iterator[Report]:
-    """Show a bar and yield what moves it: a function of (items done, items in all)."""
-    columns = (
-        TextColumn("  {task.description}", markup=False),  # a title may hold brackets
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as bars:
+    """Show a bar and yield what moves it: a function of (items done, items in all).
+
+    A console that is no terminal gets one line, at the end.
+    """
+    with _progress(title, console, TextColumn("{task.completed:,.0f}/{task.total:,.0f}")) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def _progress(title: str, console: Console, *columns: ProgressColumn) -> Iterator[Report]:
+    """Show a bar with a title, these columns and the time left."""
+    start = (TextColumn("  {task.description}", markup=False), BarColumn(bar_width=24))  # a title may hold brackets
+    time_left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    with Progress(*start, *columns, time_left, console=console) as bars:
         task = bars.add_task(title, total=1)
 
         def report(done: int, total: int) -> None:

@@ -102,6 +102,21 @@ def test_passages_are_pasted_in_their_order(model):
 
 @pytest.mark.parametrize("name", ["bm25", "hidden"])
 @torch.no_grad()
+def test_the_query_can_be_the_question_alone(model, name):
+    """With the prefix in the query, "alpha" is found; without, what the question asks for."""
+    alpha, gamma = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" alpha", " gamma"))
+    found = []
+    for query_tokens in (64, None):
+        options = {"window": 26, "pasted_share": 0.25, "query_tokens": query_tokens}
+        system = RetrievalSystem(name, model, **options)
+        system.read([alpha, gamma])
+        _, context = system.context(alpha * 2, len(gamma) + 1, [Question(gamma, [[0]])])
+        found.append(context[: len(alpha)])
+    assert found == [alpha, gamma]
+
+
+@pytest.mark.parametrize("name", ["bm25", "hidden"])
+@torch.no_grad()
 def test_questions_about_different_things_get_their_own_passages(model, name):
     system = systems_of(model, (name,))[name]
     questions = [QUESTION, Question(STREAM[:4], [ids(2, 11)])]
@@ -140,6 +155,17 @@ def test_generation_continues_what_is_scored(model, name):
     assert len(generated) == 4
     (answer,) = system.score([Question(query, [generated, [*generated[:3], (generated[3] + 1) % 256]])])
     assert [each.is_greedy for each in answer.candidates] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["backbone", "bm25", "on"])
+def test_generation_ends_with_a_stop_string(model, name):
+    system = systems_of(model, local_tokens=5)[name]
+    query = ids(3, 3)
+    (whole,) = system.generate([query], max_new_tokens=4, stop=())
+    last = next(token for token in whole if model.tokenizer.decode([token]).isascii())  # not every byte is a letter
+    (stopped,) = system.generate([query], max_new_tokens=4, stop=[model.tokenizer.decode([last])])
+    assert stopped == whole[: whole.index(last) + 1]
+    assert len(stopped) < len(whole)
 
 
 def test_reset_feed_answer(model):
