@@ -1,7 +1,7 @@
 """Check that recall is learned: facts, 16,384 tokens of other text, then questions that only memory can answer.
 
-    python eval/eval_recall.py --output results/recall
-    python eval/eval_recall.py --seeds 0 --output results/substitute residual=substitute init=backbone
+    python eval/check_learned_recall.py --output results/recall
+    python eval/check_learned_recall.py --seeds 0 --output results/substitute residual=substitute init=backbone
 
 Everything is made from the seed: a tiny backbone is trained and frozen, then its side network. No model, no data.
 """
