@@ -118,6 +118,27 @@ def test_questions_about_different_things_get_their_own_passages(model, name):
     assert together == alone
 
 
+@torch.no_grad()
+def test_passages_of_an_index_before_are_not_encoded_again(model):
+    def new() -> RetrievalSystem:
+        return RetrievalSystem("hidden", model, window=WINDOW, passage_tokens=8)
+
+    system = new()
+    system.read([STREAM])
+    system.score([QUESTION])
+    runs = []
+    hook = model.backbone.base_model.register_forward_hook(lambda module, inputs, output: runs.append(inputs))
+    longer = [*STREAM[:40], *OTHER[:8]]
+    system.read([longer])
+    answer = system.score([QUESTION])
+    with_known = len(runs)
+    fresh = new()
+    fresh.read([longer])
+    assert answer == fresh.score([QUESTION])
+    hook.remove()
+    assert len(runs) - with_known == with_known + 40 // 8
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_continues_what_is_scored(model, name):
     """The greedy continuation is the one whose every token is the likeliest."""

@@ -18,9 +18,17 @@ Passage = list[int]
 
 
 class Bm25Ranker:
-    """Ranks passages by the words they share with a query (BM25, the library bm25s)."""
+    """Ranks passages by the words they share with a query (BM25, the library bm25s).
 
-    def __init__(self, model: LongMemForCausalLM, passages: Sequence[Passage]) -> None:
+    Args:
+        model: its tokenizer gives the words.
+        passages: to rank.
+        earlier: not needed: the weight of a word depends on all passages.
+    """
+
+    def __init__(
+        self, model: LongMemForCausalLM, passages: Sequence[Passage], earlier: Bm25Ranker | None = None
+    ) -> None:
         import bm25s  # an extra: only this system needs it
 
         self.model = model
@@ -43,11 +51,24 @@ class Bm25Ranker:
 
 
 class HiddenStateRanker:
-    """Ranks passages by the cosine between mean hidden states of the backbone's last layer."""
+    """Ranks passages by the cosine between mean hidden states of the backbone's last layer.
 
-    def __init__(self, model: LongMemForCausalLM, passages: Sequence[Passage]) -> None:
+    Args:
+        model: its backbone is run on every passage, by itself.
+        passages: to rank.
+        earlier: a ranker whose passages need not be run again.
+    """
+
+    def __init__(
+        self, model: LongMemForCausalLM, passages: Sequence[Passage], earlier: HiddenStateRanker | None = None
+    ) -> None:
         self.model = model
-        self._vectors = torch.stack([self._vector(passage) for passage in passages])
+        self._known: dict[tuple[int, ...], Tensor] = {}
+        for passage in map(tuple, passages):
+            if passage not in self._known:
+                vector = None if earlier is None else earlier._known.get(passage)
+                self._known[passage] = self._vector(passage) if vector is None else vector
+        self._vectors = torch.stack([self._known[tuple(passage)] for passage in passages])
 
     def scores(self, query: Sequence[int]) -> Float[Tensor, " passages"]:
         """Return a score for each passage, -1 to 1."""
@@ -88,7 +109,8 @@ class RetrievalSystem(System):
         self.passage_tokens = passage_tokens
         self.pasted_share = pasted_share
         self.query_tokens = query_tokens
-        self._indexed: tuple[int, list[Passage], Any] | None = None  # tokens that were indexed, passages, ranker
+        self._indexed: tuple[int, list[Passage]] | None = None  # tokens that were indexed, and their passages
+        self._ranker: Any = None  # of the last index; it outlives a reset, since the next stream may share passages
 
     def reset(self) -> None:
         """Forget everything that was fed."""
@@ -126,10 +148,11 @@ class RetrievalSystem(System):
             return []
         if self._indexed is None or self._indexed[0] != stop:
             passages = cut_passages(self.passages, stop, self.passage_tokens)
-            self._indexed = stop, passages, RANKERS[self.name](self.model, passages)
-        _, passages, ranker = self._indexed
+            self._ranker = RANKERS[self.name](self.model, passages, self._ranker)
+            self._indexed = stop, passages
+        _, passages = self._indexed
         chosen: list[int] = []
-        for number in ranker.scores(query).argsort(descending=True, stable=True).tolist():
+        for number in self._ranker.scores(query).argsort(descending=True, stable=True).tolist():
             if len(passages[number]) > budget:
                 break  # a worse one that fits would not be what was looked for
             budget -= len(passages[number])
