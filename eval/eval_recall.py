@@ -1,62 +1,39 @@
-"""Check that recall is learned: facts, 16,384 tokens of other text, then questions that only memory can answer.
+"""Evaluate recall at a distance: one fact far back in a long memory, and a question about it at the end.
 
-    python eval/eval_recall.py --output results/recall
-    python eval/eval_recall.py --seeds 0 --output results/substitute residual=substitute init=backbone
+    python eval/eval_recall.py configs/eval/recall.yaml output=results/recall
+    python eval/eval_recall.py configs/eval/recall.yaml output=results/far haystack=my-books storage_dtype=int8 \\
+        "sizes=[65536, 262144, 1048576]" bank_folder=results/far-bank "systems=[backbone, off, on, wrong]"
+    python eval/eval_recall.py configs/eval/recall.yaml output=results/longeval longeval=LongEval/lines \\
+        "tasks=[longeval-lines, longeval-topics]"
 
-Everything is made from the seed: a tiny backbone is trained and frozen, then its side network. No model, no data.
+Systems, all asked the same: the backbone with the question alone, or with the end of the text in a longer window; with
+passages by BM25; LongMem with memory off, on, and wrong (the same text without any fact). The text is encoded once.
+Figures show accuracy by size of the memory and distance of the fact.
+
+Started again with the same settings, a stopped run goes on where it was.
 """
 
-import argparse
-import json
-from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
-
-from longmem.commands.opening import console_for, parse_settings
+from longmem.commands.opening import console_for
 from longmem.console import plain_table
-from longmem.evaluation.recall import RecallTask
-from longmem.evaluation.recall_check import RecallSettings, check_recall
-from longmem.evaluation.results import environment, markdown_table
-
-TITLES = {
-    "off": "memory off",
-    "wrong": "wrong memory",
-    "untrained": "memory on, untrained",
-    "on": "memory on",
-}
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", help="settings of LongMemConfig as key=value")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--distance", type=int, default=RecallSettings.distance, help="tokens from facts to questions")
-    parser.add_argument("--output", type=Path, required=True, help="folder for config, answers, metrics, table")
-    return parser.parse_intermixed_args()
+from longmem.evaluation.distance import DistanceSettings, evaluate_distance, markdown, sections, summarize_distance
+from longmem.evaluation.runs import open_evaluated, read_arguments
+from longmem.evaluation.systems import title_of_system
+from longmem.plots import plot_distance, require_matplotlib
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(1)  # products this small gain nothing from a second one, and crawl where it is busy
-    console = console_for(as_json=False)
-    settings, task = RecallSettings(distance=arguments.distance), RecallTask()
-    rows, metrics, answers, model_config = [["seed", *TITLES.values(), "chance", "seconds"]], {}, {}, {}
-    for seed in arguments.seeds:
-        result = check_recall(seed, settings, task, **parse_settings(arguments.settings))
-        shares = [f"{100 * result.accuracy[system]:.1f} %" for system in TITLES]
-        rows.append([str(seed), *shares, f"{100 * task.chance:.1f} %", f"{result.seconds['all']:.0f}"])
-        console.print(f"seed {seed}: " + ", ".join(map(" ".join, zip(TITLES.values(), shares, strict=True))))
-        metrics[str(seed)] = {"accuracy": result.accuracy, "chance": task.chance, "seconds": result.seconds}
-        answers |= {f"{seed}/{system}": right for system, right in result.answers.items()}
-        model_config = result.model.config.to_dict()
-    console.print(plain_table(rows))
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    config = {"run": vars(arguments), "settings": vars(settings), "task": vars(task), "model": model_config}
-    for name, content in (("config", config), ("environment", environment()), ("metrics", metrics)):
-        (arguments.output / f"{name}.json").write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
-    (arguments.output / "table.md").write_text(markdown_table(rows) + "\n", "utf-8")
-    save_file(answers, arguments.output / "answers.safetensors")
+    settings = read_arguments(DistanceSettings, __doc__)
+    require_matplotlib()
+    console = console_for(as_json=False, markup=True)
+    run = evaluate_distance(settings, open_evaluated(settings), console)
+    metrics = summarize_distance(run.records, settings.seed)
+    for heading, rows in sections(metrics):
+        console.print(f"\n[bold]{heading}[/]\n", plain_table(rows, emphasized=title_of_system("on")))
+    title = f"{settings.model}: recall at a distance"
+    run.finish(title=title, metrics=metrics, table=markdown(metrics), seed=settings.seed)
+    for task, values in metrics["tasks"].items():
+        xlabel = "file of LongEval" if task in settings.longeval_tasks else "tokens in memory"
+        plot_distance(run.path / f"{task}.png", values, title=f"{settings.model}: {task}", xlabel=xlabel)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from longmem.plots.accuracy import plot_accuracies, plot_summaries
 from longmem.plots.books import plot_books, plot_scores
+from longmem.plots.distance import plot_distance
 from longmem.plots.documents import plot_distances, plot_documents
 from longmem.plots.style import require_matplotlib
 from longmem.plots.training import plot_training
@@ -10,6 +11,7 @@ from longmem.plots.tuning import plot_tuning
 __all__ = [
     "plot_accuracies",
     "plot_books",
+    "plot_distance",
     "plot_distances",
     "plot_documents",
     "plot_scores",

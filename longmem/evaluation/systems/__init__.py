@@ -1,7 +1,7 @@
 """The systems that every evaluation compares on the same tokens, and the protocol they share: reset, feed, answer."""
 
 from longmem.evaluation.systems.making import SYSTEM_NAMES, make_systems, title_of_system, validate_systems
-from longmem.evaluation.systems.memory import Banks, MemorySystem
+from longmem.evaluation.systems.memory import Banks, GivenMemory, MemorySystem
 from longmem.evaluation.systems.questions import Answer, Continuation, Question
 from longmem.evaluation.systems.retrieval import RetrievalSystem
 from longmem.evaluation.systems.scoring import answer_questions
@@ -13,6 +13,7 @@ __all__ = [
     "BackboneSystem",
     "Banks",
     "Continuation",
+    "GivenMemory",
     "LongContextReader",
     "MemorySystem",
     "Question",
