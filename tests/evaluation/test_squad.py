@@ -21,7 +21,7 @@ def test_scores_are_those_of_the_official_script(pair):
 def test_the_recorded_pairs_tell_scorers_apart():
     assert len(PAIRS) >= 60
     assert {pair["exact_match"] for pair in PAIRS} == {0.0, 1.0}
-    assert len({pair["f1"] for pair in PAIRS}) > 5
+    assert len({pair["f1"] for pair in PAIRS}) >= 5
 
 
 @pytest.mark.parametrize("golds", [[], "Paris"])

@@ -102,6 +102,21 @@ def test_passages_are_pasted_in_their_order(model):
 
 @pytest.mark.parametrize("name", ["bm25", "hidden"])
 @torch.no_grad()
+def test_the_query_can_be_the_question_alone(model, name):
+    """With the prefix in the query, "alpha" is found; without, what the question asks for."""
+    alpha, gamma = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" alpha", " gamma"))
+    found = []
+    for query_tokens in (64, None):
+        options = {"window": 26, "pasted_share": 0.25, "query_tokens": query_tokens}
+        system = RetrievalSystem(name, model, **options)
+        system.read([alpha, gamma])
+        _, context = system.context(alpha * 2, len(gamma) + 1, [Question(gamma, [[0]])])
+        found.append(context[: len(alpha)])
+    assert found == [alpha, gamma]
+
+
+@pytest.mark.parametrize("name", ["bm25", "hidden"])
+@torch.no_grad()
 def test_questions_about_different_things_get_their_own_passages(model, name):
     system = systems_of(model, (name,))[name]
     questions = [QUESTION, Question(STREAM[:4], [ids(2, 11)])]

@@ -70,7 +70,8 @@ class RetrievalSystem(System):
         model: see `System`.
         passage_tokens: tokens of a passage at most; what is fed in one piece is cut into passages, never joined.
         pasted_share: of the window that pasted passages may take; the local context has the rest.
-        query_tokens: the query is the last so many tokens before the candidates.
+        query_tokens: the query is the last so many tokens before the candidates; None: the question's own tokens, which
+            what stands before it does not blur.
         options: of `System`.
     """
 
@@ -81,7 +82,7 @@ class RetrievalSystem(System):
         *,
         passage_tokens: int = 128,
         pasted_share: float = 0.5,
-        query_tokens: int = 64,
+        query_tokens: int | None = 64,
         **options: Any,
     ) -> None:
         super().__init__(name, model, **options)
@@ -112,7 +113,9 @@ class RetrievalSystem(System):
         stream = self.stream
         stop = max(0, len(stream) - self.local_tokens)
         local = [*stream[stop:], *prefix]
-        query = [*local, *questions[0].token_ids][-self.query_tokens :]
+        query = list(questions[0].token_ids)
+        if self.query_tokens is not None:
+            query = [*local, *query][-self.query_tokens :]
         # Half of the window, and what the local context leaves free: a short question wastes no room.
         budget = max(int(self.pasted_share * self.window), self.window - room - len(local))
         budget = max(0, min(budget, self.window - room - 1))
