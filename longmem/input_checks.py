@@ -66,6 +66,8 @@ def refuse_unknown_inputs(kwargs: dict[str, Any]) -> None:
     """Raise for arguments of `forward` that would be ignored; those that transformers passes by habit are let through."""
     harmless = {"return_dict", "output_attentions", "output_hidden_states", "inputs_embeds"}
     for name, value in kwargs.items():
+        if name == "tokenizer":  # `generate` reads stop strings with it and, in transformers 5, hands it on
+            continue
         if name not in harmless or not (value is None or isinstance(value, bool)):
             raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")
         if value is True and name in ("output_attentions", "output_hidden_states"):

@@ -136,6 +136,17 @@ def test_generation_continues_what_is_scored(model, name):
     assert [each.is_greedy for each in answer.candidates] == [True, False]
 
 
+@pytest.mark.parametrize("name", ["backbone", "bm25", "on"])
+def test_generation_ends_with_a_stop_string(model, name):
+    system = systems_of(model, local_tokens=5)[name]
+    query = ids(3, 3)
+    (whole,) = system.generate([query], max_new_tokens=4, stop=())
+    last = next(token for token in whole if model.tokenizer.decode([token]).isascii())  # not every byte is a letter
+    (stopped,) = system.generate([query], max_new_tokens=4, stop=[model.tokenizer.decode([last])])
+    assert stopped == whole[: whole.index(last) + 1]
+    assert len(stopped) < len(whole)
+
+
 def test_reset_feed_answer(model):
     system = MemorySystem("on", model, window=WINDOW, local_tokens=4)
     text = "the old house saw the rain and the cat sat down"
