@@ -129,7 +129,9 @@ class LongMemLM(HFLM):
         """Return what follows each context, up to a stop string; those that fit the window in batches."""
         return in_two_parts(
             requests,
-            lambda request: self.memory and len(self.tok_encode(request.args[0])) > self.max_length - self._room(request),
+            lambda request: (
+                self.memory and len(self.tok_encode(request.args[0])) > self.max_length - self._room(request)
+            ),
             lambda long: self._generate_with_memory(long, disable_tqdm),
             lambda rest: super(LongMemLM, self).generate_until(rest, disable_tqdm=disable_tqdm),
         )
@@ -220,7 +222,9 @@ def validate(*, window: int | None, memory: str | bool, local_tokens: int | None
     if window is not None and window < 2:
         raise ValueError(f"`window` must be at least 2 tokens, got {window}.")
     if local_tokens is not None and local_tokens < 1:
-        raise ValueError(f"`local_tokens` must be at least 1, from which the next token is predicted, got {local_tokens}.")
+        raise ValueError(
+            f"`local_tokens` must be at least 1, from which the next token is predicted, got {local_tokens}."
+        )
     if memory not in ("on", "off", True, False):
         raise ValueError(f"`memory` must be on or off, got {memory!r}.")
 
