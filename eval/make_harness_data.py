@@ -1,0 +1,36 @@
+"""Make the data of the tasks in configs/eval/harness_tasks from files of the published sets.
+
+    python eval/make_harness_data.py quality LEval-data/quality.jsonl --output data/harness
+    python eval/make_harness_data.py babi qa1_single-supporting-fact_test.txt --output data/harness
+    python eval/make_harness_data.py babi qa1_single-supporting-fact_test.txt --filler book.txt --filler-words 3000 \\
+        --output data/harness
+
+QuALITY as in L-Eval (github.com/OpenLMLab/LEval), bAbI as in Facebook's tasks_1-20_v1-2/en. A filler is spread between the
+sentences of each story, so that it no longer fits the window.
+"""
+
+import argparse
+from pathlib import Path
+
+from longmem.evaluation.harness.data import babi_items, quality_items, write_items
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("quality", "babi"))
+    parser.add_argument("source", type=Path, help="file of the published set")
+    parser.add_argument("--filler", type=Path, help="text to spread between the sentences of bAbI")
+    parser.add_argument("--filler-words", type=int, default=0, help="words of it for each question")
+    parser.add_argument("--output", type=Path, required=True, help="folder for TASK.jsonl")
+    arguments = parser.parse_args()
+    filler = "" if arguments.filler is None else arguments.filler.read_text(encoding="utf-8")
+    if arguments.task == "quality":
+        items = quality_items(arguments.source)
+    else:
+        items = babi_items(arguments.source, filler, arguments.filler_words)
+    path = arguments.output / f"{arguments.task}.jsonl"
+    print(f"{path}: {write_items(path, items):,} items")
+
+
+if __name__ == "__main__":
+    main()

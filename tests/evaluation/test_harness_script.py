@@ -1,0 +1,143 @@
+"""eval/eval_harness.py: three tasks under three systems in one folder, which goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness_tasks import write_tasks
+from tiny_models import save_tiny_backbone
+from transformers import AutoTokenizer
+
+from longmem.evaluation.harness.settings import HarnessSettings
+from longmem.evaluation.harness.tasks import load_tasks
+from longmem.evaluation.runs import load_evaluation
+
+SCRIPT = Path(__file__).parents[2] / "eval" / "eval_harness.py"
+CONFIGS = SCRIPT.parents[1] / "configs" / "eval"
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs the script on a tiny model and tasks, with changes to its settings."""
+    folder = save_tiny_backbone(tmp_path / "backbone")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "~"
+    tokenizer.save_pretrained(folder)
+    tasks = write_tasks(tmp_path / "tasks")
+    settings = f"model: {folder}\nwindow: 16\nbatch_size: 3\ntasks: [choose, continue, roll]\ninclude_path: {tasks}\n"
+    settings += "config: {segment_length: 16, num_retrieved_tokens: 8}\n"
+    (tmp_path / "settings.yaml").write_text(settings)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # asks the system for a second
+
+    def run(*changes: str) -> Path:
+        output = tmp_path / "results"
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), str(tmp_path / "settings.yaml"), f"output={output}", *changes])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return output
+
+    return run
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
+    for by_metric in metrics["tasks"].values():
+        for comparison in by_metric.values():
+            for values in comparison["systems"].values():
+                del values["seconds_per_item"]
+    return metrics["tasks"]
+
+
+def test_one_command_leaves_a_result_folder_and_goes_on(command, capsys):
+    output = command()
+    shown = capsys.readouterr().out
+    assert shown.count("6 items") == 9
+    assert {"config.json", "metrics.json", "table.md", "predictions.jsonl", "harness.png"} <= {
+        file.name for file in output.iterdir()
+    }
+    metrics = read(output / "metrics.json")
+    assert metrics["summary"]["measure"] == "choose: acc_norm"
+    assert list(metrics["summary"]["systems"]) == ["backbone", "off", "on"]
+    found = without_seconds(metrics)
+    choose, roll = found["choose"]["acc"], found["roll"]["byte_perplexity"]["systems"]
+    assert choose["groups"] == 3
+    assert choose["systems"]["off"]["value"] == choose["systems"]["backbone"]["value"]
+    # A new side network is the backbone until it reads memory.
+    assert roll["off"]["value"] == pytest.approx(roll["backbone"]["value"], rel=1e-4)
+    assert abs(roll["on"]["value"] / roll["off"]["value"] - 1) > 1e-3
+    lines = (output / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 54
+    picked = [json.loads(line) for line in lines if '"choose/on/' in line]
+    right = [record["metrics"]["acc"] for record in picked]
+    assert choose["systems"]["on"]["value"] == pytest.approx(100 * sum(right) / 6)
+    for record in picked:
+        values = [answer[0][0] for answer in record["resps"]]
+        assert record["metrics"]["acc"] == float(values.index(max(values)) == record["target"])
+
+    (output / "predictions.jsonl").write_text("\n".join(lines[:-8]) + "\n")  # stopped while writing the last but one
+    command()
+    again = capsys.readouterr().out
+    assert again.count("6 items") == 2
+    assert without_seconds(read(output / "metrics.json")) == found
+    with pytest.raises(ValueError, match="Name another folder"):
+        command("num_fewshot=1")
+
+
+def test_a_part_of_the_items_by_some_systems(command):
+    output = command("systems=[on]", "tasks=[choose]", "limit=3")
+    records = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [record["doc_id"] for record in records] == [0, 2, 4]
+    assert [record["group"] for record in records] == ["text 0", "text 1", "text 2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("systems=[on, wrong]", "`systems` must be among backbone, off, on, got 'wrong'"),
+        ("tasks=[]", "`tasks` must be at least one"),
+        ("tasks=[choose, choose]", "none twice"),
+    ],
+)
+def test_wrong_settings_are_refused(command, capsys, change, message):
+    with pytest.raises(SystemExit):
+        command(change)
+    assert message in capsys.readouterr().err
+
+
+def test_missing_folders_are_refused(command):
+    with pytest.raises(ValueError, match="`data` must be a folder"):
+        command("data=nowhere")
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_refused(command):  # lm-eval's own index takes seconds
+    with pytest.raises(ValueError, match=r"got 'chose'. Did you mean `choose`"):
+        command("tasks=[chose]")
+
+
+def test_the_tasks_that_come_along_ask_what_the_data_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(CONFIGS.parents[1])
+    quality = {"text": "Once.", "question": "When?", "options": ["now", "then", "never", "always"], "answer": 1}
+    babi = {"text": "Mary left.", "question": "Where is Mary?", "answer": "hallway"}
+    for name, item in (("quality", quality), ("babi", babi)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(item) + "\n")
+    settings = load_evaluation(HarnessSettings, CONFIGS / "harness.yaml", [f"output={tmp_path}", f"data={tmp_path}"])
+    _, tasks = load_tasks(settings)
+    choice = tasks["quality"]
+    assert choice.doc_to_text(quality) == "Once.\n\nQuestion: When?\nAnswer:"
+    assert (choice.doc_to_choice(quality), choice.doc_to_target(quality)) == (quality["options"], 1)
+    question = tasks["babi"]
+    assert question.doc_to_text(babi).startswith("Mary left.\n\n")
+    assert question.doc_to_text(babi).endswith("\n\nQuestion: Where is Mary?\nAnswer:")
+    question.build_all_requests(rank=0, world_size=1)
+    (instance,) = question.instances
+    instance.resps.append(" Hallway. He")
+    question.apply_filters()
+    assert question.process_results(babi, [instance.filtered_resps["none"]]) == {"exact_match": 1.0}
