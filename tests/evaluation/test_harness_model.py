@@ -236,18 +236,20 @@ def test_generation_stops_and_samples_as_asked(model):
     assert len({whole, *sampled}) > 2
 
 
-def test_it_is_registered_and_reads_model_args(backbone_folder):
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])  # lm-eval's command line says cuda:0 on every machine
+def test_it_is_registered_and_reads_model_args(backbone_folder, device):
     from lm_eval.api.registry import get_model
 
     import longmem.evaluation.harness  # noqa: F401  registers it
 
     arguments = f"pretrained={backbone_folder},dtype=float32,window=24,memory=off,local_tokens=8"
     own = get_model("longmem").create_from_arg_string(
-        arguments, {"batch_size": 2, "device": "cpu", "max_batch_size": None}
+        arguments, {"batch_size": 2, "device": device, "max_batch_size": None}
     )
     assert isinstance(own.model, LongMemForCausalLM)
     assert (own.max_length, own.memory, own.local_tokens, own.batch_size) == (24, False, 8, 2)
     assert own.tokenizer.pad_token is not None
+    assert own.device.type == ("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def test_chat_templates_are_those_of_the_tokenizer(model):

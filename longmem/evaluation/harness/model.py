@@ -37,7 +37,7 @@ class LongMemLM(HFLM):
             options of different length share the work of reading the context.
         batch_size: rows that are run at once, or "auto".
         max_batch_size: at most, with "auto".
-        device: default: the GPU where there is one; an open model stays where it is.
+        device: default: the GPU; the CPU where there is none. An open model stays where it is.
         add_bos_token: as for `hf`; default: what the tokenizer does.
         prefix_token_id: stands before a text without context; default: the tokenizer's bos, or eos token.
 
@@ -62,7 +62,9 @@ class LongMemLM(HFLM):
         validate(window=window, memory=memory, local_tokens=local_tokens)
         if isinstance(pretrained, str):
             model = open_model(pretrained, dtype=None if dtype == "auto" else dtype)
-            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+            # lm-eval's command line says cuda:0 where nothing was said, also without a GPU.
+            on_cpu = not torch.cuda.is_available() and (device is None or device.startswith("cuda"))
+            model.to("cpu" if on_cpu else device or "cuda")  # type: ignore[arg-type]
         else:
             model = pretrained
         validate_tokenizer(model)
