@@ -58,6 +58,9 @@ class Banks:
 class MemorySystem(System):
     """LongMem: the end of the stream in the window, everything before it in memory, so that no token is in both.
 
+    All systems with one window have the same tokens in it. Therefore up to `chunk_size - 1` tokens at the border may wait in
+    the bank for their chunk to be full, where no search finds them.
+
     Args:
         name: "off" reads nothing, "on" the stream's memory, "wrong" what `read` was given instead; anything else is as "on".
         model: see `System`.
