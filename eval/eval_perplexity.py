@@ -18,13 +18,12 @@ from longmem.console import plain_table
 from longmem.evaluation.documents import (
     PerplexitySettings,
     distance_rows,
-    document_rows,
     evaluate_documents,
     read_texts,
     summarize_documents,
     tables,
 )
-from longmem.evaluation.documents.tables import distance_heading
+from longmem.evaluation.documents.tables import distance_heading, narrow_tables
 from longmem.evaluation.documents.texts import digest_of
 from longmem.evaluation.runs import RunFolder, describe, open_evaluated, read_arguments
 from longmem.evaluation.systems import title_of_system
@@ -42,7 +41,8 @@ def main() -> None:
     with RunFolder(settings.output, describe(settings, model, {"documents": digest_of(texts)})) as run:
         metrics = summarize_documents(evaluate_documents(model, texts, settings, run, console), settings)
         run.finish(title=title, metrics=metrics, table=tables(metrics), seed=settings.seed)
-    console.print(plain_table(document_rows(metrics, brief=True), emphasized=title_of_system("on")))
+    for heading, rows in narrow_tables(metrics):
+        console.print(f"\n[bold]{heading}[/]\n", plain_table(rows, emphasized=title_of_system("on")))
     if len(settings.systems) > 1:
         plot_documents(Path(settings.output) / "perplexity.png", metrics, title=title)
     if metrics["distances"] is not None:

@@ -30,7 +30,7 @@ def plot_documents(path: str | PathLike[str], metrics: Mapping[str, Any], *, tit
     rows = -(-len(parts) // columns)
     figure = Figure(figsize=(3 + 3.5 * columns, 1.5 + rows * (1 + 0.5 * len(others))), layout="constrained")
     figure.suptitle(textwrap.fill(title, 30 + 40 * columns), fontsize=12)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for number, axes in enumerate(grid.flat):
         if number >= len(parts):
             axes.set_visible(False)
@@ -87,7 +87,7 @@ def plot_distances(path: str | PathLike[str], metrics: Mapping[str, Any], *, tit
     axes.axhline(0, color="black", linewidth=0.8)
     ticks = [f"{name}\n{group['tokens']:,}" for name, group in groups.items()]
     axes.set_xticks(range(len(groups)), ticks, fontsize=9)
-    axes.set_xlabel(f"where the same {found['ngram']} tokens last ended before, in tokens back; tokens scored")
+    axes.set_xlabel(f"tokens back to where the same {found['ngram']} tokens last ended, and how many were scored")
     axes.set_ylabel(f"nats per token saved against\n{title_of_system(found['against'])} (mean, 95 %)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)

@@ -10,6 +10,7 @@ import torch
 
 from longmem import MemoryBank
 from longmem.evaluation.documents import PerplexitySettings, summarize_documents
+from longmem.evaluation.documents import texts as texts_module
 from longmem.evaluation.documents.growing import GrowingMemory
 from longmem.evaluation.documents.running import score_document, windows_of
 from longmem.evaluation.documents.scores import load_scores, save_scores
@@ -249,6 +250,7 @@ def test_documents_count_the_same_whatever_their_length(model):
 
 def test_wrong_memory_is_the_next_document_or_a_manual(model, tmp_path, monkeypatch):
     monkeypatch.setenv("LONGMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(texts_module, "python_manual", lambda: "the manual")  # the real one is long
     folder = tmp_path / "texts"
     folder.mkdir()
     for name in ("a", "b", "c"):

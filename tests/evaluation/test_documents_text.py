@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -130,4 +131,15 @@ def test_gains_by_distance_are_means_over_tokens():
     assert gains["2k to 8k"]["value"] == pytest.approx((2 + 1 + 0) / 3)
     assert gains["2k to 8k"]["interval"] == pytest.approx([0, 1.5])  # of one of two documents
     assert gains["in the window"]["value"] == pytest.approx(1)
+    assert groups["in the window"]["units"] == 1
     assert gains["never before"]["value"] == pytest.approx(-0.5)
+
+
+def test_what_one_document_has_is_resampled_by_window():
+    one = scores_of("a", [5_000, 6_000, 7_000, 0], [3.0, 2.0, 2.0, 1.0], [1.0, 1.0, 2.0, 1.0])
+    one = dataclasses.replace(one, windows=torch.tensor([0, 0, 1, 1]), num_bytes=torch.tensor([2, 2]))
+    other = scores_of("b", [0, 0], [4.0, 4.0], [4.0, 3.0])
+    settings = PerplexitySettings(data="none", output="none", systems=("off", "on"))
+    group = summarize_documents([one, other], settings)["distances"]["groups"]["2k to 8k"]
+    assert (group["tokens"], group["units"]) == (3, 2)
+    assert group["systems"]["on"] == {"value": pytest.approx(1), "interval": pytest.approx([0, 1.5])}

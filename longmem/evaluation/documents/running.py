@@ -32,27 +32,25 @@ def evaluate_documents(
 
     The losses of a document are in `documents/NUMBER-ID.safetensors` of the run's folder.
     """
-    found = []
-    planned = {each.text.document_id: windows_of(each, settings) for each in texts}
-    left = sum(len(windows) for name, windows in planned.items() if name not in run)
-    done = 0
-    with item_progress("windows", console) as report:
-        for number, text in enumerate(texts):
-            name, windows = text.text.document_id, planned[text.text.document_id]
-            file = file_of(run.path, number, name)
-            if name in run:
-                found.append(load_scores(file, name, len(text.text.token_ids), settings.systems))
-                continue
+    files = [file_of(run.path, number, each.text.document_id) for number, each in enumerate(texts)]
+    left = [(each, file) for each, file in zip(texts, files, strict=True) if each.text.document_id not in run]
+    if left:
+        total, done = sum(len(windows_of(text, settings)) for text, _ in left), 0
+        with item_progress("windows", console) as report:
+            for text, file in left:
+                windows = windows_of(text, settings)
 
-            def progress(finished: int, before: int = done) -> None:
-                report(before + finished, left)
+                def progress(finished: int, before: int = done) -> None:
+                    report(before + finished, total)
 
-            scores = score_document(model, text, settings, windows, progress)
-            done += len(windows)
-            save_scores(file, scores)
-            run.write([record_of(scores, file.name)])
-            found.append(scores)
-    return found
+                scores = score_document(model, text, settings, windows, progress)
+                done += len(windows)
+                save_scores(file, scores)
+                run.write([record_of(scores, file.name)])
+    return [
+        load_scores(file, each.text.document_id, len(each.text.token_ids), settings.systems)
+        for each, file in zip(texts, files, strict=True)
+    ]
 
 
 def windows_of(text: ScoredText, settings: PerplexitySettings) -> list[Window]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from longmem.evaluation.book_tables import estimate, reduction
@@ -29,11 +29,11 @@ def summarize_documents(documents: Sequence[DocumentScores], settings: Perplexit
     documents, of the mean loss of their scored tokens, so that each document counts the same; bits per byte are the mean
     over documents. `distances` has the loss saved against memory off (without it, the backbone) by how far back stands what
     a token repeats; there each token counts the same. Intervals hold 95 % and are over documents; those of a single document
-    over its windows.
+    over its windows (`units` 1: of one window, there is none).
     """
     groups = {name: [each for each in documents if length_group(each.num_tokens) == name] for name in LENGTHS}
     parts = {name: own for name, own in groups.items() if own} | {ALL: list(documents)}
-    lengths = {name: compare_systems(own, settings) for name, own in parts.items()}
+    lengths = {name: compare_documents(own, settings) for name, own in parts.items()}
     return {
         "baseline": baseline_of(settings),
         "lengths": lengths,
@@ -63,7 +63,7 @@ def mean_losses(units: Sequence[DocumentScores], system: str) -> Float[Tensor, "
     return torch.stack([unit.losses[system].double().mean() for unit in units])
 
 
-def compare_systems(documents: Sequence[DocumentScores], settings: PerplexitySettings) -> dict[str, Any]:
+def compare_documents(documents: Sequence[DocumentScores], settings: PerplexitySettings) -> dict[str, Any]:
     """Return perplexity, reduction against the baseline, bits per byte and cost of each system on some documents."""
     units, seed = units_of(documents), settings.seed
     scored = sum(each.num_scored for each in documents)
@@ -103,23 +103,31 @@ def gains_by_distance(documents: Sequence[DocumentScores], settings: PerplexityS
     others = [system for system in settings.systems if system not in ("off", "backbone")]
     if against is None or not others:
         return None
-    units = units_of(documents)
-    groups = [distance_groups(unit.distances, unit.positions, unit.starts, settings.ngram) for unit in units]
     found: dict[str, Any] = {}
     for number, name in enumerate(DISTANCES):
-        own = [(unit, group == number) for unit, group in zip(units, groups, strict=True)]
-        own = [(unit, mask) for unit, mask in own if mask.any()]
-        counts = torch.tensor([mask.sum().double() for _, mask in own], dtype=torch.float64)
-        gains = {system: mean_gain(own, counts, against, system, settings.seed) for system in others} if own else {}
-        found[name] = {"tokens": int(counts.sum()), "units": len(own), "systems": gains}
+        own = masked(documents, number, settings.ngram)
+        if len(own) == 1:
+            own = masked(own[0][0].by_window(), number, settings.ngram)
+        gains = {system: mean_gain(own, against, system, settings.seed) for system in others} if own else {}
+        count = sum(int(mask.sum()) for _, mask in own)
+        found[name] = {"tokens": count, "units": len(own), "systems": gains}
     return {"against": against, "ngram": settings.ngram, "groups": found}
 
 
+def masked(
+    units: Sequence[DocumentScores], group: int, ngram: int
+) -> list[tuple[DocumentScores, Bool[Tensor, " scored"]]]:
+    """Return the units that have tokens of a group of distances, and which tokens these are."""
+    masks = [distance_groups(unit.distances, unit.positions, unit.starts, ngram) == group for unit in units]
+    return [(unit, mask) for unit, mask in zip(units, masks, strict=True) if mask.any()]
+
+
 def mean_gain(
-    masked: Sequence[tuple[DocumentScores, Tensor]], counts: Tensor, against: str, system: str, seed: int
-) -> Mapping[str, Any]:
+    units: Sequence[tuple[DocumentScores, Bool[Tensor, " scored"]]], against: str, system: str, seed: int
+) -> dict[str, Any]:
     """Return the mean over tokens of what a system saves, and its interval over units."""
-    sums = [(unit.losses[against] - unit.losses[system])[mask].double().sum() for unit, mask in masked]
-    gain = ratio_of_means(torch.stack(sums), counts, seed=seed)
+    sums = [(unit.losses[against] - unit.losses[system])[mask].double().sum() for unit, mask in units]
+    counts = [mask.double().sum() for _, mask in units]
+    gain = ratio_of_means(torch.stack(sums), torch.stack(counts), seed=seed)
     assert gain is not None  # every unit has tokens of the group
     return estimate(gain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from longmem.evaluation.book_tables import spelled
@@ -17,27 +17,37 @@ NOTE = (
 )
 
 
-def document_rows(metrics: Mapping[str, Any], *, brief: bool = False) -> list[list[str]]:
-    """Return the table of systems, its head first: a line for each group of lengths, and its systems below it.
-
-    `brief` leaves out what does not fit a terminal: the intervals of all but what is compared.
-    """
-    baseline = metrics["baseline"]
-    heads = ["perplexity", f"% below {baseline} (95 %)", "bits per byte", "s per token"]
-    if not brief:
-        heads = ["perplexity (95 %)", f"below {title_of_system(baseline)}, % (95 %)", "bits per byte (95 %)", heads[-1]]
-    rows = [["", *heads]]
+def document_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Return the table of systems, its head first: a line for each group of lengths, and its systems below it."""
+    below = f"below {title_of_system(metrics['baseline'])}, % (95 %)"
+    rows = [["", "perplexity (95 %)", below, "bits per byte (95 %)", "s per token"]]
     for name, part in metrics["lengths"].items():
-        count = f"{part['documents']} document" + ("s" if part["documents"] > 1 else "")
-        rows.append([f"{name}: {count}, {part['scored_tokens']:,} tokens scored", "", "", "", ""])
+        rows.append([group_heading(name, part), "", "", "", ""])
         for system, values in part["systems"].items():
-            below = "" if system == baseline else spelled(values["reduction_percent"], "+.2f")
-            perplexity, bits = (
-                f"{found['value']:{form}}" if brief else spelled(found, form)
-                for found, form in ((values["perplexity"], ".2f"), (values["bits_per_byte"], ".3f"))
-            )
-            rows.append([title_of_system(system), perplexity, below, bits, cost_of(values)])
+            perplexity, bits = spelled(values["perplexity"], ".2f"), spelled(values["bits_per_byte"], ".3f")
+            rows.append([title_of_system(system), perplexity, below_of(metrics, system, values), bits, cost_of(values)])
     return rows
+
+
+def narrow_tables(metrics: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield heading and rows of each group of lengths, with as many intervals as a terminal has room for."""
+    for name, part in metrics["lengths"].items():
+        rows = [["", "perplexity", f"% below {metrics['baseline']}", "bits/byte", "s/token"]]
+        for system, values in part["systems"].items():
+            perplexity, bits = f"{values['perplexity']['value']:.2f}", f"{values['bits_per_byte']['value']:.3f}"
+            rows.append([title_of_system(system), perplexity, below_of(metrics, system, values), bits, cost_of(values)])
+        yield group_heading(name, part), rows
+
+
+def group_heading(name: str, part: Mapping[str, Any]) -> str:
+    """Return a group of lengths with what was scored of it."""
+    documents = f"{part['documents']} document" + ("s" if part["documents"] > 1 else "")
+    return f"{name}: {documents}, {part['scored_tokens']:,} tokens scored"
+
+
+def below_of(metrics: Mapping[str, Any], system: str, values: Mapping[str, Any]) -> str:
+    """Return by how many percent the perplexity of a system is below the baseline's; nothing for the baseline."""
+    return "" if system == metrics["baseline"] else spelled(values["reduction_percent"], "+.2f")
 
 
 def cost_of(values: Mapping[str, float]) -> str:
@@ -58,7 +68,8 @@ def distance_rows(metrics: Mapping[str, Any], *, brief: bool = False) -> list[li
     systems = next(group["systems"] for group in found["groups"].values() if group["systems"])
     rows = [["tokens back", "tokens", *(system if brief else title_of_system(system) for system in systems)]]
     for name, group in found["groups"].items():
-        gains = [f"{gain['value']:+.3f}" if brief else spelled(gain, "+.3f") for gain in group["systems"].values()]
+        short = brief or group["units"] == 1  # one window has no interval
+        gains = [f"{gain['value']:+.3f}" if short else spelled(gain, "+.3f") for gain in group["systems"].values()]
         rows.append([name, f"{group['tokens']:,}", *(gains or [""] * len(systems))])
     return rows
 
