@@ -30,7 +30,7 @@ def test_one_command_and_the_same_again_after_a_stop(backbone_folder, tmp_path, 
             "sets": "[sst-2, sst-5, squad]",
             "systems": "[backbone, context-400, bm25, off, on, wrong]",
             "seeds": "[1, 2]",
-            "limit": 3,
+            "limit": 2,
             "window": 200,
             "demonstrations": 2,
             "memory_demonstrations": 5,
@@ -50,16 +50,16 @@ def test_one_command_and_the_same_again_after_a_stop(backbone_folder, tmp_path, 
     names = {"config.json", "environment.json", "metrics.json", "table.md", "accuracy.png", "predictions.jsonl"}
     assert {file.name for file in (tmp_path / "whole").iterdir()} == names | {"sessions.jsonl"}
     lines = (tmp_path / "whole" / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    assert len(lines) == 2 * 3 * 6 * (3 + 1)
+    assert len(lines) == 2 * 3 * 6 * (2 + 1)
     assert len({json.loads(line)["id"] for line in lines}) == len(lines)
 
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     (stopped / "config.json").write_bytes((tmp_path / "whole" / "config.json").read_bytes())
-    (stopped / "predictions.jsonl").write_text("\n".join(lines[:58]) + '\n{"id": "half', encoding="utf-8")
+    (stopped / "predictions.jsonl").write_text("\n".join(lines[:43]) + '\n{"id": "half', encoding="utf-8")
     assert without_times(run("stopped")) == without_times(whole)
     after = (stopped / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    assert after[:58] == lines[:58]
+    assert after[:43] == lines[:43]
     assert len(after) == len(lines)
 
     with pytest.raises(ValueError, match="Name another folder"):

@@ -294,6 +294,13 @@ def test_metrics_by_hand(tmp_path):
     assert seconds == pytest.approx(0.5)
     text = markdown_of(metrics)
     assert "37.5 ± 12.5 (" in text
+    assert all_tables(metrics, brief=True)["mr, 4 items"][1] == [
+        "backbone, same window",
+        "37.5 ± 12.5",
+        "75.0 ± 25.0",
+        "75.0 ± 0.0",
+        "0.50",
+    ]
     assert "| most frequent label | 75.0 | 75.0 | 75.0 |" in text
     assert [title.split(",")[0] for title in all_tables(metrics)] == ["mean of mr", "mr", "subj"]
 
