@@ -45,13 +45,13 @@ def main() -> None:
         ask_all(settings, model, tasks, folder, console)
         metrics = compute_metrics(settings, folder.records)
         folder.finish(title=TITLE, metrics=metrics, table=markdown_of(metrics), seed=settings.seed)
-    tables = {**all_tables(metrics), "demonstrations before a question": demonstration_rows(metrics)}
+    tables = {**all_tables(metrics, brief=True), "demonstrations before a question": demonstration_rows(metrics)}
     for title, rows in tables.items():
         console.print(f"\n{title}")
         console.print(plain_table(rows))
     figure = Path(settings.output) / "accuracy.png"
-    plot_accuracies(figure, panels_of(metrics), title=TITLE, measure="mean over seeds")
-    console.print(f"\nResults are in {settings.output}.")
+    plot_accuracies(figure, panels_of(metrics), title=TITLE, measure="score, mean over seeds")
+    console.print(f"\nIntervals, differences and all results are in {settings.output}.")
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def calibrated_label(logprobs: Sequence[float], content_free: Sequence[Sequence[
 def label_probabilities(logprobs: Sequence[float]) -> list[float]:
     """Return the probabilities of the labels, which sum to 1.
 
-    >>> label_probabilities([math.log(0.03), math.log(0.01)])
-    [0.75, 0.25]
+    >>> label_probabilities([-7.0, -7.0])
+    [0.5, 0.5]
     """
     most = max(logprobs)
     values = [math.exp(value - most) for value in logprobs]
