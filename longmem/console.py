@@ -96,3 +96,24 @@ def token_progress(title: str, console: Console) -> Iterator[Report]:
             bars.update(task, completed=done, total=total)
 
         yield report
+
+
+@contextlib.contextmanager
+def item_progress(title: str, console: Console) -> Iterator[Report]:
+    """Show a bar and yield what moves it: a function of (items done, items in all).
+
+    A console that is no terminal gets one line, at the end.
+    """
+    columns = (
+        TextColumn("  {task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(title, total=1)
+
+        def report(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+
+        yield report
