@@ -13,6 +13,7 @@ from pathlib import Path
 from longmem.commands.opening import console_for
 from longmem.console import plain_table
 from longmem.evaluation.chapterbreak import (
+    Asking,
     ChapterBreakSettings,
     chapterbreak_rows,
     load_split,
@@ -31,9 +32,10 @@ def main() -> None:
     console = console_for(as_json=False)
     split = load_split(settings.data, split=settings.split, file=settings.file, longest=max(settings.contexts))
     model = open_evaluated(settings)
+    work = Asking(settings, model, split)
     data = {"split": split.name, "examples": digest([dataclasses.asdict(example) for example in split.examples])}
     with RunFolder(settings.output, describe(settings, model, data)) as run:
-        run_chapterbreak(settings, model, split, run, console)
+        run_chapterbreak(work, run, console)
         metrics = summarize_chapterbreak(settings, run.records)
         rows = chapterbreak_rows(metrics)
         title = (

@@ -16,6 +16,7 @@ from rich.console import Console
 from tiny_models import some_text
 
 from longmem.evaluation.chapterbreak import (
+    Asking,
     ChapterBreakSettings,
     Example,
     Split,
@@ -29,7 +30,6 @@ from longmem.evaluation.chapterbreak import (
 )
 from longmem.evaluation.chapterbreak.baselines import overlap, rarity
 from longmem.evaluation.chapterbreak.data import file_for
-from longmem.evaluation.chapterbreak.runner import Asking
 from longmem.evaluation.chapterbreak.tokens import Encoder, views
 from longmem.evaluation.runs import RunFolder
 from longmem.evaluation.systems import Answer, Continuation
@@ -59,7 +59,7 @@ def settings_for(tmp_path: Path, **changes: Any) -> ChapterBreakSettings:
 
 def run(settings: ChapterBreakSettings, model: Any, split: Split) -> list[dict[str, Any]]:
     with RunFolder(settings.output, {}) as folder:
-        run_chapterbreak(settings, model, split, folder, Console(file=io.StringIO()))
+        run_chapterbreak(Asking(settings, model, split), folder, Console(file=io.StringIO()))
         return folder.records
 
 
@@ -272,21 +272,23 @@ def test_what_uses_the_same_tokens_is_asked_once(model, tmp_path):
 
 
 def test_each_context_is_encoded_once(model, tmp_path):
-    own = choose(examples({"a": 2, "b": 2, "c": 2}), None)
+    own = Split("test", examples({"a": 2, "b": 2, "c": 2}))
     asking = Asking(settings_for(tmp_path, contexts=(60,), systems=("on", "wrong")), model, own)
     records = [asking.ask(number, name, used) for number, name, used, _ in asking.jobs()]
     assert len(records) == 12
     assert asking.banks.encoded_tokens == (6 + 1) * (60 - LOCAL)  # the first is the wrong one of the last as well
-    assert all(own[number].work != own[wrong].work for number, wrong in asking.wrong.items())
+    assert all(asking.examples[number].work != asking.examples[wrong].work for number, wrong in asking.wrong.items())
 
 
 def test_the_wrong_memory_is_of_another_work_that_has_one(model, tmp_path):
-    own = [*examples({"a": 2}), dataclasses.replace(examples({"b": 1})[0], context="short"), *examples({"c": 1})]
+    own = [*examples({"a": 2, "short": 1}), dataclasses.replace(examples({"c": 1})[0], work="c")]
+    own[2] = dataclasses.replace(own[2], context="too short")
     settings = settings_for(tmp_path, systems=("on", "wrong"))
-    own = [own[0], own[2], own[1], dataclasses.replace(own[3], work="c")]
-    assert Asking(settings, model, own).wrong == {0: 3, 1: 2, 2: 3, 3: 0}
+    asking = Asking(settings, model, Split("", own))
+    assert [example.name for example in asking.examples] == ["a/0", "short/0", "c/0", "a/1"]
+    assert asking.wrong == {0: 2, 1: 2, 2: 3, 3: 2}
     with pytest.raises(ValueError, match="must leave out `wrong`"):
-        Asking(settings, model, examples({"a": 2}))
+        Asking(settings, model, Split("", examples({"a": 2})))
 
 
 # What counts as right -------------------------------------------------------------------------------------------------------

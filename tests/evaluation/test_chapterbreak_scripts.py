@@ -38,6 +38,9 @@ def test_books_to_results_with_a_stop_between(backbone_folder, tmp_path, monkeyp
     ]
     evaluate = ["eval_chapterbreak.py", ROOT / "configs" / "eval" / "chapterbreak.yaml", *options]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with pytest.raises(ValueError, match="leave out the systems"):
+        call(*evaluate, f"output={whole}", "contexts=[16]")
+    assert not whole.exists()  # the folder is free for settings that go together
     out = call(*evaluate, f"output={whole}")
     table = (whole / "table.md").read_text()
     assert table.count("LongMem, memory on") == 1  # no memory where the context fits the window

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -19,20 +19,17 @@ from longmem.evaluation.systems import Banks, System, make_systems
 from longmem.modeling import LongMemForCausalLM
 
 
-def run_chapterbreak(
-    settings: ChapterBreakSettings, model: LongMemForCausalLM, split: Split, run: RunFolder, console: Console
-) -> None:
+def run_chapterbreak(work: Asking, run: RunFolder, console: Console) -> None:
     """Write a record for every example, system and number of tokens that the system uses, and for every baseline.
 
     A system that uses the same tokens at several lengths of context is asked once; `contexts` of the record says at which.
     """
-    work = Asking(settings, model, choose(split.examples, settings.limit))
-    if (shorter := max(work.lengths)) < max(settings.contexts):
-        console.print(f"The longest context has {shorter:,} tokens: what `contexts` asks beyond them is not there.")
+    if (longest := max(work.lengths)) < max(work.views):
+        console.print(f"The longest context has {longest:,} tokens: what `contexts` asks beyond them is not there.")
     run.write(
         {"id": f"{example.name}/{name}", **described(example), "system": name, "contexts": list(work.views)}
         | {"values": values}
-        for example, found in baseline_values(split.examples, work.examples)
+        for example, found in baseline_values(work.split.examples, work.examples)
         for name, values in found.items()
         if f"{example.name}/{name}" not in run
     )
@@ -56,11 +53,16 @@ class Asking:
     Args:
         settings: of the evaluation.
         model: that is evaluated.
-        examples: in an order in which the next one is of another work, where that can be (`choose`).
+        split: from which examples are chosen.
+
+    Raises:
+        ValueError: settings, model and data do not go together.
     """
 
-    def __init__(self, settings: ChapterBreakSettings, model: LongMemForCausalLM, examples: Sequence[Example]) -> None:
-        self.examples = examples
+    def __init__(self, settings: ChapterBreakSettings, model: LongMemForCausalLM, split: Split) -> None:
+        self.split = split
+        # In an order in which the next one is of another work, where that can be.
+        self.examples = choose(split.examples, settings.limit)
         self.encoder = Encoder(model.tokenizer, settings.joiner, settings.suffix_tokens)
         room = self.encoder.room
         self.views = views(settings.systems, settings.contexts, window=settings.window, room=room)
@@ -75,7 +77,7 @@ class Asking:
             banks=self.banks,
         )
         self.systems: Mapping[str, System] = {system.name: system for system in made}
-        self.lengths = [len(self.encoder.context(example)) for example in examples]
+        self.lengths = [len(self.encoder.context(example)) for example in self.examples]
         self.wrong = self._wrong() if "wrong" in self.systems else {}
         self._encoding_seconds: dict[tuple[int, int], float] = {}
         self.context = lru_cache(maxsize=4)(lambda number: self.encoder.context(self.examples[number]))
