@@ -1,0 +1,97 @@
+"""What scoring six suffixes costs: against a plain forward of the context and one of the six suffixes.
+
+    python benchmarks/bench_suffixes.py [--model smollm2-135m] [--contexts 896 8064] [--rounds 5] [--output FILE.json]
+
+Backbone and memory on, which reads the tokens before the context. Both sides of a ratio are timed in turn in the same
+round; the plain forwards compute the logits that are needed, the last of the context and all of the suffixes.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from longmem.evaluation.results import environment
+from longmem.evaluation.systems import Question, System, make_systems
+from longmem.opening import open_model
+from longmem.sample_texts import python_manual
+
+NAMES = ("backbone", "on")
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def plain(forward: Callable[..., Any], context: torch.Tensor, suffixes: torch.Tensor) -> None:
+    forward(context, use_cache=False, logits_to_keep=1)
+    forward(suffixes, use_cache=False)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[896, 8064])
+    parser.add_argument("--suffixes", type=int, default=6)
+    parser.add_argument("--suffix-tokens", type=int, default=128)
+    parser.add_argument("--stored", type=int, default=8192, help="tokens in memory")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    model = open_model(given.model, dtype=given.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    ids: list[int] = model.tokenizer(python_manual(), verbose=False)["input_ids"]
+    asked = given.suffixes * given.suffix_tokens
+    needed = given.stored + max(given.contexts) + asked
+    ids = (ids * -(-needed // len(ids)))[:needed]
+    suffixes = torch.tensor(ids[-asked:], device=model.input_device).view(given.suffixes, -1)
+    question = Question([], suffixes.tolist())
+    ratios: dict[str, list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+    for size in given.contexts:
+        stream = ids[: given.stored + size]
+        window = size + given.suffix_tokens
+        made: list[System] = make_systems(NAMES, model, window=window, local_tokens=size, batch_size=given.suffixes)
+        context = torch.tensor([stream[-size:]], device=model.input_device)
+        for system in made:
+            system.read([stream])
+            forward, own = system.context([], given.suffix_tokens, [question])  # memory is encoded here, once
+            assert own == stream[-size:]
+            for round_number in track(range(given.rounds + 1), f"{system.name}, {size:,} tokens of context"):
+                # Whichever comes first in a round, the other comes first in the next.
+                calls = [lambda s=system: s.score([question]), lambda f=forward, c=context: plain(f, c, suffixes)]
+                order = (0, 1) if round_number % 2 else (1, 0)
+                taken = {number: seconds(calls[number]) for number in order}
+                if round_number:  # the first round warms up
+                    name = f"{system.name}, {size:,} tokens"
+                    ratios.setdefault(name, []).append(taken[0] / taken[1])
+                    times.setdefault(name, []).append((taken[0], taken[1]))
+    title = f"{given.model}: {given.suffixes} suffixes of {given.suffix_tokens} tokens, {given.rounds} rounds"
+    table = Table("after a context of", "scored / plain", "min", "max", "s scored", "s plain", title=title)
+    result = {}
+    for name, own in ratios.items():
+        result[name] = {"median": statistics.median(own), "min": min(own), "max": max(own), "seconds": times[name]}
+        scored, alone = (statistics.median(column) for column in zip(*times[name], strict=True))
+        figures = [f"{result[name][key]:.3f}" for key in ("median", "min", "max")]
+        table.add_row(name, *figures, f"{scored:.2f}", f"{alone:.2f}")
+    Console().print(table)
+    setup = {**vars(given), "output": None, "dtype": str(model.backbone.dtype), **environment()}
+    if given.output:
+        given.output.write_text(json.dumps({"setup": setup, "result": result}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Make examples in ChapterBreak's format from books, whose chapters begin with a line that says so.
+
+    python eval/build_chapterbreak.py my-books --output my.json
+    python eval/build_chapterbreak.py my-books/manifest.json --split test --output my-test.json.gz
+    python eval/build_chapterbreak.py my-books --output my.json "chapter=^(Chapter|BOOK)\\b.*" context_words=3000
+
+A folder is searched for .txt files with its subfolders; a manifest is a JSON list of {"file": ..., "split": ...} whose
+files lie beside it. The rules, as key=value, are the fields of `BuildRules`. The output is what eval_chapterbreak.py
+reads as `data`.
+"""
+
+import argparse
+from pathlib import Path
+
+from longmem.commands.opening import console_for, parse_settings
+from longmem.console import plain_table
+from longmem.evaluation.book_plan import files_of_split
+from longmem.evaluation.chapterbreak import (
+    BASELINES,
+    BuildRules,
+    baseline_values,
+    build,
+    credit,
+    load_split,
+    save_split,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("books", type=Path, help="folder of .txt files, or JSON manifest")
+    parser.add_argument("rules", nargs="*", metavar="key=value", help="fields of BuildRules")
+    parser.add_argument("--split", default="test", help="name of the split; with a manifest, also which files to take")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write; compressed if it ends in .gz")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    is_folder = arguments.books.is_dir()
+    files = sorted(arguments.books.rglob("*.txt")) if is_folder else files_of_split(arguments.books, arguments.split)
+    works = build(files, BuildRules(**parse_settings(arguments.rules)))
+    save_split(arguments.output, arguments.split, works)
+    examples = load_split(str(arguments.output)).examples
+    console = console_for(as_json=False)
+    console.print(f"{len(examples)} examples of {len(works)} of {len(files)} books in {arguments.output}")
+    scored = [values for _, values in baseline_values(examples, examples)]
+    rows = [["without a model", "accuracy, %"]]
+    for name, title in BASELINES.items():
+        rows.append([title, f"{100 * sum(credit(values[name]) for values in scored) / len(scored):.1f}"])
+    console.print(plain_table(rows))
+
+
+if __name__ == "__main__":
+    main()

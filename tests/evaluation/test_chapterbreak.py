@@ -1,0 +1,390 @@
+"""Suffix identification: data, joins and cuts, what each system sees, what counts as right."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import some_text
+
+from longmem.evaluation.chapterbreak import (
+    Asking,
+    ChapterBreakSettings,
+    Example,
+    Split,
+    baseline_values,
+    chapterbreak_rows,
+    choose,
+    credit,
+    load_split,
+    run_chapterbreak,
+    summarize_chapterbreak,
+)
+from longmem.evaluation.chapterbreak.baselines import overlap, rarity
+from longmem.evaluation.chapterbreak.data import file_for
+from longmem.evaluation.chapterbreak.tokens import Encoder, views
+from longmem.evaluation.runs import RunFolder
+from longmem.evaluation.systems import Answer, Continuation
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+WINDOW, SUFFIX, LOCAL = 32, 8, 22  # two tokens are the joiner's
+
+
+def examples(counts: dict[str, int], words: int = 30) -> list[Example]:
+    """Return examples with contexts and suffixes of random words."""
+    return [
+        Example(work, n, some_text(words, 100 * w + n), tuple(some_text(6, 1000 * w + 10 * n + s) for s in range(6)))
+        for w, (work, count) in enumerate(counts.items())
+        for n in range(count)
+    ]
+
+
+def settings_for(tmp_path: Path, **changes: Any) -> ChapterBreakSettings:
+    own = {
+        "window": WINDOW,
+        "suffix_tokens": SUFFIX,
+        "contexts": (16, 60),
+        "systems": ("backbone", "off", "on", "wrong"),
+    }
+    return ChapterBreakSettings(output=str(tmp_path / "run"), data="-", **{**own, **changes})
+
+
+def run(settings: ChapterBreakSettings, model: Any, split: Split) -> list[dict[str, Any]]:
+    with RunFolder(settings.output, {}) as folder:
+        run_chapterbreak(Asking(settings, model, split), folder, Console(file=io.StringIO()))
+        return folder.records
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def as_works(own: list[Example]) -> dict[str, Any]:
+    works: dict[str, Any] = {}
+    for example in own:
+        entry = {"ctx": example.context, "pos": example.suffixes[0], "negs": list(example.suffixes[1:])}
+        works.setdefault(example.work, []).append(entry)
+    return works
+
+
+def test_plain_compressed_and_bare_files_hold_the_same(tmp_path):
+    own = examples({"a": 2, "b": 1})
+    both = {"pg19": as_works(own), "ao3": as_works(own[:1])}
+    (tmp_path / "both.json").write_text(json.dumps(both))
+    (tmp_path / "bare.json").write_text(json.dumps(both["pg19"]))
+    with gzip.open(tmp_path / "one.json.gz", "wt") as file:
+        json.dump({"pg19": both["pg19"]}, file)
+    assert load_split(str(tmp_path / "both.json"), split="pg19") == ("pg19", own)
+    assert load_split(str(tmp_path / "both.json"), split="ao3") == ("ao3", own[:1])
+    assert load_split(str(tmp_path / "bare.json")) == ("", own)
+    assert load_split(str(tmp_path / "one.json.gz")) == ("pg19", own)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ({"x": {"a": []}, "y": {"a": []}}, {}, r"one of \['x', 'y'\].*got None"),
+        ({"x": {"a": []}}, {"split": "z"}, "got 'z'"),
+        ({"x": {"a": []}}, {}, "at least one example"),
+        ({"a": []}, {"split": "x"}, "is a split itself"),
+        ({"a": []}, {"file": "x.json"}, "`file` is of a dataset"),
+        ([], {}, "got list"),
+        ({"x": 1}, {}, "got int in 'x'"),
+        ({"x": {"a": [{"ctx": "c", "pos": "p"}]}}, {}, "example 0 of 'a'"),
+        ({"x": {"a": [{"ctx": "c", "pos": "p", "negs": []}]}}, {}, "example 0 of 'a'"),
+        ({"x": {"a": [{"ctx": "c", "pos": "p", "negs": "text"}]}}, {}, "example 0 of 'a'"),
+        ({"x": {"a": [{"ctx": "c", "pos": " ", "negs": ["n"]}]}}, {}, "example 0 of 'a'"),
+        ({"x": {"a": ["text"]}}, {}, "example 0 of 'a'"),
+    ],
+)
+def test_other_formats_are_refused(tmp_path, content, options, message):
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_split(str(tmp_path / "data.json"), **options)
+
+
+def test_what_is_no_file_is_looked_for_on_the_hub(monkeypatch, tmp_path):
+    own = examples({"a": 1})
+    (tmp_path / "found.json").write_text(json.dumps({"pg19": as_works(own)}))
+    asked = []
+
+    def fetch(repository: str, file: str, repo_type: str) -> str:
+        asked.append((repository, file, repo_type))
+        return str(tmp_path / "found.json")
+
+    files = ["README.md", *(f"sub/chapterbreak_ctx_{size}.json" for size in (256, 8192, 2048))]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository, repo_type: files)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert load_split("someone/stories", longest=1024).examples == own
+    assert load_split("someone/stories", file="x.json").examples == own
+    assert asked == [("someone/stories", f, "dataset") for f in ("sub/chapterbreak_ctx_2048.json", "x.json")]
+    assert file_for(files, 10_000) == "sub/chapterbreak_ctx_8192.json"
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repository, repo_type: ["a.txt"])
+    with pytest.raises(ValueError, match="no JSON file with ctx_N in its name, but a.txt"):
+        load_split("someone/stories")
+
+
+def test_without_the_network_the_error_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for file in (None, "chapterbreak_ctx_8192.json"):
+        with pytest.raises(ValueError, match="give its path as `data`"):
+            load_split("someone/stories-that-are-not-there", file=file)
+    with pytest.raises(ValueError, match="which is neither"):
+        load_split("stories/missing.json")
+
+
+def test_works_take_turns():
+    own = examples({"a": 3, "b": 1, "c": 2})
+    assert [e.name for e in choose(own, None)] == ["a/0", "b/0", "c/0", "a/1", "c/1", "a/2"]
+    assert [e.name for e in choose(own, 3)] == ["a/0", "c/0", "a/2"]  # spread over the file first
+
+
+# Joins and cuts ---------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of characters in which a run of line ends is one token before anything but a letter."""
+
+    def __init__(self, merges: bool = True) -> None:
+        self.merges = merges
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        ids: list[int] = []
+        for place, letter in enumerate(text):
+            after = text[place + 1 : place + 2]
+            if self.merges and letter == "\n" and ids and ids[-1] == 10 and not after.isalpha():
+                ids[-1] = 1010
+            else:
+                ids.append(ord(letter))
+        return {"input_ids": ids}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join("\n\n" if i == 1010 else chr(i) for i in ids)
+
+
+def example(context: str, *suffixes: str) -> Example:
+    return Example("a", 0, context, suffixes)
+
+
+def test_the_joiner_has_the_tokens_that_it_has_before_a_word():
+    tokenizer = Letters()
+    assert tokenizer("\n\n")["input_ids"] == [1010]
+    encoder = Encoder(tokenizer, "\n\n", 4)
+    question = encoder.question(example("The end. \n", "\n\nAfterwards", "Two", "1801"))
+    assert list(question.token_ids) == [10, 10]
+    # Whitespace where they meet is the joiner's; a suffix before which the joiner is another token has its own tokens.
+    assert question.candidates == [[ord(x) for x in text] for text in ("Afte", "Two", "1801")]
+    assert encoder.context(example("The end. \n", "A", "B")) == [ord(x) for x in "The end."]
+    assert encoder.room == 6
+
+
+def test_a_joiner_that_is_part_of_the_first_token_is_scored(model):
+    """With a blank between them the first word has its usual token, with the blank in it."""
+
+    class Words:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [hash(word) for word in text.replace(" ", "| ").split("|") if word]}
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return " The"
+
+    question = Encoder(Words(), " ", 4).question(example("The end", "so it goes", "no"))
+    assert list(question.token_ids) == []
+    assert question.candidates[1] == [hash(" no")]
+    assert Encoder(model.tokenizer, "", 4).joiner_ids == []
+
+
+def test_views_say_what_each_system_uses():
+    names = ("backbone", "context-40", "off", "on")
+    assert views(names, (60, 16, 30), window=WINDOW, room=10) == {
+        16: {"backbone": 16, "off": 16},
+        30: {"backbone": 22, "context-40": 30, "off": 22, "on": 30},
+        60: {"backbone": 22, "context-40": 30, "off": 22, "on": 60},
+    }
+    assert views(("backbone",), (16,), window=WINDOW, room=10) == {16: {"backbone": 16}}
+    with pytest.raises(ValueError, match="for on to use anything else"):
+        views(("backbone", "on"), (16, 22), window=WINDOW, room=10)
+    with pytest.raises(ValueError, match="`window` must hold joiner"):
+        views(("backbone",), (16,), window=10, room=10)
+
+
+# What is asked ------------------------------------------------------------------------------------------------------------
+
+
+def loglikelihood(forward: Any, context: list[int], candidate: list[int]) -> torch.Tensor:
+    logits = forward(torch.tensor([[*context, *candidate]])).logits[0, len(context) - 1 : -1].float()
+    return logits.log_softmax(-1)[torch.arange(len(candidate)), torch.tensor(candidate)].sum()
+
+
+@torch.no_grad()
+def test_records_are_the_likelihoods_of_a_plain_forward(model, tmp_path):
+    from longmem import MemoryBank
+
+    for weight in model.side_network.parameters():  # so that memory off is not the backbone
+        weight.add_(torch.randn_like(weight) * 0.1)
+    split = Split("test", examples({"a": 1, "b": 1}))
+    found = {record["id"]: record for record in run(settings_for(tmp_path), model, split)}
+    ids = [model.tokenizer(e.context)["input_ids"] for e in split.examples]
+    texts = split.examples[0].suffixes
+    suffixes = [model.tokenizer("\n\n" + text)["input_ids"][: 2 + SUFFIX] for text in texts]
+    banks = []
+    for context in ids:
+        banks.append(MemoryBank.for_model(model))
+        model.memorize(banks[-1], torch.tensor(context[-60:-LOCAL]), "text")
+    forwards = {
+        "backbone/16": (model.backbone, 16),
+        "backbone/22": (model.backbone, 22),
+        "off/16": (model, 16),
+        "off/22": (model, 22),
+        "on/60": (lambda tokens: model(tokens, memory=banks[0]), 22),
+        "wrong/60": (lambda tokens: model(tokens, memory=banks[1]), 22),
+    }
+    own = {name for name in found if name.startswith("a/0/") and "values" not in found[name]}
+    assert own == {f"a/0/{name}" for name in forwards}
+    for name, (forward, size) in forwards.items():
+        record = found[f"a/0/{name}"]
+        sums = [loglikelihood(forward, [*ids[0][-size:], *each[:2]], each[2:]) for each in suffixes]
+        torch.testing.assert_close(torch.tensor(record["sums"]), torch.stack(sums), **CLOSE, msg=name)
+        assert record["tokens"] == [SUFFIX] * 6
+        assert record["seconds"] > 0
+    assert found["a/0/backbone/16"]["contexts"] == [16]
+    assert found["a/0/on/60"]["contexts"] == [60]
+
+
+def test_what_uses_the_same_tokens_is_asked_once(model, tmp_path):
+    settings = settings_for(tmp_path, contexts=(16, 40, 60), systems=("backbone", "context-48", "on"))
+    found = run(settings, model, Split("test", examples({"a": 1, "b": 1})))
+    own = {record["id"]: record["contexts"] for record in found if "a/0" in record["id"] and "values" not in record}
+    assert own == {
+        "a/0/backbone/16": [16],
+        "a/0/backbone/22": [40, 60],
+        "a/0/context-48/38": [40, 60],
+        "a/0/on/40": [40],
+        "a/0/on/60": [60],
+    }
+
+
+def test_each_context_is_encoded_once(model, tmp_path):
+    own = Split("test", examples({"a": 2, "b": 2, "c": 2}))
+    asking = Asking(settings_for(tmp_path, contexts=(60,), systems=("on", "wrong")), model, own)
+    records = [asking.ask(number, name, used) for number, name, used, _ in asking.jobs()]
+    assert len(records) == 12
+    assert asking.banks.encoded_tokens == (6 + 1) * (60 - LOCAL)  # the first is the wrong one of the last as well
+    assert all(asking.examples[number].work != asking.examples[wrong].work for number, wrong in asking.wrong.items())
+
+
+def test_the_wrong_memory_is_of_another_work_that_has_one(model, tmp_path):
+    own = [*examples({"a": 2, "short": 1}), dataclasses.replace(examples({"c": 1})[0], work="c")]
+    own[2] = dataclasses.replace(own[2], context="too short")
+    settings = settings_for(tmp_path, systems=("on", "wrong"))
+    asking = Asking(settings, model, Split("", own))
+    assert [example.name for example in asking.examples] == ["a/0", "short/0", "c/0", "a/1"]
+    assert asking.wrong == {0: 2, 1: 2, 2: 3, 3: 2}
+    with pytest.raises(ValueError, match="must leave out `wrong`"):
+        Asking(settings, model, Split("", examples({"a": 2})))
+
+
+# What counts as right -------------------------------------------------------------------------------------------------------
+
+
+def test_ties_do_not_favour_the_right_suffix():
+    assert [credit(each) for each in ([0.0, -1.0], [-1.0, 0.0], [2.0, 2.0, 1.0], [0.0] * 6)] == [1, 0, 0.5, 1 / 6]
+    assert credit([1.0, 2.0, 2.0]) == 0
+    tied = Answer(tuple(Continuation((-1.0,), False) for _ in range(2)), 0)
+    assert tied.best() == 0  # what would have counted it as right
+    with pytest.raises(ValueError, match="must be finite"):
+        credit([math.nan, 1.0])
+
+
+def record(system: str, work: str, number: int, sums: list[float], tokens: list[int], contexts: list[int]) -> Any:
+    own = {"work": work, "number": number, "system": system, "sums": sums, "tokens": tokens, "contexts": contexts}
+    return {**own, "seconds": 2.0}
+
+
+def test_accuracies_by_hand(tmp_path):
+    """Per token the right one of two is best in both works, summed in none, for it is longer."""
+    settings = settings_for(tmp_path, systems=("backbone", "on"))
+    records = [
+        record("backbone", "b", 0, [-4.0, -3.0], [4, 2], [16, 60]),
+        record("backbone", "a", 0, [-4.0, -3.0], [4, 2], [16, 60]),
+        record("on", "a", 0, [-1.0, -3.0], [4, 2], [60]),
+        record("on", "b", 0, [-3.0, -3.0], [2, 2], [60]),
+    ]
+    for work in "ab":
+        for name, values in (("bag-of-words", [1, 0]), ("bag-of-words-near", [0, 1]), ("longest", [1, 1])):
+            own = {"work": work, "number": 0, "system": name, "values": values, "contexts": [16, 60]}
+            records.append(own)
+    metrics = summarize_chapterbreak(settings, records)
+    found = {
+        (length, scoring, name): own["value"]
+        for length, each in metrics["contexts"].items()
+        for scoring, comparison in each.items()
+        for name, own in comparison["systems"].items()
+    }
+    assert found == {
+        **{(c, s, "backbone"): 100 * (s == "per_token") for c in ("16", "60") for s in ("per_token", "sum")},
+        ("60", "per_token", "on"): 75,
+        ("60", "sum", "on"): 75,
+        **{
+            (c, s, name): value
+            for c in ("16", "60")
+            for s in ("per_token", "sum")
+            for name, value in (("bag-of-words", 100), ("bag-of-words-near", 0), ("longest", 50))
+        },
+    }
+    assert metrics["chance"] == 50
+    assert metrics["summary"]["systems"]["on"]["value"] == 75
+    own = metrics["contexts"]["60"]["per_token"]["systems"]["on"]
+    assert own["above_baseline"] == -25
+    assert own["interval"] == [50, 100]  # over works, of which one is right and one half right
+    rows = chapterbreak_rows(metrics)
+    assert [row[:2] for row in rows[1:]] == [
+        ["backbone, same window", "16"],
+        ["backbone, same window", "60"],
+        ["LongMem, memory on", "60"],
+        ["bag of words, whole context", ""],
+        ["bag of words, last 1,000 words", ""],
+        ["longest suffix", ""],
+    ]
+    assert rows[3][2:] == ["75.0 (50.0 to 100.0)", "75.0 (50.0 to 100.0)", "-25.0 (-50.0 to +0.0)", "2.00"]
+
+
+def test_words_are_weighted_by_their_rarity():
+    weights = rarity([["the", "cat", "the"], ["the", "dog"], ["the", "cat"]])
+    assert weights == {"the": 0, "cat": math.log(3 / 2), "dog": math.log(3)}
+    assert overlap(["the", "dog"], ["Dog", "dog", "dog", "cat"], weights) == math.log(3) / 4
+
+
+def test_baselines_see_the_whole_context_or_its_end():
+    filler = "and " * 1000
+    own = [
+        Example("a", 0, f"Emma left. {filler} John came.", ("Said Emma", "Said John", "Said some other person")),
+        Example("b", 0, "Said nobody", ("Some", "thing")),
+    ]
+    found = {example.work: values for example, values in baseline_values(own, own)}
+    assert found["a"] == {
+        "bag-of-words": [math.log(2) / 2, math.log(2) / 2, 0],
+        "bag-of-words-near": [0, math.log(2) / 2, 0],
+        "longest": [2, 2, 4],
+    }
+    assert credit(found["a"]["bag-of-words"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contexts": ()}, "at least one length"),
+        ({"contexts": (16, 16)}, "none twice"),
+        ({"suffix_tokens": WINDOW}, "`suffix_tokens` must be less"),
+    ],
+)
+def test_wrong_settings_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings_for(tmp_path, **changes)
