@@ -1,9 +1,11 @@
-"""What scoring six suffixes costs: against a plain forward of the context and one of the six suffixes.
+"""What scoring six suffixes after a context costs, against plain forwards of the same tokens.
 
     python benchmarks/bench_suffixes.py [--model smollm2-135m] [--contexts 896 8064] [--rounds 5] [--output FILE.json]
 
-Backbone and memory on, which reads the tokens before the context. Both sides of a ratio are timed in turn in the same
-round; the plain forwards compute the logits that are needed, the last of the context and all of the suffixes.
+For the backbone, and for memory on, which reads the tokens before the context. The plain forwards compute the logits that
+are needed and no others. "apart" is one forward of the context and one of the suffixes, which see nothing of it: less
+than scoring, whose suffixes attend to all of the context. "in a row" is one forward of the context and all suffixes
+after each other: as many tokens as are scored. All are timed in turn in the same round.
 """
 
 import argparse
@@ -35,9 +37,18 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def plain(forward: Callable[..., Any], context: torch.Tensor, suffixes: torch.Tensor) -> None:
+def apart(forward: Callable[..., Any], context: torch.Tensor, suffixes: torch.Tensor) -> None:
     forward(context, use_cache=False, logits_to_keep=1)
     forward(suffixes, use_cache=False)
+
+
+def in_a_row(forward: Callable[..., Any], context: torch.Tensor, suffixes: torch.Tensor) -> None:
+    row = torch.cat([context, suffixes.view(1, -1)], dim=1)
+    forward(row, use_cache=False, logits_to_keep=suffixes.numel() + 1)
+
+
+def summary(ratios: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 @torch.no_grad()
@@ -59,8 +70,7 @@ def main() -> None:
     ids = (ids * -(-needed // len(ids)))[:needed]
     suffixes = torch.tensor(ids[-asked:], device=model.input_device).view(given.suffixes, -1)
     question = Question([], suffixes.tolist())
-    ratios: dict[str, list[float]] = {}
-    times: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, list[tuple[float, float, float]]] = {}
     for size in given.contexts:
         stream = ids[: given.stored + size]
         window = size + given.suffix_tokens
@@ -71,22 +81,22 @@ def main() -> None:
             forward, own = system.context([], given.suffix_tokens, [question])  # memory is encoded here, once
             assert own == stream[-size:]
             for round_number in track(range(given.rounds + 1), f"{system.name}, {size:,} tokens of context"):
-                # Whichever comes first in a round, the other comes first in the next.
-                calls = [lambda s=system: s.score([question]), lambda f=forward, c=context: plain(f, c, suffixes)]
-                order = (0, 1) if round_number % 2 else (1, 0)
-                taken = {number: seconds(calls[number]) for number in order}
+                calls = [
+                    lambda s=system: s.score([question]),
+                    lambda f=forward, c=context: apart(f, c, suffixes),
+                    lambda f=forward, c=context: in_a_row(f, c, suffixes),
+                ]
+                taken = [seconds(call) for call in calls]
                 if round_number:  # the first round warms up
-                    name = f"{system.name}, {size:,} tokens"
-                    ratios.setdefault(name, []).append(taken[0] / taken[1])
-                    times.setdefault(name, []).append((taken[0], taken[1]))
+                    times.setdefault(f"{system.name}, {size:,} tokens", []).append(tuple(taken))
     title = f"{given.model}: {given.suffixes} suffixes of {given.suffix_tokens} tokens, {given.rounds} rounds"
-    table = Table("after a context of", "scored / plain", "min", "max", "s scored", "s plain", title=title)
+    table = Table("after a context of", "scored / apart", "scored / in a row", "s scored", title=title)
     result = {}
-    for name, own in ratios.items():
-        result[name] = {"median": statistics.median(own), "min": min(own), "max": max(own), "seconds": times[name]}
-        scored, alone = (statistics.median(column) for column in zip(*times[name], strict=True))
-        figures = [f"{result[name][key]:.3f}" for key in ("median", "min", "max")]
-        table.add_row(name, *figures, f"{scored:.2f}", f"{alone:.2f}")
+    for name, own in times.items():
+        ratios = {"apart": [a / b for a, b, _ in own], "in a row": [a / c for a, _, c in own]}
+        result[name] = {"seconds": own, **{each: summary(values) for each, values in ratios.items()}}
+        figures = ["{median:.2f} ({min:.2f} to {max:.2f})".format(**result[name][each]) for each in ratios]
+        table.add_row(name, *figures, f"{statistics.median(a for a, _, _ in own):.2f}")
     Console().print(table)
     setup = {**vars(given), "output": None, "dtype": str(model.backbone.dtype), **environment()}
     if given.output:
