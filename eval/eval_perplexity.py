@@ -25,8 +25,8 @@ from longmem.evaluation.documents import (
 )
 from longmem.evaluation.documents.tables import distance_heading, narrow_tables
 from longmem.evaluation.documents.texts import digest_of
+from longmem.evaluation.results import title_of_system
 from longmem.evaluation.runs import RunFolder, describe, open_evaluated, read_arguments
-from longmem.evaluation.systems import title_of_system
 from longmem.plots import plot_distances, plot_documents, require_matplotlib
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from longmem.commands.opening import console_for
 from longmem.console import item_progress, plain_table
 from longmem.evaluation import qa
+from longmem.evaluation.results import title_of_system
 from longmem.evaluation.runs import RunFolder, describe, open_evaluated, read_arguments
-from longmem.evaluation.systems import title_of_system
 from longmem.plots import plot_accuracies, require_matplotlib
 
 NAMES = {"quality": "QuALITY", "locomo": "LoCoMo"}

@@ -16,8 +16,8 @@ Started again with the same settings, a stopped run goes on where it was.
 from longmem.commands.opening import console_for
 from longmem.console import plain_table
 from longmem.evaluation.distance import DistanceSettings, evaluate_distance, markdown, sections, summarize_distance
+from longmem.evaluation.results import title_of_system
 from longmem.evaluation.runs import open_evaluated, read_arguments
-from longmem.evaluation.systems import title_of_system
 from longmem.plots import plot_distance, require_matplotlib
 
 

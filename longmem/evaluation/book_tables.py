@@ -13,22 +13,12 @@ from longmem.evaluation.book_files import BookScores
 from longmem.evaluation.book_plan import BookPlan, Cut
 from longmem.evaluation.intervals import Estimate, perplexity_estimate, perplexity_ratio, ratio_of_means
 from longmem.evaluation.perplexity import SYSTEMS
-from longmem.evaluation.results import TITLES, markdown_table
+from longmem.evaluation.results import TITLES, markdown_table, title_of_system
 
 # Each pair: by how much is the perplexity of the first below that of the second.
 COMPARISONS = (("on", "backbone"), ("on", "off"), ("on", "wrong"), ("wrong", "off"))
 
 ENCODED = ("on", "wrong")  # systems that read memory
-
-
-def title_of(system: str) -> str:
-    """Return what a system is called in tables and figures.
-
-    >>> title_of("context-8192")
-    'backbone, window 8,192'
-    """
-    kind, _, size = system.partition("-")
-    return f"backbone, window {int(size):,}" if kind == "context" else TITLES[system]
 
 
 def losses_of_units(books: Mapping[str, BookScores], cut: Cut, system: str, windows: int) -> Float[Tensor, " units"]:
@@ -121,7 +111,7 @@ def system_rows(part: Mapping[str, Any], cost: Mapping[str, Mapping[str, float]]
         times = f"{cost[system]['relative']:.2f}"
         if system in ENCODED:
             times += f" ({cost[system]['relative_with_encoding']:.2f})"
-        rows.append([title_of(system), spelled(values["perplexity"], ".2f"), below, times])
+        rows.append([title_of_system(system), spelled(values["perplexity"], ".2f"), below, times])
     return rows
 
 

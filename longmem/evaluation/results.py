@@ -17,13 +17,26 @@ from safetensors.torch import save_file
 
 from longmem.evaluation.perplexity import WindowScores, loss_difference
 
+# What systems are called in tables and figures; "context-N" is named by `title_of_system`.
 TITLES = {
     "backbone": "backbone, same window",
+    "bm25": "backbone, passages by BM25",
+    "hidden": "backbone, passages by hidden states",
     "off": "LongMem, memory off",
     "on": "LongMem, memory on",
     "wrong": "LongMem, wrong memory",
 }
 PACKAGES = ("torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy", "safetensors")
+
+
+def title_of_system(name: str) -> str:
+    """Return what a system is called in tables and figures.
+
+    >>> title_of_system("context-8192")
+    'backbone, window 8,192'
+    """
+    kind, _, size = name.partition("-")
+    return f"backbone, window {int(size):,}" if kind == "context" else TITLES[name]
 
 
 def summarize(scores: Mapping[str, WindowScores], seed: int = 0) -> dict[str, dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from longmem.evaluation.book_tables import same_windows, title_of
+from longmem.evaluation.book_tables import same_windows
 from longmem.evaluation.perplexity import WindowScores
-from longmem.evaluation.results import TITLES
+from longmem.evaluation.results import TITLES, title_of_system
 from longmem.plots.style import COLORS, STYLES, color_of, draw_interval, require_matplotlib
 
 
@@ -120,7 +120,7 @@ def _draw_ratios(axes: Any, systems: Mapping[str, Any]) -> None:
         axes.plot(books, heights, "o", color=color, alpha=0.35, markersize=4, markeredgewidth=0)
         draw_interval(axes, place, value, ends, color, f"{value:.3f}")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(others)), [title_of(system) for system in others])
+    axes.set_yticks(range(len(others)), [title_of_system(system) for system in others])
     axes.set_ylim(len(others) - 0.5, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from longmem.evaluation.systems import title_of_system
+from longmem.evaluation.results import title_of_system
 from longmem.plots.style import STYLES, color_of, draw_interval, require_matplotlib
 
 

@@ -17,7 +17,7 @@ from longmem.evaluation.documents.settings import PerplexitySettings
 from longmem.evaluation.documents.text_bytes import bits_per_byte
 from longmem.evaluation.documents.texts import LENGTHS, length_group
 from longmem.evaluation.intervals import bootstrap_interval, perplexity_estimate, ratio_of_means
-from longmem.evaluation.systems import title_of_system
+from longmem.evaluation.results import title_of_system
 
 ALL = "all documents"
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from longmem.evaluation.book_tables import spelled
-from longmem.evaluation.results import markdown_table
-from longmem.evaluation.systems import title_of_system
+from longmem.evaluation.results import markdown_table, title_of_system
 
 NOTE = (
     "Every document counts the same: perplexity is e to the mean, over documents, of the mean loss of their scored tokens. "

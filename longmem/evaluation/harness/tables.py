@@ -9,9 +9,8 @@ from lm_eval.api.metrics import mean
 
 from longmem.evaluation.harness.settings import HarnessSettings
 from longmem.evaluation.harness.tasks import Tasks
-from longmem.evaluation.results import markdown_table
+from longmem.evaluation.results import markdown_table, title_of_system
 from longmem.evaluation.runs import accuracy_rows, compare_accuracies
-from longmem.evaluation.systems import title_of_system
 
 ACCURACIES = ("acc_norm", "acc", "exact_match")  # what is drawn, the first that a task has
 

@@ -8,8 +8,9 @@ from typing import Any
 from longmem.evaluation.intervals import clustered_mean
 from longmem.evaluation.qa.locomo import ADVERSARIAL, CATEGORIES, locomo_exact_match, locomo_f1
 from longmem.evaluation.qa.quality import chosen_letter, longest_option
+from longmem.evaluation.results import title_of_system
 from longmem.evaluation.runs import compare_accuracies, groups_of
-from longmem.evaluation.systems import SYSTEM_NAMES, title_of_system
+from longmem.evaluation.systems import SYSTEM_NAMES
 
 Records = Sequence[Mapping[str, Any]]
 LONGEST = "longest"  # the option with the most characters, which needs no document

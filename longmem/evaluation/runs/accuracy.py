@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longmem.evaluation.intervals import clustered_mean
-from longmem.evaluation.systems import title_of_system
+from longmem.evaluation.results import title_of_system
 
 
 def compare_accuracies(

@@ -1,6 +1,6 @@
 """The systems that every evaluation compares on the same tokens, and the protocol they share: reset, feed, answer."""
 
-from longmem.evaluation.systems.making import SYSTEM_NAMES, make_systems, title_of_system, validate_systems
+from longmem.evaluation.systems.making import SYSTEM_NAMES, make_systems, validate_systems
 from longmem.evaluation.systems.memory import Banks, GivenMemory, MemorySystem
 from longmem.evaluation.systems.questions import Answer, Continuation, Question
 from longmem.evaluation.systems.retrieval import RetrievalSystem
@@ -21,6 +21,5 @@ __all__ = [
     "System",
     "answer_questions",
     "make_systems",
-    "title_of_system",
     "validate_systems",
 ]

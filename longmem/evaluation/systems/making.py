@@ -7,29 +7,13 @@ from typing import Any
 
 from longmem.errors import did_you_mean
 from longmem.evaluation.contexts import validate_context
+from longmem.evaluation.results import TITLES
 from longmem.evaluation.systems.memory import Banks, MemorySystem
 from longmem.evaluation.systems.retrieval import RANKERS, RetrievalSystem
 from longmem.evaluation.systems.system import BackboneSystem, System, longer_backbone
 from longmem.modeling import LongMemForCausalLM
 
-TITLES = {
-    "backbone": "backbone, same window",
-    "bm25": "backbone, passages by BM25",
-    "hidden": "backbone, passages by hidden states",
-    "off": "LongMem, memory off",
-    "on": "LongMem, memory on",
-    "wrong": "LongMem, wrong memory",
-}
 SYSTEM_NAMES = (*TITLES, "context-N")
-
-
-def title_of_system(name: str) -> str:
-    """Return what a system is called in tables and figures.
-
-    >>> title_of_system("context-8192")
-    'backbone, window 8,192'
-    """
-    return f"backbone, window {context_size(name):,}" if name.startswith("context-") else TITLES[name]
 
 
 def context_size(name: str) -> int:
