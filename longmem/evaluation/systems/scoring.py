@@ -96,7 +96,7 @@ def repeated(cache: Cache, count: int) -> Cache:
     """Return a copy of a cache of one row with `count` rows; the original may be used again."""
     copied = copy.deepcopy(cache)
     if count > 1:  # as beams do: `batch_repeat_interleave` is missing where layers are recurrent (transformers 5.23)
-        copied.reorder_cache(torch.zeros(count, dtype=torch.int64))
+        copied.reorder_cache(torch.LongTensor([0] * count))
     return copied
 
 
