@@ -19,7 +19,8 @@ import torch
 # Workers that run side by side (pytest -n) share the cores; tiny models gain nothing from more threads than that.
 # Cores this process may use, which can be fewer than the machine has: with more threads than that, small products crawl.
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-torch.set_num_threads(max(1, cores // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+share = cores // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", share))))
 
 
 @pytest.fixture(autouse=True)
