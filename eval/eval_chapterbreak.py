@@ -38,9 +38,8 @@ def main() -> None:
         run_chapterbreak(work, run, console)
         metrics = summarize_chapterbreak(settings, run.records)
         rows = chapterbreak_rows(metrics)
-        title = (
-            f"{settings.model} on ChapterBreak {split.name}: {metrics['examples']} examples of {metrics['works']} works"
-        )
+        count = f"{metrics['examples']} examples of {metrics['works']} works"
+        title = f"{settings.model_title} on ChapterBreak {split.name}: {count}"
         run.finish(title=title, metrics=metrics, table=markdown_table(rows) + "\n", seed=settings.seed)
     console.print(title)
     console.print(plain_table([row[:4] for row in rows]))  # all columns are too many for a terminal

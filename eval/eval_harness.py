@@ -26,7 +26,7 @@ def main() -> None:
     manager, tasks = load_tasks(settings)
     model = open_evaluated(settings)
     config = describe(settings, model, describe_tasks(tasks, settings.limit))
-    title = f"{settings.model} in lm-evaluation-harness: {', '.join(settings.tasks)}"
+    title = f"{settings.model_title} in lm-evaluation-harness: {', '.join(settings.tasks)}"
     with RunFolder(settings.output, config) as run:
         run_tasks(model, settings, manager, tasks, run, console.print)
         metrics = summarize(run.records, tasks, settings)

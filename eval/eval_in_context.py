@@ -31,8 +31,6 @@ from longmem.evaluation.runs import RunFolder, describe, open_evaluated, read_ar
 from longmem.plots.accuracy import plot_accuracies
 from longmem.plots.style import require_matplotlib
 
-TITLE = "In-context learning from demonstrations in memory"
-
 
 def main() -> None:
     settings = read_arguments(InContextSettings, __doc__)
@@ -40,17 +38,18 @@ def main() -> None:
     console = console_for(as_json=False)
     model = open_evaluated(settings)
     tasks = make_tasks(settings, model)
+    title = f"{settings.model_title}: in-context learning from demonstrations in memory"
     config = describe(settings, model, data={name: task.digest for name, task in tasks.items()})
     with RunFolder(settings.output, config) as folder:
         ask_all(settings, model, tasks, folder, console)
         metrics = compute_metrics(settings, folder.records)
-        folder.finish(title=TITLE, metrics=metrics, table=markdown_of(metrics), seed=settings.seed)
+        folder.finish(title=title, metrics=metrics, table=markdown_of(metrics), seed=settings.seed)
     tables = {**all_tables(metrics, brief=True), "demonstrations before a question": demonstration_rows(metrics)}
-    for title, rows in tables.items():
-        console.print(f"\n{title}")
+    for heading, rows in tables.items():
+        console.print(f"\n{heading}")
         console.print(plain_table(rows))
     figure = Path(settings.output) / "accuracy.png"
-    plot_accuracies(figure, panels_of(metrics), title=TITLE, measure="score, mean over seeds")
+    plot_accuracies(figure, panels_of(metrics), title=title, measure="score, mean over seeds")
     console.print(f"\nIntervals, differences and all results are in {settings.output}.")
 
 

@@ -37,7 +37,7 @@ def main() -> None:
     model = open_evaluated(settings)
     settings.validate_for(model)
     texts = read_texts(model.tokenizer, settings)
-    title = f"{settings.model}: perplexity of {len(texts)} documents, windows of {settings.window:,} tokens"
+    title = f"{settings.model_title}: perplexity of {len(texts)} documents, windows of {settings.window:,} tokens"
     with RunFolder(settings.output, describe(settings, model, {"documents": digest_of(texts)})) as run:
         metrics = summarize_documents(evaluate_documents(model, texts, settings, run, console), settings)
         run.finish(title=title, metrics=metrics, table=tables(metrics), seed=settings.seed)

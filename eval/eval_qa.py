@@ -28,7 +28,7 @@ def main() -> None:
     documents = qa.read_documents(settings)
     model = open_evaluated(settings)
     plans = qa.plan_documents(model, documents, settings)
-    title = f"{Path(settings.model).name} on {NAMES[settings.task]}"
+    title = f"{settings.model_title} on {NAMES[settings.task]}"
     with RunFolder(settings.output, describe(settings, model, qa.describe_plans(plans))) as run:
         with item_progress("questions", console) as report:
             qa.evaluate_qa(model, plans, settings, run, report)

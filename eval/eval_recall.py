@@ -29,11 +29,11 @@ def main() -> None:
     metrics = summarize_distance(run.records, settings.seed)
     for heading, rows in sections(metrics):
         console.print(f"\n[bold]{heading}[/]\n", plain_table(rows, emphasized=title_of_system("on")))
-    title = f"{settings.model}: recall at a distance"
+    title = f"{settings.model_title}: recall at a distance"
     run.finish(title=title, metrics=metrics, table=markdown(metrics), seed=settings.seed)
     for task, values in metrics["tasks"].items():
         xlabel = "file of LongEval" if task in settings.longeval_tasks else "tokens in memory"
-        plot_distance(run.path / f"{task}.png", values, title=f"{settings.model}: {task}", xlabel=xlabel)
+        plot_distance(run.path / f"{task}.png", values, title=f"{settings.model_title}: {task}", xlabel=xlabel)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def plot_accuracies(
     figure = Figure(figsize=(3 + 4 * columns, 1.2 + rows * (1 + 0.5 * most)), layout="constrained")
     figure.suptitle(textwrap.fill(title, 40 + 40 * columns), fontsize=12)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    titles = [[values["title"] for values in panel["systems"].values()] for panel in panels.values()]
+    same_titles = all(own == titles[0] for own in titles)
     for number, axes in enumerate(grid.flat):
         if number >= len(panels):
             axes.set_visible(False)
@@ -43,7 +45,10 @@ def plot_accuracies(
         name, panel = list(panels.items())[number]
         draw_systems(axes, panel["systems"], chance)
         axes.set_title(name, fontsize=10)
-        if number // columns == rows - 1:
+        if number % columns and same_titles:
+            axes.tick_params(labelleft=False)
+        if number + columns >= len(panels):  # nothing below it
+            axes.tick_params(labelbottom=True)
             axes.set_xlabel(f"{measure}, %: mean and 95 % interval")
     figure.savefig(path, dpi=130)
 

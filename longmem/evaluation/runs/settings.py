@@ -58,6 +58,11 @@ class EvaluationSettings:
         """Check what is beyond types and ranges."""
         validate_systems(self.systems)
 
+    @property
+    def model_title(self) -> str:
+        """Return what the model is called in titles."""
+        return Path(self.model).name + (", new side network" if self.config else "")
+
 
 Settings = TypeVar("Settings", bound=EvaluationSettings)
 
