@@ -17,6 +17,7 @@ from longmem.evaluation.chapterbreak import (
     ChapterBreakSettings,
     chapterbreak_rows,
     load_split,
+    margin_rows,
     run_chapterbreak,
     summarize_chapterbreak,
 )
@@ -40,10 +41,12 @@ def main() -> None:
         rows = chapterbreak_rows(metrics)
         count = f"{metrics['examples']} examples of {metrics['works']} works"
         title = f"{settings.model_title} on ChapterBreak {split.name}: {count}"
-        run.finish(title=title, metrics=metrics, table=markdown_table(rows) + "\n", seed=settings.seed)
+        table = f"{markdown_table(rows)}\n\n{markdown_table(margin_rows(metrics))}\n"
+        run.finish(title=title, metrics=metrics, table=table, seed=settings.seed)
     console.print(title)
     console.print(plain_table([row[:4] for row in rows]))  # all columns are too many for a terminal
     console.print(plain_table([[*row[:2], *row[4:]] for row in rows if row[-1]]))
+    console.print(plain_table(margin_rows(metrics)))
     console.print(f"Chance is {metrics['chance']:.1f} %.")
     plot_chapterbreak(Path(settings.output) / "accuracy.png", metrics, title=title)
 

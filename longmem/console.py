@@ -82,7 +82,9 @@ def token_progress(title: str, console: Console) -> Iterator[Report]:
 
     A console that is no terminal gets one line, at the end.
     """
-    with _progress(title, console, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"), TokenSpeedColumn()) as bar:
+    with _progress(
+        title, console, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"), TokenSpeedColumn()
+    ) as bar:
         yield bar
 
 

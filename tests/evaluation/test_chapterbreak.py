@@ -21,6 +21,7 @@ from longmem.evaluation.chapterbreak import (
     baseline_values,
     chapterbreak_rows,
     credit,
+    margin_rows,
     run_chapterbreak,
     summarize_chapterbreak,
 )
@@ -256,6 +257,13 @@ def test_accuracies_by_hand(tmp_path):
     own = metrics["contexts"]["60"]["per_token"]["systems"]["on"]
     assert own["above_baseline"] == -25
     assert own["interval"] == [50, 100]  # over works, of which one is right and one half right
+    # Per token, the right suffix is above the other by 0.5 in both works; with memory by 1.25 and by 0.
+    margins = metrics["margins"]["60"]
+    assert margins["baseline"] == "backbone"  # there is no `off`
+    assert margins["systems"]["backbone"]["margin"] == (0.5, 0.5, 0.5)
+    assert margins["systems"]["on"]["margin"][0] == 0.625
+    assert margins["systems"]["on"]["above_baseline"] == (0.125, -0.5, 0.75)
+    assert margin_rows(metrics)[-1][2:] == ["+0.625 (+0.000 to +1.250)", "+0.125 (-0.500 to +0.750)"]
     rows = chapterbreak_rows(metrics)
     assert [row[:2] for row in rows[1:]] == [
         ["backbone, same window", "16"],

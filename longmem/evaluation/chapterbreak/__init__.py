@@ -6,7 +6,7 @@ from longmem.evaluation.chapterbreak.data import Example, Split, choose, load_sp
 from longmem.evaluation.chapterbreak.runner import Asking, run_chapterbreak
 from longmem.evaluation.chapterbreak.scoring import credit
 from longmem.evaluation.chapterbreak.settings import ChapterBreakSettings
-from longmem.evaluation.chapterbreak.tables import chapterbreak_rows, summarize_chapterbreak
+from longmem.evaluation.chapterbreak.tables import chapterbreak_rows, margin_rows, summarize_chapterbreak
 
 __all__ = [
     "BASELINES",
@@ -21,6 +21,7 @@ __all__ = [
     "choose",
     "credit",
     "load_split",
+    "margin_rows",
     "run_chapterbreak",
     "save_split",
     "summarize_chapterbreak",

@@ -23,3 +23,14 @@ def credit(values: Sequence[float]) -> float:
         )
     best = max(values)
     return 1 / values.count(best) if values[0] == best else 0.0
+
+
+def margin(values: Sequence[float]) -> float:
+    """Return by how much the first value, that of the right suffix, is above the mean of the others.
+
+    It moves where no choice changes, and so tells systems apart on fewer examples.
+
+    >>> margin([3.0, 1.0, 2.0])
+    1.5
+    """
+    return values[0] - sum(values[1:]) / (len(values) - 1)

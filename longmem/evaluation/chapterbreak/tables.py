@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longmem.evaluation.chapterbreak.baselines import BASELINES
-from longmem.evaluation.chapterbreak.scoring import credit
+from longmem.evaluation.chapterbreak.scoring import credit, margin
 from longmem.evaluation.chapterbreak.settings import ChapterBreakSettings
+from longmem.evaluation.intervals import clustered_mean
+from longmem.evaluation.results import title_of_system
 from longmem.evaluation.runs import compare_accuracies, groups_of
 
 SCORINGS = {"per_token": "per token", "sum": "summed"}
@@ -23,8 +25,12 @@ def values_of(record: Mapping[str, Any], scoring: str) -> list[float]:
 
 
 def summarize_chapterbreak(settings: ChapterBreakSettings, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return accuracies in percent for every length of context and both scorings, with intervals over works."""
-    contexts = {}
+    """Return accuracies in percent for every length of context and both scorings, with intervals over works.
+
+    `margins` has, for each length and system, by how many nats per token the right suffix is above the mean of the others,
+    and how far that is above the margin of memory off (or of the first system, where `off` was left out).
+    """
+    contexts, margins = {}, {}
     for length in sorted(settings.contexts):
         here = groups_of([record for record in records if length in record["contexts"]], "system")
         # In the same order of examples for all, whatever the order in which a stopped run wrote them.
@@ -48,6 +54,7 @@ def summarize_chapterbreak(settings: ChapterBreakSettings, records: Sequence[Map
             )
             for scoring in SCORINGS
         }
+        margins[str(length)] = compare_margins(ordered, works, settings.seed)
     asked = groups_of(records, "system")["longest"]
     chance = 100 * sum(1 / len(record["values"]) for record in asked) / len(asked)
     longest = contexts[str(max(settings.contexts))][settings.scoring]
@@ -61,8 +68,41 @@ def summarize_chapterbreak(settings: ChapterBreakSettings, records: Sequence[Map
         "chance": chance,
         "scoring": settings.scoring,
         "contexts": contexts,
+        "margins": margins,
         "summary": {"measure": "accuracy", "chance": chance, "systems": summary},
     }
+
+
+def compare_margins(
+    records: Mapping[str, Sequence[Mapping[str, Any]]], works: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Return the mean margin of each system, and how far it is above that of the baseline on the same examples."""
+    margins = {
+        name: [margin(values_of(record, "per_token")) for record in own]
+        for name, own in records.items()
+        if name not in BASELINES
+    }
+    baseline = "off" if "off" in margins else next(iter(margins))
+    systems = {}
+    for name, own in margins.items():
+        differences = [value - other for value, other in zip(own, margins[baseline], strict=True)]
+        systems[name] = {"margin": clustered_mean(own, works, seed=seed)}
+        systems[name]["above_baseline"] = clustered_mean(differences, works, seed=seed)
+    return {"baseline": baseline, "systems": systems}
+
+
+def margin_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Return the table of margins, its head first: of the right suffix above the mean of the wrong ones."""
+    baseline = next(iter(metrics["margins"].values()))["baseline"]
+    rows = [["", "context", "margin, nats per token", f"above {baseline} (95 %)"]]
+    for length, found in metrics["margins"].items():
+        for name, values in found["systems"].items():
+            own, above = (
+                f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+                for value, low, high in (values["margin"], values["above_baseline"])
+            )
+            rows.append([title_of_system(name), f"{int(length):,}", own, "" if name == found["baseline"] else above])
+    return rows
 
 
 def chapterbreak_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
