@@ -89,6 +89,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    versions["torch"] = torch.__version__  # with the name of its build, which the package index may leave out
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     changes = _git("status", "--porcelain")
     return {

@@ -104,11 +104,14 @@ def _create(folder: str) -> None:
 CHANGES = {"transaction": _transaction, "compact": _compact, "save over": _save_over, "create": _create}
 
 
-def write_versions(report: Report, folder: str, seconds: float) -> None:
-    """Keep two documents of one version each, and a log; the ids of version n start at 1000 n, those of "twin" at 500 more."""
+def write_versions(report: Report, folder: str, seconds: float, enough: str) -> None:
+    """Keep two documents of one version each, and a log; the ids of version n start at 1000 n, those of "twin" at 500 more.
+
+    For `seconds` and until the file `enough` is there, for half a minute more at most: readers may be slow on a busy machine.
+    """
     with MemoryBank.open(folder) as bank:
         stop, version = time.monotonic() + seconds, 1
-        while time.monotonic() < stop:
+        while (now := time.monotonic()) < stop or (now < stop + 30 and not Path(enough).exists()):
             with bank.transaction():
                 for name, offset in (("one", 0), ("twin", 500)):
                     bank.delete(name)

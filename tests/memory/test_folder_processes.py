@@ -55,7 +55,8 @@ def test_readers_see_whole_commits_while_another_process_writes(workers, tmp_pat
     folder = tmp_path / "bank"
     make_bank(folder)
     with MemoryBank.open(folder, read_only=True) as early, MemoryBank.open(folder, read_only=True) as reader:
-        wait = workers.start("write_versions", folder=str(folder), seconds=seconds)
+        enough = tmp_path / "enough"
+        wait = workers.start("write_versions", folder=str(folder), seconds=seconds, enough=str(enough))
         seen, refused, stop = [], 0, time.monotonic() + seconds + 60
         # The first commits take a moment; the last writer closes the bank before it reports.
         while time.monotonic() < stop:
@@ -70,6 +71,8 @@ def test_readers_see_whole_commits_while_another_process_writes(workers, tmp_pat
                 continue
             assert not seen or version >= seen[-1]
             seen.append(version)
+            if len(set(seen)) > seconds:
+                enough.touch()
             if not version:
                 continue  # the writer may not have opened the bank yet
             try:
