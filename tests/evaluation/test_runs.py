@@ -56,6 +56,11 @@ def test_time_is_that_of_all_sessions(tmp_path):
     assert 100 <= environment["wall_seconds"] < 110
     assert (environment["title"], environment["seed"]) == ("Title", 5)
     assert {"commit", "versions", "device", "cores", "memory_gigabytes"} <= set(environment)
+    (tmp_path / "sessions.jsonl").write_text('{"seconds": 100.0, "predictions": 1, "stopped": true}\n')
+    with RunFolder(tmp_path, {}) as run:
+        run._start -= 50
+    run.finish(title="Title", metrics={}, table="", seed=5)  # after its session is on record, which counts once
+    assert 150 <= json.loads((tmp_path / "environment.json").read_text())["wall_seconds"] < 160
 
 
 def test_the_description_of_a_run_follows_weights_and_settings_but_not_the_batch(backbone_folder):

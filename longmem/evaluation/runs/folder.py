@@ -40,7 +40,7 @@ class RunFolder:
         self.path = Path(folder)
         claim_folder(self.path, config)
         self._records = dict(self._read())
-        self._start = time.perf_counter()
+        self._start: float | None = time.perf_counter()  # None once the session is on record
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +48,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        seconds = time.perf_counter() - self._start
+        seconds = self._seconds()
+        self._start = None
         line = json.dumps(
             {"seconds": round(seconds, 1), "predictions": len(self._records), "stopped": kind is not None}
         )
@@ -88,11 +89,15 @@ class RunFolder:
             table: Markdown.
             seed: of what was drawn.
         """
-        seconds = time.perf_counter() - self._start + sum(session["seconds"] for session in self._sessions())
+        seconds = self._seconds() + sum(session["seconds"] for session in self._sessions())
         found = {"title": title, **environment(), "seed": seed, "wall_seconds": round(seconds, 1)}
         (self.path / "metrics.json").write_text(as_json(metrics), encoding="utf-8")
         (self.path / "table.md").write_text(table, encoding="utf-8")
         (self.path / "environment.json").write_text(as_json(found), encoding="utf-8")
+
+    def _seconds(self) -> float:
+        """Return the seconds of this session that are not on record."""
+        return 0.0 if self._start is None else time.perf_counter() - self._start
 
     def _sessions(self) -> list[dict[str, Any]]:
         path = self.path / SESSIONS
