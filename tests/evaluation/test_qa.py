@@ -206,7 +206,7 @@ def test_a_long_option_may_be_likelier_per_token_and_not_in_all():
     }
     assert values == {
         "per token": {"off": 50, "on": 50, "longest": 50},
-        "in all": {"off": 0, "on": 100, "longest": 50},
+        "summed": {"off": 0, "on": 100, "longest": 50},
     }
     assert metrics["chance"] == 25
     assert metrics["costs"]["on"]["seconds_per_question"] == 2

@@ -27,7 +27,7 @@ def summarize_qa(records: Records, task: str, style: str = "text", seed: int = 0
 def summarize_quality(records: Records, style: str = "text", seed: int = 0) -> dict[str, Any]:
     """Return the accuracies of multiple choice.
 
-    The choice is the likeliest option: as text, per token and, beside it, in all; by letter there is one token. Of
+    The choice is the likeliest option: as text, per token and, beside it, summed; by letter there is one token. Of
     written answers it is the letter with which they begin.
 
     Args:
@@ -36,7 +36,7 @@ def summarize_quality(records: Records, style: str = "text", seed: int = 0) -> d
         seed: of the intervals.
     """
     written = any("prediction" in record for record in records)
-    rules: dict[str, Callable[[Mapping[str, Any]], int | None]] = {"per token": _best_per_token, "in all": _best_in_all}
+    rules: dict[str, Callable[[Mapping[str, Any]], int | None]] = {"per token": _best_per_token, "summed": _best_summed}
     if written or style == "letter":
         rules = {"by letter": _choice}
     systems = _aligned(records)
@@ -58,10 +58,10 @@ def summarize_quality(records: Records, style: str = "text", seed: int = 0) -> d
 
 
 def _choice(record: Mapping[str, Any]) -> int | None:
-    return chosen_letter(record["prediction"]) if "prediction" in record else _best_in_all(record)
+    return chosen_letter(record["prediction"]) if "prediction" in record else _best_summed(record)
 
 
-def _best_in_all(record: Mapping[str, Any]) -> int:
+def _best_summed(record: Mapping[str, Any]) -> int:
     return record["logprobs"].index(max(record["logprobs"]))
 
 
