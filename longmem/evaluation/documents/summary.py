@@ -116,14 +116,14 @@ def gains_by_distance(documents: Sequence[DocumentScores], settings: PerplexityS
 
 def masked(
     units: Sequence[DocumentScores], group: int, ngram: int
-) -> list[tuple[DocumentScores, Bool[Tensor, "_scored"]]]:
+) -> list[tuple[DocumentScores, Bool[Tensor, " _scored"]]]:
     """Return the units that have tokens of a group of distances, and which tokens these are."""
     masks = [distance_groups(unit.distances, unit.positions, unit.starts, ngram) == group for unit in units]
     return [(unit, mask) for unit, mask in zip(units, masks, strict=True) if mask.any()]
 
 
 def mean_gain(
-    units: Sequence[tuple[DocumentScores, Bool[Tensor, "_scored"]]], against: str, system: str, seed: int
+    units: Sequence[tuple[DocumentScores, Bool[Tensor, " _scored"]]], against: str, system: str, seed: int
 ) -> dict[str, Any]:
     """Return the mean over tokens of what a system saves, and its interval over units."""
     sums = [(unit.losses[against] - unit.losses[system])[mask].double().sum() for unit, mask in units]
