@@ -38,7 +38,7 @@ def main() -> None:
     console = console_for(as_json=False)
     model = open_evaluated(settings)
     tasks = make_tasks(settings, model)
-    title = f"{settings.model_title}: in-context learning from demonstrations in memory"
+    title = f"{settings.model_title}: in-context learning, {', '.join(settings.sets)}"
     config = describe(settings, model, data={name: task.digest for name, task in tasks.items()})
     with RunFolder(settings.output, config) as folder:
         ask_all(settings, model, tasks, folder, console)

@@ -112,7 +112,13 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
     figures.mkdir(parents=True, exist_ok=True)
     parts = [f"# {title}", "", markdown_table(overview_rows(runs)), ""]
     if any(run.summary for run in runs):
-        plot_summaries(figures / "overview.png", {run.title: run.summary for run in runs if run.summary})
+        titles = [run.title for run in runs]
+        panels = {
+            run.title if titles.count(run.title) == 1 else f"{run.title} ({run.name})": run.summary
+            for run in runs
+            if run.summary
+        }
+        plot_summaries(figures / "overview.png", panels)
         parts += ["![All runs: means and 95 % intervals](figures/overview.png)", ""]
     for run in runs:
         parts += [f"## {run.title}", "", *(f"- {line}" for line in run.facts), "", deeper(run.table), ""]

@@ -54,6 +54,16 @@ def test_the_page_holds_tables_figures_and_what_is_needed_to_repeat(tmp_path, ru
     assert 'src="figures' not in page
 
 
+def test_runs_of_one_title_are_both_drawn(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("longmem.reporting.plot_summaries", lambda path, panels: drawn.update(panels) or path.touch())
+    for name in ("one", "two"):
+        finished(tmp_path / name)
+    (tmp_path / "report" / "figures").mkdir(parents=True)
+    write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "report")
+    assert list(drawn) == ["Recall of passkeys (one)", "Recall of passkeys (two)"]
+
+
 def test_a_run_that_is_not_finished_is_refused_and_nothing_is_written(tmp_path, run):
     finished(tmp_path / "one")
     with RunFolder(tmp_path / "two", {}) as unfinished:
