@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from longmem.data import load_corpus
-from longmem.evaluation.book_plan import files_of_split
+from longmem.evaluation.book_plan import files_of_split, token_digest
 from longmem.evaluation.documents.settings import PerplexitySettings
 from longmem.evaluation.runs import digest, spread
 from longmem.sample_texts import python_manual
@@ -42,7 +41,7 @@ class Text:
     @property
     def digest(self) -> str:
         """Return a hash of the tokens."""
-        return hashlib.blake2b(self.token_ids.numpy().tobytes(), digest_size=8).hexdigest()
+        return token_digest(self.token_ids)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,5 @@ def load_evaluation(kind: type[Settings], path: str | Path, overrides: Sequence[
 
 def open_evaluated(settings: EvaluationSettings) -> LongMemForCausalLM:
     """Return the model that is evaluated, on the GPU where there is one, in eval mode."""
-
     model = open_model(settings.model, dtype=settings.dtype, **settings.config)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
