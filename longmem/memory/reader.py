@@ -33,7 +33,7 @@ class BankReader:
 
     def documents(self) -> list[DocumentInfo]:
         """Return a summary of each document, in the order in which they were added."""
-        self._contents.drop_expired()
+        self._drop_expired()
         return [document.info(self.chunk_size) for document in self._ledger.documents.values()]
 
     def info(self, document_id: str) -> DocumentInfo:
@@ -45,7 +45,7 @@ class BankReader:
         return list(self._document("document_id", document_id).segments.copy())
 
     def __contains__(self, document_id: object) -> bool:
-        self._contents.drop_expired()
+        self._drop_expired()
         return document_id in self._ledger.documents
 
     def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
@@ -119,7 +119,7 @@ class BankReader:
         A score is the inner product of the query with the mean key of a chunk. Where there are fewer than
         `num_chunks`, rows are -1 and scores -inf. Rows are good for `gather` and `locate` while `generation` stays.
         """
-        self._contents.drop_expired()
+        self._drop_expired()
         return self._search(layer, queries, num_chunks, None)
 
     def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
@@ -168,6 +168,10 @@ class BankReader:
     @property
     def _shapes(self) -> list[LayerShape] | None:
         return self._contents.shapes
+
+    def _drop_expired(self) -> None:
+        with self._lock:
+            self._contents.drop_expired()
 
     def _document(self, argument: str, document_id: str) -> Document:
         checks.validate_known(argument, document_id, self._ledger.documents)

@@ -91,7 +91,7 @@ class BankView:
 
     def search(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
         """Return what `MemoryBank.search` returns, for the chunks of these documents alone."""
-        self._bank._contents.drop_expired()
+        self._bank._drop_expired()
         return self._bank._search(layer, queries, num_chunks, self._rows())
 
     def gather(
