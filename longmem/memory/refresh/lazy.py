@@ -35,10 +35,12 @@ class Lazy(RefreshPolicy):
 
     def on_open(self, refresher: Refresher) -> None:
         """Encode again what a read with gradients has found stale, then sweep."""
+        if not refresher.may_write:
+            return
         if rows := refresher.bank.wanted:
             refresher.bank.wanted = set()
             self._reencode(refresher, torch.tensor(sorted(rows)))
-        if self.chosen["sweep_tokens"] and (targets := refresher.stale()):
+        if self.chosen["sweep_tokens"] and refresher.bank.has_stale and (targets := refresher.stale()):
             refresher.reencode(targets, self.chosen["sweep_tokens"])
 
     def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Found:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.memory.codec import encode
+from longmem.memory.codec import decode, encode
 from longmem.memory.documents import Document
 from longmem.memory.encoded import Segment
 from longmem.memory.index import Found
@@ -94,7 +94,7 @@ class Mapped(RefreshPolicy):
         pairs = encode_pairs(refresher, sample)
         maps, gain = self._fit(pairs)
         self.gains[version] = gain
-        if gain < self.chosen["min_gain"]:
+        if not gain >= self.chosen["min_gain"]:  # NaN is no gain
             warnings.warn(
                 f"no map from encoder version {version} to the current one: on held-out segments it would change the relative "
                 f"error by {-gain:+.3f}, and less than -{self.chosen['min_gain']:g} is asked for; {self.chosen['fallback']} "
@@ -102,9 +102,11 @@ class Mapped(RefreshPolicy):
                 stacklevel=2,
             )
             return
-        drawn = {id(each) for _, segments in sample for each in segments}
-        for document, segments in targets:
-            move_segments(refresher, document, [each for each in segments if id(each) not in drawn], maps)
+        for (
+            document,
+            segments,
+        ) in targets:  # without those that are fresh by now: the sample, and what shares its chunks
+            move_segments(refresher, document, [each for each in segments if each.version == version], maps)
 
     def _fit(self, pairs: Pairs) -> tuple[dict[tuple[int, int], DriftMap], float]:
         """Return maps for each layer's keys and values, fitted on all pairs, and what held-out ones say they gain."""
@@ -113,8 +115,8 @@ class Mapped(RefreshPolicy):
             old, new = (torch.cat(side, dim=1) for side in zip(*found, strict=True))
             # Whole segments are held out where there are several; of a single one, its end.
             sizes = [side[0].shape[1] for side in found]
-            held = max(1, round(self.chosen["holdout"] * len(sizes))) if len(sizes) > 1 else 0
-            split = sum(sizes[:-held]) if held else round((1 - self.chosen["holdout"]) * sizes[0])
+            held = min(max(1, round(self.chosen["holdout"] * len(sizes))), len(sizes) - 1)
+            split = sum(sizes[:-held]) if held else max(1, round((1 - self.chosen["holdout"]) * sizes[0]))
             trial = fit_map(self.chosen["kind"], old[:, :split], new[:, :split], self.chosen["ridge"])
             rest = old[:, split:], new[:, split:]
             gains.append(relative_error(*rest) - relative_error(trial.apply(rest[0]), rest[1]))
@@ -132,6 +134,8 @@ def encode_pairs(refresher: Refresher, sample: Targets) -> Pairs:
     refresher.reencode(sample)
     pairs: Pairs = defaultdict(list)
     for document, segment, old in before:
+        if segment.version != refresher.bank.encoders.current:
+            continue  # what came out was not finite, and was not written
         new = stored_chunks(refresher, document, segment)
         for layer, (old_chunks, new_chunks) in enumerate(zip(old.chunks, new.chunks, strict=True)):
             for side, both in enumerate(zip(vectors(old_chunks), vectors(new_chunks), strict=True)):
@@ -152,12 +156,25 @@ def move_segments(
             if not stored.chunks or not stored.chunks[0].keys.shape[1]:
                 continue
             chunks = [moved(each, maps, layer) for layer, each in enumerate(stored.chunks)]
-            if not all(torch.isfinite(each.search_keys).all() for each in chunks):
+            if not all(torch.isfinite(decode(part)).all() for each in chunks for part in (each.keys, each.values)):
                 continue
             bank._contents.overwrite_chunks(document, stored.first, chunks)
+            move_tail(document, segment, maps)
             segment.mapped_to = bank.encoders.current
             bank.refreshed.mapped += 1
         bank._ledger.note_encoding(document)
+
+
+def move_tail(document: Document, segment: Segment, maps: Mapping[tuple[int, int], DriftMap]) -> None:
+    """Move those tokens of a segment that wait for their chunk to be full."""
+    begin = max(0, segment.start - (document.num_tokens - document.num_waiting_tokens))
+    end = segment.stop - (document.num_tokens - document.num_waiting_tokens)
+    for layer, pair in enumerate(document.waiting if end > begin else ()):
+        fresh = []
+        for side, old in enumerate(pair):
+            new = maps[layer, side].apply(old[:, begin:end])
+            fresh.append(torch.cat([old[:, :begin], new.to(old), old[:, end:]], dim=1))
+        document.waiting[layer] = (fresh[0], fresh[1])
 
 
 def moved(chunks: Chunks, maps: Mapping[tuple[int, int], DriftMap], layer: int) -> Chunks:
