@@ -95,7 +95,7 @@ class Segments:
             high = min(-(-segment.stop // chunk_size), stop)
             if high > low:
                 places = slice(low - first, high - first)
-                known = found[0, places]
+                known = found[0, places].clone()
                 found[0, places] = torch.where((known == unset) | (known == segment.version), segment.version, UNKNOWN)
                 found[1, places] = torch.where(known == unset, segment.mapped_to, -1)
             if segment.start <= first * chunk_size:
