@@ -140,6 +140,15 @@ class KeptFresh(PersistentBank):
         return Lags(self.encoders, clock, self.probed)
 
     @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing, also because nothing that is there may be read."""
+        with self._lock:
+            if not self._ledger.num_rows:
+                return True
+            masked = self._masked()
+        return masked is not None and not self.refresh_policy.encodes_on_read and not bool(masked.any())
+
+    @property
     def may_write(self) -> bool:
         """Return whether the bank can be written to, so that something can be encoded again; else what is stale is masked."""
         return self._folder is None or self._folder.is_writable

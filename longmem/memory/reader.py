@@ -125,8 +125,8 @@ class BankReader:
     def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
         """Return a copy of the mean keys of all resident chunks of a layer, in float32: what a search compares."""
         position = self._position(layer)
-        if self.is_empty:
-            raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
+        if not self.num_chunks:
+            raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
         with self._lock:
             return self._contents.storage.layer(position).search_keys.clone()
 
@@ -141,8 +141,8 @@ class BankReader:
         The caller masks rows of -1.
         """
         position = self._position(layer)
-        if self.is_empty:
-            raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
+        if not self.num_chunks:
+            raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
         with self._lock:
             return self._contents.storage.gather(position, rows)
 

@@ -87,7 +87,7 @@ class BankView:
     @property
     def is_empty(self) -> bool:
         """Return whether a search can find nothing."""
-        return not self.num_chunks
+        return self._bank.is_empty or not self.num_chunks
 
     def search(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
         """Return what `MemoryBank.search` returns, for the chunks of these documents alone."""

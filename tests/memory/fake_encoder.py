@@ -16,7 +16,7 @@ LAYERS, CHUNK = (1, 4), 4
 HEADS, DIM = 2, 6
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def numbers_of_token(name: str, seen: tuple[int, ...]) -> Tensor:
     """Return what encoder `name` makes of the last of some tokens."""
     generator = torch.Generator().manual_seed(zlib.crc32(repr((name, seen)).encode()))

@@ -139,7 +139,9 @@ class RefreshMachine(RuleBasedStateMachine):
         places = [(place.document_id, place.start) for place in self.bank.locate(rows)]
         assert len(set(places)) == len(places)
         self.check(set(places), "abc")
-        self.check({place for place, is_fresh in zip(places, fresh.tolist(), strict=True) if is_fresh}, self.history[-1:])
+        self.check(
+            {place for place, is_fresh in zip(places, fresh.tolist(), strict=True) if is_fresh}, self.history[-1:]
+        )
         means = torch.stack(self.bank.gather(LAYERS[0], rows.expand(HEADS, -1)))[0].mean(dim=2)
         torch.testing.assert_close(self.bank.search_keys(LAYERS[0]), means)
 
@@ -309,7 +311,8 @@ def test_two_encoders_in_turn_and_a_segment_that_both_have_written():
     bank.use_refresh("bounded:max_lag=0,on_violation=mask")
     bank.read_by(model)
     write(bank, model, "border", list(range(75, 80)))
-    assert {place.document_id for place in read_all(bank)} == {"pure"}
+    # Of "d" the first chunk is still what the first encoder wrote; the others are not, or not alone.
+    assert sorted((place.document_id, place.start) for place in read_all(bank)) == [("d", 0), ("pure", 0), ("pure", 4)]
     assert bank.reencode(model).tokens == 12 + 10
     assert len(read_all(bank)) == bank.num_chunks
 
@@ -328,13 +331,13 @@ def test_every_index_finds_what_was_encoded_again(index, monkeypatch):
     banks = [make_bank(Shifted(name), index=index, refresh="eager") for name in "ab"]
     queries = torch.randn(HEADS, 40, DIM)
     for bank, name in zip(banks, "ab", strict=True):
-        for number in range(60):
+        for number in range(30):
             write(bank, Shifted(name), f"{number}", list(range(40 * number, 40 * number + 40)))
         bank.search(LAYERS[0], queries, 8)  # builds the index
     changed, fresh = banks
     changed.read_by(Shifted("b"))
     exact = make_bank(Shifted("b"))
-    for number in range(60):
+    for number in range(30):
         write(exact, Shifted("b"), f"{number}", list(range(40 * number, 40 * number + 40)))
     wanted = [set(exact.locate(rows)) for rows in exact.search(LAYERS[0], queries, 8)[1].flatten(0, 1)]
 
@@ -357,7 +360,7 @@ def test_every_index_finds_what_was_encoded_again(index, monkeypatch):
 def test_a_reader_sees_a_segment_wholly_old_or_wholly_new(in_folder, tmp_path):
     """One thread reads while another encodes again, with encoders in turn; whatever it reads is one encoder's."""
     models = [FakeModel(name) for name in "ab"]
-    length, count = 24, 6
+    length, count = 24, 3
     bank = make_bank(models[0], refresh="bounded:max_lag=1000")
     for number in range(count):
         write(bank, models[0], str(number), list(range(length * number, length * (number + 1))))
@@ -387,7 +390,7 @@ def test_a_reader_sees_a_segment_wholly_old_or_wholly_new(in_folder, tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     rounds = 0
-    while reader.is_alive() and rounds < 400 and (rounds < 20 or not all(len(each) == 2 for each in seen.values())):
+    while reader.is_alive() and rounds < 200 and (rounds < 6 or not all(len(each) == 2 for each in seen.values())):
         bank.reencode(models[1 - rounds % 2])
         rounds += 1
     stop.set()

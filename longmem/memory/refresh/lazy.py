@@ -28,6 +28,7 @@ class Lazy(RefreshPolicy):
     same chunks: what was found stale is masked there, and encoded again before the next read.
     """
 
+    encodes_on_read: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Setting]] = {
         "budget_tokens": Setting(0, "the tokens encoded again for one search, 0 for all that it finds", 0, 1e12),
         "sweep_tokens": Setting(0, "the tokens encoded again before each call of the model, oldest first", 0, 1e12),

@@ -71,6 +71,11 @@ class Mapped(RefreshPolicy):
             self._move(refresher, version, targets)
         self._fallback.on_encoder_change(refresher)
 
+    @property
+    def encodes_on_read(self) -> bool:  # type: ignore[override]
+        """Return whether the fallback does."""
+        return self._fallback.encodes_on_read
+
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return what the fallback finds readable."""
         return self._fallback.readable(lags)
