@@ -10,6 +10,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem import saving
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
+from longmem.backbone.coupled import CoupledWriter, parameters_of_states
 from longmem.backbone.loading import encoder_fingerprint
 from longmem.backbone.structure import input_device
 from longmem.configuration import LongMemConfig
@@ -43,6 +44,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
         self.side_network = SideNetwork(config, self._backbone)
         self._tokenizer = tokenizer
         self._fingerprints: dict[torch.dtype, str] = {}
+        self.writer: CoupledWriter | None = None  # only while the backbone is trained
+        self.backbone_was_trained = False
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         self.post_init()
 
@@ -127,7 +130,12 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | PathLike[str], *, dtype: torch.dtype | str | None = None, **options: Any
+        self,
+        save_directory: str | PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        save_backbone: bool = False,
+        **options: Any,
     ) -> None:
         """Write the side network (safetensors), the configuration and a model card; the backbone is named, not copied.
 
@@ -138,12 +146,15 @@ class LongMemPreTrainedModel(PreTrainedModel):
             save_directory: folder to write to; made if missing.
             dtype: of the weights in the file, such as `torch.bfloat16` for half the room of float32; None leaves them as
                 they are. The loaded network has the dtype of its configuration all the same.
+            save_backbone: write the backbone too, with its tokenizer, into the folder `backbone` inside, and name that one. A
+                backbone that was trained (`couple_writer`) is nowhere else. Its moving average is not written.
             options: `push_to_hub=True` uploads the folder (with `repo_id=`), as in transformers.
 
         Raises:
-            ValueError: the path is a file, `dtype` is no floating-point dtype, or an option is unknown.
+            ValueError: the path is a file, `dtype` is no floating-point dtype, an option is unknown, or the backbone was
+                trained and would be lost.
         """
-        saving.save_model(self, save_directory, dtype=dtype, **options)
+        saving.save_model(self, save_directory, dtype=dtype, save_backbone=save_backbone, **options)
 
     def merge_lora(self) -> Self:
         """Fold the adapters into the copied weights; `config.lora` becomes None, and all weights are trained and saved.
@@ -169,8 +180,12 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def encoder_fingerprint(self) -> str:
         """Return a hash of everything that determines what this model stores: weights up to the memory layers, recipe.
 
-        Computed once for each dtype of the backbone (about 1 s per GB of weights), which otherwise never changes.
+        Computed once for each dtype of the backbone (about 1 s per GB of weights), which otherwise never changes. While the
+        writer is coupled it is a name drawn for that time: a bank is read by the writer that moves under it, and by no other
+        model, before or after.
         """
+        if self.writer is not None:
+            return self.writer.name
         dtype = self.backbone.dtype
         if dtype not in self._fingerprints:
             layers = [structure.layer for structure in self._backbone.structure.layers]
@@ -179,6 +194,60 @@ class LongMemPreTrainedModel(PreTrainedModel):
             memory_layers = self.config.memory_layers or [0]
             self._fingerprints[dtype] = encoder_fingerprint(self.backbone, layers, memory_layers, recipe)
         return self._fingerprints[dtype]
+
+    # A writer that is trained ------------------------------------------------------------------------------------------
+
+    def couple_writer(self, *, average: float | None = None) -> dict[str, torch.nn.Parameter]:
+        """Let the backbone be trained too, and return what of it is trained, by its names in the backbone.
+
+        For measurements of what LongMem avoids, and for those who want it: from here on what is in a bank goes stale. Gradients
+        reach every backbone parameter that hidden states and logits depend on; keys and values are stored without. Give the
+        parameters to an optimizer and call `writer_moved` after each of its steps. Banks written before cannot be read: write
+        them anew. Call it when the model is on its device; the backbone stays in eval mode (no dropout).
+
+        Args:
+            average: decay of an exponential moving average of the backbone, such as 0.999 (the momentum encoder of MoCo, arXiv
+                1911.05722). The average then writes everything that is stored, in a forward pass of its own, and the trained
+                backbone gives hidden states alone. None: the trained backbone writes.
+
+        Raises:
+            ValueError: the writer is coupled already, `average` is not between 0 and 1, or the backbone is not in float32.
+        """
+        if self.writer is not None:
+            raise ValueError("`couple_writer` needs a frozen writer, but it is coupled; call `decouple_writer` first.")
+        if average is not None and not 0 < average < 1:
+            raise ValueError(
+                f"`average` must be above 0 and below 1, got {average}; 0.999 is usual, None lets the trained backbone write."
+            )
+        config, hidden_layers = self.config, self.side_network.hidden_layers
+        adds_last = config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
+        final_norm = config.final_norm != "side" or adds_last
+        parameters = parameters_of_states(self._backbone, hidden_layers, final_norm=final_norm)
+        self.writer = CoupledWriter(self._backbone, parameters, average)
+        self.backbone_was_trained = True
+        return parameters
+
+    def writer_moved(self) -> None:
+        """Take note that an optimizer has just moved the coupled writer: what is stored so far is one version older.
+
+        Raises:
+            ValueError: the writer is frozen.
+        """
+        if self.writer is None:
+            raise ValueError(
+                "`writer_moved` needs a coupled writer, but the backbone is frozen; call `couple_writer` first."
+            )
+        self.writer.moved()
+
+    def decouple_writer(self) -> Self:
+        """Freeze the backbone as it is now; it writes from here on, its average is dropped.
+
+        Banks written while the writer was coupled cannot be read any more: memorize the documents again.
+        """
+        self._backbone.freeze()
+        self.writer = None
+        self._fingerprints.clear()
+        return self
 
     # What transformers asks for ----------------------------------------------------------------------------------------
 
@@ -190,7 +259,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Set whether the side network is trained, with LoRA its adapters, biases and scales; the backbone never is."""
+        """Set whether the side network is trained, with LoRA its adapters, biases and scales; the backbone stays as it is."""
         self.side_network.requires_grad_(requires_grad)
         return self
 

@@ -2,12 +2,15 @@
 
 Each lane writes a bank of its own, after its backward pass. A document border empties it, unless documents are to be kept.
 When a run goes on from a checkpoint, or when the curriculum allows more memory, banks are written anew from the tokens
-before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened.
+before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened. A backbone that is trained
+writes other numbers than it did: then banks are saved with a checkpoint, and what a growing capacity brings back is written
+by the backbone of that step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -112,7 +115,10 @@ class LaneMemories:
         return found
 
     def write(self, batch: LaneBatch, states: BackboneStates) -> None:
-        """Append what the backbone made of a batch to the banks: real tokens only, each lane to its own document."""
+        """Append what the backbone made of a batch to the banks: real tokens only, each lane to its own document.
+
+        What is written here is the work of the writer of this moment; a coupled one counts its moves (`model.writer.version`).
+        """
         for lane, (bank, document_id, length) in enumerate(
             zip(self.banks, batch.document_ids, batch.lengths, strict=True)
         ):
@@ -122,6 +128,17 @@ class LaneMemories:
             ids = batch.input_ids[lane, :length]
             put = bank.append if document_id in bank else bank.add
             put(document_id, keys, values, token_ids=ids)
+
+    def save(self, folder: Path) -> None:
+        """Write the banks into a folder, for `load`."""
+        for lane, bank in enumerate(self.banks):
+            bank.save(folder / f"lane-{lane}")
+
+    def load(self, folder: Path) -> None:
+        """Take the banks that `save` wrote in place of the present ones."""
+        device = self.model.input_device
+        self.banks = [MemoryBank.load(folder / f"lane-{lane}", device=device) for lane in range(len(self.banks))]
+        self.capacity = self.banks[0].capacity_tokens or 0
 
     def _clear_new(self, batch: LaneBatch) -> None:
         """Let go of what a lane must not find when it begins a batch."""

@@ -42,6 +42,7 @@ from longmem.training.settings import (
     validate_settings,
 )
 from longmem.training.trainable import mean_bias, select_trained
+from longmem.training.writer import couple_writer, writer_groups
 
 
 @dataclasses.dataclass
@@ -95,6 +96,7 @@ class Trainer:
         if self.checkpoints.steps():
             refuse_changed_settings(settings, self.folder / "config.yaml")
         self.model = setup.make_model(settings, self.accelerator.device)
+        self.writer_parameters = couple_writer(self.model, settings.writer, self.accelerator.num_processes)
         self.lanes = setup.make_lanes(settings, self.model.tokenizer, self.accelerator)
         self.own = process_lanes(settings.data.lanes, self.accelerator.process_index, self.accelerator.num_processes)
         self.steps = setup.total_steps(optimization, self.lanes)
@@ -103,10 +105,14 @@ class Trainer:
         self.features = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
         self.memories = LaneMemories(self.model, len(self.own), **setup.memory_options(settings))
         self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
-        optimizer = setup.make_optimizer(self.trained, optimization)
+        of_writer = writer_groups(self.writer_parameters, settings.writer, optimization)
+        optimizer = setup.make_optimizer(self.trained, optimization, of_writer)
         self.schedule = setup.make_schedule(optimizer, optimization, self.steps)
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
+        if self.model.writer is not None:
+            self.accelerator.register_for_checkpointing(self.model.writer)
+            self.checkpoints.memories = self.memories
         self.step = self.checkpoints.restore(self.accelerator)
 
     def run(self) -> list[StepRecord]:
@@ -117,7 +123,8 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_settings(settings, self.folder / "config.yaml")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-        num_trained = sum(parameter.numel() for parameter in self.trained.values())
+        trained = [*self.trained.values(), *self.writer_parameters.values()]
+        num_trained = sum(parameter.numel() for parameter in trained)
         if self.step == self.steps:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
         for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.features):
@@ -169,9 +176,12 @@ class Trainer:
                 self._window_step(number, scale, sums)
         # Of the network as prepared: FSDP puts parameters of its own in the place of those chosen before.
         weights = [weight for weight in self.side_network.parameters() if weight.requires_grad]
+        weights += self.writer_parameters.values()
         norm = self.accelerator.clip_grad_norm_(weights, settings.clip_norm)
         learning_rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
+        if self.model.writer is not None:
+            self.model.writer_moved()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
@@ -266,7 +276,9 @@ class Trainer:
         }
         if not self.accelerator.is_main_process:
             return
-        self.model.save_pretrained(self.folder / "side-network", state_dict=state)
+        self.model.save_pretrained(
+            self.folder / "side-network", state_dict=state, save_backbone=self.model.writer is not None
+        )
         steps, validations = read_log(self.folder / "log.jsonl")
         if steps:
             plot_training(self.folder / "curve.png", steps, validations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,15 +96,17 @@ def make_validation(
     return Validation(model, texts, data.window)
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], wanted: OptimizationSettings) -> torch.optim.AdamW:
-    """Return AdamW over what is trained."""
+def make_optimizer(
+    trained: dict[str, nn.Parameter], wanted: OptimizationSettings, further_groups: Sequence[dict[str, Any]] = ()
+) -> torch.optim.AdamW:
+    """Return AdamW over what is trained of the side network, and over further groups of parameters."""
     groups = parameter_groups(
         trained,
         learning_rate=wanted.learning_rate,
         gate_learning_rate=wanted.gate_learning_rate,
         weight_decay=wanted.weight_decay,
     )
-    return torch.optim.AdamW(groups, betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
+    return torch.optim.AdamW([*groups, *further_groups], betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
 
 
 def introduction(
@@ -119,6 +122,9 @@ def introduction(
         f"{num_trained:,} weights are trained beside {settings.model.backbone}: {steps:,} steps of {batch}, "
         f"an epoch being {lanes.num_tokens:,} tokens; {reads}.",
     ]
+    if settings.writer.trained:
+        writes = "its moving average writes memory" if settings.writer.average else "it writes memory"
+        lines.append(f"The backbone is trained too, and {writes}: what is in memory goes stale.")
     if features.folder is not None:
         size = features.bytes_per_token()
         limit = "" if settings.features.max_gigabytes is None else f", at most {settings.features.max_gigabytes:g} GB"

@@ -30,6 +30,7 @@ def validate_settings(settings: TrainingSettings) -> None:
     _validate_data(settings)
     _validate_memory(settings)
     _validate_loss(settings)
+    _validate_writer(settings)
     _validate_length(settings)
     if settings.features.max_gigabytes is not None and settings.features.folder is None:
         raise ValueError(
@@ -110,6 +111,28 @@ def _validate_loss(settings: TrainingSettings) -> None:
         raise ValueError(
             f"`loss.long_context_tokens` must be more than `data.window`, got {loss.long_context_tokens} and {window}; "
             f"{2 * window} would do."
+        )
+
+
+def _validate_writer(settings: TrainingSettings) -> None:
+    writer = settings.writer
+    if not writer.trained:
+        for name in ("backbone_learning_rate", "average"):
+            if (value := getattr(writer, name)) is not None:
+                raise ValueError(
+                    f"`writer.{name}` needs `writer.trained`, got {value} for a frozen backbone; set `writer.trained` to "
+                    f"true, or leave `writer.{name}` out."
+                )
+        return
+    if settings.features.folder is not None:
+        raise ValueError(
+            "`features.folder` must be left out where `writer.trained` is true, because features change with the backbone, got "
+            f"{settings.features.folder!r}."
+        )
+    if settings.model.backbone_dtype != "float32":
+        raise ValueError(
+            "`model.backbone_dtype` must be float32 where `writer.trained` is true, because small updates are lost in half "
+            f"precision, got {settings.model.backbone_dtype!r}; `optimization.mixed_precision` may still be bf16."
         )
 
 
