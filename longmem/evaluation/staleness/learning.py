@@ -37,6 +37,7 @@ from longmem.evaluation.recall_check import (
     memorized,
     update,
 )
+from longmem.evaluation.staleness.decoupled import stored_tensors
 from longmem.memory import MemoryBank
 from longmem.modeling import LongMemForCausalLM
 
@@ -69,7 +70,7 @@ class LearningSystem:
 
 STILL = 1 - 1e-9  # a moving average that does not move
 
-# Each system by its name in tables. 0.6 of the rate is about what the backbone was pretrained at. Where the writer stands still,
+# Each system by its name in tables. 0.6 of the rate is what the backbone was pretrained at. Where the writer stands still,
 # the backbone is trained as in "coupled", but memory is written by what it was at the start: the two differ in whether keys
 # move, not in what training does to the backbone.
 SYSTEMS: dict[str, LearningSystem] = {
@@ -236,16 +237,8 @@ def answer_in_window(
 
 def key_drift(before: list[MemoryBank], after: list[MemoryBank]) -> float:
     """Return 1 minus the mean cosine between the keys of the same tokens in two banks of the same documents."""
-    cosines = [
-        nn.functional.cosine_similarity(all_keys(old), all_keys(new), dim=-1).mean()
-        for old, new in zip(before, after, strict=True)
-    ]
+    cosines = []
+    for old, new in zip(before, after, strict=True):
+        keys, moved = (stored_tensors(bank)[0].float() for bank in (old, new))
+        cosines.append(nn.functional.cosine_similarity(keys, moved, dim=-1).mean())
     return 1 - torch.stack(cosines).mean().item()
-
-
-def all_keys(bank: MemoryBank) -> Float[Tensor, "kv_heads tokens dim"]:
-    """Return the keys of the only layer of a bank that holds one document."""
-    rows = torch.arange(bank.num_tokens // bank.chunk_size)
-    (layer,) = bank.memory_layers
-    keys, _ = bank.gather(layer, rows.expand(1, -1))
-    return keys.flatten(1, -2).float()
