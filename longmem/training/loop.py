@@ -2,7 +2,8 @@
 
 A step reads one window of every lane. The frozen backbone runs first, or its features are read from where they were kept;
 then the side network predicts the window, reading the memory of the lane's earlier text; after the backward pass the window
-enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on.
+enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on. With
+`writer.trained` backbone and memories are not: then checkpoints hold both.
 """
 
 from __future__ import annotations

@@ -106,6 +106,23 @@ def test_coupling_changes_no_number_until_the_writer_moves(input_ids, document):
     assert not torch.equal(moved.memory_keys[0], expected.memory_keys[0])
 
 
+def test_the_side_network_is_trained_by_the_same_gradients(input_ids, document):
+    model = make()
+
+    def side_gradients():
+        model.zero_grad()
+        model(input_ids, memory=memorized(model, document), labels=input_ids).loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.side_network.named_parameters()}
+
+    frozen = side_gradients()
+    model.couple_writer()
+    coupled = side_gradients()
+    move(model)
+    moved = side_gradients()
+    assert all(torch.equal(gradient, frozen[name]) for name, gradient in coupled.items())
+    assert not any(torch.equal(gradient, frozen[name]) for name, gradient in moved.items())
+
+
 @torch.no_grad()
 def move(model, seed=0):
     """Move the writer as an optimizer would."""

@@ -168,6 +168,12 @@ def test_what_a_run_leaves_is_the_trained_model(start, files, tmp_path):
     assert model.tokenizer.get_vocab() == trainer.model.tokenizer.get_vocab()
 
 
+def test_the_first_loss_is_that_of_a_frozen_run_and_later_ones_are_not(start, tmp_path):
+    coupled, frozen = start(), start(output=tmp_path / "frozen", writer__trained="false")
+    assert coupled.train_step().loss == frozen.train_step().loss
+    assert coupled.train_step().loss != frozen.train_step().loss
+
+
 def test_a_frozen_run_holds_no_writer(start):
     trainer = start(writer__trained="false")
     trainer.run()
