@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longmem.configuration import LongMemConfig
+from longmem.console import without_transformers_bars
 from longmem.errors import did_you_mean
 from longmem.lora import ALL_LINEAR
 from longmem.packaged import PACKAGED_BACKBONES, trained_side_network
@@ -153,7 +154,8 @@ def save_model(
 
 def write_backbone(model: LongMemPreTrainedModel, folder: Path) -> Path:
     """Write the backbone, and the tokenizer if there is one, to a folder, and return the folder."""
-    model.backbone.save_pretrained(folder)
+    with without_transformers_bars():
+        model.backbone.save_pretrained(folder)
     if model._tokenizer is not None or model.config.backbone_name_or_path:
         with contextlib.suppress(OSError):  # a backbone in a folder without a tokenizer is given token ids
             model.tokenizer.save_pretrained(folder)
