@@ -160,8 +160,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
     ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
         """Return position-free keys and values of the tokens, one of each per memory layer, without gradients."""
-        encoder = self._backbone if self.writer is None else self.writer.encoder
-        return encoder.encode(input_ids, self.config.memory_layers or (), **inputs)
+        backbone = self._backbone if self.writer is None else self.writer.backbone
+        return backbone.encode(input_ids, self.config.memory_layers or (), **inputs)
 
     def memorize(
         self,

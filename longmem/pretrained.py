@@ -1,6 +1,7 @@
 """What a LongMem model shares with every pretrained model of transformers: making, saving, loading, training modes."""
 
 import copy
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Self
 
@@ -8,14 +9,19 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from longmem import saving
+from longmem import exchange, saving
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.coupled import CoupledWriter, parameters_of_states
-from longmem.backbone.loading import encoder_fingerprint
+from longmem.backbone.encoder import Encoder
+from longmem.backbone.loading import tokenizer_fingerprint
+from longmem.backbone.stamp import EncoderStamp, configuration_recipe
 from longmem.backbone.structure import input_device
 from longmem.configuration import LongMemConfig
 from longmem.input_checks import refuse_unstorable_layers
 from longmem.side_network import SideNetwork
+
+# How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
+STORED_FORMAT = 1
 
 
 class LongMemPreTrainedModel(PreTrainedModel):
@@ -43,7 +49,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         refuse_unstorable_layers(config, self._backbone.structure)
         self.side_network = SideNetwork(config, self._backbone)
         self._tokenizer = tokenizer
-        self._fingerprints: dict[torch.dtype, str] = {}
+        self.encoder = self._encoder_of(self._backbone)
         self.writer: CoupledWriter | None = None  # only while the backbone is trained
         self.backbone_was_trained = False
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
@@ -156,6 +162,28 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """
         saving.save_model(self, save_directory, dtype=dtype, save_backbone=save_backbone, **options)
 
+    def side_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return copies of what `save_pretrained` writes, by the same names: the tensors that one site sends another.
+
+        Side network alone (with LoRA what is trained), never a bank, never a tensor of the backbone. Names and shapes of two
+        models agree if their backbones and configurations do, so federated averaging is the mean of their tensors, given to
+        `load_side_state_dict` of each.
+
+        Raises:
+            ValueError: a tensor of the side network lies in memory of the backbone.
+        """
+        return exchange.side_state(self)
+
+    def load_side_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put in the tensors of another model's `side_state_dict`, or of a mean of several; all fit, or nothing changes.
+
+        Banks stay valid: what they hold is made by the backbone alone.
+
+        Raises:
+            ValueError: a tensor is missing, left over, of another shape or not finite; the message names the first.
+        """
+        exchange.load_side_state(self, state)
+
     def merge_lora(self) -> Self:
         """Fold the adapters into the copied weights; `config.lora` becomes None, and all weights are trained and saved.
 
@@ -177,33 +205,43 @@ class LongMemPreTrainedModel(PreTrainedModel):
             self._tokenizer = load_tokenizer(self.config.backbone_name_or_path, self.config.backbone_revision)
         return self._tokenizer
 
-    def encoder_fingerprint(self) -> str:
-        """Return a hash of everything that determines what this model stores: weights up to the memory layers, recipe.
+    def encoder_stamp(self, *, exact: bool = False) -> EncoderStamp:
+        """Return what determines the numbers that this model stores: a hash of the encoder's weights, and the recipe.
 
-        Computed once for each dtype of the backbone (about 1 s per GB of weights), which otherwise never changes. While the
-        writer is coupled it is a name drawn for that time: a bank is read by the writer that moves under it, and by no other
-        model, before or after.
+        It is kept until the tripwire (`longmem/backbone/tripwire.py`) sees that the encoder was touched, and then made anew, at
+        about 1 s per GB of weights. `exact`: make it anew in any case.
         """
-        if self.writer is not None:
-            return self.writer.name
-        dtype = self.backbone.dtype
-        if dtype not in self._fingerprints:
-            layers = [structure.layer for structure in self._backbone.structure.layers]
-            names = ("memory_layers", "chunk_size", "segment_length")
-            recipe = {name: getattr(self.config, name) for name in names}
-            memory_layers = self.config.memory_layers or [0]
-            self._fingerprints[dtype] = encoder_fingerprint(self.backbone, layers, memory_layers, recipe)
-        return self._fingerprints[dtype]
+        return self.encoder.stamp(exact=exact)
+
+    def encoder_fingerprint(self) -> str:
+        """Return the digest of `encoder_stamp`: two models with one fingerprint store the same numbers for the same ids."""
+        return self.encoder_stamp().digest
+
+    def _encoder_recipe(self) -> dict[str, Any]:
+        names = ("memory_layers", "chunk_size", "segment_length")
+        recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        try:
+            tokenizer = tokenizer_fingerprint(self.tokenizer)
+        except (OSError, ValueError, ImportError):
+            tokenizer = None  # the model has none, or it can't be reached: then it can't be compared
+        dtype = str(self.backbone.dtype).removeprefix("torch.")
+        stored = {"format": STORED_FORMAT, "dtype": dtype, "tokenizer": tokenizer}
+        return recipe | stored | configuration_recipe(self.backbone)
+
+    def _encoder_of(self, backbone: Backbone) -> Encoder:
+        """Return the watch over what writes: this model's backbone, or the average of one that is trained."""
+        return Encoder(backbone, self.config.memory_layers or [0], self._encoder_recipe)
 
     # A writer that is trained ------------------------------------------------------------------------------------------
 
     def couple_writer(self, *, average: float | None = None) -> dict[str, torch.nn.Parameter]:
         """Let the backbone be trained too, and return what of it is trained, by its names in the backbone.
 
-        For measurements of what LongMem avoids, and for those who want it: from here on what is in a bank goes stale. Gradients
-        reach every backbone parameter that hidden states and logits depend on; keys and values are stored without. Give the
-        parameters to an optimizer and call `writer_moved` after each of its steps. Banks written before cannot be read: write
-        them anew. Call it when the model is on its device; the backbone stays in eval mode (no dropout).
+        For measurements of what LongMem avoids, and for those who want it: from here on what is in a bank goes stale, and its
+        refresh policy says what is done about that: the default refuses what an earlier version of the writer wrote,
+        `longmem.memory.refresh.UNBOUNDED` reads it as it is. Gradients reach every backbone parameter that hidden states and
+        logits depend on; keys and values are stored without. Give the parameters to an optimizer and call `writer_moved` after
+        each of its steps. Call this when the model is on its device; the backbone stays in eval mode (no dropout).
 
         Args:
             average: decay of an exponential moving average of the backbone, such as 0.999 (the momentum encoder of MoCo, arXiv
@@ -225,6 +263,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
         parameters = parameters_of_states(self._backbone, hidden_layers, final_norm=final_norm)
         self.writer = CoupledWriter(self._backbone, parameters, average)
         self.backbone_was_trained = True
+        self.encoder = self._encoder_of(self.writer.backbone)
+        self.encoder.note_move()  # from being frozen to being trained
         return parameters
 
     def writer_moved(self) -> None:
@@ -238,24 +278,28 @@ class LongMemPreTrainedModel(PreTrainedModel):
                 "`writer_moved` needs a coupled writer, but the backbone is frozen; call `couple_writer` first."
             )
         self.writer.moved()
+        self.encoder.note_move()
 
     def decouple_writer(self) -> Self:
         """Freeze the backbone as it is now; it writes from here on, its average is dropped.
 
-        Banks written while the writer was coupled cannot be read any more: memorize the documents again.
+        It is another encoder than the one that wrote banks before, and their refresh policies treat it so.
         """
         self._backbone.freeze()
         self.writer = None
-        self._fingerprints.clear()
+        self.encoder = self._encoder_of(self._backbone)
         return self
 
     # What transformers asks for ----------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Set the side network's mode; the backbone stays in eval mode."""
-        super().train(mode)
-        if hasattr(self, "backbone"):
-            self.backbone.eval()
+        """Set the side network's mode; the backbone stays in eval mode.
+
+        It is never put into training mode in between: another thread may run it right now.
+        """
+        self.training = mode
+        for name, module in self.named_children():
+            module.train(mode and name != "backbone")
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:

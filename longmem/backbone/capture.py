@@ -129,6 +129,8 @@ class Backbone:
             self._record(states, hidden_layers, handlers, input_ids, inputs)
             if with_final_states:
                 states.final_states = self.final_norm(states.hidden_states[self.num_layers])
+        for part in (states.keys, states.values):
+            part.update({layer: tensor.detach() for layer, tensor in part.items()})
         return states
 
     @torch.no_grad()
@@ -222,7 +224,7 @@ class Backbone:
             new_keys = key[:, :, new]
             if structure.rotation is not None:
                 new_keys = structure.rotation.undo(new_keys, states.calls[number].position_embeddings)
-            states.keys[number], states.values[number] = new_keys.detach(), value[:, :, new].detach()
+            states.keys[number], states.values[number] = new_keys, value[:, :, new]
             if number == last:
                 raise EnoughSeen
             return local(module, query, key, value, attention_mask, **kwargs)

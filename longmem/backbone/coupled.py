@@ -8,7 +8,6 @@ side network takes from it (entry, residuals, LM head). What is stored is cut of
 from __future__ import annotations
 
 import copy
-import uuid
 from collections.abc import Collection
 from typing import Any
 
@@ -21,7 +20,7 @@ from longmem.backbone.capture import Backbone, BackboneStates
 class CoupledWriter:
     """Return the state of a writer that is trained: its parameters, how often it moved, its moving average if any.
 
-    `version` is the number of times it moved; whatever is written now is written by that version.
+    `version` is the number of times it moved; `backbone` is what writes now.
 
     Args:
         backbone: that gives hidden states; its `parameters` are trained from here on.
@@ -31,9 +30,7 @@ class CoupledWriter:
 
     def __init__(self, backbone: Backbone, parameters: dict[str, nn.Parameter], decay: float | None) -> None:
         self.parameters, self.decay, self.version = parameters, decay, 0
-        # Two training runs are never one encoder, so the name is drawn, and not from torch's seeded numbers.
-        self.name = f"coupled-{uuid.uuid4().hex}"
-        self.encoder = backbone if decay is None else Backbone(copy.deepcopy(backbone.model))
+        self.backbone = backbone if decay is None else Backbone(copy.deepcopy(backbone.model))
         backbone.train_parameters(parameters)
 
     @torch.no_grad()
@@ -42,7 +39,7 @@ class CoupledWriter:
         self.version += 1
         if self.decay is not None:
             for name, parameter in self.parameters.items():
-                self.encoder.model.get_parameter(name).lerp_(parameter, 1 - self.decay)
+                self.backbone.model.get_parameter(name).lerp_(parameter, 1 - self.decay)
 
     def rewrite(self, states: BackboneStates, input_ids: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Put keys and values of the average in the place of the backbone's own.
@@ -58,24 +55,24 @@ class CoupledWriter:
                 "`use_cache=False` or, when training is over, call `decouple_writer`."
             )
         layers = list(states.keys)
-        keys, values = self.encoder.encode(input_ids, layers, **inputs)
+        keys, values = self.backbone.encode(input_ids, layers, **inputs)
         states.keys, states.values = dict(zip(layers, keys, strict=True)), dict(zip(layers, values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs: name, version, trained parameters, and the average's."""
-        state: dict[str, Any] = {"name": self.name, "version": self.version, "parameters": dict(self.parameters)}
+        """Return what a checkpoint needs: version, trained parameters, and the average's."""
+        state: dict[str, Any] = {"version": self.version, "parameters": dict(self.parameters)}
         if self.decay is not None:
-            state["average"] = {name: self.encoder.model.get_parameter(name) for name in self.parameters}
+            state["average"] = {name: self.backbone.model.get_parameter(name) for name in self.parameters}
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned of a writer with the same parameters."""
-        self.name, self.version = state["name"], state["version"]
+        self.version = state["version"]
         for name, parameter in self.parameters.items():
             parameter.copy_(state["parameters"][name])
             if self.decay is not None:
-                self.encoder.model.get_parameter(name).copy_(state["average"][name])
+                self.backbone.model.get_parameter(name).copy_(state["average"][name])
 
 
 def parameters_of_states(

@@ -52,6 +52,7 @@ class LaneMemories:
             learn to pass over (Focused Transformer, arXiv 2307.03170).
         index: of the banks.
         storage_dtype: of the banks; that in which reading computes saves converting all that is read.
+        refresh: policy of the banks, which acts where the backbone is trained.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class LaneMemories:
         foreign_lanes: int,
         index: str,
         storage_dtype: str = "float16",
+        refresh: str = "frozen",
     ) -> None:
         if foreign_lanes >= num_lanes:
             raise ValueError(
@@ -70,7 +72,7 @@ class LaneMemories:
                 "raise `data.lanes` or use fewer processes."
             )
         self.model, self.keep_documents, self.foreign_lanes = model, keep_documents, foreign_lanes
-        self._options = {"index": index, "storage_dtype": storage_dtype}
+        self._options = {"index": index, "storage_dtype": storage_dtype, "refresh": refresh}
         self.capacity = 0
         self.banks: list[MemoryBank] = [self._new_bank(model.config.chunk_size) for _ in range(num_lanes)]
 
@@ -105,8 +107,12 @@ class LaneMemories:
     def readable(self, batch: LaneBatch) -> list[ReadableMemory]:
         """Return what each lane reads with a batch: its own bank, and the next foreign ones.
 
-        A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict.
+        A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict. If the backbone
+        has moved, each bank takes note and does what its refresh policy says: here, and nowhere else in training.
         """
+        if self.model.writer is not None:
+            for bank in self.banks:
+                bank.read_by(self.model)
         found: list[ReadableMemory] = []
         for lane, own in enumerate(self.banks):
             others = self.banks[lane + 1 :] + self.banks[:lane]
@@ -117,7 +123,7 @@ class LaneMemories:
     def write(self, batch: LaneBatch, states: BackboneStates) -> None:
         """Append what the backbone made of a batch to the banks: real tokens only, each lane to its own document.
 
-        What is written here is the work of the writer of this moment; a coupled one counts its moves (`model.writer.version`).
+        What is written here is the work of the writer of this moment: of the version that `readable` told the banks of.
         """
         for lane, (bank, document_id, length) in enumerate(
             zip(self.banks, batch.document_ids, batch.lengths, strict=True)
@@ -127,7 +133,7 @@ class LaneMemories:
             )
             ids = batch.input_ids[lane, :length]
             put = bank.append if document_id in bank else bank.add
-            put(document_id, keys, values, token_ids=ids)
+            put(document_id, keys, values, ids, segment="new")  # the backbone saw this window and nothing else
 
     def save(self, folder: Path) -> None:
         """Write the banks into a folder, for `load`."""

@@ -112,7 +112,7 @@ class Trainer:
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
         if self.model.writer is not None:
-            self.accelerator.register_for_checkpointing(self.model.writer)
+            self.accelerator.register_for_checkpointing(self.model.writer, self.model.encoder)
             self.checkpoints.memories = self.memories
         self.step = self.checkpoints.restore(self.accelerator)
 

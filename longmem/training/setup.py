@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.console import without_warnings_of
 from longmem.data import Lanes, load_corpus
+from longmem.memory.refresh import UNBOUNDED
 from longmem.modeling import LongMemForCausalLM
 from longmem.opening import is_saved_model, refuse_config_of_saved
 from longmem.training.features import FrozenFeatures
@@ -171,4 +172,5 @@ def memory_options(settings: TrainingSettings) -> dict[str, Any]:
         "foreign_lanes": settings.memory.foreign_lanes,
         "index": settings.memory.index,
         "storage_dtype": "bfloat16" if settings.optimization.mixed_precision == "bf16" else "float16",
+        "refresh": (settings.writer.refresh or UNBOUNDED) if settings.writer.trained else "frozen",
     }

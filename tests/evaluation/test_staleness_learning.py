@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from longmem.errors import StaleMemoryError
 from longmem.evaluation.intervals import bootstrap_interval
 from longmem.evaluation.recall import RecallTask
 from longmem.evaluation.recall_check import add_side_network, make_schedule, train_backbone, update
@@ -22,6 +23,7 @@ from longmem.evaluation.staleness.learning import (
     learn,
     make_optimizer,
 )
+from longmem.memory.refresh import UNBOUNDED
 
 TASK = RecallTask(num_keys=40, num_values=8, num_words=16)
 SHORT = LearningSettings(steps=4, distance=64, num_documents=1)
@@ -76,10 +78,10 @@ def test_a_moving_writer_moves_keys_and_a_still_one_does_not(backbone):
 def test_a_document_is_as_many_versions_old_as_the_lag_says(backbone, monkeypatch, lag):
     written, ages, model = {}, [], None
 
-    def memorized(given, token_ids):
+    def memorized(given, document, refresh):
         nonlocal model
         model = given
-        bank = original(given, token_ids)
+        bank = original(given, document, refresh)
         written[id(bank)] = given.writer.version, bank
         return bank
 
@@ -128,10 +130,12 @@ def test_training_the_writer_does_not(backbone):
             model.writer_moved()
 
     windows = torch.randint(TASK.vocab_size, (4, 32))
-    result = measure_freshness(model, TASK, train, num_documents=1, distance=64)
+    result = measure_freshness(model, TASK, train, num_documents=1, distance=64, refresh=UNBOUNDED)
     assert not result.same_encoder
     assert result.changed_numbers > 0.9 * result.stored_numbers
     assert not torch.equal(result.losses["after"], result.losses["anew"])
+    with pytest.raises(StaleMemoryError):
+        measure_freshness(model, TASK, train, num_documents=1, distance=64)
 
 
 @pytest.mark.slow

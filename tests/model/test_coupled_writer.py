@@ -9,6 +9,8 @@ import torch
 from model.conftest import BACKBONES, SETTINGS, build_backbone
 
 from longmem import LongMemForCausalLM, MemoryBank
+from longmem.errors import StaleMemoryError
+from longmem.memory.refresh import UNBOUNDED
 
 FORMS = {
     "paper": {"residual": "paper", "fusion": "gated", "layer_reduction_factor": 2},
@@ -31,8 +33,8 @@ def make(model_type="llama", **fields):
     return model
 
 
-def memorized(model, document):
-    bank = MemoryBank.for_model(model)
+def memorized(model, document, refresh=UNBOUNDED):
+    bank = MemoryBank.for_model(model, refresh=refresh)
     model.memorize(bank, document, "a")
     return bank
 
@@ -143,7 +145,7 @@ def test_the_average_is_the_naive_one_and_it_alone_writes(input_ids):
             weight.data = 0.75 * weight.data + 0.25 * now.data
     assert model.writer.version == 4
     for name, weight in naive.named_parameters():
-        torch.testing.assert_close(model.writer.encoder.model.get_parameter(name), weight, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(model.writer.backbone.model.get_parameter(name), weight, rtol=1e-6, atol=1e-6)
     expected, _ = LongMemForCausalLM.from_backbone(naive, **SETTINGS).encode(input_ids)
     own, _ = model._backbone.encode(input_ids, model.config.memory_layers)
     for found, written, averaged, trained in zip(
@@ -163,28 +165,48 @@ def test_with_an_average_a_cache_is_refused(input_ids):
     assert model(input_ids, use_cache=True).past_key_values is not None
 
 
-def test_banks_of_another_time_are_refused(input_ids, document):
+def test_each_move_makes_another_encoder_and_policies_act(input_ids, document):
     model = make()
-    before = memorized(model, document)
-    fingerprint = model.encoder_fingerprint()
+    stamps, banks = [], []
+
+    def remember():
+        stamps.append(model.encoder_fingerprint())
+        banks.append(memorized(model, document, "frozen"))
+        model(input_ids, memory=banks[-1])
+
+    remember()
     model.couple_writer()
-    with pytest.raises(ValueError, match="written by encoder"):
-        model(input_ids, memory=before)
-    meanwhile = memorized(model, document)
-    move(model)
-    model(input_ids, memory=meanwhile)  # stale, which is what coupled training is about
+    remember()
+    for seed in range(2):
+        move(model, seed)
+        remember()
     model.decouple_writer()
-    assert model.encoder_fingerprint() not in (fingerprint, meanwhile.fingerprint)
-    for bank in (before, meanwhile):
-        with pytest.raises(ValueError, match="written by encoder"):
+    remember()
+    assert len(set(stamps)) == 5
+    for bank in banks[:-1]:
+        with pytest.raises(StaleMemoryError):
             model(input_ids, memory=bank)
-    model(input_ids, memory=memorized(model, document))
     assert gradients(model) == set()
+
+
+@pytest.mark.parametrize("average", [None, 0.5])
+@torch.no_grad()
+def test_a_bank_is_read_as_it_is_or_encoded_again_as_its_policy_says(average, input_ids, document):
+    model = make()
+    model.couple_writer(average=average)
+    old, eager = memorized(model, document), memorized(model, document, "eager")
+    move(model)
+    new = memorized(model, document)
+    stale, refreshed, fresh = (model(input_ids, memory=bank).logits for bank in (old, eager, new))
+    assert torch.equal(refreshed, fresh)
+    assert not torch.equal(stale, fresh)
+    assert (old.refreshed.tokens, eager.refreshed.tokens) == (0, len(document))
+    assert old.lags().values.tolist()[:-1] == [1, 0]
 
 
 def test_a_decoupled_writer_that_never_moved_is_the_one_it_was(input_ids, document):
     model = make()
-    bank = memorized(model, document)
+    bank = memorized(model, document, "frozen")
     model.couple_writer()
     model.decouple_writer()
     model(input_ids, memory=bank, labels=input_ids).loss.backward()

@@ -98,7 +98,7 @@ def test_with_an_average_memory_holds_what_the_average_computed(start):
     for _ in range(2):
         trainer.train_step()
     batch = trainer._batch(2)
-    averaged = trainer.model.writer.encoder.encode(batch.input_ids, trainer.model.config.memory_layers)[0][0]
+    averaged = trainer.model.writer.backbone.encode(batch.input_ids, trainer.model.config.memory_layers)[0][0]
     own = trainer.model._backbone.encode(batch.input_ids, trainer.model.config.memory_layers)[0][0]
     trainer.train_step()
     newest = torch.stack([keys.flatten(1, -2)[:, -16:] for keys in stored(trainer)])
@@ -111,6 +111,7 @@ def test_with_an_average_memory_holds_what_the_average_computed(start):
     "overrides",
     [
         {"writer__average": 0.9},
+        {"writer__refresh": "'bounded:max_lag=1'"},
         {"memory__start_tokens": 16, "memory__growth_steps": 4, "optimization__gradient_accumulation": 2},
         {"memory__foreign_lanes": 2, "data__at_document_border": "keep", "data__window": 8},
     ],
@@ -156,6 +157,22 @@ def test_banks_rebuilt_by_the_restored_writer_would_be_others(start, tmp_path):
     assert max((old - new).abs().max() for old, new in zip(saved, rebuilt, strict=True)) > 0.05
 
 
+def test_with_a_policy_memory_is_no_older_than_it_allows(start, tmp_path):
+    trainer = start(memory__tokens=64, writer__refresh="'bounded:max_lag=1'")
+    for _ in range(4):
+        trainer.train_step()
+    bank = trainer.memories.banks[0]
+    assert bank.refreshed.tokens > 0
+    assert bank.lags().values[bank._ledger.versions[0]].max() <= 1  # of what the last step read, and what it wrote
+    eager = start(output=tmp_path / "eager", memory__tokens=64, writer__refresh="eager")
+    for _ in range(4):
+        eager.train_step()
+    eager.memories.readable(eager._batch(4))
+    for number, found in enumerate(stored(eager)):
+        now = [eager.model.encode(eager._batch(step).input_ids)[0][0][number] for step in range(4)]
+        torch.testing.assert_close(found.flatten(1, -2), torch.cat(now, dim=1).half(), rtol=2e-3, atol=2e-3)
+
+
 def test_what_a_run_leaves_is_the_trained_model(start, files, tmp_path):
     trainer = start(data__validation=settings_of(files).data.validation, validation__every_steps=1)
     trainer.run()
@@ -194,6 +211,11 @@ def test_a_frozen_run_holds_no_writer(start):
             {"writer__trained": "false", "writer__backbone_learning_rate": 1},
             r"`writer.backbone_learning_rate` needs `writer.trained`",
         ),
+        (
+            {"writer__trained": "false", "writer__refresh": "eager"},
+            r"`writer.refresh` needs `writer.trained`, got 'eager'",
+        ),
+        ({"writer__refresh": "egaer"}, "`writer.refresh`: .*eager"),
         ({"writer__average": 1}, r"`writer.average` must be a number above 0 and below 1"),
     ],
 )

@@ -14,14 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from longmem.backbone.loading import encoder_fingerprint
 from longmem.evaluation.recall import RecallDocument, RecallTask, draw_document, draw_questions
 from longmem.evaluation.recall_check import (
     NUM_PAIRS,
     WINDOW,
     WORDS_BEFORE,
     add_side_network,
-    memorized,
     train_backbone,
     train_side_network,
 )
@@ -62,6 +60,7 @@ def measure_freshness(
     num_documents: int = 8,
     distance: int = 1024,
     seed: int = 0,
+    refresh: str = "frozen",
 ) -> FreshnessResult:
     """Write documents, train, and return what became of them.
 
@@ -72,15 +71,16 @@ def measure_freshness(
         num_documents: with 32 questions each.
         distance: tokens of a document after its facts.
         seed: of what is drawn.
+        refresh: policy of the banks; "frozen" refuses to read them if the encoder has changed.
     """
     generator = torch.Generator().manual_seed(seed)
     documents = [draw_document(task, NUM_PAIRS, WINDOW, distance, generator) for _ in range(num_documents)]
     questions = [draw_questions(task, document.keys, WORDS_BEFORE, generator) for document in documents]
 
     def write() -> list[MemoryBank]:
-        return [memorized(model, document.token_ids) for document in documents]
+        return [memorized(model, document, refresh) for document in documents]
 
-    old, before = write(), fingerprint_now(model)
+    old, before = write(), model.encoder_stamp(exact=True).digest
     losses = {"before": question_losses(model, documents, questions, old)}
     train()
     model.eval()
@@ -89,7 +89,9 @@ def measure_freshness(
     losses["anew"] = question_losses(model, documents, questions, new)
     pairs = [both for banks in zip(old, new, strict=True) for both in zip(*map(stored_tensors, banks), strict=True)]
     changed = sum(int((one != other).sum()) for one, other in pairs)
-    return FreshnessResult((before, fingerprint_now(model)), changed, sum(one.numel() for one, _ in pairs), losses)
+    return FreshnessResult(
+        (before, model.encoder_stamp(exact=True).digest), changed, sum(one.numel() for one, _ in pairs), losses
+    )
 
 
 def check_decoupled(
@@ -118,10 +120,11 @@ def question_losses(
     return torch.cat(losses)
 
 
-def fingerprint_now(model: LongMemForCausalLM) -> str:
-    """Return the encoder's fingerprint, computed from its weights at this moment and not remembered."""
-    layers = [structure.layer for structure in model._backbone.structure.layers]
-    return encoder_fingerprint(model.backbone, layers, model.config.memory_layers or [0], {})
+def memorized(model: LongMemForCausalLM, document: RecallDocument, refresh: str) -> MemoryBank:
+    """Return a bank that holds a document and follows a refresh policy."""
+    bank = MemoryBank.for_model(model, refresh=refresh)
+    model.memorize(bank, document.token_ids, "document", batch_size=16)
+    return bank
 
 
 def stored_tensors(bank: MemoryBank) -> tuple[Tensor, Tensor]:

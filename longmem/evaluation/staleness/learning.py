@@ -34,11 +34,11 @@ from longmem.evaluation.recall_check import (
     WORDS_BEFORE,
     add_side_network,
     make_schedule,
-    memorized,
     update,
 )
-from longmem.evaluation.staleness.decoupled import stored_tensors
+from longmem.evaluation.staleness.decoupled import memorized, stored_tensors
 from longmem.memory import MemoryBank
+from longmem.memory.refresh import UNBOUNDED
 from longmem.modeling import LongMemForCausalLM
 
 LANES, TOKENS = 16, 64  # windows of a training step, in which all pairs of a document are asked
@@ -136,13 +136,13 @@ def learn(
     test = test_documents(task, settings, seed)
     optimizer = make_optimizer(model, system, settings.learning_rate)
     schedule = make_schedule(optimizer, settings.steps, warmup=10)
-    first = [memorized(model, document.token_ids) for document in test]
+    first = [memorized(model, document, UNBOUNDED) for document in test]
     # Drawn apart, so that step i asks the same of document i whatever the lag.
     documents, questions = (torch.Generator().manual_seed(number + seed) for number in (0, 40_000))
 
     def write() -> Written:
         document = draw_document(task, NUM_PAIRS, WINDOW, settings.distance, documents)
-        return document, memorized(model, document.token_ids)
+        return document, memorized(model, document, UNBOUNDED)
 
     # Documents on their way: the first ones are all written before training, so the oldest is never older than `lag`.
     waiting = deque(write() for _ in range(system.lag))
@@ -150,7 +150,7 @@ def learn(
     model.train()
     for step in range(settings.steps):
         if step == settings.steps - system.lag:
-            aged = [memorized(model, document.token_ids) for document in test]
+            aged = [memorized(model, document, UNBOUNDED) for document in test]
         waiting.append(write())
         loss, accuracy = ask(model, task, *waiting.popleft(), questions)
         curve.append(accuracy)
@@ -159,7 +159,7 @@ def learn(
         if system.writer_rate is not None:
             model.writer_moved()
     model.eval()
-    fresh = [memorized(model, document.token_ids) for document in test]
+    fresh = [memorized(model, document, UNBOUNDED) for document in test]
     aged = fresh if system.lag == 0 else aged
     answers = {
         "fresh": answer(model, task, test, fresh, seed),

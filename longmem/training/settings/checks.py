@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
 from longmem.memory.index.kinds import validate_index
+from longmem.memory.refresh import make_policy
 from longmem.settings import read_section
 from longmem.training.settings.sections import TrainingSettings
 
@@ -117,13 +118,18 @@ def _validate_loss(settings: TrainingSettings) -> None:
 def _validate_writer(settings: TrainingSettings) -> None:
     writer = settings.writer
     if not writer.trained:
-        for name in ("backbone_learning_rate", "average"):
+        for name in ("backbone_learning_rate", "average", "refresh"):
             if (value := getattr(writer, name)) is not None:
                 raise ValueError(
-                    f"`writer.{name}` needs `writer.trained`, got {value} for a frozen backbone; set `writer.trained` to "
+                    f"`writer.{name}` needs `writer.trained`, got {value!r} for a frozen backbone; set `writer.trained` to "
                     f"true, or leave `writer.{name}` out."
                 )
         return
+    if writer.refresh is not None:
+        try:
+            make_policy(writer.refresh)
+        except ValueError as error:
+            raise ValueError(f"`writer.refresh`: {error}") from error
     if settings.features.folder is not None:
         raise ValueError(
             "`features.folder` must be left out where `writer.trained` is true, because features change with the backbone, got "

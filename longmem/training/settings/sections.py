@@ -190,6 +190,10 @@ class WriterSettings:
     costs a second forward pass (MoCo, arXiv 1911.05722: 0.999); None: the trained backbone writes. Checkpoints hold the
     average, the saved model does not: what it memorizes is written by its trained backbone."""
 
+    refresh: str | None = None
+    """Refresh policy of the lanes' memories, such as `bounded:max_lag=4` or `eager`, which encode again what is older than so
+    many optimizer steps, or than the last; None: all is read as it is, however old, as in Memorizing Transformers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSettings:
