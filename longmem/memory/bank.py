@@ -11,16 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory import checks
+from longmem.memory.age_prior import AgePrior, make_age_prior
+from longmem.memory.content import ContentClock, validate_dates
 from longmem.memory.contents import BankContents
+from longmem.memory.dated_bank import DatedBank
 from longmem.memory.documents import Document, SourcePart
 from longmem.memory.eviction import make_policy
 from longmem.memory.index import validate_index
-from longmem.memory.persistence import PersistentBank
-from longmem.memory.reader import BankReader
 from longmem.memory.storage import MemoryStorage, Storage
 
 
-class MemoryBank(BankReader, PersistentBank):
+class MemoryBank(DatedBank):
     """Return an empty bank of named documents: attention keys and values of the `memory_layers` of one backbone.
 
     The bank is in memory: `save` writes it to a folder, `load` reads it back. `MemoryBank.create` makes one that lives in a
@@ -39,6 +40,8 @@ class MemoryBank(BankReader, PersistentBank):
         storage_dtype: of stored keys and values, "float16", "bfloat16", "float32" or "int8"; search keys are float32.
         device: where the tensors are.
         fingerprint: of the encoder that writes (`LongMemForCausalLM.encoder_fingerprint`); None is not checked.
+        age_prior: how much less old documents count when the bank is read, an `AgePrior` or its name, "exp:a=0.5"; None:
+            age does not count.
 
     >>> bank = MemoryBank(memory_layers=[5], chunk_size=4)
     >>> keys = torch.eye(10).unsqueeze(0)  # one head, ten tokens, each with a direction of its own
@@ -62,6 +65,7 @@ class MemoryBank(BankReader, PersistentBank):
         storage_dtype: torch.dtype | str = "float16",
         device: torch.device | str = "cpu",
         fingerprint: str | None = None,
+        age_prior: AgePrior | str | None = None,
     ) -> None:
         checks.validate_sizes(memory_layers, chunk_size, capacity_tokens, capacity_bytes)
         validate_index(index)
@@ -75,6 +79,7 @@ class MemoryBank(BankReader, PersistentBank):
         self.storage_dtype = checks.validate_storage_dtype(storage_dtype)
         self.device = torch.device(device)
         self.fingerprint = fingerprint
+        self._clock = ContentClock(make_age_prior(age_prior))
         self._contents = self._new_contents()
 
     @classmethod
@@ -107,6 +112,8 @@ class MemoryBank(BankReader, PersistentBank):
         char_ends: Iterable[int] | Int[Tensor, " tokens"] | None = None,
         tags: Iterable[str] = (),
         window_length: int | None = None,
+        dated: float | None = None,
+        valid_until: float | None = None,
     ) -> None:
         """Write a new document: one tensor of keys and one of values for each memory layer, and what they came from.
 
@@ -122,11 +129,13 @@ class MemoryBank(BankReader, PersistentBank):
             tags: words to select documents by.
             window_length: the document is encoded in windows of so many tokens from its start on, each by itself, which lets
                 an update copy the windows that did not change; None: it is encoded in another way.
+            dated: when the content was true, in seconds since 1970; None: when it was written.
+            valid_until: when it ceases to be; from then on no search finds it. None: never.
         """
         with self.transaction():
             self._contents.drop_expired()
             checks.validate_new("document_id", document_id, self._ledger.documents)
-            document = Document(document_id, tags=checks.validate_tags(tags), window_length=window_length)
+            document = self._new_document(document_id, window_length, tags, dated, valid_until)
             self._extend(document, keys, values, token_ids, text, char_ends)
 
     def append(
@@ -151,7 +160,7 @@ class MemoryBank(BankReader, PersistentBank):
     def update(self, document_id: str, text_or_ids: str | Iterable[int] | Tensor, *, model: Any, **options: Any) -> int:
         """Replace a document by the encoding of a new text, written now; return how many tokens had to be encoded.
 
-        Tags and pin stay. `options`: `batch_size` and `progress` of `LongMemForCausalLM.memorize`.
+        Tags, pin and dates stay. `options`: `batch_size` and `progress` of `LongMemForCausalLM.memorize`.
 
         Windows whose tokens are the same as those of some window before are copied, the others encoded; so a change costs
         as much as the text from there to the end of its window, if it keeps the length, and to the end of the document
@@ -182,17 +191,22 @@ class MemoryBank(BankReader, PersistentBank):
         part: SourcePart,
         *,
         window_length: int | None = None,
+        tags: Iterable[str] = (),
+        dated: float | None = None,
+        valid_until: float | None = None,
     ) -> None:
         """Add, or append, the tokens `part` as they are stored in a document of another bank with the same settings.
 
-        `origin` is the first of them there; they begin and end with whole chunks, in both documents.
+        `origin` is the first of them there; they begin and end with whole chunks, in both documents. What follows
+        `window_length` is for a new document.
         """
         document = bank._document("origin_id", origin_id)
         first = origin // self.chunk_size - document.first_chunk(self.chunk_size)
         rows = document.rows.values[first : first + len(part.token_ids) // self.chunk_size]
         chunks = bank._contents.storage.select(rows)
         with self.transaction():
-            own = self._ledger.documents.get(document_id) or Document(document_id, window_length=window_length)
+            own = self._ledger.documents.get(document_id)
+            own = own or self._new_document(document_id, window_length, tags, dated, valid_until)
             checks.validate_source(part.token_ids, part.text, part.char_ends, len(part.token_ids), own)
             self._contents.extend_with_chunks(own, chunks, part)
 
@@ -250,6 +264,18 @@ class MemoryBank(BankReader, PersistentBank):
 
     # Inside.
 
+    def _new_document(
+        self,
+        document_id: str,
+        window_length: int | None,
+        tags: Iterable[str],
+        dated: float | None,
+        valid_until: float | None,
+    ) -> Document:
+        dates = validate_dates(dated, valid_until)
+        labels = checks.validate_tags(tags)
+        return Document(document_id, tags=labels, window_length=window_length, dated=dates[0], valid_until=dates[1])
+
     def _new_contents(self, storage: Storage | None = None) -> BankContents:
         return BankContents(
             self._new_storage() if storage is None else storage,
@@ -275,7 +301,7 @@ class MemoryBank(BankReader, PersistentBank):
             "eviction": self.eviction,
             "storage_dtype": str(self.storage_dtype).removeprefix("torch."),
             "fingerprint": self.fingerprint,
-        }
+        } | ({} if self.age_prior is None else {"age_prior": self.age_prior.name})
 
     @torch.inference_mode(False)  # whatever the caller's mode: what is made inside it can never be written to again
     def _extend(

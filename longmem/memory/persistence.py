@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 
 from longmem.memory import checks
+from longmem.memory.age_prior import make_age_prior
+from longmem.memory.content import ContentClock
 from longmem.memory.contents import BankContents
 from longmem.memory.folder.bank_folder import BankFolder, has_bank
 from longmem.memory.storage import Storage
@@ -26,6 +28,7 @@ class PersistentBank:
     device: torch.device
     storage_dtype: torch.dtype
     _contents: BankContents
+    _clock: ContentClock
     _folder: BankFolder | None = None
     _in_transaction = False
 
@@ -219,7 +222,8 @@ class PersistentBank:
     def _read_folder(self) -> None:
         """Make the contents those of the last commit."""
         folder, index = self._folder_or_raise(), self.index
-        self.index = folder.newest_content()["settings"]["index"]  # the one setting that can change
+        settings = folder.newest_content()["settings"]
+        self.index = settings["index"]  # it and the age prior are the settings that can change
         try:
             contents = self._new_contents(folder.new_storage(self.storage_dtype))
             folder.fill(contents, self._settings())
@@ -227,3 +231,4 @@ class PersistentBank:
             self.index = index
             raise
         self._contents = contents
+        self._clock.use(make_age_prior(settings.get("age_prior")))

@@ -141,7 +141,7 @@ class BankFolder:
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
                 rows = {table.name: self.catalogue.read_table(table) for table in TABLES}
-            if content["settings"] | {"index": None} != settings | {"index": None}:  # the index alone may change
+            if content["settings"] | records.CHANGING_SETTINGS != settings | records.CHANGING_SETTINGS:
                 raise ValueError(
                     f"the bank in {str(self.path)!r} was replaced by one with other settings, {content['settings']}, not "
                     f"{settings}; open it again."
