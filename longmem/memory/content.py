@@ -19,6 +19,8 @@ from longmem.memory.age_prior import AgePrior
 from longmem.memory.documents import Document
 from longmem.memory.ledger import Ledger
 
+FIRST_DATE, LAST_DATE = -62_135_596_800, 253_402_300_799  # those that a calendar shows
+
 
 @dataclass(frozen=True)
 class _Standing:
@@ -122,9 +124,9 @@ def validate_dates(dated: object, valid_until: object) -> tuple[float | None, fl
 
 def validate_date(argument: str, date: object) -> float:
     """Return a date as a float. Raises ValueError unless it is a number of seconds since 1970."""
-    if not isinstance(date, int | float) or isinstance(date, bool) or not math.isfinite(date):
+    if not isinstance(date, int | float) or isinstance(date, bool) or not FIRST_DATE <= date <= LAST_DATE:
         raise ValueError(
-            f"`{argument}` must be a finite number of seconds since 1970, or None, got {date!r}; a datetime has "
-            "`.timestamp()`."
+            f"`{argument}` must be a number of seconds since 1970, in the years 1 to 9999, or None, got {date!r}; a datetime "
+            "has `.timestamp()`, and milliseconds are to be divided by 1,000."
         )
     return float(date)

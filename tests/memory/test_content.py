@@ -148,16 +148,17 @@ def test_expire_sets_the_moment_that_a_bank_is_read_at(clock):
     assert found_in(bank) == {"forever", "short", "long"}
     assert bank.expire() == ["short", "long"]
     assert found_in(bank) == {"forever"}
-    with pytest.raises(ValueError, match="`now` must be a finite number of seconds since 1970"):
+    with pytest.raises(ValueError, match="`now` must be a number of seconds since 1970"):
         bank.expire("today")
 
 
 @pytest.mark.parametrize(
     ("dates", "message"),
     [
-        ({"dated": "2020-01-01"}, "`dated` must be a finite number of seconds"),
-        ({"valid_until": float("nan")}, "`valid_until` must be a finite number of seconds"),
-        ({"dated": True}, "`dated` must be a finite number"),
+        ({"dated": "2020-01-01"}, "`dated` must be a number of seconds"),
+        ({"valid_until": float("nan")}, "`valid_until` must be a number of seconds"),
+        ({"dated": True}, "`dated` must be a number"),
+        ({"dated": 1.7e12}, "got 1700000000000.0; .* milliseconds"),
         ({"dated": 5, "valid_until": 5}, "`valid_until` must be later than `dated`, got 5.0 and 5.0"),
     ],
 )
