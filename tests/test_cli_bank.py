@@ -203,7 +203,7 @@ def test_what_no_longer_holds_is_listed_as_such_until_it_is_restored(bank, run, 
             "dated", [keys[:, 0].float()] * layers, [values[:, 0].float()] * layers, dated=86_400, valid_until=864_000
         )
     one, two, dated = run("bank", "list", "--bank", bank)[1].splitlines()[1:]
-    assert one.endswith("superseded by two.txt")
+    assert one.rstrip().endswith("superseded by two.txt")
     assert "superseded" not in two
     assert ("1970-01-02" in dated, "expired 1970-01-11" in dated) == (True, True)
     assert run("bank", "supersede", "two.txt", "--by", "one.txt", "--bank", bank)[0] == 2

@@ -35,9 +35,10 @@ def exact_top_chunks(
     (tensor([[[3., 2.]]]), tensor([[[1, 2]]]))
     """
     step = max(1, SCORES_PER_STEP // (search_keys.shape[0] * search_keys.shape[1]))
-    added = 0.0 if bonus is None else bonus
-    products = ((block @ search_keys.transpose(1, 2)).add_(added) for block in queries.split(step, dim=1))
-    found = [block.topk(num_chunks, dim=2) for block in products]
+    found = []
+    for block in queries.split(step, dim=1):
+        scores = block @ search_keys.transpose(1, 2)
+        found.append((scores if bonus is None else scores.add_(bonus)).topk(num_chunks, dim=2))
     return torch.cat([scores for scores, _ in found], dim=1), torch.cat([rows for _, rows in found], dim=1)
 
 
