@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from longmem.memory.age_prior import AgePrior
+from longmem.memory.checks import validate_tags
 from longmem.memory.documents import Document
 from longmem.memory.ledger import Ledger
 
@@ -104,6 +105,14 @@ class ContentClock:
             visible_rows = is_visible.nonzero().flatten()
         self._standing = _Standing(ledger.version, min(ends, default=math.inf), hidden, is_visible, visible_rows)
         return self._standing
+
+
+def dated_document(
+    document_id: str, tags: Iterable[str] = (), dated: object = None, valid_until: object = None
+) -> Document:
+    """Return the record of a new document, after a check of what is said of it."""
+    start, end = validate_dates(dated, valid_until)
+    return Document(document_id, tags=validate_tags(tags), dated=start, valid_until=end)
 
 
 def has_expired(document: Document, moment: float) -> bool:

@@ -29,7 +29,7 @@ class DatedBank(BankReader, PersistentBank):
         document = self._document("document_id", document_id)
         if by is not None:
             self._refuse_circle(document_id, by)
-        with self.transaction():
+        with self.transaction(), self._lock:
             self._ledger.supersede(document, True, by, document.valid_until)
 
     def restore(self, document_id: str) -> None:
@@ -39,7 +39,7 @@ class DatedBank(BankReader, PersistentBank):
         """
         document = self._document("document_id", document_id)
         has_ended = has_expired(document, self._clock.moment)
-        with self.transaction():
+        with self.transaction(), self._lock:
             self._ledger.supersede(document, False, None, None if has_ended else document.valid_until)
 
     def expire(self, now: float | None = None) -> list[str]:

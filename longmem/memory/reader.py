@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +13,11 @@ from longmem.memory import checks
 from longmem.memory.content import ContentClock
 from longmem.memory.contents import BankContents
 from longmem.memory.documents import Document, DocumentInfo
+from longmem.memory.encoded import Segment
+from longmem.memory.encoders import Encoders
 from longmem.memory.index import Found
 from longmem.memory.ledger import ChunkPlace, Ledger
+from longmem.memory.locking import BankLock
 from longmem.memory.store import LayerShape
 from longmem.memory.view import BankView
 
@@ -23,9 +27,9 @@ class BankReader:
 
     memory_layers: tuple[int, ...]
     chunk_size: int
-    fingerprint: str | None
     _contents: BankContents
     _clock: ContentClock
+    _lock: BankLock
 
     # What is there.
 
@@ -38,9 +42,9 @@ class BankReader:
         """Return a summary of one document."""
         return self._document("document_id", document_id).info(self.chunk_size)
 
-    def window_length(self, document_id: str) -> int | None:
-        """Return the tokens of the windows that a document is encoded in; None: it was encoded in another way."""
-        return self._document("document_id", document_id).window_length
+    def segments(self, document_id: str) -> list[Segment]:
+        """Return copies of a document's segments: which of its tokens were encoded together, and by which encoder."""
+        return list(self._document("document_id", document_id).segments.copy())
 
     def __contains__(self, document_id: object) -> bool:
         self._contents.drop_expired()
@@ -72,6 +76,22 @@ class BankReader:
         return self._ledger.generation
 
     @property
+    def fingerprint(self) -> str | None:
+        """Return the digest of the encoder that the bank is kept for; None: it is not known, and not checked."""
+        stamp = self._contents.encoders.stamp
+        return None if stamp is None else stamp.digest
+
+    @property
+    def encoders(self) -> Encoders:
+        """Return the encoders that have written to the bank; the last one is current."""
+        return self._contents.encoders
+
+    @property
+    def encodings(self) -> int:
+        """Return a number that changes when chunks that are where they were have been encoded again."""
+        return self._ledger.encodings
+
+    @property
     def version(self) -> int:
         """Return a number that changes with every change of what the bank holds."""
         return self._ledger.version
@@ -89,7 +109,8 @@ class BankReader:
     @property
     def newest_date(self) -> float:
         """Return the date of the newest document that a search can find, from which ages count; -inf if there is none."""
-        return self._clock.newest(self._ledger)
+        with self._lock:
+            return self._clock.newest(self._ledger)
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +118,9 @@ class BankReader:
         return self._contents.nbytes
 
     # Reading.
+
+    def read_by(self, model: Any) -> None:
+        """Make ready to be read by a model; a bank with a refresh policy lets it act."""
 
     def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> BankView:
         """Return a view that reads these documents, and those with one of these tags. Raises ValueError for an unknown id."""
@@ -131,8 +155,9 @@ class BankReader:
 
     def log_weights(self, rows: Int[Tensor, "*shape"], *, newest: float | None = None) -> Float[Tensor, "*shape"]:
         """Return log w(age) of these rows, all 0 without an age prior; the caller masks rows of -1."""
-        newest = self.newest_date if newest is None else newest
-        if (weights := self._clock.log_weights(self._ledger, newest)) is None:
+        with self._lock:
+            weights = self._clock.log_weights(self._ledger, self.newest_date if newest is None else newest)
+        if weights is None:
             return torch.zeros(rows.shape, device=rows.device)
         return weights[rows.clamp(min=0).cpu()].to(rows.device)
 
@@ -141,7 +166,8 @@ class BankReader:
         position = self._position(layer)
         if self.is_empty:
             raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
-        return self._contents.storage.layer(position).search_keys.clone()
+        with self._lock:
+            return self._contents.storage.layer(position).search_keys.clone()
 
     def gather(
         self, layer: int, rows: Int[Tensor, "kv_heads chunks"]
@@ -156,7 +182,8 @@ class BankReader:
         position = self._position(layer)
         if self.is_empty:
             raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
-        return self._contents.storage.gather(position, rows)
+        with self._lock:
+            return self._contents.storage.gather(position, rows)
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
         """Return document, tokens, characters and text of each row, flattened; None for row -1.
@@ -202,11 +229,16 @@ class BankReader:
         position = self._position(layer)
         shapes = self._contents.shapes
         checks.validate_search(queries, num_chunks, None if shapes is None else shapes[position])
-        rows, bonus = self._clock.visible(self._ledger, rows), None
-        if scaling is not None and self.has_age_prior:
-            checks.validate_scaling(scaling)
-            weights = self._clock.log_weights(self._ledger, self.newest_date if newest is None else newest)
-            bonus = None if weights is None else weights / scaling
-        found = self._contents.search(position, queries, num_chunks, rows, bonus)
-        self._ledger.count_reads(found[1])
+        with self._lock:
+            rows, bonus = self._clock.visible(self._ledger, rows), None
+            if scaling is not None and self.has_age_prior:
+                checks.validate_scaling(scaling)
+                weights = self._clock.log_weights(self._ledger, self.newest_date if newest is None else newest)
+                bonus = None if weights is None else weights / scaling
+            found = self._find(lambda some: self._contents.search(position, queries, num_chunks, some, bonus), rows)
+            self._ledger.count_reads(found[1])
         return found
+
+    def _find(self, search: Callable[[Tensor | None], Found], rows: Tensor | None) -> Found:
+        """Return what a search of some rows finds; a bank with a refresh policy lets it act."""
+        return search(rows)

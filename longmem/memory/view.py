@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -56,6 +56,15 @@ class BankView:
         return self._bank.fingerprint
 
     @property
+    def encodings(self) -> int:
+        """Return what `MemoryBank.encodings` returns."""
+        return self._bank.encodings
+
+    def read_by(self, model: Any) -> None:
+        """Make the bank ready to be read by a model, as `MemoryBank.read_by` does."""
+        self._bank.read_by(model)
+
+    @property
     def num_chunks(self) -> int:
         """Return the number of resident chunks of these documents."""
         return len(self._rows())
@@ -88,7 +97,8 @@ class BankView:
     @property
     def newest_date(self) -> float:
         """Return the date of the newest of these documents that a search can find; -inf if there is none."""
-        return self._bank._clock.newest(self._bank._ledger, self._documents())
+        with self._bank._lock:
+            return self._bank._clock.newest(self._bank._ledger, self._documents())
 
     def search(
         self,

@@ -228,7 +228,7 @@ def test_banks_of_before_open_and_those_without_dates_look_like_them(tmp_path):
     rows = [json.loads(text) for (text,) in connection.execute("SELECT content FROM documents ORDER BY serial")]
     settings_of_bank = json.loads(connection.execute("SELECT content FROM bank").fetchone()[0])["content"]["settings"]
     connection.close()
-    fields = {"document_id", "num_tokens", "tags", "is_pinned", "window_length", "written_at", "has_source"}
+    fields = {"document_id", "num_tokens", "tags", "is_pinned", "segments", "written_at", "has_source"}
     assert rows[0].keys() & fields == fields
     assert not rows[0].keys() & {"dated", "valid_until", "is_superseded", "superseded_by"}
     assert rows[1]["dated"] == 3

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from longmem.memory.contents import BankContents
 from longmem.memory.documents import Document, Run, Source, SourcePart
+from longmem.memory.encoded import Segments
+from longmem.memory.encoders import Encoders
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.folder.segments import Segment
 
-CHANGING_SETTINGS = {"index": None, "age_prior": None}  # those that a bank may have changed since it was made
 DATES = ("dated", "valid_until", "is_superseded", "superseded_by")
 
 
@@ -29,11 +30,11 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
         "num_tokens": document.num_tokens,
         "tags": document.tags,
         "is_pinned": document.is_pinned,
-        "window_length": document.window_length,
+        "segments": document.segments.to_json(),
         "written_at": document.written_at,
         "has_source": document.source_or_reader is not None,
     }
-    # Only what was said: a bank without dates is also read by versions of this package that know none.
+    # Only what was said, so that a bank without dates is as it was before there were any.
     content |= {name: getattr(document, name) for name in DATES if getattr(document, name) not in (None, False)}
     tails = {
         f"{layer}.{name}": tensor.cpu().contiguous()
@@ -112,7 +113,7 @@ def read_document(
     serial: int, fields: dict[str, Any], waiting: bytes, usage: tuple[int, float], device: torch.device
 ) -> Document:
     """Return a document without its rows and its source."""
-    fields = fields | {"tags": tuple(fields["tags"])}
+    fields = fields | {"tags": tuple(fields["tags"]), "segments": Segments.from_json(fields["segments"])}
     document = Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
     tails = load(waiting) if waiting else {}
     document.waiting = [
@@ -148,6 +149,7 @@ def restore(
     storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
     assert isinstance(storage, DiskStorage)
     storage.restore(segments, content["next_slot"], content["shapes"])
+    contents.encoders = Encoders.from_json(content["encoders"])
     usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
     with_source = []
     for serial, text, waiting in rows["documents"]:
