@@ -89,7 +89,9 @@ def refuse_other_names(current: Mapping[str, Tensor], state: Mapping[str, Tensor
 def refuse_other_values(name: str, tensor: Tensor, like: Tensor) -> None:
     """Raise if one tensor of a state can't take the place of `like`."""
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"`{name}` of `state` must be a tensor, got {type(tensor).__name__}; take `side_state_dict()`.")
+        raise ValueError(
+            f"`{name}` of `state` must be a tensor, got {type(tensor).__name__}; take `side_state_dict()`."
+        )
     if tensor.shape != like.shape:
         raise ValueError(
             f"`{name}` of `state` must have the shape {tuple(like.shape)}, got {tuple(tensor.shape)}; it must come from a "

@@ -32,6 +32,7 @@ from longmem.training.checkpoints import Checkpoints
 from longmem.training.features import FrozenFeatures
 from longmem.training.interruption import Interruption
 from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
+from longmem.training.local_updates import LocalUpdates, num_targets
 from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
@@ -106,6 +107,7 @@ class Trainer:
         optimizer = setup.make_optimizer(self.trained, optimization)
         self.schedule = setup.make_schedule(optimizer, optimization, self.steps)
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
+        self.local_updates = LocalUpdates(self.accelerator, settings.exchange.every_steps, self.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
         self.step = self.checkpoints.restore(self.accelerator)
 
@@ -128,7 +130,7 @@ class Trainer:
                 stack.enter_context(RunLog(self.folder, settings.logging.tensorboard, self.step + 1)) if main else None
             )
             show = stack.enter_context(training_progress(self.console, self.steps, self.step))
-            while self.step < self.steps and not self._any_process(stop.wanted):
+            while self.step < self.steps and not self._stops(stop):
                 records.append(self.train_step())
                 refuse_divergence(records[-1], settings.optimization.learning_rate)
                 if log is not None and self.step % settings.logging.every_steps == 0:
@@ -158,14 +160,12 @@ class Trainer:
         self.model.train()
         first = self.step * settings.gradient_accumulation
         numbers = range(first, first + settings.gradient_accumulation)
-        lengths = [length for number in numbers for length in self.lanes.lengths(number)]
-        # Every token of a window but its first is a target. Every process holds a mean over all lanes; accelerate averages
-        # gradients over processes.
-        scale = self.accelerator.num_processes / (sum(lengths) - len(lengths))
+        lengths = [self.lanes.lengths(number) for number in numbers]
+        scale = self.local_updates.loss_scale(lengths, self.own)
         sums = StepSums()
         for number in numbers:
-            last = number == numbers[-1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.side_network):
+            sends = number == numbers[-1] and not self.local_updates.enabled  # its gradient to the other processes
+            with contextlib.nullcontext() if sends else self.accelerator.no_sync(self.side_network):
                 self._window_step(number, scale, sums)
         # Of the network as prepared: FSDP puts parameters of its own in the place of those chosen before.
         weights = [weight for weight in self.side_network.parameters() if weight.requires_grad]
@@ -175,6 +175,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
+        self.local_updates.after_step(self.step, self.optimizer)
         return self._record(sums, lengths, float(norm), learning_rate, time.perf_counter() - start)
 
     def _window_step(self, number: int, scale: float, sums: StepSums) -> None:
@@ -226,9 +227,9 @@ class Trainer:
         return long_context_weights(local, long, loss.long_context_weight)
 
     def _record(
-        self, sums: StepSums, lengths: Sequence[int], norm: float, learning_rate: float, seconds: float
+        self, sums: StepSums, lengths: Sequence[Sequence[int]], norm: float, learning_rate: float, seconds: float
     ) -> StepRecord:
-        tokens, targets = sum(lengths), sum(lengths) - len(lengths)
+        tokens, targets = sum(map(sum, lengths)), num_targets(lengths)
         values = torch.tensor(dataclasses.astuple(sums), device=self.accelerator.device)
         total = StepSums(*self.accelerator.reduce(values, "sum").tolist())
         loss, backbone_loss = total.loss / targets, total.backbone_loss / targets
@@ -250,6 +251,10 @@ class Trainer:
 
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0
+
+    def _stops(self, stop: Interruption) -> bool:
+        """Return whether to stop before the next step; between two averages no process has what all would go on with."""
+        return self.local_updates.agree(self.step) and self._any_process(stop.wanted)
 
     def _any_process(self, flag: bool) -> bool:
         """Return whether any process raises the flag: all must leave the loop at the same step."""

@@ -174,6 +174,19 @@ class OptimizationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExchangeSettings:
+    """What processes send each other while they train; one process alone computes the same whatever is set here."""
+
+    every_steps: Number = 0
+    """0: gradients are averaged in every step, and the number of processes changes no result. More: each process takes so
+    many optimizer steps on its own lanes, with the mean loss and the clipping of its own gradient, then side network and
+    what AdamW remembers are averaged (local SGD, arXiv 1805.09767), also after the last step. In between, only the numbers of
+    the log are sent. A run stops, validates and writes checkpoints at averages alone. For slow connections; every_steps=1 is
+    no substitute for 0: the mean of AdamW's steps is not AdamW's step with the mean gradient (for SGD without clipping and
+    with as many targets in each process they are the same)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class FeatureSettings:
     """A cache of what the frozen backbone computes for a window, which is the same in every epoch."""
 
@@ -242,6 +255,7 @@ class TrainingSettings:
     model: ModelSettings = ModelSettings()
     memory: MemorySettings = MemorySettings()
     loss: LossSettings = LossSettings()
+    exchange: ExchangeSettings = ExchangeSettings()
     features: FeatureSettings = FeatureSettings()
     validation: ValidationSettings = ValidationSettings()
     logging: LoggingSettings = LoggingSettings()
