@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from longmem.evaluation.results import environment
 from longmem.plots import plot_training, require_matplotlib
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints
+from longmem.training.encode_ahead import EncodeAhead, FeatureSource
 from longmem.training.features import FrozenFeatures
 from longmem.training.interruption import Interruption
 from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
@@ -101,7 +103,9 @@ class Trainer:
         self.steps = setup.total_steps(optimization, self.lanes)
         self.validation = setup.make_validation(settings, self.model, self.accelerator)
         kept = settings.features
-        self.features = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
+        self.frozen = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
+        self.features: FeatureSource = self.frozen
+        self.backbone_lock = threading.Lock()
         self.memories = LaneMemories(self.model, len(self.own), **setup.memory_options(settings))
         self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
         optimizer = setup.make_optimizer(self.trained, optimization)
@@ -122,13 +126,15 @@ class Trainer:
         num_trained = sum(parameter.numel() for parameter in self.trained.values())
         if self.step == self.steps:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
-        for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.features):
+        for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.frozen):
             self.console.print(line, highlight=False, soft_wrap=True)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
             log = (
                 stack.enter_context(RunLog(self.folder, settings.logging.tensorboard, self.step + 1)) if main else None
             )
+            if settings.features.ahead:
+                self.features = stack.enter_context(self._encode_ahead(settings.features.ahead))
             show = stack.enter_context(training_progress(self.console, self.steps, self.step))
             while self.step < self.steps and not self._stops(stop):
                 records.append(self.train_step())
@@ -147,7 +153,8 @@ class Trainer:
     def _validate(self, log: RunLog | None) -> None:
         if self.validation is None:
             return
-        losses = self.validation.run(with_memory=self.settings.memory.enabled)
+        with self.backbone_lock:
+            losses = self.validation.run(with_memory=self.settings.memory.enabled)
         record = ValidationRecord(self.step, **losses, tokens=self.validation.num_tokens)  # type: ignore[arg-type]
         if log is not None:
             log.write(record)
@@ -216,6 +223,12 @@ class Trainer:
 
     def _states(self, batch: LaneBatch) -> BackboneStates:
         return self.features.of(batch.input_ids, batch.lengths).states
+
+    def _encode_ahead(self, ahead: int) -> EncodeAhead:
+        """Return features of the rest of the run, computed by a thread so many batches before they are needed."""
+        per_step = self.settings.optimization.gradient_accumulation
+        source = EncodeAhead.for_frozen(self.frozen, self._batch, self.steps * per_step, ahead, self.backbone_lock)
+        return source.from_batch(self.step * per_step)
 
     def _long_context_weights(self, number: int, batch: LaneBatch, local: Tensor) -> Tensor:
         loss = self.settings.loss

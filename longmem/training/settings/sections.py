@@ -188,7 +188,7 @@ class ExchangeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSettings:
-    """A cache of what the frozen backbone computes for a window, which is the same in every epoch."""
+    """What the frozen backbone computes for a window, which is the same in every epoch: kept in a cache, or made ahead."""
 
     folder: str | None = None
     """Folder of the cache; None: compute each time."""
@@ -199,6 +199,11 @@ class FeatureSettings:
 
     max_gigabytes: Annotated[float, Above(0)] | None = None
     """Write nothing more when the cache is so large (10^9 bytes); None: no limit."""
+
+    ahead: Number = 0
+    """Batches that a thread computes, or reads from the cache, before the training step that needs them; results are the
+    same to the last bit. Each takes the memory of its hidden states, keys and values. 0: in the training step itself. It
+    pays where side network and backbone leave each other something of the machine: cores, a disk, or a second device."""
 
 
 @dataclasses.dataclass(frozen=True)
