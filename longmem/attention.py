@@ -30,6 +30,9 @@ class ReadableMemory(Protocol):
     @property
     def generation(self) -> int: ...
 
+    @property
+    def encodings(self) -> int: ...
+
     def search(self, layer: int, queries: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]: ...
 
     def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -140,7 +143,7 @@ def product_dtype(states: Tensor) -> torch.dtype:
 def refuse_changed_memory() -> None:
     """Raise: what was found before the backward pass is no longer where it was."""
     raise RuntimeError(
-        "The memory bank moved or overwrote chunks between the forward and the backward pass; "
+        "The memory bank moved, overwrote or encoded again chunks between the forward and the backward pass; "
         "call `backward()` before writing to the bank."
     )
 
@@ -156,12 +159,14 @@ def attend_rows(
     """Return output, log-sum-exp and chunk weights of the queries over the chunks in `rows`, block by block.
 
     Under autograd a block's keys are gathered again in the backward pass instead of being kept (hundreds of MB a layer),
-    so the bank must not have moved or overwritten rows in between; that is checked.
+    so the bank must not have moved, overwritten or encoded again rows in between; that is checked. Without autograd what is
+    encoded again meanwhile, by a refresh beside the reader, is read as it is then: the same chunk, of the newer encoder.
     """
-    generation = bank.generation
+    needs_grad = torch.is_grad_enabled() and queries.requires_grad
+    generation, encodings = bank.generation, bank.encodings
 
     def block(some_queries: Tensor, some_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if bank.generation != generation:
+        if bank.generation != generation or (needs_grad and bank.encodings != encodings):
             refuse_changed_memory()
         kv_heads, count, chunks = some_rows.shape
         keys, values = bank.gather(layer, some_rows.clamp_min(0).flatten(1))
@@ -176,7 +181,6 @@ def attend_rows(
             queries.new_full(rows.shape[:2], NO_MEMORY, dtype=torch.float32),
             torch.zeros_like(rows, dtype=torch.float32),
         )
-    needs_grad = torch.is_grad_enabled() and queries.requires_grad
     results = []
     # Split, not sliced: the gradient of each slice would be a tensor of zeros as large as all queries.
     for arguments in zip(queries.split(QUERY_BLOCK, dim=1), rows.split(QUERY_BLOCK, dim=1), strict=True):

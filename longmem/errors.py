@@ -1,4 +1,4 @@
-"""Wording shared by error messages."""
+"""Wording shared by error messages, and the error of a stale memory."""
 
 from __future__ import annotations
 
@@ -18,3 +18,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean `{close[0]}`?" if close else ""
+
+
+class StaleMemoryError(ValueError):
+    """What a bank holds was not made by the encoder that wants to read it, or the encoder is about to change."""

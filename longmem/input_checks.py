@@ -32,7 +32,7 @@ def banks_per_lane(
 
 
 def refuse_other_encoder(model: LongMemForCausalLM, bank: Any) -> None:
-    """Raise ValueError if `bank` is no bank, or holds what another encoder wrote."""
+    """Raise ValueError if `bank` is no bank of this model's kind; let it act if another encoder wrote what it holds."""
     config = model.config
     if not hasattr(bank, "search"):
         raise ValueError(
@@ -45,11 +45,8 @@ def refuse_other_encoder(model: LongMemForCausalLM, bank: Any) -> None:
             f"model reads {config.memory_layers} in chunks of {config.chunk_size}; "
             "make one with `MemoryBank.for_model(model)`."
         )
-    if bank.fingerprint is not None and bank.fingerprint != model.encoder_fingerprint():
-        raise ValueError(
-            f"`memory` was written by encoder {bank.fingerprint}, this model's encoder is "
-            f"{model.encoder_fingerprint()}; memorize the documents again with this model."
-        )
+    if bank.fingerprint is not None:
+        bank.read_by(model)
 
 
 def refuse_unstorable_layers(config: LongMemConfig, structure: BackboneStructure) -> None:

@@ -106,7 +106,6 @@ def memorize(
     length = model.config.segment_length
     context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
     # What is appended goes on with the window that the document ends in; if that is not known, windows start here.
-    window_length = None if context is None else length
     # Of a document whose windows are not known, new windows may begin inside a chunk, or without the ids before them.
     known = {} if reuse is None or context is None else known_windows(*reuse, length)
     context = torch.empty(0, dtype=torch.int64) if context is None else context
@@ -116,11 +115,12 @@ def memorize(
     def write(start: int, stop: int, keys: list[Tensor], values: list[Tensor]) -> None:
         nonlocal is_new
         part = source.part(start, stop)
-        options = {"text": part.text, "char_ends": part.char_ends, "window_length": window_length}
+        options = {"text": part.text, "char_ends": part.char_ends}
         if is_new:
-            bank.add(document_id, keys, values, part.token_ids, tags=tags, **options)  # type: ignore[arg-type]
+            bank.add(document_id, keys, values, part.token_ids, tags=tags, segment="new", **options)  # type: ignore[arg-type]
         else:
-            bank.append(document_id, keys, values, part.token_ids, **options)  # type: ignore[arg-type]
+            joins = "same" if start == 0 and len(context) else "new"
+            bank.append(document_id, keys, values, part.token_ids, segment=joins, **options)  # type: ignore[arg-type]
         is_new = False
 
     with bank.transaction():
@@ -129,7 +129,7 @@ def memorize(
                 start, stop = group[0][0], group[-1][1]
                 origin = known.get(window_key(source.ids[start:stop]))
                 if reuse is not None and origin is not None and is_resident(*reuse, origin):
-                    bank.copy_tokens(document_id, *reuse, origin, source.part(start, stop), window_length=length)
+                    bank.copy_tokens(document_id, *reuse, origin, source.part(start, stop))
                     is_new = False
                 else:
                     before = context if start == 0 else context[:0]
@@ -177,19 +177,24 @@ def window_key(ids: Int[Tensor, " tokens"]) -> bytes:
 
 
 def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes, int]:
-    """Return the first token of every whole window of a document that is resident, by its tokens.
+    """Return the first token of every whole window of a document that can be copied, by its tokens.
 
-    None are known if the document was encoded in another way, or chunks reach over the ends of its windows.
+    Those can't be that were encoded in another way, by an earlier encoder, or that begin or end inside a chunk.
     """
     ids, info = bank.token_ids(document_id), bank.info(document_id)
-    if ids is None or bank.window_length(document_id) != length or length % bank.chunk_size:
+    if ids is None:
         return {}
-    first = -(-info.first_resident_token // length) * length
-    stop = info.num_tokens - info.num_waiting_tokens
-    offset = info.first_resident_token
+    offset, stop = info.first_resident_token, info.num_tokens - info.num_waiting_tokens
+    lags = bank.encoders.lags()
     return {
-        window_key(ids[start - offset : start - offset + length]): start
-        for start in range(first, stop - length + 1, length)
+        window_key(ids[each.start - offset : each.stop - offset]): each.start
+        for each in bank.segments(document_id)
+        if each.is_known
+        and each.mapped_to < 0
+        and (each.version < 0 or lags[each.version] == 0)
+        and each.stop - each.start == length
+        and each.start % bank.chunk_size == each.stop % bank.chunk_size == 0
+        and each.stop <= stop
     }
 
 
@@ -216,8 +221,8 @@ def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, bat
 
 def open_window(bank: MemoryBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
     """Return the tokens of the window that a document ends in, None if they are not known."""
-    ids, info = bank.token_ids(document_id), bank.info(document_id)
-    num_tokens = info.num_tokens % length
-    if ids is None or bank.window_length(document_id) != length or num_tokens > len(ids):
+    ids, last = bank.token_ids(document_id), bank.segments(document_id)[-1]
+    if ids is None or not last.is_known or last.stop - last.start > length:
         return None
+    num_tokens = (last.stop - last.start) % length
     return ids[len(ids) - num_tokens :]

@@ -11,11 +11,16 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem import exchange, saving
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
-from longmem.backbone.loading import encoder_fingerprint
+from longmem.backbone.encoder import Encoder
+from longmem.backbone.loading import tokenizer_fingerprint
+from longmem.backbone.stamp import EncoderStamp, configuration_recipe
 from longmem.backbone.structure import input_device
 from longmem.configuration import LongMemConfig
 from longmem.input_checks import refuse_unstorable_layers
 from longmem.side_network import SideNetwork
+
+# How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
+STORED_FORMAT = 1
 
 
 class LongMemPreTrainedModel(PreTrainedModel):
@@ -43,7 +48,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         refuse_unstorable_layers(config, self._backbone.structure)
         self.side_network = SideNetwork(config, self._backbone)
         self._tokenizer = tokenizer
-        self._fingerprints: dict[torch.dtype, str] = {}
+        self.encoder = Encoder(self._backbone, config.memory_layers or [0], self._encoder_recipe)
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         self.post_init()
 
@@ -189,19 +194,28 @@ class LongMemPreTrainedModel(PreTrainedModel):
             self._tokenizer = load_tokenizer(self.config.backbone_name_or_path, self.config.backbone_revision)
         return self._tokenizer
 
-    def encoder_fingerprint(self) -> str:
-        """Return a hash of everything that determines what this model stores: weights up to the memory layers, recipe.
+    def encoder_stamp(self, *, exact: bool = False) -> EncoderStamp:
+        """Return what determines the numbers that this model stores: a hash of the encoder's weights, and the recipe.
 
-        Computed once for each dtype of the backbone (about 1 s per GB of weights), which otherwise never changes.
+        It is kept until the tripwire (`longmem/backbone/tripwire.py`) sees that the encoder was touched, and then made anew, at
+        about 1 s per GB of weights. `exact`: make it anew in any case.
         """
-        dtype = self.backbone.dtype
-        if dtype not in self._fingerprints:
-            layers = [structure.layer for structure in self._backbone.structure.layers]
-            names = ("memory_layers", "chunk_size", "segment_length")
-            recipe = {name: getattr(self.config, name) for name in names}
-            memory_layers = self.config.memory_layers or [0]
-            self._fingerprints[dtype] = encoder_fingerprint(self.backbone, layers, memory_layers, recipe)
-        return self._fingerprints[dtype]
+        return self.encoder.stamp(exact=exact)
+
+    def encoder_fingerprint(self) -> str:
+        """Return the digest of `encoder_stamp`: two models with one fingerprint store the same numbers for the same ids."""
+        return self.encoder_stamp().digest
+
+    def _encoder_recipe(self) -> dict[str, Any]:
+        names = ("memory_layers", "chunk_size", "segment_length")
+        recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        try:
+            tokenizer = tokenizer_fingerprint(self.tokenizer)
+        except (OSError, ValueError, ImportError):
+            tokenizer = None  # the model has none, or it can't be reached: then it can't be compared
+        dtype = str(self.backbone.dtype).removeprefix("torch.")
+        stored = {"format": STORED_FORMAT, "dtype": dtype, "tokenizer": tokenizer}
+        return recipe | stored | configuration_recipe(self.backbone)
 
     # What transformers asks for ----------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class MemoryReader:
         self._config, self._memory_layer, self._source = config, memory_layer, source
         self._bias, self._memory = bias, memory
         self._position_embeddings = position_embeddings
-        self._generations: list[int] = []
+        self._generations: list[tuple[int, int]] = []
         self.read: MemoryRead | None = None
 
     def __call__(
@@ -64,7 +64,7 @@ class MemoryReader:
     ) -> tuple[Tensor, None]:
         """Return the fused output, `lanes tokens heads dim`."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        generations = [bank.generation for bank in self._memory]
+        generations = [(bank.generation, bank.encodings) for bank in self._memory]
         if self.read is not None and generations != self._generations:
             refuse_changed_memory()
         retrieved = read_memory(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import re
 import shutil
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +15,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from longmem.backbone.loading import digest, tokenizer_fingerprint
 from longmem.data.sources import Document, Source, find_source
 from longmem.packaged import cache_folder, convert_once, is_complete
 
@@ -89,18 +87,6 @@ def load_corpus(
     return Dataset.from_file(str(folder / FILE))
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all that decides which tokens a text gets."""
-    if getattr(tokenizer, "is_fast", False):
-        written = json.loads(tokenizer.backend_tokenizer.to_str())
-        for state in ("padding", "truncation"):  # set by the tokenizer's last call, and replaced by the next one
-            written.pop(state, None)
-        return _digest(written)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return _digest({path.name: path.read_bytes().hex() for path in sorted(Path(folder).iterdir())})
-
-
 def _corpora_folder(cache_dir: str | Path | None) -> Path:
     folder = cache_folder() / "corpora" if cache_dir is None else Path(cache_dir).expanduser()
     try:
@@ -115,11 +101,7 @@ def _corpora_folder(cache_dir: str | Path | None) -> Path:
 
 def _folder_name(source: Source, tokenizer: PreTrainedTokenizerBase, options: list[int | None]) -> str:
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)[:40].strip(".-") or "corpus"
-    return f"{readable}-{_digest([FORMAT, source.identity, tokenizer_fingerprint(tokenizer), options])}"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return f"{readable}-{digest([FORMAT, source.identity, tokenizer_fingerprint(tokenizer), options])}"
 
 
 def _write(batches: Iterable[dict[str, list[Any]]], path: Path) -> None:

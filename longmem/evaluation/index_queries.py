@@ -37,6 +37,11 @@ class QueryRecorder:
         """Return what the bank returns."""
         return self._bank.generation
 
+    @property
+    def encodings(self) -> int:
+        """Return what the bank returns."""
+        return self._bank.encodings
+
     def search(
         self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int
     ) -> tuple[Tensor, Tensor]:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.backbone.stamp import EncoderStamp
 from longmem.memory import checks
 from longmem.memory.contents import BankContents
 from longmem.memory.documents import Document, SourcePart
+from longmem.memory.encoded import Joins
+from longmem.memory.encoders import Encoders
 from longmem.memory.eviction import make_policy
+from longmem.memory.freshness import KeptFresh
 from longmem.memory.index import validate_index
-from longmem.memory.persistence import PersistentBank
+from longmem.memory.locking import BankLock
 from longmem.memory.reader import BankReader
+from longmem.memory.refresh import refresh_name
 from longmem.memory.storage import MemoryStorage, Storage
 
 
-class MemoryBank(BankReader, PersistentBank):
+class MemoryBank(KeptFresh, BankReader):
     """Return an empty bank of named documents: attention keys and values of the `memory_layers` of one backbone.
 
     The bank is in memory: `save` writes it to a folder, `load` reads it back. `MemoryBank.create` makes one that lives in a
@@ -38,7 +43,9 @@ class MemoryBank(BankReader, PersistentBank):
             the document that was not read for longest; "ttl:seconds=3600": what was written an hour ago, full or not.
         storage_dtype: of stored keys and values, "float16", "bfloat16", "float32" or "int8"; search keys are float32.
         device: where the tensors are.
-        fingerprint: of the encoder that writes (`LongMemForCausalLM.encoder_fingerprint`); None is not checked.
+        refresh: what happens when the encoder changes: "frozen" (nothing stale is ever read, the bank is refused), "eager",
+            "bounded:max_lag=4,clock=version", "lazy" or "mapped" (`longmem/memory/refresh/`); also as a dict with a `name`.
+        fingerprint: of the encoder that writes (`LongMemForCausalLM.encoder_stamp`, or its digest); None is not checked.
 
     >>> bank = MemoryBank(memory_layers=[5], chunk_size=4)
     >>> keys = torch.eye(10).unsqueeze(0)  # one head, ten tokens, each with a direction of its own
@@ -61,7 +68,8 @@ class MemoryBank(BankReader, PersistentBank):
         eviction: str = "fifo",
         storage_dtype: torch.dtype | str = "float16",
         device: torch.device | str = "cpu",
-        fingerprint: str | None = None,
+        refresh: str | Mapping[str, Any] = "frozen",
+        fingerprint: str | EncoderStamp | None = None,
     ) -> None:
         checks.validate_sizes(memory_layers, chunk_size, capacity_tokens, capacity_bytes)
         validate_index(index)
@@ -74,8 +82,11 @@ class MemoryBank(BankReader, PersistentBank):
         self.eviction = eviction
         self.storage_dtype = checks.validate_storage_dtype(storage_dtype)
         self.device = torch.device(device)
-        self.fingerprint = fingerprint
+        self.refresh = refresh_name(refresh)
+        self._lock = BankLock()
         self._contents = self._new_contents()
+        self._contents.encoders = Encoders([] if fingerprint is None else [fingerprint])
+        self._start_fresh()
 
     @classmethod
     def for_model(cls, model: Any, *, folder: str | PathLike[str] | None = None, **options: Any) -> MemoryBank:
@@ -86,13 +97,15 @@ class MemoryBank(BankReader, PersistentBank):
         own = {
             "memory_layers": model.config.memory_layers or (),
             "chunk_size": model.config.chunk_size,
-            "fingerprint": model.encoder_fingerprint(),
+            "fingerprint": model.encoder_stamp(),
         }
         return cls(**own, **options) if folder is None else cls.create(folder, **own, **options)
 
     def empty_like(self) -> MemoryBank:
-        """Return an empty bank with the same settings, in memory."""
-        return type(self)(**self._settings(), device=self.device)
+        """Return an empty bank with the same settings and encoders, in memory."""
+        bank = type(self)(**self._settings(), device=self.device)
+        bank._contents.encoders = self.encoders.copy()
+        return bank
 
     # Writing.
 
@@ -106,7 +119,7 @@ class MemoryBank(BankReader, PersistentBank):
         text: str | None = None,
         char_ends: Iterable[int] | Int[Tensor, " tokens"] | None = None,
         tags: Iterable[str] = (),
-        window_length: int | None = None,
+        segment: Literal["new"] | None = None,
     ) -> None:
         """Write a new document: one tensor of keys and one of values for each memory layer, and what they came from.
 
@@ -120,14 +133,14 @@ class MemoryBank(BankReader, PersistentBank):
             token_ids: of the tokens.
             text: that they were made from, with `char_ends`: for each token the character after its last.
             tags: words to select documents by.
-            window_length: the document is encoded in windows of so many tokens from its start on, each by itself, which lets
-                an update copy the windows that did not change; None: it is encoded in another way.
+            segment: "new": the encoder saw these tokens and nothing before them, so they can be encoded again if it changes,
+                and copied by an update that does not change them; None: not known, so when stale they are no longer read.
         """
         with self.transaction():
             self._contents.drop_expired()
             checks.validate_new("document_id", document_id, self._ledger.documents)
-            document = Document(document_id, tags=checks.validate_tags(tags), window_length=window_length)
-            self._extend(document, keys, values, token_ids, text, char_ends)
+            document = Document(document_id, tags=checks.validate_tags(tags))
+            self._extend(document, keys, values, token_ids, text, char_ends, segment)
 
     def append(
         self,
@@ -138,15 +151,16 @@ class MemoryBank(BankReader, PersistentBank):
         *,
         text: str | None = None,
         char_ends: Iterable[int] | Int[Tensor, " tokens"] | None = None,
-        window_length: int | None = None,
+        segment: Joins = None,
     ) -> None:
-        """Continue a document, as if these tokens had been written with those before; arguments as for `add`."""
+        """Continue a document, as if these tokens had been written with those before; arguments as for `add`.
+
+        `segment`: "same", the encoder saw them behind those of the document's last segment; "new" and None as for `add`.
+        """
         with self.transaction():
             self._contents.drop_expired()  # before the document is looked up: it may be what goes
             document = self._document("document_id", document_id)
-            self._extend(document, keys, values, token_ids, text, char_ends)
-            if document.window_length != window_length:
-                document.window_length = None
+            self._extend(document, keys, values, token_ids, text, char_ends, segment)
 
     def update(self, document_id: str, text_or_ids: str | Iterable[int] | Tensor, *, model: Any, **options: Any) -> int:
         """Replace a document by the encoding of a new text, written now; return how many tokens had to be encoded.
@@ -160,7 +174,7 @@ class MemoryBank(BankReader, PersistentBank):
         """
         self.refuse_reader()
         old = self._document("document_id", document_id)
-        checks.validate_encoder(model, self.fingerprint, "the bank")
+        self.read_by(model)
         draft = self.empty_like()
         num_encoded = model.memorize(draft, text_or_ids, document_id=document_id, reuse=(self, document_id), **options)
         if draft._contents.shapes != self._contents.shapes:
@@ -168,7 +182,7 @@ class MemoryBank(BankReader, PersistentBank):
                 f"`model` must write the sizes that the bank holds, {self._contents.shapes}, got "
                 f"{draft._contents.shapes}; memorize all documents again, in `MemoryBank.for_model(model)`."
             )
-        with self.transaction(), torch.inference_mode(False):
+        with self.transaction(), self._lock, torch.inference_mode(False):
             self._contents.replace(old, draft._contents, draft._ledger.documents[document_id])
         return num_encoded
 
@@ -180,21 +194,20 @@ class MemoryBank(BankReader, PersistentBank):
         origin_id: str,
         origin: int,
         part: SourcePart,
-        *,
-        window_length: int | None = None,
     ) -> None:
-        """Add, or append, the tokens `part` as they are stored in a document of another bank with the same settings.
+        """Add, or append, a segment as it is stored in a document of another bank with the same settings and encoder.
 
-        `origin` is the first of them there; they begin and end with whole chunks, in both documents.
+        `origin` is the first of its tokens there; they begin and end with whole chunks, in both documents.
         """
         document = bank._document("origin_id", origin_id)
         first = origin // self.chunk_size - document.first_chunk(self.chunk_size)
         rows = document.rows.values[first : first + len(part.token_ids) // self.chunk_size]
         chunks = bank._contents.storage.select(rows)
         with self.transaction():
-            own = self._ledger.documents.get(document_id) or Document(document_id, window_length=window_length)
+            own = self._ledger.documents.get(document_id) or Document(document_id)
             checks.validate_source(part.token_ids, part.text, part.char_ends, len(part.token_ids), own)
-            self._contents.extend_with_chunks(own, chunks, part)
+            with self._lock:
+                self._contents.extend_with_chunks(own, chunks, part)
 
     def delete(self, document_id: str) -> None:
         """Forget a document; its chunks are never found again. Raises ValueError if there is none.
@@ -202,7 +215,7 @@ class MemoryBank(BankReader, PersistentBank):
         In a folder its bytes stay until `compact`, though nothing reads them.
         """
         document = self._document("document_id", document_id)
-        with self.transaction():
+        with self.transaction(), self._lock:
             self._contents.drop(document)
 
     def rename(self, old: str, new: str) -> None:
@@ -234,7 +247,9 @@ class MemoryBank(BankReader, PersistentBank):
     def clear(self) -> None:
         """Forget all documents; of a bank in memory also the sizes of heads that the first of them has fixed."""
         if self._folder is None:
+            encoders = self.encoders
             self._contents = self._new_contents()
+            self._contents.encoders = encoders
             return
         with self.transaction():
             for document in list(self._ledger.documents.values()):
@@ -274,6 +289,7 @@ class MemoryBank(BankReader, PersistentBank):
             "index": self.index,
             "eviction": self.eviction,
             "storage_dtype": str(self.storage_dtype).removeprefix("torch."),
+            "refresh": self.refresh,
             "fingerprint": self.fingerprint,
         }
 
@@ -286,6 +302,7 @@ class MemoryBank(BankReader, PersistentBank):
         token_ids: Iterable[int] | Tensor | None,
         text: str | None,
         char_ends: Iterable[int] | Tensor | None,
+        joins: Joins,
     ) -> None:
         """Check everything, then write, inside a transaction: an error leaves the bank as it was."""
         num_tokens = checks.validate_key_values(
@@ -296,4 +313,5 @@ class MemoryBank(BankReader, PersistentBank):
             storage_dtype=self.storage_dtype,
         )
         part = checks.validate_source(token_ids, text, char_ends, num_tokens, document)
-        self._contents.extend(document, keys, values, part)
+        with self._lock:
+            self._contents.extend(document, keys, values, part, joins)

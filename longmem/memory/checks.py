@@ -185,17 +185,6 @@ def validate_tags(tags: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def validate_encoder(model: Any, fingerprint: str | None, where: str) -> None:
-    """Raise ValueError unless `model`, if any, is the encoder with this fingerprint; None: any encoder will do."""
-    if model is not None and fingerprint is not None and (own := model.encoder_fingerprint()) != fingerprint:
-        raise ValueError(
-            f"`model` must be the encoder of {where}, {fingerprint}, got {own}: its queries do not fit the stored keys. "
-            "An encoder is a backbone with `memory_layers`, `chunk_size` and `segment_length`; those of a trained side network "
-            "may be others than those of a new one. Memorize the documents again, in `MemoryBank.for_model(model)` or with "
-            "`longmem bank export` and `longmem bank add`; without `model` a bank opens for inspection."
-        )
-
-
 def validate_source(
     token_ids: Iterable[int] | Tensor | None,
     text: str | None,

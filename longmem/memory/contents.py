@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.documents import Document, IntQueue, Run, Source, SourcePart, Tail
+from longmem.memory.encoded import Joins
+from longmem.memory.encoders import Encoders
 from longmem.memory.eviction import EvictionPolicy
 from longmem.memory.index import ChunkIndex, Found, SavedIndex, make_index
 from longmem.memory.ledger import Ledger
@@ -50,6 +52,7 @@ class BankContents:
         self.storage_dtype = storage_dtype
         self.device = device
         self.ledger = Ledger(chunk_size, policy)
+        self.encoders = Encoders()
         # Indexes that were needed so far, by the position of their layer; and how to find what is saved of one.
         self.indexes: dict[int, ChunkIndex] = {}
         self.find_saved: Callable[[int], SavedIndex | None] | None = None
@@ -83,6 +86,7 @@ class BankContents:
         keys: Sequence[Float[Tensor, "_kv_heads _tokens _dim"]],
         values: Sequence[Float[Tensor, "_kv_heads _tokens _dim"]],
         source: SourcePart | None,
+        joins: Joins,
     ) -> None:
         """Write tokens to the end of a document, new or known, together with the tail that waited there."""
         tokens = [
@@ -112,6 +116,7 @@ class BankContents:
         self._reserve(chunks)
 
         document.num_tokens += new_tokens
+        document.segments.push(new_tokens, joins, self.encoders.current)
         document.waiting = tails if tails[0][0].shape[1] else []
         self._write_with_source(document, chunks, source, skipped)
 
@@ -121,10 +126,11 @@ class BankContents:
         self.storage.reserve([cut_into_chunks(*pair, self.chunk_size, self.storage_dtype) for pair in none], 0)
 
     def extend_with_chunks(self, document: Document, chunks: list[Chunks], source: SourcePart | None) -> None:
-        """Write whole chunks, as they are stored, to the end of a document without a tail."""
+        """Write whole chunks, as they are stored, to the end of a document without a tail: a segment of this encoder."""
         assert not document.waiting
         skipped = self._chunks_without_room(document, chunks[0].keys.shape[1])
         document.num_tokens += chunks[0].keys.shape[1] * self.chunk_size
+        document.segments.push(chunks[0].keys.shape[1] * self.chunk_size, "new", self.encoders.current)
         chunks = [Chunks(*(tensor[:, skipped:].to(self.device) for tensor in layer)) for layer in chunks]
         self._reserve(chunks)
         self._write_with_source(document, chunks, source, skipped)
@@ -142,6 +148,60 @@ class BankContents:
         )
         self._write(twin, chunks)
 
+    def overwrite(self, document: Document, start: int, tokens: Sequence[Tail]) -> None:
+        """Put other keys and values of tokens from `start` on in the place of those that are there.
+
+        Only chunks that these tokens fill are written, and what waits of them. Rows, order of eviction and source stay. On disk
+        a run of chunks is written anew as a whole, because it has consecutive places.
+        """
+        stop = start + tokens[0][0].shape[1]
+        whole = document.num_whole_chunks(self.chunk_size)
+        resident = document.first_chunk(self.chunk_size)
+        first, last = max(-(-start // self.chunk_size), resident), min(stop // self.chunk_size, whole)
+        if last > first:
+            cut = slice(first * self.chunk_size - start, last * self.chunk_size - start)
+            chunks = [
+                cut_into_chunks(
+                    key[:, cut].to(self.device), value[:, cut].to(self.device), self.chunk_size, self.storage_dtype
+                )
+                for key, value in tokens
+            ]
+            self.overwrite_chunks(document, first, chunks)
+        if document.waiting and stop > whole * self.chunk_size:
+            place = max(start - whole * self.chunk_size, 0)
+            source = whole * self.chunk_size + place - start
+            document.waiting = [
+                tuple(
+                    torch.cat([old[:, :place], new[:, source:].to(old)], dim=1)
+                    for old, new in zip(pair, fresh, strict=True)
+                )  # type: ignore[misc]
+                for pair, fresh in zip(document.waiting, tokens, strict=True)
+            ]
+
+    def overwrite_chunks(self, document: Document, first: int, chunks: list[Chunks]) -> None:
+        """Put other chunks in the place of a document's resident ones from the `first` on, counted in the document."""
+        rows, done = document.rows.values, 0
+        begin = first - document.first_chunk(self.chunk_size)
+        end = begin + chunks[0].keys.shape[1]
+        for run in document.runs:
+            low, high = max(done, begin), min(done + run.num_chunks, end)
+            if low < high:
+                place = slice(low, high)
+                part = [Chunks(*(each[:, low - begin : high - begin] for each in layer)) for layer in chunks]
+                if run.slot >= 0 and high - low < run.num_chunks:
+                    place = slice(done, done + run.num_chunks)
+                    before = self.storage.select(rows[place])
+                    for layer, fresh in zip(before, part, strict=True):
+                        for old, new in zip(layer, fresh, strict=True):
+                            old[:, low - done : high - done] = new.to(old.device)
+                    part = before
+                for index in self.indexes.values():
+                    index.rows_dropped(rows[place])
+                self.storage.drop(rows[place])
+                run.slot = self.storage.write(rows[place], part)
+                self._tell_indexes_of(rows[place])
+            done += run.num_chunks
+
     def drop(self, document: Document) -> None:
         """Forget a document, and move the last live rows into the holes it leaves."""
         self._remove(*self.ledger.close(document))
@@ -156,9 +216,11 @@ class BankContents:
         if (tails := next((each.waiting for each in self.ledger.documents.values() if each.waiting), None)) is not None:
             # There may be no chunk that would; and where they are, chunks of a bank in memory will be.
             target.fix_sizes([(key.to(target.device), value.to(target.device)) for key, value in tails])
+        target.encoders = self.encoders.copy()
         twins: dict[int, Document] = {}
         for document in self.ledger.documents.values():
             twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=deque(), source_or_reader=None)
+            twin.segments = document.segments.copy()
             twin.waiting = [(key.to(target.device), value.to(target.device)) for key, value in document.waiting]
             if document.source is not None:  # characters go on to be counted from the start of the document
                 twin.source_or_reader = Source(document.source.has_text, document.source.first_char)
@@ -260,6 +322,8 @@ class BankContents:
         if source is not None:
             document.push_source(source)
         self._write(document, chunks)
+        if skipped:
+            document.segments.drop(document.first_chunk(self.chunk_size) * self.chunk_size)
         if skipped and document.source is not None:
             document.source.drop(skipped * self.chunk_size)
 

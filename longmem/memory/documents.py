@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.memory.encoded import Segments
+
 # Keys and values of one memory layer; layers may differ in heads and widths, so sizes have no names (underscore).
 Tail = tuple[Float[Tensor, "_kv_heads _waiting _key_dim"], Float[Tensor, "_kv_heads _waiting _value_dim"]]
 
@@ -196,8 +198,7 @@ class Document:
     num_tokens: int = 0
     tags: tuple[str, ...] = ()
     is_pinned: bool = False
-    # Encoded in windows of so many tokens, each by itself, from the start of the document on; None: in another way.
-    window_length: int | None = None
+    segments: Segments = field(default_factory=Segments)
     num_reads: int = 0
     last_read: float = 0.0
     written_at: float = field(default_factory=time.time)

@@ -51,7 +51,8 @@ class Ledger:
         self.num_pinned_rows = 0
         # `version` changes with every change, so that a view knows when to look again; `generation` only when a row
         # that was live may hold something else, so that a reader knows whether rows found before are still good.
-        self.version = self.generation = next(_STAMPS)
+        # `encodings` when a row that was live holds the same chunk, encoded again.
+        self.version = self.generation = self.encodings = next(_STAMPS)
         # Serials of the documents that changed or ceased to be since somebody last emptied the set: what a bank on disk
         # has to write. Serials of documents that were only read stand in the second one.
         self.changed: set[int] = set()
@@ -61,9 +62,9 @@ class Ledger:
         # Runs of chunks in the order of writing, oldest first.
         self.runs: OrderedDict[int, Run] = OrderedDict()
         self.next_order = 0
-        # For each row the serial of its document and its position there, in chunks; never without a column, so that
-        # row -1 can be looked up, too.
-        self._table = torch.zeros(2, 1, dtype=torch.int64)
+        # For each row the serial of its document, its position there, in chunks, the version of its encoder and the one
+        # that a map has moved it to; never without a column, so that row -1 can be looked up, too.
+        self._table = torch.zeros(4, 1, dtype=torch.int64)
 
     # Writing.
 
@@ -105,11 +106,20 @@ class Ledger:
         self.num_pinned_rows += len(rows) * document.is_pinned
         self.num_rows = max(self.num_rows, int(rows.max()) + 1)
         if self.num_rows > self._table.shape[1]:
-            table = torch.zeros(2, 2 * self.num_rows, dtype=torch.int64)
+            table = torch.zeros(4, 2 * self.num_rows, dtype=torch.int64)
             table[:, : self._table.shape[1]] = self._table
             self._table = table
         self._table[0, rows] = document.serial
         self._table[1, rows] = torch.arange(start, start + len(rows))
+        self._table[2:, rows] = document.segments.of_chunks(start, len(rows), self.chunk_size)
+
+    def note_encoding(self, document: Document) -> None:
+        """Take over the versions of a document's segments, some of which were encoded again."""
+        self._touch(document)
+        self.encodings = next(_STAMPS)
+        rows = document.rows.values
+        first = document.first_chunk(self.chunk_size)
+        self._table[2:, rows] = document.segments.of_chunks(first, len(rows), self.chunk_size)
 
     def rename(self, old: str, new: str) -> None:
         """Give a document another id; its place in the order of documents stays."""
@@ -179,6 +189,8 @@ class Ledger:
         for document, count in taken:
             self._touch(document)
             rows.append(document.rows.pop(count))
+            if len(rows[-1]):
+                document.segments.drop((int(self._table[1, rows[-1][-1]]) + 1) * self.chunk_size)
             if document.source is not None:
                 document.source.drop(count * self.chunk_size)
             while count:
@@ -206,7 +218,7 @@ class Ledger:
         destinations = dropped[dropped < num_rows]
 
         self._table[:, destinations] = self._table[:, sources]
-        serials, positions = self._table[:, sources]
+        serials, positions = self._table[:2, sources]
         for serial in serials.unique().tolist():
             owner, mine = self.by_serial[serial], serials == serial
             owner.rows.values[positions[mine] - owner.first_chunk(self.chunk_size)] = destinations[mine]
@@ -225,6 +237,16 @@ class Ledger:
         return (run for run in self.runs.values() if not run.document.is_pinned)
 
     # Reading.
+
+    @property
+    def versions(self) -> Int[Tensor, "2 rows"]:
+        """Return for each live row the version of its encoder, and the version that a map has moved it to or -1."""
+        return self._table[2:, : self.num_rows]
+
+    def owners(self, rows: Int[Tensor, " rows"]) -> dict[Document, Int[Tensor, " _chunks"]]:
+        """Return the documents of some live rows, with the positions there, in chunks."""
+        serials, positions = self._table[:2, rows]
+        return {self.by_serial[serial]: positions[serials == serial] for serial in serials.unique().tolist()}
 
     def rows_of(self, documents: Iterable[Document]) -> Int[Tensor, " rows"]:
         """Return the live rows of these documents, sorted."""
@@ -245,7 +267,7 @@ class Ledger:
 
     def locate(self, rows: Int[Tensor, " rows"]) -> list[ChunkPlace | None]:
         """Return the place of each row; None for row -1."""
-        serials, positions = self._table[:, rows.clamp(min=0)].tolist()
+        serials, positions = self._table[:2, rows.clamp(min=0)].tolist()
         return [
             self._place_of(self.by_serial[serial], position) if row >= 0 else None
             for row, serial, position in zip(rows.tolist(), serials, positions, strict=True)

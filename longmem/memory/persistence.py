@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from longmem.memory import checks
 from longmem.memory.contents import BankContents
+from longmem.memory.encoder_checks import refuse_unknown_encoder
 from longmem.memory.folder.bank_folder import BankFolder, has_bank
 from longmem.memory.storage import Storage
 
@@ -23,6 +23,7 @@ class PersistentBank:
         raise NotImplementedError
 
     index: str
+    refresh: str
     device: torch.device
     storage_dtype: torch.dtype
     _contents: BankContents
@@ -39,7 +40,7 @@ class PersistentBank:
         if has_bank(folder):
             raise ValueError(f"`folder` must not hold a bank yet, got {str(folder)!r}; open it with `MemoryBank.open`.")
         bank = cls(**{"capacity_tokens": None} | settings)
-        bank._folder = BankFolder(Path(folder), write=True, create=bank._settings(), device=bank.device)
+        bank._folder = BankFolder(Path(folder), write=True, create=bank._description(), device=bank.device)
         try:
             bank._read_folder()
         except BaseException:
@@ -56,6 +57,8 @@ class PersistentBank:
         read_only: bool = False,
         device: torch.device | str = "cpu",
         mmap: bool = True,
+        refresh: str | Mapping[str, Any] | None = None,
+        strict: bool = True,
     ) -> Self:
         """Return the bank in `folder` as it was at the last commit; it stays on disk, and its changes go there.
 
@@ -66,39 +69,49 @@ class PersistentBank:
 
         Args:
             folder: that `create` or `save` wrote.
-            model: refuse the bank unless this model's encoder wrote it.
+            model: that will read the bank; if its encoder is not the one that wrote it, the refresh policy acts.
             read_only: change nothing, and keep nobody from changing it.
             device: where search keys are, and what is read goes.
             mmap: False: keys and values are not mapped but asked for, piece by piece, so that of all that was read nothing
                 stays in this process; reading takes two to five times as long.
+            refresh: policy to follow from now on; None: the bank's own, by default "frozen", which refuses another encoder.
+            strict: False: read what another encoder wrote as it is, from now on with every entry's encoder unknown.
 
-        Raises ValueError if it is missing, damaged, of a newer version or another encoder, or somebody is writing it.
+        Raises ValueError if it is missing, damaged, of another version, or somebody is writing it; StaleMemoryError, which is
+        one, if another encoder wrote it and the policy is "frozen".
         """
         opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
         try:
             settings = opened.read_content()["settings"]
-            # Of a bank without a fingerprint nobody knows which encoder wrote it.
-            checks.validate_encoder(model, settings["fingerprint"] or "None", str(folder))
             bank = cls(**settings, device=device)
             bank._folder = opened
             bank._read_folder()
+            bank._open_for(model, refresh, strict)
         except BaseException:
             opened.close()
             raise
         return bank
 
     @classmethod
-    def load(cls, folder: str | PathLike[str], model: Any = None, *, device: torch.device | str = "cpu") -> Self:
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        model: Any = None,
+        *,
+        device: torch.device | str = "cpu",
+        refresh: str | Mapping[str, Any] | None = None,
+        strict: bool = True,
+    ) -> Self:
         """Return a copy, in memory, of the bank in `folder`: to change it does not change the folder.
 
-        Everything is read and checked. Raises ValueError if it is missing, damaged, of a newer version or, where `model`
-        is given, of another encoder.
+        Everything is read and checked; arguments and errors are those of `open`.
         """
-        with cls.open(folder, model, read_only=True) as saved:
+        with cls.open(folder, read_only=True) as saved:
             saved.verify()
             bank = cls(**saved._settings(), device=device)
             with torch.inference_mode(False):
                 saved._contents.copy_to(bank._contents)
+        bank._open_for(model, refresh, strict)
         return bank
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -108,7 +121,7 @@ class PersistentBank:
         """
         if self._folder is not None and Path(folder).resolve() == self._folder.path:
             return
-        target = BankFolder(Path(folder), write=True, create=self._settings(), with_first_commit=True)
+        target = BankFolder(Path(folder), write=True, create=self._description(), with_first_commit=True)
         try:
             target.replace(self._contents, self._new_contents(target.new_storage(self.storage_dtype)), self._settings())
         finally:
@@ -204,6 +217,31 @@ class PersistentBank:
 
     # Inside.
 
+    def use_refresh(self, refresh: str | Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def read_by(self, model: Any) -> None:
+        raise NotImplementedError
+
+    def read_as_is(self, model: Any) -> None:
+        raise NotImplementedError
+
+    def _open_for(self, model: Any, refresh: str | Mapping[str, Any] | None, strict: bool) -> None:
+        """Follow a policy and, with a model, make ready to be read by it."""
+        if refresh is not None:
+            self.use_refresh(refresh)
+        if model is None:
+            return
+        refuse_unknown_encoder(self._contents.encoders.stamp)
+        if strict:
+            self.read_by(model)
+        else:
+            self.read_as_is(model)
+
+    def _description(self) -> dict[str, Any]:
+        """Return what a new folder says of the bank."""
+        return {"settings": self._settings(), "encoders": self._contents.encoders.to_json()}
+
     def _settings(self) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -218,12 +256,13 @@ class PersistentBank:
     @torch.inference_mode(False)
     def _read_folder(self) -> None:
         """Make the contents those of the last commit."""
-        folder, index = self._folder_or_raise(), self.index
-        self.index = folder.newest_content()["settings"]["index"]  # the one setting that can change
+        folder, index, refresh = self._folder_or_raise(), self.index, self.refresh
+        settings = folder.newest_content()["settings"]
+        self.index, self.refresh = settings["index"], settings["refresh"]  # what can change
         try:
             contents = self._new_contents(folder.new_storage(self.storage_dtype))
             folder.fill(contents, self._settings())
         except BaseException:
-            self.index = index
+            self.index, self.refresh = index, refresh
             raise
         self._contents = contents

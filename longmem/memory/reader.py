@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,8 +12,11 @@ from torch import Tensor
 from longmem.memory import checks
 from longmem.memory.contents import BankContents
 from longmem.memory.documents import Document, DocumentInfo
+from longmem.memory.encoded import Segment
+from longmem.memory.encoders import Encoders
 from longmem.memory.index import Found
 from longmem.memory.ledger import ChunkPlace, Ledger
+from longmem.memory.locking import BankLock
 from longmem.memory.store import LayerShape
 from longmem.memory.view import BankView
 
@@ -22,8 +26,8 @@ class BankReader:
 
     memory_layers: tuple[int, ...]
     chunk_size: int
-    fingerprint: str | None
     _contents: BankContents
+    _lock: BankLock
 
     # What is there.
 
@@ -36,9 +40,9 @@ class BankReader:
         """Return a summary of one document."""
         return self._document("document_id", document_id).info(self.chunk_size)
 
-    def window_length(self, document_id: str) -> int | None:
-        """Return the tokens of the windows that a document is encoded in; None: it was encoded in another way."""
-        return self._document("document_id", document_id).window_length
+    def segments(self, document_id: str) -> list[Segment]:
+        """Return copies of a document's segments: which of its tokens were encoded together, and by which encoder."""
+        return list(self._document("document_id", document_id).segments.copy())
 
     def __contains__(self, document_id: object) -> bool:
         self._contents.drop_expired()
@@ -70,6 +74,22 @@ class BankReader:
         return self._ledger.generation
 
     @property
+    def fingerprint(self) -> str | None:
+        """Return the digest of the encoder that the bank is kept for; None: it is not known, and not checked."""
+        stamp = self._contents.encoders.stamp
+        return None if stamp is None else stamp.digest
+
+    @property
+    def encoders(self) -> Encoders:
+        """Return the encoders that have written to the bank; the last one is current."""
+        return self._contents.encoders
+
+    @property
+    def encodings(self) -> int:
+        """Return a number that changes when chunks that are where they were have been encoded again."""
+        return self._ledger.encodings
+
+    @property
     def version(self) -> int:
         """Return a number that changes with every change of what the bank holds."""
         return self._ledger.version
@@ -85,6 +105,9 @@ class BankReader:
         return self._contents.nbytes
 
     # Reading.
+
+    def read_by(self, model: Any) -> None:
+        """Make ready to be read by a model; a bank with a refresh policy lets it act."""
 
     def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> BankView:
         """Return a view that reads these documents, and those with one of these tags. Raises ValueError for an unknown id."""
@@ -104,7 +127,8 @@ class BankReader:
         position = self._position(layer)
         if self.is_empty:
             raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
-        return self._contents.storage.layer(position).search_keys.clone()
+        with self._lock:
+            return self._contents.storage.layer(position).search_keys.clone()
 
     def gather(
         self, layer: int, rows: Int[Tensor, "kv_heads chunks"]
@@ -119,7 +143,8 @@ class BankReader:
         position = self._position(layer)
         if self.is_empty:
             raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
-        return self._contents.storage.gather(position, rows)
+        with self._lock:
+            return self._contents.storage.gather(position, rows)
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
         """Return document, tokens, characters and text of each row, flattened; None for row -1.
@@ -157,6 +182,11 @@ class BankReader:
         position = self._position(layer)
         shapes = self._contents.shapes
         checks.validate_search(queries, num_chunks, None if shapes is None else shapes[position])
-        found = self._contents.search(position, queries, num_chunks, rows)
-        self._ledger.count_reads(found[1])
+        with self._lock:
+            found = self._find(lambda some: self._contents.search(position, queries, num_chunks, some), rows)
+            self._ledger.count_reads(found[1])
         return found
+
+    def _find(self, search: Callable[[Tensor | None], Found], rows: Tensor | None) -> Found:
+        """Return what a search of some rows finds; a bank with a refresh policy lets it act."""
+        return search(rows)

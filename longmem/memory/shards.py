@@ -81,6 +81,16 @@ class BankShards:
         return sum(shard.generation for shard in self.shards)
 
     @property
+    def encodings(self) -> int:
+        """Return a number that changes when chunks of any shard were encoded again."""
+        return sum(shard.encodings for shard in self.shards)
+
+    def read_by(self, model: Any) -> None:
+        """Make every shard ready to be read by a model, as `MemoryBank.read_by` does."""
+        for shard in self.shards:
+            shard.read_by(model)
+
+    @property
     def version(self) -> int:
         """Return a number that changes with every change of what a shard holds."""
         return sum(shard.version for shard in self.shards)

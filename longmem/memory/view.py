@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -54,6 +54,15 @@ class BankView:
     def fingerprint(self) -> str | None:
         """Return the encoder fingerprint of the bank."""
         return self._bank.fingerprint
+
+    @property
+    def encodings(self) -> int:
+        """Return what `MemoryBank.encodings` returns."""
+        return self._bank.encodings
+
+    def read_by(self, model: Any) -> None:
+        """Make the bank ready to be read by a model, as `MemoryBank.read_by` does."""
+        self._bank.read_by(model)
 
     @property
     def num_chunks(self) -> int:

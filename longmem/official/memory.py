@@ -38,6 +38,7 @@ class OfficialMemory:
     """
 
     fingerprint = None  # nothing of the encoder is kept, so nothing can be checked
+    encodings = 0  # nor encoded again
 
     def __init__(
         self, *, memory_layer: int, chunk_size: int, memory_size: int, storage_dtype: torch.dtype | str = "float16"

@@ -183,7 +183,7 @@ class MemoryStream:
         # The bank refuses a first write to a document that somebody else has written meanwhile.
         is_there = state.is_written and state.document_id in self.memory
         write = self.memory.append if is_there else self.memory.add
-        write(state.document_id, [k[0] for k in keys], [v[0] for v in values], token_ids=leaving)
+        write(state.document_id, [k[0] for k in keys], [v[0] for v in values], leaving, segment="new")
         state.is_written, state.local_ids = True, state.local_ids[len(leaving) :]
         self._forget_cache()
         if state.local_ids:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longmem.backbone.capture import BackboneStates
-from longmem.backbone.loading import encoder_fingerprint
+from longmem.backbone.stamp import EncoderStamp, configuration_recipe, hash_tensors, whole_path
 from longmem.data.lanes import NO_LABEL
 from longmem.modeling import LongMemForCausalLM
 from longmem.training.losses import token_losses
@@ -146,7 +146,6 @@ class FrozenFeatures:
         return Features(states, losses)
 
     def _fingerprint(self) -> str:
-        layers = [structure.layer for structure in self.model._backbone.structure.layers]
         config = self.model.config
         recipe = {
             "format": FORMAT,
@@ -155,7 +154,8 @@ class FrozenFeatures:
             "residual_states": config.residual_states,
             "dtype": str(self.dtype),
         }
-        return encoder_fingerprint(self.model.backbone, layers, [len(layers) - 1], recipe)
+        weights = hash_tensors(whole_path(self.model.backbone).tensors())
+        return EncoderStamp(weights, recipe | configuration_recipe(self.model.backbone)).digest
 
     def _file(self, tokens: Int[Tensor, " tokens"]) -> Path:
         assert self.folder is not None

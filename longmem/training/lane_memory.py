@@ -121,7 +121,7 @@ class LaneMemories:
             )
             ids = batch.input_ids[lane, :length]
             put = bank.append if document_id in bank else bank.add
-            put(document_id, keys, values, token_ids=ids)
+            put(document_id, keys, values, ids, segment="new")  # the backbone saw this window and nothing else
 
     def _clear_new(self, batch: LaneBatch) -> None:
         """Let go of what a lane must not find when it begins a batch."""

@@ -54,7 +54,7 @@ def contents(bank: MemoryBank) -> dict[str, Any]:
         assert len(ids) == info.num_tokens - info.first_resident_token
         found[info.document_id] = [
             info,
-            bank.window_length(info.document_id),
+            bank.segments(info.document_id),
             ids.tolist(),
             bank.text(info.document_id),
         ]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from named_encoder import NamedEncoder
 
 from longmem.memory import BankView, DocumentInfo, MemoryBank
 from longmem.memory import store as store_module
@@ -48,17 +49,14 @@ def everything(bank: MemoryBank | BankView, layer: int = 3):
     }
 
 
-class TinyEncoder:
+class TinyEncoder(NamedEncoder):
     """Return a stand-in for the model: it writes random numbers seeded by the text, in segments of six tokens."""
 
     config = SimpleNamespace(memory_layers=list(LAYERS), chunk_size=4)
 
     def __init__(self, fingerprint: str = "encoder-a", fail_after: int | None = None) -> None:
-        self.fingerprint = fingerprint
+        super().__init__(fingerprint)
         self.fail_after = fail_after
-
-    def encoder_fingerprint(self) -> str:
-        return self.fingerprint
 
     def memorize(self, bank, text_or_ids, *, document_id, reuse=None):
         ids = torch.tensor([ord(letter) for letter in text_or_ids])
@@ -254,7 +252,7 @@ def test_update_replaces_the_text_and_a_failure_changes_nothing():
     before = everything(bank), bank.documents()
     with pytest.raises(RuntimeError, match="the encoder failed"):
         bank.update("a", "a longer text that would have filled the bank", model=TinyEncoder(fail_after=18))
-    with pytest.raises(ValueError, match=r"encoder-a.*encoder-b.*for_model"):
+    with pytest.raises(ValueError, match=r"written by encoder encoder-a.*encoder is encoder-b"):
         bank.update("a", "text", model=TinyEncoder("encoder-b"))
     assert (everything(bank), bank.documents()) == before
 

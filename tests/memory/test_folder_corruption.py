@@ -20,7 +20,7 @@ def bank_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bank") / "bank"
     with MemoryBank.create(folder, **SETTINGS, capacity_tokens=100) as bank:
         for position, name in enumerate("abcd"):
-            write(bank, name, range(100 * position, 100 * position + 23), tags=[f"tag {name}", "all"], window_length=8)
+            write(bank, name, range(100 * position, 100 * position + 23), tags=[f"tag {name}", "all"], segment="new")
         write(bank, "b", range(123, 170))  # evicts
         write(bank, "without text", range(1000, 1009), with_text=False)
         bank.pin("c")

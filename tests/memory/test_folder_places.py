@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from folder_banks import SETTINGS, contents, write
+from named_encoder import NamedEncoder
 
 from longmem.memory import MemoryBank
 
@@ -79,11 +80,8 @@ def test_a_bank_that_was_copied_or_moved_is_opened_there(tmp_path, move):
         bank.verify()
 
 
-class Encoder:
+class Encoder(NamedEncoder):
     """Return a stand-in for the model, which writes in two pieces."""
-
-    def encoder_fingerprint(self) -> str:
-        return "encoder-a"
 
     def memorize(self, bank, text_or_ids, *, document_id, reuse=None):
         write(bank, document_id, text_or_ids[:13])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from named_encoder import NamedEncoder
 
 from longmem.memory import MemoryBank
 from longmem.memory.folder.catalogue import CATALOGUE
@@ -29,7 +30,7 @@ def filled_bank(**options) -> MemoryBank:
     bank.append("näive", *random_tokens(10, seed=9), range(11, 21), text="𝄞" * 10, char_ends=range(1, 11))
     bank.delete("c")
     bank.pin("d")
-    bank.add("no ids", *random_tokens(5, seed=5), window_length=8)
+    bank.add("no ids", *random_tokens(5, seed=5), segment="new")
     return bank
 
 
@@ -45,19 +46,11 @@ def state(bank: MemoryBank):
     names = [info.document_id for info in bank.documents()]
     ids = [bank.token_ids(name) for name in names]
     sources = [None if each is None else each.tolist() for each in ids], [bank.text(name) for name in names]
-    return bank._settings(), bank.documents(), [bank.window_length(name) for name in names], sources, read
+    return bank._settings(), bank.documents(), [bank.segments(name) for name in names], sources, read
 
 
 def times(bank: MemoryBank):
     return [(info.num_reads, info.last_read, info.written_at) for info in bank.documents()]
-
-
-class Encoder:
-    def __init__(self, fingerprint):
-        self.fingerprint = fingerprint
-
-    def encoder_fingerprint(self):
-        return self.fingerprint
 
 
 @pytest.mark.parametrize("storage_dtype", ["float16", "bfloat16", "float32", "int8"])
@@ -66,8 +59,8 @@ def test_a_reloaded_bank_is_the_same_now_and_later(tmp_path, storage_dtype, inde
     bank = filled_bank(storage_dtype=storage_dtype, index=index)
     state(bank)  # reads are counted
     bank.save(tmp_path / "some" / "bank")
-    loaded = MemoryBank.load(tmp_path / "some" / "bank", model=Encoder("encoder-a"))
-    opened = MemoryBank.open(tmp_path / "some" / "bank", model=Encoder("encoder-a"), device="cpu")
+    loaded = MemoryBank.load(tmp_path / "some" / "bank", model=NamedEncoder("encoder-a"))
+    opened = MemoryBank.open(tmp_path / "some" / "bank", model=NamedEncoder("encoder-a"), device="cpu")
     assert times(loaded) == times(opened) == times(bank)
     assert any(num_reads for num_reads, _, _ in times(bank))
     assert state(loaded) == state(opened) == state(bank)
@@ -171,8 +164,8 @@ def test_damage_to_any_file_is_refused_when_it_is_loaded(tmp_path, damage):
 @pytest.mark.parametrize(
     ("pragma", "message"),
     [
-        ("user_version = 3", r"schema version 2, got version 3 in .*catalogue\.sqlite.*newer"),
-        ("user_version = 1", "schema version 2, got version 1"),
+        ("user_version = 4", r"schema version 3, got version 4 in .*catalogue\.sqlite.*newer"),
+        ("user_version = 1", "schema version 3, got version 1"),
         ("application_id = 7", r"catalogue\.sqlite.*is not the catalogue of a memory bank"),
     ],
 )
@@ -222,13 +215,13 @@ def test_missing_folders_and_files_in_their_place_are_refused(tmp_path):
 def test_another_encoder_is_refused(tmp_path):
     filled_bank().save(tmp_path / "a")
     for use in (MemoryBank.load, MemoryBank.open):
-        with pytest.raises(ValueError, match=r"encoder-a, got encoder-b.*for_model"):
-            use(tmp_path / "a", model=Encoder("encoder-b"))
-    MemoryBank.load(tmp_path / "a", model=Encoder("encoder-a"))
+        with pytest.raises(ValueError, match=r"written by encoder encoder-a.*encoder is encoder-b.*Ways out"):
+            use(tmp_path / "a", model=NamedEncoder("encoder-b"))
+    MemoryBank.load(tmp_path / "a", model=NamedEncoder("encoder-a"))
     MemoryBank.open(tmp_path / "a").close()  # and the refused one has let go of the lock
     MemoryBank(memory_layers=LAYERS, chunk_size=4).save(tmp_path / "none")
-    with pytest.raises(ValueError, match="None, got encoder-a"):
-        MemoryBank.load(tmp_path / "none", model=Encoder("encoder-a"))
+    with pytest.raises(ValueError, match="names no encoder"):
+        MemoryBank.load(tmp_path / "none", model=NamedEncoder("encoder-a"))
 
 
 def test_a_bank_is_loaded_to_another_device_with_the_tails_that_wait(tmp_path):

@@ -58,7 +58,8 @@ def test_appended_parts_are_encoded_as_one_document(model, cuts):
     ids = random_ids(101)
     bank = bank_of(model, *torch.tensor_split(ids, cuts))
     assert_same(bank, bank_of(model, ids), 2e-3)
-    assert bank.window_length("a") == LENGTH
+    assert [each.stop - each.start for each in bank.segments("a")] == [LENGTH] * 3 + [101 % LENGTH]
+    assert all(each.is_known for each in bank.segments("a"))
 
 
 def test_appending_costs_the_window_and_not_the_document(model, encoded):
@@ -76,7 +77,7 @@ def test_what_cannot_be_continued_begins_a_window(model, encoded):
     encoded.clear()
     model.memorize(bank, random_ids(7), "a", append=True)
     assert encoded == [7]
-    assert bank.window_length("a") is None
+    assert [each.is_known for each in bank.segments("a")] == [True, True, False, True]
 
 
 def test_an_update_copies_the_windows_that_did_not_change(model, encoded):

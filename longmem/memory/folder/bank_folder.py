@@ -33,6 +33,12 @@ LOCK = "lock"
 SEGMENT_FOLDER = "segments"
 INDEX_FOLDER = "indexes"
 ATTEMPTS_TO_READ = 10
+CHANGEABLE = ("index", "refresh", "fingerprint")  # settings that may change in the life of a bank
+
+
+def fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a bank keeps for life."""
+    return {name: value for name, value in settings.items() if name not in CHANGEABLE}
 
 
 class BankFolder:
@@ -43,7 +49,7 @@ class BankFolder:
     Args:
         path: of the folder.
         write: to change it, as the only process.
-        create: settings of a new bank, to be made if none is there.
+        create: description of a new bank, its settings and its encoders, to be made if none is there.
         with_first_commit: make it then, not now.
         device: where search keys are, and gathered chunks go.
         mapped: whether chunks are read by mapping files (`TensorFile`).
@@ -75,7 +81,7 @@ class BankFolder:
             self._acquire_lock()
         try:
             start = {"commit": 0, "next_serial": 0, "next_order": 0, "next_slot": 0, "shapes": []}
-            content = None if create is None else start | {"settings": create}
+            content = None if create is None else start | create
             self.catalogue = Catalogue(self.path, write, content, with_first_commit=with_first_commit)
             if self.catalogue.is_new and content is not None:
                 self.catalogue.content = content
@@ -141,7 +147,7 @@ class BankFolder:
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
                 rows = {table.name: self.catalogue.read_table(table) for table in TABLES}
-            if content["settings"] | {"index": None} != settings | {"index": None}:  # the index alone may change
+            if fixed(content["settings"]) != fixed(settings):
                 raise ValueError(
                     f"the bank in {str(self.path)!r} was replaced by one with other settings, {content['settings']}, not "
                     f"{settings}; open it again."
@@ -236,6 +242,7 @@ class BankFolder:
             self.catalogue.describe(
                 {
                     "settings": settings,
+                    "encoders": contents.encoders.to_json(),
                     "shapes": [list(shape) for shape in storage.shapes],
                     "commit": self.content.get("commit", 0) + 1,
                     "next_serial": ledger.next_serial,

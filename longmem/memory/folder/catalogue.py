@@ -21,7 +21,7 @@ from longmem.memory.folder.tensor_file import damaged, not_written
 
 CATALOGUE = "catalogue.sqlite"
 APPLICATION_ID = 0x4C4D4231  # "LMB1": says to other programs what this file is
-SCHEMA_VERSION = 2  # 1 was a folder with a manifest.json
+SCHEMA_VERSION = 3  # 1 was a folder with a manifest.json; 2 knew no segments
 MODULUS = 2**63
 # The second where SQLite quotes, in its message, a damaged name.
 UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)

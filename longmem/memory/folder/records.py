@@ -14,6 +14,8 @@ from torch import Tensor
 
 from longmem.memory.contents import BankContents
 from longmem.memory.documents import Document, Run, Source, SourcePart
+from longmem.memory.encoded import Segments
+from longmem.memory.encoders import Encoders
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.folder.segments import Segment
@@ -26,7 +28,7 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
         "num_tokens": document.num_tokens,
         "tags": document.tags,
         "is_pinned": document.is_pinned,
-        "window_length": document.window_length,
+        "segments": document.segments.to_json(),
         "written_at": document.written_at,
         "has_source": document.source_or_reader is not None,
     }
@@ -107,7 +109,7 @@ def read_document(
     serial: int, fields: dict[str, Any], waiting: bytes, usage: tuple[int, float], device: torch.device
 ) -> Document:
     """Return a document without its rows and its source."""
-    fields = fields | {"tags": tuple(fields["tags"])}
+    fields = fields | {"tags": tuple(fields["tags"]), "segments": Segments.from_json(fields["segments"])}
     document = Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
     tails = load(waiting) if waiting else {}
     document.waiting = [
@@ -143,6 +145,7 @@ def restore(
     storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
     assert isinstance(storage, DiskStorage)
     storage.restore(segments, content["next_slot"], content["shapes"])
+    contents.encoders = Encoders.from_json(content["encoders"])
     usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
     with_source = []
     for serial, text, waiting in rows["documents"]:

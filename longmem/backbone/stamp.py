@@ -1,0 +1,207 @@
+"""The encoder stamp: which encoder wrote stored keys and values, said so that two of them can be told apart.
+
+Keys and values of memory layer m depend on the embeddings, on the layers below m, and in layer m on its norm and its
+key and value projections. Those tensors are the encoder path; everything else may be trained and nothing goes stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from longmem.backbone.capture import Backbone
+from longmem.backbone.structure import probe_ids
+
+# Fields of a configuration that change nothing that is stored: names, versions, how it is run, what is generated.
+WITHOUT_EFFECT = frozenset(
+    ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map")
+    + (
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "quantization_config",
+        "id2label",
+        "label2id",
+    )
+)
+WEIGHTS, TOKENIZER = "weights", "tokenizer"
+
+
+@dataclass(frozen=True)
+class EncoderStamp:
+    """Return what is known of an encoder: a hash of its path's tensors and what else determines what it writes.
+
+    `weights`: hash of names, shapes, dtypes and numbers. `recipe`: plain values by name (sizes, layers, tokenizer, the
+    backbone's configuration); empty where only a hash is known. Two encoders with one `digest` write the same numbers for
+    the same token ids; which ids a text gets is the tokenizer's, so that is compared, and not part of the digest.
+    """
+
+    weights: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Return one hash of everything, the encoder's fingerprint.
+
+        >>> EncoderStamp("1f", {}).digest
+        '1f'
+        """
+        if not self.recipe:
+            return self.weights
+        numbers = sorted((name, value) for name, value in self.recipe.items() if name != TOKENIZER)
+        text = json.dumps([self.weights, numbers], sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def diff(self, other: EncoderStamp) -> list[str]:
+        """Return the names of what differs, `weights` last; a value that one of them does not know is equal to any.
+
+        >>> EncoderStamp("1f", {"chunk_size": 4}).diff(EncoderStamp("2a", {"chunk_size": 8}))
+        ['chunk_size', 'weights']
+        """
+        shared = sorted(self.recipe.keys() | other.recipe.keys()) if self.recipe and other.recipe else []
+        pairs = {name: (self.recipe.get(name), other.recipe.get(name)) for name in shared}
+        names = [name for name, (mine, theirs) in pairs.items() if mine != theirs and None not in (mine, theirs)]
+        return names + [WEIGHTS] * (self.weights != other.weights)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values from which `from_json` makes an equal stamp."""
+        return {"weights": self.weights, "recipe": json.loads(json.dumps(dict(self.recipe), default=str))}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> EncoderStamp:
+        """Return the stamp that `to_json` described."""
+        return cls(content["weights"], content["recipe"])
+
+
+@dataclass(frozen=True)
+class EncoderPath:
+    """Return the tensors that stored keys and values depend on, and the modules that hold them or stand above those.
+
+    `leaves`: (name, module, name in the module) of every parameter and saved buffer, in the order of names.
+    """
+
+    leaves: tuple[tuple[str, nn.Module, str], ...]
+    modules: tuple[tuple[str, nn.Module], ...]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and tensors as they are now, on the CPU; those that a device map has offloaded are fetched."""
+        for name, module, leaf in self.leaves:
+            yield name, on_cpu(module, leaf)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def encoder_path(backbone: Backbone, memory_layers: Sequence[int]) -> EncoderPath:
+    """Return the encoder path of these memory layers, found by running the backbone over a few tokens.
+
+    Layers below the highest memory layer belong to it as a whole: a router may send other tokens to other experts. Of
+    the rest a tensor belongs to it if its module is entered before the run ends at that layer's keys; in that layer itself,
+    only if keys or values have a gradient with respect to it. Where that cannot be asked (quantized or offloaded weights),
+    what is entered of the layer belongs.
+    """
+    highest = max(memory_layers)
+    layer = backbone.structure.layers[highest].layer
+    below = {module for each in backbone.structure.layers[:highest] for module in each.layer.modules()}
+    entered: dict[nn.Module, None] = {}
+    unread: set[int] = set()
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        entered.setdefault(module)
+
+    handles = [module.register_forward_pre_hook(enter) for module in backbone.model.modules()]
+    try:
+        with _watching_gradients(layer) as can_ask:
+            keys, values = backbone.encode(probe_ids(backbone.model), [highest])
+            if can_ask:
+                with torch.enable_grad():
+                    parameters = list(layer.parameters())
+                    total = keys[0].float().sum() + values[0].float().sum()
+                    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+                unread = {id(each) for each, found in zip(parameters, gradients, strict=True) if found is None}
+    finally:
+        for handle in handles:
+            handle.remove()
+    on_path = {module: name for name, module in backbone.model.named_modules() if module in entered or module in below}
+    leaves = [
+        (f"{name}.{leaf}" if name else leaf, module, leaf)
+        for module, name in on_path.items()
+        for leaf in own_tensors(module)
+        if id(getattr(module, leaf)) not in unread
+    ]
+    return EncoderPath(tuple(sorted(leaves, key=lambda each: each[0])), tuple((n, m) for m, n in on_path.items()))
+
+
+@contextlib.contextmanager
+def _watching_gradients(layer: nn.Module) -> Iterator[bool]:
+    """Record gradients from the entry of `layer` to the end of the block; yield whether all its weights can have some."""
+    parameters = list(layer.parameters())
+    can_ask = bool(parameters) and all(
+        each.is_floating_point() and not each.is_meta and not each.is_inference() and type(each.data) is Tensor
+        for each in parameters
+    )
+    before = [parameter.requires_grad for parameter in parameters]
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if can_ask:
+            torch.set_grad_enabled(True)  # until the run's own `no_grad` ends
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    handle = layer.register_forward_pre_hook(enter)
+    try:
+        yield can_ask
+    finally:
+        handle.remove()
+        if can_ask:
+            for parameter, requires_grad in zip(parameters, before, strict=True):
+                parameter.requires_grad_(requires_grad)
+
+
+def whole_path(model: PreTrainedModel) -> EncoderPath:
+    """Return all tensors of a model: what its last hidden states and its logits depend on."""
+    modules = tuple(model.named_modules())
+    leaves = ((f"{name}.{leaf}", module, leaf) for name, module in modules for leaf in own_tensors(module))
+    return EncoderPath(tuple(leaves), modules)
+
+
+def own_tensors(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters and of its buffers that belong to a checkpoint."""
+    hidden = module._non_persistent_buffers_set
+    named = {**module._parameters, **{name: each for name, each in module._buffers.items() if name not in hidden}}
+    return [name for name, tensor in named.items() if tensor is not None]
+
+
+def hash_tensors(tensors: Iterator[tuple[str, Tensor]]) -> str:
+    """Return a hash of names, dtypes, shapes and bytes of tensors on the CPU, in the order given."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in tensors:
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def configuration_recipe(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the backbone's configuration (rotary scaling, activations, ...) where it is not its type's default."""
+    settings = model.config.get_text_config().to_diff_dict()
+    return {f"backbone.{name}": value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+
+
+def on_cpu(module: nn.Module, leaf: str) -> Tensor:
+    """Return the values of a module's tensor; one that a device map has offloaded is fetched for the moment."""
+    tensor = getattr(module, leaf)
+    if not tensor.is_meta:
+        values = tensor.detach().cpu()
+        return (values if type(values) is Tensor else values.dequantize()).contiguous()
+    with align_module_device(module, torch.device("cpu")):
+        return getattr(module, leaf).detach().clone()

@@ -1,0 +1,168 @@
+"""A bank and the encoder that reads it: what is stale is refused, encoded again, moved or masked, as its policy says."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from longmem.backbone.stamp import EncoderStamp
+from longmem.memory.contents import BankContents
+from longmem.memory.encoder_checks import refuse_other_recipe
+from longmem.memory.encoders import UNKNOWN, Encoders
+from longmem.memory.index import Found
+from longmem.memory.ledger import Ledger
+from longmem.memory.locking import BankLock
+from longmem.memory.persistence import PersistentBank
+from longmem.memory.refresh import Lags, Refresher, RefreshPolicy, RefreshReport, make_policy, refresh_name
+
+
+class KeptFresh(PersistentBank):
+    """The half of `MemoryBank` that knows its encoder.
+
+    `refreshed` counts all that was encoded again since the bank was made or opened; `probed` holds what the clock "probe" has
+    measured; `wanted` the stale rows that a read has found and could not have encoded again there and then.
+    """
+
+    refresh: str
+    refreshed: RefreshReport
+    probed: dict[int, float]
+    wanted: set[int]
+    encoders: Encoders
+    _ledger: Ledger
+    _contents: BankContents
+    _lock: BankLock
+    _reader: weakref.ref[Any] | None
+
+    def _start_fresh(self) -> None:
+        self.refreshed, self.probed, self.wanted, self._reader = RefreshReport(), {}, set(), None
+        self._named_policy = self.refresh, make_policy(self.refresh)
+        self._readable: tuple[int, Tensor | None] | None = None
+
+    @property
+    def refresh_policy(self) -> RefreshPolicy:
+        """Return the policy that `refresh` names."""
+        if self._named_policy[0] != self.refresh:
+            self._named_policy = self.refresh, make_policy(self.refresh)
+        return self._named_policy[1]
+
+    def use_refresh(self, refresh: str | Mapping[str, Any]) -> None:
+        """Follow another refresh policy from now on, named as for the class."""
+        name = refresh_name(refresh)
+        with self.transaction():
+            self.refresh = name
+            self._ledger.note_change()
+        self.probed, self.wanted = {}, set()
+
+    def read_by(self, model: Any) -> None:
+        """Make ready to be read by a model, as the refresh policy says if its encoder is not the one that wrote the bank.
+
+        Called by the model before every read; costs next to nothing while nothing has changed.
+
+        Raises:
+            StaleMemoryError: the encoder is another one and the policy is "frozen", its tokenizer or its sizes are others, a
+                bound is exceeded, or the encoder is not frozen.
+        """
+        known = self.encoders.stamp
+        if known is None:
+            return
+        stamp = model.encoder_stamp()
+        model.encoder.refuse_trainable()
+        if stamp is not known and stamp.digest != known.digest:
+            self._change_encoder(model, stamp)
+        elif self.encoders.versions[-1].sketch is None:
+            self._enter_sketched(model, stamp)
+        self._reader = weakref.ref(model)
+        self.refresh_policy.on_open(Refresher(self, [model]))  # type: ignore[arg-type]
+
+    def read_as_is(self, model: Any) -> None:
+        """Read with this model's encoder all that another one wrote, as it is: every entry's encoder is unknown from now on."""
+        with self.transaction(), self._lock:
+            self.encoders.enter(model.encoder_stamp())
+            for document in self._ledger.documents.values():
+                for segment in document.segments:
+                    segment.version, segment.mapped_to = UNKNOWN, -1
+                self._ledger.note_encoding(document)
+
+    def reencode(
+        self,
+        model: Any,
+        *,
+        workers: Sequence[Any] = (),
+        budget_tokens: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> RefreshReport:
+        """Encode again, with this model, all that another encoder wrote, as it was written; return what was done.
+
+        Each document changes at one stroke, in a transaction of its own, so a process killed on the way leaves every document
+        whole, old or new, and the next call does the rest. Readers may go on meanwhile.
+
+        Args:
+            model: the encoder.
+            workers: equal models (for instance one for each GPU) that help; each is given work when it is free.
+            budget_tokens: stop before more tokens than that; None: do it all.
+            progress: called with (tokens done, tokens in all).
+        """
+        self._enter(model)
+        refresher = Refresher(self, [model, *workers])  # type: ignore[arg-type]
+        return refresher.reencode(refresher.stale(), budget_tokens, progress)
+
+    def sweep(self, model: Any, budget_tokens: int | None = None) -> RefreshReport:
+        """Do what the refresh policy does in idle time, up to so many tokens; return what was done."""
+        self._enter(model)
+        before = RefreshReport(**vars(self.refreshed))
+        self.refresh_policy.on_idle(Refresher(self, [model]), budget_tokens)  # type: ignore[arg-type]
+        return RefreshReport(**{name: value - getattr(before, name) for name, value in vars(self.refreshed).items()})
+
+    def lags(self, clock: str = "version") -> Lags:
+        """Return how far each version of the encoder is behind, on a clock."""
+        return Lags(self.encoders, clock, self.probed)
+
+    @property
+    def has_unknown(self) -> bool:
+        """Return whether some entries were written by an encoder that nobody knows."""
+        return bool((self._ledger.versions[0] == UNKNOWN).any())
+
+    def readable_now(self) -> Bool[Tensor, " rows"]:
+        """Return for each live row whether the refresh policy lets it be read as it is."""
+        versions, mapped_to = self._ledger.versions
+        readable = self.refresh_policy.readable(self.lags())[versions]
+        if self.refresh_policy.reads_mapped():
+            readable = readable | (mapped_to == self.encoders.current)
+        return readable
+
+    # Inside.
+
+    def _find(self, search: Callable[[Tensor | None], Found], rows: Tensor | None) -> Found:
+        """Return what a search finds, by way of the policy if some rows may not be read as they are."""
+        if self._readable is None or self._readable[0] != self._ledger.version:
+            readable = self.readable_now()
+            self._readable = self._ledger.version, None if readable.all() else readable
+        if self._readable[1] is None:
+            return search(rows)
+        model = None if self._reader is None else self._reader()
+        refresher = None if model is None else Refresher(self, [model])  # type: ignore[arg-type]
+        return self.refresh_policy.on_read(refresher, search, rows, self._readable[1])
+
+    def _enter(self, model: Any) -> None:
+        """Make a model's encoder the current one, and say nothing to the policy."""
+        stamp = model.encoder_stamp()
+        refuse_other_recipe(self.encoders.stamp, stamp)
+        with self.transaction(), self._lock:
+            if self.encoders.stamp is None or self.encoders.stamp.digest != stamp.digest:
+                self._ledger.note_change()
+            self._enter_sketched(model, stamp)
+
+    def _enter_sketched(self, model: Any, stamp: EncoderStamp) -> None:
+        # A moving encoder is sketched only where a clock asks for it: it moves at every step.
+        sketch = model.encoder.sketch() if self.refresh_policy.needs_sketch or not model.encoder.is_moving else None
+        self.encoders.enter(stamp, sketch)
+
+    def _change_encoder(self, model: Any, stamp: EncoderStamp) -> None:
+        assert self.encoders.stamp is not None
+        self.refresh_policy.admit(self.encoders.stamp, stamp)
+        self._enter(model)
+        self.refresh_policy.on_encoder_change(Refresher(self, [model]))  # type: ignore[arg-type]

@@ -1,0 +1,34 @@
+"""Refresh policies by name: what a bank does when its encoder changes. A new one is one class in one file.
+
+frozen    the encoder never changes, and that is proved (the default)
+eager     everything is encoded again when it changes
+bounded   entries may be so far behind and no further
+lazy      what is read is encoded again, and a sweep takes the rest
+mapped    old vectors are moved by a map fitted on a sample, where a hold-out says that this wins
+"""
+
+from longmem.memory.refresh.bounded import Bounded
+from longmem.memory.refresh.eager import Eager
+from longmem.memory.refresh.frozen import Frozen
+from longmem.memory.refresh.lags import CLOCKS, Lags
+from longmem.memory.refresh.lazy import Lazy
+from longmem.memory.refresh.mapped import Mapped
+from longmem.memory.refresh.policy import POLICIES, RefreshPolicy, make_policy, refresh_name, register_policy
+from longmem.memory.refresh.refresher import Refresher, RefreshReport
+
+__all__ = [
+    "CLOCKS",
+    "POLICIES",
+    "Bounded",
+    "Eager",
+    "Frozen",
+    "Lags",
+    "Lazy",
+    "Mapped",
+    "RefreshPolicy",
+    "RefreshReport",
+    "Refresher",
+    "make_policy",
+    "refresh_name",
+    "register_policy",
+]

@@ -1,0 +1,35 @@
+"""Eager: when the encoder changes, everything is encoded again before it is read (REALM, with a period)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from longmem.memory.refresh.lags import Lags
+from longmem.memory.refresh.policy import RefreshPolicy, register_policy
+from longmem.memory.settings import Setting
+
+if TYPE_CHECKING:
+    from longmem.memory.refresh.refresher import Refresher
+
+
+@register_policy("eager")
+class Eager(RefreshPolicy):
+    """Encode everything again after every `every`-th change of the encoder; in between, older entries are read as they are."""
+
+    settings: ClassVar[Mapping[str, Setting]] = {
+        "every": Setting(1, "the number of encoder changes from one refresh to the next", 1, 1e9),
+    }
+
+    def on_encoder_change(self, refresher: Refresher) -> None:
+        """Encode again what is stale, all of it, if some entry has reached the period."""
+        lags = Lags(refresher.bank.encoders).values
+        if refresher.stale([float(lag) < self.chosen["every"] for lag in lags]):
+            refresher.reencode(refresher.stale())
+
+    def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
+        """Return whether a version is less than a period behind."""
+        return lags.values < self.chosen["every"]

@@ -1,0 +1,25 @@
+"""Frozen: the encoder never changes, and that is proved instead of assumed (the paper)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from longmem.backbone.stamp import EncoderStamp
+from longmem.memory.encoder_checks import refuse_stale
+from longmem.memory.refresh.lags import Lags
+from longmem.memory.refresh.policy import RefreshPolicy, register_policy
+
+
+@register_policy("frozen")
+class Frozen(RefreshPolicy):
+    """Refuse a bank whose entries another encoder wrote; nothing is ever encoded again, and nothing masked."""
+
+    def admit(self, known: EncoderStamp, stamp: EncoderStamp) -> None:
+        """Raise StaleMemoryError, with what differs and the ways out."""
+        refuse_stale(known, stamp)
+
+    def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
+        """Return that everything is: what gets in is of this encoder, or its owner has said to read it all the same."""
+        return torch.ones_like(lags.is_fresh)

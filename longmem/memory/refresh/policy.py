@@ -1,0 +1,126 @@
+"""What a refresh policy is: what a bank does when the encoder that reads it is not the one that wrote it.
+
+A policy decides three things: what happens when the encoder has changed (`on_encoder_change`), which chunks a read may
+return (`readable`, `on_read`), and what is done between reads (`on_idle`). What it may not read is masked: a search finds other
+chunks instead, and nothing where there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from longmem.backbone.stamp import EncoderStamp
+from longmem.memory.index import Found
+from longmem.memory.refresh.lags import Lags
+from longmem.memory.settings import Setting, parse_name
+
+if TYPE_CHECKING:
+    from longmem.memory.refresh.refresher import Refresher
+
+Search = Callable[[Tensor | None], Found]
+
+POLICIES: dict[str, type[RefreshPolicy]] = {}
+
+
+class RefreshPolicy:
+    """Decide what a bank does with entries of an earlier encoder; a new policy is one class, registered by its name.
+
+    The default reads what the current encoder wrote and masks the rest.
+    """
+
+    # Settings that may follow the name, as in "bounded:max_lag=4,clock=gap"; `chosen` holds their values.
+    settings: ClassVar[Mapping[str, Setting]] = {}
+    needs_sketch: ClassVar[bool] = False  # whether every version of the encoder is sketched, for the clock "gap"
+
+    def __init__(self, **chosen: Any) -> None:
+        self.chosen = {name: setting.default for name, setting in self.settings.items()} | chosen
+
+    def admit(self, known: EncoderStamp, stamp: EncoderStamp) -> None:
+        """Raise StaleMemoryError if another encoder must not read the bank at all."""
+
+    def on_encoder_change(self, refresher: Refresher) -> None:
+        """Act on a new encoder, once, before anything is read with it."""
+
+    def on_open(self, refresher: Refresher) -> None:
+        """Act before each call of a model that reads the bank."""
+
+    def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
+        """Return for each version whether what it wrote may be read as it is; the last entry is the unknown encoder's."""
+        return lags.is_fresh
+
+    def reads_mapped(self) -> bool:
+        """Return whether entries that a map has moved to the current encoder may be read."""
+        return False
+
+    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Found:
+        """Return what a search finds where some rows are not readable.
+
+        Args:
+            refresher: what encodes again; None where no model is known.
+            search: of the given rows (None: all).
+            rows: that were asked for, None for all.
+            readable: of each live row.
+        """
+        return search(readable_rows(rows, readable))
+
+    def on_idle(self, refresher: Refresher, budget_tokens: int | None) -> None:
+        """Encode again what is stale, oldest first, up to so many tokens: the sweep in the background."""
+        refresher.reencode(refresher.stale(), budget_tokens)
+
+
+def readable_rows(rows: Tensor | None, readable: Bool[Tensor, " live"]) -> Tensor:
+    """Return those of the rows that may be read."""
+    allowed = readable.nonzero().flatten() if rows is None else rows[readable[rows]]
+    return allowed
+
+
+def register_policy(name: str) -> Callable[[type[RefreshPolicy]], type[RefreshPolicy]]:
+    """Return a decorator that makes a class reachable by a name. Raises ValueError if the name is taken.
+
+    >>> @register_policy("skip-unknown")
+    ... class SkipUnknown(RefreshPolicy):
+    ...     def readable(self, lags):
+    ...         return torch.cat([torch.ones(len(lags.is_fresh) - 1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)])
+    >>> refresh_name({"name": "skip-unknown"})
+    'skip-unknown'
+    >>> del POLICIES["skip-unknown"]
+    """
+
+    def register(kind: type[RefreshPolicy]) -> type[RefreshPolicy]:
+        if name in POLICIES:
+            raise ValueError(
+                f"`name` must be new, got {name!r}, which is {POLICIES[name].__name__}; choose another one."
+            )
+        POLICIES[name] = kind
+        return kind
+
+    return register
+
+
+def refresh_name(refresh: object) -> str:
+    """Return a policy's name with its settings, as a bank keeps it. Raises ValueError for what is not known.
+
+    >>> refresh_name({"name": "bounded", "max_lag": 0.001, "clock": "gap"})
+    'bounded:max_lag=0.001,clock=gap'
+    """
+    if isinstance(refresh, Mapping):
+        if "name" not in refresh:
+            raise ValueError(f"`refresh` must have a `name`, got {dict(refresh)!r}; known: {', '.join(POLICIES)}.")
+        settings = ",".join(f"{name}={value}" for name, value in refresh.items() if name != "name")
+        refresh = f"{refresh['name']}:{settings}" if settings else refresh["name"]
+    make_policy(refresh)
+    return str(refresh)
+
+
+def make_policy(refresh: object) -> RefreshPolicy:
+    """Return the policy that `refresh` names, with the settings it gives. Raises ValueError for what is not known.
+
+    >>> make_policy("bounded:max_lag=2").chosen["max_lag"]
+    2.0
+    """
+    kind, chosen = parse_name("refresh", refresh, {name: each.settings for name, each in POLICIES.items()})
+    return POLICIES[kind](**chosen)

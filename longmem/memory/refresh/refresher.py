@@ -1,0 +1,247 @@
+"""Encoding again: stale segments, exactly as they were written, one document after the other, each at one stroke."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from longmem.errors import StaleMemoryError
+from longmem.memory.documents import Document, Tail
+from longmem.memory.encoded import Segment
+from longmem.memory.refresh.samples import draw_segments, stored_chunks, vectors
+from longmem.memory.refresh.work import encode_all, encode_segment
+
+if TYPE_CHECKING:
+    from longmem.memory.bank import MemoryBank
+
+Targets = list[tuple[Document, list[Segment]]]
+
+
+@dataclasses.dataclass
+class RefreshReport:
+    """Return what a refresh did: tokens and segments encoded again, documents rewritten, seconds it took.
+
+    `failed`: segments whose new numbers were not finite, which stay as they were. `mapped`: segments moved by a map.
+    `probed_tokens`: encoded to measure how far keys have moved, and thrown away.
+    """
+
+    tokens: int = 0
+    segments: int = 0
+    documents: int = 0
+    failed: int = 0
+    mapped: int = 0
+    probed_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: RefreshReport) -> None:
+        """Add what another refresh did."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+class Refresher:
+    """Return what brings a bank up to date with a model's encoder.
+
+    Args:
+        bank: to be brought up to date; `bank.refreshed` counts what is done.
+        models: encoders, equal ones: with several, each encodes on a thread of its own (one for each device).
+    """
+
+    def __init__(self, bank: MemoryBank, models: Sequence[Any]) -> None:
+        self.bank, self.models = bank, list(models)
+
+    @property
+    def model(self) -> Any:
+        """Return the first of the models."""
+        return self.models[0]
+
+    def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool = False) -> Targets:
+        """Return the segments of each document that can be encoded again and are not readable, oldest versions first.
+
+        `is_readable`: for each version; None: only the current encoder's are.
+        """
+        lags = self.bank.encoders.lags()
+        readable = [lag == 0 for lag in lags] + [False] if is_readable is None else list(is_readable)
+        current = self.bank.encoders.current
+        found: Targets = []
+        for document in self.bank._ledger.documents.values():
+            segments = [
+                each
+                for each in document.segments
+                if each.is_known
+                and not readable[each.version]
+                and not (mapped_is_fresh and each.mapped_to == current)
+                and document.source_or_reader is not None
+            ]
+            if segments:
+                found.append((document, segments))
+        return sorted(found, key=lambda target: min(each.version for each in target[1]))
+
+    def of_chunks(self, document: Document, chunks: Iterable[int]) -> list[Segment]:
+        """Return the segments of a document that these chunks are of, as far as they can be encoded again."""
+        size = self.bank.chunk_size
+        tokens = sorted({chunk * size for chunk in chunks})
+        return [
+            each
+            for each in document.segments
+            if each.is_known and any(each.start < token + size and token < each.stop for token in tokens)
+        ]
+
+    def reencode(
+        self,
+        targets: Targets,
+        budget_tokens: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> RefreshReport:
+        """Encode segments again and write them, each document in one transaction; return what was done.
+
+        Args:
+            targets: documents with segments of them.
+            budget_tokens: encode no more whole segments than fit, but one at least; None: all.
+            progress: called with (tokens done, tokens in all) after each segment.
+
+        Raises:
+            ValueError: the bank can't be written to.
+        """
+        self.bank.refuse_reader()
+        begin = time.perf_counter()
+        targets = within_budget([(each, self._closure(each, segments)) for each, segments in targets], budget_tokens)
+        total = sum(each.stop - each.start for _, segments in targets for each in segments)
+        report, done = RefreshReport(), 0
+
+        def jobs() -> Iterable[tuple[Document, list[tuple[Segment, Tensor]]]]:
+            for document, segments in targets:
+                yield document, [(each, self._ids(document, each)) for each in segments]
+
+        def note(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            if progress is not None:
+                progress(done, total)
+
+        for document, encoded in encode_all(jobs(), self.models, note):
+            report.tokens += sum(each.stop - each.start for each, _ in encoded)
+            self._write(document, encoded, report)
+        report.seconds = time.perf_counter() - begin
+        self.bank.refreshed.add(report)
+        return report
+
+    def probe_versions(self, num_tokens: int = 64) -> dict[int, float]:
+        """Return for each old version how far its keys have moved: relative distance of stored keys to those encoded now.
+
+        About `num_tokens` tokens of each are encoded, and counted as probed in `bank.refreshed`; nothing is written.
+        """
+        by_version: dict[int, Targets] = {}
+        for document, segments in self.stale():
+            for each in segments:
+                by_version.setdefault(each.version, []).append((document, [each]))
+        return {version: self._probe(draw_segments(targets, num_tokens)) for version, targets in by_version.items()}
+
+    def _probe(self, sample: Targets) -> float:
+        moved = length = 0.0
+        for document, segments in sample:
+            for segment in segments:
+                ids = self._ids(document, segment)
+                self.bank.refreshed.probed_tokens += len(ids)
+                stored, size = stored_chunks(self, document, segment), self.bank.chunk_size
+                for chunks, now in zip(stored.chunks, encode_segment(self.model, ids), strict=True):
+                    first = stored.first * size - segment.start
+                    old = vectors(chunks)[0]
+                    new = now[0][:, first : first + old.shape[1]].to(old)
+                    moved, length = moved + float((new - old).square().sum()), length + float(new.square().sum())
+        return (moved / length) ** 0.5 if length else 0.0
+
+    def _ids(self, document: Document, segment: Segment) -> Tensor:
+        assert document.source is not None
+        first = document.first_chunk(self.bank.chunk_size) * self.bank.chunk_size
+        return document.source.token_ids[segment.start - first : segment.stop - first].clone()
+
+    def _closure(self, document: Document, segments: Sequence[Segment]) -> list[Segment]:
+        """Return the segments, and those that share a chunk with one of them: a chunk has numbers of one encoder."""
+        size = self.bank.chunk_size
+        chosen = {each.start for each in segments}
+        known = [each for each in document.segments if each.is_known]
+        for order in (known, known[::-1]):
+            for one, other in zip(order, order[1:], strict=False):
+                border = max(one.start, other.start)
+                touch = one.stop == other.start or other.stop == one.start
+                if touch and border % size and one.start in chosen:
+                    chosen.add(other.start)
+        return [each for each in known if each.start in chosen]
+
+    @torch.inference_mode(False)
+    def _write(self, document: Document, encoded: list[tuple[Segment, list[Tail]]], report: RefreshReport) -> None:
+        """Write what was encoded of a document, all of it or, if it has changed meanwhile, nothing."""
+        bank, good = self.bank, []
+        for segment, tokens in encoded:
+            if fits(tokens, bank._contents.shapes):
+                good.append((segment, tokens))
+            else:
+                report.failed += 1  # the old numbers stay, with their old version
+        with bank.transaction(), bank._lock:
+            current = bank._ledger.by_serial.get(document.serial)
+            there = {id(each) for each in current.segments} if current is document else set()
+            good = [(segment, tokens) for segment, tokens in good if id(segment) in there and segment.is_known]
+            for start, tokens in stretches(good):
+                bank._contents.overwrite(document, start, tokens)
+            for segment, _ in good:
+                segment.version, segment.mapped_to = bank.encoders.current, -1
+            if good:
+                bank._ledger.note_encoding(document)
+        report.segments += len(good)
+        report.documents += bool(good)
+
+
+def within_budget(targets: Targets, budget_tokens: int | None) -> Targets:
+    """Return the first of the targets, so many whole segments as fit in the budget, but one at least."""
+    if budget_tokens is None:
+        return targets
+    chosen: Targets = []
+    left = budget_tokens
+    for document, segments in targets:
+        taken: list[Segment] = []
+        for each in segments:
+            if each.stop - each.start > left and (chosen or taken):
+                break
+            taken.append(each)
+            left -= each.stop - each.start
+        if taken:
+            chosen.append((document, taken))
+        if len(taken) < len(segments):
+            break
+    return chosen
+
+
+def fits(tokens: Sequence[Tail], shapes: Sequence[Any] | None) -> bool:
+    """Return whether keys and values are finite. Raises StaleMemoryError if they have other sizes than the bank's."""
+    for position, (key, value) in enumerate(tokens):
+        if shapes is not None and (sizes := (key.shape[0], key.shape[2], value.shape[2])) != tuple(shapes[position]):
+            raise StaleMemoryError(
+                f"the bank holds {shapes[position]}, and this model writes {sizes} (heads, widths of keys and values): another "
+                "architecture. Memorize the documents again from their texts, in `MemoryBank.for_model(model)`."
+            )
+        if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
+            return False
+    return True
+
+
+def stretches(encoded: Sequence[tuple[Segment, list[Tail]]]) -> list[tuple[int, list[Tail]]]:
+    """Return first token, keys and values of each stretch of adjacent segments."""
+    found: list[tuple[int, int, list[list[Tail]]]] = []
+    for segment, tokens in sorted(encoded, key=lambda each: each[0].start):
+        if found and found[-1][1] == segment.start:
+            start, _, parts = found.pop()
+            found.append((start, segment.stop, [*parts, tokens]))
+        else:
+            found.append((segment.start, segment.stop, [tokens]))
+    return [(start, [_joined(layer) for layer in zip(*parts, strict=True)]) for start, _, parts in found]
+
+
+def _joined(parts: Sequence[Tail]) -> Tail:
+    keys, values = zip(*parts, strict=True)
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
