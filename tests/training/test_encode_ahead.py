@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -128,11 +129,16 @@ def told(features):
     return tuple(features.losses[0].int().tolist())
 
 
+def encoded(ahead):
+    """Wait until the thread has come as far as it may."""
+    wait([each.features for each in ahead._queue])
+
+
 @pytest.mark.parametrize("max_lag", [0, 1, 3])
 @pytest.mark.parametrize("per_step", [1, 2])
 @pytest.mark.parametrize("first", [0, 8])
 def test_a_moving_writer_is_never_older_than_the_bound(max_lag, per_step, first):
-    writer, gate = Writer(seconds=0.001), EncodeAheadGate(max_lag, per_step, max_inflight=4)
+    writer, gate = Writer(), EncodeAheadGate(max_lag, per_step, max_inflight=4)
     writer.version, lags = first // per_step, []
     with EncodeAhead(writer, batch_of, 24, gate).from_batch(first) as ahead:
         for number in range(first, 24):
@@ -140,14 +146,13 @@ def test_a_moving_writer_is_never_older_than_the_bound(max_lag, per_step, first)
             found, version = told(ahead.of(batch.input_ids, batch.lengths))
             assert found == number
             lags.append(number // per_step - version)
-            time.sleep(0.003)
+            encoded(ahead)
             if (number + 1) % per_step == 0:
                 writer.version += 1
     assert [number for number, _ in writer.begun] == list(range(first, 24))
     assert all(name.startswith("encode-ahead") for _, name in writer.begun)
     assert min(lags) >= 0
-    assert max(lags) <= max_lag
-    assert max_lag == 0 or max(lags) > 0
+    assert max(lags) == max_lag
 
 
 def test_the_queue_is_bounded_and_other_batches_are_computed_at_once():
@@ -183,11 +188,11 @@ def test_an_error_in_the_thread_surfaces_at_its_batch_and_the_thread_ends():
 
 
 def test_leaving_does_not_wait_for_the_queue():
-    writer = Writer(seconds=0.05)
+    writer = Writer(seconds=0.2)
     began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt), EncodeAhead.for_frozen(writer, batch_of, 50, 20).from_batch(0):
         raise KeyboardInterrupt
-    assert time.perf_counter() - began < 0.5  # 21 were handed over
+    assert time.perf_counter() - began < 2  # 21 were handed over
     assert len(writer.begun) <= 2
     assert not producers()
 
@@ -281,7 +286,7 @@ def test_no_lane_can_read_what_it_has_not_read_before(files, tmp_path):
     readable = trainer.memories.readable
 
     def late(batch):
-        time.sleep(0.05)  # the thread comes as far as it may
+        encoded(trainer.features)
         return readable(batch)
 
     trainer.memories.readable = late

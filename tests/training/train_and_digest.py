@@ -26,7 +26,9 @@ def main() -> None:
     config, *overrides = sys.argv[1:]
     if overrides[-1] == "sgd":
         overrides.pop()
-        setup.make_optimizer = lambda trained, wanted, *further: torch.optim.SGD(trained.values(), lr=wanted.learning_rate)
+        setup.make_optimizer = lambda trained, wanted, *further: torch.optim.SGD(
+            trained.values(), lr=wanted.learning_rate
+        )
     trainer = Trainer(load_settings(config, overrides))
     train_step, digests = trainer.train_step, []
 
