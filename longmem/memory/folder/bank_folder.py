@@ -33,7 +33,7 @@ LOCK = "lock"
 SEGMENT_FOLDER = "segments"
 INDEX_FOLDER = "indexes"
 ATTEMPTS_TO_READ = 10
-CHANGEABLE = ("index", "refresh", "fingerprint")  # settings that may change in the life of a bank
+CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
 
 
 def fixed(settings: dict[str, Any]) -> dict[str, Any]:
