@@ -205,6 +205,7 @@ def test_a_frozen_run_holds_no_writer(start):
     ("overrides", "message"),
     [
         ({"features__folder": "features"}, "`features.folder` must be left out where `writer.trained` is true"),
+        ({"features__ahead": 2}, "`features.ahead` must be 0 where `writer.trained` is true, .* got 2"),
         ({"model__backbone_dtype": "bfloat16"}, "`model.backbone_dtype` must be float32 where `writer.trained`"),
         ({"writer__trained": "false", "writer__average": 0.9}, r"`writer.average` needs `writer.trained`, got 0.9"),
         (

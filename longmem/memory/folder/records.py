@@ -23,6 +23,14 @@ from longmem.memory.folder.segments import Segment
 DATES = ("dated", "valid_until", "is_superseded", "superseded_by")
 
 
+CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
+
+
+def fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a bank keeps for life."""
+    return {name: value for name, value in settings.items() if name not in CHANGEABLE}
+
+
 def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stored_tokens: int) -> None:
     """Write all that changed of a document; the source of its first `stored_tokens` tokens is there already."""
     content = {

@@ -19,6 +19,9 @@ Found = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads qu
 
 # Scores that one step of exact search holds at a time (64 MiB of float32): a book has too many for all its queries.
 SCORES_PER_STEP = 2**24
+# So few queries are answered sooner over all rows, without those that are left out, than over a copy of the others
+# (65,535 of 65,536 rows, one query: 8 ms against 80 ms).
+FEW_QUERIES = 32
 
 
 def exact_top_chunks(
@@ -40,6 +43,24 @@ def exact_top_chunks(
         scores = block @ search_keys.transpose(1, 2)
         found.append((scores if bonus is None else scores.add_(bonus)).topk(num_chunks, dim=2))
     return torch.cat([scores for scores, _ in found], dim=1), torch.cat([rows for _, rows in found], dim=1)
+
+
+def top_of_most_rows(
+    queries: Float[Tensor, "kv_heads queries dim"],
+    search_keys: Float[Tensor, "kv_heads rows dim"],
+    num_chunks: int,
+    subset: Int[Tensor, " subset"],
+    bonus: Float[Tensor, " rows"] | None = None,
+) -> Found:
+    """Return what `exact_top_chunks` finds in a subset of the rows, which are not copied; it holds at least `num_chunks`."""
+    scores = queries @ search_keys.transpose(1, 2)
+    if bonus is not None:
+        scores = scores + bonus
+    is_left_out = torch.ones(search_keys.shape[1], dtype=torch.bool, device=search_keys.device)
+    is_left_out[subset] = False
+    # Filled, not added: whatever a query holds, also NaN, what is left out is never the best.
+    scores, rows = scores.masked_fill_(is_left_out, -torch.inf).topk(num_chunks, dim=2)
+    return scores, rows
 
 
 def faiss_top_chunks(
@@ -141,6 +162,8 @@ class ExactIndex(ChunkIndex):
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Found:
         """Return the best rows by `top_chunks` over the store's rows, or over a copy of a subset of them."""
         search_keys = self.store.search_keys
+        if rows is not None and queries.shape[1] <= FEW_QUERIES and 2 * len(rows) > search_keys.shape[1]:
+            return top_of_most_rows(queries, search_keys, num_chunks, rows, bonus)
         if rows is not None:
             search_keys = search_keys.index_select(1, rows)
         if bonus is None:
