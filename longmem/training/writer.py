@@ -48,5 +48,5 @@ def refuse_moved_writer(model: LongMemForCausalLM, before: EncoderStamp) -> None
         raise StaleMemoryError(
             f"the backbone must not move in training, but its encoder was {before.digest} when the run began and is "
             f"{now.digest} now; they differ in {', '.join(before.diff(now))}. What this run has learned was read from memories "
-            "that the backbone would not write again: leave the backbone's weights alone, or train it on purpose (`writer.trained`)."
+            "that the backbone would not write again: leave its weights alone, or train it on purpose (`writer.trained`)."
         )
