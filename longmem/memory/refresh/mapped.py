@@ -69,7 +69,10 @@ class Mapped(RefreshPolicy):
                     by_version[version].append((document, mine))
         for version, targets in by_version.items():
             self._move(refresher, version, targets)
-        self._fallback.on_encoder_change(refresher)
+        if self.chosen["fallback"] == "eager":  # its own way would encode again what has just been moved
+            refresher.reencode(refresher.stale(mapped_is_fresh=True))
+        else:
+            self._fallback.on_encoder_change(refresher)
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return what the fallback finds readable."""
