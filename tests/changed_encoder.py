@@ -11,10 +11,12 @@ from tiny_models import save_tiny_backbone
 from longmem.modeling import LongMemForCausalLM
 
 
-def tiny_longmem(folder: Path, **settings: int) -> LongMemForCausalLM:
+def tiny_longmem(folder: Path, *, num_key_value_heads: int = 2, **settings: int) -> LongMemForCausalLM:
     """Return a new model on a tiny backbone that is written to `folder`; its windows have 32 tokens."""
     options = {"segment_length": 32, "num_retrieved_tokens": 16} | settings
-    return LongMemForCausalLM.from_backbone(str(save_tiny_backbone(folder)), **options).eval()
+    return LongMemForCausalLM.from_backbone(
+        str(save_tiny_backbone(folder, num_key_value_heads=num_key_value_heads)), **options
+    ).eval()
 
 
 @torch.no_grad()
