@@ -14,7 +14,7 @@ from longmem import cli
 from longmem.cli import main
 from longmem.memory import MemoryBank
 
-ACTIONS = "add append update list info delete tag pin unpin verify compact export tune".split()  # noqa: SIM905
+ACTIONS = "add append update list info delete tag pin unpin verify compact export tune staleness refresh".split()  # noqa: SIM905
 COMMANDS = [["demo"], ["memorize"], ["generate"], ["bank"], *(["bank", action] for action in ACTIONS)]
 COMMANDS += [["official"], ["official", "convert"], ["official", "compare"]]
 

@@ -82,7 +82,7 @@ class StalenessReport:
         masked: entries that the refresh policy does not let be read as they are; all, if it would refuse the bank.
         mapped: entries that a map has moved to the encoder compared with.
         unreachable: documents of which something is stale and can't be encoded again.
-        tokens_to_encode: what bringing the bank up to date would encode.
+        tokens_to_encode: what bringing the bank up to date would encode; not what a map has moved, if the policy reads that.
         lag_mean: changes of the encoder since, over the entries whose encoder is known.
         lag_max: the largest.
         gap_max: how far the weights have moved since the oldest entries; None if that is not known of all entries.
@@ -155,7 +155,8 @@ def report_staleness(bank: MemoryBank, model: Any = None, *, probe: bool = False
             document_report(bank, document, encoders, fresh, readable) for document in bank._ledger.documents.values()
         )
         refresher = Refresher(bank, [model])
-        to_encode = 0 if for_good else refresher.num_tokens(refresher.stale(fresh.tolist()))
+        reads_mapped = bank.refresh_policy.reads_mapped() and encoders.current == bank.encoders.current
+        targets = [] if for_good else refresher.stale(fresh.tolist(), mapped_is_fresh=reads_mapped)
     tokens = bank.num_tokens
     known_versions = [each for each in versions if each.lag is not None]
     gaps = [each.gap for each in versions]
@@ -169,7 +170,7 @@ def report_staleness(bank: MemoryBank, model: Any = None, *, probe: bool = False
         masked=int((~readable).sum()),
         mapped=sum(each.mapped for each in documents),
         unreachable=sum(each.is_unreachable for each in documents),
-        tokens_to_encode=to_encode,
+        tokens_to_encode=refresher.num_tokens(targets),
         lag_mean=sum(each.tokens * (each.lag or 0) for each in known_versions)
         / max(1, sum(each.tokens for each in known_versions)),
         lag_max=max((each.lag or 0 for each in known_versions), default=0),
