@@ -6,6 +6,7 @@ from longmem.training.settings.files import load_settings, refuse_changed_settin
 from longmem.training.settings.sections import (
     CheckpointSettings,
     DataSettings,
+    ExchangeSettings,
     FeatureSettings,
     LoggingSettings,
     LossSettings,
@@ -19,6 +20,7 @@ from longmem.training.settings.sections import (
 __all__ = [
     "CheckpointSettings",
     "DataSettings",
+    "ExchangeSettings",
     "FeatureSettings",
     "LoggingSettings",
     "LossSettings",

@@ -31,6 +31,7 @@ def validate_settings(settings: TrainingSettings) -> None:
     _validate_memory(settings)
     _validate_loss(settings)
     _validate_length(settings)
+    _validate_exchange(settings)
     if settings.features.max_gigabytes is not None and settings.features.folder is None:
         raise ValueError(
             f"`features.max_gigabytes` needs `features.folder`, got {settings.features.max_gigabytes} without a folder; "
@@ -125,3 +126,23 @@ def _validate_length(settings: TrainingSettings) -> None:
             "`optimization.warmup_steps` must be below `optimization.steps`, so that the learning rate is reached, got "
             f"{optimization.warmup_steps} and {optimization.steps}; {optimization.steps // 10} would do."
         )
+
+
+def _validate_exchange(settings: TrainingSettings) -> None:
+    every = settings.exchange.every_steps
+    if not every:
+        return
+    if settings.optimization.mixed_precision == "fp16":
+        raise ValueError(
+            f"`exchange.every_steps` must be 0 with `optimization.mixed_precision: fp16`, got {every}: each process would "
+            "scale its losses, and skip steps, in its own way; bf16 needs no such scale."
+        )
+    for name, value in (
+        ("checkpoints.every_steps", settings.checkpoints.every_steps),
+        ("validation.every_steps", settings.validation.every_steps),
+    ):
+        if value % every:
+            raise ValueError(
+                f"`{name}` must be a multiple of `exchange.every_steps`, got {value} and {every}: in between, every process "
+                f"has a side network of its own; {value + -value % every} would do."
+            )
