@@ -182,7 +182,8 @@ def test_moved_vectors_stay_stale_and_are_not_masked(models):
     assert bank.refreshed.mapped
     assert (report.masked, report.mapped > 0) == (0, True)
     assert report.stale_share == report.mapped / report.entries
-    assert (report.tokens_to_encode, bank.staleness(models[1]).tokens_to_encode) == (0, 98)
+    assert report.tokens_to_encode == 2, "the tail that waits is in no chunk, so no map has moved it"
+    assert bank.staleness(models[1]).tokens_to_encode == 98
     assert report.map_gain is not None
     assert report.map_gain > 0
     assert bank.staleness(models[1]).mapped == 0
