@@ -7,6 +7,9 @@ import torch
 from changed_encoder import changed, tiny_longmem
 
 from longmem.memory import MemoryBank
+from longmem.memory.refresh import Refresher
+from longmem.memory.refresh.drift_map import DriftMap
+from longmem.memory.refresh.mapped import move_segments
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +68,18 @@ def test_a_fallback_does_not_encode_what_a_map_has_moved(models, fallback):
     bank.read_by(after_move)
     assert bank.refreshed.mapped == 6
     assert bank.refreshed.tokens == 64
+
+
+def test_a_tail_that_waits_is_moved_with_its_segment(models):
+    before, after = models
+    bank = MemoryBank.for_model(before)
+    before.memorize(bank, torch.arange(30), "one")
+    document = bank._ledger.documents["one"]
+    ((keys, values),) = [[each.clone() for each in pair] for pair in document.waiting]
+    doubled = DriftMap(2 * torch.eye(8).expand(2, 8, 8), torch.ones(2, 1, 8))
+    turned = DriftMap(-torch.eye(8).expand(2, 8, 8), torch.zeros(2, 1, 8))
+    bank._enter(after)
+    move_segments(Refresher(bank, [after]), document, list(document.segments), {(0, 0): doubled, (0, 1): turned})
+    ((new_keys, new_values),) = document.waiting
+    torch.testing.assert_close(new_keys, 2 * keys + 1)
+    torch.testing.assert_close(new_values, -values)
