@@ -2,7 +2,8 @@
 
 A step reads one window of every lane. The frozen backbone runs first, or its features are read from where they were kept;
 then the side network predicts the window, reading the memory of the lane's earlier text; after the backward pass the window
-enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on.
+enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on. With
+`writer.trained` backbone and memories are not: then checkpoints hold both.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from longmem.training.settings import (
     validate_settings,
 )
 from longmem.training.trainable import mean_bias, select_trained
+from longmem.training.writer import couple_writer, refuse_moved_writer, writer_groups
 
 
 @dataclasses.dataclass
@@ -98,6 +100,7 @@ class Trainer:
         if self.checkpoints.steps():
             refuse_changed_settings(settings, self.folder / "config.yaml")
         self.model = setup.make_model(settings, self.accelerator.device)
+        self.writer_parameters = couple_writer(self.model, settings.writer, self.accelerator.num_processes)
         self.lanes = setup.make_lanes(settings, self.model.tokenizer, self.accelerator)
         self.own = process_lanes(settings.data.lanes, self.accelerator.process_index, self.accelerator.num_processes)
         self.steps = setup.total_steps(optimization, self.lanes)
@@ -108,11 +111,15 @@ class Trainer:
         self.backbone_lock = threading.Lock()
         self.memories = LaneMemories(self.model, len(self.own), **setup.memory_options(settings))
         self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
-        optimizer = setup.make_optimizer(self.trained, optimization)
+        of_writer = writer_groups(self.writer_parameters, settings.writer, optimization)
+        optimizer = setup.make_optimizer(self.trained, optimization, of_writer)
         self.schedule = setup.make_schedule(optimizer, optimization, self.steps)
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
         self.local_updates = LocalUpdates(self.accelerator, settings.exchange.every_steps, self.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
+        if self.model.writer is not None:
+            self.accelerator.register_for_checkpointing(self.model.writer, self.model.encoder)
+            self.checkpoints.memories = self.memories
         self.step = self.checkpoints.restore(self.accelerator)
 
     def run(self) -> list[StepRecord]:
@@ -123,11 +130,13 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_settings(settings, self.folder / "config.yaml")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-        num_trained = sum(parameter.numel() for parameter in self.trained.values())
+        trained = [*self.trained.values(), *self.writer_parameters.values()]
+        num_trained = sum(parameter.numel() for parameter in trained)
         if self.step == self.steps:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
         for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.frozen):
             self.console.print(line, highlight=False, soft_wrap=True)
+        encoder = self.model.encoder_stamp(exact=True)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
             log = (
@@ -147,6 +156,7 @@ class Trainer:
                     self._validate(log)
                 if self._due(settings.checkpoints.every_steps):
                     self.checkpoints.save(self.accelerator, self.step)
+        refuse_moved_writer(self.model, encoder)
         self.finish(stop.reason)
         return records
 
@@ -165,6 +175,7 @@ class Trainer:
         """Do one optimizer step and return what happened in it."""
         start, settings = time.perf_counter(), self.settings.optimization
         self.model.train()
+        self.model.encoder.refuse_trainable()  # before the backbone runs, which would freeze it again without a word
         first = self.step * settings.gradient_accumulation
         numbers = range(first, first + settings.gradient_accumulation)
         lengths = [self.lanes.lengths(number) for number in numbers]
@@ -176,9 +187,12 @@ class Trainer:
                 self._window_step(number, scale, sums)
         # Of the network as prepared: FSDP puts parameters of its own in the place of those chosen before.
         weights = [weight for weight in self.side_network.parameters() if weight.requires_grad]
+        weights += self.writer_parameters.values()
         norm = self.accelerator.clip_grad_norm_(weights, settings.clip_norm)
         learning_rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
+        if self.model.writer is not None:
+            self.model.writer_moved()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
@@ -284,7 +298,9 @@ class Trainer:
         }
         if not self.accelerator.is_main_process:
             return
-        self.model.save_pretrained(self.folder / "side-network", state_dict=state)
+        self.model.save_pretrained(
+            self.folder / "side-network", state_dict=state, save_backbone=self.model.writer is not None
+        )
         steps, validations = read_log(self.folder / "log.jsonl")
         if steps:
             plot_training(self.folder / "curve.png", steps, validations)

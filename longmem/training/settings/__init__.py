@@ -15,6 +15,7 @@ from longmem.training.settings.sections import (
     OptimizationSettings,
     TrainingSettings,
     ValidationSettings,
+    WriterSettings,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "OptimizationSettings",
     "TrainingSettings",
     "ValidationSettings",
+    "WriterSettings",
     "load_settings",
     "refuse_changed_settings",
     "save_settings",
