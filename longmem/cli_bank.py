@@ -8,6 +8,7 @@ from typing import Any
 
 from longmem.subcommands import add_command, add_group, bank_folder
 
+POLICIES = '"frozen", "eager", "lazy", "mapped", "bounded:max_lag=4", ...'
 MEMORIZE_EXAMPLES = """\
 examples:
   longmem memorize book.txt --bank memory                       a new bank, or one more document in it
@@ -28,6 +29,8 @@ examples:
   longmem bank delete notes.txt --bank memory
   longmem bank compact --bank memory                       give back the space of what was deleted
   longmem bank tune --bank memory --queries new.txt        which index finds enough, and how fast
+  longmem bank staleness --bank memory --model tuned       what another model would find stale
+  longmem bank refresh --bank memory --model tuned         encode it again
 
 Each change is on the disk, as a whole, when the command ends. One process may change a bank while any number read it.
 """
@@ -40,7 +43,7 @@ examples:
   longmem bank update notes.txt --bank memory
   longmem bank update second-draft.txt --id draft.txt --bank memory
 
-Windows of the text whose tokens stood in the version before are copied and not encoded. Tags and pin stay.
+Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
 """
 LIST_EXAMPLES = """\
 examples:
@@ -68,6 +71,12 @@ examples:
   longmem bank pin handbook.txt --bank memory      never evicted, however full the bank is
   longmem bank unpin handbook.txt --bank memory
 """
+SUPERSEDE_EXAMPLES = """\
+examples:
+  longmem bank supersede plan-v1.txt --by plan-v2.txt --bank memory    kept, listed, and found by no search
+  longmem bank supersede rumour.txt --bank memory                      withdrawn: nothing took its place
+  longmem bank restore plan-v1.txt --bank memory                       found again, also if it had expired
+"""
 VERIFY_EXAMPLES = """\
 examples:
   longmem bank verify --bank memory && cp -r memory backup    exit code 2 if a byte is not as it was written
@@ -82,7 +91,8 @@ examples:
   longmem bank export notes.jsonl --tag notes --bank memory
   longmem bank add notes.jsonl --bank another --model Qwen/Qwen3-0.6B    memorize the texts with another model
 
-Each line has document_id, tags, is_pinned, num_tokens, first_resident_token, and token_ids and text from there on:
+Each line has document_id, tags, is_pinned, dated, valid_until, is_superseded, superseded_by, num_tokens,
+first_resident_token, and token_ids and text from there on:
 datasets.load_dataset("json", data_files="documents.jsonl").
 """
 TUNE_EXAMPLES = """\
@@ -93,6 +103,25 @@ examples:
 
 The keys are the bank's, the queries what its model asks while it reads the text. One setting serves all layers: the
 first memory layer is measured unless you name another.
+"""
+STALENESS_EXAMPLES = """\
+examples:
+  longmem bank staleness --bank memory                       which encoders wrote what is there
+  longmem bank staleness --bank memory --model tuned         what would be stale if this model read it
+  longmem bank staleness --bank memory --model tuned --probe --plot staleness.png
+
+Nothing in the bank changes. stale: another encoder wrote it. behind: changes of the encoder since. gap: how far its weights
+have moved since, relative to their norm. drift: the same of stored keys, which --probe measures on about 64 tokens of each
+earlier encoder. masked: chunks that the refresh policy does not let be read as they are. moved: by a map, to this encoder.
+"""
+REFRESH_EXAMPLES = """\
+examples:
+  longmem bank refresh --bank memory --model tuned                    everything that another encoder wrote
+  longmem bank refresh --bank memory --budget-tokens 100000           so much for now; the next run goes on
+  longmem bank refresh --bank memory --model tuned --policy mapped    move most of it by a map, where that wins
+
+Text is not needed: token ids are kept. Each document is on the disk once it is whole, so a run can be stopped with Ctrl-C,
+and the next one goes on. --policy also says what the bank does from now on when its encoder changes.
 """
 
 
@@ -128,11 +157,15 @@ def add_bank_commands(commands: Any) -> None:
         ("tag", "give documents tags instead of those they had", TAG_EXAMPLES),
         ("pin", "keep documents from eviction", PIN_EXAMPLES),
         ("unpin", "let documents be evicted again", PIN_EXAMPLES),
+        ("supersede", "hide documents that no longer hold", SUPERSEDE_EXAMPLES),
+        ("restore", "let documents be found again", SUPERSEDE_EXAMPLES),
     ):
         command = add_command(actions, name, f"bank:{name}_documents", summary, epilog, bank)
         command.add_argument(
             "documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them"
         )
+        if name == "supersede":
+            command.add_argument("--by", metavar="DOCUMENT", help="what took their place; default: nothing did")
         if name == "tag":
             command.add_argument("--tag", action="append", default=[], help="may be given several times; none: no tags")
 
@@ -143,6 +176,7 @@ def add_bank_commands(commands: Any) -> None:
     )
     export.add_argument("output", type=Path, metavar="OUT", help="file to write (.jsonl)")
     add_tune(actions, bank, writer)
+    add_refresh(actions, bank)
 
 
 def add_options_of_add(command: argparse.ArgumentParser) -> None:
@@ -155,6 +189,7 @@ def add_options_of_add(command: argparse.ArgumentParser) -> None:
     new.add_argument("--index", help='"auto", "flat", "ivf:probed_share=0.06", ...; default: auto')
     new.add_argument("--eviction", help='what goes when it is full: "fifo", "lru", "ttl:seconds=3600"; default: fifo')
     new.add_argument("--storage-dtype", metavar="DTYPE", help="float16, bfloat16, float32 or int8; default: float16")
+    new.add_argument("--refresh", metavar="POLICY", help=f"when its encoder changes: {POLICIES}; default: frozen")
 
 
 def add_tune(actions: Any, *parents: argparse.ArgumentParser) -> None:
@@ -168,6 +203,22 @@ def add_tune(actions: Any, *parents: argparse.ArgumentParser) -> None:
     tune.add_argument("--recall", type=float, default=0.95, help="share of the exact best that has to be found")
     tune.add_argument("--output", type=Path, metavar="DIR", help="folder for tuning.md, tuning.json and tuning.png")
     tune.add_argument("--apply", action="store_true", help="let the bank use the recommended setting")
+
+
+def add_refresh(actions: Any, bank: argparse.ArgumentParser) -> None:
+    """Add `bank staleness` and `bank refresh`."""
+    reader = model_option("the bank's own encoder, and no model is opened; with --probe, the model that wrote the bank")
+    staleness = add_command(
+        actions, "staleness", "staleness:show", "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader
+    )
+    staleness.add_argument("--probe", action="store_true", help="measure how far keys have moved")
+    staleness.add_argument("--plot", type=Path, metavar="FILE", help="figure to write (.png)")
+    encoder = model_option("the model that wrote the bank, as it is now")
+    refresh = add_command(
+        actions, "refresh", "staleness:refresh", "encode again what is stale", REFRESH_EXAMPLES, bank, encoder
+    )
+    refresh.add_argument("--budget-tokens", type=int, metavar="N", help="encode no more than that; default: all")
+    refresh.add_argument("--policy", metavar="NAME", help=f"follow it from now on: {POLICIES}; default: the bank's")
 
 
 def labels() -> argparse.ArgumentParser:

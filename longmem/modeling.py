@@ -49,7 +49,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
     """A causal LM with long-term memory (LongMem, arXiv 2306.07174).
 
     Make one with `from_backbone` (new side network) or `from_pretrained` (saved side network). Only the side network is
-    trained and saved; the backbone is frozen and in eval mode whatever mode the model is in.
+    trained and saved; the backbone is frozen (`couple_writer` is for those who want to train it) and in eval mode whatever
+    mode the model is in.
 
     Args:
         config: the configuration; copied.
@@ -142,13 +143,16 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         """
         hidden_layers = self.side_network.hidden_layers
         with_final_states = self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
-        return self._backbone.run(
+        states = self._backbone.run(
             input_ids,
             hidden_layers=hidden_layers.union(extra_hidden_layers),
             memory_layers=self.config.memory_layers or (),
             with_final_states=with_final_states,
             **inputs,
         )
+        if self.writer is not None:
+            self.writer.rewrite(states, input_ids, inputs)
+        return states
 
     # Writing -----------------------------------------------------------------------------------------------------------
 
@@ -156,7 +160,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
     ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
         """Return position-free keys and values of the tokens, one of each per memory layer, without gradients."""
-        return self._backbone.encode(input_ids, self.config.memory_layers or (), **inputs)
+        backbone = self._backbone if self.writer is None else self.writer.backbone
+        return backbone.encode(input_ids, self.config.memory_layers or (), **inputs)
 
     def memorize(
         self,
@@ -166,6 +171,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         *,
         append: bool = False,
         tags: Sequence[str] = (),
+        dated: float | None = None,
+        valid_until: float | None = None,
         reuse: tuple[MemoryBank, str] | None = None,
         batch_size: int = 1,
         progress: Callable[[int, int], None] | None = None,
@@ -182,6 +189,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             append: continue the document. The tokens of the window that it ends in are read again, so that the bank holds
                 what it would if all had been memorized at once; if they are not known, a new window begins.
             tags: of a new document; `bank.select(tags=...)` reads by them.
+            dated: when the content of a new document was true, in seconds since 1970; None: when it was written.
+            valid_until: when it ceases to be; from then on no search finds it. None: never.
             reuse: a bank and a document of it; windows of the same tokens are copied from there and not encoded.
             batch_size: windows encoded at once.
             progress: called with (tokens done, tokens in all) after every step.
@@ -197,6 +206,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             document_id,
             append=append,
             tags=tags,
+            dated=dated,
+            valid_until=valid_until,
             reuse=reuse,
             batch_size=batch_size,
             progress=progress,

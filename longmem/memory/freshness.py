@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -19,7 +18,17 @@ from longmem.memory.index import Found
 from longmem.memory.ledger import Ledger
 from longmem.memory.locking import BankLock
 from longmem.memory.persistence import PersistentBank
-from longmem.memory.refresh import Lags, Refresher, RefreshPolicy, RefreshReport, make_policy, refresh_name
+from longmem.memory.refresh import (
+    Lags,
+    Refresher,
+    RefreshPolicy,
+    RefreshReport,
+    StalenessReport,
+    make_policy,
+    readable_as_is,
+    refresh_name,
+    report_staleness,
+)
 
 
 class KeptFresh(PersistentBank):
@@ -161,18 +170,26 @@ class KeptFresh(PersistentBank):
 
     def readable_now(self) -> Bool[Tensor, " rows"]:
         """Return for each live row whether the refresh policy lets it be read as it is."""
-        versions, mapped_to = self._ledger.versions
-        readable = self.refresh_policy.readable(self.lags())[versions]
-        # What a map has moved is no longer what any encoder wrote, also when the encoder that once wrote it comes back.
-        is_mapped = mapped_to >= 0
-        good = (mapped_to == self.encoders.current) & self.refresh_policy.reads_mapped()
-        return torch.where(is_mapped, good, readable)
+        return readable_as_is(self.refresh_policy, self.lags(), self._ledger.versions)
 
     def warn_once(self, about: str, message: str) -> None:
         """Warn of something, once in the life of this object."""
         if about not in self._warned:
             self._warned.add(about)
             warnings.warn(message, stacklevel=3)
+
+    def staleness(self, model: Any = None, *, probe: bool = False) -> StalenessReport:
+        """Return how much of the bank is stale, in total, for each encoder and for each document; nothing changes.
+
+        Args:
+            model: say what would be stale if this model read the bank; None: compare with the bank's current encoder.
+            probe: also measure how far keys have moved, by encoding about 64 tokens of each earlier encoder with `model`.
+
+        Raises:
+            ValueError: `probe` without a model.
+            StaleMemoryError: `probe` with a model that can't encode what the bank holds.
+        """
+        return report_staleness(self, model, probe=probe)  # type: ignore[arg-type]
 
     # Inside.
 

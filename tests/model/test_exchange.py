@@ -52,7 +52,9 @@ def test_a_tensor_in_memory_of_the_backbone_is_never_sent():
     model = make(residual="paper", final_norm="side")
     norm = model.backbone.model.norm
     model.side_network.final_modules[0].weight = torch.nn.Parameter(norm.weight.data)  # the same memory, another object
-    shares = "`side_network.final_modules.0.weight` must have memory of its own, but shares that of `backbone.model.norm"
+    shares = (
+        "`side_network.final_modules.0.weight` must have memory of its own, but shares that of `backbone.model.norm"
+    )
     with pytest.raises(ValueError, match=re.escape(shares)):
         model.side_state_dict()
 

@@ -91,7 +91,7 @@ def evaluate_stale_texts(settings: StaleTextSettings, model: LongMemForCausalLM,
                 keep_in = run.path / "tuned" / f"{rate:g}-{seed}.safetensors"
                 console.print(f"Encoder tuned at {rate:g}, seed {seed}", highlight=False)
                 backbone = tuned_backbone(
-                    model.backbone,  # type: ignore[arg-type]
+                    model.backbone,
                     tuning,
                     steps=settings.tuning_steps,
                     learning_rate=rate,

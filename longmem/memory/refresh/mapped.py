@@ -171,15 +171,14 @@ def move_segments(
 
 
 def move_tail(document: Document, segment: Segment, maps: Mapping[tuple[int, int], DriftMap]) -> None:
-    """Move those tokens of a segment that wait for their chunk to be full."""
-    begin = max(0, segment.start - (document.num_tokens - document.num_waiting_tokens))
-    end = segment.stop - (document.num_tokens - document.num_waiting_tokens)
-    for layer, pair in enumerate(document.waiting if end > begin else ()):
-        fresh = []
-        for side, old in enumerate(pair):
-            new = maps[layer, side].apply(old[:, begin:end])
-            fresh.append(torch.cat([old[:, :begin], new.to(old), old[:, end:]], dim=1))
-        document.waiting[layer] = (fresh[0], fresh[1])
+    """Move the segment's tokens that wait for a whole chunk, which else would join one that counts as moved."""
+    first = document.num_tokens - document.num_waiting_tokens
+    places = slice(max(segment.start - first, 0), max(segment.stop - first, 0))
+    waiting = [(key.clone(), value.clone()) for key, value in document.waiting]  # a copy of the bank may share them
+    for layer, pair in enumerate(waiting):
+        for side, tensor in enumerate(pair):
+            tensor[:, places] = maps[layer, side].apply(tensor[:, places]).to(tensor)
+    document.waiting = waiting
 
 
 def moved(chunks: Chunks, maps: Mapping[tuple[int, int], DriftMap], layer: int) -> Chunks:

@@ -68,17 +68,19 @@ class Refresher:
         """Return whether the bank can be written to."""
         return self.bank.may_write
 
-    def stale(self, is_readable: Sequence[bool] | None = None) -> Targets:
+    def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool | None = None) -> Targets:
         """Return the segments of each document that can be encoded again and are not readable, oldest versions first.
 
-        Two that share a chunk and are of different versions are not readable there. What a map has moved is readable if the
-        policy says so.
+        Two that share a chunk and are of different versions are not readable there.
 
-        `is_readable`: for each version; None: only the current encoder's are.
+        Args:
+            is_readable: for each version; None: only the current encoder's are.
+            mapped_is_fresh: what a map has moved to the current encoder is readable; None: as the policy says.
         """
         lags = self.bank.encoders.lags()
         readable = [lag == 0 for lag in lags] + [False] if is_readable is None else list(is_readable)
-        good_map = self.bank.encoders.current if self.bank.refresh_policy.reads_mapped() else UNKNOWN
+        reads_mapped = self.bank.refresh_policy.reads_mapped() if mapped_is_fresh is None else mapped_is_fresh
+        good_map = self.bank.encoders.current if reads_mapped else UNKNOWN
         found: Targets = []
         for document in self.bank._ledger.documents.values():
             if document.source_or_reader is None:
@@ -119,6 +121,10 @@ class Refresher:
             for each in document.segments
             if each.is_known and any(each.start < token + size and token < each.stop for token in tokens)
         ]
+
+    def num_tokens(self, targets: Targets) -> int:
+        """Return how many tokens `reencode` would encode for these targets, without a budget."""
+        return sum(each.stop - each.start for target in targets for each in self._closure(*target))
 
     def reencode(
         self,
@@ -169,13 +175,14 @@ class Refresher:
                     "equal models as `workers`, and call `bank.reencode(model)` or read with the model after it has changed."
                 )
 
-    def probe_versions(self, num_tokens: int = 64) -> dict[int, float]:
+    def probe_versions(self, num_tokens: int = 64, *, is_readable: Sequence[bool] | None = None) -> dict[int, float]:
         """Return for each old version how far its keys have moved: relative distance of stored keys to those encoded now.
 
         About `num_tokens` tokens of each are encoded, and counted as probed in `bank.refreshed`; nothing is written.
+        `is_readable`: as for `stale`. Raises StaleMemoryError if the model writes other sizes than the bank holds.
         """
         by_version: dict[int, Targets] = {}
-        for document, segments in self.stale():
+        for document, segments in self.stale(is_readable):
             for each in segments:
                 by_version.setdefault(each.version, []).append((document, [each]))
         return {version: self._probe(draw_segments(targets, num_tokens)) for version, targets in by_version.items()}
@@ -187,7 +194,10 @@ class Refresher:
                 ids = self._ids(document, segment)
                 self.bank.refreshed.probed_tokens += len(ids)
                 stored, size = stored_chunks(self, document, segment), self.bank.chunk_size
-                for chunks, now in zip(stored.chunks, encode_segment(self.model, ids), strict=True):
+                encoded = encode_segment(self.model, ids)
+                if not fits(encoded, self.bank._contents.shapes, largest_number(self.bank.storage_dtype)):
+                    return float("inf")  # of what is not finite no distance is known
+                for chunks, now in zip(stored.chunks, encoded, strict=True):
                     first = stored.first * size - segment.start
                     old = vectors(chunks)[0]
                     new = now[0][:, first : first + old.shape[1]].to(old)

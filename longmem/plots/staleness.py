@@ -1,0 +1,81 @@
+"""The figure of what is stale in a bank."""
+
+from __future__ import annotations
+
+import textwrap
+from os import PathLike
+
+from longmem.memory.refresh import StalenessReport, VersionStaleness
+from longmem.plots.style import COLORS, require_matplotlib, short_count
+
+FRESH, UNKNOWN = COLORS["on"], COLORS["backbone"]
+# From one change of the encoder behind to five or more.
+BEHIND = ("#f2c14e", "#e59a3c", "#d46a35", "#b5455f", "#6d2e46")
+MOST_DOCUMENTS = 40
+
+
+def plot_staleness(path: str | PathLike[str], report: StalenessReport, *, title: str) -> None:
+    """Draw a bar of tokens for each document, colored by how far the encoder that wrote them is behind.
+
+    Of more than 40 documents those with the most stale tokens are drawn, and how many there are is said.
+
+    Args:
+        path: PNG to write.
+        report: of a bank (`MemoryBank.staleness`).
+        title: of the figure.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure  # without pyplot: no display and no global state
+
+    documents = sorted(report.documents, key=lambda each: -each.stale_share * each.tokens)[:MOST_DOCUMENTS]
+    figure = Figure(figsize=(10, 1.9 + 0.3 * max(4, len(documents))), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 90), fontsize=12)
+    axes = figure.add_subplot()
+    lefts = [0] * len(documents)
+    places = range(len(documents))
+    for version in sorted(report.versions, key=lambda each: (not each.is_fresh, each.lag is None, each.lag)):
+        widths = [document.tokens_of.get(version.version, 0) for document in documents]
+        color = color_of_version(version)
+        # Versions of one color are told apart by their edges.
+        axes.barh(places, widths, 0.7, lefts, color=color, edgecolor="white", linewidth=0.6, label=label(version))
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    names = [textwrap.shorten(document.document_id, 40, placeholder=" ...") for document in documents]
+    axes.set_yticks(list(places), names, fontsize=8)
+    axes.set_ylim(len(documents) - 0.4, -0.6)
+    axes.set_xlabel("tokens in memory, by the encoder that wrote them")
+    if len(documents) < len(report.documents):
+        axes.set_title(
+            f"{len(documents)} of {len(report.documents)} documents: those with the most stale tokens", fontsize=10
+        )
+    axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    if report.versions:
+        figure.legend(loc="outside lower center", fontsize=8, ncols=2, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def color_of_version(version: VersionStaleness) -> str:
+    """Return blue for fresh, grey for unknown, and the darker a color the further an encoder is behind."""
+    if version.lag is None:
+        return UNKNOWN
+    return BEHIND[min(version.lag, len(BEHIND)) - 1] if version.lag else FRESH
+
+
+def label(version: VersionStaleness) -> str:
+    """Return what the legend says of an encoder.
+
+    >>> label(VersionStaleness(0, "1f" * 16, 64, 2, 0.00123, None, ("weights",)))
+    '1f1f1f1f: 2 changes behind, gap 0.00123'
+    """
+    if version.lag is None:
+        return "nobody knows which encoder"
+    if not version.lag:
+        return f"{short_digest(version)}: fresh"
+    gap = "not known" if version.gap is None else f"{version.gap:.3g}"
+    return f"{short_digest(version)}: {version.lag} change{'s' * (version.lag > 1)} behind, gap {gap}"
+
+
+def short_digest(version: VersionStaleness) -> str:
+    """Return the start of a fingerprint, enough to tell encoders apart."""
+    return (version.digest or "unknown")[:8]
