@@ -238,10 +238,10 @@ class ApproximateIndex(FlatIndex):
             and saved.trained_rows > 0
             and saved.layout == self.layout(dim, saved.trained_rows)
             and all(file.d == dim and file.ntotal == len(saved.rows) and file.is_trained for file in saved.files)
-            # Mostly tombstones: rewritten since, or encoded again, and then its clusters are another encoder's.
-            and (saved.rows >= 0).sum() >= REENCODED_SHARE_BEFORE_RETRAINING * len(saved.rows)
         )
         if not fits or not self._table.adopt(saved.rows, self.store.num_rows):
             return False
         self._files, self._centres, self._trained_rows = saved.files, saved.centres, saved.trained_rows
+        # Of tombstones nobody knows whether they were encoded again, which leaves clusters of another encoder.
+        self._rows_reencoded = int((saved.rows < 0).sum())
         return True
