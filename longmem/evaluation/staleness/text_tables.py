@@ -18,8 +18,8 @@ def summarize_stale_texts(records: Sequence[Record], seed: int = 0) -> dict[str,
     """Return for each change of the encoder what every system loses, in nats a token, and what it costs.
 
     `value`: the mean loss over windows; `against_fresh`: that minus the loss with a bank written anew, and `gain`: the loss
-    without memory minus that, both with intervals that resample whole texts (each tuned encoder's reading of a text is one). `recall`:
-    share of the chunks that the fresh bank gives, for the same queries; `tokens`: encoded for a text, of `memory_tokens`.
+    without memory minus that, both with intervals that resample whole texts (each tuned encoder's reading of a text is one).
+    `recall`: share of the chunks that the fresh bank gives, for the same queries; `tokens`: encoded for a text.
     """
     changes = {}
     for rate, own in groups_of(records, "learning_rate").items():
