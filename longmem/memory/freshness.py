@@ -57,6 +57,10 @@ class KeptFresh(PersistentBank):
         self._agreed: EncoderStamp | None = None
         self._warned: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickled bank takes along: not the model that reads this one."""
+        return {**self.__dict__, "_reader": None}
+
     @property
     def refresh_policy(self) -> RefreshPolicy:
         """Return the policy that `refresh` names."""
