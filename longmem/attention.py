@@ -22,7 +22,11 @@ NO_MEMORY = -1e3  # log-sum-exp of an empty read: its weight beside any real sco
 
 @runtime_checkable
 class ReadableMemory(Protocol):
-    """What attention needs of a bank or of a view on one."""
+    """What attention needs of a bank or of a view on one.
+
+    A memory in which age counts also has `has_age_prior`, takes `scaling=` in `search`, to rank by it, and returns
+    `log_weights(rows)`; one without any of these is read as if nothing aged.
+    """
 
     @property
     def is_empty(self) -> bool: ...
@@ -43,13 +47,15 @@ class MemoryRead:
     """What every query of one reading layer read.
 
     `rows` (`lanes heads tokens chunks`) are chunk rows of the bank, -1 where nothing was found; `chunk_weights` the share of
-    each chunk in the retrieved softmax; `memory_share` (`lanes heads tokens`) the weight of memory beside the local context.
+    each chunk in the retrieved softmax; `memory_share` (`lanes heads tokens`) the weight of memory beside the local context;
+    `log_weights` what the age of each chunk has added to its scores, None where no bank has an age prior.
     """
 
     layer: int
     rows: Int[Tensor, "lanes heads tokens chunks"]
     chunk_weights: Float[Tensor, "lanes heads tokens chunks"]
     memory_share: Float[Tensor, "lanes heads tokens"] | None = None
+    log_weights: Float[Tensor, "lanes heads tokens chunks"] | None = None
 
 
 @dataclasses.dataclass
@@ -72,16 +78,25 @@ def attend_block(
     found: Bool[Tensor, "kv_heads queries retrieved"],
     scaling: float,
     softcap: float | None = None,
+    log_weights: Float[Tensor, "kv_heads queries retrieved"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return output, log-sum-exp and weights of each query's attention over its own retrieved tokens, in float32."""
+    """Return output, log-sum-exp and weights of each query's attention over its own retrieved tokens, in float32.
+
+    `log_weights`: added to the scores, and not capped with them.
+    """
     scores = (keys @ queries.unsqueeze(-1)).squeeze(-1).float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~found, NO_MEMORY)
+    if log_weights is not None:
+        scores = scores + log_weights
+    scores = scores.masked_fill(~found, -torch.inf)
+    # Nothing found: all scores 0, so that there is no NaN, and what is computed of them is replaced below.
+    is_empty = ~found.any(dim=-1)
+    scores = scores.masked_fill(is_empty.unsqueeze(-1), 0.0)
     logsumexp = scores.logsumexp(dim=-1)
-    weights = (scores - logsumexp.unsqueeze(-1)).exp().masked_fill(~found, 0.0)
+    weights = scores.softmax(dim=-1).masked_fill(~found, 0.0)
     output = (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2).float()
-    return output, logsumexp.clamp_min(NO_MEMORY), weights
+    return output, logsumexp.masked_fill(is_empty, NO_MEMORY).clamp_min(NO_MEMORY), weights
 
 
 @torch.compiler.disable  # search and rows live outside of any graph
@@ -95,9 +110,11 @@ def read_memory(
     scaling: float,
     softcap: float | None = None,
     rows: Int[Tensor, "lanes heads tokens chunks"] | None = None,
+    log_weights: Float[Tensor, "lanes heads tokens chunks"] | None = None,
 ) -> Retrieved:
     """Return each query's attention over the `num_chunks` chunks whose mean keys have the largest inner product with it.
 
+    Where a bank has an age prior, log w(age) counts in the choice of chunks and in the softmax over their tokens.
     Query heads of one group search the index of their key-value head (LongMem, token-to-chunk retrieval, per head). Lanes
     that share a bank are searched together. Gradients reach the queries; what is stored has none.
 
@@ -108,10 +125,12 @@ def read_memory(
         scaling: factor on the scores before their softmax.
         softcap: bound of the scores, for models that have one.
         rows: chunks found before, to read these instead of searching.
+        log_weights: of these rows, as they were then (`MemoryRead.log_weights`).
     """
     lanes, heads, tokens, _ = queries.shape
     dtype = product_dtype(queries)
-    parts: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor]] = []
+    is_aged = any(has_age_prior(bank) for bank in memory) if rows is None else log_weights is not None
+    parts: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     for bank in {id(bank): bank for bank in memory}.values():
         own = [lane for lane, candidate in enumerate(memory) if candidate is bank]
         folded = fold_groups(queries[own] if len(own) < lanes else queries, num_kv_heads)
@@ -120,15 +139,34 @@ def read_memory(
         elif bank.is_empty:
             chosen = torch.full((*folded.shape[:2], num_chunks), -1, device=queries.device)
         else:
-            chosen = bank.search(layer, folded.detach(), num_chunks)[1].to(queries.device)
+            aging = {"scaling": scaling} if has_age_prior(bank) else {}
+            chosen = bank.search(layer, folded.detach(), num_chunks, **aging)[1].to(queries.device)
+        if not is_aged:
+            aged = None
+        elif log_weights is not None:
+            aged = fold_groups(log_weights[own], num_kv_heads)
+        else:
+            aged = age_weights(bank, chosen)
         # Stored keys are converted to the dtype of what meets them: once for the queries is cheaper than for every key.
-        found = attend_rows(folded.to(dtype), chosen, bank, layer, scaling, softcap)
-        unfolded = [unfold_groups(part, len(own), heads, tokens) for part in (*found, chosen)]
+        found = attend_rows(folded.to(dtype), chosen, bank, layer, scaling, softcap, aged)
+        kept = (*found, chosen, chosen if aged is None else aged)
+        unfolded = [unfold_groups(part, len(own), heads, tokens) for part in kept]
         parts.append((own, *unfolded))  # type: ignore[arg-type]
     order = torch.tensor([lane for own, *_ in parts for lane in own], device=queries.device).argsort()
     columns = list(zip(*parts, strict=True))[1:]
-    output, logsumexp, chunk_weights, read_rows = (torch.cat(column)[order] for column in columns)
-    return Retrieved(output, logsumexp, MemoryRead(layer, read_rows, chunk_weights.detach()))
+    output, logsumexp, chunk_weights, read_rows, ages = (torch.cat(column)[order] for column in columns)
+    memory_read = MemoryRead(layer, read_rows, chunk_weights.detach(), log_weights=ages if is_aged else None)
+    return Retrieved(output, logsumexp, memory_read)
+
+
+def age_weights(memory: Any, rows: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return log w(age) of each row, 0 for a memory in which age does not count."""
+    return memory.log_weights(rows) if has_age_prior(memory) else torch.zeros(rows.shape, device=rows.device)
+
+
+def has_age_prior(memory: Any) -> bool:
+    """Return whether age counts in a memory; most kinds of memory know no age."""
+    return bool(getattr(memory, "has_age_prior", False))
 
 
 def product_dtype(states: Tensor) -> torch.dtype:
@@ -155,8 +193,11 @@ def attend_rows(
     layer: int,
     scaling: float,
     softcap: float | None,
+    log_weights: Float[Tensor, "kv_heads queries chunks"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, log-sum-exp and chunk weights of the queries over the chunks in `rows`, block by block.
+
+    `log_weights`: added to the scores of all tokens of a chunk.
 
     Under autograd a block's keys are gathered again in the backward pass instead of being kept (hundreds of MB a layer),
     so the bank must not have moved, overwritten or encoded again rows in between; that is checked. Without autograd what is
@@ -165,14 +206,18 @@ def attend_rows(
     needs_grad = torch.is_grad_enabled() and queries.requires_grad
     generation, encodings = bank.generation, bank.encodings
 
-    def block(some_queries: Tensor, some_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def block(
+        some_queries: Tensor, some_rows: Tensor, some_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if bank.generation != generation or (needs_grad and bank.encodings != encodings):
             refuse_changed_memory()
         kv_heads, count, chunks = some_rows.shape
         keys, values = bank.gather(layer, some_rows.clamp_min(0).flatten(1))
         keys, values = (part.to(some_queries).unflatten(1, (count, chunks)).flatten(2, 3) for part in (keys, values))
         found = (some_rows >= 0).repeat_interleave(keys.shape[2] // chunks, dim=-1)
-        output, logsumexp, weights = attend_block(some_queries, keys, values, found, scaling, softcap)
+        if some_weights is not None:
+            some_weights = some_weights.repeat_interleave(keys.shape[2] // chunks, dim=-1)
+        output, logsumexp, weights = attend_block(some_queries, keys, values, found, scaling, softcap, some_weights)
         return output, logsumexp, weights.unflatten(-1, (chunks, -1)).sum(-1)
 
     if bank.is_empty:
@@ -183,7 +228,8 @@ def attend_rows(
         )
     results = []
     # Split, not sliced: the gradient of each slice would be a tensor of zeros as large as all queries.
-    for arguments in zip(queries.split(QUERY_BLOCK, dim=1), rows.split(QUERY_BLOCK, dim=1), strict=True):
+    split = [part.split(QUERY_BLOCK, dim=1) for part in (queries, rows, log_weights) if part is not None]
+    for arguments in zip(*split, strict=True):
         if needs_grad:
             results.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:

@@ -40,7 +40,7 @@ examples:
   longmem bank update notes.txt --bank memory
   longmem bank update second-draft.txt --id draft.txt --bank memory
 
-Windows of the text whose tokens stood in the version before are copied and not encoded. Tags and pin stay.
+Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
 """
 LIST_EXAMPLES = """\
 examples:
@@ -68,6 +68,12 @@ examples:
   longmem bank pin handbook.txt --bank memory      never evicted, however full the bank is
   longmem bank unpin handbook.txt --bank memory
 """
+SUPERSEDE_EXAMPLES = """\
+examples:
+  longmem bank supersede plan-v1.txt --by plan-v2.txt --bank memory    kept, listed, and found by no search
+  longmem bank supersede rumour.txt --bank memory                      withdrawn: nothing took its place
+  longmem bank restore plan-v1.txt --bank memory                       found again, also if it had expired
+"""
 VERIFY_EXAMPLES = """\
 examples:
   longmem bank verify --bank memory && cp -r memory backup    exit code 2 if a byte is not as it was written
@@ -82,7 +88,8 @@ examples:
   longmem bank export notes.jsonl --tag notes --bank memory
   longmem bank add notes.jsonl --bank another --model Qwen/Qwen3-0.6B    memorize the texts with another model
 
-Each line has document_id, tags, is_pinned, num_tokens, first_resident_token, and token_ids and text from there on:
+Each line has document_id, tags, is_pinned, dated, valid_until, is_superseded, superseded_by, num_tokens,
+first_resident_token, and token_ids and text from there on:
 datasets.load_dataset("json", data_files="documents.jsonl").
 """
 TUNE_EXAMPLES = """\
@@ -128,11 +135,15 @@ def add_bank_commands(commands: Any) -> None:
         ("tag", "give documents tags instead of those they had", TAG_EXAMPLES),
         ("pin", "keep documents from eviction", PIN_EXAMPLES),
         ("unpin", "let documents be evicted again", PIN_EXAMPLES),
+        ("supersede", "hide documents that no longer hold", SUPERSEDE_EXAMPLES),
+        ("restore", "let documents be found again", SUPERSEDE_EXAMPLES),
     ):
         command = add_command(actions, name, f"bank:{name}_documents", summary, epilog, bank)
         command.add_argument(
             "documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them"
         )
+        if name == "supersede":
+            command.add_argument("--by", metavar="DOCUMENT", help="what took their place; default: nothing did")
         if name == "tag":
             command.add_argument("--tag", action="append", default=[], help="may be given several times; none: no tags")
 

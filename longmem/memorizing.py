@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longmem.memory import MemoryBank, SourcePart
 from longmem.memory.checks import validate_count
+from longmem.memory.encoded import Joins
 
 if TYPE_CHECKING:
     from longmem.modeling import LongMemForCausalLM
@@ -96,6 +97,8 @@ def memorize(
     *,
     append: bool = False,
     tags: Sequence[str] = (),
+    dated: float | None = None,
+    valid_until: float | None = None,
     reuse: tuple[MemoryBank, str] | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -103,6 +106,9 @@ def memorize(
     """Encode a document and write it to the bank; see `LongMemForCausalLM.memorize`."""
     source = encodable(model, text_or_ids)
     validate_options(bank, reuse, batch_size)
+    dates = {"dated": dated, "valid_until": valid_until}
+    refuse_dates_of_a_part(append, dates)
+    labels: dict[str, Any] = {"tags": tags, **dates}
     length = model.config.segment_length
     context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
     # What is appended goes on with the window that the document ends in; if that is not known, windows start here.
@@ -115,12 +121,12 @@ def memorize(
     def write(start: int, stop: int, keys: list[Tensor], values: list[Tensor]) -> None:
         nonlocal is_new
         part = source.part(start, stop)
-        options = {"text": part.text, "char_ends": part.char_ends}
+        options: dict[str, Any] = {"text": part.text, "char_ends": part.char_ends}
         if is_new:
-            bank.add(document_id, keys, values, part.token_ids, tags=tags, segment="new", **options)  # type: ignore[arg-type]
+            bank.add(document_id, keys, values, part.token_ids, segment="new", **labels, **options)
         else:
-            joins = "same" if start == 0 and len(context) else "new"
-            bank.append(document_id, keys, values, part.token_ids, segment=joins, **options)  # type: ignore[arg-type]
+            joins: Joins = "same" if start == 0 and len(context) else "new"
+            bank.append(document_id, keys, values, part.token_ids, segment=joins, **options)
         is_new = False
 
     with bank.transaction():
@@ -129,7 +135,8 @@ def memorize(
                 start, stop = group[0][0], group[-1][1]
                 origin = known.get(window_key(source.ids[start:stop]))
                 if reuse is not None and origin is not None and is_resident(*reuse, origin):
-                    bank.copy_tokens(document_id, *reuse, origin, source.part(start, stop))
+                    copied = source.part(start, stop)
+                    bank.copy_tokens(document_id, *reuse, origin, copied, **(labels if is_new else {}))
                     is_new = False
                 else:
                     before = context if start == 0 else context[:0]
@@ -216,6 +223,16 @@ def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, bat
             raise ValueError(
                 f"`reuse` must be a bank with the `{name}` of the one to write to, {own}, got {other}; leave it out to "
                 "encode all windows."
+            )
+
+
+def refuse_dates_of_a_part(append: bool, dates: Mapping[str, float | None]) -> None:
+    """Raise ValueError for dates of what is appended: a document has one date."""
+    for name, date in dates.items():
+        if append and date is not None:
+            raise ValueError(
+                f"`{name}` must be left out with `append`, got {date}: it is said of a new document; memorize what has "
+                "another date under a name of its own."
             )
 
 

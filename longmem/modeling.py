@@ -166,6 +166,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         *,
         append: bool = False,
         tags: Sequence[str] = (),
+        dated: float | None = None,
+        valid_until: float | None = None,
         reuse: tuple[MemoryBank, str] | None = None,
         batch_size: int = 1,
         progress: Callable[[int, int], None] | None = None,
@@ -182,6 +184,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             append: continue the document. The tokens of the window that it ends in are read again, so that the bank holds
                 what it would if all had been memorized at once; if they are not known, a new window begins.
             tags: of a new document; `bank.select(tags=...)` reads by them.
+            dated: when the content of a new document was true, in seconds since 1970; None: when it was written.
+            valid_until: when it ceases to be; from then on no search finds it. None: never.
             reuse: a bank and a document of it; windows of the same tokens are copied from there and not encoded.
             batch_size: windows encoded at once.
             progress: called with (tokens done, tokens in all) after every step.
@@ -197,6 +201,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             document_id,
             append=append,
             tags=tags,
+            dated=dated,
+            valid_until=valid_until,
             reuse=reuse,
             batch_size=batch_size,
             progress=progress,

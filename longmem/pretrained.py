@@ -1,6 +1,7 @@
 """What a LongMem model shares with every pretrained model of transformers: making, saving, loading, training modes."""
 
 import copy
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Self
 
@@ -8,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from longmem import saving
+from longmem import exchange, saving
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.encoder import Encoder
 from longmem.backbone.loading import tokenizer_fingerprint
@@ -150,6 +151,28 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """
         saving.save_model(self, save_directory, dtype=dtype, **options)
 
+    def side_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return copies of what `save_pretrained` writes, by the same names: the tensors that one site sends another.
+
+        Side network alone (with LoRA what is trained), never a bank, never a tensor of the backbone. Names and shapes of two
+        models agree if their backbones and configurations do, so federated averaging is the mean of their tensors, given to
+        `load_side_state_dict` of each.
+
+        Raises:
+            ValueError: a tensor of the side network lies in memory of the backbone.
+        """
+        return exchange.side_state(self)
+
+    def load_side_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put in the tensors of another model's `side_state_dict`, or of a mean of several; all fit, or nothing changes.
+
+        Banks stay valid: what they hold is made by the backbone alone.
+
+        Raises:
+            ValueError: a tensor is missing, left over, of another shape or not finite; the message names the first.
+        """
+        exchange.load_side_state(self, state)
+
     def merge_lora(self) -> Self:
         """Fold the adapters into the copied weights; `config.lora` becomes None, and all weights are trained and saved.
 
@@ -197,10 +220,13 @@ class LongMemPreTrainedModel(PreTrainedModel):
     # What transformers asks for ----------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Set the side network's mode; the backbone stays in eval mode."""
-        super().train(mode)
-        if hasattr(self, "backbone"):
-            self.backbone.eval()
+        """Set the side network's mode; the backbone stays in eval mode.
+
+        It is never put into training mode in between: another thread may run it right now.
+        """
+        self.training = mode
+        for name, module in self.named_children():
+            module.train(mode and name != "backbone")
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:

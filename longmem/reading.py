@@ -24,7 +24,7 @@ class MemoryReader:
     """An attention handler that reads memory beside the local context, for one side layer and one call.
 
     When the layer is computed again in the backward pass (gradient checkpointing), it reads the chunks that it found the
-    first time: the search is not repeated.
+    first time, weighed as they were then: the search is not repeated.
 
     Args:
         config: the model's configuration.
@@ -76,6 +76,7 @@ class MemoryReader:
             scaling=scaling,
             softcap=softcap,
             rows=None if self.read is None else self.read.rows,
+            log_weights=None if self.read is None else self.read.log_weights,
         )
         self.read, self._generations = retrieved.read, generations
         arguments = query, key, value, attention_mask

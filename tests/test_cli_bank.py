@@ -190,6 +190,31 @@ def test_labels_are_changed_and_documents_listed_by_them(bank, run, answer):
     assert answer("bank", "list", "--bank", bank)["documents"][0]["tags"] == []
 
 
+def test_what_no_longer_holds_is_listed_as_such_until_it_is_restored(bank, run, answer, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert "holds" not in run("bank", "list", "--bank", bank)[1]
+    assert answer("bank", "supersede", "one.txt", "--by", "two.txt", "--bank", bank)["superseded"] == ["one.txt"]
+    with MemoryBank.open(bank) as opened:
+        info = opened.info("one.txt")
+        assert (info.is_superseded, info.superseded_by) == (True, "two.txt")
+        keys, values = opened.gather(opened.memory_layers[0], torch.zeros(2, 1, dtype=torch.int64))
+        layers = len(opened.memory_layers)
+        opened.add(
+            "dated", [keys[:, 0].float()] * layers, [values[:, 0].float()] * layers, dated=86_400, valid_until=864_000
+        )
+    one, two, dated = run("bank", "list", "--bank", bank)[1].splitlines()[1:]
+    assert one.rstrip().endswith("superseded by two.txt")
+    assert "superseded" not in two
+    assert ("1970-01-02" in dated, "expired 1970-01-11" in dated) == (True, True)
+    assert run("bank", "supersede", "two.txt", "--by", "one.txt", "--bank", bank)[0] == 2
+    assert answer("bank", "list", "--bank", bank)["documents"][1]["is_superseded"] is False
+    run("bank", "restore", "one.txt", "dated", "--bank", bank)
+    assert "superseded" not in (out := run("bank", "list", "--bank", bank)[1])
+    assert ("1970-01-02" in out, "expired" in out) == (True, False)
+    run("bank", "supersede", "two.txt", "--bank", bank)
+    assert "withdrawn" in run("bank", "list", "--bank", bank)[1]
+
+
 def test_deleting_is_all_or_nothing_and_compacting_gives_room_back(bank, run, answer):
     before = contents(bank)
     assert run("bank", "delete", "one.txt", "tow.txt", "--bank", bank)[0] == 2
@@ -233,6 +258,7 @@ def test_verify_finds_one_changed_byte(bank, run, answer):
 def test_an_export_is_a_data_set_and_can_be_memorized_again(model_folder, bank, files, tmp_path, run, answer):
     run("bank", "tag", "two.txt", "--tag", "novel", "--bank", bank)
     run("bank", "pin", "two.txt", "--bank", bank)
+    run("bank", "supersede", "one.txt", "--by", "two.txt", "--bank", bank)
     out = tmp_path / "out.jsonl"
     assert answer("bank", "export", out, "--bank", bank)["documents"] == 2
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -241,6 +267,10 @@ def test_an_export_is_a_data_set_and_can_be_memorized_again(model_folder, bank, 
         assert (line["num_tokens"], line["first_resident_token"]) == (len(line["text"]), 0)
         assert len(line["token_ids"]) == line["num_tokens"]
     assert run("bank", "add", out, "--bank", tmp_path / "again", "--model", model_folder)[0] == 0
+    (one, _) = answer("bank", "list", "--bank", tmp_path / "again")["documents"]
+    assert (one["is_superseded"], one["superseded_by"]) == (True, "two.txt")  # it is not found again by a detour
+    for folder in (bank, tmp_path / "again"):
+        run("bank", "restore", "one.txt", "--bank", folder)
     assert contents(tmp_path / "again") == contents(bank)
     assert [info["tags"] for info in answer("bank", "list", "--bank", tmp_path / "again")["documents"]] == [
         [],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import time
 from collections.abc import Callable
 
 from rich.table import Table
@@ -26,9 +28,16 @@ def list_documents(arguments: argparse.Namespace) -> None:
         table.add_column(column, justify="right")
     table.add_column("pinned")
     table.add_column("tags")
-    for info in documents:
+    # Columns of time only where something is said of it.
+    dates = [day(info.written_at if info.dated is None else info.dated) for info in documents]
+    standings = [standing(info, time.time()) for info in documents]
+    more = {"date": dates} if any(info.dated is not None for info in documents) else {}
+    more |= {"holds": standings} if any(standings) else {}
+    for column in more:
+        table.add_column(column, overflow="fold")
+    for info, *of_time in zip(documents, *more.values(), strict=True):
         numbers = (info.num_tokens, info.first_resident_token, info.num_chunks, info.num_reads)
-        labels = ("pinned" if info.is_pinned else "", ", ".join(info.tags))
+        labels = ("pinned" if info.is_pinned else "", ", ".join(info.tags), *of_time)
         table.add_row(info.document_id, *(f"{number:,}" for number in numbers), *labels)
     nothing = f"No document has a tag of {', '.join(arguments.tag)}." if arguments.tag else "The bank is empty."
     opening.console_for(False).print(table if documents else nothing)
@@ -53,6 +62,7 @@ def show_info(arguments: argparse.Namespace) -> None:
             "chunk_size": bank.chunk_size,
             "index": bank.index,
             "eviction": bank.eviction,
+            "age_prior": None if bank.age_prior is None else bank.age_prior.name,
             "storage_dtype": str(bank.storage_dtype).removeprefix("torch."),
             "fingerprint": bank.fingerprint,
         }
@@ -86,6 +96,34 @@ def pin_documents(arguments: argparse.Namespace) -> None:
 def unpin_documents(arguments: argparse.Namespace) -> None:
     """Let documents be evicted again."""
     change_documents(arguments, "unpinned", lambda bank, name: bank.pin(name, False))
+
+
+def supersede_documents(arguments: argparse.Namespace) -> None:
+    """Hide documents from searches; they are kept."""
+    change_documents(arguments, "superseded", lambda bank, name: bank.supersede(name, by=arguments.by))
+
+
+def restore_documents(arguments: argparse.Namespace) -> None:
+    """Let searches find documents again that were superseded or have expired."""
+    change_documents(arguments, "restored", lambda bank, name: bank.restore(name))
+
+
+def standing(info: DocumentInfo, now: float) -> str:
+    """Return whether and until when a document holds, empty if nothing was said."""
+    if info.is_superseded:
+        return "withdrawn" if info.superseded_by is None else f"superseded by {info.superseded_by}"
+    if info.valid_until is None:
+        return ""
+    return f"{'until' if info.valid_until > now else 'expired'} {day(info.valid_until)}"
+
+
+def day(date: float) -> str:
+    """Return the day of a date, in UTC.
+
+    >>> day(86_400.0)
+    '1970-01-02'
+    """
+    return datetime.datetime.fromtimestamp(date, datetime.UTC).date().isoformat()
 
 
 def change_documents(arguments: argparse.Namespace, done: str, change: Callable[[MemoryBank, str], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from longmem.commands import opening
 from longmem.commands.texts import Text, read_text, read_texts
@@ -60,7 +60,16 @@ def add(arguments: argparse.Namespace) -> None:
         refuse_known(bank, texts, arguments.replace)
         began = time.perf_counter()
         written = {text.name: write(bank, model, text, arguments) for text in texts}
+        supersede(bank, texts)
         report(bank, model_name, written, time.perf_counter() - began, arguments)
+
+
+def supersede(bank: MemoryBank, texts: list[Text]) -> None:
+    """Hide what was superseded in the bank that the texts were exported from; it would be found again otherwise."""
+    with bank.transaction():
+        for text in texts:
+            if text.is_superseded and text.name in bank:
+                bank.supersede(text.name, by=text.superseded_by if text.superseded_by in bank else None)
 
 
 def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: argparse.Namespace) -> Written:
@@ -73,7 +82,8 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
             if tags:
                 bank.tag(text.name, tags)
         else:
-            written = Written(model.memorize(bank, text.text, text.name, tags=tags, progress=progress))
+            options: dict[str, Any] = {"tags": tags, "dated": text.dated, "valid_until": text.valid_until}
+            written = Written(model.memorize(bank, text.text, text.name, progress=progress, **options))
         if arguments.pin or text.is_pinned:
             bank.pin(text.name)
     return written

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from longmem.memory import DocumentInfo, MemoryBank
 
+SAID = ("dated", "valid_until", "is_superseded", "superseded_by")  # of a document, in an export
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -18,6 +20,10 @@ class Text:
     text: str
     tags: tuple[str, ...] = ()
     is_pinned: bool = False
+    dated: float | None = None
+    valid_until: float | None = None
+    is_superseded: bool = False
+    superseded_by: str | None = None
 
 
 def read_text(path: Path) -> str:
@@ -60,6 +66,10 @@ def export_line(bank: MemoryBank, info: DocumentInfo) -> str:
         "document_id": info.document_id,
         "tags": info.tags,
         "is_pinned": info.is_pinned,
+        "dated": info.dated,
+        "valid_until": info.valid_until,
+        "is_superseded": info.is_superseded,
+        "superseded_by": info.superseded_by,
         "num_tokens": info.num_tokens,
         "first_resident_token": info.first_resident_token,
         "token_ids": None if token_ids is None else token_ids.tolist(),
@@ -76,7 +86,8 @@ def _texts_of(path: Path) -> list[Text]:
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:
             read = json.loads(line)
-            documents.append(Text(read["document_id"], read["text"], tuple(read["tags"]), read["is_pinned"]))
+            said = {name: read[name] for name in SAID if name in read}  # earlier versions wrote no dates
+            documents.append(Text(read["document_id"], read["text"], tuple(read["tags"]), read["is_pinned"], **said))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}, is not a document that `longmem bank export` wrote.") from error
         if not documents[-1].text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -43,11 +44,11 @@ class QueryRecorder:
         return self._bank.encodings
 
     def search(
-        self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int
+        self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return what the bank finds."""
+        """Return what the bank finds; `options` are the bank's own."""
         self.queries.setdefault(layer, []).append(queries.detach().to("cpu", torch.float32))
-        return self._bank.search(layer, queries, num_chunks)
+        return self._bank.search(layer, queries, num_chunks, **options)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"]) -> tuple[Tensor, Tensor]:
         """Return what the bank holds."""

@@ -142,9 +142,15 @@ def draw_document(
     task: RecallTask, num_pairs: int, facts_within: int, distance: int, generator: Generator
 ) -> RecallDocument:
     """Return a document whose first `facts_within` tokens hold the pairs; `distance` tokens with distractors follow."""
-    pairs = draw_pairs(task, 1, num_pairs, generator)
+    return write_document(task, draw_pairs(task, 1, num_pairs, generator), facts_within, distance, generator)
+
+
+def write_document(
+    task: RecallTask, pairs: Pairs, facts_within: int, distance: int, generator: Generator
+) -> RecallDocument:
+    """Return a document like those of `draw_document`, with the given pairs of one lane."""
     opening = draw_text(task, 1, facts_within, generator)
-    write_pairs(opening, draw_starts(num_pairs, facts_within, generator), pairs.keys, pairs.values)
+    write_pairs(opening, draw_starts(pairs.keys.shape[1], facts_within, generator), pairs.keys, pairs.values)
     passages = -(-distance // PASSAGE)
     rest = draw_text(task, passages, PASSAGE, generator, pairs.other_keys.expand(passages, -1)).flatten()[:distance]
     return RecallDocument(torch.cat([opening[0], rest]), pairs.keys[0], pairs.values[0])
@@ -157,7 +163,6 @@ def draw_questions(
     return torch.cat([draw_text(task, len(keys), num_words, generator), keys[:, None]], dim=1)
 
 
-@torch.no_grad()
 def recalled(
     model: LongMemForCausalLM,
     questions: Int[Tensor, "pairs tokens"],
@@ -165,5 +170,13 @@ def recalled(
     memory: ReadableMemory | None = None,
 ) -> Bool[Tensor, " pairs"]:
     """Return which questions are answered: the likeliest of all tokens, not of the values alone, is the right one."""
+    return answers_of(model, questions, memory) == values
+
+
+@torch.no_grad()
+def answers_of(
+    model: LongMemForCausalLM, questions: Int[Tensor, "pairs tokens"], memory: ReadableMemory | None = None
+) -> Int[Tensor, " pairs"]:
+    """Return the token that the model finds likeliest after each question, of all tokens."""
     logits = model(questions.to(model.input_device), memory=memory, logits_to_keep=1).logits[:, -1]
-    return logits.argmax(dim=-1).cpu() == values
+    return logits.argmax(dim=-1).cpu()

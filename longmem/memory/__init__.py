@@ -1,5 +1,6 @@
 """The memory bank: documents stored as attention keys and values in chunks, found by inner product."""
 
+from longmem.memory.age_prior import AgePrior
 from longmem.memory.bank import MemoryBank
 from longmem.memory.documents import DocumentInfo, SourcePart
 from longmem.memory.folder.bank_folder import has_bank
@@ -7,4 +8,4 @@ from longmem.memory.ledger import ChunkPlace
 from longmem.memory.shards import BankShards
 from longmem.memory.view import BankView
 
-__all__ = ["BankShards", "BankView", "ChunkPlace", "DocumentInfo", "MemoryBank", "SourcePart", "has_bank"]
+__all__ = ["AgePrior", "BankShards", "BankView", "ChunkPlace", "DocumentInfo", "MemoryBank", "SourcePart", "has_bank"]

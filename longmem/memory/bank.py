@@ -12,7 +12,10 @@ from torch import Tensor
 
 from longmem.backbone.stamp import EncoderStamp
 from longmem.memory import checks
+from longmem.memory.age_prior import AgePrior, make_age_prior
+from longmem.memory.content import ContentClock, dated_document
 from longmem.memory.contents import BankContents
+from longmem.memory.dated_bank import DatedBank
 from longmem.memory.documents import Document, SourcePart
 from longmem.memory.encoded import Joins
 from longmem.memory.encoders import Encoders
@@ -20,12 +23,11 @@ from longmem.memory.eviction import make_policy
 from longmem.memory.freshness import KeptFresh
 from longmem.memory.index import validate_index
 from longmem.memory.locking import BankLock
-from longmem.memory.reader import BankReader
 from longmem.memory.refresh import refresh_name
 from longmem.memory.storage import MemoryStorage, Storage
 
 
-class MemoryBank(KeptFresh, BankReader):
+class MemoryBank(KeptFresh, DatedBank):
     """Return an empty bank of named documents: attention keys and values of the `memory_layers` of one backbone.
 
     The bank is in memory: `save` writes it to a folder, `load` reads it back. `MemoryBank.create` makes one that lives in a
@@ -46,6 +48,8 @@ class MemoryBank(KeptFresh, BankReader):
         refresh: what happens when the encoder changes: "frozen" (nothing stale is ever read, the bank is refused), "eager",
             "bounded:max_lag=4,clock=version", "lazy" or "mapped" (`longmem/memory/refresh/`); also as a dict with a `name`.
         fingerprint: of the encoder that writes (`LongMemForCausalLM.encoder_stamp`, or its digest); None is not checked.
+        age_prior: how much less old documents count when the bank is read, an `AgePrior` or its name, "exp:a=0.5"; None:
+            age does not count.
 
     >>> bank = MemoryBank(memory_layers=[5], chunk_size=4)
     >>> keys = torch.eye(10).unsqueeze(0)  # one head, ten tokens, each with a direction of its own
@@ -70,6 +74,7 @@ class MemoryBank(KeptFresh, BankReader):
         device: torch.device | str = "cpu",
         refresh: str | Mapping[str, Any] = "frozen",
         fingerprint: str | EncoderStamp | None = None,
+        age_prior: AgePrior | str | None = None,
     ) -> None:
         checks.validate_sizes(memory_layers, chunk_size, capacity_tokens, capacity_bytes)
         validate_index(index)
@@ -84,6 +89,7 @@ class MemoryBank(KeptFresh, BankReader):
         self.device = torch.device(device)
         self.refresh = refresh_name(refresh)
         self._lock = BankLock()
+        self._clock = ContentClock(make_age_prior(age_prior))
         self._contents = self._new_contents()
         self._contents.encoders = Encoders([] if fingerprint is None else [fingerprint])
         self._start_fresh()
@@ -120,6 +126,8 @@ class MemoryBank(KeptFresh, BankReader):
         char_ends: Iterable[int] | Int[Tensor, " tokens"] | None = None,
         tags: Iterable[str] = (),
         segment: Literal["new"] | None = None,
+        dated: float | None = None,
+        valid_until: float | None = None,
     ) -> None:
         """Write a new document: one tensor of keys and one of values for each memory layer, and what they came from.
 
@@ -135,11 +143,13 @@ class MemoryBank(KeptFresh, BankReader):
             tags: words to select documents by.
             segment: "new": the encoder saw these tokens and nothing before them, so they can be encoded again if it changes,
                 and copied by an update that does not change them; None: not known, so when stale they are no longer read.
+            dated: when the content was true, in seconds since 1970; None: when it was written.
+            valid_until: when it ceases to be; from then on no search finds it. None: never.
         """
         with self.transaction():
             self._contents.drop_expired()
             checks.validate_new("document_id", document_id, self._ledger.documents)
-            document = Document(document_id, tags=checks.validate_tags(tags))
+            document = dated_document(document_id, tags, dated, valid_until)
             self._extend(document, keys, values, token_ids, text, char_ends, segment)
 
     def append(
@@ -165,7 +175,7 @@ class MemoryBank(KeptFresh, BankReader):
     def update(self, document_id: str, text_or_ids: str | Iterable[int] | Tensor, *, model: Any, **options: Any) -> int:
         """Replace a document by the encoding of a new text, written now; return how many tokens had to be encoded.
 
-        Tags and pin stay. `options`: `batch_size` and `progress` of `LongMemForCausalLM.memorize`.
+        Tags, pin and dates stay. `options`: `batch_size` and `progress` of `LongMemForCausalLM.memorize`.
 
         Windows whose tokens are the same as those of some window before are copied, the others encoded; so a change costs
         as much as the text from there to the end of its window, if it keeps the length, and to the end of the document
@@ -194,17 +204,19 @@ class MemoryBank(KeptFresh, BankReader):
         origin_id: str,
         origin: int,
         part: SourcePart,
+        **said: Any,
     ) -> None:
         """Add, or append, a segment as it is stored in a document of another bank with the same settings and encoder.
 
-        `origin` is the first of its tokens there; they begin and end with whole chunks, in both documents.
+        `origin` is the first of its tokens there; they begin and end with whole chunks, in both documents. `said`: `tags`,
+        `dated` and `valid_until` of a new document.
         """
         document = bank._document("origin_id", origin_id)
         first = origin // self.chunk_size - document.first_chunk(self.chunk_size)
         rows = document.rows.values[first : first + len(part.token_ids) // self.chunk_size]
         chunks = bank._contents.storage.select(rows)
         with self.transaction():
-            own = self._ledger.documents.get(document_id) or Document(document_id)
+            own = self._ledger.documents.get(document_id) or dated_document(document_id, **said)
             checks.validate_source(part.token_ids, part.text, part.char_ends, len(part.token_ids), own)
             with self._lock:
                 self._contents.extend_with_chunks(own, chunks, part)
@@ -291,7 +303,7 @@ class MemoryBank(KeptFresh, BankReader):
             "storage_dtype": str(self.storage_dtype).removeprefix("torch."),
             "refresh": self.refresh,
             "fingerprint": self.fingerprint,
-        }
+        } | ({} if self.age_prior is None else {"age_prior": self.age_prior.name})
 
     @torch.inference_mode(False)  # whatever the caller's mode: what is made inside it can never be written to again
     def _extend(

@@ -247,6 +247,14 @@ def _validate_integers(argument: str, values: Iterable[int] | Tensor, num_tokens
     return ids.detach().to("cpu", torch.int64)
 
 
+def validate_scaling(scaling: object) -> None:
+    """Raise ValueError unless `scaling` is a positive number."""
+    if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not 0 < scaling < math.inf:
+        raise ValueError(
+            f"`scaling` must be a positive number, got {scaling!r}; attention multiplies inner products by it."
+        )
+
+
 def validate_search(queries: Tensor, num_chunks: object, shape: LayerShape | None) -> None:
     """Raise ValueError unless the queries fit the layer (None: nothing was ever written) and ask for a chunk."""
     validate_count("num_chunks", num_chunks)

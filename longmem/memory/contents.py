@@ -20,6 +20,9 @@ from longmem.memory.ledger import Ledger
 from longmem.memory.storage import Storage
 from longmem.memory.store import Chunks, LayerShape, bytes_of_chunk, cut_into_chunks
 
+# What stays when the text of a document is replaced.
+SAID_OF_A_DOCUMENT = ("tags", "is_pinned", "dated", "valid_until", "is_superseded", "superseded_by")
+
 
 class BankContents:
     """Return the empty contents of a bank; layers are counted by position here.
@@ -143,9 +146,9 @@ class BankContents:
             raise self._too_full(new.document_id, len(new.rows))
         self._reserve(chunks)
         self.drop(old)
-        twin = dataclasses.replace(
-            new, serial=-1, tags=old.tags, is_pinned=old.is_pinned, rows=IntQueue(), runs=deque()
-        )
+        # What was said of the document stays; the other fields are of the new text.
+        said = {name: getattr(old, name) for name in SAID_OF_A_DOCUMENT}
+        twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=deque(), **said)
         self._write(twin, chunks)
 
     def overwrite(self, document: Document, start: int, tokens: Sequence[Tail]) -> None:
@@ -247,10 +250,12 @@ class BankContents:
 
     # Reading.
 
-    def search(self, position: int, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+    def search(
+        self, position: int, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None
+    ) -> Found:
         """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written."""
         if self.storage.shapes:
-            return self.index_of(position).search(queries, num_chunks, rows)
+            return self.index_of(position).search(queries, num_chunks, rows, bonus)
         missing = torch.full((*queries.shape[:2], num_chunks), -1, device=queries.device)
         return torch.full_like(missing, -torch.inf, dtype=torch.float32), missing
 

@@ -22,10 +22,12 @@ Tail = tuple[Float[Tensor, "_kv_heads _waiting _key_dim"], Float[Tensor, "_kv_he
 class DocumentInfo:
     """Return what a bank knows about one document; lengths and offsets in tokens of the document.
 
-    `num_tokens`: written so far, also those since evicted. `num_chunks`: resident, so found by search.
+    `num_tokens`: written so far, also those since evicted. `num_chunks`: resident, so found by search, unless hidden.
     `num_waiting_tokens`: the tail that is shorter than a chunk and waits for more. `first_resident_token`: where the
     first resident chunk starts (where the next chunk will start, if none is resident). `num_reads`: how often a search
     returned one of its chunks, counted for each query; `last_read` and `written_at` in seconds since 1970, 0 for never.
+    `dated`: when the content was true, None: when it was written; `valid_until`: when it ceases to be, None: never.
+    `is_superseded`: it no longer holds, and no search finds it; `superseded_by` names what took its place, if anything did.
     """
 
     document_id: str
@@ -35,6 +37,10 @@ class DocumentInfo:
     first_resident_token: int
     tags: tuple[str, ...] = ()
     is_pinned: bool = False
+    dated: float | None = None
+    valid_until: float | None = None
+    is_superseded: bool = False
+    superseded_by: str | None = None
     num_reads: int = field(default=0, compare=False)
     last_read: float = field(default=0.0, compare=False, repr=False)
     written_at: float = field(default=0.0, compare=False, repr=False)
@@ -198,6 +204,10 @@ class Document:
     num_tokens: int = 0
     tags: tuple[str, ...] = ()
     is_pinned: bool = False
+    dated: float | None = None
+    valid_until: float | None = None
+    is_superseded: bool = False
+    superseded_by: str | None = None
     segments: Segments = field(default_factory=Segments)
     num_reads: int = 0
     last_read: float = 0.0
@@ -216,6 +226,11 @@ class Document:
         if callable(self.source_or_reader):
             self.source_or_reader = self.source_or_reader()
         return self.source_or_reader
+
+    @property
+    def date(self) -> float:
+        """Return when the content was true: when it was written, if nobody said."""
+        return self.written_at if self.dated is None else self.dated
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -247,6 +262,10 @@ class Document:
             first_resident_token=self.first_chunk(chunk_size) * chunk_size,
             tags=self.tags,
             is_pinned=self.is_pinned,
+            dated=self.dated,
+            valid_until=self.valid_until,
+            is_superseded=self.is_superseded,
+            superseded_by=self.superseded_by,
             num_reads=self.num_reads,
             last_read=self.last_read,
             written_at=self.written_at,

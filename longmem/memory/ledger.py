@@ -58,6 +58,8 @@ class Ledger:
         self.changed: set[int] = set()
         self.read: set[int] = set()
         self.by_serial: dict[int, Document] = {}
+        # Serials of the documents that are hidden from searches, or will be.
+        self.marked: set[int] = set()
         self.next_serial = 0
         # Runs of chunks in the order of writing, oldest first.
         self.runs: OrderedDict[int, Run] = OrderedDict()
@@ -76,6 +78,7 @@ class Ledger:
         self.documents[document.document_id] = document
         self.by_serial[document.serial] = document
         self.changed.add(document.serial)
+        self._mark(document)
 
     def record(self, document: Document, rows: Int[Tensor, " chunks"], slot: int = -1) -> None:
         """Enter the rows of the newest chunks of `document`, whose length and tail are already up to date.
@@ -125,6 +128,10 @@ class Ledger:
         """Give a document another id; its place in the order of documents stays."""
         self._touch(self.documents[old])
         self.documents[old].document_id = new
+        for document in self.documents.values():
+            if document.superseded_by == old:
+                self._touch(document)
+                document.superseded_by = new
         self.documents = {document.document_id: document for document in self.documents.values()}
 
     def label(self, document: Document, tags: tuple[str, ...]) -> None:
@@ -138,6 +145,12 @@ class Ledger:
             self._touch(document)
             document.is_pinned = is_pinned
             self.num_pinned_rows += len(document.rows) * (1 if is_pinned else -1)
+
+    def supersede(self, document: Document, is_superseded: bool, by: str | None, valid_until: float | None) -> None:
+        """Hide a document from searches or show it again, and say until when it is valid."""
+        self._touch(document)
+        document.is_superseded, document.superseded_by, document.valid_until = is_superseded, by, valid_until
+        self._mark(document)
 
     def note_change(self) -> None:
         """Count a change of the bank that is none of its documents'."""
@@ -228,6 +241,13 @@ class Ledger:
     def _forget(self, document: Document) -> None:
         self.num_pinned_rows -= len(document.rows) * document.is_pinned
         del self.documents[document.document_id], self.by_serial[document.serial]
+        self.marked.discard(document.serial)
+
+    def _mark(self, document: Document) -> None:
+        if document.is_superseded or document.valid_until is not None:
+            self.marked.add(document.serial)
+        else:
+            self.marked.discard(document.serial)
 
     def _touch(self, document: Document) -> None:
         self.version = next(_STAMPS)

@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import torch
 
+from longmem.memory.age_prior import make_age_prior
+from longmem.memory.content import ContentClock
 from longmem.memory.contents import BankContents
 from longmem.memory.encoder_checks import refuse_unknown_encoder
 from longmem.memory.folder.bank_folder import BankFolder, has_bank
@@ -27,6 +29,7 @@ class PersistentBank:
     device: torch.device
     storage_dtype: torch.dtype
     _contents: BankContents
+    _clock: ContentClock
     _folder: BankFolder | None = None
     _in_transaction = False
 
@@ -258,7 +261,7 @@ class PersistentBank:
         """Make the contents those of the last commit."""
         folder, index, refresh = self._folder_or_raise(), self.index, self.refresh
         settings = folder.newest_content()["settings"]
-        self.index, self.refresh = settings["index"], settings["refresh"]  # what can change
+        self.index, self.refresh = settings["index"], settings["refresh"]  # with the age prior, what can change
         try:
             contents = self._new_contents(folder.new_storage(self.storage_dtype))
             folder.fill(contents, self._settings())
@@ -266,3 +269,4 @@ class PersistentBank:
             self.index, self.refresh = index, refresh
             raise
         self._contents = contents
+        self._clock.use(make_age_prior(settings.get("age_prior")))

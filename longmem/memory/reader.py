@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory import checks
+from longmem.memory.content import ContentClock
 from longmem.memory.contents import BankContents
 from longmem.memory.documents import Document, DocumentInfo
 from longmem.memory.encoded import Segment
@@ -27,6 +28,7 @@ class BankReader:
     memory_layers: tuple[int, ...]
     chunk_size: int
     _contents: BankContents
+    _clock: ContentClock
     _lock: BankLock
 
     # What is there.
@@ -60,7 +62,7 @@ class BankReader:
 
     @property
     def num_chunks(self) -> int:
-        """Return the number of resident chunks: those that a search can find."""
+        """Return the number of resident chunks: those that a search can find, and those of hidden documents."""
         return self._ledger.num_rows
 
     @property
@@ -96,8 +98,19 @@ class BankReader:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether a search can find nothing."""
+        """Return whether nothing is resident."""
         return not self.num_chunks
+
+    @property
+    def has_age_prior(self) -> bool:
+        """Return whether age counts when the bank is read (`age_prior`)."""
+        return self._clock.prior is not None
+
+    @property
+    def newest_date(self) -> float:
+        """Return the date of the newest document that a search can find, from which ages count; -inf if there is none."""
+        with self._lock:
+            return self._clock.newest(self._ledger)
 
     @property
     def nbytes(self) -> int:
@@ -113,14 +126,40 @@ class BankReader:
         """Return a view that reads these documents, and those with one of these tags. Raises ValueError for an unknown id."""
         return BankView(self, document_ids, tags)
 
-    def search(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
+    def search(
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        scaling: float | None = None,
+        newest: float | None = None,
+    ) -> Found:
         """Return scores (float32) and rows (int64), each (kv_heads, queries, num_chunks), best first.
 
         A score is the inner product of the query with the mean key of a chunk. Where there are fewer than
         `num_chunks`, rows are -1 and scores -inf. Rows are good for `gather` and `locate` while `generation` stays.
+        Documents that were superseded or have expired are not found.
+
+        Args:
+            layer: a memory layer.
+            queries: for each key-value head.
+            num_chunks: for each query.
+            scaling: what attention multiplies inner products by, for a bank with an age prior: each score then has
+                log w(age) / scaling added, and the best by that are found. Exact kinds of index find exactly these; the
+                others rank four times as many chunks as are wanted anew. None: age does not count.
+            newest: date from which ages count, None for `newest_date`.
         """
         self._contents.drop_expired()
-        return self._search(layer, queries, num_chunks, None)
+        return self._search(layer, queries, num_chunks, None, scaling, newest)
+
+    def log_weights(self, rows: Int[Tensor, "*shape"], *, newest: float | None = None) -> Float[Tensor, "*shape"]:
+        """Return log w(age) of these rows, all 0 without an age prior; the caller masks rows of -1."""
+        with self._lock:
+            weights = self._clock.log_weights(self._ledger, self.newest_date if newest is None else newest)
+        if weights is None:
+            return torch.zeros(rows.shape, device=rows.device)
+        return weights[rows.clamp(min=0).cpu()].to(rows.device)
 
     def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
         """Return a copy of the mean keys of all resident chunks of a layer, in float32: what a search compares."""
@@ -178,12 +217,25 @@ class BankReader:
             raise ValueError(f"`layer` must be one of the memory layers {self.memory_layers}, got {layer!r}.")
         return self.memory_layers.index(layer)
 
-    def _search(self, layer: int, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+    def _search(
+        self,
+        layer: int,
+        queries: Tensor,
+        num_chunks: int,
+        rows: Tensor | None,
+        scaling: float | None = None,
+        newest: float | None = None,
+    ) -> Found:
         position = self._position(layer)
         shapes = self._contents.shapes
         checks.validate_search(queries, num_chunks, None if shapes is None else shapes[position])
         with self._lock:
-            found = self._find(lambda some: self._contents.search(position, queries, num_chunks, some), rows)
+            rows, bonus = self._clock.visible(self._ledger, rows), None
+            if scaling is not None and self.has_age_prior:
+                checks.validate_scaling(scaling)
+                weights = self._clock.log_weights(self._ledger, self.newest_date if newest is None else newest)
+                bonus = None if weights is None else weights / scaling
+            found = self._find(lambda some: self._contents.search(position, queries, num_chunks, some, bonus), rows)
             self._ledger.count_reads(found[1])
         return found
 

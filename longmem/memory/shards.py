@@ -71,8 +71,18 @@ class BankShards:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether a search can find nothing."""
+        """Return whether nothing is resident."""
         return all(shard.is_empty for shard in self.shards)
+
+    @property
+    def has_age_prior(self) -> bool:
+        """Return whether age counts when one of the shards is read."""
+        return any(shard.has_age_prior for shard in self.shards)
+
+    @property
+    def newest_date(self) -> float:
+        """Return the date of the newest document of all shards that a search can find; -inf if there is none."""
+        return max(shard.newest_date for shard in self.shards)
 
     @property
     def generation(self) -> int:
@@ -111,9 +121,23 @@ class BankShards:
         chosen = [[document_id for document_id in wanted if document_id in each] for each in known]
         return BankShards(BankView(_bank_of(shard), ids) for shard, ids in zip(self.shards, chosen, strict=True) if ids)
 
-    def search(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
-        """Return what `MemoryBank.search` returns, of all shards; of equal scores the earlier shard's comes first."""
-        found = [shard.search(layer, queries, num_chunks) for shard in self.shards]
+    def search(
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        scaling: float | None = None,
+        newest: float | None = None,
+    ) -> Found:
+        """Return what `MemoryBank.search` returns, of all shards; of equal scores the earlier shard's comes first.
+
+        Each shard weighs by its own age prior, if it has one; ages count from the newest document of all shards.
+        """
+        options: dict[str, float | None] = {}
+        if scaling is not None and self.has_age_prior:
+            options = {"scaling": scaling, "newest": self.newest_date if newest is None else newest}
+        found = [shard.search(layer, queries, num_chunks, **options) for shard in self.shards]
         scores = torch.cat([scores for scores, _ in found], dim=2)
         rows = torch.cat(
             [torch.where(rows < 0, -1, rows * len(self.shards) + number) for number, (_, rows) in enumerate(found)],
@@ -157,6 +181,15 @@ class BankShards:
             parts, places = [with_chunks[0].gather(layer, rows.new_zeros(len(rows), 1))], torch.zeros_like(rows)
         keys, values = (_in_order(part, places) for part in zip(*parts, strict=True))
         return keys, values
+
+    def log_weights(self, rows: Int[Tensor, "*shape"], *, newest: float | None = None) -> Float[Tensor, "*shape"]:
+        """Return what `MemoryBank.log_weights` returns, of all shards."""
+        newest = self.newest_date if newest is None else newest
+        numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
+        weights = torch.zeros(rows.shape, device=rows.device)
+        for number, shard in enumerate(self.shards):
+            weights[numbers == number] = shard.log_weights(own_rows[numbers == number], newest=newest)
+        return weights
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
         """Return (document id, first token, token after the last) for each row, flattened; None for row -1."""

@@ -86,13 +86,38 @@ class BankView:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether a search can find nothing."""
+        """Return whether nothing of these documents is resident."""
         return not self.num_chunks
 
-    def search(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
-        """Return what `MemoryBank.search` returns, for the chunks of these documents alone."""
+    @property
+    def has_age_prior(self) -> bool:
+        """Return what `MemoryBank.has_age_prior` returns."""
+        return self._bank.has_age_prior
+
+    @property
+    def newest_date(self) -> float:
+        """Return the date of the newest of these documents that a search can find; -inf if there is none."""
+        with self._bank._lock:
+            return self._bank._clock.newest(self._bank._ledger, self._documents())
+
+    def search(
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        scaling: float | None = None,
+        newest: float | None = None,
+    ) -> Found:
+        """Return what `MemoryBank.search` returns, for the chunks of these documents alone; ages count from their newest."""
         self._bank._contents.drop_expired()
-        return self._bank._search(layer, queries, num_chunks, self._rows())
+        if scaling is not None and newest is None and self.has_age_prior:
+            newest = self.newest_date
+        return self._bank._search(layer, queries, num_chunks, self._rows(), scaling, newest)
+
+    def log_weights(self, rows: Int[Tensor, "*shape"], *, newest: float | None = None) -> Float[Tensor, "*shape"]:
+        """Return what `MemoryBank.log_weights` returns, with ages from the newest of these documents."""
+        return self._bank.log_weights(rows, newest=self.newest_date if newest is None else newest)
 
     def gather(
         self, layer: int, rows: Int[Tensor, "kv_heads chunks"]

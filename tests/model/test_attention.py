@@ -196,7 +196,7 @@ class NotingBank:
     def __init__(self, bank):
         self.bank, self.asked = bank, set()
 
-    is_empty, generation = False, 0
+    is_empty, generation, encodings = False, 0, 0
 
     def search(self, layer, queries, num_chunks):
         self.asked.add(queries.dtype)

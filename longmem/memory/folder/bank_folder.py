@@ -30,15 +30,8 @@ from longmem.memory.folder.segments import open_segments
 from longmem.memory.folder.tensor_file import damaged, not_written, remove
 
 LOCK = "lock"
-SEGMENT_FOLDER = "segments"
-INDEX_FOLDER = "indexes"
+SEGMENT_FOLDER, INDEX_FOLDER = "segments", "indexes"
 ATTEMPTS_TO_READ = 10
-CHANGEABLE = ("index", "refresh", "fingerprint")  # settings that may change in the life of a bank
-
-
-def fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that a bank keeps for life."""
-    return {name: value for name, value in settings.items() if name not in CHANGEABLE}
 
 
 class BankFolder:
@@ -147,7 +140,7 @@ class BankFolder:
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
                 rows = {table.name: self.catalogue.read_table(table) for table in TABLES}
-            if fixed(content["settings"]) != fixed(settings):
+            if records.fixed(content["settings"]) != records.fixed(settings):
                 raise ValueError(
                     f"the bank in {str(self.path)!r} was replaced by one with other settings, {content['settings']}, not "
                     f"{settings}; open it again."

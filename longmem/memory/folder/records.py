@@ -20,6 +20,16 @@ from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Ca
 from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.folder.segments import Segment
 
+DATES = ("dated", "valid_until", "is_superseded", "superseded_by")
+
+
+CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
+
+
+def fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a bank keeps for life."""
+    return {name: value for name, value in settings.items() if name not in CHANGEABLE}
+
 
 def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stored_tokens: int) -> None:
     """Write all that changed of a document; the source of its first `stored_tokens` tokens is there already."""
@@ -32,6 +42,8 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
         "written_at": document.written_at,
         "has_source": document.source_or_reader is not None,
     }
+    # Only what was said, so that a bank without dates is as it was before there were any.
+    content |= {name: getattr(document, name) for name in DATES if getattr(document, name) not in (None, False)}
     tails = {
         f"{layer}.{name}": tensor.cpu().contiguous()
         for layer, pair in enumerate(document.waiting)

@@ -27,6 +27,8 @@ DEAD_SHARE_BEFORE_REBUILDING = 0.25
 POINTS_PER_CENTROID = 39  # k-means of FAISS warns below this
 FLOAT16_LIMIT = 65_504.0
 ROWS_PER_STEP = 65_536  # rows copied at a time while they are added
+# Chunks that are looked for, for each that is wanted, where age counts too and they are ranked again with it.
+CANDIDATES_WITH_BONUS = 4
 CANDIDATES_PER_STEP = 2**18  # keys gathered at a time to rank candidates again
 
 
@@ -90,13 +92,18 @@ class ApproximateIndex(FlatIndex):
 
     # Search.
 
-    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Found:
         """Return the best rows that FAISS finds, and the exact answer to queries for which it finds too few."""
         num_rows = self.store.num_rows
         if self.store.device.type != "cpu" or num_rows < self.exact_below():
-            return super().best_rows(queries, num_chunks, rows)
+            return super().best_rows(queries, num_chunks, rows, bonus)
         if rows is not None and len(rows) < max(EXACT_BELOW, self.exact_share * num_rows):
-            return super().best_rows(queries, num_chunks, rows)
+            return super().best_rows(queries, num_chunks, rows, bonus)
+        if bonus is not None:
+            count = min(CANDIDATES_WITH_BONUS * num_chunks, num_rows if rows is None else len(rows))
+            products, candidates = self.best_rows(queries, count, rows)
+            scores, slots = (products + bonus[candidates.clamp(min=0)]).topk(num_chunks, dim=2)
+            return scores, candidates.gather(2, slots)
         self._catch_up()
         scores, found = self._look_up(queries, num_chunks, rows)
         if not self.is_exact_in_scores:
