@@ -26,7 +26,7 @@ def main() -> None:
     console = console_for(as_json=False, markup=True)
     run = evaluate_staleness(settings, console)
     metrics = summarize_policies(run.records)
-    for heading, rows in sections(metrics):
+    for heading, rows in sections(metrics, intervals=False):
         console.print(f"\n[bold]{heading}[/]\n", plain_table(rows))
     title = "What refresh policies cost and recover"
     run.finish(title=title, metrics=metrics, table=markdown(metrics), seed=min(settings.seeds))

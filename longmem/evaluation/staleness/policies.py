@@ -46,25 +46,32 @@ def draw_questions_about(
     return library, draw_stream(task, settings, library, generator)
 
 
+def copy_bank(bank: MemoryBank) -> MemoryBank:
+    """Return a bank with the same content and encoders, for one system to change."""
+    twin = bank.empty_like()
+    bank._contents.copy_to(twin._contents)
+    return twin
+
+
 def run_system(
     system: PolicySystem,
-    writer: LongMemForCausalLM,
+    written: MemoryBank,
     reader: LongMemForCausalLM,
     library: Sequence[LibraryDocument],
     stream: Sequence[AskedWindow],
     asking: Asking,
 ) -> dict[str, Any]:
-    """Return what a system answers, and what it costs.
+    """Return what a system answers about a library, and what it costs; the bank that the writer has written stays as it is.
 
     `losses` in nats, `right` and `found` (whether the answer was among the chunks that the question's last token read) have
     a number for each question; `tokens` for each window what had been encoded again by then, probes and samples included;
     `seconds` are of the processor, for the stream and all refreshing; `bank` is a hash of what the bank holds in the end.
     """
-    bank = write_library(reader if system.is_fresh else writer, library)
+    bank = write_library(reader, library) if system.is_fresh else copy_bank(written)
     losses, right, found, tokens = [], [], [], []
     begin = time.process_time()
     with weighted(reader, system.stale_weight), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no map from encoder version")  # `gains` has what it says
+        warnings.filterwarnings("ignore", message="no map from encoder version")  # the record has what it says
         system.prepare(bank, reader)
         for window in stream:
             answers = ask(reader, bank, window, asking)
@@ -81,6 +88,7 @@ def run_system(
         "tokens": tokens,
         "mapped": bank.refreshed.mapped,
         "gains": list(policy.gains.values()) if isinstance(policy, Mapped) else [],
+        "neighbours": list(policy.recalls.values()) if isinstance(policy, Mapped) else [],
         "seconds": time.process_time() - begin,
         "bank_tokens": bank.num_tokens,
         "bank": bank_hash(bank),

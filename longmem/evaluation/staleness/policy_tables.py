@@ -53,7 +53,9 @@ def compare_systems(records: Sequence[Record], seed: int = 0) -> dict[str, dict[
     seeds = [record["seed"] for record in by_system["never"]]
     for system, own in by_system.items():
         if [record["seed"] for record in own] != seeds:
-            raise ValueError(f"`records` must have seeds {seeds} of every system, got others of {system!r}; finish the run.")
+            raise ValueError(
+                f"`records` must have seeds {seeds} of every system, got others of {system!r}; finish the run."
+            )
     never, eager = by_system["never"], by_system["eager"]
     found = {}
     for system, own in by_system.items():
@@ -74,11 +76,16 @@ def compare_systems(records: Sequence[Record], seed: int = 0) -> dict[str, dict[
             **{name: ratio_estimate(pairs, seed) for name, pairs in ratios.items()},
             "per_seed": {
                 **numbers,
-                **{name: [above / below if below else None for above, below in pairs] for name, pairs in ratios.items()},
+                **{
+                    name: [above / below if below else None for above, below in pairs] for name, pairs in ratios.items()
+                },
             },
             "same_bank_as_eager": all(one["bank"] == other["bank"] for one, other in zip(own, eager, strict=True)),
-            "same_answers_as_eager": all(one["losses"] == other["losses"] for one, other in zip(own, eager, strict=True)),
+            "same_answers_as_eager": all(
+                one["losses"] == other["losses"] for one, other in zip(own, eager, strict=True)
+            ),
             "map_gains": [gain for record in own for gain in record["gains"]],
+            "map_neighbours": [kept for record in own for kept in record["neighbours"]],
             "maps_used": sum(bool(record["mapped"]) for record in own),
         }
     return found
@@ -122,39 +129,36 @@ def ratio_estimate(pairs: Sequence[tuple[float, float]], seed: int) -> Estimate 
     return ratio_of_means(above, below, seed=seed)
 
 
-def sections(metrics: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """Return a heading and a table for each regime and way of asking."""
-    head = ["", "loss, nats", "accuracy, %", "recovered", "in 2nd half", "cost", "answer read, %", "s"]
+def sections(metrics: Mapping[str, Any], *, intervals: bool = True) -> list[tuple[str, list[list[str]]]]:
+    """Return a heading and a table for each regime and way of asking; without intervals they fit a terminal."""
+    head = ["", "loss", "right, %", "recovered", "2nd half", "cost", "read, %", "s"]
     found = []
     for table in metrics["tables"].values():
         rows = [head]
         for values in table["systems"].values():
-            rows.append(
-                [
-                    values["title"],
-                    interval(values["loss"], 1, 3),
-                    interval(values["accuracy"], 100, 1),
-                    interval(values["recovered"], 1, 2),
-                    interval(values["recovered_later"], 1, 2),
-                    interval(values["cost"], 1, 2),
-                    interval(values["found"], 100, 1),
-                    f"{values['seconds'][0]:.1f}",
-                ]
-            )
+            columns = {
+                "loss": (1, 3),
+                "accuracy": (100, 1),
+                "recovered": (1, 2),
+                "recovered_later": (1, 2),
+                "cost": (1, 2),
+            }
+            shown = [as_text(values[name], *form, intervals) for name, form in {**columns, "found": (100, 1)}.items()]
+            rows.append([values["title"], *shown, f"{values['seconds'][0]:.1f}"])
         found.append((f"{table['title']} ({len(table['seeds'])} seeds)", rows))
     return found
 
 
-def interval(estimate: Sequence[float] | None, factor: float, digits: int) -> str:
+def as_text(estimate: Sequence[float] | None, factor: float, digits: int, with_interval: bool = True) -> str:
     """Return a number with its interval for people; nothing for None, and no interval where it is a point.
 
-    >>> interval((0.5, 0.25, 1.0), 100, 0), interval((1.0, 1.0, 1.0), 1, 2), interval(None, 1, 2)
-    ('50 (25 to 100)', '1.00', '')
+    >>> as_text((0.5, 0.25, 1.0), 100, 0), as_text((1.0, 1.0, 1.0), 1, 2), as_text((-0.001, -0.1, 0.1), 1, 2, False)
+    ('50 (25 to 100)', '1.00', '0.00')
     """
     if estimate is None:
         return ""
     value, low, high = (f"{round(factor * each, digits) + 0.0:.{digits}f}" for each in estimate)  # + 0.0: no "-0.00"
-    return value if low == high else f"{value} ({low} to {high})"
+    return value if low == high or not with_interval else f"{value} ({low} to {high})"
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:

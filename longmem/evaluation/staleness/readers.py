@@ -63,9 +63,7 @@ def train_reader(task: RecallTask, settings: ReaderSettings, seed: int) -> LongM
     return model
 
 
-def tune_reader(
-    model: LongMemForCausalLM, task: RecallTask, settings: ReaderSettings, seed: int
-) -> LongMemForCausalLM:
+def tune_reader(model: LongMemForCausalLM, task: RecallTask, settings: ReaderSettings, seed: int) -> LongMemForCausalLM:
     """Return a copy whose backbone was trained further on its last lesson, and then its side network on what that writes."""
     tuned = add_side_network(tune_backbone(model.backbone, task, settings.tune_steps, settings.tune_rate, seed + 2))  # type: ignore[arg-type]
     tuned.side_network.load_state_dict(model.side_network.state_dict())
@@ -94,7 +92,9 @@ def weights_of(model: LongMemForCausalLM) -> dict[str, torch.Tensor]:
     """Return the weights of backbone and side network by name, as copies."""
     parts = {"backbone": model.backbone, "side_network": model.side_network}
     return {
-        f"{part}.{name}": weight.clone() for part, module in parts.items() for name, weight in module.state_dict().items()
+        f"{part}.{name}": weight.clone()
+        for part, module in parts.items()
+        for name, weight in module.state_dict().items()
     }
 
 

@@ -61,10 +61,10 @@ class LibrarySettings:
     asked_share: Annotated[float, Above(0), UpTo(1)] = 0.5
     """Of the documents that are ever asked about."""
 
-    num_windows: Annotated[int, From(2)] = 60
+    num_windows: Annotated[int, From(2)] = 40
     """Windows of questions, one after the other, each about one document."""
 
-    num_questions: Count = 4
+    num_questions: Count = 6
     """In a window, about different pairs."""
 
     words_before: Number = 32

@@ -44,13 +44,14 @@ class PolicySystem:
             return
         bank.use_refresh(self.refresh)
         if not self.judged:
-            bank.refresh_policy.chosen["min_gain"] = -math.inf
+            bank.refresh_policy.chosen.update(min_gain=-math.inf, min_recall=0.0)
 
 
 def _mapped(kind: str, share: float, **others: object) -> PolicySystem:
     settings = "".join(f",{name}={value}" for name, value in others.items() if name == "fallback")
     return PolicySystem(
-        f"{kind} map, {share:.0%}" + (", without hold-out" if others.get("judged") is False else "")
+        f"{kind} map, {share:.0%}"
+        + (", without hold-out" if others.get("judged") is False else "")
         + (", then sweep" if "idle_tokens" in others else ""),
         f"mapped:kind={kind},sample_share={share}{settings}",
         **{name: value for name, value in others.items() if name != "fallback"},  # type: ignore[arg-type]
@@ -64,10 +65,9 @@ SYSTEMS: dict[str, PolicySystem] = {
     "bounded": PolicySystem("bounded, lag 0", "bounded:max_lag=0"),
     "lazy": PolicySystem("lazy", "lazy"),
     "lazy-sweep": PolicySystem("lazy + sweep", f"lazy:sweep_tokens={SEGMENT}"),
-    "lazy-budget": PolicySystem("lazy, budget", f"lazy:budget_tokens={2 * SEGMENT}"),
-    "lazy-budget-sweep": PolicySystem(
-        "lazy, budget, + sweep", f"lazy:budget_tokens={SEGMENT},sweep_tokens={SEGMENT}"
-    ),
+    "lazy-budget": PolicySystem("lazy, budget", f"lazy:budget_tokens={4 * SEGMENT}"),
+    "lazy-weight": PolicySystem("lazy, weight", "lazy:min_weight=0.1"),
+    "lazy-weight-sweep": PolicySystem("lazy, weight, + sweep", f"lazy:min_weight=0.1,sweep_tokens={SEGMENT}"),
     "sweep": PolicySystem("sweep only", f"bounded:max_lag=0,budget_tokens={2 * SEGMENT}"),
     "affine-5": _mapped("affine", 0.05),
     "affine-10": _mapped("affine", 0.10),

@@ -65,9 +65,7 @@ class Lazy(RefreshPolicy):
                 readable = refresher.bank.readable_now()
         return search(readable_rows(rows, readable))
 
-    def _reencode(
-        self, refresher: Refresher, rows: Int[Tensor, " hits"], weights: Float[Tensor, " hits"]
-    ) -> None:
+    def _reencode(self, refresher: Refresher, rows: Int[Tensor, " hits"], weights: Float[Tensor, " hits"]) -> None:
         """Encode again the segments of these rows, those of most weight first, as far as the budget goes.
 
         Rows that are not stale, or whose segments are not known, are left out.
