@@ -11,6 +11,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem import exchange, saving
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
+from longmem.backbone.coupled import CoupledWriter, parameters_of_states
 from longmem.backbone.encoder import Encoder
 from longmem.backbone.loading import tokenizer_fingerprint
 from longmem.backbone.stamp import EncoderStamp, configuration_recipe
@@ -48,7 +49,9 @@ class LongMemPreTrainedModel(PreTrainedModel):
         refuse_unstorable_layers(config, self._backbone.structure)
         self.side_network = SideNetwork(config, self._backbone)
         self._tokenizer = tokenizer
-        self.encoder = Encoder(self._backbone, config.memory_layers or [0], self._encoder_recipe)
+        self.encoder = self._encoder_of(self._backbone)
+        self.writer: CoupledWriter | None = None  # only while the backbone is trained
+        self.backbone_was_trained = False
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         self.post_init()
 
@@ -133,7 +136,12 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | PathLike[str], *, dtype: torch.dtype | str | None = None, **options: Any
+        self,
+        save_directory: str | PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        save_backbone: bool = False,
+        **options: Any,
     ) -> None:
         """Write the side network (safetensors), the configuration and a model card; the backbone is named, not copied.
 
@@ -144,12 +152,15 @@ class LongMemPreTrainedModel(PreTrainedModel):
             save_directory: folder to write to; made if missing.
             dtype: of the weights in the file, such as `torch.bfloat16` for half the room of float32; None leaves them as
                 they are. The loaded network has the dtype of its configuration all the same.
+            save_backbone: write the backbone too, with its tokenizer, into the folder `backbone` inside, and name that one. A
+                backbone that was trained (`couple_writer`) is nowhere else. Its moving average is not written.
             options: `push_to_hub=True` uploads the folder (with `repo_id=`), as in transformers.
 
         Raises:
-            ValueError: the path is a file, `dtype` is no floating-point dtype, or an option is unknown.
+            ValueError: the path is a file, `dtype` is no floating-point dtype, an option is unknown, or the backbone was
+                trained and would be lost.
         """
-        saving.save_model(self, save_directory, dtype=dtype, **options)
+        saving.save_model(self, save_directory, dtype=dtype, save_backbone=save_backbone, **options)
 
     def side_state_dict(self) -> dict[str, torch.Tensor]:
         """Return copies of what `save_pretrained` writes, by the same names: the tensors that one site sends another.
@@ -217,6 +228,68 @@ class LongMemPreTrainedModel(PreTrainedModel):
         stored = {"format": STORED_FORMAT, "dtype": dtype, "tokenizer": tokenizer}
         return recipe | stored | configuration_recipe(self.backbone)
 
+    def _encoder_of(self, backbone: Backbone) -> Encoder:
+        """Return the watch over what writes: this model's backbone, or the average of one that is trained."""
+        return Encoder(backbone, self.config.memory_layers or [0], self._encoder_recipe)
+
+    # A writer that is trained ------------------------------------------------------------------------------------------
+
+    def couple_writer(self, *, average: float | None = None) -> dict[str, torch.nn.Parameter]:
+        """Let the backbone be trained too, and return what of it is trained, by its names in the backbone.
+
+        For measurements of what LongMem avoids, and for those who want it: from here on what is in a bank goes stale, and its
+        refresh policy says what is done about that: the default refuses what an earlier version of the writer wrote,
+        `longmem.memory.refresh.UNBOUNDED` reads it as it is. Gradients reach every backbone parameter that hidden states and
+        logits depend on; keys and values are stored without. Give the parameters to an optimizer and call `writer_moved` after
+        each of its steps. Call this when the model is on its device; the backbone stays in eval mode (no dropout).
+
+        Args:
+            average: decay of an exponential moving average of the backbone, such as 0.999 (the momentum encoder of MoCo, arXiv
+                1911.05722). The average then writes everything that is stored, in a forward pass of its own, and the trained
+                backbone gives hidden states alone. None: the trained backbone writes.
+
+        Raises:
+            ValueError: the writer is coupled already, `average` is not between 0 and 1, or the backbone is not in float32.
+        """
+        if self.writer is not None:
+            raise ValueError("`couple_writer` needs a frozen writer, but it is coupled; call `decouple_writer` first.")
+        if average is not None and not 0 < average < 1:
+            raise ValueError(
+                f"`average` must be above 0 and below 1, got {average}; 0.999 is usual, None lets the trained backbone write."
+            )
+        config, hidden_layers = self.config, self.side_network.hidden_layers
+        adds_last = config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
+        final_norm = config.final_norm != "side" or adds_last
+        parameters = parameters_of_states(self._backbone, hidden_layers, final_norm=final_norm)
+        self.writer = CoupledWriter(self._backbone, parameters, average)
+        self.backbone_was_trained = True
+        self.encoder = self._encoder_of(self.writer.backbone)
+        self.encoder.note_move()  # from being frozen to being trained
+        return parameters
+
+    def writer_moved(self) -> None:
+        """Take note that an optimizer has just moved the coupled writer: what is stored so far is one version older.
+
+        Raises:
+            ValueError: the writer is frozen.
+        """
+        if self.writer is None:
+            raise ValueError(
+                "`writer_moved` needs a coupled writer, but the backbone is frozen; call `couple_writer` first."
+            )
+        self.writer.moved()
+        self.encoder.note_move()
+
+    def decouple_writer(self) -> Self:
+        """Freeze the backbone as it is now; it writes from here on, its average is dropped.
+
+        It is another encoder than the one that wrote banks before, and their refresh policies treat it so.
+        """
+        self._backbone.freeze()
+        self.writer = None
+        self.encoder = self._encoder_of(self._backbone)
+        return self
+
     # What transformers asks for ----------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
@@ -230,7 +303,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Set whether the side network is trained, with LoRA its adapters, biases and scales; the backbone never is."""
+        """Set whether the side network is trained, with LoRA its adapters, biases and scales; the backbone stays as it is."""
         self.side_network.requires_grad_(requires_grad)
         return self
 

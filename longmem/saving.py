@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Collection, Mapping
 from os import PathLike
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longmem.configuration import LongMemConfig
+from longmem.console import without_transformers_bars
 from longmem.errors import did_you_mean
 from longmem.lora import ALL_LINEAR
 from longmem.packaged import PACKAGED_BACKBONES, trained_side_network
@@ -32,8 +34,7 @@ tags: [longmem, long-term-memory]
 # LongMem side network
 
 A residual side network that reads a memory bank of past text beside a frozen backbone
-(LongMem, [arXiv 2306.07174](https://arxiv.org/abs/2306.07174)). This folder holds the side network alone; the backbone,
-`{backbone}`, is opened by name. Trained: {trained}.
+(LongMem, [arXiv 2306.07174](https://arxiv.org/abs/2306.07174)). This folder holds {contents}. Trained: {trained}.
 
 ```python
 from longmem import LongMemForCausalLM, MemoryBank
@@ -92,13 +93,20 @@ def save_model(
     model: LongMemPreTrainedModel,
     save_directory: str | PathLike[str],
     dtype: torch.dtype | str | None = None,
+    save_backbone: bool = False,
     **options: Any,
 ) -> None:
-    """Write side network, configuration, generation configuration and model card to a folder.
+    """Write side network, configuration, generation configuration and model card to a folder, the backbone if asked to.
 
     Raises:
-        ValueError: the path is a file, `dtype` is none that weights are saved in, or an option is unknown.
+        ValueError: the path is a file, `dtype` is none that weights are saved in, an option is unknown, or a trained backbone
+            would be lost.
     """
+    if model.backbone_was_trained and not save_backbone:
+        raise ValueError(
+            "`save_backbone` must be True for a model whose backbone was trained and is no longer "
+            f"{model.config.backbone_name_or_path}, got False; `save_pretrained(folder, save_backbone=True)` writes both."
+        )
     dtype = SAVED_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and dtype not in SAVED_DTYPES.values():
         raise ValueError(
@@ -128,17 +136,30 @@ def save_model(
     save_torch_state_dict(own, folder, **sharding)
     model.config.architectures = [type(model).__name__]
     config = copy.deepcopy(model.config)
+    if save_backbone:
+        config.backbone_revision = None  # of the hub's
+        config.backbone_name_or_path = str(write_backbone(model, folder / "backbone"))
     config.backbone_name_or_path = name_from(folder, config.backbone_name_or_path)
     # Where it was opened from here, such as a folder of somebody's cache, is nobody else's business.
     config.backbone_config.name_or_path = config.backbone_name_or_path or ""
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     trained = sum(weight.numel() for weight in model.side_network.trained_parameters().values())
-    (folder / "README.md").write_text(model_card(config, trained), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, trained, with_backbone=save_backbone), encoding="utf-8")
     if push_to_hub:
         from huggingface_hub import upload_folder
 
         upload_folder(repo_id=repo_id, folder_path=folder, token=token)
+
+
+def write_backbone(model: LongMemPreTrainedModel, folder: Path) -> Path:
+    """Write the backbone, and the tokenizer if there is one, to a folder, and return the folder."""
+    with without_transformers_bars():
+        model.backbone.save_pretrained(folder)
+    if model._tokenizer is not None or model.config.backbone_name_or_path:
+        with contextlib.suppress(OSError):  # a backbone in a folder without a tokenizer is given token ids
+            model.tokenizer.save_pretrained(folder)
+    return folder
 
 
 def saved_names(side_network: SideNetwork) -> set[str]:
@@ -149,8 +170,8 @@ def saved_names(side_network: SideNetwork) -> set[str]:
     return unfrozen | set(side_network.trained_parameters())
 
 
-def model_card(config: LongMemConfig, num_trained: int) -> str:
-    """Return the text of the model card; `num_trained` is the number of trained parameters."""
+def model_card(config: LongMemConfig, num_trained: int, *, with_backbone: bool = False) -> str:
+    """Return the text of the model card; `num_trained` parameters are trained, `with_backbone` it is in the folder."""
     names = (
         "layer_reduction_factor memory_layers chunk_size num_retrieved_tokens segment_length memory_distance "
         "residual fusion init"
@@ -163,7 +184,10 @@ def model_card(config: LongMemConfig, num_trained: int) -> str:
     if (lora := config.lora) is not None:
         targets = "every linear layer" if lora["target_modules"] == ALL_LINEAR else ", ".join(lora["target_modules"])
         trained = f"LoRA of rank {lora['rank']} (alpha {lora['alpha']:g}) on {targets}, {num_trained:,} parameters"
-    return MODEL_CARD.format(base_model=base_model, backbone=backbone, settings=settings, trained=trained)
+    contents = f"the side network alone; the backbone,\n`{backbone}`, is opened by name"
+    if with_backbone:
+        contents = f"the side network\nand, in `{backbone}`, the backbone"
+    return MODEL_CARD.format(base_model=base_model, contents=contents, settings=settings, trained=trained)
 
 
 def load_side_network(side_network: SideNetwork, folder: Path) -> None:
@@ -225,7 +249,7 @@ def refuse_other_backbone(config: LongMemConfig, backbone: PreTrainedModel) -> N
 def refuse_unknown_options(options: dict[str, Any]) -> None:
     """Raise for keyword arguments of loading and saving that would be ignored."""
     habits = {"trust_remote_code", "code_revision", "_commit_hash", "adapter_kwargs", "quantization_config"}
-    known = ["backbone", "backbone_options", "revision", "dtype", "config", "push_to_hub", "repo_id"]
+    known = ["backbone", "backbone_options", "revision", "dtype", "config", "save_backbone", "push_to_hub", "repo_id"]
     for name in options:
         if name not in habits:
             raise ValueError(f"`{name}` is not an option here.{did_you_mean(name, known)} Options: {', '.join(known)}.")

@@ -72,8 +72,16 @@ class Encoder:
         if not self._name:
             self._name = secrets.token_hex(8)
         self._moves += 1
-        self._watch_anew()
-        self._stamp = EncoderStamp(f"{self._name}+{self._moves}", self._recipe() | {"moves": self._moves})
+        self._stamp_move()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint of a moving encoder needs: its name and the number of its moves."""
+        return {"name": self._name, "moves": self._moves}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the moving encoder that `state_dict` describes, whose weights were restored before."""
+        self._name, self._moves = state["name"], state["moves"]
+        self._stamp_move()
 
     def refuse_trainable(self) -> None:
         """Raise StaleMemoryError if a weight of the encoder requires a gradient, or a module of it is in training mode."""
@@ -91,6 +99,10 @@ class Encoder:
         """Return what a copy starts with: nothing of the original's modules, and a name of its own if it moves."""
         lost = dict.fromkeys(("_tripwire", "_stamp", "_sketch", "_path"))
         return {**self.__dict__, **lost, "_name": secrets.token_hex(8) if self._name else ""}
+
+    def _stamp_move(self) -> None:
+        self._watch_anew()
+        self._stamp = EncoderStamp(f"{self._name}+{self._moves}", self._recipe() | {"moves": self._moves})
 
     def _watch_anew(self) -> None:
         # Modules may have been replaced (adapters), so the path itself is looked for again.

@@ -4,6 +4,7 @@ Stored keys carry no position. The query that meets them is turned to `memory_di
 just outside the local window. Models with absolute positions, ALiBi or none need nothing: their keys are stored as they are.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -27,7 +28,10 @@ class RotaryEmbedding:
     kwargs: dict[str, Any]
 
     def at(self, positions: Sequence[int], like: Tensor) -> CosSin:
-        """Return cosines and sines `1 positions rotary_dim`, in the dtype and on the device of `like`."""
+        """Return cosines and sines `1 positions rotary_dim`, in the dtype and on the device of `like`.
+
+        The backbone's module stays as it is.
+        """
 
         def swap(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -36,7 +40,19 @@ class RotaryEmbedding:
                 return like
             return torch.tensor([list(positions)], device=like.device)
 
-        return self.module(*map(swap, self.args), **{name: swap(value) for name, value in self.kwargs.items()})
+        module = with_own_buffers(self.module)
+        return module(*map(swap, self.args), **{name: swap(value) for name, value in self.kwargs.items()})
+
+
+def with_own_buffers(module: nn.Module) -> nn.Module:
+    """Return a copy of a rotary module that can be called without changing the original.
+
+    Some kinds (dynamic, LongRoPE) write the frequencies for the positions they are asked for into their buffers, where a later
+    run of the backbone, or one in another thread, would find those of the memory distance.
+    """
+    clone = copy.copy(module)
+    clone._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    return clone
 
 
 @dataclasses.dataclass(frozen=True)

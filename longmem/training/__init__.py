@@ -1,4 +1,4 @@
-"""Training of the side network; the backbone never changes.
+"""Training of the side network; the backbone never changes, unless `writer.trained` asks for the counter-example.
 
 From a script, what `train/train_longmem.py` does on a command line:
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from longmem.training.lane_memory import LaneMemories
+
 
 class Checkpoints:
     """Return the checkpoints of a run: side network, optimizer, schedule, random states and number of steps done.
 
     Neither backbone nor memory is in them: the backbone is named in the configuration, and memory is written anew from the
-    text before the step, which gives the same numbers because the backbone is frozen.
+    text before the step, which gives the same numbers because the backbone is frozen. Where it is trained, both are in them:
+    what an earlier backbone wrote, no later one would write again.
 
     Args:
         folder: of the run.
@@ -22,6 +25,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder / "checkpoints", keep
+        self.memories: LaneMemories | None = None  # to be saved as well
 
     def steps(self) -> list[int]:
         """Return the step numbers of whole checkpoints, in order."""
@@ -38,6 +42,8 @@ class Checkpoints:
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            if self.memories is not None:
+                self.memories.save(temporary / "memories")
             (temporary / "progress.json").write_text(json.dumps({"step": step}), encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)
@@ -54,4 +60,6 @@ class Checkpoints:
             return 0
         folder = self.folder / f"step-{steps[-1]}"
         accelerator.load_state(str(folder))
+        if self.memories is not None:
+            self.memories.load(folder / "memories")
         return int(json.loads((folder / "progress.json").read_text(encoding="utf-8"))["step"])

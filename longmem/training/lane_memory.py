@@ -2,12 +2,15 @@
 
 Each lane writes a bank of its own, after its backward pass. A document border empties it, unless documents are to be kept.
 When a run goes on from a checkpoint, or when the curriculum allows more memory, banks are written anew from the tokens
-before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened.
+before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened. A backbone that is trained
+writes other numbers than it did: then banks are saved with a checkpoint, and what a growing capacity brings back is written
+by the backbone of that step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -49,6 +52,7 @@ class LaneMemories:
             learn to pass over (Focused Transformer, arXiv 2307.03170).
         index: of the banks.
         storage_dtype: of the banks; that in which reading computes saves converting all that is read.
+        refresh: policy of the banks, which acts where the backbone is trained.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class LaneMemories:
         foreign_lanes: int,
         index: str,
         storage_dtype: str = "float16",
+        refresh: str = "frozen",
     ) -> None:
         if foreign_lanes >= num_lanes:
             raise ValueError(
@@ -67,7 +72,7 @@ class LaneMemories:
                 "raise `data.lanes` or use fewer processes."
             )
         self.model, self.keep_documents, self.foreign_lanes = model, keep_documents, foreign_lanes
-        self._options = {"index": index, "storage_dtype": storage_dtype}
+        self._options = {"index": index, "storage_dtype": storage_dtype, "refresh": refresh}
         self.capacity = 0
         self.banks: list[MemoryBank] = [self._new_bank(model.config.chunk_size) for _ in range(num_lanes)]
 
@@ -102,8 +107,12 @@ class LaneMemories:
     def readable(self, batch: LaneBatch) -> list[ReadableMemory]:
         """Return what each lane reads with a batch: its own bank, and the next foreign ones.
 
-        A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict.
+        A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict. If the backbone
+        has moved, each bank takes note and does what its refresh policy says: here, and nowhere else in training.
         """
+        if self.model.writer is not None:
+            for bank in self.banks:
+                bank.read_by(self.model)
         found: list[ReadableMemory] = []
         for lane, own in enumerate(self.banks):
             others = self.banks[lane + 1 :] + self.banks[:lane]
@@ -112,7 +121,10 @@ class LaneMemories:
         return found
 
     def write(self, batch: LaneBatch, states: BackboneStates) -> None:
-        """Append what the backbone made of a batch to the banks: real tokens only, each lane to its own document."""
+        """Append what the backbone made of a batch to the banks: real tokens only, each lane to its own document.
+
+        What is written here is the work of the writer of this moment: of the version that `readable` told the banks of.
+        """
         for lane, (bank, document_id, length) in enumerate(
             zip(self.banks, batch.document_ids, batch.lengths, strict=True)
         ):
@@ -122,6 +134,17 @@ class LaneMemories:
             ids = batch.input_ids[lane, :length]
             put = bank.append if document_id in bank else bank.add
             put(document_id, keys, values, ids, segment="new")  # the backbone saw this window and nothing else
+
+    def save(self, folder: Path) -> None:
+        """Write the banks into a folder, for `load`."""
+        for lane, bank in enumerate(self.banks):
+            bank.save(folder / f"lane-{lane}")
+
+    def load(self, folder: Path) -> None:
+        """Take the banks that `save` wrote in place of the present ones."""
+        device = self.model.input_device
+        self.banks = [MemoryBank.load(folder / f"lane-{lane}", device=device) for lane in range(len(self.banks))]
+        self.capacity = self.banks[0].capacity_tokens or 0
 
     def _clear_new(self, batch: LaneBatch) -> None:
         """Let go of what a lane must not find when it begins a batch."""

@@ -2,7 +2,8 @@
 
 A step reads one window of every lane. The frozen backbone runs first, or its features are read from where they were kept;
 then the side network predicts the window, reading the memory of the lane's earlier text; after the backward pass the window
-enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on.
+enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on. With
+`writer.trained` backbone and memories are not: then checkpoints hold both.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +31,11 @@ from longmem.evaluation.results import environment
 from longmem.plots import plot_training, require_matplotlib
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints
+from longmem.training.encode_ahead import EncodeAhead, FeatureSource
 from longmem.training.features import FrozenFeatures
 from longmem.training.interruption import Interruption
 from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
+from longmem.training.local_updates import LocalUpdates, num_targets
 from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
@@ -42,6 +46,7 @@ from longmem.training.settings import (
     validate_settings,
 )
 from longmem.training.trainable import mean_bias, select_trained
+from longmem.training.writer import couple_writer, writer_groups
 
 
 @dataclasses.dataclass
@@ -95,18 +100,26 @@ class Trainer:
         if self.checkpoints.steps():
             refuse_changed_settings(settings, self.folder / "config.yaml")
         self.model = setup.make_model(settings, self.accelerator.device)
+        self.writer_parameters = couple_writer(self.model, settings.writer, self.accelerator.num_processes)
         self.lanes = setup.make_lanes(settings, self.model.tokenizer, self.accelerator)
         self.own = process_lanes(settings.data.lanes, self.accelerator.process_index, self.accelerator.num_processes)
         self.steps = setup.total_steps(optimization, self.lanes)
         self.validation = setup.make_validation(settings, self.model, self.accelerator)
         kept = settings.features
-        self.features = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
+        self.frozen = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
+        self.features: FeatureSource = self.frozen
+        self.backbone_lock = threading.Lock()
         self.memories = LaneMemories(self.model, len(self.own), **setup.memory_options(settings))
         self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
-        optimizer = setup.make_optimizer(self.trained, optimization)
+        of_writer = writer_groups(self.writer_parameters, settings.writer, optimization)
+        optimizer = setup.make_optimizer(self.trained, optimization, of_writer)
         self.schedule = setup.make_schedule(optimizer, optimization, self.steps)
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
+        self.local_updates = LocalUpdates(self.accelerator, settings.exchange.every_steps, self.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
+        if self.model.writer is not None:
+            self.accelerator.register_for_checkpointing(self.model.writer, self.model.encoder)
+            self.checkpoints.memories = self.memories
         self.step = self.checkpoints.restore(self.accelerator)
 
     def run(self) -> list[StepRecord]:
@@ -117,18 +130,21 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_settings(settings, self.folder / "config.yaml")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-        num_trained = sum(parameter.numel() for parameter in self.trained.values())
+        trained = [*self.trained.values(), *self.writer_parameters.values()]
+        num_trained = sum(parameter.numel() for parameter in trained)
         if self.step == self.steps:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
-        for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.features):
+        for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.frozen):
             self.console.print(line, highlight=False, soft_wrap=True)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
             log = (
                 stack.enter_context(RunLog(self.folder, settings.logging.tensorboard, self.step + 1)) if main else None
             )
+            if settings.features.ahead:
+                self.features = stack.enter_context(self._encode_ahead(settings.features.ahead))
             show = stack.enter_context(training_progress(self.console, self.steps, self.step))
-            while self.step < self.steps and not self._any_process(stop.wanted):
+            while self.step < self.steps and not self._stops(stop):
                 records.append(self.train_step())
                 refuse_divergence(records[-1], settings.optimization.learning_rate)
                 if log is not None and self.step % settings.logging.every_steps == 0:
@@ -145,7 +161,8 @@ class Trainer:
     def _validate(self, log: RunLog | None) -> None:
         if self.validation is None:
             return
-        losses = self.validation.run(with_memory=self.settings.memory.enabled)
+        with self.backbone_lock:
+            losses = self.validation.run(with_memory=self.settings.memory.enabled)
         record = ValidationRecord(self.step, **losses, tokens=self.validation.num_tokens)  # type: ignore[arg-type]
         if log is not None:
             log.write(record)
@@ -158,23 +175,25 @@ class Trainer:
         self.model.train()
         first = self.step * settings.gradient_accumulation
         numbers = range(first, first + settings.gradient_accumulation)
-        lengths = [length for number in numbers for length in self.lanes.lengths(number)]
-        # Every token of a window but its first is a target. Every process holds a mean over all lanes; accelerate averages
-        # gradients over processes.
-        scale = self.accelerator.num_processes / (sum(lengths) - len(lengths))
+        lengths = [self.lanes.lengths(number) for number in numbers]
+        scale = self.local_updates.loss_scale(lengths, self.own)
         sums = StepSums()
         for number in numbers:
-            last = number == numbers[-1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.side_network):
+            sends = number == numbers[-1] and not self.local_updates.enabled  # its gradient to the other processes
+            with contextlib.nullcontext() if sends else self.accelerator.no_sync(self.side_network):
                 self._window_step(number, scale, sums)
         # Of the network as prepared: FSDP puts parameters of its own in the place of those chosen before.
         weights = [weight for weight in self.side_network.parameters() if weight.requires_grad]
+        weights += self.writer_parameters.values()
         norm = self.accelerator.clip_grad_norm_(weights, settings.clip_norm)
         learning_rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
+        if self.model.writer is not None:
+            self.model.writer_moved()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
+        self.local_updates.after_step(self.step, self.optimizer)
         return self._record(sums, lengths, float(norm), learning_rate, time.perf_counter() - start)
 
     def _window_step(self, number: int, scale: float, sums: StepSums) -> None:
@@ -216,6 +235,12 @@ class Trainer:
     def _states(self, batch: LaneBatch) -> BackboneStates:
         return self.features.of(batch.input_ids, batch.lengths).states
 
+    def _encode_ahead(self, ahead: int) -> EncodeAhead:
+        """Return features of the rest of the run, computed by a thread so many batches before they are needed."""
+        per_step = self.settings.optimization.gradient_accumulation
+        source = EncodeAhead.for_frozen(self.frozen, self._batch, self.steps * per_step, ahead, self.backbone_lock)
+        return source.from_batch(self.step * per_step)
+
     def _long_context_weights(self, number: int, batch: LaneBatch, local: Tensor) -> Tensor:
         loss = self.settings.loss
         long = local.clone()
@@ -226,9 +251,9 @@ class Trainer:
         return long_context_weights(local, long, loss.long_context_weight)
 
     def _record(
-        self, sums: StepSums, lengths: Sequence[int], norm: float, learning_rate: float, seconds: float
+        self, sums: StepSums, lengths: Sequence[Sequence[int]], norm: float, learning_rate: float, seconds: float
     ) -> StepRecord:
-        tokens, targets = sum(lengths), sum(lengths) - len(lengths)
+        tokens, targets = sum(map(sum, lengths)), num_targets(lengths)
         values = torch.tensor(dataclasses.astuple(sums), device=self.accelerator.device)
         total = StepSums(*self.accelerator.reduce(values, "sum").tolist())
         loss, backbone_loss = total.loss / targets, total.backbone_loss / targets
@@ -251,6 +276,10 @@ class Trainer:
     def _due(self, every_steps: int) -> bool:
         return every_steps > 0 and self.step % every_steps == 0
 
+    def _stops(self, stop: Interruption) -> bool:
+        """Return whether to stop before the next step; between two averages no process has what all would go on with."""
+        return self.local_updates.agree(self.step) and self._any_process(stop.wanted)
+
     def _any_process(self, flag: bool) -> bool:
         """Return whether any process raises the flag: all must leave the loop at the same step."""
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum"))
@@ -266,7 +295,9 @@ class Trainer:
         }
         if not self.accelerator.is_main_process:
             return
-        self.model.save_pretrained(self.folder / "side-network", state_dict=state)
+        self.model.save_pretrained(
+            self.folder / "side-network", state_dict=state, save_backbone=self.model.writer is not None
+        )
         steps, validations = read_log(self.folder / "log.jsonl")
         if steps:
             plot_training(self.folder / "curve.png", steps, validations)

@@ -22,6 +22,7 @@ class StepRecord:
     `backbone_loss`; both are None where that was not computed. `tokens` were read in this step, `memory_tokens` were in a
     lane's own memory, on average. `memory_share` is the mean weight of memory in the attention of the reading
     layers, None where nothing was read, and `bias_mean` the mean memory bias (or gate) over these layers and their heads.
+    With `exchange.every_steps`, `gradient_norm` and, between averages, `bias_mean` are the first process's own.
     """
 
     step: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.console import without_warnings_of
 from longmem.data import Lanes, load_corpus
+from longmem.memory.refresh import UNBOUNDED
 from longmem.modeling import LongMemForCausalLM
 from longmem.opening import is_saved_model, refuse_config_of_saved
 from longmem.training.features import FrozenFeatures
@@ -95,15 +97,17 @@ def make_validation(
     return Validation(model, texts, data.window)
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], wanted: OptimizationSettings) -> torch.optim.AdamW:
-    """Return AdamW over what is trained."""
+def make_optimizer(
+    trained: dict[str, nn.Parameter], wanted: OptimizationSettings, further_groups: Sequence[dict[str, Any]] = ()
+) -> torch.optim.AdamW:
+    """Return AdamW over what is trained of the side network, and over further groups of parameters."""
     groups = parameter_groups(
         trained,
         learning_rate=wanted.learning_rate,
         gate_learning_rate=wanted.gate_learning_rate,
         weight_decay=wanted.weight_decay,
     )
-    return torch.optim.AdamW(groups, betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
+    return torch.optim.AdamW([*groups, *further_groups], betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
 
 
 def introduction(
@@ -119,6 +123,9 @@ def introduction(
         f"{num_trained:,} weights are trained beside {settings.model.backbone}: {steps:,} steps of {batch}, "
         f"an epoch being {lanes.num_tokens:,} tokens; {reads}.",
     ]
+    if settings.writer.trained:
+        writes = "its moving average writes memory" if settings.writer.average else "it writes memory"
+        lines.append(f"The backbone is trained too, and {writes}: what is in memory goes stale.")
     if features.folder is not None:
         size = features.bytes_per_token()
         limit = "" if settings.features.max_gigabytes is None else f", at most {settings.features.max_gigabytes:g} GB"
@@ -165,4 +172,5 @@ def memory_options(settings: TrainingSettings) -> dict[str, Any]:
         "foreign_lanes": settings.memory.foreign_lanes,
         "index": settings.memory.index,
         "storage_dtype": "bfloat16" if settings.optimization.mixed_precision == "bf16" else "float16",
+        "refresh": (settings.writer.refresh or UNBOUNDED) if settings.writer.trained else "frozen",
     }

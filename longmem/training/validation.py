@@ -52,7 +52,8 @@ def validation_texts(
 class Validation:
     """Score documents that nobody trains on.
 
-    The banks are written once: the backbone is frozen. The losses of the backbone alone are computed once, too.
+    The banks are written once: the backbone is frozen. The losses of the backbone alone are computed once, too. A backbone
+    that is trained (`writer.trained`) does both anew each time.
 
     Args:
         model: read from.
@@ -77,6 +78,8 @@ class Validation:
 
         The mode of the model and torch's random numbers are what they were before.
         """
+        if self.model.writer is not None:
+            self._banks, self._backbone_loss = [], None
         was_training = self.model.training
         self.model.eval()
         try:

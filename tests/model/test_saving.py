@@ -8,7 +8,7 @@ from model.conftest import SETTINGS, build_backbone
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
+from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank, StaleMemoryError
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_the_fingerprint_is_that_of_what_is_stored(folders, input_ids):
     below.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1.0
     other = LongMemForCausalLM.from_pretrained(saved, backbone=below)
     assert other.encoder_fingerprint() != model.encoder_fingerprint()
-    with pytest.raises(ValueError, match="memorize the documents again"):
+    with pytest.raises(StaleMemoryError, match=r"differ in weights.*encode the bank again"):
         other(input_ids, memory=MemoryBank.for_model(model))
 
 

@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from processes import run
 from safetensors.torch import load_file
 from tiny_runs import make_files
 
 from longmem.training.records import read_log
 
-ROOT = Path(__file__).parents[2]
 SHORT = (4, 6, 9, 13, 5, 22, 30, 7, 11, 18)  # rows of one batch have unequal numbers of targets
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("files"), SHORT)
-
-
-def run(files, output, num_processes, *settings):
-    """Train with the script in so many processes that talk over gloo, as `accelerate launch` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "train/train_longmem.py", str(files), f"output={output}", *settings]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
-    processes = []
-    for rank in range(num_processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} if num_processes > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**environment, **own},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return [process.returncode for process in processes], "\n".join(outputs)
 
 
 def same_runs(folder, other):

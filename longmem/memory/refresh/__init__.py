@@ -7,7 +7,7 @@ lazy      what is read is encoded again, and a sweep takes the rest
 mapped    old vectors are moved by a map fitted on a sample, where a hold-out says that this wins
 """
 
-from longmem.memory.refresh.bounded import Bounded
+from longmem.memory.refresh.bounded import UNBOUNDED, Bounded
 from longmem.memory.refresh.eager import Eager
 from longmem.memory.refresh.frozen import Frozen
 from longmem.memory.refresh.lags import CLOCKS, Lags
@@ -19,6 +19,7 @@ from longmem.memory.refresh.refresher import Refresher, RefreshReport
 __all__ = [
     "CLOCKS",
     "POLICIES",
+    "UNBOUNDED",
     "Bounded",
     "Eager",
     "Frozen",

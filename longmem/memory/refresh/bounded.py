@@ -18,6 +18,8 @@ from longmem.memory.settings import Setting
 if TYPE_CHECKING:
     from longmem.memory.refresh.refresher import Refresher
 
+UNBOUNDED = "bounded:max_lag=1e12"  # everything is read as it is, however old, as in Memorizing Transformers
+
 
 @register_policy("bounded")
 class Bounded(RefreshPolicy):

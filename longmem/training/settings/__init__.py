@@ -6,6 +6,7 @@ from longmem.training.settings.files import load_settings, refuse_changed_settin
 from longmem.training.settings.sections import (
     CheckpointSettings,
     DataSettings,
+    ExchangeSettings,
     FeatureSettings,
     LoggingSettings,
     LossSettings,
@@ -14,11 +15,13 @@ from longmem.training.settings.sections import (
     OptimizationSettings,
     TrainingSettings,
     ValidationSettings,
+    WriterSettings,
 )
 
 __all__ = [
     "CheckpointSettings",
     "DataSettings",
+    "ExchangeSettings",
     "FeatureSettings",
     "LoggingSettings",
     "LossSettings",
@@ -27,6 +30,7 @@ __all__ = [
     "OptimizationSettings",
     "TrainingSettings",
     "ValidationSettings",
+    "WriterSettings",
     "load_settings",
     "refuse_changed_settings",
     "save_settings",

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
 from longmem.memory.index.kinds import validate_index
+from longmem.memory.refresh import make_policy
 from longmem.settings import read_section
 from longmem.training.settings.sections import TrainingSettings
 
@@ -30,7 +31,9 @@ def validate_settings(settings: TrainingSettings) -> None:
     _validate_data(settings)
     _validate_memory(settings)
     _validate_loss(settings)
+    _validate_writer(settings)
     _validate_length(settings)
+    _validate_exchange(settings)
     if settings.features.max_gigabytes is not None and settings.features.folder is None:
         raise ValueError(
             f"`features.max_gigabytes` needs `features.folder`, got {settings.features.max_gigabytes} without a folder; "
@@ -113,6 +116,38 @@ def _validate_loss(settings: TrainingSettings) -> None:
         )
 
 
+def _validate_writer(settings: TrainingSettings) -> None:
+    writer = settings.writer
+    if not writer.trained:
+        for name in ("backbone_learning_rate", "average", "refresh"):
+            if (value := getattr(writer, name)) is not None:
+                raise ValueError(
+                    f"`writer.{name}` needs `writer.trained`, got {value!r} for a frozen backbone; set `writer.trained` to "
+                    f"true, or leave `writer.{name}` out."
+                )
+        return
+    if writer.refresh is not None:
+        try:
+            make_policy(writer.refresh)
+        except ValueError as error:
+            raise ValueError(f"`writer.refresh`: {error}") from error
+    if settings.features.folder is not None:
+        raise ValueError(
+            "`features.folder` must be left out where `writer.trained` is true, because features change with the backbone, got "
+            f"{settings.features.folder!r}."
+        )
+    if settings.features.ahead:
+        raise ValueError(
+            "`features.ahead` must be 0 where `writer.trained` is true, because what an earlier backbone computed gives the "
+            f"present one no gradient, got {settings.features.ahead}."
+        )
+    if settings.model.backbone_dtype != "float32":
+        raise ValueError(
+            "`model.backbone_dtype` must be float32 where `writer.trained` is true, because small updates are lost in half "
+            f"precision, got {settings.model.backbone_dtype!r}; `optimization.mixed_precision` may still be bf16."
+        )
+
+
 def _validate_length(settings: TrainingSettings) -> None:
     optimization = settings.optimization
     if (optimization.steps is None) == (optimization.epochs is None):
@@ -125,3 +160,23 @@ def _validate_length(settings: TrainingSettings) -> None:
             "`optimization.warmup_steps` must be below `optimization.steps`, so that the learning rate is reached, got "
             f"{optimization.warmup_steps} and {optimization.steps}; {optimization.steps // 10} would do."
         )
+
+
+def _validate_exchange(settings: TrainingSettings) -> None:
+    every = settings.exchange.every_steps
+    if not every:
+        return
+    if settings.optimization.mixed_precision == "fp16":
+        raise ValueError(
+            f"`exchange.every_steps` must be 0 with `optimization.mixed_precision: fp16`, got {every}: each process would "
+            "scale its losses, and skip steps, in its own way; bf16 needs no such scale."
+        )
+    for name, value in (
+        ("checkpoints.every_steps", settings.checkpoints.every_steps),
+        ("validation.every_steps", settings.validation.every_steps),
+    ):
+        if value % every:
+            raise ValueError(
+                f"`{name}` must be a multiple of `exchange.every_steps`, got {value} and {every}: in between, every process "
+                f"has a side network of its own; {value + -value % every} would do."
+            )

@@ -12,7 +12,10 @@ from longmem.training.settings.checks import config_fields, validate_settings
 from longmem.training.settings.sections import TrainingSettings
 
 # Settings that a run which goes on may get anew: they change nothing of what it computes.
-MAY_CHANGE = ("output", "logging.", "checkpoints.", "validation.", "features.max_gigabytes", "optimization.max_minutes")
+MAY_CHANGE = (
+    *("output", "logging.", "checkpoints.", "validation."),
+    *("features.ahead", "features.max_gigabytes", "optimization.max_minutes"),
+)
 
 
 def load_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> TrainingSettings:

@@ -174,8 +174,43 @@ class OptimizationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class WriterSettings:
+    """Whether the backbone is trained too. LongMem leaves it frozen, so that nothing in memory goes stale."""
+
+    trained: bool = False
+    """Train every backbone parameter that hidden states and logits depend on, by the same loss. Lanes' memories then hold what
+    the backbone of the step computed that wrote them, and grow old; `backbone_loss` is that of the moving backbone. Needs
+    `model.backbone_dtype: float32` and a single process; the trained backbone is saved beside the side network."""
+
+    backbone_learning_rate: Annotated[float, Above(0)] | None = None
+    """Highest learning rate of the backbone, on the same schedule; None: `optimization.learning_rate`."""
+
+    average: Annotated[float, Above(0), Below(1)] | None = None
+    """Decay of an exponential moving average of the backbone that writes memory in its stead, which slows staleness down and
+    costs a second forward pass (MoCo, arXiv 1911.05722: 0.999); None: the trained backbone writes. Checkpoints hold the
+    average, the saved model does not: what it memorizes is written by its trained backbone."""
+
+    refresh: str | None = None
+    """Refresh policy of the lanes' memories, such as `bounded:max_lag=4` or `eager`, which encode again what is older than so
+    many optimizer steps, or than the last; None: all is read as it is, however old, as in Memorizing Transformers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeSettings:
+    """What processes send each other while they train; one process alone computes the same whatever is set here."""
+
+    every_steps: Number = 0
+    """0: gradients are averaged in every step, and the number of processes changes no result. More: each process takes so
+    many optimizer steps on its own lanes, with the mean loss and the clipping of its own gradient, then side network and
+    what AdamW remembers are averaged (local SGD, arXiv 1805.09767), also after the last step. In between, only the numbers of
+    the log are sent. A run stops, validates and writes checkpoints at averages alone. For slow connections; every_steps=1 is
+    no substitute for 0: the mean of AdamW's steps is not AdamW's step with the mean gradient (for SGD without clipping and
+    with as many targets in each process they are the same)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class FeatureSettings:
-    """A cache of what the frozen backbone computes for a window, which is the same in every epoch."""
+    """What the frozen backbone computes for a window, which is the same in every epoch: kept in a cache, or made ahead."""
 
     folder: str | None = None
     """Folder of the cache; None: compute each time."""
@@ -186,6 +221,11 @@ class FeatureSettings:
 
     max_gigabytes: Annotated[float, Above(0)] | None = None
     """Write nothing more when the cache is so large (10^9 bytes); None: no limit."""
+
+    ahead: Number = 0
+    """Batches that a thread computes, or reads from the cache, before the training step that needs them; results are the
+    same to the last bit. Each takes the memory of its hidden states, keys and values. 0: in the training step itself. It
+    pays where side network and backbone leave each other something of the machine: cores, a disk, or a second device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +282,8 @@ class TrainingSettings:
     model: ModelSettings = ModelSettings()
     memory: MemorySettings = MemorySettings()
     loss: LossSettings = LossSettings()
+    writer: WriterSettings = WriterSettings()
+    exchange: ExchangeSettings = ExchangeSettings()
     features: FeatureSettings = FeatureSettings()
     validation: ValidationSettings = ValidationSettings()
     logging: LoggingSettings = LoggingSettings()
