@@ -4,7 +4,7 @@ from longmem.plots.accuracy import plot_accuracies, plot_summaries
 from longmem.plots.books import plot_books, plot_scores
 from longmem.plots.distance import plot_distance
 from longmem.plots.documents import plot_distances, plot_documents
-from longmem.plots.staleness import plot_policies
+from longmem.plots.staleness import plot_staleness
 from longmem.plots.style import require_matplotlib
 from longmem.plots.training import plot_training
 from longmem.plots.tuning import plot_tuning
@@ -15,8 +15,8 @@ __all__ = [
     "plot_distance",
     "plot_distances",
     "plot_documents",
-    "plot_policies",
     "plot_scores",
+    "plot_staleness",
     "plot_summaries",
     "plot_training",
     "plot_tuning",

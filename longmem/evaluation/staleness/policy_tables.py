@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from longmem.evaluation.intervals import Estimate, bootstrap_interval, ratio_of_means
-from longmem.evaluation.results import markdown_table
 from longmem.evaluation.runs import groups_of
 from longmem.evaluation.staleness.systems import SYSTEMS
 
@@ -129,7 +128,7 @@ def ratio_estimate(pairs: Sequence[tuple[float, float]], seed: int) -> Estimate 
     return ratio_of_means(above, below, seed=seed)
 
 
-def sections(metrics: Mapping[str, Any], *, intervals: bool = True) -> list[tuple[str, list[list[str]]]]:
+def policy_sections(metrics: Mapping[str, Any], *, intervals: bool = True) -> list[tuple[str, list[list[str]]]]:
     """Return a heading and a table for each regime and way of asking; without intervals they fit a terminal."""
     head = ["", "loss", "right, %", "recovered", "2nd half", "cost", "read, %", "s"]
     found = []
@@ -159,8 +158,3 @@ def as_text(estimate: Sequence[float] | None, factor: float, digits: int, with_i
         return ""
     value, low, high = (f"{round(factor * each, digits) + 0.0:.{digits}f}" for each in estimate)  # + 0.0: no "-0.00"
     return value if low == high or not with_interval else f"{value} ({low} to {high})"
-
-
-def markdown(metrics: Mapping[str, Any]) -> str:
-    """Return all tables for `table.md`."""
-    return "\n".join(f"**{heading}**\n\n{markdown_table(rows)}\n" for heading, rows in sections(metrics))

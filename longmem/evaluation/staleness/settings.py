@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from longmem.evaluation.recall import RecallTask
 from longmem.evaluation.recall_check import NUM_PAIRS
+from longmem.evaluation.staleness.learning import SYSTEMS as LEARNING_SYSTEMS
+from longmem.evaluation.staleness.learning import LearningSettings
 from longmem.evaluation.staleness.systems import SYSTEMS
 from longmem.settings import Above, From, UpTo
 
@@ -14,7 +16,7 @@ Count = Annotated[int, From(1)]
 Number = Annotated[int, From(0)]
 Positive = Annotated[float, Above(0)]
 
-Experiment = Literal["policies"]
+Experiment = Literal["policies", "learning", "content"]
 Regime = Literal["swap", "fine-tune"]
 Asking = Literal["shared", "selected"]
 
@@ -92,7 +94,8 @@ class StalenessSettings:
     """Folder for everything that the run writes, trained models too. A run that was stopped goes on with the same settings."""
 
     experiment: Experiment = "policies"
-    """policies: what each refresh policy costs and recovers when the encoder changes."""
+    """policies: what each refresh policy costs and recovers when the encoder changes; learning: whether a reader learns
+    beside a writer that moves; content: how superseded texts are kept from being read."""
 
     seeds: tuple[Number, ...] = (0, 1, 2)
     """Each gives models, documents and questions of its own; more may be added to a run that is finished."""
@@ -116,9 +119,18 @@ class StalenessSettings:
     systems: tuple[str, ...] = tuple(SYSTEMS)
     """Rows of the policy table: names of `longmem/evaluation/staleness/systems.py`, never and eager among them."""
 
+    learning: LearningSettings = dataclasses.field(default_factory=LearningSettings)
+    """The learning experiment."""
+
+    learning_systems: tuple[str, ...] = tuple(LEARNING_SYSTEMS)
+    """Its rows: names of `longmem/evaluation/staleness/learning.py`."""
+
+    decoupled_steps: Count = 300
+    """Of a side network beside a frozen backbone; what they do to banks written before is measured too."""
+
     def __post_init__(self) -> None:
         """Check what is beyond types and ranges."""
-        for name in ("seeds", "regimes", "askings", "systems"):
+        for name in ("seeds", "regimes", "askings", "systems", "learning_systems"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"`{name}` must name at least one, and each once, got {list(values)}.")
@@ -127,6 +139,8 @@ class StalenessSettings:
             raise ValueError(
                 f"`systems` must name never, eager, and others of {', '.join(SYSTEMS)}, got {list(self.systems)}."
             )
+        if unknown := [name for name in self.learning_systems if name not in LEARNING_SYSTEMS]:
+            raise ValueError(f"`learning_systems` must name some of {', '.join(LEARNING_SYSTEMS)}, got {unknown}.")
         if self.num_keys <= NUM_PAIRS:
             raise ValueError(
                 f"`num_keys` must be more than the {NUM_PAIRS} pairs that side networks practise on, got {self.num_keys}."
