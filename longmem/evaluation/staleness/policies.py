@@ -68,15 +68,19 @@ def run_system(
     `seconds` are of the processor, for the stream and all refreshing; `bank` is a hash of what the bank holds in the end.
     """
     bank = write_library(reader, library) if system.is_fresh else copy_bank(written)
-    losses, right, found, tokens = [], [], [], []
+    losses: list[float] = []
+    right: list[bool] = []
+    found: list[bool] = []
+    tokens: list[int] = []
     begin = time.process_time()
     with weighted(reader, system.stale_weight), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no map from encoder version")  # the record has what it says
         system.prepare(bank, reader)
         for window in stream:
-            answers = ask(reader, bank, window, asking)
-            for into, numbers in zip((losses, right, found), answers, strict=True):
-                into += numbers.tolist()
+            nats, answered, was_read = ask(reader, bank, window, asking)
+            losses += nats.tolist()
+            right += answered.tolist()
+            found += was_read.tolist()
             if system.idle_tokens:
                 bank.sweep(reader, system.idle_tokens)
             tokens.append(bank.refreshed.tokens + bank.refreshed.probed_tokens)

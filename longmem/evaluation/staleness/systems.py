@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -86,7 +87,8 @@ SYSTEMS: dict[str, PolicySystem] = {
 @contextlib.contextmanager
 def weighted(model: LongMemForCausalLM, weight: float) -> Iterator[None]:
     """Multiply attention to memory by a weight, inside the block."""
-    biases = [layer.memory_bias for layer in model.side_network.layers if layer.memory_bias is not None]
+    layers: list[Any] = list(model.side_network.layers)
+    biases = [layer.memory_bias for layer in layers if layer.memory_bias is not None]
     with torch.no_grad():
         before = [bias.clone() for bias in biases]
         for bias in biases:
