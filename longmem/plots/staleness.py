@@ -91,12 +91,15 @@ def draw_panel(axes: Any, systems: Mapping[str, Mapping[str, Any]]) -> None:
         places.setdefault(nearby(places, cost, shown), []).append(text)
     for place, texts in places.items():
         lines = [", ".join(texts[start : start + 4]) for start in range(0, len(texts), 4)]
-        axes.annotate("\n".join(lines), place, xytext=(4, 4), textcoords="offset points", fontsize=7, va="bottom")
+        side: dict[str, Any] = (
+            {"xytext": (4, -5), "va": "top"} if place[0] > 0.9 else {"xytext": (4, 4), "va": "bottom"}
+        )
+        axes.annotate("\n".join(lines), place, textcoords="offset points", fontsize=7, **side)
     axes.set_xscale("symlog", linthresh=0.04)  # from 0 on: what costs nothing has its place
     axes.set_xlim(-0.008, 2.4)
     axes.set_xticks([0, 0.05, 0.1, 0.2, 0.5, 1], ["0", "0.05", "0.1", "0.2", "0.5", "1"], fontsize=8)
     axes.set_xticks([], minor=True)
-    axes.set_ylim(LOWEST - 0.1, 1.45)
+    axes.set_ylim(LOWEST - 0.1, 1.3)
 
 
 def nearby(places: Iterable[tuple[float, float]], cost: float, recovered: float) -> tuple[float, float]:

@@ -48,15 +48,9 @@ class PolicySystem:
             bank.refresh_policy.chosen.update(min_gain=-math.inf, min_recall=0.0)
 
 
-def _mapped(kind: str, share: float, **others: object) -> PolicySystem:
-    settings = "".join(f",{name}={value}" for name, value in others.items() if name == "fallback")
-    return PolicySystem(
-        f"{kind} map, {share:.0%}"
-        + (", without hold-out" if others.get("judged") is False else "")
-        + (", then sweep" if "idle_tokens" in others else ""),
-        f"mapped:kind={kind},sample_share={share}{settings}",
-        **{name: value for name, value in others.items() if name != "fallback"},  # type: ignore[arg-type]
-    )
+def mapped(kind: str, share: float, ending: str = "", **others: Any) -> PolicySystem:
+    """Return the system of a map of some kind, fitted on a share of the bank; `others` are fields of `PolicySystem`."""
+    return PolicySystem(f"{kind} map, {share:.0%}{ending}", f"mapped:kind={kind},sample_share={share}", **others)
 
 
 # "never" and "eager" are 0 and 1 of what is recovered; "eager" is also 1 of the cost.
@@ -70,13 +64,13 @@ SYSTEMS: dict[str, PolicySystem] = {
     "lazy-weight": PolicySystem("lazy, weight", "lazy:min_weight=0.1"),
     "lazy-weight-sweep": PolicySystem("lazy, weight, + sweep", f"lazy:min_weight=0.1,sweep_tokens={SEGMENT}"),
     "sweep": PolicySystem("sweep only", f"bounded:max_lag=0,budget_tokens={2 * SEGMENT}"),
-    "affine-5": _mapped("affine", 0.05),
-    "affine-10": _mapped("affine", 0.10),
-    "procrustes-5": _mapped("procrustes", 0.05),
-    "procrustes-10": _mapped("procrustes", 0.10),
-    "affine-5-sweep": _mapped("affine", 0.05, idle_tokens=SEGMENT),
-    "affine-5-unjudged": _mapped("affine", 0.05, judged=False),
-    "procrustes-5-unjudged": _mapped("procrustes", 0.05, judged=False),
+    "affine-5": mapped("affine", 0.05),
+    "affine-10": mapped("affine", 0.10),
+    "procrustes-5": mapped("procrustes", 0.05),
+    "procrustes-10": mapped("procrustes", 0.10),
+    "affine-5-sweep": mapped("affine", 0.05, ", then sweep", idle_tokens=SEGMENT),
+    "affine-5-unjudged": mapped("affine", 0.05, ", without hold-out", judged=False),
+    "procrustes-5-unjudged": mapped("procrustes", 0.05, ", without hold-out", judged=False),
     "mask": PolicySystem("mask", "bounded:max_lag=0,on_violation=mask"),
     # The poly weight of asynchronous learning, (lag + 1) ** -0.5, at a lag of one encoder.
     "stale-weight": PolicySystem("never, weight by lag", stale_weight=2**-0.5),

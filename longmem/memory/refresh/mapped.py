@@ -40,7 +40,7 @@ class Mapped(RefreshPolicy):
     Maps are used if held-out segments of the sample say two things: of the distance between old and new vectors the maps take
     `min_gain` or more away, for keys and for values; and among moved keys a search finds `min_recall` or more of what it finds
     among new ones. Both were needed where it was measured (`docs/staleness.md`): after moderate fine-tuning maps that took a
-    fifth of the distance away did harm, and after a swap, maps that took two thirds away moved most keys to one place. A
+    third of the distance away did harm, and after a swap, maps that took two thirds away kept a tenth of the neighbours. A
     layer's map is fitted for each head. Only vectors as they were encoded are moved: a moved segment keeps its version,
     and at the next change of the encoder it falls to the fallback policy, as does all where no map wins.
     """
