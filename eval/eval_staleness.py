@@ -26,7 +26,7 @@ from longmem.evaluation.staleness import (
     summarize_staleness,
     title_of,
 )
-from longmem.plots import plot_staleness, require_matplotlib
+from longmem.plots import plot_experiment, require_matplotlib
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         console.print(f"\n[bold]{heading}[/]\n", plain_table(rows))
     title = title_of(settings)
     run.finish(title=title, metrics=metrics, table=markdown(settings, metrics), seed=min(settings.seeds))
-    plot_staleness(run.path / f"{settings.experiment}.png", metrics, title=title)
+    plot_experiment(run.path / f"{settings.experiment}.png", metrics, title=title)
 
 
 if __name__ == "__main__":

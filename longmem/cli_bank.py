@@ -8,6 +8,7 @@ from typing import Any
 
 from longmem.subcommands import add_command, add_group, bank_folder
 
+POLICIES = '"frozen", "eager", "lazy", "mapped", "bounded:max_lag=4", ...'
 MEMORIZE_EXAMPLES = """\
 examples:
   longmem memorize book.txt --bank memory                       a new bank, or one more document in it
@@ -28,6 +29,8 @@ examples:
   longmem bank delete notes.txt --bank memory
   longmem bank compact --bank memory                       give back the space of what was deleted
   longmem bank tune --bank memory --queries new.txt        which index finds enough, and how fast
+  longmem bank staleness --bank memory --model tuned       what another model would find stale
+  longmem bank refresh --bank memory --model tuned         encode it again
 
 Each change is on the disk, as a whole, when the command ends. One process may change a bank while any number read it.
 """
@@ -101,6 +104,25 @@ examples:
 The keys are the bank's, the queries what its model asks while it reads the text. One setting serves all layers: the
 first memory layer is measured unless you name another.
 """
+STALENESS_EXAMPLES = """\
+examples:
+  longmem bank staleness --bank memory                       which encoders wrote what is there
+  longmem bank staleness --bank memory --model tuned         what would be stale if this model read it
+  longmem bank staleness --bank memory --model tuned --probe --plot staleness.png
+
+Nothing in the bank changes. stale: another encoder wrote it. behind: changes of the encoder since. gap: how far its weights
+have moved since, relative to their norm. drift: the same of stored keys, which --probe measures on about 64 tokens of each
+earlier encoder. masked: chunks that the refresh policy does not let be read as they are. moved: by a map, to this encoder.
+"""
+REFRESH_EXAMPLES = """\
+examples:
+  longmem bank refresh --bank memory --model tuned                    everything that another encoder wrote
+  longmem bank refresh --bank memory --budget-tokens 100000           so much for now; the next run goes on
+  longmem bank refresh --bank memory --model tuned --policy mapped    move most of it by a map, where that wins
+
+Text is not needed: token ids are kept. Each document is on the disk once it is whole, so a run can be stopped with Ctrl-C,
+and the next one goes on. --policy also says what the bank does from now on when its encoder changes.
+"""
 
 
 def add_bank_commands(commands: Any) -> None:
@@ -154,6 +176,7 @@ def add_bank_commands(commands: Any) -> None:
     )
     export.add_argument("output", type=Path, metavar="OUT", help="file to write (.jsonl)")
     add_tune(actions, bank, writer)
+    add_refresh(actions, bank)
 
 
 def add_options_of_add(command: argparse.ArgumentParser) -> None:
@@ -166,6 +189,7 @@ def add_options_of_add(command: argparse.ArgumentParser) -> None:
     new.add_argument("--index", help='"auto", "flat", "ivf:probed_share=0.06", ...; default: auto')
     new.add_argument("--eviction", help='what goes when it is full: "fifo", "lru", "ttl:seconds=3600"; default: fifo')
     new.add_argument("--storage-dtype", metavar="DTYPE", help="float16, bfloat16, float32 or int8; default: float16")
+    new.add_argument("--refresh", metavar="POLICY", help=f"when its encoder changes: {POLICIES}; default: frozen")
 
 
 def add_tune(actions: Any, *parents: argparse.ArgumentParser) -> None:
@@ -179,6 +203,22 @@ def add_tune(actions: Any, *parents: argparse.ArgumentParser) -> None:
     tune.add_argument("--recall", type=float, default=0.95, help="share of the exact best that has to be found")
     tune.add_argument("--output", type=Path, metavar="DIR", help="folder for tuning.md, tuning.json and tuning.png")
     tune.add_argument("--apply", action="store_true", help="let the bank use the recommended setting")
+
+
+def add_refresh(actions: Any, bank: argparse.ArgumentParser) -> None:
+    """Add `bank staleness` and `bank refresh`."""
+    reader = model_option("the bank's own encoder, and no model is opened; with --probe, the model that wrote the bank")
+    staleness = add_command(
+        actions, "staleness", "staleness:show", "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader
+    )
+    staleness.add_argument("--probe", action="store_true", help="measure how far keys have moved")
+    staleness.add_argument("--plot", type=Path, metavar="FILE", help="figure to write (.png)")
+    encoder = model_option("the model that wrote the bank, as it is now")
+    refresh = add_command(
+        actions, "refresh", "staleness:refresh", "encode again what is stale", REFRESH_EXAMPLES, bank, encoder
+    )
+    refresh.add_argument("--budget-tokens", type=int, metavar="N", help="encode no more than that; default: all")
+    refresh.add_argument("--policy", metavar="NAME", help=f"follow it from now on: {POLICIES}; default: the bank's")
 
 
 def labels() -> argparse.ArgumentParser:

@@ -64,7 +64,10 @@ def show_info(arguments: argparse.Namespace) -> None:
             "eviction": bank.eviction,
             "age_prior": None if bank.age_prior is None else bank.age_prior.name,
             "storage_dtype": str(bank.storage_dtype).removeprefix("torch."),
+            "refresh": bank.refresh,
             "fingerprint": bank.fingerprint,
+            "encoders": [version.stamp.digest for version in bank.encoders.versions],
+            "tokens_of_other_encoders": sum(each.tokens for each in bank.staleness().versions if not each.is_fresh),
         }
     if arguments.json:
         opening.print_json(values)

@@ -19,6 +19,7 @@ OPTIONS_OF_A_NEW_BANK = {
     "index": "index",
     "eviction": "eviction",
     "storage_dtype": "storage_dtype",
+    "refresh": "refresh",
 }
 
 

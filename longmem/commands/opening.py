@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+from longmem.errors import StaleMemoryError
 from longmem.memory import MemoryBank, has_bank
+from longmem.memory.encoder_checks import refuse_other_recipe
 from longmem.modeling import LongMemForCausalLM
 from longmem.opening import open_model
 from longmem.packaged import PACKAGED_BACKBONES
@@ -54,10 +56,36 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: bool = False) -> MemoryBank:
-    """Return the bank in a folder, to be closed. Raises ValueError if there is none, or it was written by another model."""
+    """Return the bank in a folder, to be closed.
+
+    Where something is stale and its refresh policy has work to do, also a bank that is only read is opened for writing.
+
+    Raises:
+        ValueError: there is none.
+        StaleMemoryError: another encoder wrote it, and its policy is "frozen", or encoding again would not help.
+    """
     if not has_bank(folder):
         raise ValueError(f"there is no bank in {folder}; `longmem memorize FILE --bank {folder}` makes one.")
+    if model is not None:
+        with MemoryBank.open(folder, read_only=True) as bank:
+            refuse_stale(folder, bank, model)
+            is_current = bank.fingerprint == model.encoder_fingerprint() and bool(bank.readable_now().all())
+            write = write or (bank.refresh != "frozen" and not is_current)
     return MemoryBank.open(folder, model, read_only=not write)
+
+
+def refuse_stale(folder: Path, bank: MemoryBank, model: LongMemForCausalLM) -> None:
+    """Raise StaleMemoryError, which names the commands that help, if a frozen bank is another encoder's."""
+    known, stamp = bank.encoders.stamp, model.encoder_stamp()
+    if known is None or known.digest == stamp.digest or bank.refresh != "frozen":
+        return
+    refuse_other_recipe(known, stamp)
+    raise StaleMemoryError(
+        f"another encoder than this model's wrote the bank in {folder}; they differ in {', '.join(known.diff(stamp))}, so what "
+        f"is stored is not what this model would store. `longmem bank refresh --bank {folder}`, with the `--model` of this "
+        "command, encodes it again (with `--policy mapped` it moves most of it by a map, where that wins); `longmem bank "
+        "staleness`, with the same two options, says what is stale and changes nothing."
+    )
 
 
 def bytes_on_disk(folder: Path) -> int:

@@ -25,7 +25,7 @@ def refuse_other_recipe(known: EncoderStamp | None, stamp: EncoderStamp) -> None
     """Raise StaleMemoryError if the encoders differ in something that no encoding again would put right."""
     if known is None:
         return
-    differing = [name for name in known.diff(stamp) if name in FOR_LIFE]
+    differing = differs_for_life(known, stamp)
     if differing:
         values = "; ".join(f"`{name}` {known.recipe[name]} and {stamp.recipe[name]}" for name in differing)
         raise StaleMemoryError(
@@ -33,6 +33,11 @@ def refuse_other_recipe(known: EncoderStamp | None, stamp: EncoderStamp) -> None
             "Memorize the documents again from their texts, in `MemoryBank.for_model(model)`, or with `longmem bank export` "
             "and `longmem bank add`; without `model` a bank opens for inspection."
         )
+
+
+def differs_for_life(known: EncoderStamp, stamp: EncoderStamp) -> list[str]:
+    """Return in what the encoders differ that no encoding again would put right."""
+    return [name for name in known.diff(stamp) if name in FOR_LIFE]
 
 
 def refuse_unknown_encoder(known: EncoderStamp | None) -> None:

@@ -17,7 +17,17 @@ from longmem.memory.index import Found
 from longmem.memory.ledger import Ledger
 from longmem.memory.locking import BankLock
 from longmem.memory.persistence import PersistentBank
-from longmem.memory.refresh import Lags, Refresher, RefreshPolicy, RefreshReport, make_policy, refresh_name
+from longmem.memory.refresh import (
+    Lags,
+    Refresher,
+    RefreshPolicy,
+    RefreshReport,
+    StalenessReport,
+    make_policy,
+    readable_as_is,
+    refresh_name,
+    report_staleness,
+)
 
 
 class KeptFresh(PersistentBank):
@@ -128,11 +138,20 @@ class KeptFresh(PersistentBank):
 
     def readable_now(self) -> Bool[Tensor, " rows"]:
         """Return for each live row whether the refresh policy lets it be read as it is."""
-        versions, mapped_to = self._ledger.versions
-        readable = self.refresh_policy.readable(self.lags())[versions]
-        if self.refresh_policy.reads_mapped():
-            readable = readable | (mapped_to == self.encoders.current)
-        return readable
+        return readable_as_is(self.refresh_policy, self.lags(), self._ledger.versions)
+
+    def staleness(self, model: Any = None, *, probe: bool = False) -> StalenessReport:
+        """Return how much of the bank is stale, in total, for each encoder and for each document; nothing changes.
+
+        Args:
+            model: say what would be stale if this model read the bank; None: compare with the bank's current encoder.
+            probe: also measure how far keys have moved, by encoding about 64 tokens of each earlier encoder with `model`.
+
+        Raises:
+            ValueError: `probe` without a model.
+            StaleMemoryError: `probe` with a model that can't encode what the bank holds.
+        """
+        return report_staleness(self, model, probe=probe)  # type: ignore[arg-type]
 
     # Inside.
 

@@ -108,11 +108,14 @@ class LaneMemories:
         """Return what each lane reads with a batch: its own bank, and the next foreign ones.
 
         A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict. If the backbone
-        has moved, each bank takes note and does what its refresh policy says: here, and nowhere else in training.
+        has moved, each bank takes note and does what its refresh policy says: here, and nowhere else in training. Of a
+        backbone that must not move one bank is asked: all of them have one writer.
+
+        Raises:
+            StaleMemoryError: the backbone has moved, or is about to, without being trained on purpose.
         """
-        if self.model.writer is not None:
-            for bank in self.banks:
-                bank.read_by(self.model)
+        for bank in self.banks if self.model.writer is not None else self.banks[:1]:
+            bank.read_by(self.model)
         found: list[ReadableMemory] = []
         for lane, own in enumerate(self.banks):
             others = self.banks[lane + 1 :] + self.banks[:lane]

@@ -46,7 +46,7 @@ from longmem.training.settings import (
     validate_settings,
 )
 from longmem.training.trainable import mean_bias, select_trained
-from longmem.training.writer import couple_writer, writer_groups
+from longmem.training.writer import couple_writer, refuse_moved_writer, writer_groups
 
 
 @dataclasses.dataclass
@@ -136,6 +136,7 @@ class Trainer:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
         for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.frozen):
             self.console.print(line, highlight=False, soft_wrap=True)
+        encoder = self.model.encoder_stamp(exact=True)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
             log = (
@@ -155,6 +156,7 @@ class Trainer:
                     self._validate(log)
                 if self._due(settings.checkpoints.every_steps):
                     self.checkpoints.save(self.accelerator, self.step)
+        refuse_moved_writer(self.model, encoder)
         self.finish(stop.reason)
         return records
 
@@ -173,6 +175,7 @@ class Trainer:
         """Do one optimizer step and return what happened in it."""
         start, settings = time.perf_counter(), self.settings.optimization
         self.model.train()
+        self.model.encoder.refuse_trainable()  # before the backbone runs, which would freeze it again without a word
         first = self.step * settings.gradient_accumulation
         numbers = range(first, first + settings.gradient_accumulation)
         lengths = [self.lanes.lengths(number) for number in numbers]

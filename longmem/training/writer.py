@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from longmem.backbone.stamp import EncoderStamp
+from longmem.errors import StaleMemoryError
 from longmem.modeling import LongMemForCausalLM
 from longmem.training.settings import OptimizationSettings, WriterSettings
 from longmem.training.trainable import parameter_groups
@@ -38,3 +40,13 @@ def writer_groups(
         gate_learning_rate=None,
         weight_decay=optimization.weight_decay,
     )
+
+
+def refuse_moved_writer(model: LongMemForCausalLM, before: EncoderStamp) -> None:
+    """Raise StaleMemoryError if a backbone that must not move is another encoder than before, by a hash of all its weights."""
+    if model.writer is None and (now := model.encoder_stamp(exact=True)).digest != before.digest:
+        raise StaleMemoryError(
+            f"the backbone must not move in training, but its encoder was {before.digest} when the run began and is "
+            f"{now.digest} now; they differ in {', '.join(before.diff(now))}. What this run has learned was read from memories "
+            "that the backbone would not write again: leave its weights alone, or train it on purpose (`writer.trained`)."
+        )

@@ -11,7 +11,7 @@ import yaml
 from longmem.evaluation.runs import load_evaluation
 from longmem.evaluation.staleness import StalenessSettings, sections, summarize_staleness
 from longmem.evaluation.staleness.accuracy_tables import DECOUPLED
-from longmem.plots import plot_staleness
+from longmem.plots import plot_experiment
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -122,7 +122,7 @@ def test_learning_is_summarized_over_seeds(tmp_path):
     assert "After 7 steps" in heading
     assert "0 of 10 stored numbers" in heading
     assert [row[1] for row in losses[1:]] == ["2.0000", "1.0000", "1.0000"]
-    plot_staleness(tmp_path / "learning.png", metrics, title="learning")
+    plot_experiment(tmp_path / "learning.png", metrics, title="learning")
     assert (tmp_path / "learning.png").stat().st_size > 10_000
 
 
@@ -137,5 +137,5 @@ def test_content_is_summarized_over_seeds(tmp_path):
     assert metrics["summary"]["systems"]["no prior"]["interval"] == (0.0, 50.0)
     ((_, rows),) = sections(settings, metrics)
     assert rows[1:] == [["no prior", "25.0 (0.0 to 50.0)", "50.0"], ["superseded", "100.0", "50.0"]]
-    plot_staleness(tmp_path / "content.png", metrics, title="content")
+    plot_experiment(tmp_path / "content.png", metrics, title="content")
     assert (tmp_path / "content.png").stat().st_size > 5_000

@@ -15,12 +15,20 @@ from longmem.memory.refresh.lazy import Lazy
 from longmem.memory.refresh.mapped import Mapped
 from longmem.memory.refresh.policy import POLICIES, RefreshPolicy, make_policy, refresh_name, register_policy
 from longmem.memory.refresh.refresher import Refresher, RefreshReport
+from longmem.memory.refresh.report import (
+    DocumentStaleness,
+    StalenessReport,
+    VersionStaleness,
+    readable_as_is,
+    report_staleness,
+)
 
 __all__ = [
     "CLOCKS",
     "POLICIES",
     "UNBOUNDED",
     "Bounded",
+    "DocumentStaleness",
     "Eager",
     "Frozen",
     "Lags",
@@ -29,7 +37,11 @@ __all__ = [
     "RefreshPolicy",
     "RefreshReport",
     "Refresher",
+    "StalenessReport",
+    "VersionStaleness",
     "make_policy",
+    "readable_as_is",
     "refresh_name",
     "register_policy",
+    "report_staleness",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -14,12 +13,18 @@ from longmem.memory.refresh.policy import RefreshPolicy, register_policy
 
 @register_policy("frozen")
 class Frozen(RefreshPolicy):
-    """Refuse a bank whose entries another encoder wrote; nothing is ever encoded again, and nothing masked."""
+    """Refuse a bank whose entries another encoder wrote; nothing is ever encoded again.
+
+    Where `bank.reencode` has brought a part of a bank up to date, for a budget's sake or because the rest can't be encoded
+    again, the rest is masked.
+    """
 
     def admit(self, known: EncoderStamp, stamp: EncoderStamp) -> None:
         """Raise StaleMemoryError, with what differs and the ways out."""
         refuse_stale(known, stamp)
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
-        """Return that everything is: what gets in is of this encoder, or its owner has said to read it all the same."""
-        return torch.ones_like(lags.is_fresh)
+        """Return that what this encoder wrote is, and what nobody knows of: its owner has said to read it all the same."""
+        readable = lags.is_fresh
+        readable[-1] = True
+        return readable

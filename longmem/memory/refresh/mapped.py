@@ -74,7 +74,10 @@ class Mapped(RefreshPolicy):
                     by_version[version].append((document, mine))
         for version, targets in by_version.items():
             self._move(refresher, version, targets)
-        self._fallback.on_encoder_change(refresher)
+        if self.chosen["fallback"] == "eager":  # its own way would encode again what has just been moved
+            refresher.reencode(refresher.stale(mapped_is_fresh=True))
+        else:
+            self._fallback.on_encoder_change(refresher)
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return what the fallback finds readable."""
@@ -165,9 +168,21 @@ def move_segments(
             if not all(torch.isfinite(each.search_keys).all() for each in chunks):
                 continue
             bank._contents.overwrite_chunks(document, stored.first, chunks)
+            move_tail(document, segment, maps)
             segment.mapped_to = bank.encoders.current
             bank.refreshed.mapped += 1
         bank._ledger.note_encoding(document)
+
+
+def move_tail(document: Document, segment: Segment, maps: Mapping[tuple[int, int], DriftMap]) -> None:
+    """Move the segment's tokens that wait for a whole chunk, which else would join one that counts as moved."""
+    first = document.num_tokens - document.num_waiting_tokens
+    places = slice(max(segment.start - first, 0), max(segment.stop - first, 0))
+    waiting = [(key.clone(), value.clone()) for key, value in document.waiting]  # a copy of the bank may share them
+    for layer, pair in enumerate(waiting):
+        for side, tensor in enumerate(pair):
+            tensor[:, places] = maps[layer, side].apply(tensor[:, places]).to(tensor)
+    document.waiting = waiting
 
 
 def moved(chunks: Chunks, maps: Mapping[tuple[int, int], DriftMap], layer: int) -> Chunks:

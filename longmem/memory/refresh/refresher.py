@@ -92,6 +92,10 @@ class Refresher:
             if each.is_known and any(each.start < token + size and token < each.stop for token in tokens)
         ]
 
+    def num_tokens(self, targets: Targets) -> int:
+        """Return how many tokens `reencode` would encode for these targets, without a budget."""
+        return sum(each.stop - each.start for target in targets for each in self._closure(*target))
+
     def reencode(
         self,
         targets: Targets,
@@ -131,13 +135,14 @@ class Refresher:
         self.bank.refreshed.add(report)
         return report
 
-    def probe_versions(self, num_tokens: int = 64) -> dict[int, float]:
+    def probe_versions(self, num_tokens: int = 64, *, is_readable: Sequence[bool] | None = None) -> dict[int, float]:
         """Return for each old version how far its keys have moved: relative distance of stored keys to those encoded now.
 
         About `num_tokens` tokens of each are encoded, and counted as probed in `bank.refreshed`; nothing is written.
+        `is_readable`: as for `stale`. Raises StaleMemoryError if the model writes other sizes than the bank holds.
         """
         by_version: dict[int, Targets] = {}
-        for document, segments in self.stale():
+        for document, segments in self.stale(is_readable):
             for each in segments:
                 by_version.setdefault(each.version, []).append((document, [each]))
         return {version: self._probe(draw_segments(targets, num_tokens)) for version, targets in by_version.items()}
@@ -149,7 +154,10 @@ class Refresher:
                 ids = self._ids(document, segment)
                 self.bank.refreshed.probed_tokens += len(ids)
                 stored, size = stored_chunks(self, document, segment), self.bank.chunk_size
-                for chunks, now in zip(stored.chunks, encode_segment(self.model, ids), strict=True):
+                encoded = encode_segment(self.model, ids)
+                if not fits(encoded, self.bank._contents.shapes):
+                    return float("inf")  # of what is not finite no distance is known
+                for chunks, now in zip(stored.chunks, encoded, strict=True):
                     first = stored.first * size - segment.start
                     old = vectors(chunks)[0]
                     new = now[0][:, first : first + old.shape[1]].to(old)

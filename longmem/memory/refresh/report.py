@@ -1,0 +1,271 @@
+"""The staleness report: what in a bank another encoder wrote, how far that is behind, and what can be done about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from longmem.errors import StaleMemoryError
+from longmem.memory.documents import Document
+from longmem.memory.encoder_checks import differs_for_life, refuse_other_recipe
+from longmem.memory.encoders import UNKNOWN, Encoders
+from longmem.memory.refresh.lags import Lags
+from longmem.memory.refresh.mapped import Mapped
+from longmem.memory.refresh.policy import RefreshPolicy
+from longmem.memory.refresh.refresher import Refresher
+
+if TYPE_CHECKING:
+    from longmem.memory.bank import MemoryBank
+
+
+@dataclass(frozen=True)
+class VersionStaleness:
+    """Return what one encoder has written that is still in the bank; version -1: nobody knows which encoder.
+
+    `digest`: its fingerprint. `tokens`: in whole chunks. `lag`: changes of the encoder since, 0 for the one that is compared
+    with; None for the unknown one. `gap`: how far the weights have moved since, relative to their norm; None if not known.
+    `drift`: how far keys have moved, relative to their length, on a sample; None unless probed. `differs`: in what that
+    encoder and the one compared with differ (`EncoderStamp.diff`).
+    """
+
+    version: int
+    digest: str | None
+    tokens: int
+    lag: int | None
+    gap: float | None
+    drift: float | None
+    differs: tuple[str, ...]
+
+    @property
+    def is_fresh(self) -> bool:
+        """Return whether this is the encoder that is compared with."""
+        return self.lag == 0
+
+
+@dataclass(frozen=True)
+class DocumentStaleness:
+    """Return how stale one document is.
+
+    `tokens`: in whole chunks; `tokens_of`: of them, by version of the encoder that wrote them. `lag_max`: of the versions
+    that are known. `age`: seconds since it was written, the mean of its chunks. `masked` and `mapped`: chunks, as in
+    `StalenessReport`. `is_unreachable`: some of it is stale and can't be encoded again: its token ids, or the tokens that
+    stood before, are not known.
+    """
+
+    document_id: str
+    entries: int
+    tokens: int
+    tokens_of: Mapping[int, int]
+    stale_share: float
+    lag_max: int
+    age: float
+    masked: int
+    mapped: int
+    is_unreachable: bool
+
+
+@dataclass(frozen=True)
+class StalenessReport:
+    """Return how stale a bank is, for a model or for its own current encoder.
+
+    Args:
+        entries: resident chunks.
+        tokens: in them.
+        stale_share: of the entries, those that another, known encoder wrote.
+        unknown_share: those that nobody knows the encoder of.
+        masked: entries that the refresh policy does not let be read as they are; all, if it would refuse the bank.
+        mapped: entries that a map has moved to the encoder compared with.
+        unreachable: documents of which something is stale and can't be encoded again.
+        tokens_to_encode: what bringing the bank up to date would encode; not what a map has moved, if the policy reads that.
+        lag_mean: changes of the encoder since, over the entries whose encoder is known.
+        lag_max: the largest.
+        gap_max: how far the weights have moved since the oldest entries; None if that is not known of all entries.
+        age_mean: seconds since an entry was written.
+        probe_drift: relative distance of stored keys to those encoded now, the largest of all versions; None unless probed.
+        tokens_reencoded: since the bank was made or opened.
+        seconds: that this took.
+        map_gain: the least share of the distance that a map of the policy "mapped" takes away; None for others.
+        differs: in what the encoders of stale entries differ from the one compared with.
+        differs_for_good: what no encoding again would put right.
+        versions: the encoders that wrote what is there, oldest first.
+        documents: in the order in which they were added.
+    """
+
+    entries: int
+    tokens: int
+    stale_share: float
+    unknown_share: float
+    masked: int
+    mapped: int
+    unreachable: int
+    tokens_to_encode: int
+    lag_mean: float
+    lag_max: int
+    gap_max: float | None
+    age_mean: float
+    probe_drift: float | None
+    tokens_reencoded: int
+    seconds: float
+    map_gain: float | None
+    differs: tuple[str, ...]
+    differs_for_good: tuple[str, ...]
+    versions: tuple[VersionStaleness, ...]
+    documents: tuple[DocumentStaleness, ...]
+
+    @property
+    def is_fresh(self) -> bool:
+        """Return whether the encoder compared with wrote every entry, and could write more."""
+        return not (self.stale_share or self.unknown_share or self.differs_for_good)
+
+
+def readable_as_is(policy: RefreshPolicy, lags: Lags, versions: Int[Tensor, "2 _rows"]) -> Bool[Tensor, " _rows"]:
+    """Return for each row whether a policy lets it be read as it is.
+
+    Args:
+        policy: decides.
+        lags: of the encoders.
+        versions: of each row, and what a map has moved it to (`Ledger.versions`).
+    """
+    readable = policy.readable(lags)[versions[0]]
+    if policy.reads_mapped():
+        readable = readable | (versions[1] == lags.encoders.current)
+    return readable
+
+
+def report_staleness(bank: MemoryBank, model: Any = None, *, probe: bool = False) -> StalenessReport:
+    """Return how stale a bank is; see `MemoryBank.staleness`."""
+    bank._contents.drop_expired()
+    with bank._lock:
+        known, encoders = bank.encoders.stamp, encoders_for(bank, model)
+        for_good = () if known is None or encoders.stamp is None else tuple(differs_for_life(known, encoders.stamp))
+        fresh = Lags(encoders).is_fresh
+        drifts = probed_drifts(bank, model, fresh) if probe else {}
+        table = bank._ledger.versions
+        # What was probed before is of the bank's own encoder.
+        probed = drifts or ({} if known is None or known.digest != encoders.versions[-1].stamp.digest else bank.probed)
+        readable = would_be_readable(bank, encoders, probed, table)
+        versions = version_reports(bank, encoders, drifts, table)
+        documents = tuple(
+            document_report(bank, document, encoders, fresh, readable) for document in bank._ledger.documents.values()
+        )
+        refresher = Refresher(bank, [model])
+        reads_mapped = bank.refresh_policy.reads_mapped() and encoders.current == bank.encoders.current
+        targets = [] if for_good else refresher.stale(fresh.tolist(), mapped_is_fresh=reads_mapped)
+    tokens = bank.num_tokens
+    known_versions = [each for each in versions if each.lag is not None]
+    gaps = [each.gap for each in versions]
+    stale = sum(each.tokens for each in known_versions if each.lag)
+    gains = bank.refresh_policy.gains if isinstance(bank.refresh_policy, Mapped) else {}
+    return StalenessReport(
+        entries=bank.num_chunks,
+        tokens=tokens,
+        stale_share=stale / max(1, tokens),
+        unknown_share=sum(each.tokens for each in versions if each.version == UNKNOWN) / max(1, tokens),
+        masked=int((~readable).sum()),
+        mapped=sum(each.mapped for each in documents),
+        unreachable=sum(each.is_unreachable for each in documents),
+        tokens_to_encode=refresher.num_tokens(targets),
+        lag_mean=sum(each.tokens * (each.lag or 0) for each in known_versions)
+        / max(1, sum(each.tokens for each in known_versions)),
+        lag_max=max((each.lag or 0 for each in known_versions), default=0),
+        gap_max=None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0),
+        age_mean=sum(each.age * each.tokens for each in documents) / max(1, tokens),
+        probe_drift=max(drifts.values(), default=None),
+        tokens_reencoded=bank.refreshed.tokens,
+        seconds=bank.refreshed.seconds,
+        map_gain=min(gains.values(), default=None),
+        differs=tuple(dict.fromkeys(name for each in versions for name in each.differs)),
+        differs_for_good=for_good,
+        versions=versions,
+        documents=documents,
+    )
+
+
+def encoders_for(bank: MemoryBank, model: Any) -> Encoders:
+    """Return the history of a bank's encoders as it would be if this model read the bank now; the bank's own stays."""
+    encoders = bank.encoders.copy()
+    if model is not None:
+        stamp = model.encoder_stamp()
+        is_known = encoders.stamp is not None and encoders.stamp.digest == stamp.digest
+        sketched = is_known and encoders.versions[-1].sketch is not None
+        encoders.enter(stamp, None if sketched else model.encoder.sketch())
+    return encoders
+
+
+def probed_drifts(bank: MemoryBank, model: Any, fresh: Bool[Tensor, " versions"]) -> dict[int, float]:
+    """Return how far the keys of each earlier encoder are from what the model makes of the same tokens."""
+    if model is None:
+        raise ValueError(
+            "`probe` needs a model that encodes, got `model=None`; give the model that is to read the bank."
+        )
+    refuse_other_recipe(bank.encoders.stamp, model.encoder_stamp())
+    return Refresher(bank, [model]).probe_versions(is_readable=fresh.tolist())
+
+
+def would_be_readable(
+    bank: MemoryBank, encoders: Encoders, probed: Mapping[int, float], versions: Int[Tensor, "2 _rows"]
+) -> Bool[Tensor, " _rows"]:
+    """Return for each row whether the bank's policy would let the current one of these encoders read it as it is."""
+    known, stamp = bank.encoders.stamp, encoders.stamp
+    if known is None or stamp is None:  # nobody checks a bank that names no encoder
+        return torch.ones(versions.shape[1], dtype=torch.bool)
+    if known.digest != stamp.digest:
+        try:
+            refuse_other_recipe(known, stamp)
+            bank.refresh_policy.admit(known, stamp)
+        except StaleMemoryError:
+            return torch.zeros(versions.shape[1], dtype=torch.bool)
+    return readable_as_is(bank.refresh_policy, Lags(encoders, "version", probed), versions)
+
+
+def version_reports(
+    bank: MemoryBank, encoders: Encoders, drifts: Mapping[int, float], versions: Int[Tensor, "2 _rows"]
+) -> tuple[VersionStaleness, ...]:
+    """Return what each encoder has written that is there."""
+    lags, gaps = encoders.lags(), encoders.gaps()
+    found = []
+    for version, count in zip(*(each.tolist() for each in versions[0].unique(return_counts=True)), strict=True):
+        tokens = count * bank.chunk_size
+        if version == UNKNOWN:
+            found.append(VersionStaleness(UNKNOWN, None, tokens, None, None, drifts.get(UNKNOWN), ()))
+            continue
+        assert encoders.stamp is not None
+        stamp, lag = encoders.versions[version].stamp, lags[version]
+        differs = tuple(stamp.diff(encoders.stamp)) if lag else ()
+        found.append(VersionStaleness(version, stamp.digest, tokens, lag, gaps[version], drifts.get(version), differs))
+    return tuple(found)
+
+
+def document_report(
+    bank: MemoryBank,
+    document: Document,
+    encoders: Encoders,
+    fresh: Bool[Tensor, " versions"],
+    readable: Bool[Tensor, " _rows"],
+) -> DocumentStaleness:
+    """Return how stale a document is; `fresh` for each version, `readable` for each row of the bank."""
+    rows, size, now = document.rows.values, bank.chunk_size, time.time()
+    versions, mapped_to = bank._ledger.versions[:, rows]
+    counts = dict(zip(*(each.tolist() for each in versions.unique(return_counts=True)), strict=True))
+    lags = encoders.lags()
+    is_stale = ~fresh[versions]
+    ages = sum(run.num_chunks * (now - run.written_at) for run in document.runs)
+    has_ids = document.source_or_reader is not None
+    return DocumentStaleness(
+        document_id=document.document_id,
+        entries=len(rows),
+        tokens=len(rows) * size,
+        tokens_of={version: count * size for version, count in counts.items()},
+        stale_share=float(is_stale.sum()) / max(1, len(rows)),
+        lag_max=max((lags[version] for version in counts if version != UNKNOWN), default=0),
+        age=ages / max(1, len(rows)),
+        masked=int((~readable[rows]).sum()),
+        mapped=int((is_stale & (mapped_to == encoders.current) & (mapped_to >= 0)).sum()),
+        is_unreachable=any(not fresh[each.version] and not (each.is_known and has_ids) for each in document.segments),
+    )
