@@ -90,7 +90,8 @@ def draw_panel(axes: Any, systems: Mapping[str, Mapping[str, Any]]) -> None:
         text = f"{number}" if recovered >= LOWEST else f"{number}: {recovered:.1f}"
         places.setdefault(nearby(places, cost, shown), []).append(text)
     for place, texts in places.items():
-        lines = [", ".join(texts[start : start + 4]) for start in range(0, len(texts), 4)]
+        width = 2 if place[0] > 0.3 else 4  # numbers in a line: on the right there is little room
+        lines = [", ".join(texts[start : start + width]) for start in range(0, len(texts), width)]
         side: dict[str, Any] = (
             {"xytext": (4, -5), "va": "top"} if place[0] > 0.9 else {"xytext": (4, 4), "va": "bottom"}
         )
