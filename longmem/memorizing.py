@@ -198,7 +198,7 @@ def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes
         for each in bank.segments(document_id)
         if each.is_known
         and each.mapped_to < 0
-        and (each.version < 0 or lags[each.version] == 0)
+        and (not lags or (each.version >= 0 and lags[each.version] == 0))
         and each.stop - each.start == length
         and each.start % bank.chunk_size == each.stop % bank.chunk_size == 0
         and each.stop <= stop

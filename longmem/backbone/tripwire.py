@@ -1,12 +1,14 @@
 """The tripwire: whether anything on the encoder path was touched, asked at every read and nearly free.
 
-Four signs are looked at: a tensor that requires a gradient, a module in training mode, a module or tensor put in another's
-place, and a tensor's version counter, which counts writes. The counter sees neither fused optimizers nor writes to
-`.data`, so a few numbers of a few tensors are compared as well, other ones at every look.
+Five signs are looked at: a tensor that requires a gradient, a module in training mode, a module or tensor put in another's
+place, a tensor's version counter, which counts writes, and, because the counter sees neither fused optimizers nor writes to
+`.data`, a few numbers of each tensor. What it can't see is a write past the counter that leaves all those numbers as they are:
+the exact stamp does (`EncoderStamp`).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -14,12 +16,11 @@ from torch import Tensor, nn
 
 from longmem.backbone.stamp import EncoderPath
 
-SAMPLED_NUMBERS = 16  # of a tensor, at even distances
-SAMPLED_TENSORS = 4  # at each look; an optimizer step changes all of them
+SAMPLED_NUMBERS = 16  # of each tensor, at even distances
 
 
 class _Leaf(NamedTuple):
-    """A tensor as it was: where it is held, itself, its counter, its memory, and some of its numbers."""
+    """A tensor as it was: where it is held, itself, its counter, its memory."""
 
     name: str
     held_in: dict[str, Tensor | None]
@@ -27,7 +28,14 @@ class _Leaf(NamedTuple):
     tensor: Tensor
     version: int
     address: int
-    sample: Tensor
+
+
+class _Sample(NamedTuple):
+    """Numbers of all tensors of one dtype on one device: views of where they are, and what was there; names for each view."""
+
+    names: list[str]
+    views: list[Tensor]
+    before: Tensor
 
 
 class Tripwire:
@@ -42,24 +50,25 @@ class Tripwire:
         self._modules = [module for _, module in path.modules]
         self._names = [name for name, _ in path.modules]
         self._children = [(module._modules, dict(module._modules)) for module in self._modules]
-        self._turn = 0
+        self._samples = _samples(self._leaves)
 
     def changed(self) -> str | None:
         """Return what was written to or replaced since, in words; None if nothing was."""
-        for (current, before), name in zip(self._children, self._names, strict=True):
-            if current != before:
+        for (children, known), name in zip(self._children, self._names, strict=True):
+            if children != known:
                 return f"a module inside `{name}` was replaced"
-        for name, held_in, key, tensor, version, address, _ in self._leaves:
+        for name, held_in, key, tensor, version, address in self._leaves:
             if held_in.get(key) is not tensor:
                 return f"`{name}` was replaced"
             # An inference tensor has no counter, and can be written to in inference mode alone.
             if tensor.data_ptr() != address or (version >= 0 and tensor._version != version):
                 return f"`{name}` was written to"
-        return self._sampled(SAMPLED_TENSORS)
-
-    def changed_anywhere(self) -> str | None:
-        """Return what `changed` does, after a look at the samples of all tensors."""
-        return self.changed() or self._sampled(len(self._leaves))
+        for names, views, before in self._samples:
+            if not torch.equal(torch.cat(views), before):
+                sizes = [len(view) for view in views]
+                differs = [not torch.equal(view, part) for view, part in zip(views, before.split(sizes), strict=True)]
+                return f"`{names[differs.index(True)]}` holds other numbers"
+        return None
 
     def trainable(self) -> str | None:
         """Return what makes the encoder trainable or random, in words; None if it is frozen and in eval mode."""
@@ -71,31 +80,26 @@ class Tripwire:
                 return f"`{name or 'the backbone'}` is in training mode"
         return None
 
-    def _sampled(self, count: int) -> str | None:
-        for _ in range(min(count, len(self._leaves))):
-            leaf = self._leaves[self._turn % len(self._leaves)]
-            self._turn += 1
-            if not torch.equal(_sample(leaf.tensor), leaf.sample):
-                return f"`{leaf.name}` holds other numbers"
-        return None
-
 
 def _leaf(name: str, module: nn.Module, key: str) -> _Leaf:
     held_in: dict[str, Tensor | None] = module._parameters if key in module._parameters else module._buffers  # type: ignore[assignment]
     tensor = held_in[key]
     assert tensor is not None
     version = -1 if tensor.is_inference() else tensor._version
-    return _Leaf(name, held_in, key, tensor, version, tensor.data_ptr(), _sample(tensor))
+    return _Leaf(name, held_in, key, tensor, version, tensor.data_ptr())
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """Return a few numbers of a tensor; none of one that is not in memory, or is of a class of its own."""
-    if tensor.is_meta or not tensor.numel() or not _is_plain(tensor):
-        return torch.empty(0)
-    step = max(1, tensor.numel() // SAMPLED_NUMBERS)
-    with torch.no_grad():
-        return tensor.detach().reshape(-1)[::step][:SAMPLED_NUMBERS].clone()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous()
+@torch.no_grad()
+def _samples(leaves: list[_Leaf]) -> list[_Sample]:
+    """Return a few numbers of each tensor; none of those that are not in memory, or of a class of their own."""
+    views: dict[tuple[torch.dtype, torch.device], list[tuple[str, Tensor]]] = defaultdict(list)
+    for leaf in leaves:
+        tensor = leaf.tensor
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous()
+        if plain and tensor.numel() and not tensor.is_meta:
+            step = max(1, tensor.numel() // SAMPLED_NUMBERS)
+            views[tensor.dtype, tensor.device].append((leaf.name, tensor.detach().view(-1)[::step][:SAMPLED_NUMBERS]))
+    return [
+        _Sample([name for name, _ in group], [view for _, view in group], torch.cat([view for _, view in group]))
+        for group in views.values()
+    ]

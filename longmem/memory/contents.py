@@ -200,6 +200,7 @@ class BankContents:
                     part = before
                 for index in self.indexes.values():
                     index.rows_dropped(rows[place])
+                    index.note_reencoded(high - low)
                 self.storage.drop(rows[place])
                 run.slot = self.storage.write(rows[place], part)
                 self._tell_indexes_of(rows[place])

@@ -66,7 +66,8 @@ class Segments:
         start = 0 if last is None else last.stop
         if joins == "same" and last is not None and last.is_known:
             last.stop += num_tokens
-            last.version = min(last.version, version)
+            if last.version != version:  # of two encoders: of none, on any clock, until it is encoded again
+                last.version, last.mapped_to = UNKNOWN, -1
         elif joins is None and last is not None and not last.is_known and last.version == version:
             last.stop += num_tokens  # of what is not known, one segment is as good as many
         else:
@@ -82,21 +83,24 @@ class Segments:
     def of_chunks(self, first: int, count: int, chunk_size: int) -> Int[Tensor, "2 count"]:
         """Return for each of `count` chunks, from the `first` on, its version and the version that it was mapped to.
 
-        A chunk that reaches over two segments has the older version of both.
+        A chunk over segments of several versions has none of them: no clock says which of two is further behind. A chunk
+        that reaches over a border is not mapped, because a map moves whole chunks of one segment.
         """
+        unset = torch.iinfo(torch.int64).max
         found = torch.full((2, count), UNKNOWN)
-        found[0] = torch.iinfo(torch.int64).max
+        found[0] = unset
         stop = first + count
         for segment in reversed(self._segments):  # what was just written is at the end
             low = max(segment.start // chunk_size, first)
             high = min(-(-segment.stop // chunk_size), stop)
             if high > low:
                 places = slice(low - first, high - first)
-                found[0, places] = found[0, places].clamp(max=segment.version)
-                found[1, places] = segment.mapped_to
+                known = found[0, places].clone()
+                found[0, places] = torch.where((known == unset) | (known == segment.version), segment.version, UNKNOWN)
+                found[1, places] = torch.where(known == unset, segment.mapped_to, -1)
             if segment.start <= first * chunk_size:
                 break
-        found[0, found[0] == torch.iinfo(torch.int64).max] = UNKNOWN
+        found[0, found[0] == unset] = UNKNOWN
         return found
 
     def copy(self) -> Segments:

@@ -15,6 +15,7 @@ from longmem.memory.content import ContentClock
 from longmem.memory.contents import BankContents
 from longmem.memory.encoder_checks import refuse_unknown_encoder
 from longmem.memory.folder.bank_folder import BankFolder, has_bank
+from longmem.memory.locking import BankLock
 from longmem.memory.storage import Storage
 
 
@@ -29,6 +30,7 @@ class PersistentBank:
     device: torch.device
     storage_dtype: torch.dtype
     _contents: BankContents
+    _lock: BankLock
     _clock: ContentClock
     _folder: BankFolder | None = None
     _in_transaction = False
@@ -149,7 +151,8 @@ class PersistentBank:
             yield
             if self._contents.ledger.version != before or self._contents.ledger.read:
                 before = -1  # a commit that fails leaves its traces in what is in memory
-                self._folder.commit(self._contents, self._settings())
+                with self._lock:  # files are merged and let go, so no other thread may be reading them
+                    self._folder.commit(self._contents, self._settings())
         except BaseException:
             if self._contents.ledger.version != before:
                 self._read_folder()
@@ -189,8 +192,9 @@ class PersistentBank:
                 "`compact` must not be called inside a transaction, which it would end; call it afterwards."
             )
         try:
-            self._contents.drop_expired()
-            folder.compact(self._contents, self._settings())
+            with self._lock:
+                self._contents.drop_expired()
+                folder.compact(self._contents, self._settings())
         except BaseException:
             self._read_folder()
             raise
@@ -268,5 +272,6 @@ class PersistentBank:
         except BaseException:
             self.index, self.refresh = index, refresh
             raise
-        self._contents = contents
-        self._clock.use(make_age_prior(settings.get("age_prior")))
+        with self._lock:
+            self._contents = contents
+            self._clock.use(make_age_prior(settings.get("age_prior")))

@@ -35,7 +35,7 @@ class BankReader:
 
     def documents(self) -> list[DocumentInfo]:
         """Return a summary of each document, in the order in which they were added."""
-        self._contents.drop_expired()
+        self._drop_expired()
         return [document.info(self.chunk_size) for document in self._ledger.documents.values()]
 
     def info(self, document_id: str) -> DocumentInfo:
@@ -47,7 +47,7 @@ class BankReader:
         return list(self._document("document_id", document_id).segments.copy())
 
     def __contains__(self, document_id: object) -> bool:
-        self._contents.drop_expired()
+        self._drop_expired()
         return document_id in self._ledger.documents
 
     def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
@@ -150,7 +150,7 @@ class BankReader:
                 others rank four times as many chunks as are wanted anew. None: age does not count.
             newest: date from which ages count, None for `newest_date`.
         """
-        self._contents.drop_expired()
+        self._drop_expired()
         return self._search(layer, queries, num_chunks, None, scaling, newest)
 
     def log_weights(self, rows: Int[Tensor, "*shape"], *, newest: float | None = None) -> Float[Tensor, "*shape"]:
@@ -164,8 +164,8 @@ class BankReader:
     def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
         """Return a copy of the mean keys of all resident chunks of a layer, in float32: what a search compares."""
         position = self._position(layer)
-        if self.is_empty:
-            raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
+        if not self.num_chunks:
+            raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
         with self._lock:
             return self._contents.storage.layer(position).search_keys.clone()
 
@@ -180,8 +180,8 @@ class BankReader:
         The caller masks rows of -1.
         """
         position = self._position(layer)
-        if self.is_empty:
-            raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `is_empty` first.")
+        if not self.num_chunks:
+            raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
         with self._lock:
             return self._contents.storage.gather(position, rows)
 
@@ -207,6 +207,10 @@ class BankReader:
     @property
     def _shapes(self) -> list[LayerShape] | None:
         return self._contents.shapes
+
+    def _drop_expired(self) -> None:
+        with self._lock:
+            self._contents.drop_expired()
 
     def _document(self, argument: str, document_id: str) -> Document:
         checks.validate_known(argument, document_id, self._ledger.documents)

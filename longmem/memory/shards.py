@@ -157,7 +157,7 @@ class BankShards:
         The dtype is the storage dtype of the shards that are read, or one that holds all of them where they differ.
         """
         # Not `shard.is_empty`: rows found through a view stay good when its document is renamed, as in `BankView.gather`.
-        with_chunks = [shard for shard in self.shards if not _bank_of(shard).is_empty]
+        with_chunks = [shard for shard in self.shards if _bank_of(shard).num_chunks]
         if not with_chunks:
             raise ValueError("`gather` needs a shard that holds chunks, got empty ones only; ask `is_empty` first.")
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)

@@ -86,8 +86,8 @@ class BankView:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether nothing of these documents is resident."""
-        return not self.num_chunks
+        """Return whether a search can find nothing of these documents, as far as the bank knows."""
+        return self._bank.is_empty or not self.num_chunks
 
     @property
     def has_age_prior(self) -> bool:
@@ -110,7 +110,7 @@ class BankView:
         newest: float | None = None,
     ) -> Found:
         """Return what `MemoryBank.search` returns, for the chunks of these documents alone; ages count from their newest."""
-        self._bank._contents.drop_expired()
+        self._bank._drop_expired()
         if scaling is not None and newest is None and self.has_age_prior:
             newest = self.newest_date
         return self._bank._search(layer, queries, num_chunks, self._rows(), scaling, newest)

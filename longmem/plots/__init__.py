@@ -5,6 +5,7 @@ from longmem.plots.books import plot_books, plot_scores
 from longmem.plots.distance import plot_distance
 from longmem.plots.documents import plot_distances, plot_documents
 from longmem.plots.policies import plot_experiment
+from longmem.plots.stale_texts import plot_stale_texts
 from longmem.plots.staleness import plot_staleness
 from longmem.plots.style import require_matplotlib
 from longmem.plots.training import plot_training
@@ -18,6 +19,7 @@ __all__ = [
     "plot_documents",
     "plot_experiment",
     "plot_scores",
+    "plot_stale_texts",
     "plot_staleness",
     "plot_summaries",
     "plot_training",

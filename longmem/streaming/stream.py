@@ -179,6 +179,7 @@ class MemoryStream:
         """Move the oldest tokens of the window to memory, and compute the cache of the others anew."""
         state = self._state
         leaving = self.local_ids[: state.window - state.keep]
+        self.memory.read_by(self.model)  # what is written now is the bank's current encoder's, or refused
         keys, values = self.model.encode(leaving[None].to(self.model.input_device))
         # The bank refuses a first write to a document that somebody else has written meanwhile.
         is_there = state.is_written and state.document_id in self.memory

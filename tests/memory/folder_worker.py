@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fake_encoder import FakeModel
 from folder_banks import RandomSteps, write
 
 from longmem.memory import MemoryBank
@@ -101,7 +102,26 @@ def _create(folder: str) -> None:
         pass
 
 
-CHANGES = {"transaction": _transaction, "compact": _compact, "save over": _save_over, "create": _create}
+def _refresh(folder: str) -> None:
+    with MemoryBank.open(folder) as bank:
+        bank.reencode(FakeModel("b"))
+
+
+CHANGES = {
+    "refresh": _refresh,
+    "transaction": _transaction,
+    "compact": _compact,
+    "save over": _save_over,
+    "create": _create,
+}
+
+
+def refresh_for_ever(report: Report, folder: str) -> None:
+    """Encode a bank again and again, with encoders in turn; report each time that it is done."""
+    with MemoryBank.open(folder) as bank:
+        for number in range(1_000_000):
+            bank.reencode(FakeModel("ba"[number % 2]))
+            report(number)
 
 
 def write_versions(report: Report, folder: str, seconds: float, enough: str) -> None:

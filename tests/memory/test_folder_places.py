@@ -140,6 +140,7 @@ def test_a_bank_in_memory_is_copied_and_pickled(tmp_path):
     with make_bank(tmp_path) as on_disk:
         found = contents(on_disk)
     bank = MemoryBank.load(tmp_path)
+    bank.read_by(NamedEncoder())  # a bank knows its reader, which must not go along
     for twin in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
         assert contents(twin) == found
         write(twin, "d", range(300, 309))

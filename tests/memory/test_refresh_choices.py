@@ -6,7 +6,7 @@ import torch
 from longmem import MemoryBank
 from longmem.memory.documents import Document
 from longmem.memory.encoded import Segment
-from longmem.memory.refresh.drift_map import neighbours_kept
+from longmem.memory.refresh.drift_map import DriftMap, neighbours_kept
 from longmem.memory.refresh.lazy import most_wanted, strongest
 from longmem.memory.refresh.mapped import Mapped
 
@@ -71,6 +71,19 @@ def test_a_map_after_a_small_change_takes_little_away():
     _, gain, recall = Mapped()._fit(pairs_of(lambda old: old + 0.2 * torch.randn(old.shape, generator=some)))
     assert gain < 0.1
     assert recall > 0.5
+
+
+def test_without_held_out_tokens_no_neighbour_is_kept_and_what_is_not_a_number_is_no_gain():
+    pairs = {place: found[:1] for place, found in pairs_of(lambda old: old + 1).items()}
+    one = {place: [tuple(side[:, :1] for side in both) for both in found] for place, found in pairs.items()}
+    assert Mapped()._fit(one)[2] == 0.0
+    pairs[0, 1] = [(pairs[0, 1][0][0], torch.full((1, 400, 8), torch.nan))]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            "longmem.memory.refresh.mapped.fit_map",
+            lambda kind, old, new, ridge: DriftMap(torch.eye(8)[None], new[:, :1] - old[:, :1]),
+        )
+        assert not Mapped()._fit(pairs)[1] >= 0
 
 
 def test_neighbours_of_the_same_keys_are_the_same():

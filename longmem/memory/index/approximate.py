@@ -24,6 +24,8 @@ GROWTH_BEFORE_RETRAINING = 4
 # Tombstones cost memory and are skipped one by one. A rebuild adds every row again, so at this share each drop pays for
 # three rows of it, whatever the size.
 DEAD_SHARE_BEFORE_REBUILDING = 0.25
+# So many rows with other keys of the same chunks, from another encoder, want other clusters.
+REENCODED_SHARE_BEFORE_RETRAINING = 0.5
 POINTS_PER_CENTROID = 39  # k-means of FAISS warns below this
 FLOAT16_LIMIT = 65_504.0
 ROWS_PER_STEP = 65_536  # rows copied at a time while they are added
@@ -55,7 +57,7 @@ class ApproximateIndex(FlatIndex):
         self._files: list[faiss.Index] = []
         self._centres: Float[np.ndarray, "kv_heads dim"] = np.empty((0, 0), dtype=np.float32)
         self._trained_rows = 0
-        self._rows_added = 0  # since it was trained
+        self._rows_added = self._rows_reencoded = 0  # since it was trained
 
     # What a kind says.
 
@@ -155,12 +157,18 @@ class ApproximateIndex(FlatIndex):
         if self._files:
             self._table.drop(rows.numpy())
 
+    def note_reencoded(self, count: int) -> None:
+        """Note rows whose keys have moved with the encoder, and may have left the clusters behind."""
+        self._rows_reencoded += count
+
     def _catch_up(self) -> None:
         """Train if the store has outgrown what is there, rebuild if too much of it is dead, and add new rows."""
         num_rows, table = self.store.num_rows, self._table
         # A build or an addition that was interrupted has left the heads with vectors that have no label.
         is_whole = bool(self._files) and all(file.ntotal == table.num_labels for file in self._files)
-        if is_whole and max(num_rows, self._rows_added) < GROWTH_BEFORE_RETRAINING * self._trained_rows:
+        has_moved = self._rows_reencoded > REENCODED_SHARE_BEFORE_RETRAINING * self._trained_rows
+        has_grown = max(num_rows, self._rows_added) >= GROWTH_BEFORE_RETRAINING * self._trained_rows
+        if is_whole and not has_moved and not has_grown:
             if table.num_dead <= DEAD_SHARE_BEFORE_REBUILDING * table.num_labels:
                 self._add(table.take_waiting(num_rows))
                 if table.num_live == num_rows:
@@ -187,6 +195,7 @@ class ApproximateIndex(FlatIndex):
                 file.train(self._vectors(points, centres[-1]))
             files.append(file)
         self._files, self._centres, self._trained_rows, self._rows_added = files, np.stack(centres), num_rows, 0
+        self._rows_reencoded = 0
 
     def _vectors(self, keys: np.ndarray, centre: np.ndarray) -> np.ndarray:
         """Return what FAISS gets for these keys; what it rounds must not become inf, so it is cut off first."""
@@ -233,4 +242,6 @@ class ApproximateIndex(FlatIndex):
         if not fits or not self._table.adopt(saved.rows, self.store.num_rows):
             return False
         self._files, self._centres, self._trained_rows = saved.files, saved.centres, saved.trained_rows
+        # Of tombstones nobody knows whether they were encoded again, which leaves clusters of another encoder.
+        self._rows_reencoded = int((saved.rows < 0).sum())
         return True

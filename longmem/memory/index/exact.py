@@ -141,6 +141,9 @@ class ChunkIndex:
     def rows_moved(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
         """Rename rows; called after the store has moved them. Destinations were dropped, sources cease to live."""
 
+    def note_reencoded(self, count: int) -> None:
+        """Hear that so many rows that are dropped and written anew hold the same chunks with other keys."""
+
     def rows_dropped(self, rows: Int[Tensor, " rows"]) -> None:
         """Let go of rows that are no longer live; called before the store changes."""
 

@@ -50,19 +50,23 @@ class Bounded(RefreshPolicy):
     def on_open(self, refresher: Refresher) -> None:
         """Encode again what is too old, as far as the budget goes, or refuse."""
         bank = refresher.bank
-        readable = self.readable(bank.lags(self.chosen["clock"]))
-        if readable[:-1].all() and not bank.has_unknown:
+        if not bank.has_stale:
             return
-        targets = refresher.stale(readable.tolist())
-        if self.chosen["on_violation"] == "raise" and targets:
-            document, segments = targets[0]
+        targets = refresher.stale(self.readable(bank.lags(self.chosen["clock"])).tolist())
+        if self.chosen["on_violation"] == "raise":
+            name = f"document {targets[0][0].document_id!r}" if targets else "what can't be encoded again"
             raise StaleMemoryError(
-                f"document {document.document_id!r} was encoded {len(bank.encoders.versions) - 1 - segments[0].version} "
-                f"encoders ago, further than the bound max_lag={self.chosen['max_lag']:g} on the clock "
+                f"{name} was encoded further back than the bound max_lag={self.chosen['max_lag']:g} on the clock "
                 f'"{self.chosen["clock"]}" allows; `bank.reencode(model)` brings the bank up to date.'
             )
-        if self.chosen["on_violation"] == "refresh" and targets:
+        if self.chosen["on_violation"] == "refresh" and targets and refresher.may_write:
             refresher.reencode(targets, self.chosen["budget_tokens"] or None)
+            if self.chosen["budget_tokens"] and bank.has_stale:
+                bank.warn_once(
+                    "budget",
+                    f"`budget_tokens={self.chosen['budget_tokens']:g}` of the refresh policy left entries beyond its bound, "
+                    "which are not read until later calls have encoded them; raise it, or call `bank.sweep(model)`.",
+                )
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return whether a version is within the bound."""

@@ -69,13 +69,16 @@ def neighbours_kept(
 ) -> float:
     """Return how much of what a search among `wanted` keys finds, a search among `found` finds too, from 0 to 1.
 
-    The wanted keys themselves are the queries, 1,024 at most, and each looks for this share of all keys, one at least. The
-    distance between keys does not tell it: most of their length and of their variance may be what they have in common.
+    The wanted keys themselves are the queries, 1,024 at most, and each looks for this share of all keys, one at least; of no keys
+    nothing is kept. The distance between keys does not tell it: most of their length, and of their variance, may be what they
+    have in common.
 
     >>> keys = torch.randn(1, 100, 8, generator=torch.Generator().manual_seed(0))
     >>> neighbours_kept(3 * keys, keys), neighbours_kept(keys.mean(dim=1, keepdim=True).expand(1, 100, 8), keys) < 0.1
     (1.0, True)
     """
+    if not wanted.shape[1]:
+        return 0.0
     wanted, found = wanted[:, :1024].float(), found[:, :1024].float()
     count = max(1, round(share * wanted.shape[1]))
     nearest, chosen = (

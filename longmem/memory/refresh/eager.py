@@ -26,10 +26,15 @@ class Eager(RefreshPolicy):
 
     def on_encoder_change(self, refresher: Refresher) -> None:
         """Encode again what is stale, all of it, if some entry has reached the period."""
-        lags = Lags(refresher.bank.encoders).values
-        if refresher.stale([float(lag) < self.chosen["every"] for lag in lags]):
+        if refresher.stale(self.readable(Lags(refresher.bank.encoders)).tolist()):
             refresher.reencode(refresher.stale())
+
+    def on_open(self, refresher: Refresher) -> None:
+        """Go on with what an interruption has left."""
+        if refresher.bank.has_stale and refresher.may_write:
+            self.on_encoder_change(refresher)
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return whether a version is less than a period behind."""
-        return lags.values < self.chosen["every"]
+        counts = Lags(lags.encoders).values  # by the number of changes, whatever the clock
+        return lags.is_fresh | (counts < self.chosen["every"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from longmem.backbone.stamp import EncoderStamp
 from longmem.memory.encoder_checks import refuse_stale
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy, register_policy
+
+if TYPE_CHECKING:
+    from longmem.memory.refresh.refresher import Refresher
 
 
 @register_policy("frozen")
@@ -22,6 +27,9 @@ class Frozen(RefreshPolicy):
     def admit(self, known: EncoderStamp, stamp: EncoderStamp) -> None:
         """Raise StaleMemoryError, with what differs and the ways out."""
         refuse_stale(known, stamp)
+
+    def on_idle(self, refresher: Refresher, budget_tokens: int | None) -> None:
+        """Do nothing: nothing changes."""
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return that what this encoder wrote is, and what nobody knows of: its owner has said to read it all the same."""

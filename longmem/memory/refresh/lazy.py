@@ -37,6 +37,7 @@ class Lazy(RefreshPolicy):
     same chunks: what was found stale is masked there, and encoded again before the next read.
     """
 
+    encodes_on_read: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Setting]] = {
         "budget_tokens": Setting(0, "the tokens encoded again for one search, 0 for all that it finds", 0, 1e12),
         "min_weight": Setting(0.0, "the attention to a stale chunk from which on it is encoded again", 0.0, 1.0),
@@ -45,11 +46,13 @@ class Lazy(RefreshPolicy):
 
     def on_open(self, refresher: Refresher) -> None:
         """Encode again what a read with gradients has found stale, then sweep."""
+        if not refresher.may_write:
+            return
         if rows := refresher.bank.wanted:
             refresher.bank.wanted = set()
             chosen = torch.tensor(sorted(rows))
             self._reencode(refresher, chosen, torch.ones(len(chosen)))
-        if self.chosen["sweep_tokens"] and (targets := refresher.stale()):
+        if self.chosen["sweep_tokens"] and refresher.bank.has_stale and (targets := refresher.stale()):
             refresher.reencode(targets, self.chosen["sweep_tokens"])
 
     def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Found:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.memory.codec import encode
+from longmem.memory.codec import decode, encode
 from longmem.memory.documents import Document
 from longmem.memory.encoded import Segment
 from longmem.memory.index import Found
@@ -74,10 +74,12 @@ class Mapped(RefreshPolicy):
                     by_version[version].append((document, mine))
         for version, targets in by_version.items():
             self._move(refresher, version, targets)
-        if self.chosen["fallback"] == "eager":  # its own way would encode again what has just been moved
-            refresher.reencode(refresher.stale(mapped_is_fresh=True))
-        else:
-            self._fallback.on_encoder_change(refresher)
+        self._fallback.on_encoder_change(refresher)
+
+    @property
+    def encodes_on_read(self) -> bool:  # type: ignore[override]
+        """Return whether the fallback does."""
+        return self._fallback.encodes_on_read
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return what the fallback finds readable."""
@@ -110,9 +112,9 @@ class Mapped(RefreshPolicy):
                 stacklevel=2,
             )
             return
-        drawn = {id(each) for _, segments in sample for each in segments}
         for document, segments in targets:
-            move_segments(refresher, document, [each for each in segments if id(each) not in drawn], maps)
+            # Without those that are fresh by now: the sample, and what shares its chunks.
+            move_segments(refresher, document, [each for each in segments if each.version == version], maps)
 
     def _fit(self, pairs: Pairs) -> tuple[dict[tuple[int, int], DriftMap], float, float]:
         """Return maps for each layer's keys and values, fitted on all pairs, and what held-out ones say of them."""
@@ -122,8 +124,8 @@ class Mapped(RefreshPolicy):
             old, new = (torch.cat(side, dim=1) for side in zip(*found, strict=True))
             # Whole segments are held out where there are several; of a single one, its end.
             sizes = [side[0].shape[1] for side in found]
-            held = max(1, round(self.chosen["holdout"] * len(sizes))) if len(sizes) > 1 else 0
-            split = sum(sizes[:-held]) if held else round((1 - self.chosen["holdout"]) * sizes[0])
+            held = min(max(1, round(self.chosen["holdout"] * len(sizes))), len(sizes) - 1)
+            split = sum(sizes[:-held]) if held else max(1, round((1 - self.chosen["holdout"]) * sizes[0]))
             trial = fit_map(self.chosen["kind"], old[:, :split], new[:, :split], self.chosen["ridge"])
             before, wanted = old[:, split:], new[:, split:]
             after = trial.apply(before)
@@ -136,7 +138,8 @@ class Mapped(RefreshPolicy):
         values = [gain for (_, side), gain in zip(pairs, gains, strict=True) if side == 1]
         if not keys:
             return maps, float("-inf"), 0.0
-        return maps, min(sum(keys) / len(keys), sum(values) / len(values)), sum(recalls) / len(recalls)
+        lesser = torch.tensor([sum(keys) / len(keys), sum(values) / len(values)]).min().item()  # of NaN, NaN
+        return maps, lesser, sum(recalls) / len(recalls)
 
 
 def encode_pairs(refresher: Refresher, sample: Targets) -> Pairs:
@@ -145,6 +148,8 @@ def encode_pairs(refresher: Refresher, sample: Targets) -> Pairs:
     refresher.reencode(sample)
     pairs: Pairs = defaultdict(list)
     for document, segment, old in before:
+        if segment.version != refresher.bank.encoders.current:
+            continue  # what came out was not finite, and was not written
         new = stored_chunks(refresher, document, segment)
         for layer, (old_chunks, new_chunks) in enumerate(zip(old.chunks, new.chunks, strict=True)):
             for side, both in enumerate(zip(vectors(old_chunks), vectors(new_chunks), strict=True)):
@@ -165,7 +170,7 @@ def move_segments(
             if not stored.chunks or not stored.chunks[0].keys.shape[1]:
                 continue
             chunks = [moved(each, maps, layer) for layer, each in enumerate(stored.chunks)]
-            if not all(torch.isfinite(each.search_keys).all() for each in chunks):
+            if not all(torch.isfinite(decode(part)).all() for each in chunks for part in (each.keys, each.values)):
                 continue
             bank._contents.overwrite_chunks(document, stored.first, chunks)
             move_tail(document, segment, maps)

@@ -36,6 +36,8 @@ class RefreshPolicy:
     settings: ClassVar[Mapping[str, Setting]] = {}
     needs_sketch: ClassVar[bool] = False  # whether every version of the encoder is sketched, for the clock "gap"
 
+    encodes_on_read: ClassVar[bool] = False  # whether a search may encode again what it finds
+
     def __init__(self, **chosen: Any) -> None:
         self.chosen = {name: setting.default for name, setting in self.settings.items()} | chosen
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from longmem.errors import StaleMemoryError
+from longmem.memory.codec import largest_number
 from longmem.memory.documents import Document, Tail
 from longmem.memory.encoded import Segment
+from longmem.memory.encoders import UNKNOWN
 from longmem.memory.refresh.samples import draw_segments, stored_chunks, vectors
 from longmem.memory.refresh.work import encode_all, encode_segment
 
@@ -60,27 +63,54 @@ class Refresher:
         """Return the first of the models."""
         return self.models[0]
 
-    def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool = False) -> Targets:
+    @property
+    def may_write(self) -> bool:
+        """Return whether the bank can be written to."""
+        return self.bank.may_write
+
+    def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool | None = None) -> Targets:
         """Return the segments of each document that can be encoded again and are not readable, oldest versions first.
 
-        `is_readable`: for each version; None: only the current encoder's are.
+        Two that share a chunk and are of different versions are not readable there.
+
+        Args:
+            is_readable: for each version; None: only the current encoder's are.
+            mapped_is_fresh: what a map has moved to the current encoder is readable; None: as the policy says.
         """
         lags = self.bank.encoders.lags()
         readable = [lag == 0 for lag in lags] + [False] if is_readable is None else list(is_readable)
-        current = self.bank.encoders.current
+        reads_mapped = self.bank.refresh_policy.reads_mapped() if mapped_is_fresh is None else mapped_is_fresh
+        good_map = self.bank.encoders.current if reads_mapped else UNKNOWN
         found: Targets = []
         for document in self.bank._ledger.documents.values():
+            if document.source_or_reader is None:
+                continue
+            mixed = self._mixed(document)
             segments = [
                 each
                 for each in document.segments
                 if each.is_known
-                and not readable[each.version]
-                and not (mapped_is_fresh and each.mapped_to == current)
-                and document.source_or_reader is not None
+                and (
+                    each.start in mixed
+                    or (not readable[each.version] if each.mapped_to < 0 else each.mapped_to != good_map)
+                )
             ]
             if segments:
                 found.append((document, segments))
         return sorted(found, key=lambda target: min(each.version for each in target[1]))
+
+    def _mixed(self, document: Document) -> set[int]:
+        """Return the first tokens of segments that share a chunk with one of another version, or that a map could not move."""
+        segments = list(document.segments)
+        return {
+            each.start
+            for one, other in itertools.pairwise(segments)
+            if one.is_known
+            and other.is_known
+            and other.start % self.bank.chunk_size
+            and (one.version != other.version or one.mapped_to >= 0)
+            for each in (one, other)
+        }
 
     def of_chunks(self, document: Document, chunks: Iterable[int]) -> list[Segment]:
         """Return the segments of a document that these chunks are of, as far as they can be encoded again."""
@@ -114,26 +144,36 @@ class Refresher:
         """
         self.bank.refuse_reader()
         begin = time.perf_counter()
+        self._refuse_others()
         targets = within_budget([(each, self._closure(each, segments)) for each, segments in targets], budget_tokens)
         total = sum(each.stop - each.start for _, segments in targets for each in segments)
-        report, done = RefreshReport(), 0
+        report, version = RefreshReport(), self.bank.encoders.current
 
         def jobs() -> Iterable[tuple[Document, list[tuple[Segment, Tensor]]]]:
             for document, segments in targets:
                 yield document, [(each, self._ids(document, each)) for each in segments]
 
         def note(tokens: int) -> None:
-            nonlocal done
-            done += tokens
+            report.tokens += tokens
             if progress is not None:
-                progress(done, total)
+                progress(report.tokens, total)
 
-        for document, encoded in encode_all(jobs(), self.models, note):
-            report.tokens += sum(each.stop - each.start for each, _ in encoded)
-            self._write(document, encoded, report)
-        report.seconds = time.perf_counter() - begin
-        self.bank.refreshed.add(report)
+        try:
+            for document, encoded in encode_all(jobs(), self.models, note):
+                self._write(document, encoded, version, report)
+        finally:  # also what an interruption leaves was encoded
+            report.seconds = time.perf_counter() - begin
+            self.bank.refreshed.add(report)
         return report
+
+    def _refuse_others(self) -> None:
+        """Raise StaleMemoryError if one of the models is not the encoder that its work will be said to be of."""
+        for model in self.models:
+            if (found := model.encoder_stamp()).digest != self.bank.fingerprint:
+                raise StaleMemoryError(
+                    f"all that encode a bank again must be its encoder, {self.bank.fingerprint}, got {found.digest}; give "
+                    "equal models as `workers`, and call `bank.reencode(model)` or read with the model after it has changed."
+                )
 
     def probe_versions(self, num_tokens: int = 64, *, is_readable: Sequence[bool] | None = None) -> dict[int, float]:
         """Return for each old version how far its keys have moved: relative distance of stored keys to those encoded now.
@@ -155,14 +195,14 @@ class Refresher:
                 self.bank.refreshed.probed_tokens += len(ids)
                 stored, size = stored_chunks(self, document, segment), self.bank.chunk_size
                 encoded = encode_segment(self.model, ids)
-                if not fits(encoded, self.bank._contents.shapes):
+                if not fits(encoded, self.bank._contents.shapes, largest_number(self.bank.storage_dtype)):
                     return float("inf")  # of what is not finite no distance is known
                 for chunks, now in zip(stored.chunks, encoded, strict=True):
                     first = stored.first * size - segment.start
                     old = vectors(chunks)[0]
                     new = now[0][:, first : first + old.shape[1]].to(old)
                     moved, length = moved + float((new - old).square().sum()), length + float(new.square().sum())
-        return (moved / length) ** 0.5 if length else 0.0
+        return (moved / length) ** 0.5 if length else float("inf")  # nothing was comparable: nobody knows
 
     def _ids(self, document: Document, segment: Segment) -> Tensor:
         assert document.source is not None
@@ -183,22 +223,30 @@ class Refresher:
         return [each for each in known if each.start in chosen]
 
     @torch.inference_mode(False)
-    def _write(self, document: Document, encoded: list[tuple[Segment, list[Tail]]], report: RefreshReport) -> None:
-        """Write what was encoded of a document, all of it or, if it has changed meanwhile, nothing."""
+    def _write(
+        self, document: Document, encoded: list[tuple[Segment, list[Tail]]], version: int, report: RefreshReport
+    ) -> None:
+        """Write what an encoder version has encoded of a document, as far as that is still there as it was."""
         bank, good = self.bank, []
         for segment, tokens in encoded:
-            if fits(tokens, bank._contents.shapes):
+            if fits(tokens, bank._contents.shapes, largest_number(bank.storage_dtype)):
                 good.append((segment, tokens))
             else:
                 report.failed += 1  # the old numbers stay, with their old version
         with bank.transaction(), bank._lock:
             current = bank._ledger.by_serial.get(document.serial)
             there = {id(each) for each in current.segments} if current is document else set()
-            good = [(segment, tokens) for segment, tokens in good if id(segment) in there and segment.is_known]
+            good = [
+                (segment, tokens)
+                for segment, tokens in good
+                if id(segment) in there
+                and segment.is_known
+                and segment.stop - segment.start == tokens[0][0].shape[1]  # or it has been continued
+            ]
             for start, tokens in stretches(good):
                 bank._contents.overwrite(document, start, tokens)
             for segment, _ in good:
-                segment.version, segment.mapped_to = bank.encoders.current, -1
+                segment.version, segment.mapped_to = version, -1
             if good:
                 bank._ledger.note_encoding(document)
         report.segments += len(good)
@@ -225,15 +273,18 @@ def within_budget(targets: Targets, budget_tokens: int | None) -> Targets:
     return chosen
 
 
-def fits(tokens: Sequence[Tail], shapes: Sequence[Any] | None) -> bool:
-    """Return whether keys and values are finite. Raises StaleMemoryError if they have other sizes than the bank's."""
+def fits(tokens: Sequence[Tail], shapes: Sequence[Any] | None, largest: float) -> bool:
+    """Return whether keys and values are finite and none is beyond the `largest` number.
+
+    Raises StaleMemoryError if they have other sizes than the bank's.
+    """
     for position, (key, value) in enumerate(tokens):
         if shapes is not None and (sizes := (key.shape[0], key.shape[2], value.shape[2])) != tuple(shapes[position]):
             raise StaleMemoryError(
                 f"the bank holds {shapes[position]}, and this model writes {sizes} (heads, widths of keys and values): another "
                 "architecture. Memorize the documents again from their texts, in `MemoryBank.for_model(model)`."
             )
-        if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
+        if not all(bool((each.abs() <= largest).all()) for each in (key, value)):  # NaN is not, either
             return False
     return True
 

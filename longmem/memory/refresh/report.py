@@ -133,9 +133,9 @@ def readable_as_is(policy: RefreshPolicy, lags: Lags, versions: Int[Tensor, "2 _
         versions: of each row, and what a map has moved it to (`Ledger.versions`).
     """
     readable = policy.readable(lags)[versions[0]]
-    if policy.reads_mapped():
-        readable = readable | (versions[1] == lags.encoders.current)
-    return readable
+    # What a map has moved is no longer what any encoder wrote, also when the encoder that once wrote it comes back.
+    good = (versions[1] == lags.encoders.current) & policy.reads_mapped()
+    return torch.where(versions[1] >= 0, good, readable)
 
 
 def report_staleness(bank: MemoryBank, model: Any = None, *, probe: bool = False) -> StalenessReport:
