@@ -108,13 +108,16 @@ def ask(
     output = reader(window.questions, memory=memory, logits_to_keep=1, output_memory_reads=True)
     logits = output.logits[:, -1]
     losses = nn.functional.cross_entropy(logits, window.values, reduction="none")
+    right = logits.argmax(dim=-1) == window.values
+    if not output.memory_reads:  # nothing in the bank may be read
+        return losses, right, torch.zeros_like(right)
     rows = output.memory_reads[0].rows[:, 0, -1]
     places = bank.locate(rows)
     hits = [
         place is not None and place.document_id == window.document_id and place.start <= answer < place.stop
         for place, answer in zip(places, window.places.repeat_interleave(rows.shape[1]).tolist(), strict=True)
     ]
-    return losses, logits.argmax(dim=-1) == window.values, torch.tensor(hits).view(rows.shape).any(dim=1)
+    return losses, right, torch.tensor(hits).view(rows.shape).any(dim=1)
 
 
 def bank_hash(bank: MemoryBank) -> str:

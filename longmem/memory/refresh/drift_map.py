@@ -69,7 +69,7 @@ def neighbours_kept(
 ) -> float:
     """Return how much of what a search among `wanted` keys finds, a search among `found` finds too, from 0 to 1.
 
-    The wanted keys themselves are the queries, 1,024 at most, and each looks for this share of all keys, one at least; of no keys
+    The wanted keys themselves are the queries, 1,024 at most, and each looks for this share of all keys, one at least; of none
     nothing is kept. The distance between keys does not tell it: most of their length, and of their variance, may be what they
     have in common.
 
