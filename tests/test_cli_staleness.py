@@ -161,7 +161,7 @@ def test_an_interrupted_refresh_keeps_whole_documents_and_goes_on(folders, bank,
 
 
 def test_a_policy_that_maps_moves_most_and_stays_with_the_bank(folders, bank, tokens, run, answer):
-    policy = "mapped:sample_share=0.4,min_gain=0"
+    policy = "mapped:sample_share=0.4,min_gain=0,min_recall=0"
     done = answer("bank", "refresh", "--bank", bank, "--model", folders / "new", "--policy", policy)
     assert done["mapped"] > 0
     assert (0 < done["tokens"] < tokens, done["tokens_left"], done["refresh"]) == (True, 0, policy)

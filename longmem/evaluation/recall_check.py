@@ -61,14 +61,13 @@ class RecallResult:
         return {system: right.double().mean().item() for system, right in self.answers.items()}
 
 
-def train_backbone(task: RecallTask, steps: int, seed: int) -> LlamaForCausalLM:
-    """Return a Llama of two layers and one head each, trained to recall within its window.
+def new_backbone(task: RecallTask, seed: int) -> LlamaForCausalLM:
+    """Return an untrained Llama of two layers and one head each.
 
     Biases let its first layer attend to the token before whatever that is; one wide head keeps the noise of 16,000 other
     keys below the one that matches.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
     sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -76,7 +75,7 @@ def train_backbone(task: RecallTask, steps: int, seed: int) -> LlamaForCausalLM:
         "max_position_embeddings": WINDOW,
     }
     no_special_tokens: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    backbone = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=task.vocab_size,
             num_attention_heads=1,
@@ -88,6 +87,11 @@ def train_backbone(task: RecallTask, steps: int, seed: int) -> LlamaForCausalLM:
             **no_special_tokens,
         )
     )
+
+
+def train_backbone(task: RecallTask, steps: int, seed: int) -> LlamaForCausalLM:
+    """Return a new backbone, trained to recall within its window."""
+    backbone, generator = new_backbone(task, seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = make_schedule(optimizer, steps, warmup=50)
     lesson, mastery = 0, 0.0

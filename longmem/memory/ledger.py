@@ -265,8 +265,13 @@ class Ledger:
 
     def owners(self, rows: Int[Tensor, " rows"]) -> dict[Document, Int[Tensor, " _chunks"]]:
         """Return the documents of some live rows, with the positions there, in chunks."""
-        serials, positions = self._table[:2, rows]
+        serials, positions = self.positions(rows)
         return {self.by_serial[serial]: positions[serials == serial] for serial in serials.unique().tolist()}
+
+    def positions(self, rows: Int[Tensor, " _rows"]) -> tuple[Int[Tensor, " _rows"], Int[Tensor, " _rows"]]:
+        """Return the serial of each live row's document, and its position there, in chunks."""
+        serials, positions = self._table[:2, rows]
+        return serials, positions
 
     def rows_of(self, documents: Iterable[Document]) -> Int[Tensor, " rows"]:
         """Return the live rows of these documents, sorted."""

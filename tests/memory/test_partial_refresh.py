@@ -60,7 +60,7 @@ def test_read_as_it_is_a_frozen_bank_masks_nothing(models):
 @pytest.mark.parametrize("fallback", ["eager", "lazy", "mask"])
 def test_a_fallback_does_not_encode_what_a_map_has_moved(models, fallback):
     before, after = models
-    settings = f"mapped:sample_share=0.25,min_gain=0,ridge=0.1,fallback={fallback}"
+    settings = f"mapped:sample_share=0.25,min_gain=0,min_recall=0,ridge=0.1,fallback={fallback}"
     bank = MemoryBank.for_model(before, refresh=settings)
     for number in range(8):
         before.memorize(bank, torch.randint(0, 250, (32,)), str(number))

@@ -176,7 +176,7 @@ def test_sizes_that_differ_are_said_by_a_probe(models, bank, tmp_path):
 
 
 def test_moved_vectors_stay_stale_and_are_not_masked(models):
-    bank = filled(models[0], refresh="mapped:sample_share=0.3,min_gain=0,ridge=0.1")
+    bank = filled(models[0], refresh="mapped:sample_share=0.3,min_gain=0,min_recall=0,ridge=0.1")
     bank.read_by(models[2])
     report = bank.staleness(models[2])
     assert bank.refreshed.mapped

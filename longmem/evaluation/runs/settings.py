@@ -64,7 +64,7 @@ class EvaluationSettings:
         return Path(self.model).name + (", new side network" if self.config else "")
 
 
-Settings = TypeVar("Settings", bound=EvaluationSettings)
+Settings = TypeVar("Settings")
 
 # What a run that goes on may get anew: it changes no number.
 MAY_CHANGE = ("output", "batch_size")
@@ -91,7 +91,8 @@ def load_evaluation(kind: type[Settings], path: str | Path, overrides: Sequence[
         ValueError: a setting is unknown, missing, of another type or out of range.
     """
     own = [field.name for field in dataclasses.fields(LongMemConfig)]
-    return read_settings(kind, path, overrides, free={"config": own})
+    is_free = "config" in kind.__dataclass_fields__  # type: ignore[attr-defined]  # what opens no model has none
+    return read_settings(kind, path, overrides, free={"config": own} if is_free else None)
 
 
 def open_evaluated(settings: EvaluationSettings) -> LongMemForCausalLM:

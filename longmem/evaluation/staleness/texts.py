@@ -137,7 +137,8 @@ def read_text(
             if name == "oracle":
                 fresh_rows.append(rows)
             elif bank is not None:
-                recalls.append(recall_of(rows, fresh_rows[window]))
+                # A bank in which nothing may be read is not read at all.
+                recalls.append(recall_of(rows, fresh_rows[window]) if len(rows) else 0.0)
         if record_id not in run:
             done = {} if bank is None else dataclasses.asdict(bank.refreshed)
             tokens = len(memory) if name == "oracle" else done.get("tokens", 0) + done.get("probed_tokens", 0)

@@ -62,3 +62,27 @@ def fit_map(
 def relative_error(found: Float[Tensor, "heads tokens dim"], wanted: Float[Tensor, "heads tokens dim"]) -> float:
     """Return the distance between vectors, relative to the length of what is wanted."""
     return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-30))
+
+
+def neighbours_kept(
+    found: Float[Tensor, "heads tokens dim"], wanted: Float[Tensor, "heads tokens dim"], share: float = 0.02
+) -> float:
+    """Return how much of what a search among `wanted` keys finds, a search among `found` finds too, from 0 to 1.
+
+    The wanted keys themselves are the queries, 1,024 at most, and each looks for this share of all keys, one at least; of none
+    nothing is kept. The distance between keys does not tell it: most of their length, and of their variance, may be what they
+    have in common.
+
+    >>> keys = torch.randn(1, 100, 8, generator=torch.Generator().manual_seed(0))
+    >>> neighbours_kept(3 * keys, keys), neighbours_kept(keys.mean(dim=1, keepdim=True).expand(1, 100, 8), keys) < 0.1
+    (1.0, True)
+    """
+    if not wanted.shape[1]:
+        return 0.0
+    wanted, found = wanted[:, :1024].float(), found[:, :1024].float()
+    count = max(1, round(share * wanted.shape[1]))
+    nearest, chosen = (
+        (wanted @ keys.transpose(1, 2)).topk(count, dim=2).indices.unsqueeze(axis)
+        for keys, axis in ((wanted, -1), (found, -2))
+    )
+    return (nearest == chosen).any(dim=-1).double().mean().item()

@@ -10,19 +10,28 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.memory.documents import Document
+from longmem.memory.encoded import Segment
 from longmem.memory.index import Found
 from longmem.memory.refresh.policy import RefreshPolicy, Search, readable_rows, register_policy
 from longmem.memory.settings import Setting
 
 if TYPE_CHECKING:
-    from longmem.memory.refresh.refresher import Refresher
+    from longmem.memory.bank import MemoryBank
+    from longmem.memory.refresh.refresher import Refresher, Targets
 
 
 @register_policy("lazy")
 class Lazy(RefreshPolicy):
     """Encode again the stale segments that a read finds, and search once more among what is fresh.
+
+    Every token of a window searches, so a window finds something in most segments of a small bank, though it attends to few.
+    What is encoded again is what some query attends to most, up to `budget_tokens`, and nothing that no query gives
+    `min_weight` of its attention to memory (estimated from scores of search keys, scaled by the root of their width). Stale
+    chunks that are not encoded again are masked.
 
     While gradients are recorded nothing is encoded again in the middle of a forward pass, whose backward pass will read the
     same chunks: what was found stale is masked there, and encoded again before the next read.
@@ -31,6 +40,7 @@ class Lazy(RefreshPolicy):
     encodes_on_read: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Setting]] = {
         "budget_tokens": Setting(0, "the tokens encoded again for one search, 0 for all that it finds", 0, 1e12),
+        "min_weight": Setting(0.0, "the attention to a stale chunk from which on it is encoded again", 0.0, 1.0),
         "sweep_tokens": Setting(0, "the tokens encoded again before each call of the model, oldest first", 0, 1e12),
     }
 
@@ -40,31 +50,69 @@ class Lazy(RefreshPolicy):
             return
         if rows := refresher.bank.wanted:
             refresher.bank.wanted = set()
-            self._reencode(refresher, torch.tensor(sorted(rows)))
+            chosen = torch.tensor(sorted(rows))
+            self._reencode(refresher, chosen, torch.ones(len(chosen)))
         if self.chosen["sweep_tokens"] and refresher.bank.has_stale and (targets := refresher.stale()):
             refresher.reencode(targets, self.chosen["sweep_tokens"])
 
     def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Found:
         """Return what is found after the stale hits were encoded again."""
         if refresher is not None:
-            hits = search(rows)[1].unique()
-            hits = hits[hits >= 0].cpu()
-            stale = hits[~readable[hits]]
+            hits, weights = strongest(*search(rows), refresher.bank)
+            is_stale = ~readable[hits] & (weights >= self.chosen["min_weight"])
+            stale, weights = hits[is_stale], weights[is_stale]
             if len(stale) and torch.is_grad_enabled():
                 refresher.bank.wanted |= set(stale.tolist())
             elif len(stale):
-                self._reencode(refresher, stale)
+                self._reencode(refresher, stale, weights)
                 readable = refresher.bank.readable_now()
         return search(readable_rows(rows, readable))
 
-    def _reencode(self, refresher: Refresher, rows: Tensor) -> None:
-        """Encode again the segments of these rows, as far as they are stale, known and within the budget."""
-        rows = rows[rows < refresher.bank.num_chunks]
-        stale = {document.serial: {id(each) for each in segments} for document, segments in refresher.stale()}
-        targets = []
-        for document, chunks in refresher.bank._ledger.owners(rows).items():
-            of_hits = refresher.of_chunks(document, chunks.tolist())
-            if segments := [each for each in of_hits if id(each) in stale.get(document.serial, ())]:
-                targets.append((document, segments))
-        if targets:
-            refresher.reencode(targets, self.chosen["budget_tokens"] or None)
+    def _reencode(self, refresher: Refresher, rows: Int[Tensor, " hits"], weights: Float[Tensor, " hits"]) -> None:
+        """Encode again the segments of these rows, those of most weight first, as far as the budget goes.
+
+        Rows that are not stale, or whose segments are not known, are left out.
+        """
+        bank, size = refresher.bank, refresher.bank.chunk_size
+        alive = rows < bank.num_chunks
+        weights = weights[alive]
+        serials, positions = bank._ledger.positions(rows[alive])
+        stale = {id(each) for _, segments in refresher.stale() for each in segments}
+        found: list[tuple[float, Document, Segment]] = []
+        for serial in serials.unique().tolist():
+            document, chunks = bank._ledger.by_serial[serial], positions[serials == serial]
+            for segment in refresher.of_chunks(document, chunks.tolist()):
+                if id(segment) in stale:
+                    inside = (chunks * size < segment.stop) & (chunks * size + size > segment.start)
+                    found.append((float(weights[serials == serial][inside].max()), document, segment))
+        budget = self.chosen["budget_tokens"] or None
+        if targets := most_wanted(found, budget):
+            refresher.reencode(targets, budget)
+
+
+def strongest(
+    scores: Float[Tensor, "_heads _queries _chunks"], rows: Int[Tensor, "_heads _queries _chunks"], bank: MemoryBank
+) -> tuple[Int[Tensor, " hits"], Float[Tensor, " hits"]]:
+    """Return the rows that a search has found, each once, and the largest weight that a query gives each.
+
+    The weight is an estimate of attention among what the query has found: the search knows mean keys, and not the scaling of a
+    model whose scores are not divided by the root of their width.
+    """
+    shapes = bank._contents.shapes
+    scaling = 1.0 if shapes is None else shapes[0][1] ** -0.5
+    weights = (scores.float() * scaling).softmax(dim=-1).flatten().cpu()
+    hits, place = rows.flatten().cpu().unique(return_inverse=True)
+    largest = torch.zeros(len(hits)).scatter_reduce_(0, place, weights.nan_to_num(), "amax")
+    return hits[hits >= 0], largest[hits >= 0]
+
+
+def most_wanted(found: list[tuple[float, Document, Segment]], budget_tokens: int | None) -> Targets:
+    """Return the segments of largest weight, as many as fit in the budget but one at least, by document."""
+    chosen: dict[int, tuple[Document, list[Segment]]] = {}
+    left = float("inf") if budget_tokens is None else budget_tokens
+    for _, document, segment in sorted(found, key=lambda each: -each[0]):
+        if chosen and segment.stop - segment.start > left:
+            break
+        left -= segment.stop - segment.start
+        chosen.setdefault(document.serial, (document, []))[1].append(segment)
+    return [(document, sorted(each, key=lambda segment: segment.start)) for document, each in chosen.values()]
