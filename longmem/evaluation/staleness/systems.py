@@ -61,8 +61,6 @@ SYSTEMS: dict[str, PolicySystem] = {
     "lazy": PolicySystem("lazy", "lazy"),
     "lazy-sweep": PolicySystem("lazy + sweep", f"lazy:sweep_tokens={SEGMENT}"),
     "lazy-budget": PolicySystem("lazy, budget", f"lazy:budget_tokens={4 * SEGMENT}"),
-    "lazy-weight": PolicySystem("lazy, weight", "lazy:min_weight=0.1"),
-    "lazy-weight-sweep": PolicySystem("lazy, weight, + sweep", f"lazy:min_weight=0.1,sweep_tokens={SEGMENT}"),
     "sweep": PolicySystem("sweep only", f"bounded:max_lag=0,budget_tokens={2 * SEGMENT}"),
     "affine-5": mapped("affine", 0.05),
     "affine-10": mapped("affine", 0.10),

@@ -29,9 +29,8 @@ class Lazy(RefreshPolicy):
     """Encode again the stale segments that a read finds, and search once more among what is fresh.
 
     Every token of a window searches, so a window finds something in most segments of a small bank, though it attends to few.
-    What is encoded again is what some query attends to most, up to `budget_tokens`, and nothing that no query gives
-    `min_weight` of its attention to memory (estimated from scores of search keys, scaled by the root of their width). Stale
-    chunks that are not encoded again are masked.
+    What is encoded again is what some query attends to most (estimated from scores of search keys, scaled by the root of their
+    width), up to `budget_tokens`. Stale chunks that are not encoded again are masked.
 
     While gradients are recorded nothing is encoded again in the middle of a forward pass, whose backward pass will read the
     same chunks: what was found stale is masked there, and encoded again before the next read.
@@ -40,7 +39,6 @@ class Lazy(RefreshPolicy):
     encodes_on_read: ClassVar[bool] = True
     settings: ClassVar[Mapping[str, Setting]] = {
         "budget_tokens": Setting(0, "the tokens encoded again for one search, 0 for all that it finds", 0, 1e12),
-        "min_weight": Setting(0.0, "the attention to a stale chunk from which on it is encoded again", 0.0, 1.0),
         "sweep_tokens": Setting(0, "the tokens encoded again before each call of the model, oldest first", 0, 1e12),
     }
 
@@ -59,7 +57,7 @@ class Lazy(RefreshPolicy):
         """Return what is found after the stale hits were encoded again."""
         if refresher is not None:
             hits, weights = strongest(*search(rows), refresher.bank)
-            is_stale = ~readable[hits] & (weights >= self.chosen["min_weight"])
+            is_stale = ~readable[hits]
             stale, weights = hits[is_stale], weights[is_stale]
             if len(stale) and torch.is_grad_enabled():
                 refresher.bank.wanted |= set(stale.tolist())
