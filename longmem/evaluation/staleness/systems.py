@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longmem.memory import MemoryBank
+from longmem.memory.refresh import UNBOUNDED
 from longmem.modeling import LongMemForCausalLM
 
 SEGMENT = 256  # tokens that are encoded together, the least that a budget buys
@@ -62,6 +63,8 @@ SYSTEMS: dict[str, PolicySystem] = {
     "lazy-sweep": PolicySystem("lazy + sweep", f"lazy:sweep_tokens={SEGMENT}"),
     "lazy-budget": PolicySystem("lazy, budget", f"lazy:budget_tokens={4 * SEGMENT}"),
     "sweep": PolicySystem("sweep only", f"bounded:max_lag=0,budget_tokens={2 * SEGMENT}"),
+    # Nothing is masked: what is stale is read as it is, until its turn comes between two windows.
+    "swept": PolicySystem("all read, swept", UNBOUNDED, idle_tokens=2 * SEGMENT),
     "affine-5": mapped("affine", 0.05),
     "affine-10": mapped("affine", 0.10),
     "procrustes-5": mapped("procrustes", 0.05),
