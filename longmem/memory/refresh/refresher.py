@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import time
@@ -115,12 +116,13 @@ class Refresher:
     def of_chunks(self, document: Document, chunks: Iterable[int]) -> list[Segment]:
         """Return the segments of a document that these chunks are of, as far as they can be encoded again."""
         size = self.bank.chunk_size
-        tokens = sorted({chunk * size for chunk in chunks})
-        return [
-            each
-            for each in document.segments
-            if each.is_known and any(each.start < token + size and token < each.stop for token in tokens)
-        ]
+        starts = sorted(chunk * size for chunk in set(chunks))
+        found = []
+        for each in document.segments:
+            place = bisect.bisect_right(starts, each.start - size)  # the first chunk that ends behind the segment's start
+            if each.is_known and place < len(starts) and starts[place] < each.stop:
+                found.append(each)
+        return found
 
     def num_tokens(self, targets: Targets) -> int:
         """Return how many tokens `reencode` would encode for these targets, without a budget."""
