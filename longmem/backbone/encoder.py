@@ -101,8 +101,10 @@ class Encoder:
         return {**self.__dict__, **lost, "_name": secrets.token_hex(8) if self._name else ""}
 
     def _stamp_move(self) -> None:
-        self._watch_anew()
-        self._stamp = EncoderStamp(f"{self._name}+{self._moves}", self._recipe() | {"moves": self._moves})
+        # At every step of an optimizer, which writes to weights and replaces nothing: path and recipe stay what they were.
+        self._tripwire, self._sketch = Tripwire(self.path), None
+        recipe = self._recipe() if self._stamp is None else self._stamp.recipe
+        self._stamp = EncoderStamp(f"{self._name}+{self._moves}", {**recipe, "moves": self._moves})
 
     def _watch_anew(self) -> None:
         # Modules may have been replaced (adapters), so the path itself is looked for again.

@@ -263,11 +263,6 @@ class Ledger:
         """Return for each live row the version of its encoder, and the version that a map has moved it to or -1."""
         return self._table[2:, : self.num_rows]
 
-    def owners(self, rows: Int[Tensor, " rows"]) -> dict[Document, Int[Tensor, " _chunks"]]:
-        """Return the documents of some live rows, with the positions there, in chunks."""
-        serials, positions = self.positions(rows)
-        return {self.by_serial[serial]: positions[serials == serial] for serial in serials.unique().tolist()}
-
     def positions(self, rows: Int[Tensor, " _rows"]) -> tuple[Int[Tensor, " _rows"], Int[Tensor, " _rows"]]:
         """Return the serial of each live row's document, and its position there, in chunks."""
         serials, positions = self._table[:2, rows]
