@@ -16,6 +16,7 @@ FAMILIES = {
     "bounded": ("#1f6fb4", "s"),
     "lazy": ("#5a8f4e", "o"),
     "sweep": ("#d98c21", "D"),
+    "swept": ("#d98c21", "d"),
     "affine": ("#7a5aa6", "^"),
     "procrustes": ("#b5455f", "v"),
     "mask": ("#333333", "X"),

@@ -12,6 +12,7 @@ from longmem.evaluation.staleness.policy_tables import compare_systems, policy_s
 from longmem.evaluation.staleness.readers import kept_model, tune_backbone
 from longmem.evaluation.staleness.settings import LibrarySettings, ReaderSettings, StalenessSettings
 from longmem.evaluation.staleness.systems import SYSTEMS, PolicySystem, weighted
+from longmem.plots.policies import family
 
 TASK = RecallTask(num_keys=40, num_values=8, num_words=16, distractor_share=0.2)
 LIBRARY = LibrarySettings(
@@ -282,3 +283,7 @@ def test_settings_that_contradict_are_refused(changes, message):
 def test_libraries_that_cannot_be_drawn_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         LibrarySettings(**changes)
+
+
+def test_every_system_has_a_color_in_the_figure():
+    assert all(family(name) for name in SYSTEMS)

@@ -119,7 +119,9 @@ class Refresher:
         starts = sorted(chunk * size for chunk in set(chunks))
         found = []
         for each in document.segments:
-            place = bisect.bisect_right(starts, each.start - size)  # the first chunk that ends behind the segment's start
+            place = bisect.bisect_right(
+                starts, each.start - size
+            )  # the first chunk that ends behind the segment's start
             if each.is_known and place < len(starts) and starts[place] < each.stop:
                 found.append(each)
         return found
