@@ -180,6 +180,18 @@ TestManySequences.settings = settings(
 )
 
 
+def test_a_budget_does_not_part_segments_that_share_a_chunk():
+    """Found by the long machine: the first of the two alone writes no chunk, and all of the document would be called fresh."""
+    old, new = FakeModel("a"), FakeModel("b")
+    bank = make_bank(old, refresh="bounded:max_lag=0,budget_tokens=6")
+    write(bank, old, "d", [0])
+    write(bank, old, "d", [1, 2, 3, 4, 5, 6])
+    bank.read_by(new)
+    assert bank.refreshed.tokens == 7  # one group at least, though it is larger than the budget
+    wanted = torch.cat([new.numbers((0,)), new.numbers((1, 2, 3, 4, 5, 6))], dim=3)[:, :, :, :CHUNK]
+    assert torch.equal(stored(bank, "d"), wanted)
+
+
 # Equalities.
 
 

@@ -149,7 +149,8 @@ class Refresher:
         self.bank.refuse_reader()
         begin = time.perf_counter()
         self._refuse_others()
-        targets = within_budget([(each, self._closure(each, segments)) for each, segments in targets], budget_tokens)
+        closed = [(each, self._closure(each, segments)) for each, segments in targets]
+        targets = within_budget(closed, budget_tokens, self.bank.chunk_size)
         total = sum(each.stop - each.start for _, segments in targets for each in segments)
         report, version = RefreshReport(), self.bank.encoders.current
 
@@ -257,24 +258,44 @@ class Refresher:
         report.documents += bool(good)
 
 
-def within_budget(targets: Targets, budget_tokens: int | None) -> Targets:
-    """Return the first of the targets, so many whole segments as fit in the budget, but one at least."""
+def within_budget(targets: Targets, budget_tokens: int | None, chunk_size: int) -> Targets:
+    """Return the first of the targets, so many whole segments as fit in the budget, but one at least.
+
+    Segments that share a chunk are taken together or not at all: neither alone could write it.
+    """
     if budget_tokens is None:
         return targets
     chosen: Targets = []
     left = budget_tokens
     for document, segments in targets:
         taken: list[Segment] = []
-        for each in segments:
-            if each.stop - each.start > left and (chosen or taken):
+        for group in sharing_chunks(segments, chunk_size):
+            size = sum(each.stop - each.start for each in group)
+            if size > left and (chosen or taken):
                 break
-            taken.append(each)
-            left -= each.stop - each.start
+            taken += group
+            left -= size
         if taken:
             chosen.append((document, taken))
         if len(taken) < len(segments):
             break
     return chosen
+
+
+def sharing_chunks(segments: Sequence[Segment], chunk_size: int) -> list[list[Segment]]:
+    """Return the segments, in their order, in groups of those that share chunks.
+
+    >>> parts = [Segment(0, 8, 0), Segment(8, 9, 0), Segment(9, 12, 0)]
+    >>> [len(group) for group in sharing_chunks(parts, chunk_size=4)]
+    [1, 2]
+    """
+    groups: list[list[Segment]] = []
+    for each in segments:
+        if groups and each.start % chunk_size and groups[-1][-1].stop == each.start:
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    return groups
 
 
 def fits(tokens: Sequence[Tail], shapes: Sequence[Any] | None, largest: float) -> bool:
