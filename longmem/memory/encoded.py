@@ -80,6 +80,27 @@ class Segments:
         if self._segments and self._segments[0].start < first_resident:
             self._segments[0].is_known = False
 
+    def forget_encoder(self, start: int, stop: int) -> None:
+        """Say that nobody knows the encoder of these tokens, as far as they are of segments that can't be encoded again.
+
+        >>> segments = Segments([Segment(0, 6, 1, is_known=False), Segment(6, 12, 1)])
+        >>> segments.forget_encoder(4, 8)
+        >>> [(each.start, each.stop, each.version) for each in segments]
+        [(0, 4, 1), (4, 6, -1), (6, 12, 1)]
+        """
+        kept: deque[Segment] = deque()
+        for each in self._segments:
+            low, high = max(each.start, start), min(each.stop, stop)
+            if each.is_known or low >= high:
+                kept.append(each)
+                continue
+            for first, last in ((each.start, low), (low, high), (high, each.stop)):
+                if first < last:
+                    is_lost = first == low
+                    version, mapped_to = (UNKNOWN, -1) if is_lost else (each.version, each.mapped_to)
+                    kept.append(Segment(first, last, version, False, mapped_to))
+        self._segments = kept
+
     def of_chunks(self, first: int, count: int, chunk_size: int) -> Int[Tensor, "2 count"]:
         """Return for each of `count` chunks, from the `first` on, its version and the version that it was mapped to.
 

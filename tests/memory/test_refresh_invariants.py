@@ -192,6 +192,24 @@ def test_a_budget_does_not_part_segments_that_share_a_chunk():
     assert torch.equal(stored(bank, "d"), wanted)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_chunk_that_reaches_over_to_what_cannot_be_encoded_again_is_never_called_fresh(before):
+    """Found by the long machine: the other part is of the current encoder, and so the chunk looked as if all of it were."""
+    old, new = FakeModel("a"), FakeModel("b")
+    bank = make_bank(old, refresh="lazy")
+    if before:
+        write(bank, old, "d", [0])
+        bank.read_by(new)
+        write(bank, new, "d", [1, 2, 3, 4, 5, 6, 7], segment=None)
+    else:
+        bank = make_bank(old, refresh="lazy")
+        write(bank, old, "d", [0, 1, 2, 3, 4, 5, 6])
+        bank.read_by(new)
+        write(bank, new, "d", [7], segment=None)
+    bank.reencode(new)
+    assert [place.start for place in read_all(bank)] == ([4] if before else [0])
+
+
 # Equalities.
 
 

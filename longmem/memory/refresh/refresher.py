@@ -248,10 +248,17 @@ class Refresher:
                 and segment.is_known
                 and segment.stop - segment.start == tokens[0][0].shape[1]  # or it has been continued
             ]
-            for start, tokens in stretches(good):
+            written = stretches(good)
+            for start, tokens in written:
                 bank._contents.overwrite(document, start, tokens)
             for segment, _ in good:
                 segment.version, segment.mapped_to = version, -1
+            # A chunk that reaches over to what can't be encoded again was not written: it is of no encoder from now on.
+            size = bank.chunk_size
+            for start, tokens in written:
+                for border in (start, start + tokens[0][0].shape[1]):
+                    if border % size:
+                        document.segments.forget_encoder(border - border % size, border - border % size + size)
             if good:
                 bank._ledger.note_encoding(document)
         report.segments += len(good)
