@@ -22,6 +22,7 @@ from longmem.evaluation.book_plan import files_of_split, token_digest
 from longmem.evaluation.perplexity import token_losses
 from longmem.evaluation.runs import EvaluationSettings, RunFolder, describe, digest
 from longmem.evaluation.runs.settings import Count
+from longmem.evaluation.staleness.policies import copy_bank
 from longmem.evaluation.staleness.tuning import tuned_backbone
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import refresh_name
@@ -85,8 +86,8 @@ def evaluate_stale_texts(settings: StaleTextSettings, model: LongMemForCausalLM,
     with run:
         for seed in settings.seeds:
             for rate in settings.learning_rates:
-                names = [f"{rate:g}/{seed}/{name}" for name in texts]
-                if all(f"{name}/{policy}" in run for name in names for policy in (*UNREFRESHED, *settings.policies)):
+                waiting = {name: ids for name, ids in texts.items() if not is_read(settings, run, rate, seed, name)}
+                if not waiting:
                     continue
                 keep_in = run.path / "tuned" / f"{rate:g}-{seed}.safetensors"
                 console.print(f"Encoder tuned at {rate:g}, seed {seed}", highlight=False)
@@ -100,12 +101,21 @@ def evaluate_stale_texts(settings: StaleTextSettings, model: LongMemForCausalLM,
                     keep_in=keep_in,
                 )
                 reader = with_backbone(model, backbone)
-                for name, ids in texts.items():
-                    if any(f"{rate:g}/{seed}/{name}/{each}" not in run for each in (*UNREFRESHED, *settings.policies)):
-                        common = {"learning_rate": rate, "seed": seed, "text": name}
-                        console.print(f"  {name}", highlight=False)
-                        read_text(settings, model, reader, ids, common, run)
+                for name, ids in waiting.items():
+                    common = {"learning_rate": rate, "seed": seed, "text": name}
+                    console.print(f"  {name}", highlight=False)
+                    read_text(settings, model, reader, ids, common, run)
     return run
+
+
+def reading_id(rate: float, seed: int, text: str, system: str) -> str:
+    """Return the id of a record: one system's reading of a text after one change of the encoder."""
+    return f"{rate:g}/{seed}/{text}/{system}"
+
+
+def is_read(settings: StaleTextSettings, run: RunFolder, rate: float, seed: int, text: str) -> bool:
+    """Return whether the folder has the records of all systems for a text after one change of the encoder."""
+    return all(reading_id(rate, seed, text, system) in run for system in (*UNREFRESHED, *settings.policies))
 
 
 def read_text(
@@ -121,7 +131,7 @@ def read_text(
     old = written(writer, memory)
     fresh_rows: list[Tensor] = []
     for name in (*UNREFRESHED, *settings.policies):
-        record_id = f"{common['learning_rate']:g}/{common['seed']}/{common['text']}/{name}"
+        record_id = reading_id(common["learning_rate"], common["seed"], common["text"], name)
         if record_id in run and name != "oracle":  # which rows it reads is what the others are compared with
             continue
         start = time.perf_counter()
@@ -130,7 +140,11 @@ def read_text(
         elif name == "oracle":
             bank = written(reader, memory)
         else:
-            bank = copied(old, None if name == "never" else name, reader)
+            bank = copy_bank(old)
+            if name == "never":
+                bank.read_as_is(reader)
+            else:
+                bank.use_refresh(name)
         losses, recalls = [], []
         for window, (loss, rows) in enumerate(read_windows(reader, rest, settings.window, settings.windows, bank)):
             losses.append(loss)
@@ -180,17 +194,6 @@ def written(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"]) -> MemoryBan
     bank = MemoryBank.for_model(model, capacity_tokens=None, index="flat", device=model.input_device)
     model.memorize(bank, ids, "text")
     return bank
-
-
-def copied(bank: MemoryBank, refresh: str | None, reader: LongMemForCausalLM) -> MemoryBank:
-    """Return a copy of a bank that follows a refresh policy; None: that is read as it is."""
-    twin = bank.empty_like()
-    bank._contents.copy_to(twin._contents)
-    if refresh is None:
-        twin.read_as_is(reader)
-    else:
-        twin.use_refresh(refresh)
-    return twin
 
 
 def with_backbone(model: LongMemForCausalLM, backbone: Any) -> LongMemForCausalLM:

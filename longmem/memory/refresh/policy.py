@@ -76,8 +76,7 @@ class RefreshPolicy:
 
 def readable_rows(rows: Tensor | None, readable: Bool[Tensor, " live"]) -> Tensor:
     """Return those of the rows that may be read."""
-    allowed = readable.nonzero().flatten() if rows is None else rows[readable[rows]]
-    return allowed
+    return readable.nonzero().flatten() if rows is None else rows[readable[rows]]
 
 
 def register_policy(name: str) -> Callable[[type[RefreshPolicy]], type[RefreshPolicy]]:
