@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from bench_cost import seconds, summary
+from bench_training import own_settings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -57,21 +58,8 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     times: dict[str, list[float]] = {"in the step": [], "ahead": []}
     with tempfile.TemporaryDirectory() as folder:
-        own = {
-            "output": folder,
-            "model.backbone": given.backbone,
-            "data.train": "python-manual",
-            "data.validation": "null",
-            "data.max_validation_tokens": "null",
-            "data.lanes": given.lanes,
-            "data.lanes_per_document": given.lanes,
-            "data.document_tokens": "null",
-            "data.window": given.window,
-            "memory.tokens": given.memory_tokens,
-            "validation.every_steps": 0,
-            "optimization.gradient_accumulation": 1,
-        }
-        trainer = Trainer(load_settings(given.config, [f"{name}={value}" for name, value in own.items()]))
+        own = ["data.validation=null", "data.max_validation_tokens=null", "optimization.gradient_accumulation=1"]
+        trainer = Trainer(load_settings(given.config, own_settings(given, folder) + own))
         trainer.step = -(-given.memory_tokens // given.window) + 1  # memories are full, as later in a run
         for number in track(range(given.rounds + 1), "rounds, the first to warm up"):
             for name, ahead in (("in the step", 0), ("ahead", given.ahead)):

@@ -130,6 +130,22 @@ def measure(settings: TrainingSettings, num_steps: int) -> tuple[dict[str, list[
     return times, peaks
 
 
+def own_settings(given: argparse.Namespace, folder: str) -> list[str]:
+    """Return the overrides for a run on Python's manual, with the sizes that a command line gave, in a folder that goes."""
+    own = {
+        "output": folder,
+        "model.backbone": given.backbone,
+        "data.train": "python-manual",
+        "data.lanes": given.lanes,
+        "data.lanes_per_document": given.lanes,
+        "data.document_tokens": "null",
+        "data.window": given.window,
+        "memory.tokens": given.memory_tokens,
+        "validation.every_steps": 0,
+    }
+    return [f"{name}={value}" for name, value in own.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="smollm2-135m")
@@ -142,18 +158,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace all others")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        own = {
-            "output": folder,
-            "model.backbone": given.backbone,
-            "data.train": "python-manual",
-            "data.lanes": given.lanes,
-            "data.lanes_per_document": given.lanes,
-            "data.document_tokens": "null",
-            "data.window": given.window,
-            "memory.tokens": given.memory_tokens,
-            "validation.every_steps": 0,
-        }
-        settings = load_settings(given.config, [f"{name}={value}" for name, value in own.items()] + given.overrides)
+        settings = load_settings(given.config, own_settings(given, folder) + given.overrides)
         times, peaks = measure(settings, given.steps)
     tokens = settings.data.lanes * settings.data.window * settings.optimization.gradient_accumulation
     speeds = {name: summary([tokens / taken for taken in each]) for name, each in times.items()}
