@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from longmem.backbone.cache_names import named_for
 from longmem.backbone.interception import EnoughSeen, LayerCall, first, handled_by, split_call
 from longmem.backbone.structure import (
     PROBE_LENGTH,
@@ -118,7 +119,7 @@ class Backbone:
             hidden_layers: layers whose input is kept; L means the output of the last one, before the final norm.
             memory_layers: layers whose keys and values are kept, position-free.
             with_final_states: also keep the last hidden state after the final norm.
-            inputs: what the backbone's own forward takes (attention_mask, position_ids, past_key_values, use_cache).
+            inputs: what the backbone's own forward takes (attention_mask, position_ids, cache, use_cache).
         """
         states = BackboneStates()
         handlers = {
@@ -193,7 +194,7 @@ class Backbone:
         token = _recording.set(_Recording(self._numbers, states, hidden_layers))
         try:
             with handled_by(handlers), contextlib.suppress(EnoughSeen):
-                self.model(input_ids, **inputs)
+                self.model(input_ids, **named_for(self.model, inputs))
         finally:
             _recording.reset(token)
 

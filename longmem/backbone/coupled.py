@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from longmem.backbone.cache_names import CACHE_NAMES
 from longmem.backbone.capture import Backbone, BackboneStates
 
 
@@ -49,9 +50,9 @@ class CoupledWriter:
         """
         if self.decay is None or not states.keys:
             return
-        if inputs.get("past_key_values") is not None:
+        if any(inputs.get(name) is not None for name in CACHE_NAMES):
             raise ValueError(
-                "`past_key_values` must be None while a moving average of the backbone writes memory, got a cache; pass "
+                "`cache` must be None while a moving average of the backbone writes memory, got a cache; pass "
                 "`use_cache=False` or, when training is over, call `decouple_writer`."
             )
         layers = list(states.keys)

@@ -223,7 +223,7 @@ def continue_prompt(
     found = {"prompt": decode(window[:length])}
     for title, memory in (("with memory", bank), ("without memory", None)):
         mask = torch.ones_like(prompt)
-        ids = model.generate(prompt, attention_mask=mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)  # type: ignore[misc]
+        ids = model.generate(prompt, attention_mask=mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)
         found[title] = decode(ids[0, length:])
     return {**found, "the text itself": decode(window[length : length + new_tokens])}
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
+
+from transformers.utils import TransformersKwargs
 
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
@@ -53,15 +56,20 @@ def refuse_unstorable_layers(config: LongMemConfig, structure: BackboneStructure
             )
 
 
-def refuse_unknown_inputs(kwargs: dict[str, Any]) -> None:
-    """Raise for arguments of `forward` that would be ignored; those that transformers passes by habit are let through."""
-    harmless = {"return_dict", "output_attentions", "output_hidden_states", "inputs_embeds"}
+def refuse_unknown_inputs(model: LongMemForCausalLM, kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of `forward` that would be ignored; what transformers hands to every model is let through.
+
+    That is: a name of transformers' own, or of the backbone's `forward`, with a value that asks for nothing.
+    """
+    if not kwargs:
+        return
+    theirs = {*TransformersKwargs.__annotations__, *signature(type(model.backbone).forward).parameters}
     for name, value in kwargs.items():
-        if name == "tokenizer":  # `generate` reads stop strings with it and, in transformers 5, hands it on
-            continue
-        if name not in harmless or not (value is None or isinstance(value, bool)):
-            raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")
-        if value is True and name in ("output_attentions", "output_hidden_states"):
+        if name in ("output_attentions", "output_hidden_states") and value:
             raise ValueError(
-                f"`{name}=True` is not available: two networks run. Use `output_memory_reads=True` to see what was read."
+                f"`{name}={value}` is not available: two networks run. Use `output_memory_reads=True` to see what was read."
             )
+        # `generate` reads stop strings with the tokenizer and, in transformers 5, hands it on.
+        asks_for_nothing = value is None or (value is False and name.startswith("output_"))
+        if name not in ("tokenizer", "return_dict") and not (name in theirs and asks_for_nothing):
+            raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")

@@ -9,6 +9,7 @@ import torch
 from model.conftest import BACKBONES, SETTINGS, build_backbone
 
 from longmem import LongMemForCausalLM, MemoryBank
+from longmem.backbone.cache_names import cache_of
 from longmem.errors import StaleMemoryError
 from longmem.memory.refresh import UNBOUNDED
 
@@ -159,10 +160,10 @@ def test_the_average_is_the_naive_one_and_it_alone_writes(input_ids):
 def test_with_an_average_a_cache_is_refused(input_ids):
     model = make()
     model.couple_writer(average=0.9)
-    with pytest.raises(ValueError, match=r"`past_key_values` must be None .* `decouple_writer`"):
+    with pytest.raises(ValueError, match=r"`cache` must be None .* `decouple_writer`"):
         model(input_ids, use_cache=True)
     model.decouple_writer()
-    assert model(input_ids, use_cache=True).past_key_values is not None
+    assert cache_of(model(input_ids, use_cache=True)) is not None
 
 
 def test_each_move_makes_another_encoder_and_policies_act(input_ids, document):

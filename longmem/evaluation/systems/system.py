@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from longmem.backbone.cache_names import as_keyword, named_for
 from longmem.evaluation.systems.questions import Answer, Question
 from longmem.evaluation.systems.scoring import answer_questions, as_ids, repeated, run_context
 from longmem.model.modeling import LongMemForCausalLM
@@ -39,7 +40,7 @@ class LocalModel:
 
     def __call__(self, input_ids: Int[Tensor, "rows tokens"], **options: Any) -> Any:
         """Return the model's output."""
-        return self.model(input_ids, **self._inputs, **options)
+        return self.model(input_ids, **self._inputs, **named_for(self.model, options))
 
     def generate(self, input_ids: Int[Tensor, "rows tokens"], **options: Any) -> Int[Tensor, "rows longer"]:
         """Return the tokens and their continuation."""
@@ -145,10 +146,10 @@ class System(ABC):
             output = local.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=None if cache is None else repeated(cache, 1),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=self.model.generation_config.pad_token_id or 0,
+                **as_keyword(None if cache is None else repeated(cache, 1)),
                 **options,
             )
             answers.append(output[0, ids.shape[1] :].tolist())
