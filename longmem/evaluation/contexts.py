@@ -10,22 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.evaluation.perplexity import WindowScores, token_losses
+from longmem.evaluation.systems.making import validate_context
 from longmem.model.modeling import LongMemForCausalLM
 
-
-def validate_context(model: LongMemForCausalLM, context: int, window: int) -> None:
-    """Raise ValueError unless `context` tokens are more than a window and fit the backbone's positions."""
-    if context <= window:
-        raise ValueError(
-            f"`context` must be longer than the window of {window} tokens, got {context}; "
-            "with the window's own tokens it is the system `backbone`."
-        )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and context > limit:
-        raise ValueError(
-            f"`context` must be at most {limit} tokens, the backbone's `max_position_embeddings`, got {context}: beyond it "
-            "the backbone meets positions that it was never trained on; choose a shorter one."
-        )
+__all__ = ["score_contexts", "validate_context"]
 
 
 @torch.no_grad()

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-import subprocess
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from safetensors.torch import save_file
 
+from longmem.evaluation.folder import as_json
 from longmem.evaluation.perplexity import WindowScores, loss_difference
+from longmem.evaluation.systems.names import TITLES, title_of_system
+from longmem.evaluation.tables import markdown_table
+from longmem.settings.environment import environment
 
-# What systems are called in tables and figures; "context-N" is named by `title_of_system`.
-TITLES = {
-    "backbone": "backbone, same window",
-    "bm25": "backbone, passages by BM25",
-    "hidden": "backbone, passages by hidden states",
-    "off": "LongMem, memory off",
-    "on": "LongMem, memory on",
-    "wrong": "LongMem, wrong memory",
-}
-PACKAGES = ("torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy", "safetensors")
-
-
-def title_of_system(name: str) -> str:
-    """Return what a system is called in tables and figures.
-
-    >>> title_of_system("context-8192")
-    'backbone, window 8,192'
-    """
-    kind, _, size = name.partition("-")
-    return f"backbone, window {int(size):,}" if kind == "context" else TITLES[name]
+__all__ = [
+    "TITLES",
+    "environment",
+    "markdown_table",
+    "summarize",
+    "table_rows",
+    "title_of_system",
+    "verdict",
+    "write_metrics",
+    "write_results",
+]
 
 
 def summarize(scores: Mapping[str, WindowScores], seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -66,41 +55,6 @@ def table_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         speed = f"{values['tokens_per_second']:,.0f}" if "tokens_per_second" in values else ""
         rows.append([name, f"{values['loss']:.4f}", f"{values['perplexity']:.2f}", speed, gain])
     return rows
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """Return rows as a Markdown table; numbers are aligned right.
-
-    >>> print(markdown_table([["", "loss"], ["off", "2.5"]]))
-    |  | loss |
-    |---|---:|
-    | off | 2.5 |
-    """
-    head, *body = rows
-    rule = "|---|" + "---:|" * (len(head) - 1)
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in body)])
-
-
-def environment() -> dict[str, Any]:
-    """Return versions, hardware and, where the package lives in a git checkout, its commit."""
-    versions = {"python": platform.python_version()}
-    for package in ("longmem-lm", *PACKAGES):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    versions["torch"] = torch.__version__  # with the name of its build, which the package index may leave out
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    changes = _git("status", "--porcelain")
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "versions": versions,
-        "device": device,
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "memory_gigabytes": round(psutil.virtual_memory().total / 2**30, 1),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def write_results(
@@ -138,11 +92,6 @@ def write_metrics(folder: Path, *, metrics: Mapping[str, Any], table: str, seed:
     (folder / "table.md").write_text(table, encoding="utf-8")
 
 
-def as_json(content: Mapping[str, Any]) -> str:
-    """Return the text of a JSON file for people and programs; what JSON does not know is written as text."""
-    return json.dumps(content, indent=2, default=str) + "\n"
-
-
 def verdict(scores: Mapping[str, WindowScores], seed: int = 0) -> str:
     """Return in one sentence what the numbers say about memory, whichever way they fall."""
     gain, low, _ = loss_difference(scores["on"], scores["off"], seed)
@@ -152,20 +101,3 @@ def verdict(scores: Mapping[str, WindowScores], seed: int = 0) -> str:
     if low <= 0 or low_over_wrong <= 0:
         return f"Memory lowers the loss by {gain:.3f} nats here, which may be chance: an interval holds 0."
     return f"Memory lowers the loss by {gain:.3f} nats; against a wrong memory the right one saves {over_wrong:.3f}."
-
-
-def _processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,6 +1,6 @@
 """Figures of evaluations and of training runs."""
 
-from longmem.plots.accuracy import plot_accuracies, plot_summaries
+from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_summaries
 from longmem.plots.books import plot_books, plot_scores
 from longmem.plots.distance import plot_distance
 from longmem.plots.documents import plot_distances, plot_documents
@@ -17,6 +17,7 @@ __all__ = [
     "plot_distance",
     "plot_distances",
     "plot_documents",
+    "plot_evaluation",
     "plot_experiment",
     "plot_scores",
     "plot_stale_texts",

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from longmem.evaluation.qa import run as run_module
 from tiny_models import some_text
 
 from longmem import MemoryBank
 from longmem.evaluation import qa
-from longmem.evaluation.qa import run as run_module
 from longmem.evaluation.runs import RunFolder
 from longmem.evaluation.systems import Banks, make_systems
 

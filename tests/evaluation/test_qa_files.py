@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-
-from longmem.evaluation import qa
 from longmem.evaluation.qa.locomo import REFUSAL, is_refusal, locomo_exact_match, locomo_f1
 from longmem.evaluation.qa.quality import chosen_letter, longest_option, quality_candidates, quality_prompt
 from longmem.evaluation.qa.reader import query_of
+
+from longmem.evaluation import qa
 from longmem.evaluation.squad import exact_match, f1
 
 OPTIONS = ("He is ill.", "He is (A) liar", "Nobody knows why", "Both")

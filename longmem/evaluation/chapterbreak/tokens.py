@@ -8,7 +8,7 @@ from typing import Any
 from longmem.evaluation.chapterbreak.data import Example
 from longmem.evaluation.chapterbreak.settings import LOCAL_SYSTEMS
 from longmem.evaluation.systems import Question
-from longmem.evaluation.systems.making import context_size
+from longmem.evaluation.systems.names import context_size
 
 
 class Encoder:

@@ -8,7 +8,7 @@ from typing import Annotated
 from longmem.evaluation.contexts import validate_context
 from longmem.evaluation.runs import EvaluationSettings
 from longmem.evaluation.runs.settings import Count
-from longmem.evaluation.systems.making import context_size
+from longmem.evaluation.systems.names import context_size
 from longmem.memory.index import validate_index
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings import From

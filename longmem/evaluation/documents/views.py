@@ -13,7 +13,7 @@ from longmem.evaluation.documents.settings import PerplexitySettings
 from longmem.evaluation.documents.texts import ScoredText
 from longmem.evaluation.documents.windows import Window
 from longmem.evaluation.systems import Question, RetrievalSystem
-from longmem.evaluation.systems.making import context_size
+from longmem.evaluation.systems.names import context_size
 from longmem.evaluation.systems.retrieval import RANKERS
 from longmem.evaluation.systems.system import LocalModel
 from longmem.model.modeling import LongMemForCausalLM

@@ -73,9 +73,14 @@ class MemorySystem(System):
         self.banks = Banks(model) if banks is None else banks
         self._instead: list[int] = []
 
-    def read(self, passages: Sequence[Sequence[int]], instead: Sequence[Sequence[int]] = ()) -> None:
+    def read(
+        self,
+        passages: Sequence[Sequence[int]],
+        instead: Sequence[Sequence[int]] = (),
+        local_tokens: int | None = None,
+    ) -> None:
         """Forget everything and feed these passages; `instead` is what a wrong memory holds."""
-        super().read(passages)
+        super().read(passages, instead, local_tokens)
         self._instead = [token for passage in instead for token in passage]
 
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:

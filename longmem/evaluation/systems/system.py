@@ -86,9 +86,22 @@ class System(ABC):
         """Take in the next piece: text, or token ids of the model's tokenizer."""
         self.passages.append(self.tokens(chunk) if isinstance(chunk, str) else as_ids(chunk))
 
-    def read(self, passages: Sequence[Sequence[int]], instead: Sequence[Sequence[int]] = ()) -> None:
-        """Forget everything and feed these passages; `instead` is what a wrong memory holds."""
+    def read(
+        self,
+        passages: Sequence[Sequence[int]],
+        instead: Sequence[Sequence[int]] = (),
+        local_tokens: int | None = None,
+    ) -> None:
+        """Forget everything and feed these passages.
+
+        Args:
+            passages: the stream, in pieces.
+            instead: what a wrong memory holds.
+            local_tokens: from now on; None: as before.
+        """
         self.reset()
+        if local_tokens is not None:
+            self.local_tokens = local_tokens
         for passage in passages:
             self.feed(passage)
 
@@ -200,9 +213,20 @@ class BackboneSystem(System):
         return LocalModel(self.model.backbone), self.local([*tail, *prefix], room)
 
 
-def longer_backbone(name: str, model: LongMemForCausalLM, *, window: int, batch_size: int = 16) -> BackboneSystem:
-    """Return the backbone with a window of its own, filled with the stream as far back as it goes."""
-    return BackboneSystem(name, model, window=window, local_tokens=window, batch_size=batch_size)
+class LongBackbone(BackboneSystem):
+    """The backbone with a window of its own, filled with the stream as far back as it goes."""
+
+    def __init__(self, name: str, model: LongMemForCausalLM, *, window: int, batch_size: int = 16) -> None:
+        super().__init__(name, model, window=window, local_tokens=window, batch_size=batch_size)
+
+    def read(
+        self,
+        passages: Sequence[Sequence[int]],
+        instead: Sequence[Sequence[int]] = (),
+        local_tokens: int | None = None,
+    ) -> None:
+        """Forget everything and feed these passages; the whole window is for them, whatever others keep."""
+        super().read(passages, instead)
 
 
 def text_before(text: str, stop: Sequence[str]) -> str:
