@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from longmem.evaluation.qa.locomo import REFUSAL, is_refusal, locomo_exact_match, locomo_f1
-from longmem.evaluation.qa.quality import chosen_letter, longest_option, quality_candidates, quality_prompt
-from longmem.evaluation.qa.reader import query_of
 
-from longmem.evaluation import qa
 from longmem.evaluation.squad import exact_match, f1
+from longmem.evaluation.tasks.locomo import REFUSAL, Locomo, is_refusal, locomo_exact_match, locomo_f1
+from longmem.evaluation.tasks.quality import Quality, QualitySettings, chosen_letter
+from longmem.evaluation.tasks.reading import Asked, Document, answer_documents
 
 OPTIONS = ("He is ill.", "He is (A) liar", "Nobody knows why", "Both")
 QUESTION = "Why does he stay?"
@@ -39,15 +38,15 @@ def official_row(gold: Any = 3, part: str = "10_a") -> dict[str, Any]:
 def test_both_formats_of_quality_give_the_same_questions(tmp_path):
     path = tmp_path / "quality.jsonl"
     path.write_text(lines(leval_row()), encoding="utf-8")
-    (leval,) = qa.read_quality(path)
+    (leval,) = Quality.read(path)
     path.write_text(lines(official_row(), official_row(4, "10_b")), encoding="utf-8")
-    (official,) = qa.read_quality(path)  # an article of two lines is one document
+    (official,) = Quality.read(path)  # an article of two lines is one document
     assert leval.passages == official.passages == ("A story.",)
-    for one, other in zip(leval.items, official.items, strict=True):
+    for one, other in zip(leval.asked, official.asked, strict=True):
         assert (one.question, one.options, one.answer) == (other.question, other.options, other.answer)
         assert (one.question, one.options) == (QUESTION, OPTIONS)
-    assert [item.answer for item in leval.items] == [OPTIONS[2], OPTIONS[3]]
-    assert len({item.item_id for item in official.items}) == 2
+    assert [item.answer for item in leval.asked] == [OPTIONS[2], OPTIONS[3]]
+    assert len({item.name for item in official.asked}) == 2
 
 
 @pytest.mark.parametrize(
@@ -63,20 +62,43 @@ def test_both_formats_of_quality_give_the_same_questions(tmp_path):
 def test_what_is_not_quality_is_refused(tmp_path, row, message):
     (tmp_path / "quality.jsonl").write_text(lines(row), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        qa.read_quality(tmp_path / "quality.jsonl")
+        Quality.read(tmp_path / "quality.jsonl")
+
+
+def quality(style: str, documents: list[Document] | None = None, **changes: Any) -> Quality:
+    return Quality(
+        QualitySettings(output="-", data="-", style=style, **changes), documents or [Document("1", ("",), ())]
+    )
 
 
 def test_options_are_continuations_or_letters():
-    item = qa.Item(item_id="1", question=QUESTION, options=OPTIONS, answer=OPTIONS[2])
-    assert quality_prompt(item, "text").endswith(f"Question: {QUESTION}\nAnswer:")
-    assert quality_candidates(item, "text") == [f" {option}" for option in OPTIONS]
-    letters = quality_prompt(item, "letter")
+    asked = Asked(name="1", question=QUESTION, options=OPTIONS, answer=OPTIONS[2])
+    assert quality("text").prompt(asked).endswith(f"Question: {QUESTION}\nAnswer:")
+    assert quality("text").candidates(asked) == [f" {option}" for option in OPTIONS]
+    letters = quality("letter").prompt(asked)
     assert letters.endswith("\n(D) Both\nAnswer: (")
     assert all(f"\n({letter}) {option}" in letters for letter, option in zip("ABCD", OPTIONS, strict=True))
-    assert quality_candidates(item, "letter") == ["A", "B", "C", "D"]
-    assert query_of(item, "Choose.") == "\nChoose." + letters.removesuffix(" (")
-    assert longest_option(OPTIONS) == 2
+    assert quality("letter").candidates(asked) == ["A", "B", "C", "D"]
+    assert quality("text").guesses(asked) == {"longest": {"choice": 2}}
     assert [chosen_letter(text) for text in ("(B) He", "C", "A man", "")] == [1, 2, None, None]
+
+
+def test_a_written_answer_is_asked_for_without_the_bracket_of_a_letter():
+    asked = Asked(name="1", question=QUESTION, options=OPTIONS, answer=OPTIONS[2])
+    task = quality("letter", [Document("1", ("A story.",), (asked,))], instruction="Choose.")
+    queries: list[str] = []
+
+    class Reader:
+        def reset(self) -> None: ...
+        def feed(self, chunk: str) -> None: ...
+        def answer(self, query: str) -> str:
+            queries.append(query)
+            return "(C)"
+
+    records = list(answer_documents(task, Reader()))
+    assert queries == ["\nChoose." + task.prompt(asked).removesuffix(" (")]
+    assert [record["system"] for record in records] == ["longest", "reader"]
+    assert [dict(task.score(record)) for record in records] == [{"by letter": 1.0}] * 2
 
 
 def conversation(sample_id: str = "conv-1") -> dict[str, Any]:
@@ -107,28 +129,28 @@ def conversation(sample_id: str = "conv-1") -> dict[str, Any]:
 
 def test_a_conversation_is_fed_turn_by_turn_in_the_order_of_its_sessions(tmp_path):
     (tmp_path / "locomo.json").write_text(json.dumps([conversation()]), encoding="utf-8")
-    (document,) = qa.read_locomo(tmp_path / "locomo.json")
+    (document,) = Locomo.read(tmp_path / "locomo.json")
     expected = (
         "[8 May] Ann: I moved.\n",
         "[8 May] Bob: Where to?\n",
         "[9 May] Ann: Look! [shares a photo of a house]\n",
     )
     assert document.passages == expected
-    assert [item.answer for item in document.items] == ["a house, a cat", "2022", "Likely no", "Ann", REFUSAL]
+    assert [item.answer for item in document.asked] == ["a house, a cat", "2022", "Likely no", "Ann", REFUSAL]
     categories = ["multi-hop", "temporal", "open-domain", "single-hop", "adversarial"]
-    assert [item.category for item in document.items] == categories
-    assert [item.trap for item in document.items] == ["", "", "", "", "8 May"]
+    assert [item.category for item in document.asked] == categories
+    assert [item.trap for item in document.asked] == ["", "", "", "", "8 May"]
 
 
 @pytest.mark.parametrize("text", ["[]x", '[{"qa": []}]', '{"a": 1}', '["text"]'])
 def test_what_is_not_locomo_is_refused(tmp_path, text):
     (tmp_path / "locomo.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="as in locomo10.json"):
-        qa.read_locomo(tmp_path / "locomo.json")
+        Locomo.read(tmp_path / "locomo.json")
 
 
 def test_a_missing_file_is_told(tmp_path):
-    for read in (qa.read_locomo, qa.read_quality):
+    for read in (Locomo.read, Quality.read):
         with pytest.raises(ValueError, match="which is none"):
             read(tmp_path / "nothing.json")
         (tmp_path / "empty.json").write_text("\n")
@@ -161,8 +183,10 @@ def test_multi_hop_answers_are_scored_by_parts():
 
 
 def test_a_limit_is_spread_over_documents_and_leaves_out_those_without_a_question():
-    items = [tuple(qa.Item(item_id=f"{d}/{n}", question="?", answer="!") for n in range(4)) for d in range(5)]
-    documents = [qa.Document(str(number), ("text",), own) for number, own in enumerate(items)]
-    chosen = qa.choose_items(documents, 3)
-    assert [(document.document_id, len(own)) for document, own in chosen] == [("0", 1), ("1", 1), ("3", 1)]
-    assert [list(document.items) == own for document, own in qa.choose_items(documents, None)] == [True] * 5
+    asked = [tuple(Asked(name=str(n), question="?", answer="!") for n in range(4)) for d in range(5)]
+    documents = [Document(str(number), ("text",), own) for number, own in enumerate(asked)]
+    chosen = quality("text", documents, limit=3).chosen()
+    assert [(document.name, len(own)) for document, own in chosen] == [("0", 1), ("1", 1), ("3", 1)]
+    assert [tuple(own) for _, own in quality("text", documents).chosen()] == asked
+    alone = quality("text", documents, limit=1).chosen()
+    assert [(document.name, len(own)) for document, own in alone] == [("0", 1), ("1", 0)]  # for a wrong memory
