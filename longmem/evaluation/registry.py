@@ -25,6 +25,9 @@ class Entry(NamedTuple):
 
 
 TASKS = {
+    "chapterbreak": Entry(
+        "longmem.evaluation.tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"
+    ),
     "quality": Entry("longmem.evaluation.tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
     "locomo": Entry("longmem.evaluation.tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }

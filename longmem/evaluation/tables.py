@@ -37,7 +37,7 @@ def tables_of(metrics: Mapping[str, Any]) -> list[tuple[str, Rows]]:
             found += list(measure_tables(metrics["measures"], panel))
         elif panel or not panels:
             for measure in metrics["measures"].values():
-                found += list(column_tables(measure, panel, column))
+                found += list(column_tables(metrics["systems"], measure, panel, column))
     if metrics["costs"]["systems"]:
         found.append(("Costs", cost_rows(metrics)))
     return found
@@ -66,7 +66,9 @@ def measure_tables(measures: Mapping[str, Any], panel: str) -> Iterator[tuple[st
     yield heading_of([panel], cells[first]), rows
 
 
-def column_tables(measure: Mapping[str, Any], panel: str, column: Mapping[str, Any]) -> Iterator[tuple[str, Rows]]:
+def column_tables(
+    systems: Mapping[str, str], measure: Mapping[str, Any], panel: str, column: Mapping[str, Any]
+) -> Iterator[tuple[str, Rows]]:
     """Yield a measure by the values of an axis, and how far it is above the baseline."""
     cells = {"all": measure["cells"].get(panel or "all")}
     cells |= {
@@ -75,14 +77,13 @@ def column_tables(measure: Mapping[str, Any], panel: str, column: Mapping[str, A
     there = {name: cell for name, cell in cells.items() if cell is not None}
     if not there:
         return
-    systems = {name: own["title"] for cell in there.values() for name, own in cell["systems"].items()}
     last = next(iter(there.values()))
     baseline = last["baseline"]
     for is_above in (False, True):
         rows = [["", *(f"{name} ({items_of(cell)})" for name, cell in there.items())]]
         for system, title in systems.items():
             found = [cell["systems"].get(system) for cell in there.values()]
-            if not (is_above and system == baseline):
+            if any(found) and not (is_above and system == baseline):
                 spell = spelled_above if is_above else spelled
                 rows.append([title, *("" if own is None else spell(own, measure["unit"]) for own in found)])
         above = f"above {systems[baseline]}" if is_above else ""
@@ -94,11 +95,10 @@ def column_tables(measure: Mapping[str, Any], panel: str, column: Mapping[str, A
 def cost_rows(metrics: Mapping[str, Any]) -> Rows:
     """Return what each system cost."""
     costs = metrics["costs"]
-    titles = {name: own["title"] for name, own in metrics["summary"]["systems"].items()}
     rows = [["", "s per item", "s of preparing", "tokens encoded"]]
     for name, own in costs["systems"].items():
         numbers = [f"{own['seconds_per_item']:.2f}", f"{own['preparing_seconds']:.1f}", f"{own['encoded_tokens']:,}"]
-        rows.append([titles.get(name, name), *numbers])
+        rows.append([metrics["systems"][name], *numbers])
     return rows
 
 
