@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.sample_texts import python_manual
+from longmem.data.sample_texts import python_manual
 
 
 def seconds(call: Callable[[], object]) -> float:

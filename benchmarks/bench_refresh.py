@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.sample_texts import python_manual
+from longmem.data.sample_texts import python_manual
 
 
 class Slowed:

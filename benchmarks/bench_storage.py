@@ -20,12 +20,12 @@ from rich.progress import track
 from rich.table import Table
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.commands.opening import read_text
+from longmem.cli.common import read_text
+from longmem.data.sample_texts import first_tokens
 from longmem.evaluation.perplexity import WindowScores, loss_difference, score_windows
 from longmem.evaluation.results import environment
-from longmem.memory.codec import STORAGE_DTYPES
-from longmem.opening import open_model
-from longmem.sample_texts import first_tokens
+from longmem.memory.rows.codec import STORAGE_DTYPES
+from longmem.model.opening import open_model
 
 BASELINE = "float32"
 

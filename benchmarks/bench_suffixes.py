@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from longmem.data.sample_texts import python_manual
 from longmem.evaluation.results import environment
 from longmem.evaluation.systems import Question, System, make_systems
-from longmem.opening import open_model
-from longmem.sample_texts import python_manual
+from longmem.model.opening import open_model
 
 NAMES = ("backbone", "on")
 

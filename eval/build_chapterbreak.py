@@ -12,7 +12,7 @@ reads as `data`.
 import argparse
 from pathlib import Path
 
-from longmem.commands.opening import console_for, parse_settings
+from longmem.cli.common import console_for, parse_settings
 from longmem.console import plain_table
 from longmem.evaluation.book_plan import files_of_split
 from longmem.evaluation.chapterbreak import (

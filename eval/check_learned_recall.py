@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from longmem.commands.opening import console_for, parse_settings
+from longmem.cli.common import console_for, parse_settings
 from longmem.console import plain_table
 from longmem.evaluation.recall import RecallTask
 from longmem.evaluation.recall_check import RecallSettings, check_recall

@@ -15,14 +15,14 @@ other options, model or texts the folder is refused.
 import argparse
 from pathlib import Path
 
-from longmem.commands.opening import console_for, parse_settings
+from longmem.cli.common import console_for, parse_settings
 from longmem.console import plain_table
 from longmem.evaluation.book_plan import BookPlan, Cut, files_of_split, read_books, wrong_books
 from longmem.evaluation.book_tables import markdown, sections, summarize_books
 from longmem.evaluation.books import evaluate_books
 from longmem.evaluation.perplexity import SYSTEMS
 from longmem.evaluation.results import TITLES, write_metrics
-from longmem.opening import open_model
+from longmem.model.opening import open_model
 from longmem.plots import plot_books, plot_scores, require_matplotlib
 
 

@@ -10,7 +10,7 @@ eval/build_chapterbreak.py makes such data from books of your own. A run that wa
 import dataclasses
 from pathlib import Path
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.console import plain_table
 from longmem.evaluation.chapterbreak import (
     Asking,

@@ -9,7 +9,7 @@ the rest in a memory that holds nothing else. lm-eval's own command line has the
 `python -m longmem.evaluation.harness run --model longmem --model_args pretrained=smollm2-135m,memory=on --tasks ...`.
 """
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.console import plain_table
 from longmem.evaluation.harness.run import run_tasks
 from longmem.evaluation.harness.settings import HarnessSettings

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.console import plain_table
 from longmem.evaluation.in_context import (
     InContextSettings,

@@ -13,7 +13,7 @@ token are in OUTPUT/documents. A stopped run goes on, with the same command, wit
 
 from pathlib import Path
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.console import plain_table
 from longmem.evaluation.documents import (
     PerplexitySettings,

@@ -11,7 +11,7 @@ For a system of your own see `longmem.evaluation.qa.answer_documents`.
 
 from pathlib import Path
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.console import item_progress, plain_table
 from longmem.evaluation import qa
 from longmem.evaluation.results import title_of_system

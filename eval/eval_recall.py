@@ -13,7 +13,7 @@ Figures show accuracy by size of the memory and distance of the fact.
 Started again with the same settings, a stopped run goes on where it was.
 """
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.console import plain_table
 from longmem.evaluation.distance import DistanceSettings, evaluate_distance, markdown, sections, summarize_distance
 from longmem.evaluation.results import title_of_system

@@ -8,7 +8,7 @@ weights were tuned, reads the windows. Systems: memory off, a bank written anew,
 Started again with the same settings, a stopped run goes on where it was; tuned weights are kept in its folder.
 """
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.console import plain_table
 from longmem.evaluation.runs import open_evaluated, read_arguments
 from longmem.evaluation.staleness.text_tables import summarize_stale_texts, text_markdown, text_sections

@@ -15,7 +15,7 @@ Started again with the same settings, a stopped run goes on where it was; traine
 
 import torch
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.console import plain_table
 from longmem.evaluation.runs import read_arguments
 from longmem.evaluation.staleness import (

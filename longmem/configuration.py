@@ -8,7 +8,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from longmem.errors import did_you_mean
-from longmem.lora import complete_settings
 
 # Keys that transformers itself hands to every configuration; anything else that is not a field is a mistake.
 INHERITED_KEYS = frozenset(
@@ -22,6 +21,8 @@ SHARED_WITH_BACKBONE = frozenset(
     ("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads")
     + ("head_dim", "vocab_size", "model_type")
 )
+ALL_LINEAR = "all-linear"
+LORA_KEYS = ("rank", "alpha", "target_modules", "dropout")
 DEFAULT_BIAS = {"joint": -1.0, "gated": 0.0}
 
 
@@ -63,7 +64,7 @@ class LongMemConfig(PreTrainedConfig):
             "float16"; None for the backbone's. Train a half-precision backbone's side network in float32.
         memory_bias_init: start of the learned bias per head: added to retrieved scores (joint, default -1), or the
             gate before its sigmoid (gated, default 0 as in the paper).
-        lora: None to train every weight of the side network, or settings of LoRA (`longmem.lora`), such as
+        lora: None to train every weight of the side network, or settings of LoRA (`longmem.model.lora`), such as
             `{"rank": 32}`: the copied weights are frozen, and trained are `rank`-wide adapters of the linear layers named by
             `target_modules` (default: all), scaled by `alpha / rank` (default 2), with `dropout` (default 0), beside
             memory biases and output scales. Norms stay frozen: they are few and act on all that passes, memory or not.
@@ -105,7 +106,7 @@ class LongMemConfig(PreTrainedConfig):
         if self.memory_bias_init is None:
             self.memory_bias_init = DEFAULT_BIAS.get(self.fusion, 0.0)
         if self.lora is not None:
-            self.lora = complete_settings(self.lora)
+            self.lora = complete_lora_settings(self.lora)
         super().__post_init__(**kwargs)
 
     @property
@@ -288,3 +289,50 @@ def refuse_unknown_fields(config_class: type, given: dict[str, Any]) -> None:
                 f"`{key}` is not a field of {config_class.__name__}.{did_you_mean(key, known)} "
                 "Fields are listed in its docstring."
             )
+
+
+def complete_lora_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return LoRA settings with every key that was left out at its default, as a new dictionary.
+
+    `rank`: width of the trained products. `alpha`: their weight is `alpha / rank`; default `2 * rank`. `target_modules`:
+    endings of the names of linear layers, such as `["q_proj", "mlp.up_proj"]`; default `"all-linear"`. `dropout`: share of
+    what enters A that is left out in training; default 0.
+
+    Raises:
+        ValueError: a key is unknown, `rank` is missing, or a value breaks its rule.
+
+    >>> complete_lora_settings({"rank": 8})
+    {'rank': 8, 'alpha': 16.0, 'target_modules': 'all-linear', 'dropout': 0.0}
+    """
+    for key in given:
+        if key not in LORA_KEYS:
+            raise ValueError(
+                f"`lora` has the keys {', '.join(LORA_KEYS)}, got `{key}`.{did_you_mean(str(key), LORA_KEYS)}"
+            )
+    rank = given.get("rank")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(
+            f'`lora` needs a `rank` of 1 or more, an integer, got {rank!r}; `lora={{"rank": 32}}` is usual.'
+        )
+    alpha = given.get("alpha", 2 * rank)
+    if not is_number(alpha) or not alpha > 0:
+        raise ValueError(f"`alpha` of `lora` must be a number above 0, got {alpha!r}; leave it out for {2 * rank}.")
+    dropout = given.get("dropout", 0.0)
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` of `lora` must be from 0 to below 1, got {dropout!r}; leave it out for none.")
+    targets = given.get("target_modules", ALL_LINEAR)
+    are_names = (
+        isinstance(targets, list | tuple) and targets and all(isinstance(name, str) and name for name in targets)
+    )
+    if targets != ALL_LINEAR and not are_names:
+        raise ValueError(
+            f"`target_modules` of `lora` must be a list of module-name endings, at least one, or {ALL_LINEAR!r}, "
+            f"got {targets!r}; leave it out for every linear layer."
+        )
+    chosen = ALL_LINEAR if targets == ALL_LINEAR else list(targets)
+    return {"rank": rank, "alpha": float(alpha), "target_modules": chosen, "dropout": float(dropout)}
+
+
+def is_number(value: Any) -> bool:
+    """Return whether the value is an int or a float, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

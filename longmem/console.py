@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging as python_logging
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
@@ -11,33 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging
 
 Report = Callable[[int, int], None]
-
-
-@contextlib.contextmanager
-def without_transformers_bars() -> Iterator[None]:
-    """Keep transformers from drawing progress bars of its own inside the block."""
-    show_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if show_bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def without_warnings_of(library: str) -> Iterator[None]:
-    """Keep the warnings of a library's logger from the terminal inside the block; errors are shown."""
-    logger = python_logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(python_logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 class Headings:

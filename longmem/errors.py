@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -18,6 +18,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def name_known(name: object, known: Collection[str], limit: int = 8) -> str:
+    """Return the end of an error message: the known names, and the one that was probably meant.
+
+    >>> name_known("moby", ["moby-dick", "emma"])
+    'known: "moby-dick", "emma". Did you mean `moby-dick`?'
+    """
+    shown = ", ".join(f'"{each}"' for each in list(known)[:limit]) or "none"
+    more = f" and {len(known) - limit} more" if len(known) > limit else ""
+    return f"known: {shown}{more}.{did_you_mean(str(name), known)}"
 
 
 class StaleMemoryError(ValueError):

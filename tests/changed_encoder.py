@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tiny_models import save_tiny_backbone
 
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 def tiny_longmem(folder: Path, *, num_key_value_heads: int = 2, **settings: int) -> LongMemForCausalLM:

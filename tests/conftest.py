@@ -32,7 +32,7 @@ def fixed_seeds() -> None:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command in this process; return its exit code, and what it wrote to standard output and error."""
-    from longmem.cli import main  # not at the top: the shape checks are put in at the first import of longmem
+    from longmem.cli.main import main  # not at the top: the shape checks are put in at the first import of longmem
 
     def run_command(*arguments: object) -> tuple[int, str, str]:
         code = main([str(argument) for argument in arguments])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from longmem.backbone.sketch import Sketch
-from longmem.backbone.stamp import EncoderStamp
+from longmem.encoder.sketch import Sketch
+from longmem.encoder.stamp import EncoderStamp
 
 
 class NamedEncoder:

@@ -10,8 +10,8 @@ import pytest
 from tiny_models import save_tiny_backbone, some_text
 from tiny_trained import NAME, save_tiny_trained
 
-from longmem import cli
-from longmem.cli import main
+from longmem.cli import main as cli
+from longmem.cli.main import main
 from longmem.memory import MemoryBank
 
 ACTIONS = "add append update list info delete tag pin unpin verify compact export tune staleness refresh".split()  # noqa: SIM905
@@ -103,7 +103,7 @@ def test_generate_streams_or_answers_a_program(bank, run):
 
 
 def test_a_saved_side_network_is_a_model(backbone_folder, files, tmp_path, run):
-    from longmem.modeling import LongMemForCausalLM
+    from longmem.model.modeling import LongMemForCausalLM
 
     model = LongMemForCausalLM.from_backbone(backbone_folder, chunk_size=2, segment_length=32)
     model.save_pretrained(tmp_path / "model")
@@ -119,7 +119,7 @@ def test_a_saved_side_network_is_a_model(backbone_folder, files, tmp_path, run):
 
 def test_the_default_model_is_the_trained_side_network(files, tmp_path, run, monkeypatch):
     """Its bank remembers the packaged name; what an untrained side network with other settings wrote is refused."""
-    from longmem.modeling import LongMemForCausalLM
+    from longmem.model.modeling import LongMemForCausalLM
 
     monkeypatch.chdir(tmp_path)
     trained = save_tiny_trained(tmp_path, monkeypatch, segment_length=64, memory_layers=[1, 2])
@@ -210,7 +210,7 @@ def test_the_parser_needs_no_torch():
     """The package itself imports torch; the modules of the parser must not, nor may they open the commands."""
     code = (
         "import sys, types; package = types.ModuleType('longmem'); package.__path__ = [sys.argv[1]]; "
-        "sys.modules['longmem'] = package; from longmem.cli import build_parser; build_parser(); "
+        "sys.modules['longmem'] = package; from longmem.cli.main import build_parser; build_parser(); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, Path(cli.__file__).parent], check=False).returncode == 0

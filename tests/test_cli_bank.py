@@ -13,11 +13,11 @@ import pytest
 import torch
 from tiny_models import save_tiny_backbone, some_text
 
-from longmem.cli import main
-from longmem.commands.texts import read_texts
+from longmem.cli.main import main
+from longmem.cli.texts import read_texts
 from longmem.memory import MemoryBank
 from longmem.memory.index import approximate
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def test_tuning_measures_recommends_and_applies(bank, tmp_path, run, answer, mon
 
 
 def test_a_tuned_index_stays_with_the_bank(bank, run, answer, monkeypatch):
-    from longmem.commands import tune
+    from longmem.cli import tune
 
     monkeypatch.setattr(tune, "recommended_index", lambda results, recall: "ivf:probed_share=0.5")
     code, out, error = run("bank", "tune", "--bank", bank, "--layer", 2, "--num-queries", 8, "--apply")
@@ -399,7 +399,7 @@ def test_an_export_that_another_program_wrote_anew_is_read(tmp_path):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(bank):
-    command = [sys.executable, "-m", "longmem.cli", "bank", "list", "--bank", bank, "--json"]
+    command = [sys.executable, "-m", "longmem.cli.main", "bank", "list", "--bank", bank, "--json"]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], check=False)

@@ -11,9 +11,9 @@ import torch
 from changed_encoder import changed, tiny_longmem
 from tiny_models import some_text
 
-from longmem.cli import main
+from longmem.cli.main import main
 from longmem.memory import MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 @pytest.fixture(scope="module")

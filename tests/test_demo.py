@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_backbone, some_text
 from tiny_trained import NAME, save_tiny_trained
 
-from longmem.cli import main
-from longmem.sample_texts import docstrings_of, python_manual, split_texts, standard_library_docstrings
+from longmem.cli.main import main
+from longmem.data.sample_texts import docstrings_of, python_manual, split_texts, standard_library_docstrings
 
 pytest.importorskip("matplotlib")
 MANUAL = "Python's reference manual"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_backbone
 
-from longmem.opening import open_model
+from longmem.model.opening import open_model
 
 
 @pytest.fixture

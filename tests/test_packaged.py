@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from longmem import packaged
-from longmem.packaged import MANIFEST, convert_once, is_complete, resolve_backbone
+from longmem.backbone import packaged
+from longmem.backbone.packaged import MANIFEST, convert_once, is_complete, resolve_backbone
 
 # What a second process runs. It reads the module's file rather than import longmem: that would take seconds.
 CONVERT_ELSEWHERE = """

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
+from longmem.cli.report import read_run, write_report
 from longmem.evaluation.runs.folder import RunFolder
 from longmem.plots import plot_accuracies
-from longmem.reporting import read_run, write_report
 
 
 def finished(folder, value: float = 50.0, title: str = "Recall of passkeys") -> None:
@@ -56,7 +56,7 @@ def test_the_page_holds_tables_figures_and_what_is_needed_to_repeat(tmp_path, ru
 
 def test_runs_of_one_title_are_both_drawn(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("longmem.reporting.plot_summaries", lambda path, panels: drawn.update(panels) or path.touch())
+    monkeypatch.setattr("longmem.cli.report.plot_summaries", lambda path, panels: drawn.update(panels) or path.touch())
     for name in ("one", "two"):
         finished(tmp_path / name)
     (tmp_path / "report" / "figures").mkdir(parents=True)

@@ -14,7 +14,7 @@ import torch
 from tiny_trained import NAME, save_tiny_trained
 
 from longmem import LongMemForCausalLM, MemoryBank, packaged
-from longmem.opening import open_model, side_network_origin
+from longmem.model.opening import open_model, side_network_origin
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -10,7 +10,7 @@ stopped. docs/training.md says what a run does, also in several processes (accel
 
 import argparse
 
-from longmem.commands.opening import console_for
+from longmem.cli.common import console_for
 from longmem.training import Trainer, load_settings
 
 

@@ -2,14 +2,12 @@
 
 from longmem.backbone.capture import Backbone, BackboneStates, LayerCall
 from longmem.backbone.loading import load_backbone, load_tokenizer
-from longmem.backbone.newgpt import NewGPTForCausalLM
 from longmem.backbone.structure import UnsupportedBackboneError
 
 __all__ = [
     "Backbone",
     "BackboneStates",
     "LayerCall",
-    "NewGPTForCausalLM",
     "UnsupportedBackboneError",
     "load_backbone",
     "load_tokenizer",

@@ -6,17 +6,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longmem.console import without_transformers_bars
-from longmem.packaged import resolve_backbone
+from longmem.backbone.packaged import resolve_backbone
+from longmem.quiet import without_transformers_bars
 
 
 def load_backbone(name_or_path: str, revision: str | None = None, **load_options: Any) -> PreTrainedModel:
     """Return the causal LM of that name, in the dtype it was saved in unless `dtype=` says otherwise.
 
     Args:
-        name_or_path: hub name, local folder or packaged name (`longmem.packaged`).
+        name_or_path: hub name, local folder or packaged name (`longmem.backbone.packaged`).
         revision: hub revision.
         load_options: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, ...).
 
@@ -25,7 +26,7 @@ def load_backbone(name_or_path: str, revision: str | None = None, **load_options
     """
     resolved = resolve_backbone(name_or_path)
     with without_transformers_bars():
-        return AutoModelForCausalLM.from_pretrained(resolved, revision=revision or "main", **load_options)
+        return transformers.AutoModelForCausalLM.from_pretrained(resolved, revision=revision or "main", **load_options)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -34,7 +35,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     Raises:
         OSError: there is no such tokenizer, or it can't be reached.
     """
-    return AutoTokenizer.from_pretrained(resolve_backbone(name_or_path), revision=revision or "main")
+    return transformers.AutoTokenizer.from_pretrained(resolve_backbone(name_or_path), revision=revision or "main")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,8 +16,8 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from longmem.backbone.loading import digest, tokenizer_fingerprint
+from longmem.backbone.packaged import cache_folder, convert_once, is_complete
 from longmem.data.sources import Document, Source, find_source
-from longmem.packaged import cache_folder, convert_once, is_complete
 
 # Part of the fingerprint. Raise it when other tokens come out of the same text, so that no old result is used.
 FORMAT = 1

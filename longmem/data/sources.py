@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from longmem.data.sample_texts import python_manual
 from longmem.errors import did_you_mean
-from longmem.sample_texts import python_manual
 
 PYTHON_MANUAL = "python-manual"
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")  # one of the two is what `save_to_disk` writes

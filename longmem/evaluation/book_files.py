@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from longmem.evaluation.book_plan import Book, BookPlan
 from longmem.evaluation.perplexity import WindowScores
 from longmem.evaluation.runs.folder import describe_model
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from longmem.data.sample_texts import first_tokens, python_manual
 from longmem.evaluation.contexts import validate_context
 from longmem.evaluation.perplexity import SYSTEMS
-from longmem.modeling import LongMemForCausalLM
-from longmem.sample_texts import first_tokens, python_manual
+from longmem.model.modeling import LongMemForCausalLM
 
 
 @dataclasses.dataclass(frozen=True)

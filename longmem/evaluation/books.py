@@ -17,7 +17,7 @@ from longmem.evaluation.contexts import score_contexts
 from longmem.evaluation.perplexity import SYSTEMS, WindowScores, compare_systems
 from longmem.evaluation.runs.folder import claim_folder
 from longmem.memory import MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 Report = Callable[[int, int], None]
 

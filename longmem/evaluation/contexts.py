@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.evaluation.perplexity import WindowScores, token_losses
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 def validate_context(model: LongMemForCausalLM, context: int, window: int) -> None:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.attention import ReadableMemory
 from longmem.memory.index.tuning import Tuned
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.attention import ReadableMemory
+from longmem.model.modeling import LongMemForCausalLM
 
 
 class QueryRecorder:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from longmem.evaluation.intervals import bootstrap_interval
 from longmem.memory import BankView, MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 # In the order of the tables. "wrong" reads another document's memory: what it gains over "off" is not from remembering.
 SYSTEMS = ("backbone", "off", "on", "wrong")

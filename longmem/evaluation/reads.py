@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.attention import MemoryRead
 from longmem.memory import ChunkPlace, MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.attention import MemoryRead
+from longmem.model.modeling import LongMemForCausalLM
 
 
 @dataclasses.dataclass(frozen=True)

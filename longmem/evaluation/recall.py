@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from longmem.attention import ReadableMemory
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.attention import ReadableMemory
+from longmem.model.modeling import LongMemForCausalLM
 
 FOLLOWERS = 4  # words that can follow a word
 PASSAGE = 64  # long texts are made of passages, side by side, because words are drawn one after the other

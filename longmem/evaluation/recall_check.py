@@ -25,7 +25,7 @@ from longmem.evaluation.recall import (
     write_pairs,
 )
 from longmem.memory import MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 # (tokens of half a window, pairs in it). With three pairs and nothing else induction is learned in 200 steps; with 24 of
 # them among words it was not in 1,500. So texts grow when nine in ten answers are right.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from longmem.memory.checks import validate_choice
-from longmem.memory.settings import Setting, parse_name
+from longmem.plugins import Setting, parse_name
 
 DAY = 86_400.0
 _STRENGTH = Setting(0.5, "how fast the weight falls with age, in 1 / `unit`", 0.0, 1e6)

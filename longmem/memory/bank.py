@@ -10,21 +10,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.backbone.stamp import EncoderStamp
+from longmem.encoder.history import Encoders
+from longmem.encoder.stamp import EncoderStamp
 from longmem.memory import checks
 from longmem.memory.age_prior import AgePrior, make_age_prior
-from longmem.memory.content import ContentClock, dated_document
-from longmem.memory.contents import BankContents
 from longmem.memory.dated_bank import DatedBank
-from longmem.memory.documents import Document, SourcePart
-from longmem.memory.encoded import Joins
-from longmem.memory.encoders import Encoders
 from longmem.memory.eviction import make_policy
 from longmem.memory.freshness import KeptFresh
 from longmem.memory.index import validate_index
 from longmem.memory.locking import BankLock
 from longmem.memory.refresh import refresh_name
-from longmem.memory.storage import MemoryStorage, Storage
+from longmem.memory.rows.documents import Document, SourcePart
+from longmem.memory.rows.segments import Joins
+from longmem.memory.rows.storage import MemoryStorage, Storage
+from longmem.memory.rows.table import BankContents
+from longmem.memory.visibility import ContentClock, dated_document
 
 
 class MemoryBank(KeptFresh, DatedBank):

@@ -10,23 +10,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.errors import did_you_mean
-from longmem.memory.codec import STORAGE_DTYPES, largest_number
-from longmem.memory.documents import Document, SourcePart
-from longmem.memory.store import LayerShape
+from longmem.errors import name_known
+from longmem.memory.rows.chunks import LayerShape
+from longmem.memory.rows.codec import STORAGE_DTYPES, largest_number
+from longmem.memory.rows.documents import Document, SourcePart
 
 LARGEST_TOKEN_ID = 2**31 - 1  # a bank on disk keeps ids in four bytes
-
-
-def name_known(name: object, known: Collection[str], limit: int = 8) -> str:
-    """Return the end of an error message: the known names, and the one that was probably meant.
-
-    >>> name_known("moby", ["moby-dick", "emma"])
-    'known: "moby-dick", "emma". Did you mean `moby-dick`?'
-    """
-    shown = ", ".join(f'"{each}"' for each in list(known)[:limit]) or "none"
-    more = f" and {len(known) - limit} more" if len(known) > limit else ""
-    return f"known: {shown}{more}.{did_you_mean(str(name), known)}"
 
 
 def validate_choice(argument: str, value: object, known: Collection[str]) -> None:

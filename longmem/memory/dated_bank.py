@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from longmem.memory.age_prior import AgePrior, make_age_prior
 from longmem.memory.checks import validate_known
-from longmem.memory.content import has_expired, validate_date
 from longmem.memory.persistence import PersistentBank
 from longmem.memory.reader import BankReader
+from longmem.memory.visibility import has_expired, validate_date
 
 
 class DatedBank(BankReader, PersistentBank):

@@ -10,12 +10,10 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.backbone.stamp import EncoderStamp
-from longmem.memory.contents import BankContents
-from longmem.memory.encoder_checks import refuse_other_recipe
-from longmem.memory.encoders import UNKNOWN, Encoders
+from longmem.encoder.checks import refuse_other_recipe
+from longmem.encoder.history import UNKNOWN, Encoders
+from longmem.encoder.stamp import EncoderStamp
 from longmem.memory.index import Found
-from longmem.memory.ledger import Ledger
 from longmem.memory.locking import BankLock
 from longmem.memory.persistence import PersistentBank
 from longmem.memory.refresh import (
@@ -29,6 +27,8 @@ from longmem.memory.refresh import (
     refresh_name,
     report_staleness,
 )
+from longmem.memory.rows.ledger import Ledger
+from longmem.memory.rows.table import BankContents
 
 
 class KeptFresh(PersistentBank):

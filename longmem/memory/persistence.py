@@ -10,13 +10,13 @@ from typing import Any, Self
 
 import torch
 
+from longmem.encoder.checks import refuse_unknown_encoder
 from longmem.memory.age_prior import make_age_prior
-from longmem.memory.content import ContentClock
-from longmem.memory.contents import BankContents
-from longmem.memory.encoder_checks import refuse_unknown_encoder
 from longmem.memory.folder.bank_folder import BankFolder, has_bank
 from longmem.memory.locking import BankLock
-from longmem.memory.storage import Storage
+from longmem.memory.rows.storage import Storage
+from longmem.memory.rows.table import BankContents
+from longmem.memory.visibility import ContentClock
 
 
 class PersistentBank:

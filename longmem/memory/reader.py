@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.encoder.history import Encoders
 from longmem.memory import checks
-from longmem.memory.content import ContentClock
-from longmem.memory.contents import BankContents
-from longmem.memory.documents import Document, DocumentInfo
-from longmem.memory.encoded import Segment
-from longmem.memory.encoders import Encoders
 from longmem.memory.index import Found
-from longmem.memory.ledger import ChunkPlace, Ledger
 from longmem.memory.locking import BankLock
-from longmem.memory.store import LayerShape
+from longmem.memory.rows.chunks import LayerShape
+from longmem.memory.rows.documents import Document, DocumentInfo
+from longmem.memory.rows.ledger import ChunkPlace, Ledger
+from longmem.memory.rows.segments import Segment
+from longmem.memory.rows.table import BankContents
 from longmem.memory.view import BankView
+from longmem.memory.visibility import ContentClock
 
 
 class BankReader:

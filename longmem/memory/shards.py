@@ -12,8 +12,8 @@ from torch import Tensor
 from longmem.memory.bank import MemoryBank
 from longmem.memory.checks import validate_known
 from longmem.memory.index import Found
-from longmem.memory.ledger import ChunkPlace
 from longmem.memory.reader import BankReader
+from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.view import BankView
 
 

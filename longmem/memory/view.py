@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.checks import validate_known, validate_tags
-from longmem.memory.documents import Document
 from longmem.memory.index import Found
-from longmem.memory.ledger import ChunkPlace
+from longmem.memory.rows.documents import Document
+from longmem.memory.rows.ledger import ChunkPlace
 
 if TYPE_CHECKING:  # a view is made by its bank, so the bank's module imports this one
     from longmem.memory.reader import BankReader

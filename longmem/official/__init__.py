@@ -2,7 +2,3 @@
 
 Source: github.com/Victorwz/LongMem, commit b7f3c6b. Use it to compare and to convert; `MemoryBank` is the memory to use.
 """
-
-from longmem.official.memory import OfficialMemory
-
-__all__ = ["OfficialMemory"]

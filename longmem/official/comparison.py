@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.official.memory import ReleasedCodeError
 from longmem.official.recording import Recording
 from longmem.official.replay import COUNTED, STORED, UNKNOWN, distance, replay

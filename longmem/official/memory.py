@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.checks import validate_storage_dtype
-from longmem.memory.codec import FLOATING_DTYPES
+from longmem.memory.rows.codec import FLOATING_DTYPES
 
 
 class ReleasedCodeError(ValueError):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.official.memory import OfficialMemory
 from longmem.official.weights import backbone_weights, build_backbone, build_model, side_weights
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.official.recording import Recording
 from longmem.official.trace import Values, WatchedMemory, forward_values, memory_values
 from longmem.official.weights import official_name

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longmem.backbone.newgpt import alibi_bias, alibi_slopes
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.official.memory import OfficialMemory
+from longmem.official.newgpt import alibi_bias, alibi_slopes
 
 Values = dict[str, Tensor]
 

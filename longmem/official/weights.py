@@ -8,10 +8,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from longmem.backbone.newgpt import NewGPTForCausalLM
-from longmem.configuration_newgpt import NewGPTConfig
-from longmem.modeling import LongMemForCausalLM
-from longmem.saving import load_strictly
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.model.saving import load_strictly
+from longmem.official.configuration_newgpt import NewGPTConfig
+from longmem.official.newgpt import NewGPTForCausalLM
 
 # Constants of its source that no checkpoint tells: newgpt.py:89, layer_norm.py:29.
 BACKBONE_EPS, SIDE_EPS = 1e-6, 1e-5

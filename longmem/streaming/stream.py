@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from longmem.memorizing import to_token_ids
 from longmem.memory import MemoryBank
+from longmem.memory.memorize import to_token_ids
 from longmem.streaming.choosing import end_tokens, one_token_config
 from longmem.streaming.state import (
     STATE_FILE,
@@ -32,7 +32,7 @@ from longmem.streaming.state import (
 )
 
 if TYPE_CHECKING:
-    from longmem.modeling import LongMemForCausalLM
+    from longmem.model.modeling import LongMemForCausalLM
 
 
 class MemoryStream:

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longmem.backbone.capture import BackboneStates
-from longmem.backbone.stamp import EncoderStamp, configuration_recipe, hash_tensors, whole_path
 from longmem.data.lanes import NO_LABEL
-from longmem.modeling import LongMemForCausalLM
+from longmem.encoder.stamp import EncoderStamp, configuration_recipe, hash_tensors, whole_path
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.training.losses import token_losses
 
 FORMAT = 1

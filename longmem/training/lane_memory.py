@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.attention import ReadableMemory
 from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch
 from longmem.memory import BankShards, MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.attention import ReadableMemory
+from longmem.model.modeling import LongMemForCausalLM
 
 BatchAt = Callable[[int], LaneBatch]
 StatesOf = Callable[[LaneBatch], BackboneStates]

@@ -12,11 +12,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from longmem.console import without_warnings_of
 from longmem.data import Lanes, load_corpus
 from longmem.memory.refresh import UNBOUNDED
-from longmem.modeling import LongMemForCausalLM
-from longmem.opening import is_saved_model, refuse_config_of_saved
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.model.opening import is_saved_model, refuse_config_of_saved
+from longmem.quiet import without_warnings_of
 from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
 from longmem.training.trainable import parameter_groups

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from longmem.modeling import LongMemForCausalLM
-from longmem.side_network import SideLayer
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.model.side_network import SideLayer
 
 GATES = (
     "memory_bias",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longmem.evaluation.perplexity import score_windows
 from longmem.memory import MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 OWN = ("off", "on", "wrong")  # the systems that change while the side network is trained
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from longmem.backbone.stamp import EncoderStamp
+from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import StaleMemoryError
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.training.settings import OptimizationSettings, WriterSettings
 from longmem.training.trainable import parameter_groups
 

@@ -17,7 +17,7 @@ from byte_tokenizers import byte_tokenizer
 
 from longmem.data import corpus as corpus_module
 from longmem.data import load_corpus
-from longmem.sample_texts import python_manual
+from longmem.data.sample_texts import python_manual
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> Path:

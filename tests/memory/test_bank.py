@@ -9,7 +9,7 @@ from named_encoder import NamedEncoder
 
 from longmem.memory import BankView, DocumentInfo, MemoryBank
 from longmem.memory import store as store_module
-from longmem.memory.store import ChunkStore
+from longmem.memory.rows.chunks import ChunkStore
 
 LAYERS = (3, 7)
 SIZES = {3: (2, 6, 6), 7: (1, 8, 4)}  # kv_heads, key_dim, value_dim: other ones for each layer

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem.memory import DocumentInfo, MemoryBank
-from longmem.memory.codec import STORAGE_DTYPES, decode, encode
 from longmem.memory.folder import merging, tensor_file
 from longmem.memory.index import INDEXES, FlatIndex, approximate
+from longmem.memory.rows.codec import STORAGE_DTYPES, decode, encode
 
 LAYERS = (2, 5)
 HEADS = {2: 1, 5: 2}

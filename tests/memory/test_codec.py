@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem.attention import read_memory
 from longmem.memory import MemoryBank
-from longmem.memory.codec import SMALLEST_SCALE, STORAGE_DTYPES, decode, encode, stored_width, vector_width
+from longmem.memory.rows.codec import SMALLEST_SCALE, STORAGE_DTYPES, decode, encode, stored_width, vector_width
+from longmem.model.attention import read_memory
 
 LARGEST = torch.finfo(torch.float32).max
 ALL = pytest.mark.parametrize("storage_dtype", STORAGE_DTYPES.values(), ids=STORAGE_DTYPES)

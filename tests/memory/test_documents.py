@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longmem.memory import MemoryBank
-from longmem.memory.documents import Source, SourcePart
+from longmem.memory.rows.documents import Source, SourcePart
 
 WORDS = ["Call", " me", " Ish", "mael", ".", " Some", " y", "ears 🐋", " ago"]
 

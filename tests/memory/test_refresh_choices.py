@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from longmem import MemoryBank
-from longmem.memory.documents import Document
-from longmem.memory.encoded import Segment
 from longmem.memory.refresh.drift_map import DriftMap, neighbours_kept
 from longmem.memory.refresh.lazy import most_wanted, strongest
 from longmem.memory.refresh.mapped import Mapped
+from longmem.memory.rows.documents import Document
+from longmem.memory.rows.segments import Segment
 
 
 def bank_of(dim):

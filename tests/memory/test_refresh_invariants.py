@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem import MemoryBank, StaleMemoryError
-from longmem.memory.codec import STORAGE_DTYPES
 from longmem.memory.index import approximate
+from longmem.memory.rows.codec import STORAGE_DTYPES
 
 NAMES = st.sampled_from("de")
 # For each policy, how many encoder changes back what is read may have been written.

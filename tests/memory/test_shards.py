@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.attention import ReadableMemory
 from longmem.memory import BankShards
+from longmem.model.attention import ReadableMemory
 
 LAYERS = [3, 7]
 CHUNK = 2

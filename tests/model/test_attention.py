@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import longmem.attention as attention
-from longmem.attention import NO_MEMORY, attend_block, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
+import longmem.model.attention as attention
 from longmem.memory import MemoryBank
+from longmem.model.attention import NO_MEMORY, attend_block, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
 
 LANES, HEADS, KV_HEADS, TOKENS, DIM, LAYER = 2, 4, 2, 5, 6, 7
 

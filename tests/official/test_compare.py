@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longmem import cli
+from longmem.cli import main as cli
 from longmem.official.__main__ import main
 from longmem.official.comparison import compare
 from longmem.official.recording import Recording

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from longmem import LongMemForCausalLM, cli
-from longmem.official import OfficialMemory
+from longmem.official.memory import OfficialMemory
 
 SIDE_SETTINGS = {
     "activation_fn": "gelu",

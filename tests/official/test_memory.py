@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from longmem.official import OfficialMemory
-from longmem.official.memory import ReleasedCodeError
+from longmem.official.memory import OfficialMemory, ReleasedCodeError
 
 HEADS, DIM, CHUNK, CAPACITY = 2, 4, 3, 12
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import make_files, make_trainer, settings_of, trained_weights, without_times
 
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.training.records import read_log
 from longmem.training.settings import WriterSettings
 from longmem.training.validation import Validation

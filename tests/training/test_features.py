@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import save_tiny_backbone
 
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.training.features import FrozenFeatures, labels_of
 from longmem.training.losses import token_losses
 

@@ -9,7 +9,7 @@ from tiny_models import save_tiny_backbone
 
 from longmem.data import Lanes
 from longmem.memory import BankShards
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.training.features import FrozenFeatures
 from longmem.training.lane_memory import LaneMemories, preceding_tokens
 

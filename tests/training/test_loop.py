@@ -10,7 +10,7 @@ from tiny_runs import make_files, make_trainer, settings_of, trained_weights, wi
 from torch import nn
 
 from longmem.data.lanes import NO_LABEL
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.training import load_settings
 from longmem.training.records import read_log
 from longmem.training.validation import Validation

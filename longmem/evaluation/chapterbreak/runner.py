@@ -16,7 +16,7 @@ from longmem.evaluation.chapterbreak.settings import ChapterBreakSettings
 from longmem.evaluation.chapterbreak.tokens import Encoder, views
 from longmem.evaluation.runs import RunFolder
 from longmem.evaluation.systems import Banks, System, make_systems
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 def run_chapterbreak(work: Asking, run: RunFolder, console: Console) -> None:

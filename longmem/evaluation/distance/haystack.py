@@ -12,7 +12,7 @@ from longmem.data.sources import find_source
 from longmem.evaluation.distance.facts import Fact, Vocabulary, draw_facts
 from longmem.evaluation.distance.settings import DistanceSettings
 from longmem.evaluation.distance.words import FILLER
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 Window = list[int]
 Tokenize = Callable[[str], list[int]]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from longmem.evaluation.distance.facts import shuffled
-from longmem.memorizing import encodable
-from longmem.modeling import LongMemForCausalLM
+from longmem.memory.memorize import encodable
+from longmem.model.modeling import LongMemForCausalLM
 
 # Where the record of a prompt ends and the question begins.
 ENDS = {"longeval-lines": "Now the record is over.", "longeval-topics": "Now the record ends."}

@@ -12,7 +12,7 @@ import torch
 from longmem.evaluation.distance.haystack import Haystack, Window
 from longmem.evaluation.runs.folder import digest
 from longmem.memory import BankShards, MemoryBank, has_bank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 WINDOWS_OF_DOCUMENT = 16  # what a stopped encoding loses at most
 

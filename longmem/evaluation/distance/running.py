@@ -25,7 +25,7 @@ from longmem.evaluation.distance.settings import DistanceSettings
 from longmem.evaluation.runs import RunFolder, describe, digest, spread
 from longmem.evaluation.runs.folder import timed
 from longmem.evaluation.systems import BackboneSystem, Banks, GivenMemory, System, make_systems
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 MEMORY_SYSTEMS = ("off", "on", "wrong")
 QUARTERS = 4  # LongEval's facts lie anywhere; the figure has a row for each quarter of the record

@@ -6,7 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.memory import MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 DOCUMENT = "document"
 

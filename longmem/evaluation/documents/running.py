@@ -18,7 +18,7 @@ from longmem.evaluation.documents.views import Views
 from longmem.evaluation.documents.windows import Window, plan_windows
 from longmem.evaluation.perplexity import token_losses
 from longmem.evaluation.runs import RunFolder
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 def evaluate_documents(

@@ -10,7 +10,7 @@ from longmem.evaluation.runs import EvaluationSettings
 from longmem.evaluation.runs.settings import Count
 from longmem.evaluation.systems.making import context_size
 from longmem.memory.index import validate_index
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings import From
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from longmem.data import load_corpus
+from longmem.data.sample_texts import python_manual
 from longmem.evaluation.book_plan import files_of_split, token_digest
 from longmem.evaluation.documents.settings import PerplexitySettings
 from longmem.evaluation.runs import digest, spread
-from longmem.sample_texts import python_manual
 
 # The groups of the paper's table, and documents that are shorter than its shortest; each ends before so many tokens.
 LENGTHS = {

@@ -16,7 +16,7 @@ from longmem.evaluation.systems import Question, RetrievalSystem
 from longmem.evaluation.systems.making import context_size
 from longmem.evaluation.systems.retrieval import RANKERS
 from longmem.evaluation.systems.system import LocalModel
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 PASSAGE_TOKENS = 128
 

@@ -12,12 +12,12 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable
 
-from longmem.console import without_warnings_of
 from longmem.evaluation.harness.model import LongMemLM, validate_tokenizer
 from longmem.evaluation.harness.settings import HarnessSettings
 from longmem.evaluation.harness.tasks import Tasks, chosen_items
 from longmem.evaluation.runs import RunFolder
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.quiet import without_warnings_of
 
 
 def run_tasks(

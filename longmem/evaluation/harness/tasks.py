@@ -8,10 +8,10 @@ from typing import Any
 
 from lm_eval.tasks import TaskManager
 
-from longmem.console import without_warnings_of
 from longmem.errors import did_you_mean
 from longmem.evaluation.harness.settings import HarnessSettings
 from longmem.evaluation.runs import digest, spread
+from longmem.quiet import without_warnings_of
 
 Tasks = dict[str, Any]  # lm-eval's tasks by name
 

@@ -13,7 +13,7 @@ from longmem.evaluation.in_context.settings import InContextSettings
 from longmem.evaluation.in_context.tasks import Task
 from longmem.evaluation.runs import RunFolder
 from longmem.evaluation.systems import Banks, make_systems
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 def ask_all(

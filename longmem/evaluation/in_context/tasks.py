@@ -17,7 +17,7 @@ from longmem.evaluation.in_context.settings import InContextSettings
 from longmem.evaluation.runs import digest, spread
 from longmem.evaluation.systems import Question, System
 from longmem.evaluation.systems.system import text_before
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 ITEMS_PER_CALL = 256  # of label words: each call runs the window's demonstrations once more
 ANSWERS_PER_CALL = 32

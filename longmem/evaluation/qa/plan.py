@@ -11,7 +11,7 @@ from longmem.evaluation.qa.quality import quality_candidates, quality_prompt
 from longmem.evaluation.qa.settings import QASettings
 from longmem.evaluation.runs import digest
 from longmem.evaluation.systems import Question
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from longmem.evaluation.qa.settings import QASettings
 from longmem.evaluation.runs import RunFolder
 from longmem.evaluation.systems import Answer, Banks, RetrievalSystem, System, make_systems
 from longmem.evaluation.systems.system import text_before
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 # Written down together: what a stopped run may lose. All that are asked together share one run of the local context.
 ASKED_AT_ONCE = 32

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from longmem.evaluation.results import as_json, environment
 from longmem.evaluation.runs.settings import MAY_CHANGE, EvaluationSettings
-from longmem.modeling import LongMemForCausalLM
-from longmem.nested import leaves
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.settings.nested import leaves
 
 CONFIG, PREDICTIONS, SESSIONS = "config.json", "predictions.jsonl", "sessions.jsonl"
 

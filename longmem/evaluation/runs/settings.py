@@ -12,8 +12,8 @@ import torch
 
 from longmem.configuration import LongMemConfig
 from longmem.evaluation.systems import validate_systems
-from longmem.modeling import LongMemForCausalLM
-from longmem.opening import open_model
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.model.opening import open_model
 from longmem.settings import From, read_settings
 
 Count = Annotated[int, From(1)]

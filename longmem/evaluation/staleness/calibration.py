@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longmem.evaluation.index_queries import QueryRecorder
-from longmem.memorizing import encodable
 from longmem.memory import MemoryBank
 from longmem.memory.index.tuning import recall
-from longmem.modeling import LongMemForCausalLM
+from longmem.memory.memorize import encodable
+from longmem.model.modeling import LongMemForCausalLM
 
 QUERIES = 512  # for each key-value head and layer, evenly spaced in what is read
 

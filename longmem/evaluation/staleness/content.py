@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from longmem.attention import ReadableMemory
 from longmem.evaluation.recall import (
     Pairs,
     RecallDocument,
@@ -27,7 +26,8 @@ from longmem.evaluation.recall import (
 from longmem.evaluation.recall_check import NUM_PAIRS, WINDOW, WORDS_BEFORE
 from longmem.memory import AgePrior, MemoryBank
 from longmem.memory.index import exact_top_chunks
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.attention import ReadableMemory
+from longmem.model.modeling import LongMemForCausalLM
 
 DAY = 86_400.0
 PRIORS = (

@@ -24,7 +24,7 @@ from longmem.evaluation.recall_check import (
     train_side_network,
 )
 from longmem.memory import MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 @dataclasses.dataclass(frozen=True)

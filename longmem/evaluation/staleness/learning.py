@@ -39,7 +39,7 @@ from longmem.evaluation.recall_check import (
 from longmem.evaluation.staleness.decoupled import memorized, stored_tensors
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import UNBOUNDED
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 LANES, TOKENS = 16, 64  # windows of a training step, in which all pairs of a document are asked
 Written = tuple[RecallDocument, MemoryBank]

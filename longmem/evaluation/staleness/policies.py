@@ -26,7 +26,7 @@ from longmem.evaluation.staleness.settings import Asking, LibrarySettings
 from longmem.evaluation.staleness.systems import PolicySystem, weighted
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import Mapped
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 def write_library(model: LongMemForCausalLM, library: Sequence[LibraryDocument]) -> MemoryBank:

@@ -26,7 +26,7 @@ from longmem.evaluation.recall_check import (
     update,
 )
 from longmem.evaluation.staleness.settings import ReaderSettings
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 OTHER_SEED = 500_000  # of the swapped encoder, beside that of the writer
 

@@ -22,7 +22,7 @@ from longmem.evaluation.staleness.policies import draw_questions_about, run_syst
 from longmem.evaluation.staleness.readers import kept_model
 from longmem.evaluation.staleness.settings import Experiment, StalenessSettings
 from longmem.evaluation.staleness.systems import SYSTEMS
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 MAY_CHANGE = ("output", "seeds")  # a finished run may be given more seeds
 Sections = list[tuple[str, list[list[str]]]]

@@ -12,7 +12,7 @@ import torch
 
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import UNBOUNDED
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 SEGMENT = 256  # tokens that are encoded together, the least that a budget buys
 

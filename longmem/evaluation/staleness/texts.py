@@ -26,7 +26,7 @@ from longmem.evaluation.staleness.policies import copy_bank
 from longmem.evaluation.staleness.tuning import tuned_backbone
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import refresh_name
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings import Above, From
 
 # "off" reads nothing, "oracle" a bank written by the tuned backbone, "never" the old bank as it is.

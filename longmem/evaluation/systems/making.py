@@ -11,7 +11,7 @@ from longmem.evaluation.results import TITLES
 from longmem.evaluation.systems.memory import Banks, MemorySystem
 from longmem.evaluation.systems.retrieval import RANKERS, RetrievalSystem
 from longmem.evaluation.systems.system import BackboneSystem, System, longer_backbone
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 SYSTEM_NAMES = (*TITLES, "context-N")
 

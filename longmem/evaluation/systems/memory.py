@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from longmem.attention import ReadableMemory
 from longmem.evaluation.systems.questions import Question
 from longmem.evaluation.systems.system import LocalModel, System
 from longmem.memory import MemoryBank
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.attention import ReadableMemory
+from longmem.model.modeling import LongMemForCausalLM
 
 
 class Banks:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from longmem.evaluation.systems.questions import Question
 from longmem.evaluation.systems.system import LocalModel, System
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 Passage = list[int]
 

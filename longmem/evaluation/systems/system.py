@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longmem.evaluation.systems.questions import Answer, Question
 from longmem.evaluation.systems.scoring import answer_questions, as_ids, repeated, run_context
-from longmem.modeling import LongMemForCausalLM
+from longmem.model.modeling import LongMemForCausalLM
 
 
 class LongContextReader(Protocol):

@@ -4,7 +4,7 @@ from longmem.memory.eviction.fifo import FirstInFirstOut
 from longmem.memory.eviction.lru import LeastRecentlyUsed
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.eviction.ttl import TimeToLive
-from longmem.memory.settings import parse_name
+from longmem.plugins import parse_name
 
 EVICTION_POLICIES: dict[str, type[EvictionPolicy]] = {
     "fifo": FirstInFirstOut,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from longmem.memory.documents import Run
 from longmem.memory.eviction.policy import EvictionPolicy
+from longmem.memory.rows.documents import Run
 
 
 class FirstInFirstOut(EvictionPolicy):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from longmem.memory.documents import Run
-from longmem.memory.settings import Setting
+from longmem.memory.rows.documents import Run
+from longmem.plugins import Setting
 
 
 class EvictionPolicy:

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
-from longmem.memory.documents import Run
 from longmem.memory.eviction.policy import EvictionPolicy
-from longmem.memory.settings import Setting
+from longmem.memory.rows.documents import Run
+from longmem.plugins import Setting
 
 
 class TimeToLive(EvictionPolicy):

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from longmem.memory.contents import BankContents
-from longmem.memory.documents import Source
 from longmem.memory.folder import records
 from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage
@@ -28,6 +26,8 @@ from longmem.memory.folder.merging import rewrite, segments_to_merge
 from longmem.memory.folder.saved_indexes import SavedIndexes
 from longmem.memory.folder.segments import open_segments
 from longmem.memory.folder.tensor_file import damaged, not_written, remove
+from longmem.memory.rows.documents import Source
+from longmem.memory.rows.table import BankContents
 
 LOCK = "lock"
 SEGMENT_FOLDER, INDEX_FOLDER = "segments", "indexes"

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.codec import decode
 from longmem.memory.folder.resident_keys import LazyLayer, ResidentKeys
 from longmem.memory.folder.segments import Segment
 from longmem.memory.folder.tensor_file import TensorFile, not_written, sync, write_tensor_file
-from longmem.memory.store import Chunks, LayerShape, shape_of
+from longmem.memory.rows.chunks import Chunks, LayerShape, shape_of
+from longmem.memory.rows.codec import decode
 
 # Chunks of so many bytes wait in memory at most, and make one file.
 SEGMENT_BYTES = 2**26

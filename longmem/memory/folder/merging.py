@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.memory.contents import BankContents
-from longmem.memory.documents import Run
 from longmem.memory.folder.disk_storage import SEGMENT_BYTES, DiskStorage
 from longmem.memory.folder.segments import Segment
-from longmem.memory.store import bytes_of_chunk
+from longmem.memory.rows.chunks import bytes_of_chunk
+from longmem.memory.rows.documents import Run
+from longmem.memory.rows.table import BankContents
 
 # So many segments of about one size are merged into one: a bank that grows by small steps keeps few files.
 SEGMENTS_TO_MERGE = 8

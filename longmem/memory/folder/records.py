@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from longmem.memory.contents import BankContents
-from longmem.memory.documents import Document, Run, Source, SourcePart
-from longmem.memory.encoded import Segments
-from longmem.memory.encoders import Encoders
+from longmem.encoder.history import Encoders
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.folder.segments import Segment
+from longmem.memory.rows.documents import Document, Run, Source, SourcePart
+from longmem.memory.rows.segments import Segments
+from longmem.memory.rows.table import BankContents
 
 DATES = ("dated", "valid_until", "is_superseded", "superseded_by")
 

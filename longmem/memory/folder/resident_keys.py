@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.store import LayerShape, with_rows
+from longmem.memory.rows.chunks import LayerShape, with_rows
 
 if TYPE_CHECKING:  # a layer is made by its storage, so the storage's module imports this one
     from longmem.memory.folder.disk_storage import DiskStorage

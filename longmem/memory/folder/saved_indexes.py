@@ -15,11 +15,11 @@ from typing import Any
 import faiss
 import torch
 
-from longmem.memory.contents import BankContents
 from longmem.memory.folder.catalogue import INDEXES, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.folder.tensor_file import TensorFile, remove, sync, write_tensor_file
 from longmem.memory.index import SavedIndex, read_index, write_index
+from longmem.memory.rows.table import BankContents
 
 # An index that covers less than this share of the chunks is saved again when the bank is closed.
 COVERED_SHARE = 0.9

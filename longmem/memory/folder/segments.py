@@ -11,7 +11,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from longmem.memory.folder.tensor_file import TensorFile
-from longmem.memory.store import Chunks
+from longmem.memory.rows.chunks import Chunks
 
 
 @dataclass

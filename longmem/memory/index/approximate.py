@@ -15,7 +15,7 @@ from torch import Tensor
 from longmem.memory.index.exact import FlatIndex, Found
 from longmem.memory.index.labels import LabelTable
 from longmem.memory.index.saved import SavedIndex
-from longmem.memory.store import LayerRows
+from longmem.memory.rows.chunks import LayerRows
 
 EXACT_BELOW = 8_192  # rows; a store, or a subset, of so few is searched faster exactly
 # A store that has grown by this factor wants other clusters than it was trained with, and so does one to which as many

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from longmem.memory.index.saved import SavedIndex
-from longmem.memory.settings import Setting
-from longmem.memory.store import LayerRows
+from longmem.memory.rows.chunks import LayerRows
+from longmem.plugins import Setting
 
 Found = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
 

@@ -13,7 +13,7 @@ from longmem.errors import StaleMemoryError
 from longmem.memory.index import Found
 from longmem.memory.refresh.lags import CLOCKS, Lags
 from longmem.memory.refresh.policy import RefreshPolicy, Search, register_policy
-from longmem.memory.settings import Setting
+from longmem.plugins import Setting
 
 if TYPE_CHECKING:
     from longmem.memory.refresh.refresher import Refresher

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy, register_policy
-from longmem.memory.settings import Setting
+from longmem.plugins import Setting
 
 if TYPE_CHECKING:
     from longmem.memory.refresh.refresher import Refresher

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.backbone.stamp import EncoderStamp
-from longmem.memory.encoder_checks import refuse_stale
+from longmem.encoder.checks import refuse_stale
+from longmem.encoder.stamp import EncoderStamp
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy, register_policy
 

@@ -1,7 +1,7 @@
 """How far the entries of each encoder version are behind, by three clocks that agree only in what is fresh.
 
 version     how often the encoder has changed since; cheap, and blind to how much it changed
-gap         how far its weights have moved, relative to their norm, from sketches (`longmem/backbone/sketch.py`)
+gap         how far its weights have moved, relative to their norm, from sketches (`longmem/encoder/sketch.py`)
 probe       how far its keys have moved: relative distance between stored keys and the same tokens encoded now
 """
 
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from longmem.memory.encoders import Encoders
+from longmem.encoder.history import Encoders
 
 CLOCKS = ("version", "gap", "probe")
 

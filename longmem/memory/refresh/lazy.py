@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.documents import Document
-from longmem.memory.encoded import Segment
 from longmem.memory.index import Found
 from longmem.memory.refresh.policy import RefreshPolicy, Search, readable_rows, register_policy
-from longmem.memory.settings import Setting
+from longmem.memory.rows.documents import Document
+from longmem.memory.rows.segments import Segment
+from longmem.plugins import Setting
 
 if TYPE_CHECKING:
     from longmem.memory.bank import MemoryBank

@@ -15,16 +15,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.memory.codec import decode, encode
-from longmem.memory.documents import Document
-from longmem.memory.encoded import Segment
 from longmem.memory.index import Found
 from longmem.memory.refresh.drift_map import DriftMap, fit_map, neighbours_kept, relative_error
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy, Search, make_policy, register_policy
 from longmem.memory.refresh.samples import draw_segments, stored_chunks, vectors
-from longmem.memory.settings import Setting
-from longmem.memory.store import Chunks
+from longmem.memory.rows.chunks import Chunks
+from longmem.memory.rows.codec import decode, encode
+from longmem.memory.rows.documents import Document
+from longmem.memory.rows.segments import Segment
+from longmem.plugins import Setting
 
 if TYPE_CHECKING:
     from longmem.memory.refresh.refresher import Refresher, Targets

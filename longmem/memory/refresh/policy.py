@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.backbone.stamp import EncoderStamp
+from longmem.encoder.stamp import EncoderStamp
 from longmem.memory.index import Found
 from longmem.memory.refresh.lags import Lags
-from longmem.memory.settings import Setting, parse_name
+from longmem.plugins import Setting, parse_name
 
 if TYPE_CHECKING:
     from longmem.memory.refresh.refresher import Refresher

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from longmem.encoder.history import UNKNOWN
 from longmem.errors import StaleMemoryError
-from longmem.memory.codec import largest_number
-from longmem.memory.documents import Document, Tail
-from longmem.memory.encoded import Segment
-from longmem.memory.encoders import UNKNOWN
 from longmem.memory.refresh.samples import draw_segments, stored_chunks, vectors
 from longmem.memory.refresh.work import encode_all, encode_segment
+from longmem.memory.rows.codec import largest_number
+from longmem.memory.rows.documents import Document, Tail
+from longmem.memory.rows.segments import Segment
 
 if TYPE_CHECKING:
     from longmem.memory.bank import MemoryBank

@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from longmem.encoder.checks import differs_for_life, refuse_other_recipe
+from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.errors import StaleMemoryError
-from longmem.memory.documents import Document
-from longmem.memory.encoder_checks import differs_for_life, refuse_other_recipe
-from longmem.memory.encoders import UNKNOWN, Encoders
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.mapped import Mapped
 from longmem.memory.refresh.policy import RefreshPolicy
 from longmem.memory.refresh.refresher import Refresher
+from longmem.memory.rows.documents import Document
 
 if TYPE_CHECKING:
     from longmem.memory.bank import MemoryBank

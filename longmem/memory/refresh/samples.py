@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from longmem.memory.codec import decode
-from longmem.memory.documents import Document
-from longmem.memory.encoded import Segment
-from longmem.memory.store import Chunks
+from longmem.memory.rows.chunks import Chunks
+from longmem.memory.rows.codec import decode
+from longmem.memory.rows.documents import Document
+from longmem.memory.rows.segments import Segment
 
 if TYPE_CHECKING:
     from longmem.memory.refresh.refresher import Refresher, Targets

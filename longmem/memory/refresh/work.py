@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from longmem.memory.documents import Document, Tail
-from longmem.memory.encoded import Segment
+from longmem.memory.rows.documents import Document, Tail
+from longmem.memory.rows.segments import Segment
 
 Job = tuple[Document, list[tuple[Segment, Tensor]]]
 Encoded = tuple[Document, list[tuple[Segment, list[Tail]]]]

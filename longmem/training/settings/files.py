@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from os import PathLike
 
-from longmem.nested import leaves
 from longmem.settings import read_settings
+from longmem.settings.nested import leaves
 from longmem.training.settings.checks import config_fields, validate_settings
 from longmem.training.settings.sections import TrainingSettings
 

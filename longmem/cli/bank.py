@@ -1,0 +1,190 @@
+"""`longmem bank`, as far as no model is needed: look into a bank, label, delete, check, compact, export."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable
+
+from rich.table import Table
+
+from longmem.cli import common
+from longmem.cli.texts import export_line
+from longmem.memory import DocumentInfo, MemoryBank
+
+
+def list_documents(arguments: argparse.Namespace) -> None:
+    """Print the documents of a bank, in the order in which they were added."""
+    with common.open_bank(arguments.bank) as bank:
+        documents = chosen_documents(bank, arguments.tag)
+    if arguments.json:
+        common.print_json({"documents": [dataclasses.asdict(info) for info in documents]})
+        return
+    table = Table(box=None, header_style="bold")
+    table.add_column("document", overflow="fold")  # a name that is cut short cannot be given to another command
+    for column in ("tokens", "in memory from token", "chunks", "reads"):
+        table.add_column(column, justify="right")
+    table.add_column("pinned")
+    table.add_column("tags")
+    # Columns of time only where something is said of it.
+    dates = [day(info.written_at if info.dated is None else info.dated) for info in documents]
+    standings = [standing(info, time.time()) for info in documents]
+    more = {"date": dates} if any(info.dated is not None for info in documents) else {}
+    more |= {"holds": standings} if any(standings) else {}
+    for column in more:
+        table.add_column(column, overflow="fold")
+    for info, *of_time in zip(documents, *more.values(), strict=True):
+        numbers = (info.num_tokens, info.first_resident_token, info.num_chunks, info.num_reads)
+        labels = ("pinned" if info.is_pinned else "", ", ".join(info.tags), *of_time)
+        table.add_row(info.document_id, *(f"{number:,}" for number in numbers), *labels)
+    nothing = f"No document has a tag of {', '.join(arguments.tag)}." if arguments.tag else "The bank is empty."
+    common.console_for(False).print(table if documents else nothing)
+
+
+def show_info(arguments: argparse.Namespace) -> None:
+    """Print sizes and settings of a bank."""
+    with common.open_bank(arguments.bank) as bank:
+        documents = bank.documents()
+        values = {
+            "model": common.model_of_bank(arguments.bank),
+            "documents": len(documents),
+            "pinned_documents": sum(info.is_pinned for info in documents),
+            "tags": sorted({tag for info in documents for tag in info.tags}),
+            "tokens": bank.num_tokens,
+            "capacity_tokens": bank.capacity_tokens,
+            "capacity_bytes": bank.capacity_bytes,
+            "reads": sum(info.num_reads for info in documents),
+            "bytes_on_disk": common.bytes_on_disk(arguments.bank),
+            "bytes_that_compact_gives_back": bank.num_dead_bytes,
+            "memory_layers": list(bank.memory_layers),
+            "chunk_size": bank.chunk_size,
+            "index": bank.index,
+            "eviction": bank.eviction,
+            "age_prior": None if bank.age_prior is None else bank.age_prior.name,
+            "storage_dtype": str(bank.storage_dtype).removeprefix("torch."),
+            "refresh": bank.refresh,
+            "fingerprint": bank.fingerprint,
+            "encoders": [version.stamp.digest for version in bank.encoders.versions],
+            "tokens_of_other_encoders": sum(each.tokens for each in bank.staleness().versions if not each.is_fresh),
+        }
+    if arguments.json:
+        common.print_json(values)
+        return
+    table = Table(box=None, show_header=False)
+    for name, value in values.items():
+        if value is None and name.startswith("capacity"):
+            value = "no limit"
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        table.add_row(name.replace("_", " "), f"{text:,}" if isinstance(text, int) else str(text))
+    common.console_for(False).print(table)
+
+
+def delete_documents(arguments: argparse.Namespace) -> None:
+    """Delete documents; all of them or, if one is unknown, none."""
+    change_documents(arguments, "deleted", lambda bank, name: bank.delete(name))
+
+
+def tag_documents(arguments: argparse.Namespace) -> None:
+    """Give documents tags, instead of those that they had."""
+    change_documents(arguments, "tagged", lambda bank, name: bank.tag(name, arguments.tag))
+
+
+def pin_documents(arguments: argparse.Namespace) -> None:
+    """Keep documents from eviction."""
+    change_documents(arguments, "pinned", lambda bank, name: bank.pin(name))
+
+
+def unpin_documents(arguments: argparse.Namespace) -> None:
+    """Let documents be evicted again."""
+    change_documents(arguments, "unpinned", lambda bank, name: bank.pin(name, False))
+
+
+def supersede_documents(arguments: argparse.Namespace) -> None:
+    """Hide documents from searches; they are kept."""
+    change_documents(arguments, "superseded", lambda bank, name: bank.supersede(name, by=arguments.by))
+
+
+def restore_documents(arguments: argparse.Namespace) -> None:
+    """Let searches find documents again that were superseded or have expired."""
+    change_documents(arguments, "restored", lambda bank, name: bank.restore(name))
+
+
+def standing(info: DocumentInfo, now: float) -> str:
+    """Return whether and until when a document holds, empty if nothing was said."""
+    if info.is_superseded:
+        return "withdrawn" if info.superseded_by is None else f"superseded by {info.superseded_by}"
+    if info.valid_until is None:
+        return ""
+    return f"{'until' if info.valid_until > now else 'expired'} {day(info.valid_until)}"
+
+
+def day(date: float) -> str:
+    """Return the day of a date, in UTC.
+
+    >>> day(86_400.0)
+    '1970-01-02'
+    """
+    return datetime.datetime.fromtimestamp(date, datetime.UTC).date().isoformat()
+
+
+def change_documents(arguments: argparse.Namespace, done: str, change: Callable[[MemoryBank, str], None]) -> None:
+    """Change the named documents in one commit, and say what was done."""
+    with common.open_bank(arguments.bank, write=True) as bank:
+        with bank.transaction():
+            for document_id in dict.fromkeys(arguments.documents):
+                change(bank, document_id)
+        tokens = bank.num_tokens
+    if arguments.json:
+        common.print_json({done: arguments.documents, "bank_tokens": tokens})
+    else:
+        names = ", ".join(arguments.documents)
+        common.console_for(False).print(f"{arguments.bank}: {done} {names}; {tokens:,} tokens in memory.", markup=False)
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Read every file of a bank and compare it with its checksums."""
+    with common.open_bank(arguments.bank) as bank:
+        files = bank.verify()
+        num_bytes = sum(path.stat().st_size for path in files)
+    if arguments.json:
+        common.print_json({"files": len(files), "bytes": num_bytes, "is_whole": True})
+    else:
+        common.console_for(False).print(
+            f"{len(files)} files, {num_bytes / 1e6:,.1f} MB: every byte is as it was written."
+        )
+
+
+def compact(arguments: argparse.Namespace) -> None:
+    """Give back the space of what was deleted or evicted."""
+    with common.open_bank(arguments.bank, write=True) as bank:
+        before = common.bytes_on_disk(arguments.bank)
+        bank.compact()
+        after = common.bytes_on_disk(arguments.bank)
+    if arguments.json:
+        common.print_json({"bytes_before": before, "bytes_after": after})
+    else:
+        common.console_for(False).print(f"{arguments.bank}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now.")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write documents to a file, one JSON object on each line; the file is there once it is whole."""
+    unfinished = arguments.output.with_name(arguments.output.name + ".part")
+    with common.open_bank(arguments.bank) as bank:
+        documents = chosen_documents(bank, arguments.tag)
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.writelines(export_line(bank, info) for info in documents)
+            unfinished.replace(arguments.output)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    if arguments.json:
+        common.print_json({"output": str(arguments.output), "documents": len(documents)})
+    else:
+        common.console_for(False).print(f"{arguments.output}: {len(documents)} documents.")
+
+
+def chosen_documents(bank: MemoryBank, tags: list[str]) -> list[DocumentInfo]:
+    """Return the documents with one of the tags; all, if there are none."""
+    return [info for info in bank.documents() if not tags or set(tags) & set(info.tags)]

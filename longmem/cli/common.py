@@ -1,0 +1,121 @@
+"""What the commands share: opening models and banks by name, consoles, JSON."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from longmem.backbone.packaged import PACKAGED_BACKBONES
+from longmem.encoder.checks import refuse_other_recipe
+from longmem.errors import StaleMemoryError
+from longmem.memory import MemoryBank, has_bank
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.model.opening import open_model
+
+# With the trained side network that comes with this package, if there is one.
+DEFAULT_MODEL = "smollm2-135m"
+# Beside the bank's own files; it says which model to open when none is named. Whether that model fits, the bank checks.
+MODEL_FILE = "model.json"
+
+
+def console_for(as_json: bool, *, markup: bool = False) -> Console:
+    """Return where to talk to people: standard output, unless a program reads that.
+
+    Without `markup`, names of documents and files that hold "[draft]" or ":smile:" are printed as they are.
+    """
+    return Console(stderr=as_json, highlight=False, soft_wrap=True, markup=markup, emoji=False)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """Print what a program reads."""
+    print(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Return `key=value` strings as a dictionary; values are Python literals or, failing that, strings.
+
+    >>> parse_settings(["chunk_size=8", "memory_layers=[2, 4]", "fusion=gated"])
+    {'chunk_size': 8, 'memory_layers': [2, 4], 'fusion': 'gated'}
+    """
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator or not key.isidentifier():
+            raise ValueError(f"a setting must look like `chunk_size=8`, got {setting!r}.")
+        try:
+            parsed[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed[key] = value
+    return parsed
+
+
+def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: bool = False) -> MemoryBank:
+    """Return the bank in a folder, to be closed.
+
+    Where something is stale and its refresh policy has work to do, also a bank that is only read is opened for writing.
+
+    Raises:
+        ValueError: there is none.
+        StaleMemoryError: another encoder wrote it, and its policy is "frozen", or encoding again would not help.
+    """
+    if not has_bank(folder):
+        raise ValueError(f"there is no bank in {folder}; `longmem memorize FILE --bank {folder}` makes one.")
+    if model is not None:
+        with MemoryBank.open(folder, read_only=True) as bank:
+            refuse_stale(folder, bank, model)
+            is_current = bank.fingerprint == model.encoder_fingerprint() and bool(bank.readable_now().all())
+            write = write or (bank.refresh != "frozen" and not is_current)
+    return MemoryBank.open(folder, model, read_only=not write)
+
+
+def refuse_stale(folder: Path, bank: MemoryBank, model: LongMemForCausalLM) -> None:
+    """Raise StaleMemoryError, which names the commands that help, if a frozen bank is another encoder's."""
+    known, stamp = bank.encoders.stamp, model.encoder_stamp()
+    if known is None or known.digest == stamp.digest or bank.refresh != "frozen":
+        return
+    refuse_other_recipe(known, stamp)
+    raise StaleMemoryError(
+        f"another encoder than this model's wrote the bank in {folder}; they differ in {', '.join(known.diff(stamp))}, so what "
+        f"is stored is not what this model would store. `longmem bank refresh --bank {folder}`, with the `--model` of this "
+        "command, encodes it again (with `--policy mapped` it moves most of it by a map, where that wins); `longmem bank "
+        "staleness`, with the same two options, says what is stale and changes nothing."
+    )
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Return the size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def model_of_bank(folder: Path) -> str | None:
+    """Return the name of the model that wrote a bank; None where that is not known."""
+    try:
+        return json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def open_model_of(folder: Path, chosen: str | None) -> tuple[str, LongMemForCausalLM]:
+    """Return name and model: the one that was chosen or, without a choice, the one that wrote the bank."""
+    name = chosen or model_of_bank(folder)
+    if name is None:
+        raise ValueError(f"the bank in {folder} does not say which model wrote it; name it with `--model`.")
+    return name, open_model(name)
+
+
+def remember_model(folder: Path, name: str) -> None:
+    """Write down the model of a bank; a folder by its full path, so that it is found from anywhere."""
+    is_folder = name not in PACKAGED_BACKBONES and Path(name).is_dir()
+    name = str(Path(name).resolve()) if is_folder else name
+    (folder / MODEL_FILE).write_text(json.dumps({"model": name}, indent=2) + "\n", encoding="utf-8")
+
+
+def say(message: str) -> None:
+    """Print a remark where it disturbs no program."""
+    print(message, file=sys.stderr)

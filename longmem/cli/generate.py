@@ -1,0 +1,83 @@
+"""`longmem generate`: continue a prompt with a bank as memory."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from longmem.cli import common
+from longmem.cli.texts import read_text
+from longmem.evaluation.reads import read_passages
+from longmem.memory import MemoryBank
+from longmem.model.modeling import LongMemForCausalLM
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the continuation as it comes, then, if asked, the passages that were read most.
+
+    Raises:
+        ValueError: no bank, a bank of another model, an empty prompt, or a number out of range.
+    """
+    prompt = arguments.prompt if arguments.prompt_file is None else read_text(arguments.prompt_file)
+    validate(prompt, arguments)
+    common.open_bank(arguments.bank).close()  # says what is wrong with it before a model is opened
+    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    with common.open_bank(arguments.bank, model) as bank:
+        answer(prompt, model_name, model, bank, arguments)
+
+
+def answer(
+    prompt: str, model_name: str, model: LongMemForCausalLM, bank: MemoryBank, arguments: argparse.Namespace
+) -> None:
+    """Print the continuation, and what was read."""
+    inputs = model.tokenizer(prompt, return_tensors="pt").to(model.input_device)
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
+    if options["do_sample"]:
+        torch.manual_seed(arguments.seed)
+        options["temperature"] = arguments.temperature
+    if not arguments.json:
+        options["streamer"] = TextStreamer(model.tokenizer, skip_special_tokens=True)
+    names = ("input_ids", "attention_mask")
+    began = time.perf_counter()
+    ids = model.generate(**{name: inputs[name] for name in names}, memory=bank, **options)[0].cpu()  # type: ignore[misc]
+    seconds = time.perf_counter() - began
+    new = ids[inputs["input_ids"].shape[1] :]
+    window = ids[-model.config.segment_length :]
+    reads = []
+    if arguments.show_reads and len(window) > 1:
+        (reads,) = read_passages(model, bank, window, [slice(1, len(window))], count=5)
+    if arguments.json:
+        result = {
+            "prompt": prompt,
+            "text": model.tokenizer.decode(new, skip_special_tokens=True),
+            "new_tokens": len(new),
+            "tokens_per_second": round(len(new) / seconds, 2),
+            "model": model_name,
+        }
+        reads_found = {"reads": [dataclasses.asdict(read) for read in reads]} if arguments.show_reads else {}
+        common.print_json({**result, **reads_found})
+        return
+    console = common.console_for(arguments.json)
+    console.print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", style="dim")
+    if arguments.show_reads:
+        console.print("\nRead most, with the share of attention:")
+    for read in reads:
+        text = f"{read.before}[{read.chunk}]{read.after}".replace("\n", "\\n")
+        console.print(
+            f"  {read.share:6.2%}  {read.document_id}, tokens {read.start:,} to {read.stop:,}: …{text}…", markup=False
+        )
+
+
+def validate(prompt: str, arguments: argparse.Namespace) -> None:
+    """Raise ValueError for what no model could continue."""
+    if not prompt.strip():
+        raise ValueError("the prompt must hold some text, got an empty one.")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
+    if arguments.temperature < 0:
+        raise ValueError(f"`--temperature` must be 0 or more, got {arguments.temperature}.")

@@ -1,0 +1,155 @@
+"""`longmem memorize` and `longmem bank add`, `append`, `update`: texts into a bank on disk."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any, NamedTuple
+
+from longmem.cli import common
+from longmem.cli.texts import Text, read_text, read_texts
+from longmem.console import token_progress
+from longmem.memory import MemoryBank, has_bank
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.model.opening import open_model
+
+# What is chosen when a bank is made: the argument of the command, and that of `MemoryBank`.
+OPTIONS_OF_A_NEW_BANK = {
+    "capacity": "capacity_tokens",
+    "index": "index",
+    "eviction": "eviction",
+    "storage_dtype": "storage_dtype",
+    "refresh": "refresh",
+}
+
+
+class Written(NamedTuple):
+    """Return how many tokens of a text were encoded, and how many copied from the version before."""
+
+    encoded: int
+    copied: int = 0
+
+
+def add(arguments: argparse.Namespace) -> None:
+    """Add documents or, with `--replace`, new versions of them; each is on the disk once it is whole.
+
+    Raises:
+        ValueError: a name that is there or given twice, an empty or unreadable file, or a bank of another model.
+    """
+    texts = read_texts(arguments.files, arguments.id)
+    folder, is_new = arguments.bank, not has_bank(arguments.bank)
+    options = {name: vars(arguments)[name] for name in OPTIONS_OF_A_NEW_BANK if vars(arguments)[name] is not None}
+    # All that can be said before a model is opened is said before.
+    if is_new:
+        options = {OPTIONS_OF_A_NEW_BANK[name]: value for name, value in options.items()}
+        MemoryBank(**{"memory_layers": [0], "chunk_size": 1, **options})
+    else:
+        if options:
+            option = next(iter(options)).replace("_", "-")
+            raise ValueError(f"`--{option}` is set when a bank is made; leave it out for the one that is there.")
+        with common.open_bank(folder) as bank:
+            refuse_known(bank, texts, arguments.replace)
+    model_name = arguments.model or common.model_of_bank(folder) or common.DEFAULT_MODEL
+    console = common.console_for(arguments.json)
+    console.print(f"Opening {model_name} ...")
+    model = open_model(model_name)
+    if is_new:
+        MemoryBank.for_model(model, folder=folder, **options).close()
+    with common.open_bank(folder, model, write=True) as bank:
+        if is_new or arguments.model:
+            common.remember_model(folder, model_name)
+        refuse_known(bank, texts, arguments.replace)
+        began = time.perf_counter()
+        written = {text.name: write(bank, model, text, arguments) for text in texts}
+        supersede(bank, texts)
+        report(bank, model_name, written, time.perf_counter() - began, arguments)
+
+
+def supersede(bank: MemoryBank, texts: list[Text]) -> None:
+    """Hide what was superseded in the bank that the texts were exported from; it would be found again otherwise."""
+    with bank.transaction():
+        for text in texts:
+            if text.is_superseded and text.name in bank:
+                bank.supersede(text.name, by=text.superseded_by if text.superseded_by in bank else None)
+
+
+def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: argparse.Namespace) -> Written:
+    """Commit one document, new or in place of the one of this name."""
+    tags = (*text.tags, *arguments.tag)
+    with token_progress(text.name, common.console_for(arguments.json)) as progress, bank.transaction():
+        if text.name in bank:
+            encoded = bank.update(text.name, text.text, model=model, progress=progress)
+            written = Written(encoded, bank.info(text.name).num_tokens - encoded)
+            if tags:
+                bank.tag(text.name, tags)
+        else:
+            options: dict[str, Any] = {"tags": tags, "dated": text.dated, "valid_until": text.valid_until}
+            written = Written(model.memorize(bank, text.text, text.name, progress=progress, **options))
+        if arguments.pin or text.is_pinned:
+            bank.pin(text.name)
+    return written
+
+
+def append(arguments: argparse.Namespace) -> None:
+    """Continue a document with the text of files; all of them or, if anything fails, none."""
+    texts = [read_text(path) for path in arguments.files]
+    with common.open_bank(arguments.bank) as bank:
+        bank.info(arguments.id)
+    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    with common.open_bank(arguments.bank, model, write=True) as bank:
+        encoded, began = 0, time.perf_counter()
+        with bank.transaction():  # of a second try after half of it, the document would have that half twice
+            for path, text in zip(arguments.files, texts, strict=True):
+                with token_progress(path.name, common.console_for(arguments.json)) as progress:
+                    encoded += model.memorize(bank, text, arguments.id, append=True, progress=progress)
+        report(bank, model_name, {arguments.id: Written(encoded)}, time.perf_counter() - began, arguments)
+
+
+def update(arguments: argparse.Namespace) -> None:
+    """Replace a document by a new version of its text; what did not change is copied."""
+    (text,) = read_texts([arguments.file], arguments.id or arguments.file.name)
+    with common.open_bank(arguments.bank) as bank:
+        bank.info(text.name)
+    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    with common.open_bank(arguments.bank, model, write=True) as bank:
+        began = time.perf_counter()
+        written = {text.name: write(bank, model, text, arguments)}
+        report(bank, model_name, written, time.perf_counter() - began, arguments)
+
+
+def report(
+    bank: MemoryBank, model_name: str, written: dict[str, Written], seconds: float, arguments: argparse.Namespace
+) -> None:
+    """Print what was written, and whether anything had to go for it."""
+    infos = {info.document_id: info for info in bank.documents()}
+    if any(info.first_resident_token for info in infos.values()) or written.keys() - infos.keys():
+        full = "" if bank.capacity_tokens is None else f" at {bank.capacity_tokens:,} tokens"
+        common.say(f"longmem: the bank is full{full}; the oldest made room for the newest.")
+    if arguments.json:
+        common.print_json(
+            {
+                "bank": str(arguments.bank),
+                "model": model_name,
+                "written_tokens": {name: sum(counts) for name, counts in written.items()},
+                "copied_tokens": {name: counts.copied for name, counts in written.items()},
+                "seconds": round(seconds, 3),
+                "bank_tokens": bank.num_tokens,
+                "capacity_tokens": bank.capacity_tokens,
+            }
+        )
+        return
+    encoded, copied = (sum(column) for column in zip(*written.values(), strict=True))
+    limit = "" if bank.capacity_tokens is None else f" of {bank.capacity_tokens:,}"
+    common.console_for(False).print(
+        f"{arguments.bank}: {encoded:,} tokens encoded ({encoded / seconds:,.0f} tokens/s), {copied:,} copied; "
+        f"{bank.num_tokens:,}{limit} tokens in memory, {common.bytes_on_disk(arguments.bank) / 1e6:,.1f} MB on disk."
+    )
+
+
+def refuse_known(bank: MemoryBank, texts: list[Text], replace: bool) -> None:
+    """Raise ValueError for a document that is there, unless it is to be replaced."""
+    if known := [text.name for text in texts if text.name in bank and not replace]:
+        raise ValueError(
+            f"the bank already holds a document {known[0]!r}; leave it out, use `--replace` for a new version of it, or "
+            "another name with `--id`."
+        )

@@ -1,0 +1,193 @@
+"""Finished runs as one page: facts, tables and figures, in Markdown and in one HTML file that needs no other."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import html
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longmem.cli import common
+from longmem.evaluation.results import markdown_table
+from longmem.plots import plot_summaries
+
+NEEDED = ("config.json", "environment.json", "metrics.json", "table.md")
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; display: block; overflow-x: auto; }
+th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; }
+code { background: #f4f4f4; padding: 0 0.2rem; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What a folder holds of a run that came to its end."""
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: dict[str, Any]
+    table: str
+    figures: tuple[Path, ...]
+
+    @property
+    def title(self) -> str:
+        """Return what the run is called; runs of earlier versions are called as their folder."""
+        return str(self.environment.get("title") or self.name)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """Return the figures that can be drawn beside those of other runs, None if the run has none."""
+        return self.metrics.get("summary")
+
+    @property
+    def facts(self) -> list[str]:
+        """Return what must be known to repeat the run: settings, commit, versions, machine, time."""
+        settings, environment = self.config.get("settings", {}), self.environment
+        versions = environment.get("versions", {})
+        chosen = [f"{name} = {settings[name]}" for name in ("model", "dtype", "window", "limit") if settings.get(name)]
+        if settings.get("config"):
+            chosen.append(f"new side network {settings['config']}")
+        commit = str(environment.get("commit") or "unknown")[:12]
+        changed = " with uncommitted changes" if environment.get("uncommitted_changes") else ""
+        seconds = environment.get("wall_seconds")
+        machine = [str(environment.get("device", ""))]
+        machine += [f"{environment[name]} {name}" for name in ("cores", "threads") if name in environment]
+        lines = [
+            ", ".join(chosen),
+            f"seed {environment.get('seed')}, commit {commit}{changed}",
+            ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers") if name in versions),
+            ", ".join(machine) + (f"; {spelled_seconds(seconds)}" if seconds is not None else ""),
+        ]
+        return [line for line in lines if line]
+
+
+def read_run(folder: str | Path) -> FinishedRun:
+    """Return a finished run.
+
+    Raises:
+        ValueError: the folder is not one of a run that came to its end.
+    """
+    folder = Path(folder)
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"`folders` must be results of finished evaluations, but {folder} has no {', '.join(missing)}; run the "
+            "evaluation again with the same settings, and it goes on to its end."
+        )
+    config, environment, metrics = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in NEEDED if name.endswith(".json")
+    )
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    return FinishedRun(
+        folder, folder.resolve().name, config, environment, metrics, table, tuple(sorted(folder.glob("*.png")))
+    )
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path, title: str = "Results") -> Path:
+    """Write `report.md`, its figures and `report.html` for finished runs; return the folder.
+
+    Args:
+        folders: results of evaluations, each of another name; their order is that of the page.
+        output: folder, made if missing.
+        title: of the page.
+
+    Raises:
+        ValueError: there is no folder, two have one name, or one is not of a finished run; nothing is written.
+    """
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    if not runs or len(set(names)) < len(names):
+        raise ValueError(f"`folders` must be at least one, each of another name, got {names}; rename one of them.")
+    output = Path(output)
+    figures = output / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {title}", "", markdown_table(overview_rows(runs)), ""]
+    if any(run.summary for run in runs):
+        titles = [run.title for run in runs]
+        panels = {
+            run.title if titles.count(run.title) == 1 else f"{run.title} ({run.name})": run.summary
+            for run in runs
+            if run.summary
+        }
+        plot_summaries(figures / "overview.png", panels)
+        parts += ["![All runs: means and 95 % intervals](figures/overview.png)", ""]
+    for run in runs:
+        parts += [f"## {run.title}", "", *(f"- {line}" for line in run.facts), "", deeper(run.table), ""]
+        for figure in run.figures:
+            copied = figures / f"{run.name}-{figure.name}"
+            shutil.copyfile(figure, copied)
+            parts += [f"![{run.title}: {figure.stem}](figures/{copied.name})".replace("\n", " "), ""]
+    text = "\n".join(parts)
+    (output / "report.md").write_text(text, encoding="utf-8")
+    (output / "report.html").write_text(as_html(text, title, output), encoding="utf-8")
+    return output
+
+
+def overview_rows(runs: Sequence[FinishedRun]) -> list[list[str]]:
+    """Return the table of all runs, its head first."""
+    rows = [["run", "model", "predictions", "time", "folder"]]
+    for run in runs:
+        settings, seconds = run.config.get("settings", {}), run.environment.get("wall_seconds")
+        predictions = run.folder / "predictions.jsonl"
+        count = f"{sum(1 for _ in predictions.open('rb')):,}" if predictions.is_file() else ""
+        model = str(settings.get("model") or run.config.get("model", {}).get("backbone_name_or_path") or "")
+        if settings.get("config"):
+            model += ", untrained"
+        rows.append([run.title, model, count, "" if seconds is None else spelled_seconds(seconds), run.name])
+    return rows
+
+
+def deeper(markdown: str) -> str:
+    """Return Markdown with its headings one level down, so that they stand below the heading of their run.
+
+    >>> deeper("## Windows of 512")
+    '### Windows of 512'
+    """
+    return re.sub(r"^(#+ )", r"#\1", markdown, flags=re.MULTILINE)
+
+
+def spelled_seconds(seconds: float) -> str:
+    """Return a duration for people.
+
+    >>> spelled_seconds(42), spelled_seconds(600), spelled_seconds(9000)
+    ('42 s', '10.0 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def as_html(markdown: str, title: str, folder: Path) -> str:
+    """Return a page with the figures inside it; paths of figures are relative to `folder`."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+
+    def inlined(match: re.Match[str]) -> str:
+        data = base64.b64encode((folder / html.unescape(match.group(1))).read_bytes()).decode("ascii")
+        return f'<img src="data:image/png;base64,{data}"'
+
+    body = re.sub(r'<img src="([^"]+)"', inlined, body)
+    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    return f"{head}<style>{STYLE}</style></head><body>\n{body}</body></html>\n"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write a page over results of evaluations."""
+    folder = write_report(arguments.folders, arguments.output, arguments.title)
+    files = {name: str(folder / f"report.{ending}") for name, ending in (("markdown", "md"), ("html", "html"))}
+    if arguments.json:
+        common.print_json(files)
+    else:
+        common.console_for(False).print(f"{files['markdown']} and {files['html']}: {len(arguments.folders)} runs.")

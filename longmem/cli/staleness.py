@@ -1,0 +1,245 @@
+"""`longmem bank staleness` and `longmem bank refresh`: what in a bank another encoder wrote, and encoding it again."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import shlex
+import time
+from typing import Any
+
+from rich.console import Console
+
+from longmem.cli import common
+from longmem.console import plain_table, token_progress
+from longmem.encoder.checks import refuse_other_recipe
+from longmem.memory import MemoryBank
+from longmem.memory.refresh import Mapped, Refresher, RefreshReport, StalenessReport
+from longmem.plots import plot_staleness, require_matplotlib
+from longmem.plots.staleness import short_digest
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Say in words whether a bank is fresh, then print the figures, in total, by encoder and by document.
+
+    Raises:
+        ValueError: no bank, or no model that could probe it.
+    """
+    if arguments.plot is not None:
+        require_matplotlib()
+    common.open_bank(arguments.bank).close()  # says what is wrong with it before a model is opened
+    model_name = model = None
+    if arguments.model or arguments.probe:
+        model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    with common.open_bank(arguments.bank) as bank:  # without the model: nothing is to change
+        report, policy = bank.staleness(model, probe=arguments.probe), bank.refresh
+    summary = verdict(report, policy, model_name, command(arguments, model_name))
+    if arguments.plot is not None:
+        compared = "its current encoder" if model_name is None else model_name
+        plot_staleness(arguments.plot, report, title=f"Staleness of {arguments.bank} for {compared}")
+    if arguments.json:
+        values = {"bank": str(arguments.bank), "model": model_name, "refresh": policy, "is_fresh": report.is_fresh}
+        common.print_json(finite({**values, "summary": summary, **dataclasses.asdict(report)}))
+        return
+    console = common.console_for(False)
+    console.print(summary, markup=False)
+    for rows in (total_rows(report), version_rows(report), document_rows(report)):
+        if len(rows) > 1:
+            console.print("")
+            console.print(plain_table(rows))
+
+
+def refresh(arguments: argparse.Namespace) -> None:
+    """Bring a bank up to date with a model: what a map of the policy "mapped" does not move is encoded again.
+
+    Raises:
+        ValueError: no bank, an unknown policy, a budget below 1, or a model that can't encode what the bank holds.
+    """
+    if arguments.budget_tokens is not None and arguments.budget_tokens < 1:
+        raise ValueError(f"`--budget-tokens` must be at least 1, got {arguments.budget_tokens}.")
+    common.open_bank(arguments.bank).close()
+    if arguments.policy is not None:
+        MemoryBank(memory_layers=[0], chunk_size=1, refresh=arguments.policy)  # refuses what is not known
+    console = common.console_for(arguments.json)
+    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    with common.open_bank(arguments.bank, write=True) as bank:
+        refuse_other_recipe(bank.encoders.stamp, model.encoder_stamp())  # before anything is changed
+        before = bank.staleness(model)
+        if arguments.policy is not None:
+            bank.use_refresh(arguments.policy)
+        began = time.perf_counter()
+        done = bring_up_to_date(bank, model, arguments.budget_tokens, console)
+        seconds = time.perf_counter() - began
+        if arguments.model:
+            common.remember_model(arguments.bank, model_name)
+        after, policy = bank.staleness(model), bank.refresh
+    if arguments.json:
+        values: dict[str, Any] = {"bank": str(arguments.bank), "model": model_name, "refresh": policy}
+        speed = round(done.tokens / seconds, 1)
+        counts = {
+            "stale_tokens_before": before.tokens_to_encode,
+            "tokens_left": after.tokens_to_encode,
+            "unreachable": after.unreachable,
+        }
+        common.print_json({**values, **dataclasses.asdict(done), "tokens_per_second": speed, **counts})
+        return
+    moved = f", {tokens_moved(after):,} tokens moved by a map" if after.mapped else ""
+    speed_text = f" ({done.tokens / seconds:,.0f} tokens/s)" if done.tokens else ""
+    console.print(f"{arguments.bank}: {done.tokens:,} tokens encoded again in {seconds:,.1f} s{speed_text}{moved}.")
+    if after.tokens_to_encode:
+        console.print(f"{after.tokens_to_encode:,} tokens are left; `{command(arguments, arguments.model)}` goes on.")
+    if after.unreachable:
+        console.print(unreachable_sentence(after))
+    if done.failed:
+        console.print(f"{done.failed:,} segments got numbers that are not finite, and stay as they were.")
+
+
+def bring_up_to_date(bank: MemoryBank, model: Any, budget_tokens: int | None, console: Console) -> RefreshReport:
+    """Return what was done: a bank that maps what it can does that first, and what is still stale is encoded again."""
+    before = dataclasses.replace(bank.refreshed)
+    is_mapped = isinstance(bank.refresh_policy, Mapped)
+    if is_mapped:
+        bank.read_by(model)
+    with contextlib.ExitStack() as shown:
+        has_work = bank.staleness(model).tokens_to_encode > 0
+        progress = shown.enter_context(token_progress("refresh", console)) if has_work else None
+        if is_mapped:
+            refresher = Refresher(bank, [model])
+            refresher.reencode(refresher.stale(mapped_is_fresh=True), budget_tokens, progress)
+        else:
+            bank.reencode(model, budget_tokens=budget_tokens, progress=progress)
+    return RefreshReport(**{name: value - getattr(before, name) for name, value in vars(bank.refreshed).items()})
+
+
+def verdict(report: StalenessReport, policy: str, model_name: str | None, refresh_command: str) -> str:
+    """Return in words whether a bank is fresh and, if it is not, what differs and what to do."""
+    reader = "the bank's current encoder" if model_name is None else model_name
+    if report.differs_for_good:
+        names = ", ".join(report.differs_for_good)
+        return (
+            f"Not for {reader}: it and the bank differ in {names}, which no encoding again puts right. Memorize the texts "
+            "anew: `longmem bank export`, then `longmem bank add` with this model and another folder."
+        )
+    if not report.entries:
+        return "The bank holds no chunk, so nothing is stale."
+    if report.is_fresh:
+        return f"Fresh: all {report.tokens:,} tokens were written by {reader}."
+    stale, unknown = (round(share * report.tokens) for share in (report.stale_share, report.unknown_share))
+    parts = []
+    if stale:
+        parts.append(
+            f"{stale:,} of {report.tokens:,} tokens were written by another encoder than {reader}; the encoders differ in "
+            f"{', '.join(report.differs)}"
+        )
+    if unknown:
+        parts.append(f"for {unknown:,} of {report.tokens:,} tokens nobody knows which encoder wrote them")
+    sentences = [f"Stale: {'; '.join(parts)}.", policy_sentence(report, policy)]
+    if report.tokens_to_encode:
+        sentences.append(f"`{refresh_command}` encodes {report.tokens_to_encode:,} tokens again.")
+    if report.unreachable:
+        sentences.append(unreachable_sentence(report))
+    return " ".join(sentences)
+
+
+def policy_sentence(report: StalenessReport, policy: str) -> str:
+    """Return what the refresh policy makes of what is stale."""
+    kind = policy.partition(":")[0]
+    if not report.masked:
+        return f"The refresh policy is {policy}: all of it may be read as it is."
+    if kind == "frozen" and report.masked == report.entries:
+        return f"The refresh policy is {policy}: the bank is refused."
+    masked = "all" if report.masked == report.entries else f"{report.masked:,} of {report.entries:,}"
+    return f"The refresh policy is {policy}: {masked} chunks are not read as they are."
+
+
+def unreachable_sentence(report: StalenessReport) -> str:
+    """Return how many documents can't be encoded again, which they are, and the way out."""
+    names = [each.document_id for each in report.documents if each.is_unreachable]
+    some = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    count = "1 document" if len(names) == 1 else f"{len(names):,} documents"
+    return (
+        f"{count} can't be encoded again as a whole, because token ids or what stood before them are not known ({some}): "
+        "replace from the text, by `longmem bank update`, or delete."
+    )
+
+
+def command(arguments: argparse.Namespace, model_name: str | None) -> str:
+    """Return the command that brings the bank up to date."""
+    words = ["longmem", "bank", "refresh", "--bank", str(arguments.bank)]
+    return shlex.join([*words, *(["--model", model_name] if arguments.model and model_name else [])])
+
+
+def tokens_moved(report: StalenessReport) -> int:
+    """Return the tokens in chunks that a map has moved."""
+    return report.mapped * report.tokens // max(1, report.entries)
+
+
+def total_rows(report: StalenessReport) -> list[list[str]]:
+    """Return the table of the whole bank."""
+    values = {
+        "tokens": f"{report.tokens:,}",
+        "stale": f"{report.stale_share:.1%}",
+        "of an unknown encoder": f"{report.unknown_share:.1%}",
+        "masked chunks": f"{report.masked:,}",
+        "moved chunks": f"{report.mapped:,}",
+        "tokens to encode again": f"{report.tokens_to_encode:,}",
+        "documents that can't be": f"{report.unreachable:,}",
+        "behind, mean": f"{report.lag_mean:.2f}",
+        "behind, most": f"{report.lag_max:,}",
+        "gap, most": number(report.gap_max),
+        "drift, most": number(report.probe_drift),
+        "age, mean": f"{report.age_mean / 3600:,.1f} h",
+    }
+    return [["in total", ""], *([name, value] for name, value in values.items())]
+
+
+def version_rows(report: StalenessReport) -> list[list[str]]:
+    """Return the table of the encoders that wrote what is there."""
+    head = ["encoder", "tokens", "behind", "gap", "drift", "differs in"]
+    rows = [
+        [
+            short_digest(each),
+            f"{each.tokens:,}",
+            "?" if each.lag is None else f"{each.lag}",
+            number(each.gap),
+            number(0.0 if each.is_fresh else each.drift),
+            ", ".join(each.differs),
+        ]
+        for each in report.versions
+    ]
+    return [head, *rows]
+
+
+def document_rows(report: StalenessReport) -> list[list[str]]:
+    """Return the table of documents."""
+    head = ["document", "tokens", "stale", "behind", "masked", "moved", "age", "refresh"]
+    rows = [
+        [
+            each.document_id,
+            f"{each.tokens:,}",
+            f"{each.stale_share:.0%}",
+            f"{each.lag_max}",
+            f"{each.masked:,}",
+            f"{each.mapped:,}",
+            f"{each.age / 3600:,.1f} h",
+            "" if not each.stale_share else "not all" if each.is_unreachable else "yes",
+        ]
+        for each in report.documents
+    ]
+    return [head, *rows]
+
+
+def number(value: float | None) -> str:
+    """Return a number with three digits, "?" for what is not known."""
+    return "?" if value is None else f"{value:.3g}"
+
+
+def finite(values: Any) -> Any:
+    """Return the same values for JSON, which has no number for what is not finite: None stands there."""
+    if isinstance(values, dict):
+        return {str(name): finite(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -1,0 +1,134 @@
+"""`longmem bank tune`: which index setting fits a bank and what its model asks of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+
+from longmem.cli import common
+from longmem.cli.texts import read_text
+from longmem.console import plain_table
+from longmem.evaluation.index_queries import recommended_index, recorded_queries
+from longmem.evaluation.results import environment, markdown_table
+from longmem.memory import MemoryBank
+from longmem.memory.index.tuning import Tuned, tune
+from longmem.memory.memorize import to_token_ids
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.plots import plot_tuning, require_matplotlib
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure index settings, recommend one and, if asked, put it into the bank.
+
+    Raises:
+        ValueError: an empty bank, a layer that it does not store, a number out of range, or another model.
+    """
+    validate(arguments)
+    text = None if arguments.queries is None else read_text(arguments.queries)
+    with common.open_bank(arguments.bank) as bank:  # says what is wrong with it before a model is opened
+        layer = memory_layer(bank, arguments.layer)
+        if bank.is_empty:
+            raise ValueError(f"`tune` needs a bank that holds chunks, {arguments.bank} holds none; memorize something.")
+        own = None if text is not None else longest_document(bank)
+    console = common.console_for(arguments.json)
+    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    with common.open_bank(arguments.bank, model) as bank:
+        token_ids = query_tokens(model, bank, text, own)
+        queries = recorded_queries(model, bank, token_ids, layer, num_queries=arguments.num_queries)
+        num_chunks = model.config.num_retrieved_tokens // model.config.chunk_size
+        source = str(arguments.queries) if own is None else own
+        console.print(
+            f"{bank.num_chunks:,} chunks of layer {layer}, {queries.shape[1]:,} queries for each of {queries.shape[0]} "
+            f"heads, recall of the {num_chunks} best, milliseconds for 1,000 queries. The queries are what {model_name} asks "
+            f"as it reads {source}.",
+            markup=False,
+        )
+        results = tune(bank.search_keys(layer), queries, num_chunks=num_chunks)
+    if own is not None:
+        common.say(
+            "longmem: queries from stored text find themselves, so recall looks better than for new text; give a text "
+            "that the bank does not hold with `--queries FILE`."
+        )
+    recommended = recommended_index(results, arguments.recall)
+    console.print(plain_table(rows := table_rows(results), emphasized=recommended))
+    measured = {
+        "layer": layer,
+        "queries": source,
+        "num_chunks": num_chunks,
+        "results": [dataclasses.asdict(each) for each in results],
+        "recommended": recommended,
+    }
+    if arguments.output is not None:
+        write_files(arguments.output, measured, rows, results)
+    if arguments.apply:
+        with common.open_bank(arguments.bank, write=True) as bank:
+            bank.use_index(recommended)
+    if arguments.json:
+        common.print_json({**measured, "applied": arguments.apply})
+        return
+    exact = not any(each.num_bytes for each in results)
+    reason = "the bank is so small that all search exactly" if exact else f"recall of at least {arguments.recall:g}"
+    end = "; the bank uses it now" if arguments.apply else ", or `--apply` for this bank"
+    console.print(f'Recommended: index="{recommended}" ({reason}){end}.', markup=False)
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    """Raise for numbers out of range and for figures that could not be drawn, before long work."""
+    if arguments.num_queries < 1:
+        raise ValueError(f"`--num-queries` must be at least 1, got {arguments.num_queries}.")
+    if not 0 < arguments.recall <= 1:
+        raise ValueError(f"`--recall` must be above 0 and at most 1, got {arguments.recall}.")
+    if arguments.output is not None:
+        require_matplotlib()
+
+
+def memory_layer(bank: MemoryBank, layer: int | None) -> int:
+    """Return the layer to measure: by default the first one, whose queries depend on nothing that was read before."""
+    if layer is not None and layer not in bank.memory_layers:
+        raise ValueError(f"`--layer` must be a memory layer of the bank, one of {bank.memory_layers}, got {layer}.")
+    return bank.memory_layers[0] if layer is None else layer
+
+
+def longest_document(bank: MemoryBank) -> str:
+    """Return the document of which most is resident, among those whose token ids are known."""
+    known = [info for info in bank.documents() if bank.token_ids(info.document_id) is not None]
+    if not known:
+        raise ValueError("the bank knows no token ids of its documents; give a text to read with `--queries FILE`.")
+    return max(known, key=lambda info: info.num_chunks).document_id
+
+
+def query_tokens(
+    model: LongMemForCausalLM, bank: MemoryBank, text: str | None, document_id: str | None
+) -> Int[Tensor, " tokens"]:
+    """Return the tokens to read: of a text or, without one, of a document of the bank."""
+    if text is not None:
+        return to_token_ids(model, text)
+    assert document_id is not None
+    token_ids = bank.token_ids(document_id)
+    assert token_ids is not None
+    return token_ids
+
+
+def table_rows(results: list[Tuned]) -> list[list[str]]:
+    """Return the rows of the table for people, its head first."""
+    rows = [["index", "recall", "ms/1,000", "times exact", "build s", "MB"]]
+    for each in results:
+        numbers = (f"{each.recall:.3f}", f"{each.milliseconds:.2f}", f"{each.speed_ratio:.2f}")
+        rows.append([each.index, *numbers, f"{each.build_seconds:.2f}", f"{each.num_bytes / 1e6:.1f}"])
+    return rows
+
+
+def write_files(folder: Path, measured: dict[str, object], rows: list[list[str]], results: list[Tuned]) -> None:
+    """Write table, numbers with the machine that they are from, and figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tuning.md").write_text(markdown_table(rows) + "\n", encoding="utf-8")
+    content = json.dumps({**measured, "environment": environment()}, indent=2) + "\n"
+    (folder / "tuning.json").write_text(content, encoding="utf-8")
+    source = Path(str(measured["queries"])).name
+    title = f"Index settings on the bank's keys of layer {measured['layer']}, queries from {source}"
+    plot_tuning(folder / "tuning.png", results, title=title)

@@ -1,0 +1,245 @@
+"""Writing documents: text to token ids, windows, position-free keys and values, bank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from longmem.memory import MemoryBank, SourcePart
+from longmem.memory.checks import validate_count
+from longmem.memory.rows.segments import Joins
+
+if TYPE_CHECKING:
+    from longmem.model.modeling import LongMemForCausalLM
+
+
+@dataclass(frozen=True)
+class EncodableText:
+    """Return token ids and, if they were made from text by a tokenizer that says where, the text and their ends in it."""
+
+    ids: Int[Tensor, " tokens"]
+    text: str | None = None
+    char_ends: Int[Tensor, " tokens"] | None = None
+
+    def part(self, start: int, stop: int) -> SourcePart:
+        """Return the source of tokens from `start` to `stop`; the last token takes the text that follows it."""
+        if self.text is None or self.char_ends is None:
+            return SourcePart(self.ids[start:stop])
+        first = int(self.char_ends[start - 1]) if start else 0
+        last = len(self.text) if stop == len(self.ids) else int(self.char_ends[stop - 1])
+        return SourcePart(self.ids[start:stop], self.text[first:last], self.char_ends[start:stop] - first)
+
+
+def to_token_ids(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
+    """Return token ids of a text, or the given ids, checked; see `encodable`."""
+    return encodable(model, text_or_ids).ids
+
+
+def encodable(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tensor) -> EncodableText:
+    """Return token ids of a text, with their places in it, or the given ids, checked.
+
+    Raises:
+        ValueError: nothing to encode, not a flat sequence of integers, or ids outside the backbone's vocabulary.
+    """
+    text, char_ends = None, None
+    if isinstance(text_or_ids, str):
+        if not text_or_ids.strip():
+            raise ValueError("`text_or_ids` must hold some text, got an empty or blank string.")
+        try:
+            text_or_ids.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`text_or_ids` must be text that UTF-8 can write, got half of a surrogate pair ({error}); read files "
+                'with `encoding="utf-8"`.'
+            ) from error
+        has_offsets = getattr(model.tokenizer, "is_fast", False)
+        encoded = model.tokenizer(
+            text_or_ids, add_special_tokens=False, verbose=False, return_offsets_mapping=has_offsets
+        )
+        if has_offsets:
+            # Ends never fall: tokens of one character that takes several all end with it.
+            text = text_or_ids
+            char_ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64).cummax(0).values
+        text_or_ids = encoded["input_ids"]
+    try:
+        ids = torch.as_tensor(text_or_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "`text_or_ids` must be text or one flat sequence of token ids, at least one, got "
+            f"{type(text_or_ids).__name__} ({error})."
+        ) from error
+    if ids.ndim == 2 and ids.shape[0] == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError(
+            "`text_or_ids` must be text or one flat sequence of token ids, at least one, "
+            f"got shape {tuple(ids.shape)} of {ids.dtype}."
+        )
+    vocabulary = model.config.get_text_config().vocab_size
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"`text_or_ids` must hold ids from 0 to {vocabulary - 1}, the backbone's vocabulary, got "
+            f"{int(ids.min())} to {int(ids.max())}; were they made by the tokenizer of another model?"
+        )
+    return EncodableText(ids.long().cpu(), text, char_ends)
+
+
+def memorize(
+    model: LongMemForCausalLM,
+    bank: MemoryBank,
+    text_or_ids: str | Sequence[int] | Tensor,
+    document_id: str,
+    *,
+    append: bool = False,
+    tags: Sequence[str] = (),
+    dated: float | None = None,
+    valid_until: float | None = None,
+    reuse: tuple[MemoryBank, str] | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Encode a document and write it to the bank; see `LongMemForCausalLM.memorize`."""
+    source = encodable(model, text_or_ids)
+    validate_options(bank, reuse, batch_size)
+    dates = {"dated": dated, "valid_until": valid_until}
+    refuse_dates_of_a_part(append, dates)
+    labels: dict[str, Any] = {"tags": tags, **dates}
+    length = model.config.segment_length
+    context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
+    # What is appended goes on with the window that the document ends in; if that is not known, windows start here.
+    # Of a document whose windows are not known, new windows may begin inside a chunk, or without the ids before them.
+    known = {} if reuse is None or context is None else known_windows(*reuse, length)
+    context = torch.empty(0, dtype=torch.int64) if context is None else context
+    is_new = not append
+    num_encoded = 0
+
+    def write(start: int, stop: int, keys: list[Tensor], values: list[Tensor]) -> None:
+        nonlocal is_new
+        part = source.part(start, stop)
+        options: dict[str, Any] = {"text": part.text, "char_ends": part.char_ends}
+        if is_new:
+            bank.add(document_id, keys, values, part.token_ids, segment="new", **labels, **options)
+        else:
+            joins: Joins = "same" if start == 0 and len(context) else "new"
+            bank.append(document_id, keys, values, part.token_ids, segment=joins, **options)
+        is_new = False
+
+    with bank.transaction():
+        try:
+            for group in groups(source.ids, len(context), length, batch_size, known):
+                start, stop = group[0][0], group[-1][1]
+                origin = known.get(window_key(source.ids[start:stop]))
+                if reuse is not None and origin is not None and is_resident(*reuse, origin):
+                    copied = source.part(start, stop)
+                    bank.copy_tokens(document_id, *reuse, origin, copied, **(labels if is_new else {}))
+                    is_new = False
+                else:
+                    before = context if start == 0 else context[:0]
+                    batch = torch.stack([torch.cat([before, source.ids[first:last]]) for first, last in group])
+                    keys, values = model.encode(batch.to(model.input_device))
+                    num_encoded += stop - start
+                    for lane, place in enumerate(group):
+                        write(*place, *([layer[lane, :, len(before) :] for layer in part] for part in (keys, values)))
+                if progress is not None:
+                    progress(stop, len(source.ids))
+        except BaseException:
+            if not append and not is_new:
+                bank.delete(document_id)
+            raise
+    return num_encoded
+
+
+def groups(
+    ids: Int[Tensor, " tokens"], offset: int, length: int, batch_size: int, known: Mapping[bytes, int]
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield windows, as (start, stop), that can be encoded together; the first is shorter by `offset`.
+
+    Known windows, and those that are not whole, come alone.
+    """
+    group: list[tuple[int, int]] = []
+    start = 0
+    while start < len(ids):
+        stop = min(len(ids), start + length - (0 if start else offset))
+        is_alone = stop - start < length or window_key(ids[start:stop]) in known
+        if group and (is_alone or len(group) == batch_size):
+            yield group
+            group = []
+        group.append((start, stop))
+        if is_alone:
+            yield group
+            group = []
+        start = stop
+    if group:
+        yield group
+
+
+def window_key(ids: Int[Tensor, " tokens"]) -> bytes:
+    """Return what two windows of the same tokens have in common."""
+    return ids.numpy().tobytes()
+
+
+def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes, int]:
+    """Return the first token of every whole window of a document that can be copied, by its tokens.
+
+    Those can't be that were encoded in another way, by an earlier encoder, or that begin or end inside a chunk.
+    """
+    ids, info = bank.token_ids(document_id), bank.info(document_id)
+    if ids is None:
+        return {}
+    offset, stop = info.first_resident_token, info.num_tokens - info.num_waiting_tokens
+    lags = bank.encoders.lags()
+    return {
+        window_key(ids[each.start - offset : each.stop - offset]): each.start
+        for each in bank.segments(document_id)
+        if each.is_known
+        and each.mapped_to < 0
+        and (not lags or (each.version >= 0 and lags[each.version] == 0))
+        and each.stop - each.start == length
+        and each.start % bank.chunk_size == each.stop % bank.chunk_size == 0
+        and each.stop <= stop
+    }
+
+
+def is_resident(bank: MemoryBank, document_id: str, token: int) -> bool:
+    """Return whether a token is still there: what is written meanwhile may evict it from the same bank."""
+    return document_id in bank and bank.info(document_id).first_resident_token <= token
+
+
+def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, batch_size: int) -> None:
+    """Raise ValueError unless windows can be copied from `reuse` as they are stored, and `batch_size` is a count."""
+    validate_count("batch_size", batch_size)
+    if reuse is None:
+        return
+    if not isinstance(reuse, tuple) or len(reuse) != 2 or not isinstance(reuse[0], MemoryBank):
+        raise ValueError(f"`reuse` must be a MemoryBank and the name of a document in it, got {reuse!r}.")
+    for name in ("memory_layers", "chunk_size", "storage_dtype", "fingerprint"):
+        own, other = getattr(bank, name), getattr(reuse[0], name)
+        if own != other:
+            raise ValueError(
+                f"`reuse` must be a bank with the `{name}` of the one to write to, {own}, got {other}; leave it out to "
+                "encode all windows."
+            )
+
+
+def refuse_dates_of_a_part(append: bool, dates: Mapping[str, float | None]) -> None:
+    """Raise ValueError for dates of what is appended: a document has one date."""
+    for name, date in dates.items():
+        if append and date is not None:
+            raise ValueError(
+                f"`{name}` must be left out with `append`, got {date}: it is said of a new document; memorize what has "
+                "another date under a name of its own."
+            )
+
+
+def open_window(bank: MemoryBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
+    """Return the tokens of the window that a document ends in, None if they are not known."""
+    ids, last = bank.token_ids(document_id), bank.segments(document_id)[-1]
+    if ids is None or not last.is_known or last.stop - last.start > length:
+        return None
+    num_tokens = (last.stop - last.start) % length
+    return ids[len(ids) - num_tokens :]

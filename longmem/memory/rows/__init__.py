@@ -1,0 +1,1 @@
+"""The rows of a bank: documents cut into chunks, where each chunk stands, and how its numbers are kept."""

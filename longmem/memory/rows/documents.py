@@ -1,0 +1,272 @@
+"""What a bank knows about one document: its rows, its source text, its tags and how often it was read."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.memory.rows.segments import Segments
+
+# Keys and values of one memory layer; layers may differ in heads and widths, so sizes have no names (underscore).
+Tail = tuple[Float[Tensor, "_kv_heads _waiting _key_dim"], Float[Tensor, "_kv_heads _waiting _value_dim"]]
+
+
+@dataclass(frozen=True)
+class DocumentInfo:
+    """Return what a bank knows about one document; lengths and offsets in tokens of the document.
+
+    `num_tokens`: written so far, also those since evicted. `num_chunks`: resident, so found by search, unless hidden.
+    `num_waiting_tokens`: the tail that is shorter than a chunk and waits for more. `first_resident_token`: where the
+    first resident chunk starts (where the next chunk will start, if none is resident). `num_reads`: how often a search
+    returned one of its chunks, counted for each query; `last_read` and `written_at` in seconds since 1970, 0 for never.
+    `dated`: when the content was true, None: when it was written; `valid_until`: when it ceases to be, None: never.
+    `is_superseded`: it no longer holds, and no search finds it; `superseded_by` names what took its place, if anything did.
+    """
+
+    document_id: str
+    num_tokens: int
+    num_chunks: int
+    num_waiting_tokens: int
+    first_resident_token: int
+    tags: tuple[str, ...] = ()
+    is_pinned: bool = False
+    dated: float | None = None
+    valid_until: float | None = None
+    is_superseded: bool = False
+    superseded_by: str | None = None
+    num_reads: int = field(default=0, compare=False)
+    last_read: float = field(default=0.0, compare=False, repr=False)
+    written_at: float = field(default=0.0, compare=False, repr=False)
+
+
+class IntQueue:
+    """Return a queue of integers in one tensor; pushing and popping cost O(what is pushed or popped), amortised.
+
+    >>> queue = IntQueue()
+    >>> queue.push(torch.tensor([1, 2, 3])); queue.pop(2), queue.values
+    (tensor([1, 2]), tensor([3]))
+    """
+
+    def __init__(self, values: Int[Tensor, " values"] | None = None, dtype: torch.dtype = torch.int64) -> None:
+        self._data = torch.empty(0, dtype=dtype) if values is None else values
+        self._start, self._stop = 0, len(self._data)
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    @property
+    def values(self) -> Int[Tensor, " values"]:
+        """Return a view of the values, oldest first; it is valid until the next push."""
+        return self._data[self._start : self._stop]
+
+    def push(self, values: Int[Tensor, " values"]) -> None:
+        """Add values at the end."""
+        if self._stop + len(values) > len(self._data):
+            data = torch.empty(2 * (len(self) + len(values)), dtype=self._data.dtype)
+            data[: len(self)] = self.values
+            self._data, self._start, self._stop = data, 0, len(self)
+        self._data[self._stop : self._stop + len(values)] = values
+        self._stop += len(values)
+
+    def pop(self, count: int) -> Int[Tensor, " count"]:
+        """Return the oldest `count` values and drop them."""
+        values = self.values[:count].clone()
+        self._start += count
+        return values
+
+    def cut(self, count: int) -> None:
+        """Drop all but the oldest `count` values."""
+        self._stop = min(self._stop, self._start + count)
+
+
+def code_points(text: str) -> Int[Tensor, " characters"]:
+    """Return the code point of each character, as int32.
+
+    >>> code_points("né")
+    tensor([110, 233], dtype=torch.int32)
+    """
+    return torch.from_numpy(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32).copy())
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """Return the source of some consecutive tokens: their ids and, if known, the text that they came from.
+
+    `char_ends`: for each token the character after its last, counted in `text`; the last token takes what follows it.
+    Both are None if the writer gave ids alone.
+    """
+
+    token_ids: Int[Tensor, " tokens"]
+    text: str | None = None
+    char_ends: Int[Tensor, " tokens"] | None = None
+
+
+class Source:
+    """Return an empty source of a document: the tokens that are resident or wait, and the text from which they came.
+
+    Characters are counted from the start of the document, also when its first tokens have been dropped.
+
+    >>> source = Source(has_text=True)
+    >>> source.push(SourcePart(torch.tensor([7, 8]), "Call me", torch.tensor([4, 7])))
+    >>> source.drop(1); source.token_ids.tolist(), source.characters(0, 1)
+    ([8], (4, 7, ' me'))
+    """
+
+    def __init__(self, has_text: bool, first_char: int = 0) -> None:
+        self.has_text = has_text
+        self.first_char = first_char
+        self._ids, self._ends, self._text = IntQueue(), IntQueue(), IntQueue(dtype=torch.int32)
+
+    @property
+    def token_ids(self) -> Int[Tensor, " tokens"]:
+        """Return a view of the ids; it is valid until the next push."""
+        return self._ids.values
+
+    @property
+    def text(self) -> str:
+        """Return the text of all tokens that are left."""
+        return self._string(self.first_char, self.first_char + len(self._text))
+
+    def push(self, part: SourcePart) -> None:
+        """Add what follows."""
+        self._ids.push(part.token_ids)
+        if part.text is not None and part.char_ends is not None:
+            self._ends.push(part.char_ends + self.first_char + len(self._text))
+            self._text.push(code_points(part.text))
+
+    def drop(self, num_tokens: int) -> None:
+        """Forget the oldest tokens, and their text."""
+        self._ids.pop(num_tokens)
+        if self.has_text and num_tokens:
+            stop = int(self._ends.pop(num_tokens)[-1])
+            self._text.pop(max(0, stop - self.first_char))
+            self.first_char = max(stop, self.first_char)
+
+    def shorten(self, num_tokens: int) -> None:
+        """Forget what follows the first `num_tokens` tokens."""
+        self._ids.cut(num_tokens)
+        if self.has_text:
+            self._ends.cut(num_tokens)
+            self._text.cut(int(self._ends.values[-1]) - self.first_char if num_tokens else 0)
+
+    def part(self, start: int, stop: int) -> SourcePart:
+        """Return the source of some of the tokens that are left, counted from the first of them."""
+        ids = self._ids.values[start:stop].clone()
+        if not self.has_text:
+            return SourcePart(ids)
+        first, _, text = self.characters(start, stop)
+        return SourcePart(ids, text, self._ends.values[start:stop] - first)
+
+    def characters(self, start: int, stop: int) -> tuple[int, int, str]:
+        """Return the first character of some tokens, the one after the last, and the text between them."""
+        first = int(self._ends.values[start - 1]) if start else self.first_char
+        last = int(self._ends.values[stop - 1]) if stop > start else first
+        return first, last, self._string(first, last)
+
+    def _string(self, first: int, last: int) -> str:
+        points = self._text.values[first - self.first_char : last - self.first_char]
+        return points.numpy().tobytes().decode("utf-32-le", "surrogatepass")
+
+
+@dataclass(eq=False)
+class Run:
+    """Return a run of consecutive chunks of one document, written together.
+
+    For banks in a folder: `slot` is where the first of them is on disk, `stored` what the catalogue holds of the run:
+    its first chunk, its number of chunks, its slot.
+    """
+
+    document: Document
+    num_chunks: int
+    written_at: float
+    order: int
+    slot: int = -1
+    stored: tuple[int, int, int] | None = None
+
+
+@dataclass(eq=False)
+class Document:
+    """Return the record of one document.
+
+    `serial` is its number in the ledger, -1 before it is entered; it is never used again, so that a document that
+    replaces another of the same name cannot inherit rows.
+    """
+
+    document_id: str
+    serial: int = -1
+    num_tokens: int = 0
+    tags: tuple[str, ...] = ()
+    is_pinned: bool = False
+    dated: float | None = None
+    valid_until: float | None = None
+    is_superseded: bool = False
+    superseded_by: str | None = None
+    segments: Segments = field(default_factory=Segments)
+    num_reads: int = 0
+    last_read: float = 0.0
+    written_at: float = field(default_factory=time.time)
+    rows: IntQueue = field(default_factory=IntQueue)
+    runs: deque[Run] = field(default_factory=deque)
+    # Source of the resident and the waiting tokens; None where the writer gave none. A bank on disk puts a function here
+    # that reads it when it is needed.
+    source_or_reader: Source | Callable[[], Source | None] | None = None
+    # For each memory layer the float32 keys and values of the tokens that wait; empty if none do.
+    waiting: list[Tail] = field(default_factory=list)
+
+    @property
+    def source(self) -> Source | None:
+        """Return the source of the resident and the waiting tokens, None if the writer gave none."""
+        if callable(self.source_or_reader):
+            self.source_or_reader = self.source_or_reader()
+        return self.source_or_reader
+
+    @property
+    def date(self) -> float:
+        """Return when the content was true: when it was written, if nobody said."""
+        return self.written_at if self.dated is None else self.dated
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Return the length of the tail that is shorter than a chunk."""
+        return self.waiting[0][0].shape[1] if self.waiting else 0
+
+    def num_whole_chunks(self, chunk_size: int) -> int:
+        """Return how many chunks were written so far, also those since evicted."""
+        return (self.num_tokens - self.num_waiting_tokens) // chunk_size
+
+    def first_chunk(self, chunk_size: int) -> int:
+        """Return the position in the document, in chunks, of its first resident chunk."""
+        return self.num_whole_chunks(chunk_size) - len(self.rows)
+
+    def push_source(self, part: SourcePart) -> None:
+        """Add the source of new tokens."""
+        if self.source_or_reader is None:
+            self.source_or_reader = Source(has_text=part.text is not None)
+        assert self.source is not None
+        self.source.push(part)
+
+    def info(self, chunk_size: int) -> DocumentInfo:
+        """Return the public summary."""
+        return DocumentInfo(
+            document_id=self.document_id,
+            num_tokens=self.num_tokens,
+            num_chunks=len(self.rows),
+            num_waiting_tokens=self.num_waiting_tokens,
+            first_resident_token=self.first_chunk(chunk_size) * chunk_size,
+            tags=self.tags,
+            is_pinned=self.is_pinned,
+            dated=self.dated,
+            valid_until=self.valid_until,
+            is_superseded=self.is_superseded,
+            superseded_by=self.superseded_by,
+            num_reads=self.num_reads,
+            last_read=self.last_read,
+            written_at=self.written_at,
+        )

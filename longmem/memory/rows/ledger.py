@@ -1,0 +1,303 @@
+"""The book-keeping of the memory bank: which document owns which row, and in which order rows were written.
+
+Nothing here touches keys or values, so every promise about rows and documents can be read, and tested, in this file and
+`documents.py` alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from longmem.memory.eviction import EvictionPolicy
+from longmem.memory.rows.documents import Document, Run
+
+# Numbers that no two states of any ledgers share, also when a bank is cleared and gets a new ledger.
+_STAMPS = itertools.count()
+
+# Chunks of one document that are written one after the other within this time make one run.
+SECONDS_OF_A_RUN = 1.0
+
+
+class ChunkPlace(NamedTuple):
+    """Return where a chunk is from: tokens and characters of its document, and its text.
+
+    Characters and text are None where the writer gave no text.
+    """
+
+    document_id: str
+    start: int
+    stop: int
+    char_start: int | None = None
+    char_stop: int | None = None
+    text: str | None = None
+
+
+class Ledger:
+    """Return an empty ledger; live rows are always `[0, num_rows)`, each owned by one chunk of one document."""
+
+    def __init__(self, chunk_size: int, policy: EvictionPolicy) -> None:
+        self.chunk_size = chunk_size
+        self.policy = policy
+        self.documents: dict[str, Document] = {}
+        self.num_rows = 0
+        self.num_pinned_rows = 0
+        # `version` changes with every change, so that a view knows when to look again; `generation` only when a row
+        # that was live may hold something else, so that a reader knows whether rows found before are still good.
+        # `encodings` when a row that was live holds the same chunk, encoded again.
+        self.version = self.generation = self.encodings = next(_STAMPS)
+        # Serials of the documents that changed or ceased to be since somebody last emptied the set: what a bank on disk
+        # has to write. Serials of documents that were only read stand in the second one.
+        self.changed: set[int] = set()
+        self.read: set[int] = set()
+        self.by_serial: dict[int, Document] = {}
+        # Serials of the documents that are hidden from searches, or will be.
+        self.marked: set[int] = set()
+        self.next_serial = 0
+        # Runs of chunks in the order of writing, oldest first.
+        self.runs: OrderedDict[int, Run] = OrderedDict()
+        self.next_order = 0
+        # For each row the serial of its document, its position there, in chunks, the version of its encoder and the one
+        # that a map has moved it to; never without a column, so that row -1 can be looked up, too.
+        self._table = torch.zeros(4, 1, dtype=torch.int64)
+
+    # Writing.
+
+    def open(self, document: Document) -> None:
+        """Enter a document; it stays until it is closed, or evicted to the last chunk with no tail waiting."""
+        if document.serial < 0:
+            document.serial = self.next_serial
+        self.next_serial = max(self.next_serial, document.serial + 1)
+        self.documents[document.document_id] = document
+        self.by_serial[document.serial] = document
+        self.changed.add(document.serial)
+        self._mark(document)
+
+    def record(self, document: Document, rows: Int[Tensor, " chunks"], slot: int = -1) -> None:
+        """Enter the rows of the newest chunks of `document`, whose length and tail are already up to date.
+
+        `slot`: where the first of them is on disk, the others behind it.
+        """
+        self._touch(document)
+        document.written_at = now = time.time()
+        if not len(rows):
+            return
+        last = next(reversed(self.runs.values()), None)
+        follows = slot < 0 or (last is not None and slot == last.slot + last.num_chunks)
+        if last is None or last.document is not document or now - last.written_at > SECONDS_OF_A_RUN or not follows:
+            last = self.enter_run(Run(document, 0, now, self.next_order, slot))
+        last.num_chunks += len(rows)
+        self.place(document, rows, document.num_whole_chunks(self.chunk_size) - len(rows))
+
+    def enter_run(self, run: Run) -> Run:
+        """Return `run`, which now is the newest of all."""
+        self.runs[run.order] = run
+        self.next_order = run.order + 1
+        run.document.runs.append(run)
+        return run
+
+    def place(self, document: Document, rows: Int[Tensor, " chunks"], start: int) -> None:
+        """Give rows to the chunks of a document that follow those which have one; the first stands at `start`, in chunks."""
+        document.rows.push(rows)
+        self.num_pinned_rows += len(rows) * document.is_pinned
+        self.num_rows = max(self.num_rows, int(rows.max()) + 1)
+        if self.num_rows > self._table.shape[1]:
+            table = torch.zeros(4, 2 * self.num_rows, dtype=torch.int64)
+            table[:, : self._table.shape[1]] = self._table
+            self._table = table
+        self._table[0, rows] = document.serial
+        self._table[1, rows] = torch.arange(start, start + len(rows))
+        self._table[2:, rows] = document.segments.of_chunks(start, len(rows), self.chunk_size)
+
+    def note_encoding(self, document: Document) -> None:
+        """Take over the versions of a document's segments, some of which were encoded again."""
+        self._touch(document)
+        self.encodings = next(_STAMPS)
+        rows = document.rows.values
+        first = document.first_chunk(self.chunk_size)
+        self._table[2:, rows] = document.segments.of_chunks(first, len(rows), self.chunk_size)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a document another id; its place in the order of documents stays."""
+        self._touch(self.documents[old])
+        self.documents[old].document_id = new
+        for document in self.documents.values():
+            if document.superseded_by == old:
+                self._touch(document)
+                document.superseded_by = new
+        self.documents = {document.document_id: document for document in self.documents.values()}
+
+    def label(self, document: Document, tags: tuple[str, ...]) -> None:
+        """Give a document other tags."""
+        self._touch(document)
+        document.tags = tags
+
+    def pin(self, document: Document, is_pinned: bool) -> None:
+        """Keep a document from eviction, or no longer."""
+        if document.is_pinned != is_pinned:
+            self._touch(document)
+            document.is_pinned = is_pinned
+            self.num_pinned_rows += len(document.rows) * (1 if is_pinned else -1)
+
+    def supersede(self, document: Document, is_superseded: bool, by: str | None, valid_until: float | None) -> None:
+        """Hide a document from searches or show it again, and say until when it is valid."""
+        self._touch(document)
+        document.is_superseded, document.superseded_by, document.valid_until = is_superseded, by, valid_until
+        self._mark(document)
+
+    def note_change(self) -> None:
+        """Count a change of the bank that is none of its documents'."""
+        self.version = next(_STAMPS)
+
+    # Forgetting.
+
+    def evict(self, num_chunks: int, keep: Document) -> Int[Tensor, " chunks"]:
+        """Return the rows of `num_chunks` chunks that the policy chose, for the caller to overwrite.
+
+        A document with nothing left is forgotten, except `keep`, which is about to get more. There are so many chunks
+        that are not pinned.
+        """
+        if not num_chunks:
+            return torch.empty(0, dtype=torch.int64)
+        taken: list[tuple[Document, int]] = []
+        missing = num_chunks
+        for run in self.policy.order(self._unpinned_runs()):
+            taken.append((run.document, min(run.num_chunks, missing)))
+            missing -= taken[-1][1]
+            if not missing:
+                break
+        assert not missing, "a policy must offer all runs that it is given"
+        return self._take(taken, keep)
+
+    def expired(self) -> list[tuple[Document, int]]:
+        """Return documents and how many of their oldest chunks have outlived the policy's time."""
+        return [(run.document, run.num_chunks) for run in self.policy.expired(self._unpinned_runs(), time.time())]
+
+    def release(
+        self, taken: Iterable[tuple[Document, int]]
+    ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " moved"], Int[Tensor, " moved"]]:
+        """Take the oldest chunks of documents; return their rows, and rows to move (from, to), as `close` does."""
+        return self._fill_holes(self._take(taken, None))
+
+    def close(self, document: Document) -> tuple[Int[Tensor, " rows"], Int[Tensor, " moved"], Int[Tensor, " moved"]]:
+        """Forget a document; return its rows, and the live rows to move (from, to) so that rows stay dense."""
+        self._touch(document)
+        rows = document.rows.values.clone()
+        self._forget(document)
+        for run in document.runs:
+            del self.runs[run.order]
+        return self._fill_holes(rows)
+
+    def _take(self, taken: Iterable[tuple[Document, int]], keep: Document | None) -> Int[Tensor, " chunks"]:
+        """Take so many of the oldest chunks from each document; return their rows."""
+        self.generation = next(_STAMPS)
+        rows = [torch.empty(0, dtype=torch.int64)]
+        for document, count in taken:
+            self._touch(document)
+            rows.append(document.rows.pop(count))
+            if len(rows[-1]):
+                document.segments.drop((int(self._table[1, rows[-1][-1]]) + 1) * self.chunk_size)
+            if document.source is not None:
+                document.source.drop(count * self.chunk_size)
+            while count:
+                run = document.runs[0]
+                gone = min(count, run.num_chunks)
+                run.num_chunks -= gone
+                run.slot += gone * (run.slot >= 0)
+                count -= gone
+                if not run.num_chunks:
+                    del self.runs[document.runs.popleft().order]
+            if not len(document.rows) and not document.waiting and document is not keep:
+                self._forget(document)
+        return torch.cat(rows)
+
+    def _fill_holes(
+        self, dropped: Int[Tensor, " rows"]
+    ) -> tuple[Int[Tensor, " rows"], Int[Tensor, " moved"], Int[Tensor, " moved"]]:
+        if len(dropped):
+            self.generation = next(_STAMPS)
+        dropped = dropped.sort().values
+        num_rows = self.num_rows - len(dropped)
+        stays = torch.ones(len(dropped), dtype=torch.bool)
+        stays[dropped[dropped >= num_rows] - num_rows] = False
+        sources = torch.arange(num_rows, self.num_rows)[stays]
+        destinations = dropped[dropped < num_rows]
+
+        self._table[:, destinations] = self._table[:, sources]
+        serials, positions = self._table[:2, sources]
+        for serial in serials.unique().tolist():
+            owner, mine = self.by_serial[serial], serials == serial
+            owner.rows.values[positions[mine] - owner.first_chunk(self.chunk_size)] = destinations[mine]
+        self.num_rows = num_rows
+        return dropped, sources, destinations
+
+    def _forget(self, document: Document) -> None:
+        self.num_pinned_rows -= len(document.rows) * document.is_pinned
+        del self.documents[document.document_id], self.by_serial[document.serial]
+        self.marked.discard(document.serial)
+
+    def _mark(self, document: Document) -> None:
+        if document.is_superseded or document.valid_until is not None:
+            self.marked.add(document.serial)
+        else:
+            self.marked.discard(document.serial)
+
+    def _touch(self, document: Document) -> None:
+        self.version = next(_STAMPS)
+        self.changed.add(document.serial)
+
+    def _unpinned_runs(self) -> Iterator[Run]:
+        return (run for run in self.runs.values() if not run.document.is_pinned)
+
+    # Reading.
+
+    @property
+    def versions(self) -> Int[Tensor, "2 rows"]:
+        """Return for each live row the version of its encoder, and the version that a map has moved it to or -1."""
+        return self._table[2:, : self.num_rows]
+
+    def positions(self, rows: Int[Tensor, " _rows"]) -> tuple[Int[Tensor, " _rows"], Int[Tensor, " _rows"]]:
+        """Return the serial of each live row's document, and its position there, in chunks."""
+        serials, positions = self._table[:2, rows]
+        return serials, positions
+
+    def rows_of(self, documents: Iterable[Document]) -> Int[Tensor, " rows"]:
+        """Return the live rows of these documents, sorted."""
+        rows = [document.rows.values for document in documents]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *rows]).sort().values
+
+    def count_reads(self, rows: Int[Tensor, ...]) -> None:
+        """Note that a search returned these rows, where they are not -1."""
+        rows = rows.detach().flatten().cpu()
+        serials = self._table[0, rows[rows >= 0]]
+        counts = torch.bincount(serials)
+        now = time.time()
+        for serial in counts.nonzero().flatten().tolist():
+            document = self.by_serial[serial]
+            document.num_reads += int(counts[serial])
+            document.last_read = now
+            self.read.add(serial)
+
+    def locate(self, rows: Int[Tensor, " rows"]) -> list[ChunkPlace | None]:
+        """Return the place of each row; None for row -1."""
+        serials, positions = self._table[:2, rows.clamp(min=0)].tolist()
+        return [
+            self._place_of(self.by_serial[serial], position) if row >= 0 else None
+            for row, serial, position in zip(rows.tolist(), serials, positions, strict=True)
+        ]
+
+    def _place_of(self, document: Document, chunk: int) -> ChunkPlace:
+        start = chunk * self.chunk_size
+        place = ChunkPlace(document.document_id, start, start + self.chunk_size)
+        source = document.source
+        if source is None or not source.has_text:
+            return place
+        first = (chunk - document.first_chunk(self.chunk_size)) * self.chunk_size
+        return ChunkPlace(*place[:3], *source.characters(first, first + self.chunk_size))

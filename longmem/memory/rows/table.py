@@ -1,0 +1,349 @@
+"""What a memory bank holds: ledger, storage and indexes, which change together here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.encoder.history import Encoders
+from longmem.memory.eviction import EvictionPolicy
+from longmem.memory.index import ChunkIndex, Found, SavedIndex, make_index
+from longmem.memory.rows.chunks import Chunks, LayerShape, bytes_of_chunk, cut_into_chunks
+from longmem.memory.rows.documents import Document, IntQueue, Run, Source, SourcePart, Tail
+from longmem.memory.rows.ledger import Ledger
+from longmem.memory.rows.segments import Joins
+from longmem.memory.rows.storage import Storage
+
+# What stays when the text of a document is replaced.
+SAID_OF_A_DOCUMENT = ("tags", "is_pinned", "dated", "valid_until", "is_superseded", "superseded_by")
+
+
+class BankContents:
+    """Return the empty contents of a bank; layers are counted by position here.
+
+    Arguments have been checked by the bank. A write allocates all it needs before it changes anything.
+
+    Args:
+        storage: where rows are kept.
+        policy: what goes when `capacity` is reached.
+        capacity_tokens: None: no limit.
+        capacity_bytes: None: no limit; both: the lower one.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        policy: EvictionPolicy,
+        *,
+        chunk_size: int,
+        capacity_tokens: int | None,
+        capacity_bytes: int | None,
+        index: str,
+        storage_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.storage = storage
+        self.chunk_size = chunk_size
+        self._capacity_tokens, self._capacity_bytes = capacity_tokens, capacity_bytes
+        self.index = index
+        self.storage_dtype = storage_dtype
+        self.device = device
+        self.ledger = Ledger(chunk_size, policy)
+        self.encoders = Encoders()
+        # Indexes that were needed so far, by the position of their layer; and how to find what is saved of one.
+        self.indexes: dict[int, ChunkIndex] = {}
+        self.find_saved: Callable[[int], SavedIndex | None] | None = None
+
+    @property
+    def shapes(self) -> list[LayerShape] | None:
+        """Return the sizes of each layer, None before the first write has fixed them."""
+        return self.storage.shapes or None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all keys, values and search keys, with the room that growth has reserved."""
+        tails = (tensor for document in self.ledger.documents.values() for pair in document.waiting for tensor in pair)
+        return self.storage.nbytes + sum(tensor.nbytes for tensor in tails)
+
+    @property
+    def capacity(self) -> int | None:
+        """Return how many chunks there is room for, None for no limit; bytes count once the sizes of heads are known."""
+        limits = []
+        if self._capacity_tokens is not None:
+            limits.append(self._capacity_tokens // self.chunk_size)
+        if self._capacity_bytes is not None and self.shapes is not None:
+            limits.append(self._capacity_bytes // bytes_of_chunk(self.shapes, self.chunk_size, self.storage_dtype))
+        return min(limits, default=None)
+
+    # Writing.
+
+    def extend(
+        self,
+        document: Document,
+        keys: Sequence[Float[Tensor, "_kv_heads _tokens _dim"]],
+        values: Sequence[Float[Tensor, "_kv_heads _tokens _dim"]],
+        source: SourcePart | None,
+        joins: Joins,
+    ) -> None:
+        """Write tokens to the end of a document, new or known, together with the tail that waited there."""
+        tokens = [
+            (key.detach().to(self.device), value.detach().to(self.device))
+            for key, value in zip(keys, values, strict=True)
+        ]
+        new_tokens = tokens[0][0].shape[1]
+        if document.waiting:
+            tokens = [
+                (torch.cat([old_key, key], dim=1), torch.cat([old_value, value], dim=1))
+                for (old_key, old_value), (key, value) in zip(document.waiting, tokens, strict=True)
+            ]
+        num_chunks = tokens[0][0].shape[1] // self.chunk_size
+        if self._capacity_bytes is not None and self.shapes is None:  # how many chunks that is depends on their sizes
+            self.fix_sizes(tokens)
+        skipped = self._chunks_without_room(document, num_chunks)
+        start, stop = skipped * self.chunk_size, num_chunks * self.chunk_size
+        chunks = [
+            cut_into_chunks(key[:, start:stop], value[:, start:stop], self.chunk_size, self.storage_dtype)
+            for key, value in tokens
+        ]
+        # Tails stay in float32, so that a chunk is the same however its tokens arrive; `copy` lets go of the rest.
+        tails = [
+            (key[:, stop:].to(torch.float32, copy=True), value[:, stop:].to(torch.float32, copy=True))
+            for key, value in tokens
+        ]
+        self._reserve(chunks)
+
+        document.num_tokens += new_tokens
+        document.segments.push(new_tokens, joins, self.encoders.current)
+        document.waiting = tails if tails[0][0].shape[1] else []
+        self._write_with_source(document, chunks, source, skipped)
+
+    def fix_sizes(self, tokens: Sequence[Tail]) -> None:
+        """Take over the sizes of heads from the keys and values of each layer, without writing any."""
+        none = [(key[:, :0], value[:, :0]) for key, value in tokens]
+        self.storage.reserve([cut_into_chunks(*pair, self.chunk_size, self.storage_dtype) for pair in none], 0)
+
+    def extend_with_chunks(self, document: Document, chunks: list[Chunks], source: SourcePart | None) -> None:
+        """Write whole chunks, as they are stored, to the end of a document without a tail: a segment of this encoder."""
+        assert not document.waiting
+        skipped = self._chunks_without_room(document, chunks[0].keys.shape[1])
+        document.num_tokens += chunks[0].keys.shape[1] * self.chunk_size
+        document.segments.push(chunks[0].keys.shape[1] * self.chunk_size, "new", self.encoders.current)
+        chunks = [Chunks(*(tensor[:, skipped:].to(self.device) for tensor in layer)) for layer in chunks]
+        self._reserve(chunks)
+        self._write_with_source(document, chunks, source, skipped)
+
+    def replace(self, old: Document, draft: BankContents, new: Document) -> None:
+        """Put a document of `draft`, whose chunks are as they are stored here, in place of `old`."""
+        chunks = draft.storage.select(new.rows.values)
+        room = None if self.capacity is None else self.capacity - self.ledger.num_pinned_rows
+        if room is not None and len(new.rows) > room + len(old.rows) * old.is_pinned:
+            raise self._too_full(new.document_id, len(new.rows))
+        self._reserve(chunks)
+        self.drop(old)
+        # What was said of the document stays; the other fields are of the new text.
+        said = {name: getattr(old, name) for name in SAID_OF_A_DOCUMENT}
+        twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=deque(), **said)
+        self._write(twin, chunks)
+
+    def overwrite(self, document: Document, start: int, tokens: Sequence[Tail]) -> None:
+        """Put other keys and values of tokens from `start` on in the place of those that are there.
+
+        Only chunks that these tokens fill are written, and what waits of them. Rows, order of eviction and source stay. On disk
+        a run of chunks is written anew as a whole, because it has consecutive places.
+        """
+        stop = start + tokens[0][0].shape[1]
+        whole = document.num_whole_chunks(self.chunk_size)
+        resident = document.first_chunk(self.chunk_size)
+        first, last = max(-(-start // self.chunk_size), resident), min(stop // self.chunk_size, whole)
+        if last > first:
+            cut = slice(first * self.chunk_size - start, last * self.chunk_size - start)
+            chunks = [
+                cut_into_chunks(
+                    key[:, cut].to(self.device), value[:, cut].to(self.device), self.chunk_size, self.storage_dtype
+                )
+                for key, value in tokens
+            ]
+            self.overwrite_chunks(document, first, chunks)
+        if document.waiting and stop > whole * self.chunk_size:
+            place = max(start - whole * self.chunk_size, 0)
+            source = whole * self.chunk_size + place - start
+            document.waiting = [
+                tuple(
+                    torch.cat([old[:, :place], new[:, source:].to(old)], dim=1)
+                    for old, new in zip(pair, fresh, strict=True)
+                )  # type: ignore[misc]
+                for pair, fresh in zip(document.waiting, tokens, strict=True)
+            ]
+
+    def overwrite_chunks(self, document: Document, first: int, chunks: list[Chunks]) -> None:
+        """Put other chunks in the place of a document's resident ones from the `first` on, counted in the document."""
+        rows, done = document.rows.values, 0
+        begin = first - document.first_chunk(self.chunk_size)
+        end = begin + chunks[0].keys.shape[1]
+        for run in document.runs:
+            low, high = max(done, begin), min(done + run.num_chunks, end)
+            if low < high:
+                place = slice(low, high)
+                part = [Chunks(*(each[:, low - begin : high - begin] for each in layer)) for layer in chunks]
+                if run.slot >= 0 and high - low < run.num_chunks:
+                    place = slice(done, done + run.num_chunks)
+                    before = self.storage.select(rows[place])
+                    for layer, fresh in zip(before, part, strict=True):
+                        for old, new in zip(layer, fresh, strict=True):
+                            old[:, low - done : high - done] = new.to(old.device)
+                    part = before
+                for index in self.indexes.values():
+                    index.rows_dropped(rows[place])
+                    index.note_reencoded(high - low)
+                self.storage.drop(rows[place])
+                run.slot = self.storage.write(rows[place], part)
+                self._tell_indexes_of(rows[place])
+            done += run.num_chunks
+
+    def drop(self, document: Document) -> None:
+        """Forget a document, and move the last live rows into the holes it leaves."""
+        self._remove(*self.ledger.close(document))
+
+    def drop_expired(self) -> None:
+        """Forget what has outlived the policy's time."""
+        if expired := self.ledger.expired():
+            self._remove(*self.ledger.release(expired))
+
+    def copy_to(self, target: BankContents) -> None:
+        """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
+        if (tails := next((each.waiting for each in self.ledger.documents.values() if each.waiting), None)) is not None:
+            # There may be no chunk that would; and where they are, chunks of a bank in memory will be.
+            target.fix_sizes([(key.to(target.device), value.to(target.device)) for key, value in tails])
+        target.encoders = self.encoders.copy()
+        twins: dict[int, Document] = {}
+        for document in self.ledger.documents.values():
+            twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=deque(), source_or_reader=None)
+            twin.segments = document.segments.copy()
+            twin.waiting = [(key.to(target.device), value.to(target.device)) for key, value in document.waiting]
+            if document.source is not None:  # characters go on to be counted from the start of the document
+                twin.source_or_reader = Source(document.source.has_text, document.source.first_char)
+                twin.push_source(document.source.part(0, len(document.source.token_ids)))
+            target.ledger.open(twin)
+            twins[document.serial] = twin
+        for run in self.ledger.runs.values():
+            document, twin = run.document, twins[run.document.serial]
+            done = len(twin.rows)
+            chunks = self.storage.select(document.rows.values[done : done + run.num_chunks])
+            chunks = [Chunks(*(tensor.to(target.device) for tensor in layer)) for layer in chunks]
+            rows = target.ledger.num_rows + torch.arange(run.num_chunks)
+            target.storage.reserve(chunks, target.ledger.num_rows + run.num_chunks)
+            slot = target.storage.write(rows, chunks)
+            target.ledger.enter_run(Run(twin, run.num_chunks, run.written_at, run.order, slot))
+            target.ledger.place(twin, rows, document.first_chunk(self.chunk_size) + done)
+            target._tell_indexes_of(rows)
+
+    def use_index(self, index: str) -> None:
+        """Search with indexes of another kind or with other settings; those that were built are let go."""
+        self.index = index
+        self.indexes.clear()
+        self.ledger.note_change()
+
+    # Reading.
+
+    def search(
+        self, position: int, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None
+    ) -> Found:
+        """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written."""
+        if self.storage.shapes:
+            return self.index_of(position).search(queries, num_chunks, rows, bonus)
+        missing = torch.full((*queries.shape[:2], num_chunks), -1, device=queries.device)
+        return torch.full_like(missing, -torch.inf, dtype=torch.float32), missing
+
+    def index_of(self, position: int) -> ChunkIndex:
+        """Return the index of one layer, made when it is first needed."""
+        if position not in self.indexes:
+            index = make_index(self.index, self.storage.layer(position))
+            saved = None if self.find_saved is None else self.find_saved(position)
+            if saved is None or not index.adopt(saved):
+                index.rows_written(torch.arange(self.ledger.num_rows))
+            self.indexes[position] = index
+        return self.indexes[position]
+
+    # Inside.
+
+    def _chunks_without_room(self, document: Document, num_chunks: int) -> int:
+        """Return how many of so many new chunks can't be kept even if all that is not pinned is evicted.
+
+        Raises ValueError where pinned documents leave no room at all, or a pinned one would lose a part of itself.
+        """
+        if self.capacity is None:
+            return 0
+        room = self.capacity - self.ledger.num_pinned_rows
+        if num_chunks <= room:
+            return 0
+        if document.is_pinned or not room:
+            raise self._too_full(document.document_id, num_chunks)
+        warnings.warn(
+            f"document {document.document_id!r}: {num_chunks} chunks were written at once to a bank with room for {room}, "
+            f"so its first {(num_chunks - room) * self.chunk_size} tokens are dropped; raise `capacity_tokens` by "
+            f"{(num_chunks - room) * self.chunk_size} to keep them.",
+            stacklevel=5,
+        )
+        return num_chunks - room
+
+    def _too_full(self, document_id: str, num_chunks: int) -> ValueError:
+        assert self.capacity is not None
+        return ValueError(
+            f"the bank has room for {self.capacity * self.chunk_size} tokens, and "
+            f"{self.ledger.num_pinned_rows * self.chunk_size} are pinned, so {num_chunks * self.chunk_size} for "
+            f"{document_id!r} do not fit; unpin or delete documents, or make a bank with a larger `capacity_tokens` or "
+            "`capacity_bytes`."
+        )
+
+    def _reserve(self, chunks: list[Chunks]) -> None:
+        num_rows = self.ledger.num_rows + chunks[0].keys.shape[1]
+        self.storage.reserve(chunks, num_rows if self.capacity is None else min(self.capacity, num_rows))
+
+    def _write(self, document: Document, chunks: list[Chunks]) -> None:
+        """Write chunks, at most as many as there is room for, over those that the policy chooses where the bank is full."""
+        num_rows, num_new = self.ledger.num_rows, chunks[0].keys.shape[1]
+        if document.serial < 0:
+            self.ledger.open(document)
+        excess = 0 if self.capacity is None else max(0, num_rows + num_new - self.capacity)
+        evicted = self.ledger.evict(excess, keep=document)
+        rows = torch.cat([evicted, torch.arange(num_rows, num_rows + num_new - len(evicted))])
+        if len(evicted):
+            for index in self.indexes.values():
+                index.rows_dropped(evicted)
+            self.storage.drop(evicted)
+        slot = self.storage.write(rows, chunks) if num_new else -1
+        self._tell_indexes_of(rows)
+        self.ledger.record(document, rows, slot)
+
+    def _write_with_source(
+        self, document: Document, chunks: list[Chunks], source: SourcePart | None, skipped: int
+    ) -> None:
+        """Write the newest chunks, behind `skipped` ones that there is no room for, and the source of all of them."""
+        if source is not None:
+            document.push_source(source)
+        self._write(document, chunks)
+        if skipped:
+            document.segments.drop(document.first_chunk(self.chunk_size) * self.chunk_size)
+        if skipped and document.source is not None:
+            document.source.drop(skipped * self.chunk_size)
+
+    def _tell_indexes_of(self, rows: Int[Tensor, " rows"]) -> None:
+        for index in self.indexes.values():
+            index.rows_written(rows)
+
+    def _remove(
+        self, dropped: Int[Tensor, " rows"], sources: Int[Tensor, " moved"], destinations: Int[Tensor, " moved"]
+    ) -> None:
+        for index in self.indexes.values():
+            index.rows_dropped(dropped)
+        self.storage.drop(dropped)
+        self.storage.move(sources, destinations)
+        self.storage.truncate(self.ledger.num_rows)
+        for index in self.indexes.values():
+            index.rows_moved(sources, destinations)

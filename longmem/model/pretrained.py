@@ -1,0 +1,346 @@
+"""What a LongMem model shares with every pretrained model of transformers: making, saving, loading, training modes."""
+
+import copy
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Self
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from longmem.backbone import Backbone, load_backbone, load_tokenizer
+from longmem.backbone.coupled import CoupledWriter, parameters_of_states
+from longmem.backbone.loading import tokenizer_fingerprint
+from longmem.backbone.structure import input_device
+from longmem.configuration import LongMemConfig
+from longmem.encoder.stamp import EncoderStamp, configuration_recipe
+from longmem.encoder.watch import Encoder
+from longmem.model import saving, side_state
+from longmem.model.inputs import refuse_unstorable_layers
+from longmem.model.side_network import SideNetwork
+
+# How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
+STORED_FORMAT = 1
+
+
+class LongMemPreTrainedModel(PreTrainedModel):
+    """A frozen backbone and its side network; `LongMemForCausalLM` says what they compute together.
+
+    Args:
+        config: the configuration; copied.
+        backbone: the causal LM that the configuration describes.
+        tokenizer: the backbone's tokenizer; opened by name on first use when left out.
+    """
+
+    config: LongMemConfig  # transformers reads the configuration class from this annotation
+    base_model_prefix = "side_network"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(
+        self, config: LongMemConfig, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        config = LongMemConfig.from_dict({**config.to_dict(), "backbone_config": backbone.config.to_dict()})
+        super().__init__(config)
+        self._backbone = Backbone(backbone)
+        self.backbone = backbone
+        refuse_unstorable_layers(config, self._backbone.structure)
+        self.side_network = SideNetwork(config, self._backbone)
+        self._tokenizer = tokenizer
+        self.encoder = self._encoder_of(self._backbone)
+        self.writer: CoupledWriter | None = None  # only while the backbone is trained
+        self.backbone_was_trained = False
+        self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
+        self.post_init()
+
+    # Making and saving -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        backbone_options: dict[str, Any] | None = None,
+        **config_fields: Any,
+    ) -> Self:
+        """Return a model with a new side network on any Hugging Face causal LM.
+
+        Args:
+            backbone: hub name, local folder, packaged name ("smollm2-135m") or a loaded causal LM.
+            tokenizer: needed to pass text when `backbone` is a loaded model that has no name.
+            backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
+            config_fields: fields of `LongMemConfig`.
+
+        Raises:
+            ValueError: a field is unknown or breaks a rule, or the architecture is not supported.
+        """
+        revision = config_fields.get("backbone_revision")
+        if isinstance(backbone, str):
+            config_fields["backbone_name_or_path"] = backbone
+            backbone = load_backbone(backbone, revision, **(backbone_options or {}))
+        elif not isinstance(backbone, PreTrainedModel) or not backbone.can_generate():
+            raise ValueError(
+                "`backbone` must be a name, a folder or a causal LM of transformers (with a language-model head), "
+                f"got {type(backbone).__name__}; try `AutoModelForCausalLM.from_pretrained(...)`."
+            )
+        else:
+            config_fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
+        return cls(LongMemConfig(backbone_config=backbone.config, **config_fields), backbone, tokenizer)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        backbone: PreTrainedModel | None = None,
+        revision: str | None = None,
+        backbone_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Return a saved model: its side network on its backbone, opened by the name in the configuration.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name that `save_pretrained` or `push_to_hub` wrote, or the packaged
+                name "smollm2-135m" for the trained side network that comes with this package.
+            backbone: a loaded backbone to use instead of opening one by name.
+            revision: hub revision of the saved side network.
+            backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (device_map, ...).
+            options: `dtype` is passed on to the backbone; `config` replaces the saved one.
+
+        Raises:
+            ValueError: a weight is missing, left over, or of another shape, the folder holds no LongMem model, or no trained
+                side network comes with a packaged name.
+        """
+        folder = saving.local_folder(pretrained_model_name_or_path, revision)
+        config = copy.deepcopy(options.pop("config", None)) or LongMemConfig.from_pretrained(folder)
+        loading = {**(backbone_options or {})}
+        if (dtype := options.pop("dtype", None)) is not None:
+            loading["dtype"] = dtype
+        saving.refuse_unknown_options(options)
+        if backbone is None:
+            if not config.backbone_name_or_path:
+                raise ValueError(
+                    f"{folder} does not name its backbone (it was made from a model without a name); "
+                    "pass `backbone=` with that model."
+                )
+            config.backbone_name_or_path = saving.backbone_location(folder, config.backbone_name_or_path)
+            backbone = load_backbone(config.backbone_name_or_path, config.backbone_revision, **loading)
+        saving.refuse_other_backbone(config, backbone)
+        model = cls(config, backbone)
+        saving.load_side_network(model.side_network, folder)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model.eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        save_backbone: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write the side network (safetensors), the configuration and a model card; the backbone is named, not copied.
+
+        With LoRA, the copied weights are the backbone's and not written: adapters, memory biases, output scales, and what
+        else has `requires_grad`.
+
+        Args:
+            save_directory: folder to write to; made if missing.
+            dtype: of the weights in the file, such as `torch.bfloat16` for half the room of float32; None leaves them as
+                they are. The loaded network has the dtype of its configuration all the same.
+            save_backbone: write the backbone too, with its tokenizer, into the folder `backbone` inside, and name that one. A
+                backbone that was trained (`couple_writer`) is nowhere else. Its moving average is not written.
+            options: `push_to_hub=True` uploads the folder (with `repo_id=`), as in transformers.
+
+        Raises:
+            ValueError: the path is a file, `dtype` is no floating-point dtype, an option is unknown, or the backbone was
+                trained and would be lost.
+        """
+        saving.save_model(self, save_directory, dtype=dtype, save_backbone=save_backbone, **options)
+
+    def side_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return copies of what `save_pretrained` writes, by the same names: the tensors that one site sends another.
+
+        Side network alone (with LoRA what is trained), never a bank, never a tensor of the backbone. Names and shapes of two
+        models agree if their backbones and configurations do, so federated averaging is the mean of their tensors, given to
+        `load_side_state_dict` of each.
+
+        Raises:
+            ValueError: a tensor of the side network lies in memory of the backbone.
+        """
+        return side_state.side_state(self)
+
+    def load_side_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put in the tensors of another model's `side_state_dict`, or of a mean of several; all fit, or nothing changes.
+
+        Banks stay valid: what they hold is made by the backbone alone.
+
+        Raises:
+            ValueError: a tensor is missing, left over, of another shape or not finite; the message names the first.
+        """
+        side_state.load_side_state(self, state)
+
+    def merge_lora(self) -> Self:
+        """Fold the adapters into the copied weights; `config.lora` becomes None, and all weights are trained and saved.
+
+        Raises:
+            ValueError: the model has no adapters.
+        """
+        self.side_network.merge_lora()
+        return self
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer, opened on first use."""
+        if self._tokenizer is None:
+            if not self.config.backbone_name_or_path:
+                raise ValueError(
+                    "this model has no tokenizer, because its backbone has no name; pass token ids, "
+                    "or `tokenizer=` to `from_backbone`."
+                )
+            self._tokenizer = load_tokenizer(self.config.backbone_name_or_path, self.config.backbone_revision)
+        return self._tokenizer
+
+    def encoder_stamp(self, *, exact: bool = False) -> EncoderStamp:
+        """Return what determines the numbers that this model stores: a hash of the encoder's weights, and the recipe.
+
+        It is kept until the tripwire (`longmem/encoder/tripwire.py`) sees that the encoder was touched, and then made anew, at
+        about 1 s per GB of weights. `exact`: make it anew in any case.
+        """
+        return self.encoder.stamp(exact=exact)
+
+    def encoder_fingerprint(self) -> str:
+        """Return the digest of `encoder_stamp`: two models with one fingerprint store the same numbers for the same ids."""
+        return self.encoder_stamp().digest
+
+    def _encoder_recipe(self) -> dict[str, Any]:
+        names = ("memory_layers", "chunk_size", "segment_length")
+        recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        try:
+            tokenizer = tokenizer_fingerprint(self.tokenizer)
+        except (OSError, ValueError, ImportError):
+            tokenizer = None  # the model has none, or it can't be reached: then it can't be compared
+        dtype = str(self.backbone.dtype).removeprefix("torch.")
+        stored = {"format": STORED_FORMAT, "dtype": dtype, "tokenizer": tokenizer}
+        return recipe | stored | configuration_recipe(self.backbone)
+
+    def _encoder_of(self, backbone: Backbone) -> Encoder:
+        """Return the watch over what writes: this model's backbone, or the average of one that is trained."""
+        return Encoder(backbone, self.config.memory_layers or [0], self._encoder_recipe)
+
+    # A writer that is trained ------------------------------------------------------------------------------------------
+
+    def couple_writer(self, *, average: float | None = None) -> dict[str, torch.nn.Parameter]:
+        """Let the backbone be trained too, and return what of it is trained, by its names in the backbone.
+
+        For measurements of what LongMem avoids, and for those who want it: from here on what is in a bank goes stale, and its
+        refresh policy says what is done about that: the default refuses what an earlier version of the writer wrote,
+        `longmem.memory.refresh.UNBOUNDED` reads it as it is. Gradients reach every backbone parameter that hidden states and
+        logits depend on; keys and values are stored without. Give the parameters to an optimizer and call `writer_moved` after
+        each of its steps. Call this when the model is on its device; the backbone stays in eval mode (no dropout).
+
+        Args:
+            average: decay of an exponential moving average of the backbone, such as 0.999 (the momentum encoder of MoCo, arXiv
+                1911.05722). The average then writes everything that is stored, in a forward pass of its own, and the trained
+                backbone gives hidden states alone. None: the trained backbone writes.
+
+        Raises:
+            ValueError: the writer is coupled already, `average` is not between 0 and 1, or the backbone is not in float32.
+        """
+        if self.writer is not None:
+            raise ValueError("`couple_writer` needs a frozen writer, but it is coupled; call `decouple_writer` first.")
+        if average is not None and not 0 < average < 1:
+            raise ValueError(
+                f"`average` must be above 0 and below 1, got {average}; 0.999 is usual, None lets the trained backbone write."
+            )
+        config, hidden_layers = self.config, self.side_network.hidden_layers
+        adds_last = config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
+        final_norm = config.final_norm != "side" or adds_last
+        parameters = parameters_of_states(self._backbone, hidden_layers, final_norm=final_norm)
+        self.writer = CoupledWriter(self._backbone, parameters, average)
+        self.backbone_was_trained = True
+        self.encoder = self._encoder_of(self.writer.backbone)
+        self.encoder.note_move()  # from being frozen to being trained
+        return parameters
+
+    def writer_moved(self) -> None:
+        """Take note that an optimizer has just moved the coupled writer: what is stored so far is one version older.
+
+        Raises:
+            ValueError: the writer is frozen.
+        """
+        if self.writer is None:
+            raise ValueError(
+                "`writer_moved` needs a coupled writer, but the backbone is frozen; call `couple_writer` first."
+            )
+        self.writer.moved()
+        self.encoder.note_move()
+
+    def decouple_writer(self) -> Self:
+        """Freeze the backbone as it is now; it writes from here on, its average is dropped.
+
+        It is another encoder than the one that wrote banks before, and their refresh policies treat it so.
+        """
+        self._backbone.freeze()
+        self.writer = None
+        self.encoder = self._encoder_of(self._backbone)
+        return self
+
+    # What transformers asks for ----------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the side network's mode; the backbone stays in eval mode.
+
+        It is never put into training mode in between: another thread may run it right now.
+        """
+        self.training = mode
+        for name, module in self.named_children():
+            module.train(mode and name != "backbone")
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set whether the side network is trained, with LoRA its adapters, biases and scales; the backbone stays as it is."""
+        self.side_network.requires_grad_(requires_grad)
+        return self
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        """Switch recomputation of side layers in the backward pass; the backbone keeps nothing for a backward pass anyway.
+
+        transformers' own method, private but meant to be overridden (5.23), would reach the layers inside ours.
+
+        Raises:
+            ValueError: reentrant checkpointing is asked for; it passes no gradient to the first side layer.
+        """
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "`use_reentrant` must be False: what enters the first side layer has no gradient, got True; leave it out."
+            )
+        layers: list[Any] = list(self.side_network.layers)
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = enable and number % every_n_layers == 0
+            layer._gradient_checkpointing_func = gradient_checkpointing_func
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: the side network gets its gradients whatever enters it."""
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids are expected."""
+        return input_device(self.backbone)
+
+    def get_input_embeddings(self) -> Any:
+        """Return the backbone's token embeddings."""
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """Return the backbone's LM head."""
+        return self.backbone.get_output_embeddings()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
