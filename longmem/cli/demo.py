@@ -22,11 +22,11 @@ from longmem.cli import common
 from longmem.console import Headings, plain_table, token_progress
 from longmem.data.sample_texts import split_texts
 from longmem.evaluation.perplexity import WindowScores, compare_systems, score_windows
-from longmem.evaluation.reads import Passage, read_passages
 from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.opening import open_model, side_network_origin
+from longmem.model.reads import Passage, read_passages
 from longmem.plots import plot_scores, require_matplotlib
 
 Scores = dict[str, WindowScores]
