@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from longmem.errors import did_you_mean
-from longmem.evaluation.contexts import validate_context
 from longmem.evaluation.results import TITLES
 from longmem.evaluation.systems.memory import Banks, MemorySystem
 from longmem.evaluation.systems.retrieval import RANKERS, RetrievalSystem
@@ -26,6 +25,21 @@ def context_size(name: str) -> int:
     if not size.isdecimal() or not int(size):
         raise ValueError(f"`systems` must write a longer window as context-N, such as context-4096, got {name!r}.")
     return int(size)
+
+
+def validate_context(model: LongMemForCausalLM, context: int, window: int) -> None:
+    """Raise ValueError unless `context` tokens are more than a window and fit the backbone's positions."""
+    if context <= window:
+        raise ValueError(
+            f"`context` must be longer than the window of {window} tokens, got {context}; "
+            "with the window's own tokens it is the system `backbone`."
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise ValueError(
+            f"`context` must be at most {limit} tokens, the backbone's `max_position_embeddings`, got {context}: beyond it "
+            "the backbone meets positions that it was never trained on; choose a shorter one."
+        )
 
 
 def validate_systems(names: Sequence[str]) -> None:
