@@ -41,8 +41,13 @@ def cache_of(output: Any) -> Any:
 
 def named_for(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs of a call, the cache under the name that the `forward` of this model has for it."""
-    name = _argument(type(model).forward)
+    name = cache_argument(model)
     return {name if given in CACHE_NAMES else given: value for given, value in inputs.items()}
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name that the `forward` of a model has for the cache."""
+    return _argument(type(model).forward)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longmem.backbone.cache_names import named_for
+from longmem.backbone.cache_names import CACHE_NAMES, cache_argument
 from longmem.backbone.interception import EnoughSeen, LayerCall, first, handled_by, split_call
 from longmem.backbone.structure import (
     PROBE_LENGTH,
@@ -65,6 +65,7 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._cache_name = cache_argument(model)
         self.freeze()
         try:
             self.structure: BackboneStructure = inspect_backbone(model)
@@ -194,7 +195,10 @@ class Backbone:
         token = _recording.set(_Recording(self._numbers, states, hidden_layers))
         try:
             with handled_by(handlers), contextlib.suppress(EnoughSeen):
-                self.model(input_ids, **named_for(self.model, inputs))
+                self.model(
+                    input_ids,
+                    **{self._cache_name if name in CACHE_NAMES else name: value for name, value in inputs.items()},
+                )
         finally:
             _recording.reset(token)
 

@@ -12,9 +12,9 @@ from transformers import TextStreamer
 
 from longmem.cli import common
 from longmem.cli.texts import read_text
-from longmem.evaluation.reads import read_passages
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
+from longmem.model.reads import read_passages
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -26,7 +26,8 @@ from longmem.memory import MemoryBank
 from longmem.memory.memorize import memorize
 from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
-from longmem.model.inputs import banks_per_lane, refuse_other_encoder, refuse_unknown_inputs
+from longmem.model.inputs import refuse_unknown_inputs
+from longmem.model.memory_attention import banks_per_lane, refuse_other_encoder
 from longmem.model.pretrained import LongMemPreTrainedModel
 from longmem.model.side_network import add_side_slots
 from longmem.streaming import MemoryStream, start_stream
@@ -101,7 +102,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
         """
-        refuse_unknown_inputs(self, kwargs)
+        if kwargs:
+            refuse_unknown_inputs(self.backbone, kwargs)
         cache = one_cache(cache, past_key_values)
         banks = None if memory is None else banks_per_lane(self, memory, input_ids.shape[0])
         if use_cache and self.training and any(layer.gradient_checkpointing for layer in self.side_network.layers):

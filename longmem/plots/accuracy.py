@@ -1,13 +1,138 @@
-"""The figure of what systems get right."""
+"""The figure of an evaluation: what systems get right, as bars or, along an axis of numbers, as lines."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from longmem.plots.style import color_of, draw_interval, require_matplotlib
+from longmem.plots.style import STYLES, color_of, draw_interval, require_matplotlib, short_count
+
+BASELINE_COLOR, BASELINE_STYLES = "#9a9a9a", (":", "--", "-.")
+
+
+def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
+    """Draw the main figures of any evaluation with their intervals, a panel for each panel of its tables.
+
+    Where results have an axis of numbers there is a line for each system, otherwise a bar.
+
+    Args:
+        path: PNG to write.
+        metrics: of `metrics.json`.
+        title: of the figure.
+    """
+    measures = list(metrics["measures"].values())
+    axes = {axis["kind"]: axis for axis in metrics["axes"]}
+    panels = [str(value) for value in axes["panel"]["values"]] if "panel" in axes else [""]
+    column = axes.get("column")
+    if column is not None and all(isinstance(value, int | float) for value in column["values"]):
+        own = {panel: _cells_along(measures, panel, column["values"]) for panel in panels}
+        plot_lines(path, own, metrics["baselines"], title=title, xlabel=column["title"])
+        return
+    found: dict[str, Mapping[str, Any]] = {}
+    if column is not None or "panel" in axes:
+        for panel in panels:
+            for value in ["", *(str(value) for value in (column or {"values": ()})["values"])]:
+                _, measure, cell = _cell_of(measures, ", ".join(filter(None, (panel, value))) or "all")
+                if cell is not None:
+                    found[f"{panel} {value}".strip() or "all"] = {**cell, "measure": measure}
+    else:
+        found = {each["title"]: each["cells"]["all"] for each in measures if each["unit"] == measures[0]["unit"]}
+    names = {panel.get("measure", measures[0]["title"]) for panel in found.values()}
+    chances = {panel.get("chance") for panel in found.values()}
+    plot_accuracies(
+        path,
+        found,
+        title=title,
+        measure=names.pop() if len(names) == 1 else "score",
+        chance=chances.pop() if len(chances) == 1 else None,
+    )
+
+
+def _cell_of(measures: Sequence[Mapping[str, Any]], key: str) -> tuple[str, str, Mapping[str, Any] | None]:
+    """Return unit, title and cell of the first measure that has it."""
+    for measure in measures:
+        if key in measure["cells"]:
+            return measure["unit"], measure["title"], measure["cells"][key]
+    return "", "", None
+
+
+def _cells_along(measures: Sequence[Mapping[str, Any]], panel: str, values: Sequence[float]) -> dict[float, Any]:
+    """Return the cells of a panel by their place on the axis."""
+    found = {value: _cell_of(measures, ", ".join(filter(None, (panel, str(value))))) for value in values}
+    return {value: {"unit": unit, "measure": title, **cell} for value, (unit, title, cell) in found.items() if cell}
+
+
+def plot_lines(
+    path: str | PathLike[str],
+    panels: Mapping[str, Mapping[float, Any]],
+    baselines: Sequence[str],
+    *,
+    title: str,
+    xlabel: str,
+) -> None:
+    """Draw a line with its intervals for each system, and a level one for each baseline, which needs no model.
+
+    Args:
+        path: PNG to write.
+        panels: by name, and by place on the axis, comparisons with `measure` and `unit`.
+        baselines: systems that are level lines.
+        title: of the figure.
+        xlabel: what is on the axis.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.7 + 5.8 * len(panels), 4.8), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 60 * len(panels)), fontsize=11)
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (name, cells) in zip(grid.flat, panels.items(), strict=True):
+        draw_lines(axes, cells, baselines)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(xlabel)
+        unit = next(iter(cells.values()))
+        axes.set_ylabel(f"{unit['measure']}, {unit['unit']}: mean and 95 % interval")
+    handles = {
+        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def draw_lines(axes: Any, cells: Mapping[float, Any], baselines: Sequence[str]) -> None:
+    """Draw comparisons along an axis."""
+    last = cells[max(cells)]
+    names = list(dict.fromkeys(name for cell in cells.values() for name in cell["systems"] if name not in baselines))
+    for number, name in enumerate(names):
+        own = {place: cell["systems"][name] for place, cell in cells.items() if name in cell["systems"]}
+        values = [each["value"] for each in own.values()]
+        axes.errorbar(
+            [
+                place * 1.02 ** (number - (len(names) - 1) / 2) for place in own
+            ],  # side by side: no interval hides another
+            values,
+            yerr=[[abs(each["value"] - each["interval"][end]) for each in own.values()] for end in (0, 1)],
+            fmt="o",
+            linestyle=STYLES.get(name, "-"),
+            color=color_of(name),
+            markersize=5,
+            capsize=3,
+            linewidth=1.6,
+            elinewidth=1,
+            label=next(iter(own.values()))["title"],
+        )
+    for name, style in zip(baselines, BASELINE_STYLES, strict=False):
+        if name in last["systems"]:
+            level = last["systems"][name]
+            axes.axhline(level["value"], color=BASELINE_COLOR, linestyle=style, linewidth=1.2, label=level["title"])
+    if "chance" in last:
+        axes.axhline(last["chance"], color="black", linestyle=":", linewidth=1, label="chance")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(cells), [short_count(place) if place >= 1e4 else f"{place:g}" for place in cells])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
 
 
 def plot_accuracies(

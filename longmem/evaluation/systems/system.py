@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.backbone.cache_names import as_keyword, named_for
-from longmem.evaluation.systems.questions import Answer, Question
+from longmem.evaluation.systems.questions import Answer, Passages, Question
 from longmem.evaluation.systems.scoring import answer_questions, as_ids, repeated, run_context
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -74,6 +74,7 @@ class System(ABC):
         self.local_tokens = local_tokens
         self.batch_size = batch_size
         self.passages: list[list[int]] = []
+        self.instead: list[int] = []  # what a wrong memory holds
         self.preparing_seconds = 0.0  # what depends on the stream alone, such as encoding it
         self.answering_seconds = 0.0
 
@@ -87,9 +88,18 @@ class System(ABC):
         """Take in the next piece: text, or token ids of the model's tokenizer."""
         self.passages.append(self.tokens(chunk) if isinstance(chunk, str) else as_ids(chunk))
 
-    def read(self, passages: Sequence[Sequence[int]], instead: Sequence[Sequence[int]] = ()) -> None:
-        """Forget everything and feed these passages; `instead` is what a wrong memory holds."""
+    def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
+        """Forget everything and feed these passages.
+
+        Args:
+            passages: the stream, in pieces.
+            instead: what a wrong memory holds.
+            local_tokens: from now on; None: as before.
+        """
         self.reset()
+        self.instead = [token for passage in instead for token in passage]
+        if local_tokens is not None:
+            self.local_tokens = local_tokens
         for passage in passages:
             self.feed(passage)
 
@@ -201,9 +211,15 @@ class BackboneSystem(System):
         return LocalModel(self.model.backbone), self.local([*tail, *prefix], room)
 
 
-def longer_backbone(name: str, model: LongMemForCausalLM, *, window: int, batch_size: int = 16) -> BackboneSystem:
-    """Return the backbone with a window of its own, filled with the stream as far back as it goes."""
-    return BackboneSystem(name, model, window=window, local_tokens=window, batch_size=batch_size)
+class LongBackbone(BackboneSystem):
+    """The backbone with a window of its own, filled with the stream as far back as it goes."""
+
+    def __init__(self, name: str, model: LongMemForCausalLM, *, window: int, batch_size: int = 16) -> None:
+        super().__init__(name, model, window=window, local_tokens=window, batch_size=batch_size)
+
+    def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
+        """Forget everything and feed these passages; the whole window is for them, whatever others keep."""
+        super().read(passages, instead)
 
 
 def text_before(text: str, stop: Sequence[str]) -> str:

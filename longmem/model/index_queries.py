@@ -1,0 +1,93 @@
+"""The queries that a model asks of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.memory.protocols import EncodingModel, Found, Memory
+from longmem.memory.rows.ledger import ChunkPlace
+from longmem.model.modeling import LongMemForCausalLM
+
+
+class QueryRecorder:
+    """A memory that answers as `bank` does, and keeps the queries of every layer.
+
+    It is the bank that answers, because what a layer asks depends on what the layers below it have read.
+    """
+
+    def __init__(self, bank: Memory) -> None:
+        self._bank = bank
+        self.queries: dict[int, list[Float[Tensor, "_kv_heads _queries _dim"]]] = {}
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Return the bank's."""
+        return self._bank.memory_layers
+
+    @property
+    def chunk_size(self) -> int:
+        """Return the bank's."""
+        return self._bank.chunk_size
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing."""
+        return self._bank.is_empty
+
+    def ready_for(self, model: EncodingModel) -> None:
+        """Make the bank ready."""
+        self._bank.ready_for(model)
+
+    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+        """Return where rows are from."""
+        return self._bank.locate(rows)
+
+    def search(
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        scaling: float | None = None,
+    ) -> Found:
+        """Return what the bank finds."""
+        self.queries.setdefault(layer, []).append(queries.detach().to("cpu", torch.float32))
+        return self._bank.search(layer, queries, num_chunks, scaling=scaling)
+
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
+        """Return what the bank holds."""
+        return self._bank.gather(layer, rows, generation)
+
+
+@torch.no_grad()
+def recorded_queries(
+    model: LongMemForCausalLM,
+    bank: Memory,
+    token_ids: Int[Tensor, " tokens"],
+    layer: int,
+    *,
+    num_queries: int = 1024,
+    num_windows: int = 4,
+) -> Float[Tensor, "kv_heads queries dim"]:
+    """Return queries that a memory layer sends to the bank while the model reads a text, evenly spaced in what it reads.
+
+    Args:
+        model: reads.
+        bank: answers.
+        token_ids: of the text.
+        layer: a memory layer of the model.
+        num_queries: for each key-value head, at most.
+        num_windows: of `segment_length` tokens are read at most, from the start of the text on.
+    """
+    recorder = QueryRecorder(bank)
+    length = model.config.segment_length
+    for start in range(0, min(len(token_ids), num_windows * length), length):
+        window = token_ids[None, start : start + length].to(model.input_device)
+        model(window, memory=recorder, logits_to_keep=1)
+    queries = torch.cat(recorder.queries[layer], dim=1)
+    asked = queries.shape[1]
+    return queries[:, torch.linspace(0, asked - 1, min(num_queries, asked)).long()]
