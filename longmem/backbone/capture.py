@@ -192,6 +192,7 @@ class Backbone:
                 f'"{self._implementation}", got "{self.model.config._attn_implementation}"; '
                 "load the backbone with the one you want and make the model anew."
             )
+        named = {self._cache_name if name in CACHE_NAMES else name: value for name, value in inputs.items()}
         token = _recording.set(_Recording(self._numbers, states, hidden_layers))
         try:
             with handled_by(handlers), contextlib.suppress(EnoughSeen):
