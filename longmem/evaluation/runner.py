@@ -146,7 +146,7 @@ def ask(
             shares = costs.shares(len(batch))
             yield [
                 {"id": record_id(case, item, system.name), "system": system.name}
-                | {**described(case, item), **answer, **shares}
+                | {**described(case, item), **task.placed(system, case, item), **answer, **shares}
                 for item, answer in zip(batch, answers, strict=True)
             ]
 

@@ -38,6 +38,7 @@ def tables_of(metrics: Mapping[str, Any]) -> list[tuple[str, Rows]]:
         elif panel or not panels:
             for measure in metrics["measures"].values():
                 found += list(column_tables(metrics["systems"], measure, panel, column))
+    found += metrics["tables"].items()
     if metrics["costs"]["systems"]:
         found.append(("Costs", cost_rows(metrics)))
     return found

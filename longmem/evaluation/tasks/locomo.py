@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.evaluation.settings import Count
-from longmem.evaluation.squad import exact_match, f1
+from longmem.evaluation.tasks.squad import exact_match, f1
 from longmem.evaluation.task import Axis, Measure, Record
 from longmem.evaluation.tasks.reading import Asked, Document, ReadingSettings, ReadingTask, read_file
 
