@@ -14,7 +14,7 @@ from pathlib import Path
 
 from longmem.cli.common import console_for, parse_settings
 from longmem.console import plain_table
-from longmem.evaluation.book_plan import files_of_split
+from longmem.data.sources import files_of_split
 from longmem.evaluation.tasks.chapterbreak import ChapterBreak, baseline_values, credit
 from longmem.evaluation.tasks.chapterbreak_building import BuildRules, build, save_split
 from longmem.evaluation.tasks.chapterbreak_data import load_split

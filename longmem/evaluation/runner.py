@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ class Finished(NamedTuple):
 
 
 def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = None) -> Finished:
-    """Ask what is missing, write the whole result folder and show the tables; the figure is drawn by who calls.
+    """Ask what is missing, write the whole result folder and show brief tables; the figure is drawn by who calls.
 
     Args:
         task: with its settings.
@@ -48,7 +49,7 @@ def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = No
         ask_all(task, model, cases, wrong, run, console)
         metrics = summarize(task, run.records)
         run.finish(title=task.run_title, metrics=metrics, table=markdown(metrics), seed=task.settings.seed)
-    for heading, rows in tables_of(metrics):
+    for heading, rows in tables_of(metrics, brief=True):
         console.print(f"\n{heading}", plain_table(rows, emphasized=title_of_system("on")), markup=False)
     return Finished(run.path, task.run_title, metrics)
 
@@ -132,7 +133,8 @@ def ask(
 ) -> Iterator[list[dict[str, Any]]]:
     """Have a system read a case and yield the records of its answers, some at a time."""
     costs = Costs(system, banks)
-    prepared = costs.prepare(lambda: task.prepare(system, case, wrong))
+    with costs.preparing():
+        prepared = task.prepare(system, case, wrong)
     if prepared:
         common = {"case": case.name, "system": system.name, **case.axes}
         yield [{"id": record_id(case, None, system.name), **common, **prepared, **costs.shares(1)}]
@@ -172,23 +174,23 @@ class Costs:
     """What a system has cost since it was last asked: seconds of answering and of preparing, tokens encoded."""
 
     def __init__(self, system: System, banks: Banks) -> None:
-        self.system = system
-        self.banks = banks
+        self.system, self.banks = system, banks
         self._before = self._now()
 
-    def prepare(self, work: Any) -> Any:
-        """Return what some work returns; all its seconds but those of answering are of preparing."""
-        answering, start = self.system.answering_seconds + self.system.preparing_seconds, time.perf_counter()
-        result = work()
-        known = self.system.answering_seconds + self.system.preparing_seconds - answering
-        self.system.preparing_seconds += max(0.0, time.perf_counter() - start - known)
-        return result
+    def _now(self) -> tuple[float, float, int]:
+        return self.system.answering_seconds, self.system.preparing_seconds, self.banks.encoded_tokens
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Count all seconds of the block, but for those of answering, as preparing."""
+        start, (answering, _, _) = time.perf_counter(), self._now()
+        before = self.system.preparing_seconds
+        yield
+        seconds = time.perf_counter() - start - (self.system.answering_seconds - answering)
+        self.system.preparing_seconds = before + seconds
 
     def shares(self, count: int) -> dict[str, float]:
         """Return the costs since the last call, divided by a count of questions."""
         before, self._before = self._before, self._now()
         names = ("seconds", "preparing_seconds", "encoded_tokens")
         return {name: (now - then) / count for name, then, now in zip(names, before, self._before, strict=True)}
-
-    def _now(self) -> tuple[float, float, int]:
-        return self.system.answering_seconds, self.system.preparing_seconds, self.banks.encoded_tokens

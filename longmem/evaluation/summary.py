@@ -147,7 +147,7 @@ def compare(
         repeat: an axis of draws: values of each draw, and their standard deviation as numpy's `std` computes it.
         with_intervals: False: means alone.
     """
-    systems = aligned(rows, repeat)
+    systems = aligned(rows)
     first = next(iter(systems.values()))
     baseline = measure.baseline if measure.baseline in systems else next(iter(systems))
     groups = [row.group for row in first]
@@ -183,12 +183,11 @@ def compare(
     return {"baseline": baseline, "groups": len({row.group for row in first}), **chance, "systems": found}
 
 
-def aligned(rows: Sequence[Row], repeat: Axis | None) -> dict[str, list[Row]]:
+def aligned(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the rows of each system, all in the order of the first one's questions."""
     found: dict[str, dict[Any, Row]] = {}
     for row in rows:
-        key = row.item if repeat is None else (row.item, row.axes[repeat.name])
-        found.setdefault(row.system, {})[key] = row
+        found.setdefault(row.system, {})[row.item, *row.axes.values()] = row
     order = list(next(iter(found.values())))
     for name, own in found.items():
         if own.keys() != set(order):
