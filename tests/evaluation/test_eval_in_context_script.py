@@ -8,7 +8,15 @@ import pytest
 from in_context_data import save_sets, save_squad
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "eval_in_context.py"
-FILES = ("config.json", "environment.json", "metrics.json", "table.md", "accuracy.png", "predictions.jsonl", "sessions.jsonl")
+FILES = (
+    "config.json",
+    "environment.json",
+    "metrics.json",
+    "table.md",
+    "accuracy.png",
+    "predictions.jsonl",
+    "sessions.jsonl",
+)
 
 
 def without_times(metrics):
@@ -40,7 +48,9 @@ def test_one_command_and_the_same_again_after_a_stop(backbone_folder, tmp_path, 
             **own[name],
             "output": tmp_path / output,
         }
-        monkeypatch.setattr("sys.argv", [str(SCRIPT), name, *(f"{key}={value}" for key, value in values.items()), *more])
+        monkeypatch.setattr(
+            "sys.argv", [str(SCRIPT), name, *(f"{key}={value}" for key, value in values.items()), *more]
+        )
         runpy.run_path(str(SCRIPT), run_name="__main__")
         return json.loads((tmp_path / output / "metrics.json").read_text())
 
@@ -50,7 +60,9 @@ def test_one_command_and_the_same_again_after_a_stop(backbone_folder, tmp_path, 
     assert f"The wrong memory of a set holds {held}" in (tmp_path / "whole" / "table.md").read_text(encoding="utf-8")
     assert {file.name for file in (tmp_path / "whole").iterdir()} == set(FILES)
     lines = (tmp_path / "whole" / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    count = 2 * 2 * (6 * (2 + 1) + 2) if name == "in-context" else 2 * 6 * (2 + 1)  # the most frequent label guesses, too
+    count = (
+        2 * 2 * (6 * (2 + 1) + 2) if name == "in-context" else 2 * 6 * (2 + 1)
+    )  # the most frequent label guesses, too
     assert len(lines) == count
     assert len({json.loads(line)["id"] for line in lines}) == len(lines)
 

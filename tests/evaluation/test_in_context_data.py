@@ -137,14 +137,16 @@ def squad(data, *, seed=0, **values):
 def test_no_passage_is_shown_and_asked(tmp_path):
     path = str(save_squad(tmp_path / "squad.json"))
     shown, asked = load_parted(path, None, seed=0)
-    assert {each.title for each in shown}.isdisjoint({each.title for each in asked})
+    assert {each.article for passage in shown for each in passage}.isdisjoint(
+        each.article for passage in asked for each in passage
+    )
     assert len(shown) == len(asked) == 8
     assert load_parted(path, None, seed=1) != (shown, asked)
     task = squad(path, demonstrations=2, memory_demonstrations=6)
-    assert task.examples["squad"] == (shown, [(each, question) for each in asked for question in each.questions])
+    assert task.examples["squad"] == (shown, [each for passage in asked for each in passage])
     window, memory, _ = task.draw("squad", 3)
     assert (len(window), len(memory)) == (2, 6)
-    contexts = [each.context for each in shown]
+    contexts = [passage[0].passage for passage in shown]
     used = [context for each in (*window, *memory) for context in contexts if f"Passage: {context}\n" in each.question]
     assert len(set(used)) == len(used) == 8
     assert task.draw("squad", 3)[:2] == (window, memory)
@@ -159,18 +161,18 @@ def test_no_passage_is_shown_and_asked(tmp_path):
 
 def test_passages_of_one_article_are_parted_by_passage(tmp_path):
     shown, asked = load_parted(str(save_squad(tmp_path / "squad.json", articles=1, paragraphs=6)), None, seed=0)
-    assert {each.context for each in shown}.isdisjoint({each.context for each in asked})
+    assert {each[0].passage for each in shown}.isdisjoint({each[0].passage for each in asked})
     assert len(shown) == len(asked) == 3
 
 
 def test_prompts_of_passages_and_the_same_from_columns(tmp_path):
     path = save_squad(tmp_path / "squad.json")
     passages = load_passages(str(path))
-    first = passages[0]
-    query = first.prompt(first.questions[0])
-    assert first.shown(first.questions[0]) == (query, " " + first.questions[0].answers[0] + "\n\n")
-    assert query == f"Passage: {first.context}\nQuestion: {first.questions[0].question}\nAnswer:"
-    assert "\n" not in first.context
+    first = passages[0][0]
+    query = first.prompt
+    assert first.shown == (query, " " + first.answers[0] + "\n\n")
+    assert query == f"Passage: {first.passage}\nQuestion: {first.question}\nAnswer:"
+    assert "\n" not in first.passage
     articles = json.loads(path.read_text())["data"]
     rows = [
         {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from longmem.evaluation.folder import digest, spread
 from longmem.evaluation.settings import Count, EvaluationSettings, Number
 from longmem.evaluation.systems import BackboneSystem, LongBackbone, Question, RetrievalSystem, System, title_of_system
-from longmem.evaluation.task import Axis, Case, Item, Record, Task
+from longmem.evaluation.task import Case, Item, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
 
 Line = Sequence[int]
@@ -51,14 +51,6 @@ class Demonstration(NamedTuple):
     answer: str
 
 
-class Draw(NamedTuple):
-    """The demonstrations of a seed, and the generator that exchanges answers for a wrong memory."""
-
-    window: list[Demonstration]
-    memory: list[Demonstration]
-    generator: random.Random
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemonstrationCase(Case):
     """What is asked after one draw of demonstrations, each a line; those for memory are its `memory`.
@@ -80,19 +72,16 @@ class DemonstrationCase(Case):
 
 
 class DemonstrationTask(Task):
-    """One or more sets of items, asked after demonstrations that each seed draws anew.
+    """Sets of items, asked after demonstrations that each seed draws anew.
 
     The wrong memory of a set holds the demonstrations of the next; of a single set its own, answers exchanged.
-
-    Args:
-        settings: of the run.
-        sets: their names.
     """
 
-    axes = (Axis("set", "panel"), Axis("seed", "repeat"))
-    pool = "panels"
     sort_by = ("seed", "number")
-    retrieval = {"passage_tokens": sys.maxsize, "query_tokens": None}  # passages are whole lines, for the question alone
+    retrieval = {
+        "passage_tokens": sys.maxsize,
+        "query_tokens": None,
+    }  # passages are whole lines, for the question alone
     max_new_tokens = 0
 
     def __init__(self, settings: Any, sets: Sequence[str]) -> None:
@@ -105,8 +94,8 @@ class DemonstrationTask(Task):
         """Return the examples of a set: those to draw demonstrations from, and those that are asked."""
 
     @abstractmethod
-    def draw(self, name: str, seed: int) -> Draw:
-        """Return the demonstrations of a seed."""
+    def draw(self, name: str, seed: int) -> tuple[list[Demonstration], list[Demonstration], random.Random]:
+        """Return the demonstrations for window and memory, and the generator that exchanges answers."""
 
     @abstractmethod
     def items(self, name: str, chosen: Sequence[Any], tokens: Tokens) -> list[Item]:
@@ -119,17 +108,23 @@ class DemonstrationTask(Task):
     @property
     def notes(self) -> Sequence[str]:
         """Return how to read the tables."""
-        own = "its own, labels or answers shuffled among them"
+        held = "as many of the next" if len(self.sets) > 1 else "its own, labels or answers shuffled among them"
         return (
             "Each number is the mean over seeds, ± its standard deviation over seeds (divided by their number, as numpy's "
             "std), with the 95 % interval over items in brackets. Seconds per item are without those for reading "
             f"demonstrations into memory; those in the window are run again for every {self.asked_at_once} items.",
-            f"The wrong memory of a set holds {'as many of the next' if len(self.sets) > 1 else own}.",
+            f"The wrong memory of a set holds {held}.",
         )
 
     def cases(self, model: LongMemForCausalLM) -> list[Case]:
         """Return a case for each seed and set; neighbours, since the wrong memory of one is the right one of the next."""
-        tokens = line_tokens(model.tokenizer, with_bos=self.settings.bos_per_line)
+        start = [model.tokenizer.bos_token_id] if self.settings.bos_per_line else []
+        if start == [None]:
+            raise ValueError("`bos_per_line` must be false for a tokenizer without a bos token, got true.")
+
+        def tokens(text: str) -> list[int]:
+            return [*start, *model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
         asked = {}
         for name, (_, examples) in self.examples.items():
             chosen = [examples[number] for number in spread(len(examples), self.settings.limit)]
@@ -141,12 +136,15 @@ class DemonstrationTask(Task):
         answers = [each.answer for each in memory]
         generator.shuffle(answers)
         exchanged = [each._replace(answer=answer) for each, answer in zip(memory, answers, strict=True)]
-        alone = len(self.sets) == 1
-        lines = [[tokens("".join(each)) for each in own] for own in (window, memory, exchanged if alone else [])]
         case = DemonstrationCase(
-            **{"name": f"{name}/{seed}", "subject": name, "group": name, "axes": {"set": name, "seed": seed}},
-            **dict(zip(("window", "memory", "exchanged"), lines, strict=True)),
+            name=f"{name}/{seed}",
+            subject=name,
+            group=name,
+            axes={"set": name, "seed": seed},
             items=items,
+            window=[tokens("".join(each)) for each in window],
+            memory=[tokens("".join(each)) for each in memory],
+            exchanged=[tokens("".join(each)) for each in exchanged] if len(self.sets) == 1 else [],
             content_free=self.content_free(name, tokens),
             max_new_tokens=self.max_new_tokens,
         )
@@ -200,7 +198,11 @@ class DemonstrationTask(Task):
 
     def tables(self, records: Sequence[Record]) -> dict[str, list[list[str]]]:
         """Return what each system had before a question; means over seeds."""
-        columns = {"window_demonstrations": "in the window", "read_demonstrations": "read", "read_tokens": "tokens read"}
+        columns = {
+            "window_demonstrations": "in the window",
+            "read_demonstrations": "read",
+            "read_tokens": "tokens read",
+        }
         rows = [["set, system", *columns.values()]]
         for name in self.sets:
             for system in self.settings.systems:
@@ -208,14 +210,6 @@ class DemonstrationTask(Task):
                 means = [statistics.fmean(each[column] for each in own if column in each) for column in columns]
                 rows.append([f"{name}, {title_of_system(system)}", *(f"{mean:,.1f}" for mean in means)])
         return {"Demonstrations before a question": rows}
-
-
-def line_tokens(tokenizer: Any, *, with_bos: bool) -> Tokens:
-    """Return what makes tokens of a line. Raises ValueError if it shall begin with a bos token that does not exist."""
-    if with_bos and tokenizer.bos_token_id is None:
-        raise ValueError("`bos_per_line` must be false for a tokenizer without a bos token, got true.")
-    start = [tokenizer.bos_token_id] if with_bos else []
-    return lambda text: [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def last_that_fit(lines: Sequence[Line], size: int) -> Sequence[Line]:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from longmem.errors import did_you_mean
 from longmem.evaluation.folder import digest
 from longmem.evaluation.systems import Answer, Question, System
-from longmem.evaluation.task import Case, Item, Measure, Record, best
+from longmem.evaluation.task import Axis, Case, Item, Measure, Record, best
 from longmem.evaluation.tasks import demonstrations
-from longmem.evaluation.tasks.demonstrations import Demonstration, Draw, Tokens
+from longmem.evaluation.tasks.demonstrations import Demonstration, Tokens
 from longmem.evaluation.tasks.labelled_sets import SETS, Example, LabelledSet, Source, from_columns, from_file
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings import read_section
@@ -76,6 +76,7 @@ class Labelled(demonstrations.DemonstrationTask):
     """The likelihoods of label words are compared."""
 
     name, title, kind = "in-context", "in-context learning", LabelledSettings
+    axes, pool = (Axis("set", "panel"), Axis("seed", "repeat")), "panels"
     baselines = {"majority": "most frequent label"}
     asked_at_once = 256  # each call runs the demonstrations in the window once more
     measures = {name: Measure(name) for name in ("prefix rule", "label words", "calibrated")}
@@ -129,13 +130,12 @@ class Labelled(demonstrations.DemonstrationTask):
             )
         return shown, asked
 
-    def draw(self, name: str, seed: int) -> Draw:
+    def draw(self, name: str, seed: int) -> tuple[list[Demonstration], list[Demonstration], random.Random]:
         """Return the released script's demonstrations: two samples, one after the other, of one generator."""
-        kind, (pool, _) = SETS[name], self.examples[name]
+        pool = [SETS[name].shown(each) for each in self.examples[name][0]]
         generator = random.Random(seed)
         window = generator.sample(pool, self.settings.demonstrations)
-        memory = generator.sample(pool, self.settings.memory_demonstrations)
-        return Draw([kind.shown(each) for each in window], [kind.shown(each) for each in memory], generator)
+        return window, generator.sample(pool, self.settings.memory_demonstrations), generator
 
     def items(self, name: str, chosen: Sequence[Example], tokens: Tokens) -> list[Item]:
         """Return the texts with all label words; equal texts are one group."""

@@ -109,7 +109,9 @@ def csv_rows(path: Path) -> Iterator[tuple[int, str, str]]:
         reader = csv.reader(file)
         for row in reader:
             if len(row) != 2:
-                raise ValueError(f"{path}, line {reader.line_num}, must be label,text, got {len(row)} columns: {row!r}.")
+                raise ValueError(
+                    f"{path}, line {reader.line_num}, must be label,text, got {len(row)} columns: {row!r}."
+                )
             yield reader.line_num, row[1], row[0]
 
 

@@ -13,8 +13,14 @@ from typing import Any
 from longmem.evaluation.settings import Count
 from longmem.evaluation.systems import System
 from longmem.evaluation.task import Axis, Item, Measure, Record
-from longmem.evaluation.tasks.demonstrations import DemonstrationSettings, DemonstrationTask, Draw, Tokens, joined
-from longmem.evaluation.tasks.squad_files import Passage, PassageQuestion, load_parted
+from longmem.evaluation.tasks.demonstrations import (
+    Demonstration,
+    DemonstrationSettings,
+    DemonstrationTask,
+    Tokens,
+    joined,
+)
+from longmem.evaluation.tasks.squad_files import Asked, Passage, load_parted
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -43,8 +49,7 @@ class Squad(DemonstrationTask):
     """Written answers."""
 
     name, title, kind = "squad", "SQuAD", SquadSettings
-    axes = (Axis("seed", "repeat"),)  # one set
-    pool = "items"
+    axes = (Axis("seed", "repeat"),)
     measures = {"f1": Measure("F1"), "exact match": Measure("exact match")}
 
     def __init__(self, settings: SquadSettings) -> None:
@@ -56,7 +61,7 @@ class Squad(DemonstrationTask):
         prediction, golds = record["prediction"], record["golds"]
         return {"f1": f1(prediction, golds), "exact match": exact_match(prediction, golds)}
 
-    def load(self, name: str) -> tuple[list[Passage], list[Any]]:
+    def load(self, name: str) -> tuple[list[Passage], list[Asked]]:
         """Return the passages to draw from, and all questions about the others."""
         own = self.settings
         shown, asked = load_parted(own.data, own.demonstrations_data, own.seed)
@@ -66,24 +71,24 @@ class Squad(DemonstrationTask):
                 f"together, got {own.demonstrations} and {own.memory_demonstrations}; lower one, or name a larger "
                 "`demonstrations_data`."
             )
-        return shown, [(passage, question) for passage in asked for question in passage.questions]
+        return shown, [each for passage in asked for each in passage]
 
-    def draw(self, name: str, seed: int) -> Draw:
+    def draw(self, name: str, seed: int) -> tuple[list[Demonstration], list[Demonstration], random.Random]:
         """Return demonstrations about different passages, with one of its questions each."""
         generator, size = random.Random(seed), self.settings.demonstrations
         passages = generator.sample(self.examples[name][0], size + self.settings.memory_demonstrations)
-        drawn = [passage.shown(generator.choice(passage.questions)) for passage in passages]
-        return Draw(drawn[:size], drawn[size:], random.Random(seed))
+        drawn = [generator.choice(passage).shown for passage in passages]
+        return drawn[:size], drawn[size:], random.Random(seed)
 
-    def items(self, name: str, chosen: Sequence[tuple[Passage, PassageQuestion]], tokens: Tokens) -> list[Item]:
+    def items(self, name: str, chosen: Sequence[Asked], tokens: Tokens) -> list[Item]:
         """Return the questions behind their passages; intervals are over articles."""
         return [
             Item(
                 name=str(number),
-                token_ids=tokens(passage.prompt(asked)),
-                about={"group": passage.title, "number": number, "question": asked.id, "golds": list(asked.answers)},
+                token_ids=tokens(asked.prompt),
+                about={"group": asked.article, "number": number, "question": asked.id, "golds": list(asked.answers)},
             )
-            for number, (passage, asked) in enumerate(chosen)
+            for number, asked in enumerate(chosen)
         ]
 
     def prefix(self, system: System, case: Any, item: Item) -> list[int]:
