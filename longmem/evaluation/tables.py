@@ -40,7 +40,7 @@ def tables_of(metrics: Mapping[str, Any], *, brief: bool = False) -> list[tuple[
     panels: Sequence[Any] = next((axis["values"] for axis in metrics["axes"] if axis["kind"] == "panel"), [])
     column = next((axis for axis in metrics["axes"] if axis["kind"] == "column"), None)
     found: list[tuple[str, Rows]] = []
-    for panel in ["", *map(str, panels)]:
+    for panel in [*([""] if len(panels) != 1 else []), *map(str, panels)]:
         if column is None:
             cells = {
                 f"{each['title']}, {each['unit']}": (each["cells"].get(panel or "all"), each["unit"])

@@ -53,17 +53,11 @@ class Demonstration(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemonstrationCase(Case):
-    """What is asked after one draw of demonstrations, each a line; those for memory are its `memory`.
+    """What is asked after one draw of demonstrations, each a line; those for memory are its `memory`."""
 
-    Args:
-        window: demonstrations for the window.
-        exchanged: those for memory with the answers of one another, where no other set can be the wrong memory.
-        content_free: questions about nothing, for calibration.
-    """
-
-    window: Sequence[Line]
-    exchanged: Sequence[Line] = ()
-    content_free: Sequence[Item] = ()
+    window: Sequence[Line]  # demonstrations for the window
+    exchanged: Sequence[Line] = ()  # memory with the answers of one another, if no other set can be the wrong memory
+    content_free: Sequence[Item] = ()  # questions about nothing, for calibration
 
     @functools.cached_property
     def longest(self) -> int:
@@ -78,10 +72,7 @@ class DemonstrationTask(Task):
     """
 
     sort_by = ("seed", "number")
-    retrieval = {
-        "passage_tokens": sys.maxsize,
-        "query_tokens": None,
-    }  # passages are whole lines, for the question alone
+    retrieval = {"passage_tokens": sys.maxsize, "query_tokens": None}  # whole lines, looked up with the question alone
     max_new_tokens = 0
 
     def __init__(self, settings: Any, sets: Sequence[str]) -> None:
@@ -108,7 +99,9 @@ class DemonstrationTask(Task):
     @property
     def notes(self) -> Sequence[str]:
         """Return how to read the tables."""
-        held = "as many of the next" if len(self.sets) > 1 else "its own, labels or answers shuffled among them"
+        held = "its own, labels or answers shuffled among them"
+        if len(self.sets) > 1:
+            held = "as many of the next. All: the mean over sets, each counting the same"
         return (
             "Each number is the mean over seeds, ± its standard deviation over seeds (divided by their number, as numpy's "
             "std), with the 95 % interval over items in brackets. Seconds per item are without those for reading "
@@ -184,8 +177,12 @@ class DemonstrationTask(Task):
         counts = {"read_demonstrations": len(read), "read_tokens": len(joined(read))}
         return {"window_demonstrations": len(shown), **counts}
 
+    def room_before(self, case: Any, item: Item) -> int:
+        """Return the tokens to leave free behind demonstrations: the same for all items, so that a calibration holds."""
+        return case.longest
+
     def shown(self, system: System, case: Any, room: int) -> Sequence[Line]:
-        """Return the demonstrations right before a question, those that fit beside it and what follows: `room` tokens.
+        """Return the demonstrations in the window, the last ones that leave `room` tokens free.
 
         A system that pastes passages keeps a share of its window for them.
         """
@@ -193,8 +190,8 @@ class DemonstrationTask(Task):
         return last_that_fit(case.window, system.window - pasted - room)
 
     def prefix(self, system: System, case: Any, item: Item) -> list[int]:
-        """Return the demonstrations in the window: the same for all items, so that a calibration holds for all."""
-        return joined(self.shown(system, case, case.longest))
+        """Return the demonstrations in the window."""
+        return joined(self.shown(system, case, self.room_before(case, item)))
 
     def tables(self, records: Sequence[Record]) -> dict[str, list[list[str]]]:
         """Return what each system had before a question; means over seeds."""

@@ -6,12 +6,13 @@ Draws, prompts and the first of three measures are those of LongMem's released s
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from longmem.errors import did_you_mean
 from longmem.evaluation.folder import digest
@@ -196,18 +197,7 @@ def calibrated_label(logprobs: Sequence[float], content_free: Sequence[Sequence[
         logprobs: of the label words.
         content_free: of the label words after each input without content.
     """
-    inputs = [label_probabilities(each) for each in content_free]
-    means = [sum(column) / len(inputs) for column in zip(*inputs, strict=True)]
-    # In logarithms: a label that was never likely does not divide by 0.
-    return best([value - math.log(max(mean, 1e-300)) for value, mean in zip(logprobs, means, strict=True)])
-
-
-def label_probabilities(logprobs: Sequence[float]) -> list[float]:
-    """Return the probabilities of the labels, which sum to 1.
-
-    >>> label_probabilities([-7.0, -7.0])
-    [0.5, 0.5]
-    """
-    most = max(logprobs)
-    values = [math.exp(value - most) for value in logprobs]
-    return [value / sum(values) for value in values]
+    probabilities = torch.tensor(content_free, dtype=torch.float64).softmax(dim=1)
+    # In logarithms, and above 0: a label that was never likely does not divide by 0.
+    means = probabilities.mean(dim=0).clamp_min(1e-300).log().tolist()
+    return best([value - mean for value, mean in zip(logprobs, means, strict=True)])

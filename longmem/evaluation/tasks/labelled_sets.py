@@ -21,23 +21,14 @@ class Example(NamedTuple):
 
 
 class LabelledSet(NamedTuple):
-    """What a set is called and how it is asked, as in LongMem's released script (eval_longmem_icl.py).
+    """What a set is called and how it is asked, as in LongMem's released script (eval_longmem_icl.py)."""
 
-    Args:
-        folder: of its files in LongMem's `data/icl/original`.
-        files: with the demonstrations, and with what is evaluated.
-        split: that is evaluated, where splits have names; demonstrations are always from "train".
-        prompt: of a text, up to its label.
-        words: of the labels 0, 1, ...
-        strips_quotes: whether the released script takes quotation marks off both ends of a text.
-    """
-
-    folder: str
-    files: tuple[str, str]
-    split: str
-    prompt: str
-    words: tuple[str, ...]
-    strips_quotes: bool = False
+    folder: str  # of its files in LongMem's data/icl/original
+    files: tuple[str, str]  # with the demonstrations, and with what is evaluated
+    split: str  # that is evaluated, where splits have names; demonstrations are always from "train"
+    prompt: str  # of a text, up to its label
+    words: tuple[str, ...]  # of the labels 0, 1, ...
+    strips_quotes: bool = False  # whether the released script takes quotation marks off both ends of a text
 
     def shown(self, example: Example) -> Demonstration:
         """Return an example with its label.

@@ -13,20 +13,15 @@ from typing import Any
 from longmem.evaluation.settings import Count
 from longmem.evaluation.systems import System
 from longmem.evaluation.task import Axis, Item, Measure, Record
-from longmem.evaluation.tasks.demonstrations import (
-    Demonstration,
-    DemonstrationSettings,
-    DemonstrationTask,
-    Tokens,
-    joined,
-)
+from longmem.evaluation.tasks import demonstrations
+from longmem.evaluation.tasks.demonstrations import Demonstration, Tokens
 from longmem.evaluation.tasks.squad_files import Asked, Passage, load_parted
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SquadSettings(DemonstrationSettings):
+class SquadSettings(demonstrations.DemonstrationSettings):
     """Written answers to questions about passages; each demonstration is about a passage of its own."""
 
     data: str
@@ -45,7 +40,7 @@ class SquadSettings(DemonstrationSettings):
     """Of an answer, which ends at the first line break."""
 
 
-class Squad(DemonstrationTask):
+class Squad(demonstrations.DemonstrationTask):
     """Written answers."""
 
     name, title, kind = "squad", "SQuAD", SquadSettings
@@ -91,9 +86,9 @@ class Squad(DemonstrationTask):
             for number, asked in enumerate(chosen)
         ]
 
-    def prefix(self, system: System, case: Any, item: Item) -> list[int]:
-        """Return as many demonstrations as fit beside the question."""
-        return joined(self.shown(system, case, case.room(item)))
+    def room_before(self, case: Any, item: Item) -> int:
+        """Return the tokens of the question itself and its answer."""
+        return case.room(item)
 
     def placed(self, system: System, case: Any, item: Item) -> dict[str, Any]:
         """Return how many demonstrations stood before the question."""
