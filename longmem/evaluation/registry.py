@@ -28,6 +28,13 @@ TASKS = {
     "chapterbreak": Entry(
         "longmem.evaluation.tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"
     ),
+    "in-context": Entry(
+        "longmem.evaluation.tasks.labelled:Labelled",
+        "labels of texts after thousands of demonstrations (SST-2, MR, ...)",
+    ),
+    "squad": Entry(
+        "longmem.evaluation.tasks.squad:Squad", "questions about passages after demonstrations (SQuAD v1.1)"
+    ),
     "quality": Entry("longmem.evaluation.tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
     "locomo": Entry("longmem.evaluation.tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }

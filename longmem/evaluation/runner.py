@@ -31,7 +31,7 @@ class Finished(NamedTuple):
 
 
 def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = None) -> Finished:
-    """Ask what is missing, write the whole result folder and show the tables; the figure is drawn by who calls.
+    """Ask what is missing, write the whole result folder and show brief tables; the figure is drawn by who calls.
 
     Args:
         task: with its settings.
@@ -49,7 +49,7 @@ def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = No
         ask_all(task, model, cases, wrong, run, console)
         metrics = summarize(task, run.records)
         run.finish(title=task.run_title, metrics=metrics, table=markdown(metrics), seed=task.settings.seed)
-    for heading, rows in tables_of(metrics):
+    for heading, rows in tables_of(metrics, brief=True):
         console.print(f"\n{heading}", plain_table(rows, emphasized=title_of_system("on")), markup=False)
     console.print(*metrics["notes"], sep="\n\n", markup=False)
     return Finished(run.path, task.run_title, metrics)
@@ -149,7 +149,7 @@ def ask(
             shares = costs.shares(len(batch))
             yield [
                 {"id": record_id(case, item, system.name), "system": system.name}
-                | {**described(case, item), **answer, **shares}
+                | {**described(case, item), **task.placed(system, case, item), **answer, **shares}
                 for item, answer in zip(batch, answers, strict=True)
             ]
 

@@ -28,7 +28,8 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
     """Return the metrics of a finished run.
 
     `measures` has for each measure its title, unit and `cells`: by the values of axes, such as "passkey, 4096", and "all",
-    what `compare` returns. `axes` has the values of each axis, `costs` what systems cost. `summary` is the main figure.
+    what `compare` returns. `axes` has the values of each axis, `tables` what the task adds, `costs` what systems cost.
+    `summary` is the main figure.
 
     Raises:
         ValueError: systems have not answered the same questions.
@@ -57,6 +58,7 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
         "measures": measures,
         "axes": axes,
         "baselines": list(task.baselines),
+        "tables": dict(task.tables(records)),
         "costs": costs_of(records),
         "notes": list(task.notes),
     }

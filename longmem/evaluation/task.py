@@ -30,7 +30,8 @@ class Item:
         name: unique in its case; may be empty where a case has one question.
         token_ids: end of what stands in the window; empty where the case itself is the question.
         candidates: continuations whose likelihoods are compared; none: the answer is only written.
-        about: goes into the record as it is: the right answer, the words of the question, a category.
+        about: goes into the record as it is: the right answer, the words of the question, a category; or a `group` of the
+            question's own in the place of its case's.
         guesses: what baselines without a model answer, by their name: fields of a record.
     """
 
@@ -245,12 +246,20 @@ class Task(ABC):
         """Return the tokens between stream and question; questions with the same are asked together."""
         return case.prefix
 
+    def placed(self, system: System, case: Case, item: Item) -> Mapping[str, Any]:
+        """Return what a record says of what stood before a question, where that is not the same for all of its case."""
+        return {}
+
     def answered(self, model: LongMemForCausalLM, answer: Answer) -> dict[str, Any]:
         """Return what a record says of likelihoods: of each candidate the log-likelihood in nats, and its tokens."""
         return {
             "logprobs": [each.total for each in answer.candidates],
             "tokens": [len(each.logprobs) for each in answer.candidates],
         }
+
+    def tables(self, records: Sequence[Record]) -> Mapping[str, list[list[str]]]:
+        """Return tables beside those of the measures, by their headings, the head of each first."""
+        return {}
 
     def close(self) -> None:  # noqa: B027  a hook
         """Give back what `begin` has opened."""

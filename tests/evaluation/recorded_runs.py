@@ -314,32 +314,44 @@ def facts(settings: Settings, **sources: str) -> Result:
 
 def squad(settings: Settings) -> Result:
     """Questions about passages, in SQuAD's format, after others with their answers."""
-    own = {"data": str(save_passages(Path("squad.json"))), **settings["squad"]}
-    return in_context({**settings, "squad": own})
+    asked = {name: value for name, value in settings.items() if name not in ("sets", "squad")}
+    data = str(save_passages(Path("squad.json")))
+    return demonstrations("squad", {**asked, **settings["squad"], "data": data}, whole="squad")
 
 
 def in_context(settings: Settings) -> Result:
     """Demonstrations of labelled sets in memory: the wrong memory is another set's, or has labels shuffled."""
-    data = str(save_sets(Path("sets"), test=8))
-    run = evaluate("eval_in_context.py", **model_options(segment_length=64), data=data, **settings)
+    return demonstrations(
+        "in-context", {**settings, "data": str(save_sets(Path("sets"), test=8))}, whole="mean of sets"
+    )
+
+
+def demonstrations(task: str, settings: Settings, whole: str) -> Result:
+    """Return what an evaluation with demonstrations gives; `whole` is what results of all items were called."""
+    run = evaluate_task(task, **model_options(segment_length=64), **settings)
     cases, records, metrics = [], [], Result()
-    for record in run.records:
-        place = {"case": f"{record['set']}, {record.get('item', 'demonstrations')}", "seed": record["seed"]}
-        if "item" in record:
-            cases.append({"case": place["case"], **pick(record, "gold", "golds", "group")})
-        told = ("likeliest", "logprobs", "prediction", "content_free")
-        counted = ("window_demonstrations", "read_demonstrations", "read_tokens")
-        records.append({**place, "system": record["system"], **pick(record, *told, *counted)})
+    told = ("likeliest", "logprobs", "prediction", "content_free")
+    counted = ("window_demonstrations", "read_demonstrations", "read_tokens")
+    # By system, then item, as the ids were when the results were recorded.
+    for record in sorted(run.records, key=lambda each: (each["case"], each["system"], each.get("number", -1))):
+        if record["system"] in settings["systems"]:  # and no guess
+            place = {"case": f"{record['set']}, {record.get('number', 'demonstrations')}", "seed": record["seed"]}
+            if "item" in record:
+                cases.append({"case": place["case"], **pick(record, "gold", "golds", "group")})
+            records.append({**place, "system": record["system"], **pick(record, *told, *counted)})
     found = run.metrics
-    for name, values in {**found["sets"], "mean of sets": {"measures": found["average"]}}.items():
-        for measure, comparison in values["measures"].items():
-            note_comparison(metrics, measure, name, comparison)
+    for measure in found["measures"]:
+        title = "F1" if measure == "f1" else measure
+        for cell, comparison in cells_of(found, measure).items():
+            axis = whole if cell == "all" else cell
+            guess = comparison["systems"].pop("majority", None)
+            if guess is not None and measure == "prefix rule" and cell != "all":
+                note(metrics, title, "most frequent label", axis, guess["value"])
+            note_comparison(metrics, title, axis, comparison)
             for system, own in comparison["systems"].items():
-                note(metrics, f"{measure}, deviation over seeds", system, name, own["deviation"])
-                for seed, value in zip(settings["seeds"], own["seeds"], strict=True):
-                    note(metrics, measure, system, f"{name}, seed {seed}", value)
-        if "majority" in values:
-            note(metrics, "prefix rule", "most frequent label", name, values["majority"])
+                note(metrics, f"{title}, deviation over seeds", system, axis, own["deviation"])
+                for seed, value in own["repeats"].items():
+                    note(metrics, title, system, f"{axis}, seed {seed}", value)
     return run.result(distinct(cases), records, metrics)
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from longmem.evaluation.squad import exact_match, f1
 from longmem.evaluation.tasks.locomo import REFUSAL, Locomo, is_refusal, locomo_exact_match, locomo_f1
 from longmem.evaluation.tasks.quality import Quality, QualitySettings, chosen_letter
 from longmem.evaluation.tasks.reading import Asked, Document, answer_documents
+from longmem.evaluation.tasks.squad import exact_match, f1
 
 OPTIONS = ("He is ill.", "He is (A) liar", "Nobody knows why", "Both")
 QUESTION = "Why does he stay?"

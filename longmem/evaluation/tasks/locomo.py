@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from longmem.evaluation.settings import Count
-from longmem.evaluation.squad import exact_match, f1
 from longmem.evaluation.task import Axis, Measure, Record
 from longmem.evaluation.tasks.reading import Asked, Document, ReadingSettings, ReadingTask, read_file
+from longmem.evaluation.tasks.squad import exact_match, f1
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
 MULTI_HOP, ADVERSARIAL = CATEGORIES[1], CATEGORIES[5]
