@@ -207,10 +207,12 @@ def test_a_full_memory_holds_the_latest_tokens_whether_it_grew_or_not(model):
     assert sum(encoded) == 16 + 32
     queries = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4))
     for layer in bank.memory_layers:
-        (scores, rows), (others, other_rows) = (each.search(layer, queries, 8) for each in (bank, other))
-        torch.testing.assert_close(scores, others, **CLOSE)
-        found, expected = bank.gather(layer, rows[:, 0]), other.gather(layer, other_rows[:, 0])
-        torch.testing.assert_close(found, expected, **CLOSE)
+        found, expected = (each.search(layer, queries, 8) for each in (bank, other))
+        torch.testing.assert_close(found.scores, expected.scores, **CLOSE)
+        states, others = (
+            each.gather(layer, best.rows[:, 0], best.generation) for each, best in ((bank, found), (other, expected))
+        )
+        torch.testing.assert_close(states, others, **CLOSE)
     assert bank.num_tokens == 32
     assert torch.equal(bank.token_ids("document"), ids[128:160])
     with pytest.raises(ValueError, match="must not move back"):

@@ -5,7 +5,7 @@ import torch
 
 from longmem.memory.index import INDEXES, ChunkIndex
 from longmem.memory.index import exact as exact_module
-from longmem.memory.rows.chunks import Chunks, ChunkStore
+from longmem.memory.rows.storage import Chunks, ChunkStore
 
 HEADS, DIM = 3, 8
 

@@ -17,11 +17,11 @@ from longmem.evaluation.systems.making import context_size
 from longmem.evaluation.systems.retrieval import RANKERS
 from longmem.evaluation.systems.system import LocalModel
 from longmem.memory import MemoryBank
-from longmem.model.attention import ReadableMemory
+from longmem.memory.protocols import Memory
 from longmem.model.modeling import LongMemForCausalLM
 
 PASSAGE_TOKENS = 128
-Readable = ReadableMemory | GrowingMemory | None
+Readable = Memory | GrowingMemory | None
 
 
 class Passages:

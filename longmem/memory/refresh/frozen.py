@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -11,9 +9,7 @@ from longmem.encoder.checks import refuse_stale
 from longmem.encoder.stamp import EncoderStamp
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy, register_policy
-
-if TYPE_CHECKING:
-    from longmem.memory.refresh.refresher import Refresher
+from longmem.memory.refresh.refresher import Refresher
 
 
 @register_policy("frozen")
