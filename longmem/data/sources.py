@@ -62,8 +62,8 @@ def find_source(source: str | Path, *, text_column: str, split: str, is_bounded:
             return _listed_source(path, text_column, split)
         if path.suffix not in TEXT_FILES:
             raise ValueError(
-                "`source` must be a .txt or .jsonl file, or a .json file that lists some, when it is a file, got "
-                f"{str(path)!r}; for other formats name the folder that holds the file."
+                f"`source` must be a .txt or .jsonl file (or a .json list of such) when it is a file, got {str(path)!r}; for "
+                "other formats name the folder that holds the file."
             )
         return _files_source(path.parent, [path], text_column, split)
     name, _, configuration = str(source).partition(":")

@@ -101,14 +101,11 @@ def plot_scores(
 
 
 def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
-    """Draw each system's perplexity in that of the baseline, a panel for each part: means with intervals, and all texts.
-
-    `metrics` are those of `summarize_texts`, with a system beside the baseline.
-    """
+    """Draw the perplexities of systems in that of the baseline, a panel for each part: means with intervals, and all texts."""
     baseline, parts, is_books = metrics["baseline"], metrics["parts"], metrics["plan"] == "books"
     if is_books:  # a column for each cut, a row for each number of windows
-        columns = len({part["cut"] for part in parts.values()})
         panels = sorted(parts.values(), key=lambda part: -part["windows"])
+        columns = len({part["cut"] for part in panels})
         cuts = [Cut.parse(part["cut"]) for part in panels]
         counts = [f"{part['windows']} of each book" for part in panels]
         heads = [f"windows of {cut.window}, stride {cut.stride}; {n}" for cut, n in zip(cuts, counts, strict=True)]

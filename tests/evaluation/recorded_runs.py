@@ -199,7 +199,7 @@ def documents(settings: Settings) -> Result:
 
 def one_document(settings: Settings) -> Result:
     """Perplexity of every token of one document, whose intervals are over windows; Python's manual is the wrong memory."""
-    with patch("longmem.evaluation.documents.texts.python_manual", lambda: some_text(200, 9)):
+    with patch("longmem.data.sources.python_manual", lambda: some_text(200, 9)):
         return perplexity(settings, save_texts(Path("texts"), 30))
 
 
@@ -207,17 +207,18 @@ def perplexity(settings: Settings, texts: Path) -> Result:
     """Return what an evaluation on documents gives."""
     run = evaluate("eval_perplexity.py", **model_options(segment_length=16), data=str(texts), **settings)
     cases, records, metrics = [], [], Result()
+    cut = f"{settings['window']}/{settings['stride']}"
     for record in run.records:
-        scores = load_file(run.folder / "documents" / record["file"])
-        case = pick(record, "tokens", "group", "windows", "scored_tokens", "scored_bytes")
+        own, scores = record["cuts"][cut], scores_of(run, record, cut)
+        case = pick(record, "tokens", "group") | pick(own, "windows", "scored_tokens", "scored_bytes")
         case |= {name: scores[name] for name in ("distances", "starts", "num_bytes")}
         case["first and last scored"] = [scores["positions"][0], scores["positions"][-1]]
         cases.append({"case": record["id"], **case})
-        for system, loss in record["loss"].items():
+        for system, loss in own["loss"].items():
             losses = scores[f"{system}/losses"]
             records.append({"case": record["id"], "system": system, "loss": loss, "losses": losses})
     found = run.metrics
-    for length, part in found["lengths"].items():
+    for length, part in found["parts"].items():
         for system, own in part["systems"].items():
             measures = pick(own, "loss", "perplexity", "reduction_percent", "bits_per_byte")
             note_estimates(metrics, system, f"length {length}", **measures)
@@ -230,38 +231,55 @@ def perplexity(settings: Settings, texts: Path) -> Result:
     return run.result(cases, records, metrics)
 
 
+def scores_of(run: Run, record: Mapping[str, Any], cut: str) -> dict[str, Any]:
+    """Return what the file of a text has of one way of cutting windows."""
+    scores = load_file(run.folder / "documents" / record["file"])
+    return {name.removeprefix(f"{cut}/"): each for name, each in scores.items() if name.startswith(f"{cut}/")}
+
+
 def books(settings: Settings) -> Result:
     """Perplexity of one stretch of each book, in two ways of cutting windows, with a memory that grows."""
-    save_texts(Path("texts"), 60, 60)
-    figures = start(
-        *("eval_books.py", "texts/a.txt", "texts/b.txt", "--model", save_model(Path(), segment_length=16).name),
-        *("--memory-tokens", str(settings["memory_tokens"]), "--windows", str(settings["windows"])),
-        *("--cut", *settings["cuts"], "--context", str(settings["context"])),
-        *("--context-windows", str(settings["context_windows"]), "--grow", "--dtype", "float32", "--output", "run"),
+    first, *others = settings["cuts"]
+    window, stride = map(int, first.split("/"))
+    run = evaluate(
+        "eval_perplexity.py",
+        **model_options(segment_length=16),
+        **pick(settings, "memory_tokens", "context_windows"),
+        plan="books",
+        data=str(save_texts(Path("texts"), 60, 60)),
+        systems=["backbone", "off", "on", "wrong", f"context-{settings['context']}"],
+        window=window,
+        stride=stride,
+        other_cuts=others,
+        windows_per_document=settings["windows"],
+        grow=True,
     )
-    run, records, metrics = Run(Path("run"), figures), [], Result()
-    found = run.metrics
-    for name in found["books"]:
-        scores = load_file(run.folder / "books" / f"{name}.safetensors")
-        for place in sorted(scores):
-            cut, _, rest = place.rpartition("/losses")[0].rpartition("/")
-            if cut:
-                record = {"case": name, "axis": f"windows {cut}", "system": rest, "losses": scores[place]}
-                share = scores.get(f"{cut}/{rest}/memory_share")
-                records.append(record | ({} if share is None else {"memory share": share}))
-    for cut, values in found["cuts"].items():
-        for windows in ("all_windows", "context_windows"):
-            part, axis = values[windows], f"windows {cut}, {windows.replace('_', ' ')}"
-            for system, own in part["systems"].items():
-                note_estimates(metrics, system, axis, **pick(own, "loss", "perplexity", "reduction_percent"))
-                for name, value in own["books"].items():
-                    note(metrics, "perplexity", system, f"{axis}, book {name}", value)
-            for pair, own in part["reductions_percent"].items():
-                note_estimates(metrics, pair, axis, reduction_of_pair=own)
-            for system, own in part["share_of_gain_percent"].items():
-                if own is not None:
-                    note_estimates(metrics, system, axis, share_of_gain=own)
-    cases = [{"case": name} for name in found["books"]]
+    # Figures of a book are named by its number, its name and the cut.
+    run = run._replace(
+        figures={name.removeprefix("00000-").removeprefix("00001-"): each for name, each in run.figures.items()}
+    )
+    records, metrics = [], Result()
+    for record in run.records:
+        for cut, own in record["cuts"].items():
+            scores, scored = scores_of(run, record, cut), own["scored_tokens"] // own["windows"]
+            for system in sorted(own["loss"]):
+                told = {"case": record["id"], "axis": f"windows {cut}", "system": system}
+                told["losses"] = scores[f"{system}/losses"].view(-1, scored)
+                share = scores.get(f"{system}/memory_share")
+                records.append(told | ({} if share is None else {"memory share": share}))
+    for part in run.metrics["parts"].values():
+        kind = "all" if part["windows"] == settings["windows"] else "context"
+        axis = f"windows {part['cut']}, {kind} windows"
+        for system, own in part["systems"].items():
+            note_estimates(metrics, system, axis, **pick(own, "loss", "perplexity", "reduction_percent"))
+            for name, value in own["documents"].items():
+                note(metrics, "perplexity", system, f"{axis}, book {name}", value)
+        for pair, own in part["reductions_percent"].items():
+            note_estimates(metrics, pair, axis, reduction_of_pair=own)
+        for system, own in part["share_of_gain_percent"].items():
+            if own is not None:
+                note_estimates(metrics, system, axis, share_of_gain=own)
+    cases = [{"case": record["id"]} for record in run.records]
     return run.result(cases, records, metrics, without=("cost",))  # of the backbone's seconds
 
 

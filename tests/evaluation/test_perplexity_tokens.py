@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -10,11 +9,19 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from longmem.evaluation.documents import PerplexitySettings, summarize_documents
-from longmem.evaluation.documents.distances import DISTANCES, distance_groups, last_distances
-from longmem.evaluation.documents.scores import DocumentScores
-from longmem.evaluation.documents.text_bytes import bits_per_byte, byte_ends, scored_bytes
-from longmem.evaluation.documents.windows import Window, plan_windows
+from longmem.evaluation.perplexity import PerplexitySettings
+from longmem.evaluation.perplexity.scores import TextScores
+from longmem.evaluation.perplexity.scoring import WindowScores
+from longmem.evaluation.perplexity.summary import summarize_texts
+from longmem.evaluation.perplexity.tokens import (
+    DISTANCES,
+    bits_per_byte,
+    byte_ends,
+    distance_groups,
+    last_distances,
+    scored_bytes,
+)
+from longmem.evaluation.perplexity.windows import Cut, Window
 
 
 def naive_distances(ids: list[int], ngram: int) -> list[int]:
@@ -70,10 +77,10 @@ def test_two_tokenizers_have_the_same_bits_per_byte_where_bytes_are_as_likely():
     found = []
     for tokenizer in (tokenizer_of([]), tokenizer_of([("a", "b")])):
         ids = torch.tensor(tokenizer(text)["input_ids"])
-        windows = plan_windows(len(ids), window=64, stride=32)
+        windows = Cut(64, 32).cover(len(ids))
         lengths = [len(tokenizer.decode([token])) for token in ids.tolist()]
         nats = sum(length * math.log(5) for length in lengths[1:])  # each byte has the probability 1/5
-        found.append(bits_per_byte(nats, int(scored_bytes(tokenizer, ids, windows).sum())))
+        found.append(bits_per_byte(torch.tensor([nats]), scored_bytes(tokenizer, ids, windows).sum()[None]).item())
     assert found == pytest.approx([math.log2(5)] * 2)
 
 
@@ -99,29 +106,29 @@ def test_tokens_that_are_no_tokenization_are_decoded_where_they_are_scored():
     assert scored_bytes(tokenizer, ids, [Window(0, 1, 3), Window(0, 3, 4)]).tolist() == [2, 1]
 
 
-def scores_of(name: str, distances: list[int], off: list[float], on: list[float]) -> DocumentScores:
-    count = len(distances)
-    return DocumentScores(
-        name,
-        20_000,
-        positions=torch.full((count,), 10_000),
-        token_ids=torch.zeros(count, dtype=torch.int64),
-        windows=torch.zeros(count, dtype=torch.int64),
-        starts=torch.full((count,), 9_000),
-        distances=torch.tensor(distances),
-        num_bytes=torch.tensor([count]),
-        losses={"off": torch.tensor(off), "on": torch.tensor(on)},
-        seconds={"off": 1.0, "on": 2.0},
-        preparing_seconds={"off": 0.0, "on": 1.0},
-    )
+CUT = Cut(1024, 512)
+SETTINGS = PerplexitySettings(data="none", output="none", systems=("off", "on"))
+
+
+def scores_of(
+    name: str, distances: list[list[int]], off: list[list[float]], on: list[list[float]]
+) -> dict[Cut, TextScores]:
+    """Return the scores of windows whose tokens stand about 10,000, in windows from about 9,000 on."""
+    sizes = [len(own) for own in distances]
+    starts = [10_000 + sum(sizes[:number]) for number in range(len(sizes))]
+    losses = {
+        system: WindowScores(tuple(torch.tensor(own) for own in values), seconds=1.0)
+        for system, values in (("off", off), ("on", on))
+    }
+    windows = tuple(Window(first - 1_000, first, first + size) for first, size in zip(starts, sizes, strict=True))
+    return {CUT: TextScores(name, 20_000, windows, tuple(map(torch.tensor, distances)), torch.tensor(sizes), losses)}
 
 
 def test_gains_by_distance_are_means_over_tokens():
     """By hand: two tokens of the first document and one of the second lie 2k to 8k back."""
-    first = scores_of("a", [5_000, 6_000, 0], [3.0, 2.0, 1.0], [1.0, 1.0, 1.5])
-    second = scores_of("b", [7_000, 10], [4.0, 4.0], [4.0, 3.0])
-    settings = PerplexitySettings(data="none", output="none", systems=("off", "on"))
-    groups = summarize_documents([first, second], settings)["distances"]["groups"]
+    first = scores_of("a", [[5_000, 6_000, 0]], [[3.0, 2.0, 1.0]], [[1.0, 1.0, 1.5]])
+    second = scores_of("b", [[7_000, 10]], [[4.0, 4.0]], [[4.0, 3.0]])
+    groups = summarize_texts([first, second], SETTINGS)["distances"]["groups"]
     assert {name: group["tokens"] for name, group in groups.items() if group["tokens"]} == {
         "in the window": 1,
         "2k to 8k": 3,
@@ -136,10 +143,8 @@ def test_gains_by_distance_are_means_over_tokens():
 
 
 def test_what_one_document_has_is_resampled_by_window():
-    one = scores_of("a", [5_000, 6_000, 7_000, 0], [3.0, 2.0, 2.0, 1.0], [1.0, 1.0, 2.0, 1.0])
-    one = dataclasses.replace(one, windows=torch.tensor([0, 0, 1, 1]), num_bytes=torch.tensor([2, 2]))
-    other = scores_of("b", [0, 0], [4.0, 4.0], [4.0, 3.0])
-    settings = PerplexitySettings(data="none", output="none", systems=("off", "on"))
-    group = summarize_documents([one, other], settings)["distances"]["groups"]["2k to 8k"]
+    one = scores_of("a", [[5_000, 6_000], [7_000, 0]], [[3.0, 2.0], [2.0, 1.0]], [[1.0, 1.0], [2.0, 1.0]])
+    other = scores_of("b", [[0, 0]], [[4.0, 4.0]], [[4.0, 3.0]])
+    group = summarize_texts([one, other], SETTINGS)["distances"]["groups"]["2k to 8k"]
     assert (group["tokens"], group["units"]) == (3, 2)
     assert group["systems"]["on"] == {"value": pytest.approx(1), "interval": pytest.approx([0, 1.5])}

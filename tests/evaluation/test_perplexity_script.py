@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import some_text
 
-from longmem.evaluation.documents import running
+from longmem.evaluation.perplexity import running
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
@@ -28,11 +28,12 @@ def start(backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for seed, name in enumerate("abc"):
         (folder / f"{name}.txt").write_text(some_text(60, seed))
     monkeypatch.setenv("LONGMEM_CACHE", str(tmp_path / "cache"))
-    script, config = ROOT / "eval" / "eval_perplexity.py", ROOT / "configs" / "eval" / "perplexity.yaml"
+    script = ROOT / "eval" / "eval_perplexity.py"
 
-    def command(output: Path, *changes: str) -> None:
+    def command(output: Path, *changes: str, config: str = "perplexity", options: str = OPTIONS) -> None:
+        config = str(ROOT / "configs" / "eval" / f"{config}.yaml")
         places = [f"model={backbone_folder}", f"data={folder}", f"output={output}"]
-        monkeypatch.setattr("sys.argv", [str(script), str(config), *OPTIONS.split(), *places, *changes])
+        monkeypatch.setattr("sys.argv", [str(script), config, *options.split(), *places, *changes])
         runpy.run_path(str(script), run_name="__main__")
 
     return command
@@ -54,25 +55,25 @@ def test_a_stopped_run_goes_on_to_the_same_losses(start, tmp_path, monkeypatch, 
     names = {"config.json", "environment.json", "metrics.json", "table.md", "predictions.jsonl", "sessions.jsonl"}
     assert {file.name for file in whole.iterdir()} == {*names, "documents", "perplexity.png", "distances.png"}
 
-    score_document, scored = running.score_document, []
+    score_text, scored = running.score_text, []
 
     def interrupted(model: Any, text: Any, *rest: Any) -> Any:
         if len(scored) == 1:
             raise KeyboardInterrupt
-        scored.append(text.text.document_id)
-        return score_document(model, text, *rest)
+        scored.append(text.name)
+        return score_text(model, text, *rest)
 
-    monkeypatch.setattr(running, "score_document", interrupted)
+    monkeypatch.setattr(running, "score_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
         start(stopped)
     assert scored == ["a"]
     assert not (stopped / "metrics.json").exists()
 
     def counting(model: Any, text: Any, *rest: Any) -> Any:
-        scored.append(text.text.document_id)
-        return score_document(model, text, *rest)
+        scored.append(text.name)
+        return score_text(model, text, *rest)
 
-    monkeypatch.setattr(running, "score_document", counting)
+    monkeypatch.setattr(running, "score_text", counting)
     start(stopped)
     assert scored == ["a", "b", "c"]
     files = sorted((whole / "documents").iterdir())
@@ -81,11 +82,10 @@ def test_a_stopped_run_goes_on_to_the_same_losses(start, tmp_path, monkeypatch, 
         one, two = load_file(file), load_file(stopped / "documents" / file.name)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one if "seconds" not in name)
-        assert one["positions"].shape == one["on/losses"].shape == one["token_ids"].shape
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, stopped)]
     assert without_seconds(metrics[0]) == without_seconds(metrics[1])
     assert set(metrics[0]["summary"]["systems"]) == {"backbone", "context-48", "bm25", "off", "on", "wrong"}
-    losses = {system: load_file(files[0])[f"{system}/losses"] for system in ("backbone", "on", "wrong")}
+    losses = {system: load_file(files[0])[f"32/16/{system}/losses"] for system in ("backbone", "on", "wrong")}
     assert not torch.equal(losses["on"], losses["wrong"])
     assert not torch.equal(losses["on"], losses["backbone"])
 
@@ -101,3 +101,29 @@ def test_other_settings_are_refused_for_the_folder_of_a_run(start, tmp_path, cap
     with pytest.raises(SystemExit):
         start(tmp_path / "other", "strid=16")
     assert "`strid` is not a setting of this run. Did you mean `stride`?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_books_leave_a_result_folder_too(start, tmp_path, capsys):
+    output = tmp_path / "results"
+    options = (
+        "window=16 stride=16 other_cuts=[32/16] memory_tokens=48 windows_per_document=2 grow=true context_windows=1 "
+        "systems=[backbone,off,on,wrong,context-40] dtype=bfloat16 config.segment_length=16 config.num_retrieved_tokens=8"
+    )
+    books = {"config": "perplexity-books", "options": options}
+    start(output, **books)
+    first = capsys.readouterr().out
+    assert first.count("memory on below") == 12  # three comparisons, two cuts, all windows and the first
+    names = {"config.json", "environment.json", "metrics.json", "table.md", "predictions.jsonl", "sessions.jsonl"}
+    assert {file.name for file in output.iterdir()} == {*names, "perplexity.png", "documents"}
+    drawn = {file.stem for file in (output / "documents").glob("*.png")}
+    assert drawn == {f"0000{number}-{name}-{cut}" for number, name in enumerate("abc") for cut in ("16-16", "32-16")}
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert list(metrics["parts"]["16/16"]["systems"]["on"]["documents"]) == ["a", "b", "c"]
+    assert list(metrics["parts"]) == ["16/16", "16/16, first 1 windows", "32/16", "32/16, first 1 windows"]
+    assert json.loads((output / "config.json").read_text())["dtype"]["side_network"] == "torch.bfloat16"
+    start(output, **books)  # all books are finished
+    assert "scored" not in capsys.readouterr().out.partition("Windows of")[0]
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+    with pytest.raises(ValueError, match="Name another folder"):
+        start(output, "dtype=null", **books)
