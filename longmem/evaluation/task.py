@@ -130,7 +130,7 @@ class Task(ABC):
     kind: ClassVar[type[EvaluationSettings]]
     """Its settings."""
 
-    axes: ClassVar[tuple[Axis, ...]] = ()
+    axes: tuple[Axis, ...] = ()
 
     pool: ClassVar[Literal["items", "panels", "none"]] = "items"
     """How a figure over all is made: of all items; as the mean of panels, each counting the same; or not at all, where values

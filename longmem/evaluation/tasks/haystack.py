@@ -1,38 +1,108 @@
-"""The haystack in memory: encoded once, in windows that can be put aside while others stand in their place."""
+"""A long text in memory, encoded once, in windows that can be put aside while others, with facts in them, take their place."""
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import torch
+from transformers import PreTrainedTokenizerBase
 
-from longmem.evaluation.distance.haystack import Haystack, Window
-from longmem.evaluation.runs.folder import digest
+from longmem.data.sources import find_source
+from longmem.evaluation.folder import digest
+from longmem.evaluation.systems import Banks
+from longmem.evaluation.tasks.words import FILLER
 from longmem.memory import BankShards, MemoryBank, has_bank
-from longmem.model.modeling import LongMemForCausalLM
 
 WINDOWS_OF_DOCUMENT = 16  # what a stopped encoding loses at most
+
+Window = list[int]
+
+
+# The text ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Haystack:
+    """Tokens of a text, and how many of them are encoded at once, each window by itself."""
+
+    token_ids: list[int]
+    window_length: int
+
+    def window(self, number: int) -> Window:
+        """Return the tokens of one window."""
+        return self.token_ids[number * self.window_length : (number + 1) * self.window_length]
+
+    def windows(self, size: int, replaced: Mapping[int, Window]) -> list[Window]:
+        """Return the windows of the first `size` tokens, some of them replaced."""
+        return [replaced.get(number) or self.window(number) for number in range(size // self.window_length)]
+
+    def hide(
+        self, number: int, before: list[int], after: list[int], generator: random.Random
+    ) -> tuple[Window, int]:
+        """Return a window with other tokens somewhere in it, and where in it `before` ends, which `after` follows.
+
+        What is pushed out is the end of the window, so that all others stay as they are.
+
+        Raises:
+            ValueError: the window is too short.
+        """
+        room = self.window_length - len(before) - len(after)
+        if room < 0:
+            raise ValueError(
+                f"`config.segment_length` must hold a whole fact, {len(before) + len(after)} tokens, got "
+                f"{self.window_length}; choose fewer `pairs`, or a model with longer segments."
+            )
+        start = generator.randint(0, room)
+        text = self.window(number)
+        return [*text[:start], *before, *after, *text[start:]][: self.window_length], start + len(before)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def read_haystack(tokenizer: PreTrainedTokenizerBase, source: str, count: int) -> list[int]:
+    """Return the first `count` tokens of the texts of a source, one after the other.
+
+    Raises:
+        ValueError: there is no such source, or it has fewer tokens.
+    """
+    ids: list[int] = []
+    if source == "filler":
+        sentences = tokenize(tokenizer, FILLER)
+        return (sentences * (count // len(sentences) + 1))[:count]
+    for document in find_source(source, text_column="text", split="train", is_bounded=True).documents():
+        # Most texts have fewer characters per token: there is no need to tokenize the rest.
+        ids += tokenize(tokenizer, document.text[: 8 * (count - len(ids))] + "\n\n")
+        if len(ids) >= count:
+            return ids[:count]
+    raise ValueError(
+        f"`sizes` must be at most the tokens of `haystack`, {len(ids):,} in {source!r}, got {count:,}; choose smaller "
+        "ones, or a folder with more text."
+    )
+
+
+# Its memory ---------------------------------------------------------------------------------------------------------------
 
 
 class HaystackMemory:
     """The first tokens of a haystack as a memory, in which a few windows can be replaced by others.
 
-    The bank of the haystack lacks the windows that some trial replaces. Those are in a small bank of their own, a document
+    The bank of the haystack lacks the windows that some fact replaces. Those are in a small bank of their own, a document
     each, and windows with facts in a third, so a memory is these three read as one: nothing is deleted or written
     again, and no search is filtered but that of the small one. A window is encoded by itself, as the windows of every
     document are, so the memory is the one that the whole text, with the fact in it, would have given.
 
     Args:
-        model: encodes.
+        banks: write banks and count what is encoded; their index is that of the haystack's bank, small ones are exact.
         haystack: the text.
         sizes: in tokens, that will be read.
         replaceable: numbers of the windows that may be replaced.
         folder: of the bank of the haystack, made or continued; None: in memory.
-        batch_size: windows that are encoded at once.
-        options: of `MemoryBank`: `index` of the haystack's bank, `storage_dtype`.
 
     Raises:
         ValueError: the folder holds a bank with other settings, or of another text.
@@ -40,33 +110,24 @@ class HaystackMemory:
 
     def __init__(
         self,
-        model: LongMemForCausalLM,
+        banks: Banks,
         haystack: Haystack,
         *,
         sizes: Collection[int],
         replaceable: Collection[int],
         folder: str | None = None,
-        batch_size: int = 1,
-        **options: Any,
     ) -> None:
-        self.model = model
         self.haystack = haystack
         self.replaceable = frozenset(replaceable)
-        self.batch_size = batch_size
-        self._options = {"capacity_tokens": None, **options, "index": "flat"}
-        length = haystack.window_length
-        parts = plan_parts([size // length for size in sizes], self.replaceable)
+        self._banks = banks
+        parts = plan_parts([size // haystack.window_length for size in sizes], self.replaceable)
         self._names = {part: self._name(*part) for part in parts}  # in the order of the text
-        self._aside = self._new_bank()
-        self._facts: tuple[Mapping[int, Window], MemoryBank] = {}, self._new_bank()
-        self.bank = self._open(folder, {"capacity_tokens": None, **options})
+        self._aside = banks.new(index="flat")
+        self._facts: tuple[Mapping[int, Window], MemoryBank] = {}, banks.new(index="flat")
+        self.bank = self._open(folder)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Give the folder of the bank back."""
         self.bank.close()
 
     def encode(self, size: int, progress: Callable[[int, int], None] | None = None) -> int:
@@ -75,15 +136,13 @@ class HaystackMemory:
         `progress`: called with (tokens done, tokens to encode) after every document.
         """
         length = self.haystack.window_length
-        missing = [part for part in self._parts_of(size) if self._names[part] not in self.bank]
-        aside = [number for number in self._aside_of(size, ()) if str(number) not in self._aside]
-        total = (sum(stop - start for start, stop in missing) + len(aside)) * length
+        jobs = [(self.bank, self._names[part], part) for part in self._parts_of(size)]
+        jobs += [(self._aside, str(number), (number, number + 1)) for number in self._aside_of(size, ())]
+        jobs = [(bank, name, part) for bank, name, part in jobs if name not in bank]
+        total = sum(stop - start for _, _, (start, stop) in jobs) * length
         done = 0
-        jobs = [(self.bank, self._names[part], part) for part in missing]
-        jobs += [(self._aside, str(number), (number, number + 1)) for number in aside]
         for bank, name, (start, stop) in jobs:
-            ids = self.haystack.token_ids[start * length : stop * length]
-            done += self.model.memorize(bank, torch.tensor(ids), name, batch_size=self.batch_size)
+            done += self._banks.memorize(bank, self.haystack.token_ids[start * length : stop * length], name)
             if progress is not None:
                 progress(done, total)
         return done
@@ -108,9 +167,9 @@ class HaystackMemory:
 
     def _encoded(self, replaced: Mapping[int, Window]) -> MemoryBank:
         if self._facts[0] != replaced:
-            bank = self._new_bank()
+            bank = self._banks.new(index="flat")
             for number, ids in replaced.items():
-                self.model.memorize(bank, torch.tensor(ids), str(number))
+                self._banks.memorize(bank, ids, str(number))
             self._facts = dict(replaced), bank
         return self._facts[1]
 
@@ -125,25 +184,23 @@ class HaystackMemory:
         start, stop = (number * self.haystack.window_length for number in (first, end))
         return f"tokens {start} to {stop}, {digest(self.haystack.token_ids[start:stop])}"
 
-    def _new_bank(self) -> MemoryBank:
-        return MemoryBank.for_model(self.model, **self._options)
-
-    def _open(self, folder: str | None, options: Mapping[str, Any]) -> MemoryBank:
+    def _open(self, folder: str | None) -> MemoryBank:
         if folder is None or not has_bank(Path(folder)):
-            return MemoryBank.for_model(self.model, folder=folder, **options)
-        bank = MemoryBank.open(folder, self.model)
+            return self._banks.new(folder=folder)
+        bank = MemoryBank.open(folder, self._banks.model)
+        wanted = self._banks.options
         known = set(self._names.values())
         strange = [info.document_id for info in bank.documents() if info.document_id not in known]
         stored = str(bank.storage_dtype).removeprefix("torch.")
-        if strange or stored != options.get("storage_dtype", stored):
+        if strange or stored != wanted.get("storage_dtype", stored):
             bank.close()
             found = f"{strange[0]!r}" if strange else f"keys in {stored}"
             raise ValueError(
                 f"`bank_folder` must be new or the bank of a run with the same haystack, sizes and depths, got {folder!r} "
                 f"with {found}; name another folder, or delete this one."
             )
-        if bank.index != options.get("index", bank.index):
-            bank.use_index(options["index"])
+        if bank.index != wanted.get("index", bank.index):
+            bank.use_index(wanted["index"])
         return bank
 
 
