@@ -2,7 +2,6 @@
 
 from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_summaries
 from longmem.plots.books import plot_books, plot_scores
-from longmem.plots.distance import plot_distance
 from longmem.plots.documents import plot_distances, plot_documents
 from longmem.plots.policies import plot_experiment
 from longmem.plots.stale_texts import plot_stale_texts
@@ -14,7 +13,6 @@ from longmem.plots.tuning import plot_tuning
 __all__ = [
     "plot_accuracies",
     "plot_books",
-    "plot_distance",
     "plot_distances",
     "plot_documents",
     "plot_evaluation",
