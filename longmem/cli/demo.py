@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,24 @@ import torch
 from jaxtyping import Int
 from rich.console import Console
 from rich.markup import escape
+from safetensors.torch import save_file
 from torch import Tensor
 
 from longmem.cli import common
-from longmem.console import Headings, plain_table, token_progress
+from longmem.console import Headings, counting, plain_table, token_progress
 from longmem.data.sample_texts import split_texts
-from longmem.evaluation.perplexity import WindowScores, compare_systems, score_windows
-from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
+from longmem.evaluation.perplexity.scoring import WindowScores, loss_difference, score_windows
+from longmem.evaluation.perplexity.views import View, make_views
+from longmem.evaluation.perplexity.windows import Cut
+from longmem.evaluation.results import as_json, markdown_table, title_of_system
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.opening import open_model, side_network_origin
 from longmem.model.reads import Passage, read_passages
 from longmem.plots import plot_scores, require_matplotlib
+from longmem.settings.environment import environment
 
+SYSTEMS = ("backbone", "off", "on", "wrong")
 Scores = dict[str, WindowScores]
 
 
@@ -55,6 +62,11 @@ class DemoSettings:
     window: int = 512
     new_tokens: int = 40
     seed: int = 0
+
+    @property
+    def cut(self) -> Cut:
+        """Return how the rest is cut into windows: one after the other."""
+        return Cut(self.window, self.window)
 
 
 def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
@@ -84,17 +96,17 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     step(f"Score the {len(rest):,} tokens that follow, in windows of {settings.window}")
     scores = score_aloud(model, rest, bank, wrong_bank, settings, console)
     summary = summarize(scores, settings.seed)
-    console.print(plain_table(table_rows(summary), emphasized=TITLES["on"]))
+    console.print(plain_table(table_rows(summary), emphasized=title_of_system("on")))
     console.print(f"  {verdict(scores, settings.seed)}")
 
-    number = int((scores["off"].losses - scores["on"].losses).mean(dim=1).argmax())
+    number = int(torch.stack([(off - on).mean() for off, on in losses_of_windows(scores)]).argmax())
     window = rest[number * settings.window : (number + 1) * settings.window]
     step(f"What was read where memory helped most, in window {number + 1}")
     tokens = helped_tokens(scores, number)
     reads = read_passages(model, bank, window, [slice(token, token + 1) for token in tokens])
     for token, (passage,) in zip(tokens, reads, strict=True):
         place = len(past) + number * settings.window + token
-        losses = [scores[system].losses[number, token - 1].item() for system in ("off", "on")]
+        losses = [each[token - 1].item() for each in losses_of_windows(scores)[number]]
         console.print(describe(str(model.tokenizer.decode(window[token])), place, losses, passage))
 
     step("Continue a prompt from that window, with and without memory")
@@ -117,15 +129,14 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         "seconds": (seconds := time.perf_counter() - began),
     }
     config = {"demo": dataclasses.asdict(settings), "model": model.config.to_dict()}
-    write_results(
-        settings.output, config=config, scores={name: scores}, metrics=metrics, summary=summary, seed=settings.seed
-    )
+    tensors = {f"{name}/{system}": torch.stack(own.losses) for system, own in scores.items()}
+    write_results(settings, config, tensors, metrics, markdown_table(table_rows(summary)) + "\n")
     plot_scores(
         settings.output / "demo.png",
         scores,
         title=f"{settings.model} reading {name}, its first {len(past):,} tokens in memory",
         first_token=len(past),
-        window=settings.window,
+        cut=settings.cut,
         reading_layers=bank.memory_layers,
     )
     console.print(closing(settings.output, seconds))
@@ -182,22 +193,63 @@ def score_aloud(
     console: Console,
 ) -> Scores:
     """Return the scores of all systems, with one progress bar over them."""
-    finished: dict[str, int] = {}
+    views = make_views(SYSTEMS, model, rest, settings.cut, {"on": bank, "wrong": wrong_bank})
+    windows = settings.cut.row(0, settings.windows)
     with token_progress("four systems", console) as report:
+        progress = counting(report, len(views) * settings.windows * settings.cut.scored)
+        return {
+            system: score_windows(view, windows, with_reads=True, progress=progress) for system, view in views.items()
+        }
 
-        def report_system(system: str, done: int, total: int) -> None:
-            finished[system] = done
-            report(sum(finished.values()), 4 * total)
 
-        return compare_systems(
-            model, rest, memory=bank, wrong_memory=wrong_bank, window=settings.window, progress=report_system
-        )
+def summarize(scores: Scores, seed: int) -> dict[str, dict[str, Any]]:
+    """Return loss, perplexity, speed and the loss saved against memory off (with its interval) of each system."""
+    summary: dict[str, dict[str, Any]] = {}
+    for system, result in scores.items():
+        gain, low, high = loss_difference(result, scores["off"], seed)
+        summary[system] = {
+            "loss": result.loss,
+            "perplexity": math.exp(result.loss),
+            "tokens_per_second": result.num_tokens / result.seconds,
+            "seconds": result.seconds,
+            "scored_tokens": result.num_tokens,
+            "gain_over_off": gain,
+            "gain_over_off_interval": [low, high],
+        }
+    return summary
+
+
+def table_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the table of systems, its head first: losses and gains in nats per token."""
+    rows = [["", "loss", "perplexity", "tokens/s", "gain over off (95 %)"]]
+    for system, values in summary.items():
+        low, high = values["gain_over_off_interval"]
+        gain = "" if system == "off" else f"{values['gain_over_off']:+.4f} ({low:+.3f}, {high:+.3f})"
+        numbers = f"{values['loss']:.4f}", f"{values['perplexity']:.2f}", f"{values['tokens_per_second']:,.0f}"
+        rows.append([title_of_system(system), *numbers, gain])
+    return rows
+
+
+def verdict(scores: Scores, seed: int) -> str:
+    """Return in one sentence what the numbers say about memory, whichever way they fall."""
+    gain, low, _ = loss_difference(scores["on"], scores["off"], seed)
+    over_wrong, low_over_wrong, _ = loss_difference(scores["on"], scores["wrong"], seed)
+    if gain <= 0:
+        return f"Memory does not help on this text: the loss is {-gain:.3f} nats higher with it."
+    if low <= 0 or low_over_wrong <= 0:
+        return f"Memory lowers the loss by {gain:.3f} nats here, which may be chance: an interval holds 0."
+    return f"Memory lowers the loss by {gain:.3f} nats; against a wrong memory the right one saves {over_wrong:.3f}."
+
+
+def losses_of_windows(scores: Scores) -> list[tuple[Tensor, Tensor]]:
+    """Return for each window the losses of its tokens with memory off and on."""
+    return list(zip(scores["off"].losses, scores["on"].losses, strict=True))
 
 
 def helped_tokens(scores: Scores, number: int, count: int = 5) -> list[int]:
     """Return the tokens of a window whose loss memory lowered most, in order of the text."""
-    gains = (scores["off"].losses - scores["on"].losses)[number]
-    return sorted((gains.topk(min(count, len(gains))).indices + 1).tolist())
+    off, on = losses_of_windows(scores)[number]
+    return sorted(((off - on).topk(min(count, len(off))).indices + 1).tolist())
 
 
 def describe(token: str, place: int, losses: list[float], passage: Passage) -> str:
@@ -236,8 +288,23 @@ def reopened_difference(
     bank.save(settings.output / "bank")
     reopened = LongMemForCausalLM.from_pretrained(settings.output / "side-network")
     with MemoryBank.open(settings.output / "bank", reopened, read_only=True) as reopened_bank:
-        again = score_windows(reopened, rest[: settings.window], window=settings.window, memory=reopened_bank)
-    return (again.losses - scores["on"].losses[:1]).abs().max().item()
+        again = score_windows(View(reopened, rest, reopened_bank), settings.cut.row(0, 1))
+    return (again.losses[0] - scores["on"].losses[0]).abs().max().item()
+
+
+def write_results(
+    settings: DemoSettings, config: Mapping[str, Any], losses: dict[str, Tensor], metrics: Mapping[str, Any], table: str
+) -> None:
+    """Write the files of the results; those of an earlier demonstration in the same folder are replaced."""
+    files = {
+        "config.json": config,
+        "metrics.json": metrics,
+        "environment.json": {**environment(), "seed": settings.seed},
+    }
+    texts = {name: as_json(content) for name, content in files.items()} | {"table.md": table}
+    for name, text in texts.items():
+        (settings.output / name).write_text(text, encoding="utf-8")
+    save_file(losses, settings.output / "losses.safetensors")
 
 
 def closing(output: Path, seconds: float) -> str:

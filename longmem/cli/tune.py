@@ -13,13 +13,14 @@ from torch import Tensor
 from longmem.cli import common
 from longmem.cli.texts import read_text
 from longmem.console import plain_table
-from longmem.evaluation.results import environment, markdown_table
+from longmem.evaluation.tables import markdown_table
 from longmem.memory import MemoryBank
-from longmem.memory.index.tuning import Tuned, tune
+from longmem.memory.index.tuning import Tuned, recommended_index, tune
 from longmem.memory.memorize import to_token_ids
-from longmem.model.index_queries import recommended_index, recorded_queries
+from longmem.model.index_queries import recorded_queries
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.plots import plot_tuning, require_matplotlib
+from longmem.settings.environment import environment
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -7,27 +7,23 @@ from typing import Any
 
 from longmem.evaluation.registry import TASKS, run_task
 
-__all__ = [
-    "SYSTEMS",
-    "TASKS",
-    "WindowScores",
-    "bootstrap_interval",
-    "compare_systems",
-    "loss_difference",
-    "perplexity_ratio",
-    "pooled",
-    "ratio_of_means",
-    "run_task",
-    "score_windows",
-]
-
-_INTERVALS = ("bootstrap_interval", "perplexity_ratio", "ratio_of_means")
+# What needs torch is fetched when it is first used: listing the tasks needs none.
+_HOMES = {
+    "Cut": "perplexity.windows",
+    "View": "perplexity.views",
+    "Window": "perplexity.windows",
+    "WindowScores": "perplexity.scoring",
+    "bootstrap_interval": "intervals",
+    "loss_difference": "perplexity.scoring",
+    "make_views": "perplexity.views",
+    "perplexity_ratio": "intervals",
+    "ratio_of_means": "intervals",
+    "score_windows": "perplexity.scoring",
+}
+__all__ = ["TASKS", "run_task", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch what needs torch when it is first used: listing the tasks needs none."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'longmem.evaluation' has no attribute {name!r}")
-    return getattr(
-        importlib.import_module(f"longmem.evaluation.{'intervals' if name in _INTERVALS else 'perplexity'}"), name
-    )
+    return getattr(importlib.import_module(f"longmem.evaluation.{_HOMES[name]}"), name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,11 @@ from torch import Tensor
 Estimate = tuple[float, float, float]  # value, lower and upper end of its interval
 
 _ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
+
+
+def as_values(estimate: Estimate) -> dict[str, Any]:
+    """Return a value with its interval, for JSON."""
+    return {"value": estimate[0], "interval": list(estimate[1:])}
 
 
 def resamples(count: int, num_samples: int, seed: int) -> Int[Tensor, "samples units"]:
@@ -44,6 +50,12 @@ def perplexity_estimate(losses: Float[Tensor, " units"], seed: int = 0) -> Estim
 def perplexity_ratio(losses: Float[Tensor, " units"], baseline: Float[Tensor, " units"], seed: int = 0) -> Estimate:
     """Return the perplexity of a system divided by that of a baseline on the same units, and its interval."""
     return perplexity_estimate(losses.double() - baseline.double(), seed)
+
+
+def perplexity_reduction(losses: Float[Tensor, " units"], baseline: Float[Tensor, " units"], seed: int = 0) -> Estimate:
+    """Return by how many percent a perplexity is below that of a baseline on the same units, and the interval."""
+    value, low, high = (100 * (1 - ratio) for ratio in perplexity_ratio(losses, baseline, seed))
+    return value, high, low  # the highest ratio is the lowest reduction
 
 
 def ratio_of_means(

@@ -25,6 +25,9 @@ class Entry(NamedTuple):
 
 
 TASKS = {
+    "chapterbreak": Entry(
+        "longmem.evaluation.tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"
+    ),
     "quality": Entry("longmem.evaluation.tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
     "recall": Entry("longmem.evaluation.tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"),
     "longeval": Entry("longmem.evaluation.tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"),

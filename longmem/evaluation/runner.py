@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,7 +133,8 @@ def ask(
 ) -> Iterator[list[dict[str, Any]]]:
     """Have a system read a case and yield the records of its answers, some at a time."""
     costs = Costs(system, banks)
-    prepared = costs.prepare(lambda: task.prepare(system, case, wrong))
+    with costs.preparing():
+        prepared = task.prepare(system, case, wrong)
     if prepared:
         common = {"case": case.name, "system": system.name, **case.axes}
         yield [{"id": record_id(case, None, system.name), **common, **prepared, **costs.shares(1)}]
@@ -172,23 +174,23 @@ class Costs:
     """What a system has cost since it was last asked: seconds of answering and of preparing, tokens encoded."""
 
     def __init__(self, system: System, banks: Banks) -> None:
-        self.system = system
-        self.banks = banks
+        self.system, self.banks = system, banks
         self._before = self._now()
 
-    def prepare(self, work: Any) -> Any:
-        """Return what some work returns; all its seconds but those of answering are of preparing."""
-        answering, start = self.system.answering_seconds + self.system.preparing_seconds, time.perf_counter()
-        result = work()
-        known = self.system.answering_seconds + self.system.preparing_seconds - answering
-        self.system.preparing_seconds += max(0.0, time.perf_counter() - start - known)
-        return result
+    def _now(self) -> tuple[float, float, int]:
+        return self.system.answering_seconds, self.system.preparing_seconds, self.banks.encoded_tokens
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Count all seconds of the block, but for those of answering, as preparing."""
+        start, (answering, _, _) = time.perf_counter(), self._now()
+        before = self.system.preparing_seconds
+        yield
+        seconds = time.perf_counter() - start - (self.system.answering_seconds - answering)
+        self.system.preparing_seconds = before + seconds
 
     def shares(self, count: int) -> dict[str, float]:
         """Return the costs since the last call, divided by a count of questions."""
         before, self._before = self._before, self._now()
         names = ("seconds", "preparing_seconds", "encoded_tokens")
         return {name: (now - then) / count for name, then, now in zip(names, before, self._before, strict=True)}
-
-    def _now(self) -> tuple[float, float, int]:
-        return self.system.answering_seconds, self.system.preparing_seconds, self.banks.encoded_tokens

@@ -53,6 +53,7 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
     return {
         "task": task.name,
         "summary": {"measure": f"{main['title']}, {main['unit']}", **chance, "systems": shown},
+        "systems": {name: title_of(task, name) for name in dict.fromkeys(record["system"] for record, _ in scored)},
         "measures": measures,
         "axes": axes,
         "baselines": list(task.baselines),
@@ -70,7 +71,7 @@ def scored_records(task: Task, records: Sequence[Record]) -> list[tuple[Record, 
             whole = {**prepared.get((record.get("case"), record["system"]), {}), **record}
             found.append((whole, task.score(whole)))
     known = [*task.settings.systems, *dict.fromkeys(record["system"] for record, _ in found), *task.baselines]
-    places = {name: place for place, name in enumerate(known)}
+    places = {name: place for place, name in enumerate(dict.fromkeys(known))}
     return sorted(found, key=lambda each: (places[each[0]["system"]], *(each[0][name] for name in task.sort_by)))
 
 
@@ -82,6 +83,11 @@ def rows_of(task: Task, measure: Measure, record: Record, score: float) -> Itera
     common = (record["system"], record["item"], record["group"], scale * score, chance, record.get("seconds"))
     for values in itertools.product(*(values_of(record, axis) for axis in task.axes)):
         yield Row(*common, {axis.name: value for axis, value in zip(task.axes, values, strict=True)})
+
+
+def title_of(task: Task, system: str) -> str:
+    """Return what a system or a baseline of the task is called."""
+    return task.baselines.get(system) or title_of_system(system)
 
 
 def values_of(record: Record, axis: Axis) -> Sequence[Any]:
@@ -139,7 +145,7 @@ def compare(
         repeat: an axis of draws: values of each draw, and their standard deviation as numpy's `std` computes it.
         with_intervals: False: means alone.
     """
-    systems = aligned(rows, repeat)
+    systems = aligned(rows)
     first = next(iter(systems.values()))
     baseline = measure.baseline if measure.baseline in systems else next(iter(systems))
     groups = [row.group for row in first]
@@ -159,7 +165,7 @@ def compare(
         above, *above_ends = estimate(
             [row.value - other.value for row, other in zip(own, systems[baseline], strict=True)]
         )
-        found[name] = {"title": task.baselines.get(name) or title_of_system(name), "value": value, "interval": ends}
+        found[name] = {"title": title_of(task, name), "value": value, "interval": ends}
         found[name] |= {"above_baseline": above, "above_baseline_interval": above_ends}
         if not with_intervals:
             del found[name]["interval"], found[name]["above_baseline_interval"]
@@ -175,12 +181,11 @@ def compare(
     return {"baseline": baseline, "groups": len({row.group for row in first}), **chance, "systems": found}
 
 
-def aligned(rows: Sequence[Row], repeat: Axis | None) -> dict[str, list[Row]]:
+def aligned(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the rows of each system, all in the order of the first one's questions."""
     found: dict[str, dict[Any, Row]] = {}
     for row in rows:
-        key = row.item if repeat is None else (row.item, row.axes[repeat.name])
-        found.setdefault(row.system, {})[key] = row
+        found.setdefault(row.system, {})[row.item, *row.axes.values()] = row
     order = list(next(iter(found.values())))
     for name, own in found.items():
         if own.keys() != set(order):

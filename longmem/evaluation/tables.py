@@ -28,83 +28,59 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 
 
 def tables_of(metrics: Mapping[str, Any]) -> list[tuple[str, Rows]]:
-    """Return headings and tables, the head of each first: systems in rows, measures or values of an axis in columns."""
+    """Return headings and tables, the head of each first, with systems in rows.
+
+    Columns are measures or, where results have an axis of kind "column", its values. There is a table of means, then one of
+    how far they are above the baseline.
+    """
     panels: Sequence[Any] = next((axis["values"] for axis in metrics["axes"] if axis["kind"] == "panel"), [])
     column = next((axis for axis in metrics["axes"] if axis["kind"] == "column"), None)
-    found = []
+    found: list[tuple[str, Rows]] = []
     for panel in ["", *map(str, panels)]:
         if column is None:
-            found += list(measure_tables(metrics["measures"], panel))
+            cells = {
+                f"{each['title']}, {each['unit']}": (each["cells"].get(panel or "all"), each["unit"])
+                for each in metrics["measures"].values()
+            }
+            found += tables_of_cells(metrics["systems"], panel or "All", cells)
         elif panel or not panels:
-            for measure in metrics["measures"].values():
-                found += list(column_tables(measure, panel, column))
-    if metrics["costs"]["systems"]:
-        found.append(("Costs", cost_rows(metrics)))
-    return found
+            for each in metrics["measures"].values():
+                keys = {"all": panel or "all"}
+                keys |= {str(value): ", ".join(filter(None, (panel, str(value)))) for value in column["values"]}
+                cells = {head: (each["cells"].get(key), each["unit"]) for head, key in keys.items()}
+                heading = f"{each['title']}, {each['unit']}, by {column['title']}"
+                found += tables_of_cells(metrics["systems"], f"{panel}: {heading}" if panel else heading, cells)
+    rows = [["", "s per item", "s of preparing", "tokens encoded"]]
+    for name, own in metrics["costs"]["systems"].items():
+        numbers = [f"{own['seconds_per_item']:.2f}", f"{own['preparing_seconds']:.1f}", f"{own['encoded_tokens']:,}"]
+        rows.append([metrics["systems"][name], *numbers])
+    return [*found, ("Costs; a memory is encoded for the first system that reads it", rows)]
 
 
-def measure_tables(measures: Mapping[str, Any], panel: str) -> Iterator[tuple[str, Rows]]:
-    """Yield the table of a panel, or of all of them: a column for each measure, then what the first is above its baseline."""
-    cells = {
-        name: each["cells"][panel or "all"] for name, each in measures.items() if (panel or "all") in each["cells"]
-    }
-    if not cells:
-        return
-    first = next(iter(cells))
-    baseline = cells[first]["baseline"]
-    title = cells[first]["systems"][baseline]["title"]
-    rows = [["", *(head_of(measures[name]) for name in cells), f"above {title} (95 %)", "s per item"]]
-    for system, own in cells[first]["systems"].items():
-        row = [own["title"]]
-        row += [
-            spelled(cell["systems"][system], measures[name]["unit"]) if system in cell["systems"] else ""
-            for name, cell in cells.items()
-        ]
-        row.append("" if system == baseline else spelled_above(own, measures[first]["unit"]))
-        row.append(f"{own['seconds_per_item']:.2f}" if "seconds_per_item" in own else "")
-        rows.append(row)
-    yield heading_of([panel], cells[first]), rows
+def tables_of_cells(
+    systems: Mapping[str, str], heading: str, cells: Mapping[str, tuple[Mapping[str, Any] | None, str]]
+) -> Iterator[tuple[str, Rows]]:
+    """Yield the table of means with 95 % intervals and that of differences.
 
-
-def column_tables(measure: Mapping[str, Any], panel: str, column: Mapping[str, Any]) -> Iterator[tuple[str, Rows]]:
-    """Yield a measure by the values of an axis, and how far it is above the baseline."""
-    cells = {"all": measure["cells"].get(panel or "all")}
-    cells |= {
-        str(value): measure["cells"].get(", ".join(filter(None, (panel, str(value))))) for value in column["values"]
-    }
-    there = {name: cell for name, cell in cells.items() if cell is not None}
+    Args:
+        systems: titles by name.
+        heading: of both.
+        cells: by the head of their column, what `summary.compare` returns (None: no column) and its unit.
+    """
+    there = {head: (cell, unit) for head, (cell, unit) in cells.items() if cell is not None}
     if not there:
         return
-    systems = {name: own["title"] for cell in there.values() for name, own in cell["systems"].items()}
-    last = next(iter(there.values()))
-    baseline = last["baseline"]
-    for is_above in (False, True):
-        rows = [["", *(f"{name} ({items_of(cell)})" for name, cell in there.items())]]
-        for system, title in systems.items():
-            found = [cell["systems"].get(system) for cell in there.values()]
-            if not (is_above and system == baseline):
-                spell = spelled_above if is_above else spelled
-                rows.append([title, *("" if own is None else spell(own, measure["unit"]) for own in found)])
-        above = f"above {systems[baseline]}" if is_above else ""
-        by = f"{head_of(measure)} by {column['title']} (items)"
+    first = next(cell for cell, _ in there.values())
+    chance = f", chance {first['chance']:.1f} %" if "chance" in first else ""
+    for end in (chance, f", above {systems[first['baseline']]}"):
+        is_above = end != chance
+        rows = [["", *(f"{head} ({items_of(cell):,} items)" for head, (cell, _) in there.items())]]
+        for name, title in systems.items():
+            found = [(cell["systems"].get(name), unit) for cell, unit in there.values()]
+            if any(own for own, _ in found) and not (is_above and name == first["baseline"]):
+                rows.append([title, *("" if own is None else spelled(own, unit, is_above) for own, unit in found)])
         if len(rows) > 1:
-            yield heading_of([panel, by, above], last, with_items=False), rows
-
-
-def cost_rows(metrics: Mapping[str, Any]) -> Rows:
-    """Return what each system cost."""
-    costs = metrics["costs"]
-    titles = {name: own["title"] for name, own in metrics["summary"]["systems"].items()}
-    rows = [["", "s per item", "s of preparing", "tokens encoded"]]
-    for name, own in costs["systems"].items():
-        numbers = [f"{own['seconds_per_item']:.2f}", f"{own['preparing_seconds']:.1f}", f"{own['encoded_tokens']:,}"]
-        rows.append([titles.get(name, name), *numbers])
-    return rows
-
-
-def head_of(measure: Mapping[str, Any]) -> str:
-    """Return the head of a column."""
-    return f"{measure['title']}, {measure['unit']} (95 %)"
+            yield f"{heading}{end}", rows
 
 
 def items_of(cell: Mapping[str, Any]) -> int:
@@ -112,29 +88,12 @@ def items_of(cell: Mapping[str, Any]) -> int:
     return next(iter(cell["systems"].values()))["items"]
 
 
-def heading_of(words: Sequence[str], cell: Mapping[str, Any], *, with_items: bool = True) -> str:
-    """Return the heading of a table."""
-    parts = [word for word in words if word] or ["All"]
-    parts += [f"{items_of(cell):,} items"] if with_items else []
-    parts += [f"chance {cell['chance']:.1f} %"] if "chance" in cell else []
-    return ", ".join(parts)
-
-
-def spelled(own: Mapping[str, Any], unit: str) -> str:
-    """Return a mean with its interval, and with its deviation where there is one."""
+def spelled(own: Mapping[str, Any], unit: str, is_above: bool = False) -> str:
+    """Return a mean with its deviation and interval, as far as it has them, or how far it is above the baseline."""
+    name, sign = ("above_baseline", "+") if is_above else ("value", "")
     digits = 1 if unit == "%" else 3
-    text = f"{own['value']:.{digits}f}"
-    if "deviation" in own:
+    text = f"{own[name]:{sign}.{digits}f}"
+    if "deviation" in own and not is_above:
         text += f" ± {own['deviation']:.{digits}f}"
-    return (
-        text
-        if "interval" not in own
-        else f"{text} ({own['interval'][0]:.{digits}f} to {own['interval'][1]:.{digits}f})"
-    )
-
-
-def spelled_above(own: Mapping[str, Any], unit: str) -> str:
-    """Return how far a mean is above the baseline, with the interval."""
-    digits = 1 if unit == "%" else 3
-    low, high = own["above_baseline_interval"]
-    return f"{own['above_baseline']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    low, high = own[f"{name}_interval" if is_above else "interval"]
+    return f"{text} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"

@@ -198,7 +198,7 @@ class Task(ABC):
         """Return digests of all that is asked, so that a stopped run does not go on with other data."""
         asked = [
             [case.name, case.memory, case.local_tokens, case.prefix, case.max_new_tokens]
-            + [[item.name, item.token_ids, item.candidates, item.about] for item in case.items]
+            + [[item.name, item.token_ids, item.candidates, item.about, item.guesses] for item in case.items]
             for case in cases
         ]
         return {"cases": digest(asked)}
@@ -219,13 +219,14 @@ class Task(ABC):
         return Banks(model)
 
     def wrong(self, case: Case, cases: Sequence[Case]) -> Case | None:
-        """Return the case whose memory is the wrong one: the next of another group at the same axes that has a memory.
+        """Return the case whose memory is the wrong one: the next of another group, alike in axes and systems, with a memory.
 
         After the last case comes the first. None where no case is needed (`prepare`).
         """
         place = next(number for number, each in enumerate(cases) if each is case)
         for other in (*cases[place + 1 :], *cases[:place]):
-            if other.group != case.group and other.axes == case.axes and other.memorized:
+            is_alike = (other.axes, other.systems) == (case.axes, case.systems)
+            if other.group != case.group and is_alike and other.memorized:
                 return other
         raise ValueError(
             f"`systems` must leave out `wrong` where there is no other group, got {list(self.settings.systems)} and nothing "

@@ -1,4 +1,4 @@
-"""What a result depends on beside its settings: versions, hardware, commit."""
+"""What a number was computed with: versions, hardware, commit."""
 
 from __future__ import annotations
 

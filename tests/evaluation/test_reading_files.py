@@ -79,7 +79,7 @@ def test_options_are_continuations_or_letters():
     assert letters.endswith("\n(D) Both\nAnswer: (")
     assert all(f"\n({letter}) {option}" in letters for letter, option in zip("ABCD", OPTIONS, strict=True))
     assert quality("letter").candidates(asked) == ["A", "B", "C", "D"]
-    assert quality("text").guesses(asked) == {"longest": {"choice": 2}}
+    assert quality("text").item(asked).guesses == {"longest": {"choice": 2}}
     assert [chosen_letter(text) for text in ("(B) He", "C", "A man", "")] == [1, 2, None, None]
 
 

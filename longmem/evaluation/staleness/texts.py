@@ -18,8 +18,9 @@ from rich.console import Console
 from torch import Tensor
 
 from longmem.data import load_corpus
-from longmem.evaluation.book_plan import files_of_split, token_digest
-from longmem.evaluation.perplexity import token_losses
+from longmem.data.sources import files_of_split
+from longmem.evaluation.perplexity.scoring import token_losses
+from longmem.evaluation.perplexity.texts import token_digest
 from longmem.evaluation.runs import EvaluationSettings, RunFolder, describe, digest
 from longmem.evaluation.runs.settings import Count
 from longmem.evaluation.staleness.policies import copy_bank

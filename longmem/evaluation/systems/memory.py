@@ -78,17 +78,6 @@ class MemorySystem(System):
     def __init__(self, name: str, model: LongMemForCausalLM, *, banks: Banks | None = None, **options: Any) -> None:
         super().__init__(name, model, **options)
         self.banks = Banks(model) if banks is None else banks
-        self._instead: list[int] = []
-
-    def read(
-        self,
-        passages: Sequence[Sequence[int]],
-        instead: Sequence[Sequence[int]] = (),
-        local_tokens: int | None = None,
-    ) -> None:
-        """Forget everything and feed these passages; `instead` is what a wrong memory holds."""
-        super().read(passages, instead, local_tokens)
-        self._instead = [token for passage in instead for token in passage]
 
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
         """Return the model that reads memory, and the end of stream and prefix.
@@ -106,9 +95,9 @@ class MemorySystem(System):
         if self.name == "off":
             return None
         if self.name == "wrong":
-            if not self._instead:
+            if not self.instead:
                 raise ValueError("`instead` must hold the text of the wrong memory, got none; give it to `read`.")
-            ids = self._instead
+            ids = self.instead
         return self.banks.of(ids) if ids else None
 
 

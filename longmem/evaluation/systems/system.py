@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.evaluation.systems.questions import Answer, Question
+from longmem.evaluation.systems.questions import Answer, Passages, Question
 from longmem.evaluation.systems.scoring import answer_questions, as_ids, repeated, run_context
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -73,6 +73,7 @@ class System(ABC):
         self.local_tokens = local_tokens
         self.batch_size = batch_size
         self.passages: list[list[int]] = []
+        self.instead: list[int] = []  # what a wrong memory holds
         self.preparing_seconds = 0.0  # what depends on the stream alone, such as encoding it
         self.answering_seconds = 0.0
 
@@ -86,12 +87,7 @@ class System(ABC):
         """Take in the next piece: text, or token ids of the model's tokenizer."""
         self.passages.append(self.tokens(chunk) if isinstance(chunk, str) else as_ids(chunk))
 
-    def read(
-        self,
-        passages: Sequence[Sequence[int]],
-        instead: Sequence[Sequence[int]] = (),
-        local_tokens: int | None = None,
-    ) -> None:
+    def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
         """Forget everything and feed these passages.
 
         Args:
@@ -100,6 +96,7 @@ class System(ABC):
             local_tokens: from now on; None: as before.
         """
         self.reset()
+        self.instead = [token for passage in instead for token in passage]
         if local_tokens is not None:
             self.local_tokens = local_tokens
         for passage in passages:
@@ -219,12 +216,7 @@ class LongBackbone(BackboneSystem):
     def __init__(self, name: str, model: LongMemForCausalLM, *, window: int, batch_size: int = 16) -> None:
         super().__init__(name, model, window=window, local_tokens=window, batch_size=batch_size)
 
-    def read(
-        self,
-        passages: Sequence[Sequence[int]],
-        instead: Sequence[Sequence[int]] = (),
-        local_tokens: int | None = None,
-    ) -> None:
+    def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
         """Forget everything and feed these passages; the whole window is for them, whatever others keep."""
         super().read(passages, instead)
 

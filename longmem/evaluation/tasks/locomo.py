@@ -65,10 +65,6 @@ class Locomo(ReadingTask):
         """Return the right answer, and the trap if there is one."""
         return [f" {answer}" for answer in (asked.answer, asked.trap) if answer]
 
-    def about(self, asked: Asked) -> dict[str, Any]:
-        """Return category and trap."""
-        return {"category": asked.category, "trap": asked.trap}
-
     @staticmethod
     def read(path: Path) -> list[Document]:
         """Return the conversations of a file, a passage for each turn, with the questions about them.

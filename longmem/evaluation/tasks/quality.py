@@ -34,7 +34,7 @@ class Quality(ReadingTask):
     """Multiple choice: the choice is the likeliest option or, of a written answer, the letter with which it begins."""
 
     name, title, kind = "quality", "QuALITY", QualitySettings
-    baselines = {"longest": "longest option"}
+    baselines = {"longest": "longest option"}  # the one with the most characters, which needs no reading
 
     @property
     def measures(self) -> Mapping[str, Measure]:
@@ -70,14 +70,6 @@ class Quality(ReadingTask):
         if self.settings.style == "text":
             return [f" {option}" for option in asked.options]
         return list(LETTERS[: len(asked.options)])
-
-    def about(self, asked: Asked) -> dict[str, Any]:
-        """Return the options."""
-        return {"options": list(asked.options)}
-
-    def guesses(self, asked: Asked) -> dict[str, dict[str, Any]]:
-        """Return the option with the most characters, the first of equals: what needs no reading to guess."""
-        return {"longest": {"choice": best([len(option) for option in asked.options])}}
 
     @staticmethod
     def read(path: Path) -> list[Document]:

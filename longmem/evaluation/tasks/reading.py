@@ -14,7 +14,7 @@ from longmem.evaluation.folder import spread
 from longmem.evaluation.runner import described, guessed, record_id
 from longmem.evaluation.settings import EvaluationSettings, Number
 from longmem.evaluation.systems import LongContextReader
-from longmem.evaluation.task import Case, Item, Task
+from longmem.evaluation.task import Case, Item, Task, best
 from longmem.model.modeling import LongMemForCausalLM
 
 
@@ -99,14 +99,6 @@ class ReadingTask(Task):
     def candidates(self, asked: Asked) -> list[str]:
         """Return the continuations whose likelihood is measured, the right answer among them."""
 
-    @abstractmethod
-    def about(self, asked: Asked) -> dict[str, Any]:
-        """Return what a record says of a question beside its words."""
-
-    def guesses(self, asked: Asked) -> dict[str, dict[str, Any]]:
-        """Return what baselines answer that do not read the document."""
-        return {}
-
     def chosen(self) -> list[tuple[Document, list[Asked]]]:
         """Return the documents with the questions that are asked about them: `limit` in all, evenly spread.
 
@@ -131,8 +123,9 @@ class ReadingTask(Task):
             name=asked.name,
             token_ids=tokens(self.prompt(asked)),
             candidates=[tokens(candidate) for candidate in self.candidates(asked)],
-            about={"question": asked.question, "gold": asked.answer, **self.about(asked)},
-            guesses=self.guesses(asked),
+            about={"question": asked.question, "gold": asked.answer}
+            | ({"options": list(asked.options)} if asked.options else {"category": asked.category, "trap": asked.trap}),
+            guesses={"longest": {"choice": best([len(option) for option in asked.options])}} if asked.options else {},
         )
 
     def _case(self, model: LongMemForCausalLM, document: Document, asked: Sequence[Asked]) -> Case:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.evaluation.runs import spread
+from longmem.evaluation.folder import spread
 
 FORMAT = "{split: {work: [{ctx: text, pos: text, negs: [texts]}]}}"
 
