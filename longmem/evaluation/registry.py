@@ -29,8 +29,12 @@ TASKS = {
         "longmem.evaluation.tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"
     ),
     "quality": Entry("longmem.evaluation.tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
-    "recall": Entry("longmem.evaluation.tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"),
-    "longeval": Entry("longmem.evaluation.tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"),
+    "recall": Entry(
+        "longmem.evaluation.tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"
+    ),
+    "longeval": Entry(
+        "longmem.evaluation.tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"
+    ),
     "locomo": Entry("longmem.evaluation.tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }
 

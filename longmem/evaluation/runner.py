@@ -86,9 +86,11 @@ def ask_all(
         run.write(record for record in guessed(case) if record["id"] not in run)
     waiting = {case.name: left_of(task, case, run) for case in cases}
     asked = [case for case in cases if waiting[case.name]]
-    banks = task.banks(model)
-    systems = {system.name: system for system in task.systems(model, banks)} if asked else {}
+    if not asked:
+        return
     try:
+        banks = task.banks(model)
+        systems = {system.name: system for system in task.systems(model, banks)}
         for stage, group in itertools.groupby(asked, key=lambda case: case.stage):
             own = list(group)
             task.begin(own, console)

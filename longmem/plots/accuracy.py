@@ -85,7 +85,8 @@ def plot_maps(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: s
     cells, details = measure["cells"], [str(value) for value in axes["detail"]["values"]]
     panels = [str(value) for value in axes["panel"]["values"]] if "panel" in axes else [""]
     columns = {
-        panel: [place for value in axes["column"]["values"] if (place := _key(panel, value)) in cells] for panel in panels
+        panel: [place for value in axes["column"]["values"] if (place := _key(panel, value)) in cells]
+        for panel in panels
     }
     width = 2 + sum(1 + 1.1 * len(own) for own in columns.values())
     figure = Figure(figsize=(width, 2.4 + 0.5 * len(details)), layout="constrained")

@@ -61,7 +61,14 @@ from longmem.evaluation.staleness.decoupled import measure_freshness  # noqa: E4
 from longmem.evaluation.task import best, per_token  # noqa: E402
 
 Settings = Mapping[str, Any]
-SECONDS = ("s", "s of preparing", "s per item", "s per token", "s per question", "s to read")  # heads of columns that no run repeats
+SECONDS = (
+    "s",
+    "s of preparing",
+    "s per item",
+    "s per token",
+    "s per question",
+    "s to read",
+)  # heads of columns that no run repeats
 
 
 def result_of(kind: str) -> Result:

@@ -9,27 +9,31 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import yaml
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from longmem.console import token_progress
 from longmem.evaluation.folder import MAY_CHANGE, digest, spread
 from longmem.evaluation.settings import Count, EvaluationSettings, Number
-from longmem.evaluation.systems import BackboneSystem, Banks, GivenMemory, System, make_systems
+from longmem.evaluation.systems import Banks
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, best, per_token
-from longmem.evaluation.tasks.haystack import Haystack, HaystackMemory, Window, read_haystack, tokenize
-from longmem.evaluation.tasks.words import ACTIVITIES, ADJECTIVES, CITIES, NOUNS
+from longmem.evaluation.tasks.haystack import HaystackBanks, Window, cut, hide, read_haystack, tokenize
 from longmem.memory.index import validate_index
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings import From, UpTo
 
 Kind = Literal["passkey", "key-value", "needle"]
 KINDS: tuple[Kind, ...] = ("passkey", "key-value", "needle")
+
+_WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+CITIES, ACTIVITIES = _WORDS["cities"].split(), _WORDS["activities"]
+KEYS = [f"{adjective}-{noun}" for adjective in _WORDS["adjectives"].split() for noun in _WORDS["nouns"].split()]
 NUMBERS = range(10_000, 100_000)
-MEMORY_SYSTEMS = ("off", "on", "wrong")
 
 
 # Values to choose from -------------------------------------------------------------------------------------------------
@@ -176,7 +180,7 @@ class FactsSettings(ValueSettings):
                 "question; take key-value or needle."
             )
         places = len(self.distances or self.depths)
-        limits = {"pairs": len(ADJECTIVES) * len(NOUNS) // places, "depths": len(CITIES)}
+        limits = {"pairs": len(KEYS) // places, "depths": len(CITIES)}
         for name, value in (("pairs", self.pairs), ("depths", places)):
             if value > limits[name]:
                 raise ValueError(f"`{name}` must be at most {limits[name]} so that all keys differ, got {value}.")
@@ -203,20 +207,15 @@ class FactsSettings(ValueSettings):
         return {each: int((1 - each) * last + 0.5) for each in self.depths}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FactCase(Case):
-    """A memory whose size is on the axes, with facts in the windows that are `replaced`, and a question about one of them."""
-
-    replaced: Mapping[int, Window]
-
-
 class Facts(ValueTask):
     """Facts in a text, by size of the memory and distance; the wrong memory is the same text without any of them."""
 
     name, title, kind = "recall", "recall at a distance", FactsSettings
     may_change = (*MAY_CHANGE, "bank_folder")
-    haystack: Haystack  # from `cases` on
-    memory: HaystackMemory | None = None
+    notes = (
+        "The text is encoded once, before any question: the costs are those of windows with facts. The wrong memory is the "
+        "text without facts.",
+    )
 
     def __init__(self, settings: FactsSettings) -> None:
         super().__init__(settings)
@@ -226,98 +225,87 @@ class Facts(ValueTask):
             Axis("size", title="tokens in memory"),
             Axis("depth", "detail", depths),
         )
+        self.windows: list[Window] = []  # of the haystack, from `cases` on
+        self._banks: HaystackBanks | None = None
 
-    def cases(self, model: LongMemForCausalLM) -> list[FactCase]:
+    def cases(self, model: LongMemForCausalLM) -> list[Case]:
         """Return a case for each fact, the smallest memory first: the larger ones go on from it."""
         settings, tokenizer = self.settings, model.tokenizer
         validate_sizes(settings, model)
         ids = read_haystack(tokenizer, settings.haystack, max(settings.sizes))
-        self.haystack = Haystack(ids, model.config.segment_length)
-        vocabulary = Vocabulary.absent_from(str(tokenizer.decode(ids)))
-        if "needle" in settings.tasks and len(vocabulary.activities) < settings.needed_activities:
-            raise ValueError(
-                f"`haystack` must leave {settings.needed_activities} values for the task needle, got "
-                f"{len(vocabulary.activities)} that do not occur in it; choose another text, or fewer `num_choices`."
-            )
-        found: list[FactCase] = []
+        self.windows = cut(ids, model.config.segment_length)
+        maker = FactMaker.absent_from(str(tokenizer.decode(ids)), settings)
+        found: list[Case] = []
         for task in settings.tasks:
             places = [(size, item) for size in settings.sizes for item in range(settings.items)]
-            own = [case for size, item in places for case in self._hidden(task, size, item, vocabulary, tokenizer)]
+            own = [case for size, item in places for case in self._hidden(task, size, item, maker, tokenizer)]
             found += [own[number] for number in spread(len(own), settings.limit)]
         return sorted(found, key=lambda case: case.axes["size"])
 
     def _hidden(
-        self, task: str, size: int, item: int, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
-    ) -> list[FactCase]:
-        """Return the cases of the facts of all depths, which may stand together."""
-        settings, length = self.settings, self.haystack.window_length
+        self, task: str, size: int, item: int, maker: FactMaker, tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[Case]:
+        """Yield the cases of the facts of all depths, which may stand together."""
+        settings, length = self.settings, len(self.windows[0])
         generator = random.Random(f"{settings.seed}/{task}/{size}/{item}")
-        windows = settings.windows(size, length)
-        facts = list(DRAW[task](settings, vocabulary, generator, len(windows)))
-        replaced: dict[int, Window] = {}
-        found = []
-        for (depth, window), fact in zip(windows.items(), facts, strict=True):
-            texts = (tokenize(tokenizer, text) for text in (fact.text, fact.after))
-            replaced[window], stop = self.haystack.hide(window, *texts, generator)
+        places = settings.windows(size, length)
+        facts = list(maker.draw(task, generator, len(places)))
+        hidden = [
+            hide(self.windows[window], tokenize(tokenizer, fact.text), tokenize(tokenizer, fact.after), generator)
+            for window, fact in zip(places.values(), facts, strict=True)
+        ]
+        together = {window: ids for window, (ids, _) in zip(places.values(), hidden, strict=True)}
+        for (depth, window), fact, (ids, stop) in zip(places.items(), facts, hidden, strict=True):
+            replaced = together if settings.needles == "together" else {window: ids}
             distance = size - window * length - stop  # tokens after the line that is asked for
-            name = f"{task}/{size}/{depth:g}{' tokens' * bool(settings.distances)}/{item}"
-            case = FactCase(
+            name = f"{task}/{size}/{depth:g}{' tokens' if settings.distances else ''}/{item}"
+            yield Case(
                 name=name,
                 group=name,
                 items=[value_item(tokenizer, fact.question, fact.values, fact.right, distance=distance)],
+                memory=[replaced.get(number, own) for number, own in enumerate(self.windows[: size // length])],
                 axes={"task": task, "size": size, "depth": depth},
-                replaced=replaced if settings.needles == "together" else {window: replaced[window]},
                 max_new_tokens=self.max_new_tokens,
                 stage=f"facts in {size:,} tokens",
             )
-            found.append(case)
-        return found
+
+    def wrong(self, case: Case, cases: Sequence[Case]) -> Case:
+        """Return the text alone, as much of it as the case has."""
+        return Case(name="haystack", group="haystack", items=(), memory=self.windows[: len(case.memory)])
 
     def identity(self, cases: Sequence[Case]) -> dict[str, Any]:
-        """Return digests of text and facts."""
-        asked = [[case.name, case.replaced, case.items[0].about] for case in cases if isinstance(case, FactCase)]
-        return {"haystack": digest(self.haystack.token_ids), "asked": digest(asked)}
+        """Return digests of the text, of what is put into it and of the questions."""
+        asked = []
+        for case in cases:
+            hidden = [own for own, plain in zip(case.memory, self.windows, strict=False) if own is not plain]
+            asked.append([case.name, hidden, case.items[0].about])
+        return {"haystack": digest(self.windows), "asked": digest(asked)}
 
-    def systems(self, model: LongMemForCausalLM, banks: Banks) -> list[System]:
-        """Return the systems; those of LongMem are given their memory, whose bank is opened."""
-        settings, length = self.settings, self.haystack.window_length
-        options: dict[str, Any] = {"window": settings.window, "batch_size": settings.batch_size}
-        others = [name for name in settings.systems if name not in MEMORY_SYSTEMS]
-        made = {system.name: system for system in (make_systems(others, model, **options) if others else ())}
-        if {"on", "wrong"}.intersection(settings.systems):
-            self.memory = HaystackMemory(
-                banks,
-                self.haystack,
-                sizes=settings.sizes,
-                replaceable={each for size in settings.sizes for each in settings.windows(size, length).values()},
-                folder=settings.bank_folder,
-            )
-        return [made.get(name) or GivenMemory(name, model, **options) for name in settings.systems]
-
-    def wrong(self, case: Case, cases: Sequence[Case]) -> None:
-        """Return None: the wrong memory is the text alone."""
+    def banks(self, model: LongMemForCausalLM) -> Banks:
+        """Return what keeps the memory of the text."""
+        settings, length = self.settings, len(self.windows[0])
+        self._banks = HaystackBanks(
+            model,
+            self.windows,
+            sizes=settings.sizes,
+            replaceable={window for size in settings.sizes for window in settings.windows(size, length).values()},
+            folder=settings.bank_folder,
+            index=settings.index,
+            storage_dtype=settings.storage_dtype,
+        )
+        return self._banks
 
     def begin(self, cases: Sequence[Case], console: Console) -> None:
         """Encode what a size has more than the one before it."""
-        if self.memory is not None:
+        if self._banks is not None and {"on", "wrong"}.intersection(self.settings.systems):
             size = cases[0].axes["size"]
             with token_progress(f"encoding {size:,} tokens", console) as report:
-                self.memory.encode(size, report)
-
-    def prepare(self, system: System, case: Case, wrong: Case | None) -> Mapping[str, Any]:
-        """Give a system its memory, or have it read the text; the backbone has the question alone."""
-        assert isinstance(case, FactCase)
-        if isinstance(system, GivenMemory):
-            if self.memory is not None and system.name != "off":
-                system.memory = self.memory.read(case.axes["size"], case.replaced if system.name == "on" else None)
-        elif not isinstance(system, BackboneSystem) or system.local_tokens:
-            system.read(self.haystack.windows(case.axes["size"], case.replaced))
-        return {}
+                self._banks.encode(size, report)
 
     def close(self) -> None:
         """Give back the folder of the bank."""
-        if self.memory is not None:
-            self.memory.close()
+        if self._banks is not None:
+            self._banks.bank.close()
 
 
 def validate_sizes(settings: FactsSettings, model: LongMemForCausalLM) -> None:
@@ -359,19 +347,65 @@ class Fact(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """Values that do not occur in a text, so that only a fact can be where they come from."""
+class FactMaker:
+    """Draws facts whose values do not occur in a text, so that only a fact can be where they come from."""
 
+    settings: FactsSettings
     activities: tuple[str, ...]
     taken_numbers: frozenset[int]
 
     @classmethod
-    def absent_from(cls, text: str) -> Vocabulary:
-        """Return what a text leaves."""
+    def absent_from(cls, text: str, settings: FactsSettings) -> FactMaker:
+        """Return one with the values that a text leaves. Raises ValueError if these are too few."""
         taken = frozenset(int(number) for number in re.findall(r"(?<!\d)\d{5}(?!\d)", text))
-        return cls(tuple(activity for activity in ACTIVITIES if activity not in text), taken)
+        left = tuple(activity for activity in ACTIVITIES if activity not in text)
+        if "needle" in settings.tasks and len(left) < settings.needed_activities:
+            raise ValueError(
+                f"`haystack` must leave {settings.needed_activities} values for the task needle, got {len(left)} that do not "
+                "occur in it; choose another text, or fewer `num_choices`."
+            )
+        return cls(settings, left, taken)
 
-    def numbers(self, generator: random.Random, count: int) -> list[str]:
+    def draw(self, task: str, generator: random.Random, count: int) -> Iterator[Fact]:
+        """Return `count` facts that may stand in memory together: each has a key and a value of its own."""
+        draw = {"passkey": self._passkeys, "key-value": self._lines, "needle": self._sentences}[task]
+        return draw(generator, count)
+
+    def _passkeys(self, generator: random.Random, count: int) -> Iterator[Fact]:
+        """Yield sentences with a number; the question does not say which of them it asks for."""
+        for _ in range(count):
+            right, *wrong = self._numbers(generator, self.settings.num_choices)
+            text = f"\nThe pass key is {right}. Remember it. {right} is the pass key."
+            yield Fact(text, "\n", "What is the pass key? The pass key is", *shuffled(generator, right, wrong))
+
+    def _lines(self, generator: random.Random, count: int) -> Iterator[Fact]:
+        """Yield blocks of lines "key: value", one line of each asked for."""
+        pairs, choices = self.settings.pairs, self.settings.num_choices
+        keys = generator.sample(KEYS, count * pairs)
+        numbers = self._numbers(generator, count * (pairs + choices))
+        absent = numbers[count * pairs :]
+        for start in range(0, count * pairs, pairs):
+            asked = start + generator.randrange(pairs)
+            lines = [f"\n{keys[place]}: {numbers[place]}" for place in range(start, start + pairs)]
+            text, after = "".join(lines[: asked - start + 1]), "".join(lines[asked - start + 1 :])
+            question = f"Which number stands behind {keys[asked]} in the list?\n{keys[asked]}:"
+            present = [*numbers[start:asked], *numbers[asked + 1 : start + pairs]]
+            wrong = self._wrong(generator, present, absent[start // pairs * choices :])
+            yield Fact(text, f"{after}\n", question, *shuffled(generator, numbers[asked], wrong))
+
+    def _sentences(self, generator: random.Random, count: int) -> Iterator[Fact]:
+        """Yield sentences about a city, none of which names a value of another."""
+        cities = generator.sample(CITIES, count)
+        activities = generator.sample(self.activities, len(self.activities))
+        values, absent = activities[:count], activities[count:]
+        for city, right in zip(cities, values, strict=True):
+            sentence = f"The best thing to do in {city} is"
+            others = [value for value in values if value != right] if self.settings.needles == "together" else []
+            wrong = self._wrong(generator, others, generator.sample(absent, self.settings.num_choices - 1))
+            question = f"What is the best thing to do in {city}? {sentence}"
+            yield Fact(f"\n{sentence} {right}.", "\n", question, *shuffled(generator, right, wrong))
+
+    def _numbers(self, generator: random.Random, count: int) -> list[str]:
         """Return different numbers of five digits."""
         drawn: dict[int, None] = {}
         while len(drawn) < count:
@@ -380,58 +414,7 @@ class Vocabulary:
                 drawn[number] = None
         return [str(number) for number in drawn]
 
-
-def draw_passkeys(
-    settings: FactsSettings, vocabulary: Vocabulary, generator: random.Random, count: int
-) -> Iterator[Fact]:
-    """Yield sentences with a number; the question does not say which of them it asks for."""
-    for _ in range(count):
-        right, *wrong = vocabulary.numbers(generator, settings.num_choices)
-        text = f"\nThe pass key is {right}. Remember it. {right} is the pass key."
-        yield Fact(text, "\n", "What is the pass key? The pass key is", *shuffled(generator, right, wrong))
-
-
-def draw_lines(
-    settings: FactsSettings, vocabulary: Vocabulary, generator: random.Random, count: int
-) -> Iterator[Fact]:
-    """Yield blocks of lines "key: value", one line of each asked for."""
-    pairs = settings.pairs
-    keys = generator.sample([f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS], count * pairs)
-    numbers = vocabulary.numbers(generator, count * (pairs + settings.num_choices))
-    absent = numbers[count * pairs :]
-    for number in range(count):
-        own = range(number * pairs, (number + 1) * pairs)
-        asked = own[generator.randrange(pairs)]
-        present = [numbers[place] for place in own if place != asked]
-        lines = [f"\n{keys[place]}: {numbers[place]}" for place in own]
-        text, after = "".join(lines[: asked - own[0] + 1]), "".join(lines[asked - own[0] + 1 :])
-        question = f"Which number stands behind {keys[asked]} in the list?\n{keys[asked]}:"
-        wrong = wrong_values(settings, generator, present, absent[number * settings.num_choices :])
-        yield Fact(text, f"{after}\n", question, *shuffled(generator, numbers[asked], wrong))
-
-
-def draw_sentences(
-    settings: FactsSettings, vocabulary: Vocabulary, generator: random.Random, count: int
-) -> Iterator[Fact]:
-    """Yield sentences about a city, none of which names a value of another."""
-    cities = generator.sample(CITIES, count)
-    activities = generator.sample(vocabulary.activities, len(vocabulary.activities))
-    values, absent = activities[:count], activities[count:]
-    for city, right in zip(cities, values, strict=True):
-        sentence = f"The best thing to do in {city} is"
-        others = [value for value in values if value != right] if settings.needles == "together" else []
-        wrong = wrong_values(settings, generator, others, generator.sample(absent, settings.num_choices - 1))
-        question = f"What is the best thing to do in {city}? {sentence}"
-        yield Fact(f"\n{sentence} {right}.", "\n", question, *shuffled(generator, right, wrong))
-
-
-DRAW: Mapping[str, Callable[[FactsSettings, Vocabulary, random.Random, int], Iterator[Fact]]]
-DRAW = {"passkey": draw_passkeys, "key-value": draw_lines, "needle": draw_sentences}
-
-
-def wrong_values(
-    settings: FactsSettings, generator: random.Random, present: Sequence[str], absent: Sequence[str]
-) -> list[str]:
-    """Return the wrong values to choose from: those in memory come first where they are asked for."""
-    chosen = generator.sample(present, len(present)) if settings.wrong_values == "present" else []
-    return [*chosen, *absent][: settings.num_choices - 1]
+    def _wrong(self, generator: random.Random, present: Sequence[str], absent: Sequence[str]) -> list[str]:
+        """Return the wrong values to choose from: those in memory come first where they are asked for."""
+        chosen = generator.sample(present, len(present)) if self.settings.wrong_values == "present" else []
+        return [*chosen, *absent][: self.settings.num_choices - 1]
