@@ -49,25 +49,28 @@ from recorded_inputs import (  # noqa: E402
     save_quality,
     save_texts,
 )
+from rich.console import Console  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from test_chapterbreak_building import book  # noqa: E402
 from tiny_models import some_text  # noqa: E402
 
+from longmem.evaluation import run_task  # noqa: E402
 from longmem.evaluation.recall import RecallTask  # noqa: E402
 from longmem.evaluation.recall_check import RecallSettings, check_recall  # noqa: E402
 from longmem.evaluation.staleness.calibration import calibrate_gap  # noqa: E402
 from longmem.evaluation.staleness.content import superseded_content  # noqa: E402
 from longmem.evaluation.staleness.decoupled import measure_freshness  # noqa: E402
 from longmem.evaluation.task import best, per_token  # noqa: E402
+from longmem.plots import plot_evaluation  # noqa: E402
 
 Settings = Mapping[str, Any]
 SECONDS = (
     "s",
-    "s of preparing",
     "s per item",
     "s per token",
     "s per question",
     "s to read",
+    "s of preparing",
 )  # heads of columns that no run repeats
 
 
@@ -129,10 +132,18 @@ def evaluate(script: str, **settings: Any) -> Run:
     return Run(Path("run"), start(script, "settings.yaml"))
 
 
-def evaluate_task(script: str, task: str, **settings: Any) -> Run:
-    """Run a script of eval/ that takes a task and changes to its default settings."""
-    changes = [f"{name}={json.dumps(value)}" for name, value in {**settings, "output": "run"}.items()]
-    return Run(Path("run"), start(script, task, *changes))
+def evaluate_task(name: str, **settings: Any) -> Run:
+    """Run a task of the registry to its end, and draw its figure."""
+    Path("settings.yaml").write_text(yaml.safe_dump({**settings, "output": "run"}), encoding="utf-8")
+    with drawn() as figures:
+        finished = run_task(name, console=Console(file=io.StringIO()), file="settings.yaml")
+        plot_evaluation(finished.folder / "accuracy.png", finished.metrics, title=finished.title)
+    return Run(finished.folder, figures)
+
+
+def cells_of(metrics: Mapping[str, Any], measure: str) -> dict[str, Any]:
+    """Return the comparisons of a measure by the values of its axes."""
+    return metrics["measures"][measure]["cells"]
 
 
 def model_options(**fields: Any) -> dict[str, Any]:
@@ -278,7 +289,7 @@ def longeval(settings: Settings) -> Result:
 
 def facts(task: str, settings: Settings, *, before: str = "", **sources: str) -> Result:
     """Return what an evaluation of recall at a distance gives; names of tasks were once longer by what stands before."""
-    run = evaluate_task("eval_recall.py", task, **model_options(segment_length=128), **sources, **settings)
+    run = evaluate_task(task, **model_options(segment_length=128), **sources, **settings)
     places = {system: place for place, system in enumerate(settings["systems"])}
     cases, records, metrics = {}, [], Result()
     for record in sorted(run.records, key=lambda record: (record["case"], places[record["system"]])):
@@ -292,7 +303,7 @@ def facts(task: str, settings: Settings, *, before: str = "", **sources: str) ->
         told |= {"text": record["prediction"]} if "prediction" in record else {}
         records.append({"case": name, "system": record["system"], **told})
     for measure, title in (("accuracy", "accuracy"), ("exact", "written exactly")):
-        for key, cell in run.metrics["measures"].get(measure, {"cells": {}})["cells"].items():
+        for key, cell in cells_of(run.metrics, measure).items() if measure in run.metrics["measures"] else ():
             kind, *rest = key.split(", ")
             if len(rest) < 2 and (key, measure) != ("all", "exact"):
                 axis = f"{before}{kind}, size {rest[0] if rest else 'all'}"
@@ -356,7 +367,7 @@ def chapterbreak(settings: Settings) -> Result:
     rules = [f"{name}={value}" for name, value in settings["books"].items()]
     start("build_chapterbreak.py", "books", *rules, "--output", "data.json")
     asked = {name: value for name, value in settings.items() if name != "books"}
-    run = evaluate("eval_chapterbreak.py", **model_options(segment_length=32), data="data.json", **asked)
+    run = evaluate_task("chapterbreak", **model_options(segment_length=32), data="data.json", **asked)
     built = json.loads(Path("data.json").read_text(encoding="utf-8"))
     cases = [
         {"case": f"{work}/{number}", **{name: short_hash(json.dumps(text)) for name, text in entry.items()}}
@@ -365,20 +376,20 @@ def chapterbreak(settings: Settings) -> Result:
         for number, entry in enumerate(entries)
     ]
     records, metrics = [], Result()
-    for record in run.records:
-        place = {"case": f"{record['work']}/{record['number']}", "system": record["system"]}
-        told = ("contexts", "context_tokens", "sums", "tokens", "values")
-        records.append({**place, **pick(record, *told)})
+    renamed = {"context": "contexts", "context_tokens": "context_tokens", "logprobs": "sums", "values": "values"}
+    # By example, then system, then tokens that it used, as the ids were when the results were recorded.
+    for record in sorted(
+        run.records, key=lambda each: (each["item"], each["system"], each["case"].split("/")[2:][-1:])
+    ):
+        told = {new: record[name] for name, new in renamed.items() if name in record} | pick(record, "tokens")
+        records.append({"case": record["item"], "system": record["system"], **told})
     found = run.metrics
-    note(metrics, "accuracy, per_token", "a guess", "all", found["chance"])
-    for length, by_scoring in found["contexts"].items():
-        for scoring, comparison in by_scoring.items():
+    note(metrics, "accuracy, per_token", "a guess", "all", found["summary"]["chance"])
+    for scoring in ("per_token", "sum"):
+        for length, comparison in cells_of(found, scoring).items():
             note_comparison(metrics, f"accuracy, {scoring}", f"context {length}", comparison)
-    for length, margins in found["margins"].items():
-        for system, own in margins["systems"].items():
-            note_estimates(metrics, system, f"context {length}", margin=own["margin"])
-            above = own["above_baseline"]
-            note(metrics, f"margin, above {margins['baseline']}", system, f"context {length}", above[0], above[1:])
+    for length, comparison in cells_of(found, "margin").items():
+        note_comparison(metrics, "margin", f"context {length}", comparison)
     return run.result(cases, records, metrics)
 
 
@@ -394,25 +405,26 @@ def locomo(settings: Settings) -> Result:
 
 def questions(task: str, settings: Settings, data: Path) -> Result:
     """Return what an evaluation of question answering gives."""
-    run = evaluate("eval_qa.py", **model_options(segment_length=32), task=task, data=str(data), **settings)
+    run = evaluate_task(task, **model_options(segment_length=32), data=str(data), **settings)
     cases, records, metrics = [], [], Result()
     for record in run.records:
-        case = {"case": record["item"], "document": record["document"], "question": short_hash(record["question"])}
-        cases.append(case | pick(record, "gold", "options", "category", "trap"))
-        told = pick(record, "prediction", "logprobs", "tokens")
-        records.append({"case": record["item"], "system": record["system"], **told})
+        if record["system"] in settings["systems"]:  # and no guess
+            case = {"case": record["item"], "document": record["group"], "question": short_hash(record["question"])}
+            cases.append(case | pick(record, "gold", "options", "category", "trap"))
+            told = pick(record, "prediction", "logprobs", "tokens")
+            records.append({"case": record["item"], "system": record["system"], **told})
     found = run.metrics
     if task == "quality":
-        note(metrics, "accuracy", "a guess", "all", found["chance"])
-        for rule, comparison in found["accuracy"].items():
-            note_comparison(metrics, f"accuracy, {rule}", "all", comparison)
+        note(metrics, "accuracy", "a guess", "all", found["summary"]["chance"])
+        for rule in found["measures"]:
+            note_comparison(metrics, f"accuracy, {rule}", "all", cells_of(found, rule)["all"])
     else:
-        for measure in ("f1", "exact_match"):
-            for category, comparison in found[measure].items():
-                note_comparison(metrics, measure.replace("_", " "), f"category {category}", comparison)
-        note_comparison(metrics, "likelihood", "all", found["likelihood"])
+        for measure in ("f1", "exact match"):
+            for category, comparison in cells_of(found, measure).items():
+                note_comparison(metrics, measure, f"category {category}", comparison)
+        note_comparison(metrics, "likelihood", "all", cells_of(found, "likelihood")["all"])
     for system in settings["systems"]:
-        note(metrics, "encoded tokens", system, "all", found["costs"][system]["encoded_tokens"])
+        note(metrics, "encoded tokens", system, "all", found["costs"]["systems"][system]["encoded_tokens"])
     return run.result(distinct(cases), records, metrics)
 
 
