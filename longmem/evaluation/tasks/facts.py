@@ -258,7 +258,8 @@ class Facts(ValueTask):
         for (depth, window), fact, (ids, stop) in zip(places.items(), facts, hidden, strict=True):
             replaced = together if settings.needles == "together" else {window: ids}
             distance = size - window * length - stop  # tokens after the line that is asked for
-            name = f"{task}/{size}/{depth:g}{' tokens' if settings.distances else ''}/{item}"
+            place = f"{depth} tokens" if settings.distances else f"{depth:g}"
+            name = f"{task}/{size}/{place}/{item}"
             yield Case(
                 name=name,
                 group=name,

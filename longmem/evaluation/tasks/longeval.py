@@ -47,7 +47,7 @@ class LongEval(ValueTask):
         """Return a case for each prompt that is asked, and for those without questions that are in a wrong memory."""
         found = []
         for task in self.settings.tasks:
-            prompts = read_longeval(self.settings.data, task, self.settings.num_choices, self.settings.seed)
+            prompts = read_longeval(self.settings.data, task)
             chosen = set(spread(len(prompts), self.settings.limit))
             needed = chosen | {(number + 1) % len(prompts) for number in chosen}
             found += [self._case(model, task, prompts[number], number in chosen) for number in sorted(needed)]
@@ -61,21 +61,19 @@ class LongEval(ValueTask):
                 "`model` must have a fast tokenizer for LongEval: others do not say where in a text tokens are."
             )
         size, distance = len(source.ids), int((source.char_ends > prompt.fact_end).sum())
-        item = value_item(
-            model.tokenizer,
-            prompt.question,
-            prompt.values,
-            prompt.right,
-            before_value=prompt.before_value,
-            size=size,
-            distance=distance,
-        )
+        file = prompt.path.name.partition(".")[0]
+        right, *others = prompt.values
+        generator = random.Random(f"{self.settings.seed}/{prompt.path.name}/{prompt.number}")
+        wrong = generator.sample(others, min(len(others), self.settings.num_choices - 1))
+        values, place = shuffled(generator, right, wrong)
+        about = {"size": size, "distance": distance}
+        item = value_item(model.tokenizer, prompt.question, values, place, before_value=prompt.before_value, **about)
         return Case(
-            name=prompt.name,
-            group=prompt.name,
+            name=f"{file}/{prompt.number}",
+            group=f"{file}/{prompt.number}",
             items=[item] if is_asked else [],
             memory=[source.ids.tolist()],
-            axes={"task": task, "file": prompt.file, "depth": round(QUARTERS * distance / size) / QUARTERS},
+            axes={"task": task, "file": file, "depth": round(QUARTERS * distance / size) / QUARTERS},
             max_new_tokens=self.max_new_tokens,
             stage=f"prompts of LongEval, {task}",
         )
@@ -90,22 +88,22 @@ class LongEval(ValueTask):
 
 
 class Prompt(NamedTuple):
-    """One prompt: `fact_end` is the character of the record after what is asked for.
+    """A prompt of a file, taken apart.
 
-    Values follow the question after `before_value`.
+    `fact_end` is the character of the record after what is asked for. Values, the right one first, follow the question after
+    `before_value`.
     """
 
-    file: str
-    name: str
+    path: Path
+    number: int
     record: str
     fact_end: int
     question: str
     before_value: str
-    values: tuple[str, ...]
-    right: int
+    values: Sequence[str]
 
 
-def read_longeval(folder: str | Path, task: str, num_choices: int, seed: int) -> list[Prompt]:
+def read_longeval(folder: str | Path, task: str) -> list[Prompt]:
     """Return the prompts of a task, file by file, from `lines_*.jsonl` or `topics_*.jsonl`, which may be gzipped.
 
     Raises:
@@ -116,26 +114,19 @@ def read_longeval(folder: str | Path, task: str, num_choices: int, seed: int) ->
         raise ValueError(f"`data` must be a folder with files {task}_*.jsonl or .jsonl.gz, got {str(folder)!r}.")
     prompts = []
     for path in sorted(files, key=lambda path: ([int(part) for part in re.findall(r"\d+", path.name)], path)):
-        file = path.name.partition(".")[0]
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            rows = [line for line in lines if line.strip()]
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            rows = [line for line in file if line.strip()]
         for number, row in enumerate(rows):
-            generator = random.Random(f"{seed}/{path.name}/{number}")
             try:
-                record, fact_end, question, before_value, (right, *others) = PARSE[task](json.loads(row))
+                prompts.append(Prompt(path, number, *TAKE_APART[task](json.loads(row))))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number + 1}, must be a prompt of LongEval: {error!r}.") from error
-            values = shuffled(generator, right, generator.sample(others, min(len(others), num_choices - 1)))
-            prompts.append(Prompt(file, f"{file}/{number}", record, fact_end, question, before_value, *values))
     return prompts
 
 
-Parsed = tuple[str, int, str, str, Sequence[str]]  # as in `Prompt`, then all values, the right one first
-
-
-def parse_lines(row: Mapping[str, Any]) -> Parsed:
-    """Return a prompt about lines with numbers; the model is led to the number in the words of the lines."""
-    record, question = split_prompt(row["prompt"], "Now the record is over.")
+def lines_apart(row: Mapping[str, Any]) -> tuple[str, int, str, str, Sequence[str]]:
+    """Return the parts of a prompt about lines with numbers; the model is led to the number in the words of the lines."""
+    record, question = at_end(row["prompt"], "Now the record is over.")
     line = row["correct_line"].strip()
     numbers = [str(row["expected_number"]), *re.findall(r"REGISTER_CONTENT is <(\d+)>", record)]
     # With their end, without which 1234 is the likelier the likelier 12345 is.
@@ -144,23 +135,23 @@ def parse_lines(row: Mapping[str, Any]) -> Parsed:
     return record, record.index(line) + len(line), question, "", values
 
 
-def parse_topics(row: Mapping[str, Any]) -> Parsed:
-    """Return a prompt about conversations, whose topics are written as in the record."""
-    record, question = split_prompt(row["prompt"], "Now the record ends.")
+def topics_apart(row: Mapping[str, Any]) -> tuple[str, int, str, str, Sequence[str]]:
+    """Return the parts of a prompt about conversations, whose topics are written as in the record."""
+    record, question = at_end(row["prompt"], "Now the record ends.")
     topics = list(dict.fromkeys(as_written(topic, record) for topic in row["topics"]))
     fact_end = record.index(topics[0]) + len(topics[0]) if topics[0] in record else 0
     return record, fact_end, f"{question}\nThe first topic we discussed is", " ", topics
 
 
-PARSE = {"lines": parse_lines, "topics": parse_topics}
+TAKE_APART = {"lines": lines_apart, "topics": topics_apart}
 
 
-def split_prompt(prompt: str, end: str) -> tuple[str, str]:
+def at_end(prompt: str, end: str) -> tuple[str, str]:
     """Return the record and the question, which begins with `end`."""
-    place = prompt.rfind(end)
-    if place < 0:
+    record, found, question = prompt.rpartition(end)
+    if not found:
         raise ValueError(f"`prompt` must have {end!r} before its question")
-    return prompt[:place], prompt[place:].strip()
+    return record, (found + question).strip()
 
 
 def as_written(topic: str, record: str) -> str:
