@@ -35,6 +35,7 @@ TASKS = {
     "longeval": Entry(
         "longmem.evaluation.tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"
     ),
+    "harness": Entry("longmem.evaluation.harness.task:Harness", "any task of lm-evaluation-harness"),
     "locomo": Entry("longmem.evaluation.tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }
 

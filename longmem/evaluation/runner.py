@@ -46,7 +46,8 @@ def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = No
     wrong = wrong_cases(task, cases)
     config = describe(task.settings, model, task.identity(cases), may_change=task.may_change)
     with RunFolder(task.settings.output, {"task": task.name, **config}) as run:
-        ask_all(task, model, cases, wrong, run, console)
+        if not task.ask(model, run, console):
+            ask_all(task, model, cases, wrong, run, console)
         metrics = summarize(task, run.records)
         run.finish(title=task.run_title, metrics=metrics, table=markdown(metrics), seed=task.settings.seed)
     for heading, rows in tables_of(metrics):

@@ -16,7 +16,8 @@ BASELINE_COLOR, BASELINE_STYLES = "#9a9a9a", (":", "--", "-.")
 def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
     """Draw the main figures of any evaluation with their intervals, a panel for each panel of its tables.
 
-    Where results have an axis of numbers there is a line for each system, otherwise a bar. Where they have details, a second
+    Where results have an axis of numbers there is a line for each system, otherwise a bar for what is counted in percent; where
+    nothing is, no figure. Where they have details, a second
     figure, whose name ends with "-map", shows them for the system `on` (`plot_maps`).
 
     Args:
@@ -28,12 +29,13 @@ def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, ti
     axes = {axis["kind"]: axis for axis in metrics["axes"]}
     panels = [str(value) for value in axes["panel"]["values"]] if "panel" in axes else [""]
     column = axes.get("column")
-    if "detail" in axes and "on" in metrics["summary"]["systems"]:
+    if "detail" in axes and "on" in metrics["systems"]:
         plot_maps(Path(path).with_stem(f"{Path(path).stem}-map"), metrics, title=title)
     if column is not None and all(isinstance(value, int | float) for value in column["values"]):
         own = {panel: _cells_along(measures, panel, column["values"]) for panel in panels}
         plot_lines(path, own, metrics["baselines"], title=title, xlabel=column["title"])
         return
+    measures = [each for each in measures if each["unit"] == "%"]
     found: dict[str, Mapping[str, Any]] = {}
     if column is not None or "panel" in axes:
         for panel in panels:
@@ -42,8 +44,12 @@ def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, ti
                 if cell is not None:
                     found[f"{panel} {value}".strip() or "all"] = {**cell, "measure": measure}
     else:
-        found = {each["title"]: each["cells"]["all"] for each in measures if each["unit"] == measures[0]["unit"]}
+        found = {each["title"]: each["cells"]["all"] for each in measures}
+    if not found:
+        return
     names = {panel.get("measure", measures[0]["title"]) for panel in found.values()}
+    if len(names) > 1:
+        found = {f"{name}: {panel['measure']}": panel for name, panel in found.items()}
     chances = {panel.get("chance") for panel in found.values()}
     plot_accuracies(
         path,
@@ -90,8 +96,7 @@ def plot_maps(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: s
     }
     width = 2 + sum(1 + 1.1 * len(own) for own in columns.values())
     figure = Figure(figsize=(width, 2.4 + 0.5 * len(details)), layout="constrained")
-    heading = f"{title}: {metrics['summary']['systems'][system]['title']}"
-    figure.suptitle(textwrap.fill(heading, int(9 * width)), fontsize=11)
+    figure.suptitle(textwrap.fill(f"{title}: {metrics['systems'][system]}", int(9 * width)), fontsize=11)
     grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=list(map(len, columns.values())))[0]
     for own, (panel, places) in zip(grid, columns.items(), strict=True):
         found = [[cells.get(_key(place, detail)) for place in places] for detail in details]

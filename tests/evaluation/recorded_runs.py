@@ -436,16 +436,20 @@ def harness(settings: Settings) -> Result:
     tasks = write_tasks(Path.cwd() / "tasks")
     options = model_options(segment_length=16)
     with patch("lm_eval.evaluator.add_env_info", lambda results: None):  # asks the system for a second
-        run = evaluate("eval_harness.py", **options, include_path=str(tasks), **settings)
+        run = evaluate_task("harness", **options, include_path=str(tasks), **settings)
     cases, records, metrics = [], [], Result()
     for record in run.records:
-        case = f"{record['task']}/{record['doc_id']}"
-        cases.append({"case": case, "question": record["prompt_hash"][:12], **pick(record, "target", "group")})
+        case = {"case": record["item"], "question": record["prompt_hash"][:12], **pick(record, "target", "group")}
+        cases.append(case)
         answers = {"answers": record["filtered_resps"], "scores": record["metrics"]}
-        records.append({"case": case, "system": record["system"], **answers})
-    for task, by_metric in run.metrics["tasks"].items():
-        for metric, comparison in by_metric.items():
-            note_comparison(metrics, metric, task, comparison)
+        records.append({"case": record["item"], "system": record["system"], **answers})
+    for measure in run.metrics["measures"].values():
+        for task, comparison in measure["cells"].items():
+            if "interval" in next(iter(comparison["systems"].values())):
+                note_comparison(metrics, measure["title"], task, comparison)
+            else:
+                for system, own in comparison["systems"].items():
+                    note(metrics, measure["title"], system, task, own["value"])
     return run.result(distinct(cases), records, metrics)
 
 
