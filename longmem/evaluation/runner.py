@@ -52,6 +52,7 @@ def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = No
         run.finish(title=task.run_title, metrics=metrics, table=markdown(metrics), seed=task.settings.seed)
     for heading, rows in tables_of(metrics):
         console.print(f"\n{heading}", plain_table(rows, emphasized=title_of_system("on")), markup=False)
+    console.print(*metrics["notes"], sep="\n\n", markup=False)
     return Finished(run.path, task.run_title, metrics)
 
 

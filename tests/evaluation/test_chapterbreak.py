@@ -186,6 +186,19 @@ def test_what_uses_the_same_tokens_is_asked_once(model, tmp_path):
     }
 
 
+def test_a_length_that_no_context_has_is_told(model, tmp_path):
+    task = ChapterBreak(settings_for(tmp_path, contexts=(60, 5000)), Split("", examples({"a": 1, "b": 1})))
+    console = Console(file=io.StringIO(), width=200)
+    metrics = evaluate(task, console, model).metrics
+    longest = max(len(example.context) for example in task.examples)  # a byte is a token
+    assert metrics["notes"] == [f"The longest context has {longest:,} tokens; that is what is told at [5000]."]
+    assert metrics["notes"][0] in console.file.getvalue()  # type: ignore[attr-defined]
+    assert metrics["notes"][0] in (tmp_path / "run" / "table.md").read_text()
+    task = ChapterBreak(settings_for(tmp_path, contexts=(60,)), task.split)
+    task.cases(model)
+    assert task.notes == []
+
+
 def test_each_context_is_encoded_once(model, tmp_path):
     banks: list[Banks] = []
 

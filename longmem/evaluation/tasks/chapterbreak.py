@@ -84,6 +84,7 @@ class ChapterBreak(Task):
         )
         # In an order in which the next one is of another work, where that can be.
         self.examples = choose(self.split.examples, settings.limit)
+        self.longest = max(settings.contexts)  # tokens of a context, once `cases` has read them
 
     @property
     def measures(self) -> Mapping[str, Measure]:
@@ -98,6 +99,12 @@ class ChapterBreak(Task):
         """Return the title of a run, with the number of examples."""
         works = len({example.work for example in self.examples})
         return f"{super().run_title} {self.split.name}: {len(self.examples)} examples of {works} works"
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Return what lengths of context are not there."""
+        missing = [length for length in self.settings.contexts if length > self.longest]
+        return [f"The longest context has {self.longest:,} tokens; that is what is told at {missing}."] * bool(missing)
 
     def score(self, record: Record) -> Mapping[str, float]:
         """Return credit by both scorings and, of a model, the margin."""
@@ -115,6 +122,7 @@ class ChapterBreak(Task):
         encoder = Encoder(model.tokenizer, settings.joiner, settings.suffix_tokens)
         seen = views(settings.systems, settings.contexts, window=settings.window, room=encoder.room)
         contexts = [encoder.context(example)[-max(seen) :] for example in self.examples]
+        self.longest = max(map(len, contexts))
         items = [encoder.item(example) for example in self.examples]
         guesses = baseline_values(self.split.examples, self.examples)
         cases = [

@@ -8,16 +8,10 @@ import json
 import pytest
 import torch
 
-from longmem.evaluation.intervals import bootstrap_interval, clustered_mean
-from longmem.evaluation.runs import (
-    EvaluationSettings,
-    RunFolder,
-    accuracy_rows,
-    compare_accuracies,
-    describe,
-    load_evaluation,
-    open_evaluated,
-)
+from longmem.evaluation.folder import RunFolder, describe
+from longmem.evaluation.intervals import bootstrap_interval, clustered_mean, stratified_mean
+from longmem.evaluation.runs import accuracy_rows, compare_accuracies
+from longmem.evaluation.settings import EvaluationSettings, load_evaluation, open_evaluated
 
 
 def test_a_killed_run_keeps_whole_predictions(tmp_path):
@@ -104,6 +98,17 @@ def test_the_interval_of_a_mean_is_over_groups():
     assert clustered_mean(values, list("aaaaaa")) == alone  # a single group: its items
     unequal = clustered_mean([1.0, 0.0, 0.0, 0.0], list("abbb"))
     assert unequal[0] == 0.25  # items count, not groups
+
+
+def test_strata_count_the_same_and_are_resampled_by_themselves():
+    values, groups, strata = [1.0, 0.0, 1.0, 1.0, 1.0, 0.0], list("abcdef"), list("xxyyyy")
+    mean, low, high = stratified_mean(values, groups, strata)
+    assert mean == pytest.approx((1 / 2 + 3 / 4) / 2)
+    assert low < mean < high
+    alone = stratified_mean(values[2:], groups[2:], strata[2:])
+    assert alone == pytest.approx(clustered_mean(values[2:], groups[2:]))
+    sure, *ends = stratified_mean([1.0, 1.0, 0.0, 0.0], list("abcd"), list("xxyy"))  # no draw changes a stratum
+    assert (sure, ends) == (0.5, [0.5, 0.5])
 
 
 def test_systems_are_compared_on_the_same_items():
