@@ -132,7 +132,7 @@ class Task(ABC):
     kind: ClassVar[type[EvaluationSettings]]
     """Its settings."""
 
-    axes: tuple[Axis, ...] = ()
+    axes: ClassVar[tuple[Axis, ...]] = ()
 
     pool: ClassVar[Literal["items", "panels", "none"]] = "items"
     """How a figure over all is made: of all items; as the mean of panels, each counting the same; or not at all, where values

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from rich.console import Console
@@ -28,7 +28,6 @@ from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings import From, UpTo
 
 Kind = Literal["passkey", "key-value", "needle"]
-KINDS: tuple[Kind, ...] = ("passkey", "key-value", "needle")
 
 _WORDS = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 CITIES, ACTIVITIES = _WORDS["cities"].split(), _WORDS["activities"]
@@ -216,17 +215,13 @@ class Facts(ValueTask):
         "The text is encoded once, before any question: the costs are those of windows with facts. The wrong memory is the "
         "text without facts.",
     )
-
-    def __init__(self, settings: FactsSettings) -> None:
-        super().__init__(settings)
-        depths = "distance, tokens" if settings.distances else "distance, share of memory"
-        self.axes = (
-            Axis("task", "panel", values=KINDS),
-            Axis("size", title="tokens in memory"),
-            Axis("depth", "detail", depths),
-        )
-        self.windows: list[Window] = []  # of the haystack, from `cases` on
-        self._banks: HaystackBanks | None = None
+    axes = (
+        Axis("task", "panel", values=get_args(Kind)),
+        Axis("size", title="tokens in memory"),
+        Axis("depth", "detail", "distance (share of memory, or tokens)"),
+    )
+    windows: Sequence[Window] = ()  # of the haystack, from `cases` on
+    _banks: HaystackBanks | None = None
 
     def cases(self, model: LongMemForCausalLM) -> list[Case]:
         """Return a case for each fact, the smallest memory first: the larger ones go on from it."""
