@@ -91,6 +91,10 @@ def test_one_command_leaves_a_result_folder_and_goes_on(command, capsys):
         values = [answer[0][0] for answer in record["resps"]]
         assert record["metrics"]["acc"] == float(values.index(max(values)) == record["target"])
 
+    encoded = {system: own["encoded_tokens"] for system, own in metrics["costs"]["systems"].items()}
+    assert encoded["on"] > 100
+    assert encoded["backbone"] == encoded["off"] == 0
+
     (output / "predictions.jsonl").write_text("\n".join(lines[:-8]) + "\n")  # stopped while writing the last but one
     command()
     again = capsys.readouterr().out

@@ -86,6 +86,7 @@ class Harness(Task):
     axes = (Axis("task", "panel"),)
     pool = "none"
     sort_by = ("doc_id",)
+    notes = ("Seconds per item are all that lm-eval needs, preparing as well.",)
 
     def __init__(self, settings: HarnessSettings) -> None:
         super().__init__(settings)
@@ -151,8 +152,8 @@ class Harness(Task):
         return spread(len(task.eval_docs), self.settings.limit)
 
     def _answers(self, lm: HFLM, name: str, task: Any, system: str, items: list[int]) -> list[dict[str, Any]]:
-        """Return the records of a system's answers to a task."""
-        settings, start = self.settings, time.perf_counter()
+        """Return the records of a system's answers to a task; each has an even share of what they cost."""
+        settings, before = self.settings, costs_of(lm)
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         with without_warnings_of("lm_eval"):  # of every context that is cut off
             results = lm_eval.simple_evaluate(
@@ -165,8 +166,15 @@ class Harness(Task):
                 bootstrap_iters=0,
                 **dict.fromkeys(seeds, settings.seed),
             )
-        seconds = (time.perf_counter() - start) / len(items)
-        return [record_of(sample, name, system, seconds, settings.group) for sample in results["samples"][name]]
+        samples = results["samples"][name]  # one for each item and filter
+        seconds, tokens = (now - then for now, then in zip(costs_of(lm), before, strict=True))
+        costs = {"seconds": seconds / len(items), "encoded_tokens": tokens / len(samples)}
+        return [{**record_of(sample, name, system, settings.group), **costs} for sample in samples]
+
+
+def costs_of(lm: HFLM) -> tuple[float, int]:
+    """Return the seconds of a clock, and how many tokens a model has encoded."""
+    return time.perf_counter(), lm.encoded_tokens if isinstance(lm, LongMemLM) else 0
 
 
 def metric_title(metric: str, kind: str) -> str:
@@ -194,15 +202,10 @@ def make_lm(system: str, model: LongMemForCausalLM, settings: HarnessSettings) -
         )
 
 
-def record_of(sample: dict[str, Any], task: str, system: str, seconds: float, group: str) -> dict[str, Any]:
-    """Return the record of an item: raw answers and what lm-eval makes of them; its texts by their hashes.
+def record_of(sample: dict[str, Any], task: str, system: str, group: str) -> dict[str, Any]:
+    """Return the record of an item as lm-eval logs it: raw answers and its metrics, texts by their hashes.
 
-    Args:
-        sample: as lm-eval logs it.
-        task: its name.
-        system: who answered.
-        seconds: that an item took, in the mean over the task.
-        group: field of the item that names its group.
+    `group` is the field of the item that names its group.
     """
     own_group = sample["doc"].get(group) if isinstance(sample["doc"], dict) else None
     kept = ("doc_id", "filter", "target", "resps", "filtered_resps", "doc_hash", "prompt_hash")
@@ -214,7 +217,6 @@ def record_of(sample: dict[str, Any], task: str, system: str, seconds: float, gr
         "task": task,
         **{key: sample[key] for key in kept},
         "metrics": {metric: sample[metric] for metric in sample["metrics"]},
-        "seconds": seconds,
     }
     return json.loads(json.dumps(record, default=handle_non_serializable))
 
