@@ -36,6 +36,13 @@ TASKS = {
         "longmem.evaluation.tasks.squad:Squad", "questions about passages after demonstrations (SQuAD v1.1)"
     ),
     "quality": Entry("longmem.evaluation.tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
+    "recall": Entry(
+        "longmem.evaluation.tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"
+    ),
+    "longeval": Entry(
+        "longmem.evaluation.tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"
+    ),
+    "harness": Entry("longmem.evaluation.harness.task:Harness", "any task of lm-evaluation-harness"),
     "locomo": Entry("longmem.evaluation.tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }
 

@@ -46,7 +46,8 @@ def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = No
     wrong = wrong_cases(task, cases)
     config = describe(task.settings, model, task.identity(cases), may_change=task.may_change)
     with RunFolder(task.settings.output, {"task": task.name, **config}) as run:
-        ask_all(task, model, cases, wrong, run, console)
+        if not task.ask(model, run, console):
+            ask_all(task, model, cases, wrong, run, console)
         metrics = summarize(task, run.records)
         run.finish(title=task.run_title, metrics=metrics, table=markdown(metrics), seed=task.settings.seed)
     for heading, rows in tables_of(metrics, brief=True):
@@ -87,9 +88,11 @@ def ask_all(
         run.write(record for record in guessed(case) if record["id"] not in run)
     waiting = {case.name: left_of(task, case, run) for case in cases}
     asked = [case for case in cases if waiting[case.name]]
-    banks = task.banks(model)
-    systems = {system.name: system for system in task.systems(model, banks)} if asked else {}
+    if not asked:
+        return
     try:
+        banks = task.banks(model)
+        systems = {system.name: system for system in task.systems(model, banks)}
         for stage, group in itertools.groupby(asked, key=lambda case: case.stage):
             own = list(group)
             task.begin(own, console)

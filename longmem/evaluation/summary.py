@@ -18,7 +18,7 @@ class Row(NamedTuple):
     system: str
     item: str
     group: str
-    value: float
+    value: Any  # a number, unless the measure has an aggregate of its own
     chance: float | None
     seconds: float | None
     axes: Mapping[str, Any]
@@ -29,7 +29,7 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
 
     `measures` has for each measure its title, unit and `cells`: by the values of axes, such as "passkey, 4096", and "all",
     what `compare` returns. `axes` has the values of each axis, `tables` what the task adds, `costs` what systems cost.
-    `summary` is the main figure.
+    `summary` is the main figure, the first with intervals, if there is one.
 
     Raises:
         ValueError: systems have not answered the same questions.
@@ -47,13 +47,9 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
         | {"values": ordered(axis, (value for record, _ in scored for value in values_of(record, axis)))}
         for axis in task.axes
     ]
-    main = next(iter(measures.values()))
-    cell = main["cells"].get("all") or list(main["cells"].values())[-1]
-    shown = {name: {key: own[key] for key in ("title", "value", "interval")} for name, own in cell["systems"].items()}
-    chance = {"chance": cell["chance"]} if "chance" in cell else {}
     return {
         "task": task.name,
-        "summary": {"measure": f"{main['title']}, {main['unit']}", **chance, "systems": shown},
+        **summary_of([each for name, each in measures.items() if task.measures[name].aggregate is None]),
         "systems": {name: title_of(task, name) for name in dict.fromkeys(record["system"] for record, _ in scored)},
         "measures": measures,
         "axes": axes,
@@ -62,6 +58,17 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
         "costs": costs_of(records),
         "notes": list(task.notes),
     }
+
+
+def summary_of(measures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the main figure of the first measure under "summary"; nothing where there is no measure."""
+    if not measures:
+        return {}
+    cells = measures[0]["cells"]
+    cell = cells.get("all") or list(cells.values())[-1]
+    shown = {name: {key: own[key] for key in ("title", "value", "interval")} for name, own in cell["systems"].items()}
+    chance = {"chance": cell["chance"]} if "chance" in cell else {}
+    return {"summary": {"measure": f"{measures[0]['title']}, {measures[0]['unit']}", **chance, "systems": shown}}
 
 
 def scored_records(task: Task, records: Sequence[Record]) -> list[tuple[Record, Mapping[str, float]]]:
@@ -82,7 +89,8 @@ def rows_of(task: Task, measure: Measure, record: Record, score: float) -> Itera
     scale = 100 if measure.unit == "%" else 1
     is_guess = record["system"] in task.baselines
     chance = 100 * task.chance(record) if measure.has_chance and not is_guess else None
-    common = (record["system"], record["item"], record["group"], scale * score, chance, record.get("seconds"))
+    value = scale * score if measure.aggregate is None else score
+    common = (record["system"], record["item"], record["group"], value, chance, record.get("seconds"))
     for values in itertools.product(*(values_of(record, axis) for axis in task.axes)):
         yield Row(*common, {axis.name: value for axis, value in zip(task.axes, values, strict=True)})
 
@@ -135,7 +143,7 @@ def compare(
     repeat: Axis | None = None,
     with_intervals: bool = True,
 ) -> dict[str, Any]:
-    """Return for each system the mean, and how far it is above the baseline on the same questions.
+    """Return for each system the mean, or what the measure makes of all scores, and how far it is above the baseline.
 
     Intervals hold 95 % and are over groups, whose items are not independent; where there is one group, over its items.
 
@@ -147,6 +155,7 @@ def compare(
         repeat: an axis of draws: values of each draw, and their standard deviation as numpy's `std` computes it.
         with_intervals: False: means alone.
     """
+    with_intervals = with_intervals and measure.aggregate is None
     systems = aligned(rows)
     first = next(iter(systems.values()))
     baseline = measure.baseline if measure.baseline in systems else next(iter(systems))
@@ -163,10 +172,13 @@ def compare(
 
     found: dict[str, Any] = {}
     for name, own in systems.items():
-        value, *ends = estimate([row.value for row in own])
-        above, *above_ends = estimate(
-            [row.value - other.value for row, other in zip(own, systems[baseline], strict=True)]
-        )
+        values, others = ([row.value for row in each] for each in (own, systems[baseline]))
+        if measure.aggregate is None:
+            value, *ends = estimate(values)
+            above, *above_ends = estimate([one - other for one, other in zip(values, others, strict=True)])
+        else:
+            value, ends, above_ends = float(measure.aggregate(values)), [], []
+            above = value - float(measure.aggregate(others))
         found[name] = {"title": title_of(task, name), "value": value, "interval": ends}
         found[name] |= {"above_baseline": above, "above_baseline_interval": above_ends}
         if not with_intervals:

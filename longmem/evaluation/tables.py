@@ -107,5 +107,5 @@ def spelled(own: Mapping[str, Any], unit: str, is_above: bool = False) -> str:
     text = f"{own[name]:{sign}.{digits}f}"
     if "deviation" in own and not is_above:
         text += f" ± {own['deviation']:.{digits}f}"
-    low, high = own[f"{name}_interval" if is_above else "interval"]
-    return f"{text} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
+    ends = [f"{end:{sign}.{digits}f}" for end in own.get(f"{name}_interval" if is_above else "interval", ())]
+    return f"{text} ({' to '.join(ends)})" if ends else text

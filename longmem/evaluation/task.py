@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
-from longmem.evaluation.folder import MAY_CHANGE, digest
+from longmem.evaluation.folder import MAY_CHANGE, RunFolder, digest
 from longmem.evaluation.settings import EvaluationSettings
 from longmem.evaluation.systems import Answer, Banks, System, make_systems
 from longmem.model.modeling import LongMemForCausalLM
@@ -106,13 +106,15 @@ class Measure:
     """A figure of merit: scores from 0 to 1, told in percent, or, with another unit, told as they are.
 
     `baseline` is what systems are compared with, where it is there; else it is the first. `has_chance` says whether guessing
-    among the candidates is right at times (`Task.chance`).
+    among the candidates is right at times (`Task.chance`). `aggregate` makes one figure of what `score` returns for all items,
+    which may then be anything; None: the mean, which alone has an interval.
     """
 
     title: str
     unit: str = "%"
     baseline: str = "backbone"
     has_chance: bool = False
+    aggregate: Callable[[list[Any]], float] | None = None
 
 
 class Task(ABC):
@@ -233,6 +235,10 @@ class Task(ABC):
             f"`systems` must leave out `wrong` where there is no other group, got {list(self.settings.systems)} and nothing "
             f"that the wrong memory of {case.name} could hold; or raise `limit`, or take other data."
         )
+
+    def ask(self, model: LongMemForCausalLM, run: RunFolder, console: Console) -> bool:
+        """Write all records that a run lacks, if the task asks without the runner; return whether it does."""
+        return False
 
     def begin(self, cases: Sequence[Case], console: Console) -> None:  # noqa: B027  a hook
         """Do what is done once for the cases of a stage, before the first of them is asked."""

@@ -1,7 +1,6 @@
 """Figures of evaluations and of training runs."""
 
 from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_summaries
-from longmem.plots.distance import plot_distance
 from longmem.plots.perplexity import plot_distances, plot_perplexity, plot_ratios, plot_scores
 from longmem.plots.policies import plot_experiment
 from longmem.plots.stale_texts import plot_stale_texts
@@ -11,7 +10,6 @@ from longmem.plots.tuning import plot_tuning
 
 __all__ = [
     "plot_accuracies",
-    "plot_distance",
     "plot_distances",
     "plot_evaluation",
     "plot_experiment",

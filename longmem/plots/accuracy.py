@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from longmem.plots.style import STYLES, color_of, draw_interval, require_matplotlib, short_count
@@ -15,7 +16,9 @@ BASELINE_COLOR, BASELINE_STYLES = "#9a9a9a", (":", "--", "-.")
 def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
     """Draw the main figures of any evaluation with their intervals, a panel for each panel of its tables.
 
-    Where results have an axis of numbers there is a line for each system, otherwise a bar.
+    Where results have an axis of numbers there is a line for each system, otherwise a bar for what is counted in percent; where
+    nothing is, no figure. Where they have details, a second
+    figure, whose name ends with "-map", shows them for the system `on` (`plot_maps`).
 
     Args:
         path: PNG to write.
@@ -26,20 +29,27 @@ def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, ti
     axes = {axis["kind"]: axis for axis in metrics["axes"]}
     panels = [str(value) for value in axes["panel"]["values"]] if "panel" in axes else [""]
     column = axes.get("column")
+    if "detail" in axes and "on" in metrics["systems"]:
+        plot_maps(Path(path).with_stem(f"{Path(path).stem}-map"), metrics, title=title)
     if column is not None and all(isinstance(value, int | float) for value in column["values"]):
         own = {panel: _cells_along(measures, panel, column["values"]) for panel in panels}
         plot_lines(path, own, metrics["baselines"], title=title, xlabel=column["title"])
         return
+    measures = [each for each in measures if each["unit"] == "%"]
     found: dict[str, Mapping[str, Any]] = {}
     if column is not None or "panel" in axes:
         for panel in panels:
             for value in ["", *(str(value) for value in (column or {"values": ()})["values"])]:
-                _, measure, cell = _cell_of(measures, ", ".join(filter(None, (panel, value))) or "all")
+                _, measure, cell = _cell_of(measures, _key(panel, value) or "all")
                 if cell is not None:
                     found[f"{panel} {value}".strip() or "all"] = {**cell, "measure": measure}
     else:
-        found = {each["title"]: each["cells"]["all"] for each in measures if each["unit"] == measures[0]["unit"]}
+        found = {each["title"]: each["cells"]["all"] for each in measures}
+    if not found:
+        return
     names = {panel.get("measure", measures[0]["title"]) for panel in found.values()}
+    if len(names) > 1:
+        found = {f"{name}: {panel['measure']}": panel for name, panel in found.items()}
     chances = {panel.get("chance") for panel in found.values()}
     plot_accuracies(
         path,
@@ -60,8 +70,65 @@ def _cell_of(measures: Sequence[Mapping[str, Any]], key: str) -> tuple[str, str,
 
 def _cells_along(measures: Sequence[Mapping[str, Any]], panel: str, values: Sequence[float]) -> dict[float, Any]:
     """Return the cells of a panel by their place on the axis."""
-    found = {value: _cell_of(measures, ", ".join(filter(None, (panel, str(value))))) for value in values}
+    found = {value: _cell_of(measures, _key(panel, value)) for value in values}
     return {value: {"unit": unit, "measure": title, **cell} for value, (unit, title, cell) in found.items() if cell}
+
+
+def plot_maps(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str, system: str = "on") -> None:
+    """Draw one system's main measure as a map for each panel: the column axis to the right, details upwards.
+
+    Args:
+        path: PNG to write.
+        metrics: of `metrics.json`, in percent.
+        title: of the figure.
+        system: whose map it is.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    axes = {axis["kind"]: axis for axis in metrics["axes"]}
+    measure = next(iter(metrics["measures"].values()))
+    cells, details = measure["cells"], [str(value) for value in axes["detail"]["values"]]
+    panels = [str(value) for value in axes["panel"]["values"]] if "panel" in axes else [""]
+    columns = {
+        panel: [place for value in axes["column"]["values"] if (place := _key(panel, value)) in cells]
+        for panel in panels
+    }
+    width = 2 + sum(1 + 1.1 * len(own) for own in columns.values())
+    figure = Figure(figsize=(width, 2.4 + 0.5 * len(details)), layout="constrained")
+    figure.suptitle(textwrap.fill(f"{title}: {metrics['systems'][system]}", int(9 * width)), fontsize=11)
+    grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=list(map(len, columns.values())))[0]
+    for own, (panel, places) in zip(grid, columns.items(), strict=True):
+        found = [[cells.get(_key(place, detail)) for place in places] for detail in details]
+        values = [[None if cell is None else cell["systems"][system]["value"] for cell in row] for row in found]
+        image = draw_map(own, values, [place.removeprefix(f"{panel}, ") for place in places], details)
+        own.set_title(panel, fontsize=10)
+        own.set_xlabel(axes["column"]["title"], fontsize=9)
+    grid[0].set_ylabel(axes["detail"]["title"], fontsize=9)
+    bar = figure.colorbar(image, ax=list(grid), shrink=0.8)
+    bar.set_label(f"{measure['title']}, {measure['unit']}", fontsize=9)
+    if "chance" in metrics["summary"]:
+        bar.ax.axhline(metrics["summary"]["chance"], color="black", linestyle=":")
+    figure.savefig(path, dpi=130)
+
+
+def _key(*values: Any) -> str:
+    """Return the name of a cell: values of axes, those that there are."""
+    return ", ".join(filter(None, map(str, values)))
+
+
+def draw_map(axes: Any, values: Sequence[Sequence[float | None]], columns: Sequence[str], rows: Sequence[str]) -> Any:
+    """Draw percentages as colors with their numbers, the first row at the bottom, and return the image."""
+    numbers = [[float("nan") if value is None else value for value in row] for row in values]
+    image = axes.imshow(numbers, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=100)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value is not None:
+                color = "white" if value < 60 else "black"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    return image
 
 
 def plot_lines(

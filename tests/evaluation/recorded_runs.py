@@ -60,6 +60,7 @@ from longmem.evaluation.recall_check import RecallSettings, check_recall  # noqa
 from longmem.evaluation.staleness.calibration import calibrate_gap  # noqa: E402
 from longmem.evaluation.staleness.content import superseded_content  # noqa: E402
 from longmem.evaluation.staleness.decoupled import measure_freshness  # noqa: E402
+from longmem.evaluation.task import best, per_token  # noqa: E402
 from longmem.plots import plot_evaluation  # noqa: E402
 
 Settings = Mapping[str, Any]
@@ -289,42 +290,54 @@ def books(settings: Settings) -> Result:
 def recall(settings: Settings) -> Result:
     """One fact far back in a text, by size of the memory and depth of the fact; values compared and written."""
     save_texts(Path("texts"), 200)
-    return facts(settings, haystack="texts/a.txt")
+    return facts("recall", settings, haystack="texts/a.txt")
 
 
 def recall_together(settings: Settings) -> Result:
     """Facts of all distances in memory at once, their values the wrong ones of each other, stored as int8."""
     save_texts(Path("texts"), 200)
-    return facts({**settings, "generate": False}, haystack="texts/a.txt")
+    return facts("recall", {**settings, "generate": False}, haystack="texts/a.txt")
 
 
 def longeval(settings: Settings) -> Result:
     """The prompts of LongEval: lines and topics."""
-    return facts(settings, longeval=str(save_longeval(Path("longeval"))))
+    own = {**settings, "tasks": [task.removeprefix("longeval-") for task in settings["tasks"]]}
+    return facts("longeval", own, before="longeval-", data=str(save_longeval(Path("longeval"))))
 
 
-def facts(settings: Settings, **sources: str) -> Result:
-    """Return what an evaluation of recall at a distance gives."""
-    run = evaluate("eval_recall.py", **model_options(segment_length=128), **sources, **settings)
-    cases, records, metrics = [], [], Result()
-    for record in run.records:
-        case = pick(record, "task", "part", "depth", "size", "distance", "values", "right")
-        cases.append({"case": record["id"], "question": short_hash(record["question"]), **case})
-        for system, answer in record["systems"].items():
-            records.append({"case": record["id"], "system": system, **pick(answer, "per_token", "choice", "text")})
-    found = run.metrics
-    note_comparison(metrics, "accuracy", "all tasks", found["summary"])
-    for task, values in found["tasks"].items():
-        for part, compared in {"all": values["all"], **values["parts"]}.items():
-            note_comparison(metrics, "accuracy", f"{task}, size {part}", compared["choice"])
-            if "exact" in compared:
-                note_comparison(metrics, "written exactly", f"{task}, size {part}", compared["exact"])
-        for system, parts in values["grid"].items():
-            note(metrics, "accuracy", "a guess", task, values["chance"])
-            for part, depths in parts.items():
-                for depth, value in depths.items():
-                    note(metrics, "accuracy", system, f"{task}, size {part}, depth {depth}", value)
-    return run.result(cases, records, metrics)
+def facts(task: str, settings: Settings, *, before: str = "", **sources: str) -> Result:
+    """Return what an evaluation of recall at a distance gives; names of tasks were once longer by what stands before."""
+    run = evaluate_task(task, **model_options(segment_length=128), **sources, **settings)
+    places = {system: place for place, system in enumerate(settings["systems"])}
+    cases, records, metrics = {}, [], Result()
+    for record in sorted(run.records, key=lambda record: (record["case"], places[record["system"]])):
+        kind = before + record["task"]
+        name = f"{kind}/{record['case']}" if before else record["case"]
+        part, depth = record.get("file", f"{record['size']:,}"), depth_of(record["depth"], settings)
+        about = {"question": short_hash(record["question"]), "task": kind, "part": part, "depth": depth}
+        cases[name] = {"case": name, **about, **pick(record, "size", "distance", "values", "right")}
+        means = per_token(record)
+        told = {"per_token": means, "choice": best(means)}
+        told |= {"text": record["prediction"]} if "prediction" in record else {}
+        records.append({"case": name, "system": record["system"], **told})
+    for measure, title in (("accuracy", "accuracy"), ("exact", "written exactly")):
+        for key, cell in cells_of(run.metrics, measure).items() if measure in run.metrics["measures"] else ():
+            kind, *rest = key.split(", ")
+            if len(rest) < 2 and (key, measure) != ("all", "exact"):
+                axis = f"{before}{kind}, size {rest[0] if rest else 'all'}"
+                note_comparison(metrics, title, "all tasks" if key == "all" else axis, cell)
+            if measure == "accuracy" and len(rest) == 2:
+                axis = f"{before}{kind}, size {rest[0]}, depth {depth_of(float(rest[1]), settings)}"
+                for system, own in cell["systems"].items():
+                    note(metrics, title, system, axis, own["value"])
+            if measure == "accuracy" and not rest and key != "all":
+                note(metrics, title, "a guess", before + kind, cell["chance"])
+    return run.result(list(cases.values()), records, metrics)
+
+
+def depth_of(depth: float, settings: Settings) -> str:
+    """Return how the depth of a fact was once written."""
+    return f"{depth:g} tokens" if settings.get("distances") else f"{depth:g}"
 
 
 # In-context learning -----------------------------------------------------------------------------------------------------
@@ -453,16 +466,20 @@ def harness(settings: Settings) -> Result:
     tasks = write_tasks(Path.cwd() / "tasks")
     options = model_options(segment_length=16)
     with patch("lm_eval.evaluator.add_env_info", lambda results: None):  # asks the system for a second
-        run = evaluate("eval_harness.py", **options, include_path=str(tasks), **settings)
+        run = evaluate_task("harness", **options, include_path=str(tasks), **settings)
     cases, records, metrics = [], [], Result()
     for record in run.records:
-        case = f"{record['task']}/{record['doc_id']}"
-        cases.append({"case": case, "question": record["prompt_hash"][:12], **pick(record, "target", "group")})
+        case = {"case": record["item"], "question": record["prompt_hash"][:12], **pick(record, "target", "group")}
+        cases.append(case)
         answers = {"answers": record["filtered_resps"], "scores": record["metrics"]}
-        records.append({"case": case, "system": record["system"], **answers})
-    for task, by_metric in run.metrics["tasks"].items():
-        for metric, comparison in by_metric.items():
-            note_comparison(metrics, metric, task, comparison)
+        records.append({"case": record["item"], "system": record["system"], **answers})
+    for measure in run.metrics["measures"].values():
+        for task, comparison in measure["cells"].items():
+            if "interval" in next(iter(comparison["systems"].values())):
+                note_comparison(metrics, measure["title"], task, comparison)
+            else:
+                for system, own in comparison["systems"].items():
+                    note(metrics, measure["title"], system, task, own["value"])
     return run.result(distinct(cases), records, metrics)
 
 

@@ -34,25 +34,34 @@ class Banks:
         self.encoded_tokens = 0
         self._kept: list[tuple[list[int], MemoryBank]] = []
 
-    def of(self, token_ids: Sequence[int]) -> MemoryBank:
+    def of(self, token_ids: Sequence[int]) -> ReadableMemory:
         """Return a bank with one document, "stream", of these tokens, at least one; it belongs to this object."""
         ids = list(token_ids)
         for number, (known, bank) in enumerate(self._kept):
             if ids[: len(known)] == known:
                 if len(ids) > len(known):
-                    self._memorize(bank, ids[len(known) :], append=True)
+                    self.memorize(bank, ids[len(known) :], append=True)
                 del self._kept[number]
                 break
         else:
-            bank = MemoryBank.for_model(self.model, **self.options)
-            self._memorize(bank, ids, append=False)
+            bank = self.new()
+            self.memorize(bank, ids)
         self._kept = [*self._kept, (ids, bank)][-self.keep :]
         return bank
 
-    def _memorize(self, bank: MemoryBank, ids: list[int], *, append: bool) -> None:
-        self.encoded_tokens += self.model.memorize(
-            bank, torch.tensor(ids), "stream", append=append, batch_size=self.batch_size
+    def new(self, **changes: Any) -> MemoryBank:
+        """Return an empty bank that belongs to the caller, with changes to the options of all."""
+        return MemoryBank.for_model(self.model, **{**self.options, **changes})
+
+    def memorize(
+        self, bank: MemoryBank, token_ids: Sequence[int], name: str = "stream", *, append: bool = False
+    ) -> int:
+        """Write a document into a bank, or what follows it; return how many tokens were encoded, which are counted."""
+        encoded = self.model.memorize(
+            bank, torch.tensor(list(token_ids)), name, append=append, batch_size=self.batch_size
         )
+        self.encoded_tokens += encoded
+        return encoded
 
 
 class MemorySystem(System):
@@ -84,7 +93,7 @@ class MemorySystem(System):
         local = LocalModel(self.model, self._memory(stream[:stop]))
         return local, self.local([*stream[stop:], *prefix], room)
 
-    def _memory(self, ids: Sequence[int]) -> MemoryBank | None:
+    def _memory(self, ids: Sequence[int]) -> ReadableMemory | None:
         if self.name == "off":
             return None
         if self.name == "wrong":
