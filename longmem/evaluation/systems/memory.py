@@ -34,7 +34,7 @@ class Banks:
         self.encoded_tokens = 0
         self._kept: list[tuple[list[int], MemoryBank]] = []
 
-    def of(self, token_ids: Sequence[int]) -> ReadableMemory:
+    def of(self, token_ids: Sequence[int]) -> Memory:
         """Return a bank with one document, "stream", of these tokens, at least one; it belongs to this object."""
         ids = list(token_ids)
         for number, (known, bank) in enumerate(self._kept):
@@ -93,7 +93,7 @@ class MemorySystem(System):
         local = LocalModel(self.model, self._memory(stream[:stop]))
         return local, self.local([*stream[stop:], *prefix], room)
 
-    def _memory(self, ids: Sequence[int]) -> ReadableMemory | None:
+    def _memory(self, ids: Sequence[int]) -> Memory | None:
         if self.name == "off":
             return None
         if self.name == "wrong":
