@@ -6,8 +6,8 @@ import pytest
 import torch
 from changed_encoder import changed, tiny_longmem
 
+from longmem.evaluation.calibration import GapPoint, calibrate_gap, largest_gap
 from longmem.evaluation.index_queries import recorded_queries
-from longmem.evaluation.staleness.calibration import GapPoint, calibrate_gap, largest_gap
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import make_policy
 
