@@ -41,7 +41,7 @@ WRONG = AgePrior("poly", a=0.5)  # the prior whose sign is turned round, for the
 
 
 class ContentRow(NamedTuple):
-    """Return one way to read the banks: which questions it answers, and the seconds that reading took.
+    """One way to read the banks: which questions it answers, and the seconds that reading took.
 
     `got_older`: which questions got a value that the key had before. `seconds` hold what was done to the banks first.
     """
@@ -53,7 +53,7 @@ class ContentRow(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """Return versions of one text, oldest first, the bank that holds them all, and a question for every key."""
+    """Versions of one text, oldest first, the bank that holds them all, and a question for every key."""
 
     versions: list[RecallDocument]
     bank: MemoryBank
@@ -61,7 +61,7 @@ class _Case(NamedTuple):
 
 
 class GrowingWeights:
-    """Return a bank read with the sign of its age prior turned round: weights that grow with age, a mistake made on purpose.
+    """A bank read with the sign of its age prior turned round: weights that grow with age, a mistake made on purpose.
 
     Published code of asynchronous federated learning had it; `AgePrior` refuses it.
     """

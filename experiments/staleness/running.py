@@ -29,7 +29,7 @@ Sections = list[tuple[str, list[list[str]]]]
 
 
 class Steps(NamedTuple):
-    """Return how an experiment is run, summarized and shown."""
+    """How an experiment is run, summarized and shown."""
 
     title: str
     run: Callable[[StalenessSettings, RunFolder, Report], None]

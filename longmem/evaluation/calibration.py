@@ -22,7 +22,7 @@ QUERIES = 512  # for each key-value head and layer, evenly spaced in what is rea
 
 @dataclass(frozen=True)
 class GapPoint:
-    """Return what was measured at one point of the way from the old weights to the new.
+    """What was measured at one point of the way from the old weights to the new.
 
     `share`: of the way, 0 to 1. `gap`: how far the encoder has moved there, as the clock "gap" measures it. `drift`: how far
     the chunks' search keys have moved, relative to their length. `recall`: share of the best chunks by fresh keys that are
@@ -37,7 +37,7 @@ class GapPoint:
 
 @dataclass(frozen=True)
 class GapCalibration:
-    """Return the largest gap that still gives a wanted recall, and what it was found from.
+    """The largest gap that still gives a wanted recall, and what it was found from.
 
     `gap`: interpolated between measured points. `is_reached`: whether recall fell below the target on the way; if not, `gap`
     is that of the new weights, and more may be allowed. `points`: from the old weights to the new.

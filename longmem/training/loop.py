@@ -62,7 +62,7 @@ class StepSums:
 
 
 class Trainer:
-    """Return a run, ready to start, or to go on from its newest checkpoint.
+    """A training run, ready to start, or to go on from its newest checkpoint.
 
     Args:
         settings: all that determines the run; written to `settings.output` as `config.yaml`.
