@@ -17,7 +17,7 @@ command, with the texts that are not finished.
 
 from longmem.cli.common import console_for
 from longmem.evaluation.perplexity import PerplexitySettings, run_perplexity
-from longmem.evaluation.runs import read_arguments
+from longmem.evaluation.settings import read_arguments
 from longmem.plots import plot_perplexity, require_matplotlib
 
 

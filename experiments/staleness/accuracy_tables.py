@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from experiments.staleness.grouping import groups_of
 from experiments.staleness.policy_tables import as_text, mean_estimate
-from longmem.evaluation.runs import groups_of
 
 Record = Mapping[str, Any]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from experiments.staleness.grouping import groups_of
 from experiments.staleness.systems import SYSTEMS
 from longmem.evaluation.intervals import Estimate, bootstrap_interval, ratio_of_means
-from longmem.evaluation.runs import groups_of
 
 Record = Mapping[str, Any]
 

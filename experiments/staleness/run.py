@@ -25,7 +25,7 @@ from experiments.staleness.running import evaluate_staleness, markdown, sections
 from experiments.staleness.settings import StalenessSettings
 from longmem.cli.common import console_for
 from longmem.console import plain_table
-from longmem.evaluation.runs import read_arguments
+from longmem.evaluation.settings import read_arguments
 from longmem.plots import require_matplotlib
 
 

@@ -18,7 +18,7 @@ from experiments.staleness.text_tables import summarize_stale_texts, text_markdo
 from experiments.staleness.texts import StaleTextSettings, evaluate_stale_texts
 from longmem.cli.common import console_for
 from longmem.console import plain_table
-from longmem.evaluation.runs import open_evaluated, read_arguments
+from longmem.evaluation.settings import open_evaluated, read_arguments
 from longmem.plots import require_matplotlib
 
 

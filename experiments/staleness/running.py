@@ -20,8 +20,8 @@ from experiments.staleness.readers import kept_model
 from experiments.staleness.settings import Experiment, StalenessSettings
 from experiments.staleness.systems import SYSTEMS
 from longmem.console import Report, item_progress
-from longmem.evaluation.results import markdown_table
-from longmem.evaluation.runs import RunFolder
+from longmem.evaluation.folder import RunFolder
+from longmem.evaluation.tables import markdown_table
 from longmem.model.modeling import LongMemForCausalLM
 
 MAY_CHANGE = ("output", "seeds")  # a finished run may be given more seeds

@@ -12,7 +12,7 @@ from experiments.staleness.accuracy_tables import DECOUPLED
 from experiments.staleness.figures import plot_experiment
 from experiments.staleness.running import sections, summarize_staleness
 from experiments.staleness.settings import StalenessSettings
-from longmem.evaluation.runs import load_evaluation
+from longmem.evaluation.settings import load_evaluation
 
 HERE = Path(__file__).parent
 TINY = {

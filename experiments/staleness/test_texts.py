@@ -11,7 +11,7 @@ from experiments.staleness.figures import plot_stale_texts
 from experiments.staleness.text_tables import summarize_stale_texts, text_markdown
 from experiments.staleness.texts import StaleTextSettings, evaluate_stale_texts, recall_of
 from experiments.staleness.tuning import tuned_backbone
-from longmem.evaluation.runs import open_evaluated
+from longmem.evaluation.settings import open_evaluated
 
 POLICIES = ("eager", "bounded:max_lag=0,on_violation=mask", "bounded:max_lag=0,budget_tokens=16")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.staleness.grouping import groups_of
 from longmem.evaluation.intervals import clustered_mean
-from longmem.evaluation.results import markdown_table
-from longmem.evaluation.runs import groups_of
+from longmem.evaluation.tables import markdown_table
 
 Record = Mapping[str, Any]
 

@@ -21,10 +21,10 @@ from experiments.staleness.policies import copy_bank
 from experiments.staleness.tuning import tuned_backbone
 from longmem.data import load_corpus
 from longmem.data.sources import files_of_split
+from longmem.evaluation.folder import RunFolder, describe, digest
 from longmem.evaluation.perplexity.scoring import token_losses
 from longmem.evaluation.perplexity.texts import token_digest
-from longmem.evaluation.runs import EvaluationSettings, RunFolder, describe, digest
-from longmem.evaluation.runs.settings import Count
+from longmem.evaluation.settings import Count, EvaluationSettings
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import refresh_name
 from longmem.model.modeling import LongMemForCausalLM

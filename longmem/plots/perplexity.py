@@ -15,7 +15,7 @@ from longmem.evaluation.perplexity.scores import file_of
 from longmem.evaluation.perplexity.scoring import WindowScores
 from longmem.evaluation.perplexity.tables import distance_heading
 from longmem.evaluation.perplexity.windows import Cut
-from longmem.evaluation.results import title_of_system
+from longmem.evaluation.systems.names import title_of_system
 from longmem.plots.style import STYLES, color_of, draw_interval, new_figure, tidy
 
 

@@ -10,7 +10,6 @@ import torch
 
 from longmem.evaluation.folder import RunFolder, describe
 from longmem.evaluation.intervals import bootstrap_interval, clustered_mean, stratified_mean
-from longmem.evaluation.runs import accuracy_rows, compare_accuracies
 from longmem.evaluation.settings import EvaluationSettings, load_evaluation, open_evaluated
 
 
@@ -109,18 +108,3 @@ def test_strata_count_the_same_and_are_resampled_by_themselves():
     assert alone == pytest.approx(clustered_mean(values[2:], groups[2:]))
     sure, *ends = stratified_mean([1.0, 1.0, 0.0, 0.0], list("abcd"), list("xxyy"))  # no draw changes a stratum
     assert (sure, ends) == (0.5, [0.5, 0.5])
-
-
-def test_systems_are_compared_on_the_same_items():
-    comparison = compare_accuracies(
-        {"backbone": [0, 0, 1, 1], "on": [1, 0, 1, 1]}, list("aabb"), seconds={"on": 2.0}, seed=1
-    )
-    on = comparison["systems"]["on"]
-    assert (on["value"], on["above_baseline"], on["seconds_per_item"], on["items"]) == (75.0, 25.0, 0.5, 4)
-    assert on["above_baseline_interval"] == [0.0, 50.0]
-    head, *rows = accuracy_rows(comparison)
-    assert head == ["", "accuracy, % (95 %)", "above backbone, same window (95 %)", "s per item"]
-    assert rows[0][2] == ""
-    assert rows[1] == ["LongMem, memory on", "75.0 (50.0 to 100.0)", "+25.0 (+0.0 to +50.0)", "0.50"]
-    with pytest.raises(ValueError, match="one number per item, 4, got 1"):
-        compare_accuracies({"on": [1]}, list("aabb"))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from longmem.console import counting, plain_table, token_progress
+from longmem.evaluation.folder import RunFolder, describe
 from longmem.evaluation.perplexity.memories import GrowingMemory, Starts
 from longmem.evaluation.perplexity.scores import TextScores, file_of, load_scores, save_scores
 from longmem.evaluation.perplexity.scoring import WindowScores, score_windows
@@ -19,8 +20,8 @@ from longmem.evaluation.perplexity.texts import Text, digest_of, read_texts
 from longmem.evaluation.perplexity.tokens import last_distances, scored_bytes
 from longmem.evaluation.perplexity.views import make_views
 from longmem.evaluation.perplexity.windows import Cut
-from longmem.evaluation.results import title_of_system
-from longmem.evaluation.runs import RunFolder, describe, open_evaluated
+from longmem.evaluation.settings import open_evaluated
+from longmem.evaluation.systems.names import title_of_system
 from longmem.model.modeling import LongMemForCausalLM
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from longmem.evaluation.results import markdown_table, title_of_system
+from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.tables import markdown_table
 
 Rows = list[list[str]]
 NOTES = {

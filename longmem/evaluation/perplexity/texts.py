@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.data import load_corpus
 from longmem.data.sources import unrelated_text
+from longmem.evaluation.folder import digest, spread
 from longmem.evaluation.perplexity.settings import PerplexitySettings
-from longmem.evaluation.runs import digest, spread
 
 
 @dataclasses.dataclass(frozen=True)
