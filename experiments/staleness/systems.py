@@ -42,7 +42,7 @@ class PolicySystem:
         if self.is_fresh:
             return
         if self.refresh is None:
-            bank.freshness.freshness.read_as_is(reader)
+            bank.freshness.read_as_is(reader)
             return
         bank.freshness.use(self.refresh)
         if not self.judged:
