@@ -24,10 +24,12 @@ from torch import Tensor
 from longmem.cli import common
 from longmem.console import Headings, counting, plain_table, token_progress
 from longmem.data.sample_texts import split_texts
+from longmem.evaluation.folder import as_json
 from longmem.evaluation.perplexity.scoring import WindowScores, loss_difference, score_windows
 from longmem.evaluation.perplexity.views import View, make_views
 from longmem.evaluation.perplexity.windows import Cut
-from longmem.evaluation.results import as_json, markdown_table, title_of_system
+from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.tables import markdown_table
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.opening import open_model, side_network_origin

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.evaluation.results import markdown_table
+from longmem.evaluation.tables import markdown_table
 from longmem.plots import plot_summaries
 
 NEEDED = ("config.json", "environment.json", "metrics.json", "table.md")

@@ -1,6 +1,7 @@
 """Figures of evaluations and of training runs."""
 
 from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_summaries
+from longmem.plots.finished import plot_finished
 from longmem.plots.perplexity import plot_distances, plot_perplexity, plot_ratios, plot_scores
 from longmem.plots.policies import plot_experiment
 from longmem.plots.stale_texts import plot_stale_texts
@@ -13,6 +14,7 @@ __all__ = [
     "plot_distances",
     "plot_evaluation",
     "plot_experiment",
+    "plot_finished",
     "plot_perplexity",
     "plot_ratios",
     "plot_scores",

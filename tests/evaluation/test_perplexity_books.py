@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from longmem.evaluation.folder import RunFolder, describe
 from longmem.evaluation.perplexity import PerplexitySettings, running, scoring
 from longmem.evaluation.perplexity.memories import DOCUMENT, Starts
 from longmem.evaluation.perplexity.running import evaluate_texts, score_text
@@ -19,7 +20,6 @@ from longmem.evaluation.perplexity.scoring import score_windows
 from longmem.evaluation.perplexity.texts import Text, digest_of
 from longmem.evaluation.perplexity.views import View, make_views
 from longmem.evaluation.perplexity.windows import Cut
-from longmem.evaluation.runs import RunFolder, describe
 from longmem.memory import MemoryBank
 
 CUTS = (Cut(16, 16), Cut(32, 16))
@@ -207,7 +207,7 @@ def test_a_saved_book_is_the_book(model, texts, tmp_path, context_windows):
     found = score(model, texts[0], settings)
     path = tmp_path / "documents" / "a.safetensors"
     save_scores(path, texts[0], found)
-    loaded = load_scores(path, texts[0], settings)
+    loaded = load_scores(path)
     assert_same_losses(loaded, found)
     for cut, each in found.items():
         own, kept = (scores.systems["on"] for scores in (each, loaded[cut]))

@@ -6,8 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from longmem.evaluation.perplexity.windows import Cut, Window
-from longmem.evaluation.runs import EvaluationSettings
-from longmem.evaluation.runs.settings import Count
+from longmem.evaluation.settings import Count, EvaluationSettings
 from longmem.evaluation.systems.making import validate_context
 from longmem.evaluation.systems.names import context_size
 from longmem.evaluation.systems.retrieval import RANKERS

@@ -21,7 +21,7 @@ from longmem.evaluation.perplexity.scores import TextScores
 from longmem.evaluation.perplexity.settings import PerplexitySettings
 from longmem.evaluation.perplexity.tokens import DISTANCES, bits_per_byte, distance_groups
 from longmem.evaluation.perplexity.windows import Cut
-from longmem.evaluation.results import title_of_system
+from longmem.evaluation.systems.names import title_of_system
 
 # The groups of the paper's table, and documents that are shorter than its shortest; each ends before so many tokens.
 LENGTHS = {

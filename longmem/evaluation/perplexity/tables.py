@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from longmem.evaluation.results import markdown_table, title_of_system
+from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.tables import Rows, markdown_table
 
-Rows = list[list[str]]
 NOTES = {
     "documents": (
         "Every document counts the same: perplexity is e to the mean, over documents, of the mean loss of their scored tokens. "

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.data import load_corpus
 from longmem.data.sources import unrelated_text
+from longmem.evaluation.folder import digest, spread
 from longmem.evaluation.perplexity.settings import PerplexitySettings
-from longmem.evaluation.runs import digest, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,8 @@ def token_digest(token_ids: Int[Tensor, " tokens"]) -> str:
 def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PerplexitySettings) -> list[Text]:
     """Return the texts to score; the wrong memory of each is of the next one, that of the last of the first.
 
-    A single text has `unrelated_text` for it. Documents of less than two tokens are left out.
-
-    Raises:
-        ValueError: there are none, or a book is too short.
+    A single text has `unrelated_text` for it. Documents of less than two tokens are left out. Raises ValueError if there are no
+    others, or a book is too short.
     """
     corpus = load_corpus(
         settings.data,
