@@ -50,8 +50,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
     """A causal LM with long-term memory (LongMem, arXiv 2306.07174).
 
     Make one with `from_backbone` (new side network) or `from_pretrained` (saved side network). Only the side network is
-    trained and saved; the backbone is frozen (`couple_writer` is for those who want to train it) and in eval mode whatever
-    mode the model is in.
+    trained and saved; the backbone is frozen and in eval mode whatever mode the model is in.
 
     Args:
         config: the configuration; copied.
@@ -148,16 +147,13 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         """
         hidden_layers = self.side_network.hidden_layers
         with_final_states = self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
-        states = self._backbone.run(
+        return self._backbone.run(
             input_ids,
             hidden_layers=hidden_layers.union(extra_hidden_layers),
             memory_layers=self.config.memory_layers or (),
             with_final_states=with_final_states,
             **inputs,
         )
-        if self.writer is not None:
-            self.writer.rewrite(states, input_ids, inputs)
-        return states
 
     # Writing -----------------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,6 @@
 from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_summaries
 from longmem.plots.finished import plot_finished
 from longmem.plots.perplexity import plot_distances, plot_perplexity, plot_ratios, plot_scores
-from longmem.plots.policies import plot_experiment
-from longmem.plots.stale_texts import plot_stale_texts
 from longmem.plots.staleness import plot_staleness
 from longmem.plots.style import require_matplotlib
 from longmem.plots.tuning import plot_tuning
@@ -13,12 +11,10 @@ __all__ = [
     "plot_accuracies",
     "plot_distances",
     "plot_evaluation",
-    "plot_experiment",
     "plot_finished",
     "plot_perplexity",
     "plot_ratios",
     "plot_scores",
-    "plot_stale_texts",
     "plot_staleness",
     "plot_summaries",
     "plot_tuning",

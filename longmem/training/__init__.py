@@ -1,4 +1,4 @@
-"""Training of the side network; the backbone never changes, unless `writer.trained` asks for the counter-example.
+"""Training of the side network; the backbone never changes.
 
 From a script, what `train/train_longmem.py` does on a command line:
 
@@ -8,8 +8,9 @@ From a script, what `train/train_longmem.py` does on a command line:
     model = LongMemForCausalLM.from_pretrained("runs/mine/side-network")
 """
 
+from longmem.training.extension import Extension
 from longmem.training.loop import Trainer
 from longmem.training.records import StepRecord, ValidationRecord, read_log
 from longmem.training.settings import TrainingSettings, load_settings
 
-__all__ = ["StepRecord", "Trainer", "TrainingSettings", "ValidationRecord", "load_settings", "read_log"]
+__all__ = ["Extension", "StepRecord", "Trainer", "TrainingSettings", "ValidationRecord", "load_settings", "read_log"]

@@ -50,10 +50,10 @@ def validation_texts(
 
 
 class Validation:
-    """Score documents that nobody trains on.
+    """Documents that nobody trains on, and the losses of four systems on them.
 
-    The banks are written once: the backbone is frozen. The losses of the backbone alone are computed once, too. A backbone
-    that is trained (`writer.trained`) does both anew each time.
+    The banks are written once, and the losses of the backbone alone computed once: the backbone is frozen. Should it have
+    become another encoder, both are done anew.
 
     Args:
         model: read from.
@@ -65,6 +65,7 @@ class Validation:
         self.model, self.texts, self.cut = model, texts, Cut(window, window)
         self._banks: list[MemoryBank] = []
         self._backbone_loss: float | None = None
+        self._encoder = ""  # that both are of
 
     @property
     def num_tokens(self) -> int:
@@ -78,8 +79,9 @@ class Validation:
 
         The mode of the model and torch's random numbers are what they were before.
         """
-        if self.model.writer is not None:
-            self._banks, self._backbone_loss = [], None
+        encoder = self.model.encoder_fingerprint()
+        if encoder != self._encoder:
+            self._banks, self._backbone_loss, self._encoder = [], None, encoder
         systems = ["off", *(["on", "wrong"] if with_memory else [])]
         if self._backbone_loss is None:
             systems.append("backbone")

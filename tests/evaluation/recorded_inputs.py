@@ -13,9 +13,9 @@ from tiny_models import save_tiny_backbone, some_text
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from experiments.learned_recall.check import add_side_network, new_backbone
+from experiments.learned_recall.task import RecallTask
 from longmem import LongMemForCausalLM
-from longmem.evaluation.recall import RecallTask
-from longmem.evaluation.recall_check import add_side_network, new_backbone
 
 WRITTEN = "npbtg"  # letters with which words of labels begin
 ALL_SYSTEMS = ("bm25", "hidden", "off", "on", "wrong")

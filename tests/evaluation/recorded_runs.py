@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
+STALENESS = ROOT / "experiments" / "staleness"
 if __name__ == "__main__":  # what pytest does by itself
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -54,14 +55,14 @@ from safetensors.torch import load_file  # noqa: E402
 from test_chapterbreak_building import book  # noqa: E402
 from tiny_models import some_text  # noqa: E402
 
+from experiments.learned_recall.check import RecallSettings, check_recall  # noqa: E402
+from experiments.learned_recall.task import RecallTask  # noqa: E402
+from experiments.staleness.content import superseded_content  # noqa: E402
+from experiments.staleness.decoupled import measure_freshness  # noqa: E402
 from longmem.evaluation import run_task  # noqa: E402
-from longmem.evaluation.recall import RecallTask  # noqa: E402
-from longmem.evaluation.recall_check import RecallSettings, check_recall  # noqa: E402
-from longmem.evaluation.staleness.calibration import calibrate_gap  # noqa: E402
-from longmem.evaluation.staleness.content import superseded_content  # noqa: E402
-from longmem.evaluation.staleness.decoupled import measure_freshness  # noqa: E402
+from longmem.evaluation.calibration import calibrate_gap  # noqa: E402
 from longmem.evaluation.task import best, per_token  # noqa: E402
-from longmem.plots import plot_evaluation  # noqa: E402
+from longmem.plots import plot_finished  # noqa: E402
 
 Settings = Mapping[str, Any]
 SECONDS = (
@@ -118,16 +119,16 @@ class Run(NamedTuple):
         return {"cases": cases, "records": records, "metrics": metrics, "tables": tables, "figures": self.figures}
 
 
-def start(script: str, *arguments: str) -> dict[str, Result]:
-    """Run a script of eval/ and return what it draws."""
+def start(script: str | Path, *arguments: str) -> dict[str, Result]:
+    """Run a script of eval/, or one that is named by its whole path, and return what it draws."""
     path = str(ROOT / "eval" / script)
     with drawn() as figures, patch("sys.argv", [path, *arguments]), contextlib.redirect_stdout(io.StringIO()):
         runpy.run_path(path, run_name="__main__")
     return figures
 
 
-def evaluate(script: str, **settings: Any) -> Run:
-    """Run a script of eval/ that takes a YAML file of settings."""
+def evaluate(script: str | Path, **settings: Any) -> Run:
+    """Run a script that takes a YAML file of settings."""
     Path("settings.yaml").write_text(yaml.safe_dump({**settings, "output": "run"}), encoding="utf-8")
     return Run(Path("run"), start(script, "settings.yaml"))
 
@@ -137,7 +138,7 @@ def evaluate_task(name: str, **settings: Any) -> Run:
     Path("settings.yaml").write_text(yaml.safe_dump({**settings, "output": "run"}), encoding="utf-8")
     with drawn() as figures:
         finished = run_task(name, console=Console(file=io.StringIO()), file="settings.yaml")
-        plot_evaluation(finished.folder / "accuracy.png", finished.metrics, title=finished.title)
+        plot_finished(finished)
     return Run(finished.folder, figures)
 
 
@@ -206,7 +207,7 @@ def one_document(settings: Settings) -> Result:
 
 def perplexity(settings: Settings, texts: Path) -> Result:
     """Return what an evaluation on documents gives."""
-    run = evaluate("eval_perplexity.py", **model_options(segment_length=16), data=str(texts), **settings)
+    run = evaluate_task("perplexity", **model_options(segment_length=16), data=str(texts), **settings)
     cases, records, metrics = [], [], Result()
     cut = f"{settings['window']}/{settings['stride']}"
     for record in run.records:
@@ -242,8 +243,8 @@ def books(settings: Settings) -> Result:
     """Perplexity of one stretch of each book, in two ways of cutting windows, with a memory that grows."""
     first, *others = settings["cuts"]
     window, stride = map(int, first.split("/"))
-    run = evaluate(
-        "eval_perplexity.py",
+    run = evaluate_task(
+        "perplexity-books",
         **model_options(segment_length=16),
         **pick(settings, "memory_tokens", "context_windows"),
         plan="books",
@@ -492,8 +493,8 @@ def stale_texts(settings: Settings) -> Result:
     fields = {"segment_length": 16, "chunk_size": 2, "memory_layers": [2, 3]}
     options = {**model_options(**fields), "data": texts, "tuning_data": texts}
     # A change of every weight in the place of training, whose steps turn the last bits of a processor into numbers.
-    with patch("longmem.evaluation.staleness.texts.tuned_backbone", moved_backbone):
-        run = evaluate("eval_stale_texts.py", **options, **settings)
+    with patch("experiments.staleness.texts.tuned_backbone", moved_backbone):
+        run = evaluate(STALENESS / "run_texts.py", **options, **settings)
     records, metrics = [], Result()
     for record in run.records:
         place = {"case": f"{record['text']}, seed {record['seed']}", "axis": f"rate {record['learning_rate']:g}"}
@@ -523,11 +524,11 @@ def staleness(experiment: str, settings: Settings, **others: Any) -> Run:
 
     with (
         one_thread(),
-        patch("longmem.evaluation.staleness.running.kept_model", kept),
-        patch("longmem.evaluation.staleness.settings.StalenessSettings.task", task),
+        patch("experiments.staleness.running.kept_model", kept),
+        patch("experiments.staleness.settings.StalenessSettings.task", task),
     ):
         options = {"experiment": experiment, "seeds": settings["seeds"], "num_keys": task.num_keys}
-        return evaluate("eval_staleness.py", **options, **others)
+        return evaluate(STALENESS / "run.py", **options, **others)
 
 
 @contextlib.contextmanager
@@ -570,7 +571,7 @@ def staleness_learning(settings: Settings) -> Result:
     others = {"learning_systems": settings["systems"], "decoupled_steps": settings["decoupled_steps"]}
     learning = pick(settings, "steps", "distance", "num_documents")
     sizes = pick(settings, "distance", "num_documents")
-    with patch("longmem.evaluation.staleness.decoupled.measure_freshness", partial(measure_freshness, **sizes)):
+    with patch("experiments.staleness.decoupled.measure_freshness", partial(measure_freshness, **sizes)):
         run = staleness("learning", settings, learning=learning, **others)
     told = ("answers", "curve", "losses", "drift", "aged_drift", "same_encoder", "changed_numbers", "stored_numbers")
     records, metrics = [], Result()
@@ -588,7 +589,7 @@ def staleness_learning(settings: Settings) -> Result:
 def staleness_content(settings: Settings) -> Result:
     """Superseded content, read by age priors, superseded, deleted or written anew."""
     sizes = pick(settings, "num_banks", "distance")
-    with patch("longmem.evaluation.staleness.running.superseded_content", partial(superseded_content, **sizes)):
+    with patch("experiments.staleness.running.superseded_content", partial(superseded_content, **sizes)):
         run = staleness("content", settings)
     records, metrics = [], Result()
     for record in run.records:
@@ -610,7 +611,7 @@ def recall_check(settings: Settings) -> Result:
         practice_distance=settings["distance"], **pick(settings, "side_steps", "distance", "num_documents")
     )
     task, seed = RecallTask(**settings["recall task"]), settings["seed"]
-    with one_thread(), patch("longmem.evaluation.recall_check.train_backbone", lambda *_: recall_backbone(task, seed)):
+    with one_thread(), patch("experiments.learned_recall.check.train_backbone", lambda *_: recall_backbone(task, seed)):
         found = check_recall(seed, sizes, task, residual="substitute", init="backbone")
     metrics = Result()
     for system, value in found.accuracy.items():
