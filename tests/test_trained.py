@@ -13,7 +13,8 @@ import pytest
 import torch
 from tiny_trained import NAME, save_tiny_trained
 
-from longmem import LongMemForCausalLM, MemoryBank, packaged
+from longmem import LongMemForCausalLM, MemoryBank
+from longmem.backbone import packaged
 from longmem.model.opening import open_model, side_network_origin
 
 REPOSITORY = Path(__file__).parents[1]
@@ -67,7 +68,7 @@ def test_a_packaged_name_without_a_trained_side_network(model, monkeypatch):
 
 
 def test_the_place_is_inside_the_installed_package():
-    assert packaged.TRAINED_FOLDER.parent == Path(packaged.__file__).parent
+    assert packaged.TRAINED_FOLDER.parent == Path(packaged.__file__).parents[1]
 
 
 @pytest.mark.slow

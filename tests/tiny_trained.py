@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import save_tiny_backbone
 
-from longmem import LongMemForCausalLM, packaged
-from longmem.backbone import loading
+from longmem import LongMemForCausalLM
+from longmem.backbone import loading, packaged
 
 NAME = "smollm2-135m"
 
