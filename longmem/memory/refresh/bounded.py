@@ -12,8 +12,8 @@ from torch import Tensor
 from longmem.errors import StaleMemoryError
 from longmem.memory.index import Found
 from longmem.memory.refresh.lags import CLOCKS, Lags
-from longmem.memory.refresh.policy import RefreshPolicy, Search, register_policy
-from longmem.plugins import Setting
+from longmem.memory.refresh.policy import RefreshPolicy, Search
+from longmem.plugins import Setting, register
 
 if TYPE_CHECKING:
     from longmem.memory.refresh.refresher import Refresher
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UNBOUNDED = "bounded:max_lag=1e12"  # everything is read as it is, however old, as in Memorizing Transformers
 
 
-@register_policy("bounded")
+@register("refresh", "bounded")
 class Bounded(RefreshPolicy):
     """Allow a lag of `max_lag`, by `clock`; encode what exceeds it again, mask it, or refuse to read.
 

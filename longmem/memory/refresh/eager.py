@@ -9,14 +9,14 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.policy import RefreshPolicy, register_policy
-from longmem.plugins import Setting
+from longmem.memory.refresh.policy import RefreshPolicy
+from longmem.plugins import Setting, register
 
 if TYPE_CHECKING:
     from longmem.memory.refresh.refresher import Refresher
 
 
-@register_policy("eager")
+@register("refresh", "eager")
 class Eager(RefreshPolicy):
     """Encode everything again after every `every`-th change of the encoder; in between, older entries are read as they are."""
 

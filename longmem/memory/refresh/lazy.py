@@ -14,17 +14,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.index import Found
-from longmem.memory.refresh.policy import RefreshPolicy, Search, readable_rows, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy, Search, readable_rows
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 if TYPE_CHECKING:
     from longmem.memory.bank import MemoryBank
     from longmem.memory.refresh.refresher import Refresher, Targets
 
 
-@register_policy("lazy")
+@register("refresh", "lazy")
 class Lazy(RefreshPolicy):
     """Encode again the stale segments that a read finds, and search once more among what is fresh.
 
