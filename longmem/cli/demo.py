@@ -10,26 +10,33 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
-from jaxtyping import Int
-from rich.console import Console
-from rich.markup import escape
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from longmem.cli import common
-from longmem.console import Headings, plain_table, token_progress
-from longmem.data.sample_texts import split_texts
-from longmem.evaluation.perplexity import WindowScores, compare_systems, score_windows
-from longmem.evaluation.reads import Passage, read_passages
-from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
-from longmem.memory import MemoryBank
-from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.opening import open_model, side_network_origin
-from longmem.plots import plot_scores, require_matplotlib
+from longmem.cli.parsing import DEFAULT_MODEL, add_command
 
-Scores = dict[str, WindowScores]
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from rich.console import Console
+    from torch import Tensor
+
+    from longmem.evaluation.perplexity import WindowScores
+    from longmem.evaluation.reads import Passage
+    from longmem.memory import MemoryBank
+    from longmem.model.modeling import LongMemForCausalLM
+
+Scores: TypeAlias = "dict[str, WindowScores]"
+EXAMPLES = """\
+Opens a small model and its trained side network, memorizes the first part of a long text, scores the rest with four
+systems on the same tokens, shows what was read, continues a prompt, saves, reopens and compares. All numbers are computed
+in the run. Two cores need a few minutes.
+
+examples:
+  longmem demo
+  longmem demo --file book.txt --output book-demo
+  longmem demo --windows 4                          quicker, rougher
+  longmem demo --model runs/books/side-network      a side network of your own
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +56,34 @@ class DemoSettings:
 
     output: Path = Path("longmem-demo")
     file: Path | None = None
-    model: str = "smollm2-135m"
+    model: str = DEFAULT_MODEL
     memory_tokens: int = 12_288
     windows: int = 12
     window: int = 512
     new_tokens: int = 40
     seed: int = 0
+
+
+def add(commands: Any) -> None:
+    """Add the command `demo`."""
+    demo = add_command(commands, "demo", run, "measure what memory does, on this machine, in minutes", EXAMPLES)
+    default = DemoSettings()
+    demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
+    demo.add_argument("--output", type=Path, default=default.output, metavar="DIR", help="folder for all results")
+    demo.add_argument("--model", default=default.model, help="name or folder; see `longmem --help`")
+    demo.add_argument("--memory-tokens", type=int, default=default.memory_tokens, help="tokens of the text to memorize")
+    demo.add_argument("--windows", type=int, default=default.windows, help="windows of the rest to score")
+    demo.add_argument("--window", type=int, default=default.window, help="tokens the model sees at once")
+    demo.add_argument("--seed", type=int, default=default.seed, help="seed of torch and of the intervals")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the demonstration with the settings of the command line."""
+    names = {field.name for field in dataclasses.fields(DemoSettings)}
+    settings = DemoSettings(**{name: value for name, value in vars(arguments).items() if name in names})
+    metrics = run_demo(settings, common.console_for(arguments.json, markup=True))
+    if arguments.json:
+        common.print_json(metrics)
 
 
 def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
@@ -64,6 +93,16 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         ValueError: the text is too short, or a number is out of range.
         RuntimeError: the reopened model does not compute the same numbers.
     """
+    import torch
+    from rich.markup import escape
+
+    from longmem.console import Headings, plain_table
+    from longmem.data.sample_texts import split_texts
+    from longmem.evaluation.reads import read_passages
+    from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
+    from longmem.model.opening import side_network_origin
+    from longmem.plots import plot_scores, require_matplotlib
+
     began = time.perf_counter()
     require_matplotlib()
     validate_settings(settings)
@@ -147,6 +186,10 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
     Raises:
         ValueError: the side network was made for shorter windows than the demonstration's.
     """
+    from rich.markup import escape
+
+    from longmem.model.opening import open_model, side_network_origin
+
     origin = side_network_origin(settings.model)
     name, window = settings.model, settings.window
     # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
@@ -166,6 +209,9 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
 
 def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id: str, console: Console) -> MemoryBank:
     """Return a bank that holds these tokens as its one document."""
+    from longmem.console import token_progress
+    from longmem.memory import MemoryBank
+
     chunk = model.config.chunk_size
     bank = MemoryBank.for_model(model, capacity_tokens=-(-len(ids) // chunk) * chunk)
     with token_progress(document_id, console) as report:
@@ -182,6 +228,9 @@ def score_aloud(
     console: Console,
 ) -> Scores:
     """Return the scores of all systems, with one progress bar over them."""
+    from longmem.console import token_progress
+    from longmem.evaluation.perplexity import compare_systems
+
     finished: dict[str, int] = {}
     with token_progress("four systems", console) as report:
 
@@ -202,6 +251,8 @@ def helped_tokens(scores: Scores, number: int, count: int = 5) -> list[int]:
 
 def describe(token: str, place: int, losses: list[float], passage: Passage) -> str:
     """Return two lines on what was read for one token."""
+    from rich.markup import escape
+
     before, chunk, after = (escape(" ".join(part.split())) for part in (passage.before, passage.chunk, passage.after))
     return (
         f"  [bold]{escape(repr(token))}[/] at {place:,}: loss {losses[0]:.2f} -> {losses[1]:.2f}, read tokens "
@@ -214,6 +265,8 @@ def continue_prompt(
     model: LongMemForCausalLM, bank: MemoryBank, window: Int[Tensor, " window"], new_tokens: int
 ) -> dict[str, str]:
     """Return the prompt (the start of the window), its greedy continuations, and how the text really goes on."""
+    import torch
+
     length = min(64, len(window) // 2)
     prompt = window[None, :length].to(model.input_device)
 
@@ -232,6 +285,10 @@ def reopened_difference(
     model: LongMemForCausalLM, bank: MemoryBank, rest: Int[Tensor, " tokens"], scores: Scores, settings: DemoSettings
 ) -> float:
     """Save model and bank, open both again, and return the largest difference of a loss in the first window."""
+    from longmem.evaluation.perplexity import score_windows
+    from longmem.memory import MemoryBank
+    from longmem.model.modeling import LongMemForCausalLM
+
     model.save_pretrained(settings.output / "side-network")
     bank.save(settings.output / "bank")
     reopened = LongMemForCausalLM.from_pretrained(settings.output / "side-network")
@@ -242,6 +299,8 @@ def reopened_difference(
 
 def closing(output: Path, seconds: float) -> str:
     """Return the last lines: where the files are, and what to do next."""
+    from rich.markup import escape
+
     folder = escape(str(output))
     return (
         f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
@@ -249,12 +308,3 @@ def closing(output: Path, seconds: float) -> str:
         "  bank (the memory) and side-network (the model). Try them:\n"
         f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
     )
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Run the demonstration with the settings of the command line."""
-    names = {field.name for field in dataclasses.fields(DemoSettings)}
-    settings = DemoSettings(**{name: value for name, value in vars(arguments).items() if name in names})
-    metrics = run_demo(settings, common.console_for(arguments.json, markup=True))
-    if arguments.json:
-        common.print_json(metrics)

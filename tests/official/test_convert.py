@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longmem import LongMemForCausalLM, cli
+from longmem import LongMemForCausalLM
+from longmem.cli import main as cli
 from longmem.official.memory import OfficialMemory
 
 SIDE_SETTINGS = {
