@@ -19,7 +19,7 @@ COMMANDS = [
     ["demo"],
     ["memorize"],
     ["generate"],
-   
+    ["train"],
     ["report"],
     ["bank"],
     *(["bank", action] for action in ACTIONS),
@@ -222,6 +222,8 @@ ANSWERED_WITHOUT_WORK = {
     "generate --bank memory --prompt Chapter --max-token 3": 2,
     "bank tune --help": 0,
     "demo --help": 0,
+    "train --help": 0,
+    "train python-manuel": 2,
     "report": 2,
 }
 

@@ -1,6 +1,6 @@
 """Training of the side network; the backbone never changes, unless `writer.trained` asks for the counter-example.
 
-From a script, what `train/train_longmem.py` does on a command line:
+From a script, what `longmem train` does on a command line:
 
     settings = load_settings("configs/train/python-manual.yaml", ["output=runs/mine", "optimization.steps=200"])
     records = Trainer(settings, rich.console.Console()).run()  # goes on if `output` holds a checkpoint
