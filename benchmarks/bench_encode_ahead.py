@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from longmem.evaluation.results import environment
+from longmem.settings.environment import environment
 from longmem.training import Trainer, load_settings
 from longmem.training.encode_ahead import EncodeAhead
 

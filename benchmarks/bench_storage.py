@@ -23,9 +23,9 @@ from longmem import LongMemForCausalLM, MemoryBank
 from longmem.cli.texts import read_text
 from longmem.data.sample_texts import first_tokens
 from longmem.evaluation.perplexity import WindowScores, loss_difference, score_windows
-from longmem.evaluation.results import environment
 from longmem.memory.rows.codec import STORAGE_DTYPES
 from longmem.model.opening import open_model
+from longmem.settings.environment import environment
 
 BASELINE = "float32"
 

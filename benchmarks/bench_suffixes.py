@@ -22,9 +22,9 @@ from rich.progress import track
 from rich.table import Table
 
 from longmem.data.sample_texts import python_manual
-from longmem.evaluation.results import environment
 from longmem.evaluation.systems import Question, System, make_systems
 from longmem.model.opening import open_model
+from longmem.settings.environment import environment
 
 NAMES = ("backbone", "on")
 

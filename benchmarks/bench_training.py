@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from longmem.backbone.loading import load_backbone, load_tokenizer
-from longmem.evaluation.results import environment
+from longmem.settings.environment import environment
 from longmem.training import Trainer, load_settings, setup
 from longmem.training.settings import TrainingSettings
 

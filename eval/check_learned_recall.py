@@ -17,7 +17,8 @@ from longmem.cli.common import console_for, parse_settings
 from longmem.console import plain_table
 from longmem.evaluation.recall import RecallTask
 from longmem.evaluation.recall_check import RecallSettings, check_recall
-from longmem.evaluation.results import environment, markdown_table
+from longmem.evaluation.results import markdown_table
+from longmem.settings.environment import environment
 
 TITLES = {
     "off": "memory off",

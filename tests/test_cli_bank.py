@@ -319,7 +319,7 @@ def test_tuning_measures_recommends_and_applies(bank, tmp_path, run, answer, mon
 
 
 def test_a_tuned_index_stays_with_the_bank(bank, run, answer, monkeypatch):
-    chosen = "longmem.evaluation.index_queries.recommended_index"
+    chosen = "longmem.memory.index.tuning.recommended_index"
     monkeypatch.setattr(chosen, lambda results, recall: "ivf:probed_share=0.5")
     code, out, error = run("bank", "tune", "--bank", bank, "--layer", 2, "--num-queries", 8, "--apply")
     assert code == 0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longmem.evaluation.perplexity import WindowScores
-    from longmem.evaluation.reads import Passage
+    from longmem.model.reads import Passage
     from longmem.memory import MemoryBank
     from longmem.model.modeling import LongMemForCausalLM
 
@@ -98,7 +98,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
 
     from longmem.console import Headings, plain_table
     from longmem.data.sample_texts import split_texts
-    from longmem.evaluation.reads import read_passages
+    from longmem.model.reads import read_passages
     from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
     from longmem.model.opening import side_network_origin
     from longmem.plots import plot_scores, require_matplotlib

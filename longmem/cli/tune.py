@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError: an empty bank, a layer that it does not store, a number out of range, or another model.
     """
     from longmem.console import plain_table
-    from longmem.evaluation.index_queries import recommended_index, recorded_queries
-    from longmem.memory.index.tuning import tune
+    from longmem.memory.index.tuning import recommended_index, tune
+    from longmem.model.index_queries import recorded_queries
 
     validate(arguments)
     text = None if arguments.queries is None else read_text(arguments.queries)
@@ -154,8 +154,9 @@ def table_rows(results: list[Tuned]) -> list[list[str]]:
 
 def write_files(folder: Path, measured: dict[str, object], rows: list[list[str]], results: list[Tuned]) -> None:
     """Write table, numbers with the machine that they are from, and figure."""
-    from longmem.evaluation.results import environment, markdown_table
+    from longmem.evaluation.results import markdown_table
     from longmem.plots import plot_tuning
+    from longmem.settings.environment import environment
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tuning.md").write_text(markdown_table(rows) + "\n", encoding="utf-8")

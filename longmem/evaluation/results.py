@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from safetensors.torch import save_file
 
 from longmem.evaluation.perplexity import WindowScores, loss_difference
+from longmem.settings.environment import environment
 
 # What systems are called in tables and figures; "context-N" is named by `title_of_system`.
 TITLES = {
@@ -26,7 +22,6 @@ TITLES = {
     "on": "LongMem, memory on",
     "wrong": "LongMem, wrong memory",
 }
-PACKAGES = ("torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy", "safetensors")
 
 
 def title_of_system(name: str) -> str:
@@ -81,28 +76,6 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in body)])
 
 
-def environment() -> dict[str, Any]:
-    """Return versions, hardware and, where the package lives in a git checkout, its commit."""
-    versions = {"python": platform.python_version()}
-    for package in ("longmem-lm", *PACKAGES):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    versions["torch"] = torch.__version__  # with the name of its build, which the package index may leave out
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    changes = _git("status", "--porcelain")
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "versions": versions,
-        "device": device,
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "memory_gigabytes": round(psutil.virtual_memory().total / 2**30, 1),
-        "threads": torch.get_num_threads(),
-    }
-
-
 def write_results(
     folder: str | PathLike[str],
     *,
@@ -152,20 +125,3 @@ def verdict(scores: Mapping[str, WindowScores], seed: int = 0) -> str:
     if low <= 0 or low_over_wrong <= 0:
         return f"Memory lowers the loss by {gain:.3f} nats here, which may be chance: an interval holds 0."
     return f"Memory lowers the loss by {gain:.3f} nats; against a wrong memory the right one saves {over_wrong:.3f}."
-
-
-def _processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -27,8 +27,8 @@ from torch import Tensor
 from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.data.lanes import NO_LABEL
-from longmem.evaluation.results import environment
 from longmem.plots import plot_training, require_matplotlib
+from longmem.settings.environment import environment
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints
 from longmem.training.encode_ahead import EncodeAhead, FeatureSource

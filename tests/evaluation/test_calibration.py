@@ -6,10 +6,10 @@ import pytest
 import torch
 from changed_encoder import changed, tiny_longmem
 
-from longmem.evaluation.index_queries import recorded_queries
 from longmem.evaluation.staleness.calibration import GapPoint, calibrate_gap, largest_gap
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import make_policy
+from longmem.model.index_queries import recorded_queries
 
 IDS = torch.randint(0, 250, (4 * 32,), generator=torch.Generator().manual_seed(1))
 

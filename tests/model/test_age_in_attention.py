@@ -7,9 +7,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import longmem.model.attention as attention
 from longmem import LongMemForCausalLM
-from longmem.evaluation.index_queries import QueryRecorder
 from longmem.memory import AgePrior, MemoryBank
 from longmem.model.attention import NO_MEMORY, attend_block, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
+from longmem.model.index_queries import QueryRecorder
 
 LANES, HEADS, KV_HEADS, TOKENS, DIM, LAYER, SCALING = 2, 4, 2, 5, 6, 7, 0.4
 GROUP, DAY = HEADS // KV_HEADS, 86_400.0

@@ -15,9 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from longmem.evaluation.results import as_json, environment
+from longmem.evaluation.results import as_json
 from longmem.evaluation.runs.settings import MAY_CHANGE, EvaluationSettings
 from longmem.model.modeling import LongMemForCausalLM
+from longmem.settings.environment import environment
 from longmem.settings.nested import leaves
 
 CONFIG, PREDICTIONS, SESSIONS = "config.json", "predictions.jsonl", "sessions.jsonl"

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longmem.evaluation.index_queries import QueryRecorder
 from longmem.memory import MemoryBank
 from longmem.memory.index.tuning import recall
 from longmem.memory.memorize import encodable
+from longmem.model.index_queries import QueryRecorder
 from longmem.model.modeling import LongMemForCausalLM
 
 QUERIES = 512  # for each key-value head and layer, evenly spaced in what is read

@@ -102,6 +102,22 @@ def tune(
     return results
 
 
+def recommended_index(results: Sequence[Tuned], recall: float) -> str:
+    """Return the fastest setting with at least this recall, "flat" where none is both that good and faster than exact search.
+
+    Where no setting has built anything, all are exact, and "auto" it is: it will build an index when the bank has grown.
+
+    >>> slow, fast = Tuned("ivf:probed_share=0.06", 0.97, 4.0, 2.0, 1.0, 9), Tuned("ivf", 0.9, 1.0, 8.0, 1.0, 9)
+    >>> recommended_index([slow, fast], 0.95), recommended_index([slow, fast], 0.8), recommended_index([slow, fast], 1.0)
+    ('ivf:probed_share=0.06', 'ivf', 'flat')
+    """
+    built = [each for each in results if each.num_bytes]
+    if not built:
+        return "auto"
+    good = [each for each in built if each.recall >= recall and each.speed_ratio > 1]
+    return min(good, key=lambda each: each.milliseconds).index if good else "flat"
+
+
 def _store_of(search_keys: Float[Tensor, "kv_heads rows dim"]) -> ChunkStore:
     """Return a store that holds these search keys, and keys and values of no width."""
     search_keys = search_keys.detach().to("cpu", torch.float32).contiguous()

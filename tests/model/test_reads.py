@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longmem.evaluation.reads import chunk_shares, read_passages
+from longmem.model.reads import chunk_shares, read_passages
 
 
 def test_shares_add_up_to_what_memory_got(model, bank, rest):

@@ -2,7 +2,7 @@
 
 import torch
 
-from longmem.evaluation.index_queries import QueryRecorder, recorded_queries
+from longmem.model.index_queries import QueryRecorder, recorded_queries
 
 
 @torch.no_grad()

@@ -1,21 +1,19 @@
-"""The queries that a model asks of its memory, and which index setting serves them best."""
+"""The queries that a model asks of its memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.index.tuning import Tuned
 from longmem.model.attention import ReadableMemory
 from longmem.model.modeling import LongMemForCausalLM
 
 
 class QueryRecorder:
-    """Return a memory that answers as `bank` does, and keeps the queries of every layer.
+    """A memory that answers as `bank` does, and keeps the queries of every layer.
 
     It is the bank that answers, because what a layer asks depends on what the layers below it have read.
     """
@@ -83,19 +81,3 @@ def recorded_queries(
     queries = torch.cat(recorder.queries[layer], dim=1)
     asked = queries.shape[1]
     return queries[:, torch.linspace(0, asked - 1, min(num_queries, asked)).long()]
-
-
-def recommended_index(results: Sequence[Tuned], recall: float) -> str:
-    """Return the fastest setting with at least this recall, "flat" where none is both that good and faster than exact search.
-
-    Where no setting has built anything, all are exact, and "auto" it is: it will build an index when the bank has grown.
-
-    >>> slow, fast = Tuned("ivf:probed_share=0.06", 0.97, 4.0, 2.0, 1.0, 9), Tuned("ivf", 0.9, 1.0, 8.0, 1.0, 9)
-    >>> recommended_index([slow, fast], 0.95), recommended_index([slow, fast], 0.8), recommended_index([slow, fast], 1.0)
-    ('ivf:probed_share=0.06', 'ivf', 'flat')
-    """
-    built = [each for each in results if each.num_bytes]
-    if not built:
-        return "auto"
-    good = [each for each in built if each.recall >= recall and each.speed_ratio > 1]
-    return min(good, key=lambda each: each.milliseconds).index if good else "flat"
