@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longmem.evaluation.perplexity import WindowScores
-    from longmem.model.reads import Passage
     from longmem.memory import MemoryBank
     from longmem.model.modeling import LongMemForCausalLM
+    from longmem.model.reads import Passage
 
 Scores: TypeAlias = "dict[str, WindowScores]"
 EXAMPLES = """\
@@ -98,9 +98,9 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
 
     from longmem.console import Headings, plain_table
     from longmem.data.sample_texts import split_texts
-    from longmem.model.reads import read_passages
     from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
     from longmem.model.opening import side_network_origin
+    from longmem.model.reads import read_passages
     from longmem.plots import plot_scores, require_matplotlib
 
     began = time.perf_counter()
