@@ -14,9 +14,12 @@ import pytest
 import torch
 from tiny_trained import NAME, save_tiny_trained
 
+import longmem
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.backbone import packaged
-from longmem.model.opening import open_model, side_network_origin
+from longmem.model import names
+from longmem.model.names import look_up
+from longmem.model.opening import open_model
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -52,7 +55,7 @@ def test_settings_or_a_folder_of_that_name_open_another_side_network(model, tmp_
     new = open_model(NAME, num_retrieved_tokens=4, segment_length=16)
     assert (new.config.num_retrieved_tokens, new.config.lora) == (4, None)
     new.save_pretrained(NAME)
-    found = {name: side_network_origin(name) for name in (NAME, f"./{NAME}", "backbone")}
+    found = {name: look_up(name).origin for name in (NAME, f"./{NAME}", "backbone")}
     assert found == {NAME: "packaged", f"./{NAME}": "saved", "backbone": "new"}
     assert open_model(NAME).config.num_retrieved_tokens == 8
     assert open_model(f"./{NAME}").config.num_retrieved_tokens == 4
@@ -69,7 +72,7 @@ def test_a_packaged_name_without_a_trained_side_network(model, monkeypatch):
 
 
 def test_the_place_is_inside_the_installed_package():
-    assert packaged.TRAINED_FOLDER.parent == Path(packaged.__file__).parents[1]
+    assert names.TRAINED_FOLDER.parent == Path(longmem.__file__).parent
 
 
 @pytest.mark.slow

@@ -115,11 +115,10 @@ def open_model_of(folder: Path, chosen: str | None) -> tuple[str, LongMemForCaus
 
 
 def remember_model(folder: Path, name: str) -> None:
-    """Write down the model of a bank; a folder by its full path, so that it is found from anywhere."""
-    from longmem.backbone.packaged import PACKAGED_BACKBONES
+    """Write down the model of a bank, by a name that is found from anywhere."""
+    from longmem.model.names import lasting_name
 
-    is_folder = name not in PACKAGED_BACKBONES and Path(name).is_dir()
-    name = str(Path(name).resolve()) if is_folder else name
+    name = lasting_name(name)
     (folder / MODEL_FILE).write_text(json.dumps({"model": name}, indent=2) + "\n", encoding="utf-8")
 
 

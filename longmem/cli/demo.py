@@ -46,7 +46,7 @@ class DemoSettings:
     Args:
         output: folder for results, figure, bank and side network.
         file: text to read; default: Python's reference manual.
-        model: folder of a saved LongMem model; or packaged name, hub name or folder of a causal LM.
+        model: name of a model (`longmem.model.names`).
         memory_tokens: tokens of the first part, which is memorized.
         windows: windows of the rest, which are scored.
         window: tokens the model sees at once.
@@ -99,7 +99,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     from longmem.console import Headings, plain_table
     from longmem.data.sample_texts import split_texts
     from longmem.evaluation.results import TITLES, summarize, table_rows, verdict, write_results
-    from longmem.model.opening import side_network_origin
+    from longmem.model.names import look_up
     from longmem.model.reads import read_passages
     from longmem.plots import plot_scores, require_matplotlib
 
@@ -148,7 +148,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         raise RuntimeError(f"the reopened model differs by {difference:.3g} in a loss: what was saved is not the same.")
 
     metrics = {
-        "side_network": side_network_origin(settings.model),
+        "side_network": look_up(settings.model).origin,
         "systems": summary,
         "reopened_largest_difference": difference,
         "passages_read": [dataclasses.asdict(passage) for (passage,) in reads],
@@ -188,9 +188,10 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
     """
     from rich.markup import escape
 
-    from longmem.model.opening import open_model, side_network_origin
+    from longmem.model.names import look_up
+    from longmem.model.opening import open_model
 
-    origin = side_network_origin(settings.model)
+    origin = look_up(settings.model).origin
     name, window = settings.model, settings.window
     # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
     model = open_model(name, segment_length=window) if origin == "new" else open_model(name)
