@@ -111,7 +111,7 @@ def read_randomly(path: Path, mapped: bool, queries: int) -> None:
     for _ in range(queries // 256):
         for layer in bank.memory_layers:
             rows = torch.randint(0, bank.num_chunks, (heads, 256 * 16))
-            read += sum(part.nbytes for part in bank.gather(layer, rows))
+            read += sum(part.nbytes for part in bank.gather(layer, rows, bank.generation))
             bank.search(layer, torch.randn(heads, 4, DIM), 16)
     seconds, peak = time.perf_counter() - begin, peak_resident()
     print(

@@ -85,7 +85,7 @@ def shared(model: LongMemForCausalLM, ids: torch.Tensor, segment: int) -> dict[s
         for number, part in enumerate(ids.split(segment)):
             put = bank.append if number else bank.add
             put("d", [each[0] for each in keys], [each[0] for each in values], part, segment="new")
-        ratios.append(seconds(lambda bank=bank: bank.reencode(workers[0], workers=workers[1:])) / ideal)
+        ratios.append(seconds(lambda bank=bank: bank.freshness.reencode(workers[0], workers=workers[1:])) / ideal)
     return summary(ratios)
 
 

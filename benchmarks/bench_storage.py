@@ -59,7 +59,7 @@ def gather_times(rounds: int) -> dict[str, dict[str, float]]:
         rows = torch.randint(bank.num_chunks, (3, 4096))
         for name, bank in banks.items():
             start = time.perf_counter()
-            parts = bank.gather(0, rows)
+            parts = bank.gather(0, rows, bank.generation)
             times[name][0].append(1e3 * (time.perf_counter() - start))
             parts = [part.float() for part in parts]
             times[name][1].append(1e3 * (time.perf_counter() - start))

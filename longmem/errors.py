@@ -1,4 +1,4 @@
-"""Wording shared by error messages, and the error of a stale memory."""
+"""Wording shared by error messages, and the errors of a memory that is stale or has changed."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def name_known(name: object, known: Collection[str], limit: int = 8) -> str:
 
 class StaleMemoryError(ValueError):
     """What a bank holds was not made by the encoder that wants to read it, or the encoder is about to change."""
+
+
+class ChangedMemoryError(RuntimeError):
+    """Chunks that a search found have moved, or were overwritten or encoded again, before they were read."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the memory bank moved, overwrote or encoded again chunks after they had been found; search again, and in training "
+            "call `backward()` before writing to the bank."
+        )

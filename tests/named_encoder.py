@@ -23,8 +23,11 @@ class NamedEncoder:
     def encoder_stamp(self) -> EncoderStamp:
         return EncoderStamp(self.fingerprint)
 
-    def refuse_trainable(self) -> None:
-        pass
+    def stamp(self, *, exact: bool = False) -> EncoderStamp:
+        return self.encoder_stamp()
+
+    def stamp_for_reading(self) -> EncoderStamp:
+        return self.encoder_stamp()
 
     def sketch(self) -> Sketch:
         return Sketch(torch.full((1024,), float(len(self.fingerprint))), 1.0)

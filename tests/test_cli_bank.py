@@ -76,7 +76,7 @@ def contents(folder):
         found = {}
         for layer in bank.memory_layers:
             rows = torch.arange(bank.num_chunks).expand(2, -1)
-            keys, values = bank.gather(layer, rows)
+            keys, values = bank.gather(layer, rows, bank.generation)
             for row, place in enumerate(bank.locate(rows[0])):
                 found[(layer, *place)] = keys[:, row].tolist(), values[:, row].tolist()
         return found
@@ -197,7 +197,7 @@ def test_what_no_longer_holds_is_listed_as_such_until_it_is_restored(bank, run, 
     with MemoryBank.open(bank) as opened:
         info = opened.info("one.txt")
         assert (info.is_superseded, info.superseded_by) == (True, "two.txt")
-        keys, values = opened.gather(opened.memory_layers[0], torch.zeros(2, 1, dtype=torch.int64))
+        keys, values = opened.gather(opened.memory_layers[0], torch.zeros(2, 1, dtype=torch.int64), opened.generation)
         layers = len(opened.memory_layers)
         opened.add(
             "dated", [keys[:, 0].float()] * layers, [values[:, 0].float()] * layers, dated=86_400, valid_until=864_000

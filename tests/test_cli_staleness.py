@@ -189,7 +189,7 @@ def test_a_stale_bank_is_refused_with_the_command_that_helps(folders, bank, run,
 
 def test_a_policy_that_acts_lets_commands_read(folders, bank, run, answer):
     with MemoryBank.open(bank) as opened:
-        opened.use_refresh("eager")
+        opened.freshness.use("eager")
     options = ("--bank", bank, "--model", folders / "new", "--prompt", "the cat", "--max-new-tokens", 2)
     assert run("generate", *options)[0] == 0
     assert versions(bank) == {"one.txt": {1}, "two.txt": {1}}

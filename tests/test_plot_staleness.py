@@ -49,15 +49,15 @@ def test_each_document_has_a_bar_of_tokens_by_encoder(model, drawn):
     model.memorize(bank, range(64), "one")
     model.memorize(bank, range(32), "two")
     first = model.encoder_fingerprint()[:8]
-    assert bars(drawn(bank.staleness())) == {f"{first}: fresh": [64, 32]}
-    bank.reencode(changed(model, 0.1), budget_tokens=64)
-    report = bank.staleness()
+    assert bars(drawn(bank.freshness.report())) == {f"{first}: fresh": [64, 32]}
+    bank.freshness.reencode(changed(model, 0.1), budget_tokens=64)
+    report = bank.freshness.report()
     found = bars(drawn(report))
     second = report.versions[1].digest[:8]
     assert list(found.values()) == [[0, 64], [32, 0]], "fresh first; the most stale document on top"
     assert list(found) == [f"{second}: fresh", f"{first}: 1 change behind, gap {report.gap_max:.3g}"]
-    bank.read_as_is(model)
-    known, unknown = bars(drawn(bank.staleness())).items()  # what this very encoder wrote is not made unknown
+    bank.freshness.read_as_is(model)
+    known, unknown = bars(drawn(bank.freshness.report())).items()  # what this very encoder wrote is not made unknown
     assert (known[0], unknown[0]) == (f"{first}: fresh", "nobody knows which encoder")
 
 
@@ -65,13 +65,13 @@ def test_of_many_documents_the_most_stale_are_drawn(drawn):
     bank = MemoryBank(memory_layers=[0], chunk_size=4, fingerprint="1f")
     for number in range(MOST_DOCUMENTS + 3):
         bank.add(f"document {number}", [torch.randn(1, 4, 4)], [torch.randn(1, 4, 4)])
-    figure = drawn(bank.staleness())
+    figure = drawn(bank.freshness.report())
     assert [len(each) for each in bars(figure).values()] == [MOST_DOCUMENTS]
     assert figure.axes[0].get_title().startswith(f"{MOST_DOCUMENTS} of {MOST_DOCUMENTS + 3} documents")
 
 
 def test_an_empty_bank_is_drawn_too(model, drawn):
-    assert bars(drawn(MemoryBank.for_model(model).staleness())) == {}
+    assert bars(drawn(MemoryBank.for_model(model).freshness.report())) == {}
 
 
 def test_colors_tell_how_far_an_encoder_is_behind():

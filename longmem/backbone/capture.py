@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longmem.backbone.interception import handled_by
-from longmem.backbone.observation import EnoughSeen, LayerCall, first, split_call
+from longmem.backbone.interception import EnoughSeen, LayerCall, first, handled_by, split_call
 from longmem.backbone.structure import (
     PROBE_LENGTH,
     BackboneStructure,

@@ -1,4 +1,4 @@
-"""One attention function, registered with transformers, that lets the caller see or replace the attention of a layer.
+"""Calls of a layer, seen and made again; and one attention function, registered with transformers, that a caller can replace.
 
 The registry is the place where 340-odd architectures meet: whatever their projections, norms and rotations, they all call a
 function with queries, keys and values. A module is *intercepted* when its configuration names our function; without a
@@ -8,20 +8,80 @@ code) call torch's `scaled_dot_product_attention` themselves instead; their laye
 
 import contextlib
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
+
+from longmem.backbone.positions import CosSin
 
 IMPLEMENTATION = "longmem"
 LocalAttention = Callable[..., tuple[Tensor, Tensor | None]]
 # (local attention, module, query, key, value, attention_mask, **kwargs) -> (output, weights), as transformers has it:
 # query `lanes heads tokens dim`, key and value `lanes kv_heads keys dim`, output `lanes tokens heads dim`.
 Handler = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """How the backbone called one of its layers: everything but the hidden states (masks, positions, cache)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def position_embeddings(self) -> CosSin:
+        """Cosines and sines that the layer was given."""
+        return self.kwargs["position_embeddings"]
+
+    def at_positions(self, cos_sin: CosSin) -> "LayerCall":
+        """Return the call with other cosines and sines."""
+        return LayerCall(self.args, {**self.kwargs, "position_embeddings": cos_sin})
+
+    def to(self, dtype: torch.dtype, computed_in: torch.dtype) -> "LayerCall":
+        """Return the call for a layer that computes in another dtype than the backbone, `computed_in`.
+
+        Arguments in the backbone's dtype (cosines and sines, additive masks) are cast; what an architecture keeps in float32
+        whatever its dtype stays so.
+        """
+        if dtype == computed_in:
+            return self
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(cast, value))
+            return value.to(dtype) if isinstance(value, Tensor) and value.dtype == computed_in else value
+
+        return LayerCall(cast(self.args), {name: cast(value) for name, value in self.kwargs.items()})
+
+    def replay(self, layer: nn.Module, hidden_states: Tensor) -> Float[Tensor, "lanes tokens hidden"]:
+        """Return the output of another layer for `hidden_states`, called the same way."""
+        if "hidden_states" in self.kwargs:
+            return first(layer(*self.args, **{**self.kwargs, "hidden_states": hidden_states}))
+        return first(layer(hidden_states, *self.args[1:], **self.kwargs))
+
+
+class EnoughSeen(Exception):
+    """Ends a run of the backbone early: nothing after this point is needed."""
+
+
+def first(output: Any) -> Tensor:
+    """Return a module's main output, whether it comes alone or at the head of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, LayerCall]:
+    """Return the hidden states that a layer was called with, and the rest of the call."""
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    return hidden_states, LayerCall((None, *args[1:]) if args else (), dict(kwargs))
+
 
 # Handlers belong to one forward pass, so they live in a context variable: threads that share a model do not meet.
 _handlers: ContextVar[Mapping[nn.Module, Handler] | None] = ContextVar("longmem_attention_handlers", default=None)

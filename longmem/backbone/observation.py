@@ -1,70 +1,13 @@
-"""What one forward pass shows: how layers are called, which modules attend, what rotates and what runs last."""
+"""What one forward pass shows: which modules attend, what rotates and what runs last."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from longmem.backbone.interception import calls_registry, handled_by
-from longmem.backbone.positions import CosSin, RotaryEmbedding
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCall:
-    """How the backbone called one of its layers: everything but the hidden states (masks, positions, cache)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def position_embeddings(self) -> CosSin:
-        """Cosines and sines that the layer was given."""
-        return self.kwargs["position_embeddings"]
-
-    def at_positions(self, cos_sin: CosSin) -> "LayerCall":
-        """Return the call with other cosines and sines."""
-        return LayerCall(self.args, {**self.kwargs, "position_embeddings": cos_sin})
-
-    def to(self, dtype: torch.dtype, computed_in: torch.dtype) -> "LayerCall":
-        """Return the call for a layer that computes in another dtype than the backbone, `computed_in`.
-
-        Arguments in the backbone's dtype (cosines and sines, additive masks) are cast; what an architecture keeps in float32
-        whatever its dtype stays so.
-        """
-        if dtype == computed_in:
-            return self
-
-        def cast(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(map(cast, value))
-            return value.to(dtype) if isinstance(value, Tensor) and value.dtype == computed_in else value
-
-        return LayerCall(cast(self.args), {name: cast(value) for name, value in self.kwargs.items()})
-
-    def replay(self, layer: nn.Module, hidden_states: Tensor) -> Float[Tensor, "lanes tokens hidden"]:
-        """Return the output of another layer for `hidden_states`, called the same way."""
-        if "hidden_states" in self.kwargs:
-            return first(layer(*self.args, **{**self.kwargs, "hidden_states": hidden_states}))
-        return first(layer(hidden_states, *self.args[1:], **self.kwargs))
-
-
-class EnoughSeen(Exception):
-    """Ends a run of the backbone early: nothing after this point is needed."""
-
-
-def first(output: Any) -> Tensor:
-    """Return a module's main output, whether it comes alone or at the head of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, LayerCall]:
-    """Return the hidden states that a layer was called with, and the rest of the call."""
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    return hidden_states, LayerCall((None, *args[1:]) if args else (), dict(kwargs))
+from longmem.backbone.interception import LayerCall, calls_registry, handled_by, split_call
+from longmem.backbone.positions import RotaryEmbedding
 
 
 class Observation:

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longmem.backbone.interception import calls_registry, handled_by, intercept, intercept_direct_calls
-from longmem.backbone.observation import EnoughSeen, LayerCall, Observation
+from longmem.backbone.interception import (
+    EnoughSeen,
+    LayerCall,
+    calls_registry,
+    handled_by,
+    intercept,
+    intercept_direct_calls,
+)
+from longmem.backbone.observation import Observation
 from longmem.backbone.positions import RotaryEmbedding, Rotation, candidate_rotations
 
 PROBE_LENGTH = 8

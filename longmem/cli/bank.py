@@ -159,7 +159,7 @@ def show_info(arguments: argparse.Namespace) -> None:
             "capacity_bytes": bank.capacity_bytes,
             "reads": sum(info.num_reads for info in documents),
             "bytes_on_disk": common.bytes_on_disk(arguments.bank),
-            "bytes_that_compact_gives_back": bank.num_dead_bytes,
+            "bytes_that_compact_gives_back": bank.folder.num_dead_bytes,
             "memory_layers": list(bank.memory_layers),
             "chunk_size": bank.chunk_size,
             "index": bank.index,
@@ -169,7 +169,9 @@ def show_info(arguments: argparse.Namespace) -> None:
             "refresh": bank.refresh,
             "fingerprint": bank.fingerprint,
             "encoders": [version.stamp.digest for version in bank.encoders.versions],
-            "tokens_of_other_encoders": sum(each.tokens for each in bank.staleness().versions if not each.is_fresh),
+            "tokens_of_other_encoders": sum(
+                each.tokens for each in bank.freshness.report().versions if not each.is_fresh
+            ),
         }
     if arguments.json:
         common.print_json(values)
@@ -248,7 +250,7 @@ def change_documents(arguments: argparse.Namespace, done: str, change: Callable[
 def verify(arguments: argparse.Namespace) -> None:
     """Read every file of a bank and compare it with its checksums."""
     with common.open_bank(arguments.bank) as bank:
-        files = bank.verify()
+        files = bank.folder.verify()
         num_bytes = sum(path.stat().st_size for path in files)
     if arguments.json:
         common.print_json({"files": len(files), "bytes": num_bytes, "is_whole": True})
@@ -262,7 +264,7 @@ def compact(arguments: argparse.Namespace) -> None:
     """Give back the space of what was deleted or evicted."""
     with common.open_bank(arguments.bank, write=True) as bank:
         before = common.bytes_on_disk(arguments.bank)
-        bank.compact()
+        bank.folder.compact()
         after = common.bytes_on_disk(arguments.bank)
     if arguments.json:
         common.print_json({"bytes_before": before, "bytes_after": after})

@@ -70,7 +70,7 @@ def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: b
     if model is not None:
         with MemoryBank.open(folder, read_only=True) as bank:
             refuse_stale(folder, bank, model)
-            is_current = bank.fingerprint == model.encoder_fingerprint() and bool(bank.readable_now().all())
+            is_current = bank.fingerprint == model.encoder_fingerprint() and not bank.freshness.has_stale
             write = write or (bank.refresh != "frozen" and not is_current)
     return MemoryBank.open(folder, model, read_only=not write)
 

@@ -72,7 +72,7 @@ def show(arguments: argparse.Namespace) -> None:
     if arguments.model or arguments.probe:
         model_name, model = common.open_model_of(arguments.bank, arguments.model)
     with common.open_bank(arguments.bank) as bank:  # without the model: nothing is to change
-        report, policy = bank.staleness(model, probe=arguments.probe), bank.refresh
+        report, policy = bank.freshness.report(model, probe=arguments.probe), bank.refresh
     summary = verdict(report, policy, model_name, command(arguments, model_name))
     if arguments.plot is not None:
         compared = "its current encoder" if model_name is None else model_name
@@ -107,15 +107,15 @@ def refresh(arguments: argparse.Namespace) -> None:
     model_name, model = common.open_model_of(arguments.bank, arguments.model)
     with common.open_bank(arguments.bank, write=True) as bank:
         refuse_other_recipe(bank.encoders.stamp, model.encoder_stamp())  # before anything is changed
-        before = bank.staleness(model)
+        before = bank.freshness.report(model)
         if arguments.policy is not None:
-            bank.use_refresh(arguments.policy)
+            bank.freshness.use(arguments.policy)
         began = time.perf_counter()
         done = bring_up_to_date(bank, model, arguments.budget_tokens, console)
         seconds = time.perf_counter() - began
         if arguments.model:
             common.remember_model(arguments.bank, model_name)
-        after, policy = bank.staleness(model), bank.refresh
+        after, policy = bank.freshness.report(model), bank.refresh
     if arguments.json:
         values: dict[str, Any] = {"bank": str(arguments.bank), "model": model_name, "refresh": policy}
         speed = round(done.tokens / seconds, 1)
@@ -140,21 +140,15 @@ def refresh(arguments: argparse.Namespace) -> None:
 def bring_up_to_date(bank: MemoryBank, model: Any, budget_tokens: int | None, console: Console) -> RefreshReport:
     """Return what was done: a bank that maps what it can does that first, and what is still stale is encoded again."""
     from longmem.console import token_progress
-    from longmem.memory.refresh import Mapped, Refresher, RefreshReport
 
-    before = dataclasses.replace(bank.refreshed)
-    is_mapped = isinstance(bank.refresh_policy, Mapped)
-    if is_mapped:
-        bank.read_by(model)
+    before = dataclasses.replace(bank.freshness.refreshed)
+    if bank.freshness.policy.reads_mapped():
+        bank.ready_for(model)
     with contextlib.ExitStack() as shown:
-        has_work = bank.staleness(model).tokens_to_encode > 0
+        has_work = bank.freshness.report(model).tokens_to_encode > 0
         progress = shown.enter_context(token_progress("refresh", console)) if has_work else None
-        if is_mapped:
-            refresher = Refresher(bank, [model])
-            refresher.reencode(refresher.stale(mapped_is_fresh=True), budget_tokens, progress)
-        else:
-            bank.reencode(model, budget_tokens=budget_tokens, progress=progress)
-    return RefreshReport(**{name: value - getattr(before, name) for name, value in vars(bank.refreshed).items()})
+        bank.freshness.reencode(model, budget_tokens=budget_tokens, progress=progress)
+    return bank.freshness.refreshed.since(before)
 
 
 def verdict(report: StalenessReport, policy: str, model_name: str | None, refresh_command: str) -> str:

@@ -35,6 +35,7 @@ class Encoders:
     def __init__(self, fingerprints: Sequence[str | EncoderStamp] = ()) -> None:
         stamps = [EncoderStamp(each) if isinstance(each, str) else each for each in fingerprints]
         self.versions = [EncoderVersion(stamp) for stamp in stamps]
+        self._json: list[dict[str, Any]] = []  # of these versions, empty where one has changed
 
     @property
     def current(self) -> int:
@@ -48,7 +49,7 @@ class Encoders:
 
     def enter(self, stamp: EncoderStamp, sketch: Sketch | None = None) -> int:
         """Make an encoder the current one, a new version unless it is that already; return its version."""
-        known = self.stamp
+        known, self._json = self.stamp, []
         if known is None or known.digest != stamp.digest:
             self.versions.append(EncoderVersion(stamp, sketch))
         elif len(stamp.recipe) > len(known.recipe):  # the same encoder, told of by its hash alone before
@@ -82,7 +83,9 @@ class Encoders:
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return plain values, from which `from_json` makes an equal history."""
-        return [version.stamp.to_json() | {"sketch": _to_text(version.sketch)} for version in self.versions]
+        if len(self._json) != len(self.versions):  # asked at every commit, though it seldom changes
+            self._json = [each.stamp.to_json() | {"sketch": _to_text(each.sketch)} for each in self.versions]
+        return self._json
 
     @classmethod
     def from_json(cls, content: Sequence[dict[str, Any]]) -> Encoders:

@@ -6,7 +6,11 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxtyping import Float, Int
+from torch import Tensor
+
 from longmem.backbone.capture import Backbone
+from longmem.backbone.structure import input_device
 from longmem.encoder.sketch import Sketch, sketch
 from longmem.encoder.stamp import EncoderPath, EncoderStamp, encoder_path, hash_tensors
 from longmem.encoder.tripwire import Tripwire
@@ -44,6 +48,15 @@ class Encoder:
         """Return whether the encoder moves on purpose, so that its moves are counted and not hashed."""
         return bool(self._name)
 
+    def encode(
+        self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
+    ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
+        """Return position-free keys and values of the tokens, one of each per memory layer, without gradients.
+
+        `inputs`: what the backbone's own forward takes beside them.
+        """
+        return self._backbone.encode(input_ids.to(input_device(self._backbone.model)), self._layers, **inputs)
+
     def stamp(self, *, exact: bool = False) -> EncoderStamp:
         """Return the encoder's stamp: the one known as long as the tripwire sees no change, else made anew.
 
@@ -58,6 +71,23 @@ class Encoder:
             self._watch_anew()
             self._stamp = EncoderStamp(hash_tensors(self.path.tensors()), self._recipe())
         return self._stamp
+
+    def stamp_for_reading(self) -> EncoderStamp:
+        """Return the encoder's stamp, after a look at whether it stays what it is.
+
+        Raises:
+            StaleMemoryError: a weight of the encoder requires a gradient, or a module of it is in training mode.
+        """
+        known, tripwire = self._stamp, self._tripwire
+        if known is not None and tripwire is not None and not self._name:
+            sign, change = tripwire.trainable(), tripwire.changed()
+            if sign is None and change is None:
+                return known
+        # Before the stamp: to make one anew the backbone is run, which freezes it, and nobody would hear of it.
+        self.refuse_trainable()
+        stamp = self.stamp()
+        self.refuse_trainable()
+        return stamp
 
     def sketch(self) -> Sketch:
         """Return the sketch of the encoder's weights as they are now; see `longmem/encoder/sketch.py`."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Generator, Tensor
 
-from longmem.model.attention import ReadableMemory
+from longmem.memory.protocols import Memory
 from longmem.model.modeling import LongMemForCausalLM
 
 FOLLOWERS = 4  # words that can follow a word
@@ -167,7 +167,7 @@ def recalled(
     model: LongMemForCausalLM,
     questions: Int[Tensor, "pairs tokens"],
     values: Int[Tensor, " pairs"],
-    memory: ReadableMemory | None = None,
+    memory: Memory | None = None,
 ) -> Bool[Tensor, " pairs"]:
     """Return which questions are answered: the likeliest of all tokens, not of the values alone, is the right one."""
     return answers_of(model, questions, memory) == values
@@ -175,7 +175,7 @@ def recalled(
 
 @torch.no_grad()
 def answers_of(
-    model: LongMemForCausalLM, questions: Int[Tensor, "pairs tokens"], memory: ReadableMemory | None = None
+    model: LongMemForCausalLM, questions: Int[Tensor, "pairs tokens"], memory: Memory | None = None
 ) -> Int[Tensor, " pairs"]:
     """Return the token that the model finds likeliest after each question, of all tokens."""
     logits = model(questions.to(model.input_device), memory=memory, logits_to_keep=1).logits[:, -1]

@@ -3,9 +3,9 @@
 from longmem.memory.age_prior import AgePrior
 from longmem.memory.bank import MemoryBank
 from longmem.memory.folder.bank_folder import has_bank
+from longmem.memory.reader import BankView
 from longmem.memory.rows.documents import DocumentInfo, SourcePart
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.shards import BankShards
-from longmem.memory.view import BankView
 
 __all__ = ["AgePrior", "BankShards", "BankView", "ChunkPlace", "DocumentInfo", "MemoryBank", "SourcePart", "has_bank"]

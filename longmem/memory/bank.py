@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -12,26 +15,43 @@ from torch import Tensor
 
 from longmem.encoder.history import Encoders
 from longmem.encoder.stamp import EncoderStamp
+from longmem.errors import ChangedMemoryError
 from longmem.memory import checks
 from longmem.memory.age_prior import AgePrior, make_age_prior
-from longmem.memory.dated_bank import DatedBank
-from longmem.memory.eviction import make_policy
-from longmem.memory.freshness import KeptFresh
-from longmem.memory.index import validate_index
-from longmem.memory.locking import BankLock
-from longmem.memory.refresh import refresh_name
-from longmem.memory.rows.documents import Document, SourcePart
-from longmem.memory.rows.segments import Joins
-from longmem.memory.rows.storage import MemoryStorage, Storage
-from longmem.memory.rows.table import BankContents
-from longmem.memory.visibility import ContentClock, dated_document
+from longmem.memory.folder.bank_folder import BankFolder, has_bank
+from longmem.memory.freshness import Freshness
+from longmem.memory.index import Ranked, validate_index
+from longmem.memory.memorize import memorize
+from longmem.memory.on_disk import OnDisk
+from longmem.memory.protocols import EncodingModel, Found
+from longmem.memory.reader import BankView
+from longmem.memory.rows.documents import Document, DocumentInfo, SourcePart
+from longmem.memory.rows.ledger import ChunkPlace
+from longmem.memory.rows.segments import Joins, Segment
+from longmem.memory.rows.storage import LayerShape
+from longmem.memory.rows.table import Table
+from longmem.memory.visibility import Selection, Visibility, has_expired
+
+# Names of the parts that were methods of the bank, for one release more.
+MOVED = {
+    **dict.fromkeys(("reencode", "sweep", "lags", "has_stale", "read_as_is", "refreshed", "may_write"), "freshness"),
+    **dict.fromkeys(("verify", "compact", "reload", "num_dead_bytes"), "folder"),
+}
+RENAMED = {
+    "staleness": ("freshness", "report"),
+    "use_refresh": ("freshness", "use"),
+    "refresh_policy": ("freshness", "policy"),
+    "read_by": ("", "ready_for"),
+}
 
 
-class MemoryBank(KeptFresh, DatedBank):
-    """Return an empty bank of named documents: attention keys and values of the `memory_layers` of one backbone.
+class MemoryBank:
+    """A store of named documents: the attention keys and values of the `memory_layers` of one backbone, in chunks.
 
     The bank is in memory: `save` writes it to a folder, `load` reads it back. `MemoryBank.create` makes one that lives in a
     folder, `MemoryBank.open` opens it; it is used in the same way, and what changes is on the disk when a call returns.
+
+    Its parts: `freshness`, what it does when the encoder changes; `folder`, its place on disk.
 
     Args:
         memory_layers: backbone layers whose keys and values are stored, in the order in which `add` gets them.
@@ -56,7 +76,7 @@ class MemoryBank(KeptFresh, DatedBank):
     >>> bank.add("emma", [keys], [keys], tags=["novel"])
     >>> [(info.document_id, info.num_tokens, info.num_chunks, info.num_waiting_tokens) for info in bank.documents()]
     [('emma', 10, 2, 2)]
-    >>> scores, rows = bank.search(5, keys[:, 6:7], num_chunks=3)  # three are asked for, two are there
+    >>> rows, scores, *_ = bank.search(5, keys[:, 6:7], num_chunks=3)  # three are asked for, two are there
     >>> scores, [place and place[:3] for place in bank.locate(rows)]
     (tensor([[[0.2500, 0.0000,   -inf]]]), [('emma', 4, 8), ('emma', 0, 4), None])
     """
@@ -78,24 +98,28 @@ class MemoryBank(KeptFresh, DatedBank):
     ) -> None:
         checks.validate_sizes(memory_layers, chunk_size, capacity_tokens, capacity_bytes)
         validate_index(index)
-        make_policy(eviction)
         self.memory_layers = tuple(memory_layers)
         self.chunk_size = chunk_size
-        self.capacity_tokens = capacity_tokens
-        self.capacity_bytes = capacity_bytes
-        self.index = index
-        self.eviction = eviction
-        self.storage_dtype = checks.validate_storage_dtype(storage_dtype)
-        self.device = torch.device(device)
-        self.refresh = refresh_name(refresh)
-        self._lock = BankLock()
-        self._clock = ContentClock(make_age_prior(age_prior))
-        self._contents = self._new_contents()
-        self._contents.encoders = Encoders([] if fingerprint is None else [fingerprint])
-        self._start_fresh()
+        self._table = Table(
+            eviction=eviction,
+            chunk_size=chunk_size,
+            capacity_tokens=capacity_tokens,
+            capacity_bytes=capacity_bytes,
+            index=index,
+            storage_dtype=checks.validate_storage_dtype(storage_dtype),
+            device=torch.device(device),
+        )
+        self._table.encoders = Encoders([] if fingerprint is None else [fingerprint])
+        self._on_disk: OnDisk | None = None
+        self.freshness = Freshness(self._table, refresh, self.transaction, self.refuse_reader)
+        self._visibility = Visibility(self._table, make_age_prior(age_prior), self.freshness.mask)
+
+    # Making, opening, saving.
 
     @classmethod
-    def for_model(cls, model: Any, *, folder: str | PathLike[str] | None = None, **options: Any) -> MemoryBank:
+    def for_model(
+        cls, model: EncodingModel, *, folder: str | PathLike[str] | None = None, **options: Any
+    ) -> MemoryBank:
         """Return an empty bank for what `model` writes; `options` are the other arguments of `MemoryBank`.
 
         `folder`: make the bank there (`MemoryBank.create`), and not in memory.
@@ -103,15 +127,144 @@ class MemoryBank(KeptFresh, DatedBank):
         own = {
             "memory_layers": model.config.memory_layers or (),
             "chunk_size": model.config.chunk_size,
-            "fingerprint": model.encoder_stamp(),
+            "fingerprint": model.encoder.stamp(),
         }
         return cls(**own, **options) if folder is None else cls.create(folder, **own, **options)
 
-    def empty_like(self) -> MemoryBank:
-        """Return an empty bank with the same settings and encoders, in memory."""
-        bank = type(self)(**self._settings(), device=self.device)
-        bank._contents.encoders = self.encoders.copy()
+    @classmethod
+    def create(cls, folder: str | PathLike[str], **settings: Any) -> Self:
+        """Return a new, empty bank in `folder`, open for writing; `settings` are the arguments of the class.
+
+        Every change is on the disk when the call returns. The default capacity is without limit. Raises ValueError if a
+        bank is there already, or the folder cannot be written.
+        """
+        if has_bank(folder):
+            raise ValueError(f"`folder` must not hold a bank yet, got {str(folder)!r}; open it with `MemoryBank.open`.")
+        bank = cls(**{"capacity_tokens": None} | settings)
+        bank._live_in(BankFolder(Path(folder), write=True, create=bank._description(), device=bank.device))
         return bank
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | PathLike[str],
+        model: EncodingModel | None = None,
+        *,
+        read_only: bool = False,
+        device: torch.device | str = "cpu",
+        mmap: bool = True,
+        refresh: str | Mapping[str, Any] | None = None,
+        strict: bool = True,
+    ) -> Self:
+        """Return the bank in `folder` as it was at the last commit; it stays on disk, and its changes go there.
+
+        Search keys are read into memory layer by layer, when a layer is first searched; keys and values are mapped, and
+        read when they are needed. One process may write; any number may read, each the commit that was the last when it
+        opened the bank or called `folder.reload`. What is checked: all of the catalogue; the length and the header of every
+        file; search keys when they are read; everything by `folder.verify`.
+
+        Args:
+            folder: that `create` or `save` wrote.
+            model: that will read the bank; if its encoder is not the one that wrote it, the refresh policy acts.
+            read_only: change nothing, and keep nobody from changing it.
+            device: where search keys are, and what is read goes.
+            mmap: False: keys and values are not mapped but asked for, piece by piece, so that of all that was read nothing
+                stays in this process; reading takes two to five times as long.
+            refresh: policy to follow from now on; None: the bank's own, by default "frozen", which refuses another encoder.
+            strict: False: read what another encoder wrote as it is, from now on with every entry's encoder unknown.
+
+        Raises ValueError if it is missing, damaged, of another version, or somebody is writing it; StaleMemoryError, which is
+        one, if another encoder wrote it and the policy is "frozen".
+        """
+        opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
+        try:
+            bank = cls(**opened.read_content()["settings"], device=device)
+        except BaseException:
+            opened.close()
+            raise
+        bank._live_in(opened)
+        try:
+            bank._open_for(model, refresh, strict)
+        except BaseException:
+            opened.close()
+            raise
+        return bank
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | PathLike[str],
+        model: EncodingModel | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        refresh: str | Mapping[str, Any] | None = None,
+        strict: bool = True,
+    ) -> Self:
+        """Return a copy, in memory, of the bank in `folder`: to change it does not change the folder.
+
+        Everything is read and checked; arguments and errors are those of `open`.
+        """
+        with cls.open(folder, read_only=True) as saved:
+            saved.folder.verify()
+            bank = saved.copy(device=device)
+        bank._open_for(model, refresh, strict)
+        return bank
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the bank to `folder`, in place of one that is there; a process killed meanwhile leaves that, or this one.
+
+        For a bank that is in this very folder there is nothing to do. Raises ValueError if the folder cannot be written.
+        """
+        if self._on_disk is not None and Path(folder).resolve() == self._on_disk.path:
+            return
+        target = BankFolder(Path(folder), write=True, create=self._description(), with_first_commit=True)
+        try:
+            table = self._table.empty(target.new_storage(self.storage_dtype))
+            target.replace(self._table, table, self._settings())
+        finally:
+            target.close()
+
+    def empty_like(self) -> Self:
+        """Return an empty bank with the same settings and encoders, in memory."""
+        return self._empty(self.device)
+
+    @torch.inference_mode(False)
+    def copy(self, *, device: torch.device | str | None = None) -> Self:
+        """Return a bank in memory, here or on another device, that holds the same documents and goes on by itself."""
+        twin = self._empty(self.device if device is None else device)
+        self._table.copy_to(twin._table)
+        return twin
+
+    @property
+    def folder(self) -> OnDisk:
+        """Return the bank's place on disk. Raises ValueError for a bank in memory."""
+        if self._on_disk is None:
+            raise ValueError("this bank is in memory, without a folder; `save` it and `MemoryBank.open` the folder.")
+        return self._on_disk
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]:
+        """Make all changes inside the block durable together at its end or, if it raises, none of them.
+
+        Without it, every change is a transaction of its own. A block inside a block is part of it. One thread at a time may
+        change a bank. Of a bank in memory nothing is undone.
+        """
+        return contextlib.nullcontext() if self._on_disk is None else self._on_disk.transaction()
+
+    def refuse_reader(self) -> None:
+        """Raise ValueError if the bank was opened to be read, or is closed: what is to be written later need not begin."""
+        if self._on_disk is not None:
+            self._on_disk.refuse_reader()
+
+    def close(self) -> None:
+        """Save indexes and how often documents were read, and let others write; the bank cannot be changed afterwards."""
+        if self._on_disk is not None:
+            self._on_disk.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # Writing.
 
@@ -147,9 +300,9 @@ class MemoryBank(KeptFresh, DatedBank):
             valid_until: when it ceases to be; from then on no search finds it. None: never.
         """
         with self.transaction():
-            self._contents.drop_expired()
-            checks.validate_new("document_id", document_id, self._ledger.documents)
-            document = dated_document(document_id, tags, dated, valid_until)
+            self._table.drop_expired()
+            checks.validate_new("document_id", document_id, self._table.ledger.documents)
+            document = checks.dated_document(document_id, tags, dated, valid_until)
             self._extend(document, keys, values, token_ids, text, char_ends, segment)
 
     def append(
@@ -168,11 +321,13 @@ class MemoryBank(KeptFresh, DatedBank):
         `segment`: "same", the encoder saw them behind those of the document's last segment; "new" and None as for `add`.
         """
         with self.transaction():
-            self._contents.drop_expired()  # before the document is looked up: it may be what goes
+            self._table.drop_expired()  # before the document is looked up: it may be what goes
             document = self._document("document_id", document_id)
             self._extend(document, keys, values, token_ids, text, char_ends, segment)
 
-    def update(self, document_id: str, text_or_ids: str | Iterable[int] | Tensor, *, model: Any, **options: Any) -> int:
+    def update(
+        self, document_id: str, text_or_ids: str | Sequence[int] | Tensor, *, model: EncodingModel, **options: Any
+    ) -> int:
         """Replace a document by the encoding of a new text, written now; return how many tokens had to be encoded.
 
         Tags, pin and dates stay. `options`: `batch_size` and `progress` of `LongMemForCausalLM.memorize`.
@@ -184,16 +339,16 @@ class MemoryBank(KeptFresh, DatedBank):
         """
         self.refuse_reader()
         old = self._document("document_id", document_id)
-        self.read_by(model)
+        self.ready_for(model)
         draft = self.empty_like()
-        num_encoded = model.memorize(draft, text_or_ids, document_id=document_id, reuse=(self, document_id), **options)
-        if draft._contents.shapes != self._contents.shapes:
+        num_encoded = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
+        if draft._table.shapes != self._table.shapes:
             raise ValueError(
-                f"`model` must write the sizes that the bank holds, {self._contents.shapes}, got "
-                f"{draft._contents.shapes}; memorize all documents again, in `MemoryBank.for_model(model)`."
+                f"`model` must write the sizes that the bank holds, {self._table.shapes}, got "
+                f"{draft._table.shapes}; memorize all documents again, in `MemoryBank.for_model(model)`."
             )
-        with self.transaction(), self._lock, torch.inference_mode(False):
-            self._contents.replace(old, draft._contents, draft._ledger.documents[document_id])
+        with self.transaction(), self._table.lock, torch.inference_mode(False):
+            self._table.replace(old, draft._table, draft._table.ledger.documents[document_id])
         return num_encoded
 
     @torch.inference_mode(False)
@@ -214,12 +369,12 @@ class MemoryBank(KeptFresh, DatedBank):
         document = bank._document("origin_id", origin_id)
         first = origin // self.chunk_size - document.first_chunk(self.chunk_size)
         rows = document.rows.values[first : first + len(part.token_ids) // self.chunk_size]
-        chunks = bank._contents.storage.select(rows)
+        chunks = bank._table.storage.select(rows)
         with self.transaction():
-            own = self._ledger.documents.get(document_id) or dated_document(document_id, **said)
+            own = self._table.ledger.documents.get(document_id) or checks.dated_document(document_id, **said)
             checks.validate_source(part.token_ids, part.text, part.char_ends, len(part.token_ids), own)
-            with self._lock:
-                self._contents.extend_with_chunks(own, chunks, part)
+            with self._table.lock:
+                self._table.extend_with_chunks(own, chunks, part)
 
     def delete(self, document_id: str) -> None:
         """Forget a document; its chunks are never found again. Raises ValueError if there is none.
@@ -227,70 +382,371 @@ class MemoryBank(KeptFresh, DatedBank):
         In a folder its bytes stay until `compact`, though nothing reads them.
         """
         document = self._document("document_id", document_id)
-        with self.transaction(), self._lock:
-            self._contents.drop(document)
+        with self.transaction(), self._table.lock:
+            self._table.drop(document)
 
     def rename(self, old: str, new: str) -> None:
         """Give a document another id. Raises ValueError if there is no `old`, or already a `new`."""
         self._document("old", old)
-        checks.validate_new("new", new, self._ledger.documents)
+        checks.validate_new("new", new, self._table.ledger.documents)
         with self.transaction():
-            self._ledger.rename(old, new)
+            self._table.ledger.rename(old, new)
 
     def tag(self, document_id: str, tags: Iterable[str]) -> None:
         """Give a document these tags instead of those it had."""
         document = self._document("document_id", document_id)
         with self.transaction():
-            self._ledger.label(document, checks.validate_tags(tags))
+            self._table.ledger.label(document, checks.validate_tags(tags))
 
     def pin(self, document_id: str, is_pinned: bool = True) -> None:
         """Keep a document from eviction or, with False, no longer."""
         document = self._document("document_id", document_id)
         with self.transaction():
-            self._ledger.pin(document, is_pinned)
+            self._table.ledger.pin(document, is_pinned)
 
     def use_index(self, index: str) -> None:
         """Search with another index from now on, named as for the class; it is built when it is first needed."""
         validate_index(index)
         with self.transaction():
-            self.index = index
-            self._contents.use_index(index)
+            self._table.use_index(index)
+
+    def use_age_prior(self, age_prior: AgePrior | str | None) -> None:
+        """Let age count in another way from now on; given as for the class."""
+        chosen = make_age_prior(age_prior)
+        with self.transaction():
+            self._visibility.use(chosen)
+            self._table.ledger.note_change()
 
     def clear(self) -> None:
         """Forget all documents; of a bank in memory also the sizes of heads that the first of them has fixed."""
-        if self._folder is None:
-            encoders = self.encoders
-            self._contents = self._new_contents()
-            self._contents.encoders = encoders
+        if self._on_disk is None:
+            empty = self._table.empty()
+            empty.encoders = self.encoders
+            self._table.become(empty)
             return
         with self.transaction():
-            for document in list(self._ledger.documents.values()):
-                self._contents.drop(document)
+            for document in list(self._table.ledger.documents.values()):
+                self._table.drop(document)
+
+    def supersede(self, document_id: str, by: str | None = None) -> None:
+        """Hide a document whose text no longer holds, from searches of the bank and of all views on it.
+
+        It stays, with its text, and `info` shows what took its place; it takes room, and is evicted, as before. To have it
+        forgotten, `delete` it.
+
+        Args:
+            document_id: the old document.
+            by: the new one, whose name is followed when it is renamed and remembered when it is deleted; None: the text
+                is withdrawn, and nothing takes its place.
+
+        Raises:
+            ValueError: an unknown id, or a `by` that was itself superseded, in the end, by the old document.
+        """
+        document = self._document("document_id", document_id)
+        if by is not None:
+            self._refuse_circle(document_id, by)
+        with self.transaction(), self._table.lock:
+            self._table.ledger.supersede(document, True, by, document.valid_until)
+
+    def restore(self, document_id: str) -> None:
+        """Let searches find a document again that was superseded or has expired; it then is valid without end.
+
+        A `valid_until` that is still to come stays.
+        """
+        document = self._document("document_id", document_id)
+        has_ended = has_expired(document, self._visibility.moment)
+        with self.transaction(), self._table.lock:
+            self._table.ledger.supersede(document, False, None, None if has_ended else document.valid_until)
+
+    def expire(self, now: float | None = None) -> list[str]:
+        """Return the documents whose `valid_until` has come, and hide by the same moment from now on.
+
+        A search hides by itself what has expired when it runs. With `now`, seconds since 1970, searches are done as at that
+        moment, whatever the time, until the next call: so runs can be repeated. The moment is not saved with the bank.
+        """
+        self._visibility.stop_at(None if now is None else checks.validate_date("now", now))
+        self._table.ledger.note_change()
+        moment = self._visibility.moment
+        return [name for name, each in self._table.ledger.documents.items() if has_expired(each, moment)]
+
+    # What is there.
+
+    def documents(self) -> list[DocumentInfo]:
+        """Return a summary of each document, in the order in which they were added."""
+        self._drop_expired()
+        return [document.info(self.chunk_size) for document in self._table.ledger.documents.values()]
+
+    def info(self, document_id: str) -> DocumentInfo:
+        """Return a summary of one document."""
+        return self._document("document_id", document_id).info(self.chunk_size)
+
+    def segments(self, document_id: str) -> list[Segment]:
+        """Return copies of a document's segments: which of its tokens were encoded together, and by which encoder."""
+        return list(self._document("document_id", document_id).segments.copy())
+
+    def __contains__(self, document_id: object) -> bool:
+        self._drop_expired()
+        return document_id in self._table.ledger.documents
+
+    def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
+        """Return the ids of resident and waiting tokens, from `first_resident_token` on; None if none were given."""
+        source = self._document("document_id", document_id).source
+        return None if source is None else source.token_ids.clone()
+
+    def text(self, document_id: str) -> str | None:
+        """Return the text of resident and waiting tokens; None if none was given."""
+        source = self._document("document_id", document_id).source
+        return source.text if source is not None and source.has_text else None
+
+    @property
+    def index(self) -> str:
+        """Return the index that searches, by name."""
+        return self._table.index
+
+    @property
+    def eviction(self) -> str:
+        """Return the eviction policy, by name."""
+        return self._table.eviction
+
+    @property
+    def refresh(self) -> str:
+        """Return the refresh policy, by name."""
+        return self.freshness.name
+
+    @property
+    def age_prior(self) -> AgePrior | None:
+        """Return how age counts when the bank is read, None if it does not."""
+        return self._visibility.prior
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """Return how many tokens can be resident, None for no limit."""
+        return self._table.capacity_tokens
+
+    @property
+    def capacity_bytes(self) -> int | None:
+        """Return how many bytes can be resident, None for no limit."""
+        return self._table.capacity_bytes
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """Return the dtype of stored keys and values."""
+        return self._table.storage_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the tensors are."""
+        return self._table.device
+
+    @property
+    def shapes(self) -> list[LayerShape] | None:
+        """Return the sizes of the heads of each memory layer, None before the first write has fixed them."""
+        return self._table.shapes
+
+    @property
+    def num_chunks(self) -> int:
+        """Return the number of resident chunks: those that a search can find, and those of hidden documents."""
+        return self._table.ledger.num_rows
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens in resident chunks; tails that wait are not counted."""
+        return self.num_chunks * self.chunk_size
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all keys, values and search keys, with the room that growth has reserved."""
+        return self._table.nbytes
+
+    @property
+    def encoders(self) -> Encoders:
+        """Return the encoders that have written to the bank; the last one is current."""
+        return self._table.encoders
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Return the digest of the encoder that the bank is kept for; None: it is not known, and not checked."""
+        stamp = self._table.encoders.stamp
+        return None if stamp is None else stamp.digest
+
+    @property
+    def version(self) -> int:
+        """Return a number that changes with every change of what the bank holds."""
+        return self._table.ledger.version
+
+    @property
+    def generation(self) -> int:
+        """Return a number that changes when rows found before may hold something else: another chunk, or other numbers."""
+        return self._table.ledger.generation
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing, also because nothing that is there may be read."""
+        with self._table.lock:
+            if not self._table.ledger.num_rows:
+                return True
+            readable = self._visibility.now().readable
+        return readable is not None and not self.freshness.policy.encodes_on_read and not bool(readable.any())
+
+    @property
+    def newest_date(self) -> float:
+        """Return the date of the newest document that a search can find, from which ages count; -inf if there is none."""
+        with self._table.lock:
+            return self._visibility.newest()
+
+    # Reading.
+
+    def ready_for(self, model: EncodingModel) -> None:
+        """Make ready to be read by a model, as the refresh policy says if its encoder is not the one that wrote the bank.
+
+        Called by the model before every read; costs next to nothing while nothing has changed. Raises StaleMemoryError if the
+        policy does not let this encoder read the bank.
+        """
+        self.freshness.ready_for(model)
+
+    def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> BankView:
+        """Return a view that reads these documents, and those with one of these tags. Raises ValueError for an unknown id."""
+        return BankView(self, document_ids, tags)
+
+    def search(
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        scaling: float | None = None,
+        newest: float | None = None,
+        selection: Selection | None = None,
+    ) -> Found:
+        """Return rows and scores (float32), each `kv_heads queries num_chunks`, best first.
+
+        A score is the inner product of the query with the mean key of a chunk. Where there are fewer than
+        `num_chunks`, rows are -1 and scores -inf. Rows are good for `gather` and `locate` while `generation` stays.
+        Documents that were superseded or have expired are not found.
+
+        Args:
+            layer: a memory layer.
+            queries: for each key-value head.
+            num_chunks: for each query.
+            scaling: what attention multiplies inner products by, for a bank with an age prior: each score then has
+                log w(age) / scaling added, and the best by that are found. Exact kinds of index find exactly these; the
+                others rank four times as many chunks as are wanted anew. None: age does not count.
+            newest: date from which ages count, None for that of the newest document that is read.
+            selection: search these documents alone.
+        """
+        position = self._position(layer)
+        with self._table.lock:
+            self._table.drop_expired()
+            standing, ledger = self._visibility.now(), self._table.ledger
+            rows = standing.among(None if selection is None else selection.rows(ledger))
+            weights = bonus = None
+            if scaling is not None and self._visibility.prior is not None:
+                checks.validate_scaling(scaling)
+                newest = self._visibility.newest(selection) if newest is None else newest
+                weights = self._visibility.log_weights(newest)
+                bonus = None if weights is None else weights / scaling
+
+            def search(some: Tensor | None) -> Ranked:
+                return self._table.search(position, queries, num_chunks, some, bonus)
+
+            readable = standing.readable
+            scores, found = search(rows) if readable is None else self.freshness.search(search, rows, readable)
+            ledger.count_reads(found)
+            ages = None if weights is None else weights[found.clamp(min=0).cpu()].to(found.device)
+            return Found(found, scores, ages, ledger.generation if ledger.num_rows else None)
+
+    def log_weights(
+        self, rows: Int[Tensor, "*shape"], *, newest: float | None = None, selection: Selection | None = None
+    ) -> Float[Tensor, "*shape"]:
+        """Return log w(age) of these rows, all 0 without an age prior; the caller masks rows of -1."""
+        with self._table.lock:
+            weights = self._visibility.log_weights(self._visibility.newest(selection) if newest is None else newest)
+        if weights is None:
+            return torch.zeros(rows.shape, device=rows.device)
+        return weights[rows.clamp(min=0).cpu()].to(rows.device)
+
+    def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
+        """Return a copy of the mean keys of all resident chunks of a layer, in float32: what a search compares."""
+        position = self._position(layer)
+        if not self.num_chunks:
+            raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
+        with self._table.lock:
+            return self._table.storage.layer(position).search_keys.clone()
+
+    def gather(
+        self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable
+    ) -> tuple[
+        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
+        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
+    ]:
+        """Return copies of the keys and values of these rows (float32 for int8, else in the storage dtype).
+
+        The caller masks rows of -1. Raises ChangedMemoryError unless the bank is of the `generation` that the rows are of.
+        """
+        position = self._position(layer)
+        with self._table.lock:
+            if generation != self._table.ledger.generation:
+                raise ChangedMemoryError
+            if not self._table.ledger.num_rows:
+                raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
+            return self._table.storage.gather(position, rows)
+
+    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+        """Return document, tokens, characters and text of each row, flattened; None for row -1.
+
+        Characters and text are None where the writer gave no text, or where it was deleted since a reader opened the bank.
+        """
+        rows = rows.detach().to("cpu", torch.int64).flatten()
+        if len(rows) and (rows.min() < -1 or rows.max() >= self.num_chunks):
+            raise ValueError(
+                f"`rows` must be from -1 to {self.num_chunks - 1}, got {rows.min()} to {rows.max()}; rows are good "
+                "while `generation` stays, so search again."
+            )
+        return self._table.ledger.locate(rows)
 
     def __repr__(self) -> str:
         limit = "" if self.capacity_tokens is None else f"of {self.capacity_tokens} "
-        place = "" if self._folder is None else f" in {str(self._folder.path)!r}"
+        place = "" if self._on_disk is None else f" in {str(self._on_disk.path)!r}"
         return (
-            f"MemoryBank({len(self._ledger.documents)} documents, {self.num_tokens} {limit}tokens{place}, "
+            f"MemoryBank({len(self._table.ledger.documents)} documents, {self.num_tokens} {limit}tokens{place}, "
             f"memory_layers={self.memory_layers}, chunk_size={self.chunk_size}, index={self.index!r})"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        part, new = RENAMED.get(name) or (MOVED.get(name), name)
+        if part is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        place = f"{part}.{new}" if part else new
+        warnings.warn(
+            f"`bank.{name}` is `bank.{place}` now; the old name goes with the next release.", DeprecationWarning, 2
+        )
+        return getattr(getattr(self, part) if part else self, new)
+
     # Inside.
 
-    def _new_contents(self, storage: Storage | None = None) -> BankContents:
-        return BankContents(
-            self._new_storage() if storage is None else storage,
-            make_policy(self.eviction),
-            chunk_size=self.chunk_size,
-            capacity_tokens=self.capacity_tokens,
-            capacity_bytes=self.capacity_bytes,
-            index=self.index,
-            storage_dtype=self.storage_dtype,
-            device=self.device,
-        )
+    def _empty(self, device: torch.device | str) -> Self:
+        bank = type(self)(**self._settings(), device=device)
+        bank._table.encoders = self.encoders.copy()
+        return bank
 
-    def _new_storage(self) -> MemoryStorage:
-        return MemoryStorage(None if self.capacity_tokens is None else self.capacity_tokens // self.chunk_size)
+    def _live_in(self, opened: BankFolder) -> None:
+        """Take over what an opened folder holds, and keep it there from now on."""
+        try:
+            self._on_disk = OnDisk(opened, self._table, self._settings, self._take_settings)
+        except BaseException:
+            opened.close()
+            raise
+
+    def _open_for(self, model: EncodingModel | None, refresh: str | Mapping[str, Any] | None, strict: bool) -> None:
+        """Follow a policy and, with a model, make ready to be read by it."""
+        if refresh is not None:
+            self.freshness.use(refresh)
+        if model is not None:
+            self.freshness.open_for(model, strict=strict)
+
+    def _description(self) -> dict[str, Any]:
+        """Return what a new folder says of the bank."""
+        return {"settings": self._settings(), "encoders": self.encoders.to_json()}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -304,6 +760,39 @@ class MemoryBank(KeptFresh, DatedBank):
             "refresh": self.refresh,
             "fingerprint": self.fingerprint,
         } | ({} if self.age_prior is None else {"age_prior": self.age_prior.name})
+
+    def _take_settings(self, settings: Mapping[str, Any]) -> None:
+        """Follow those settings of the bank's folder that can change."""
+        self._table.index = settings["index"]
+        self.freshness.adopt(settings["refresh"])
+        self._visibility.use(make_age_prior(settings.get("age_prior")))
+
+    def _document(self, argument: str, document_id: str) -> Document:
+        checks.validate_known(argument, document_id, self._table.ledger.documents)
+        return self._table.ledger.documents[document_id]
+
+    def _position(self, layer: int) -> int:
+        if layer not in self.memory_layers:
+            raise ValueError(f"`layer` must be one of the memory layers {self.memory_layers}, got {layer!r}.")
+        return self.memory_layers.index(layer)
+
+    def _drop_expired(self) -> None:
+        with self._table.lock:
+            self._table.drop_expired()
+
+    def _refuse_circle(self, document_id: str, by: str) -> None:
+        documents = self._table.ledger.documents
+        checks.validate_known("by", by, documents)
+        follower: str | None = by
+        seen: set[str] = set()
+        while follower in documents and follower not in seen:
+            if follower == document_id:
+                raise ValueError(
+                    f"`by` must be another document, which {document_id!r} has not superseded itself, got {by!r}; "
+                    f"`restore({by!r})` first."
+                )
+            seen.add(follower)
+            follower = documents[follower].superseded_by
 
     @torch.inference_mode(False)  # whatever the caller's mode: what is made inside it can never be written to again
     def _extend(
@@ -321,9 +810,9 @@ class MemoryBank(KeptFresh, DatedBank):
             keys,
             values,
             memory_layers=self.memory_layers,
-            known_shapes=self._contents.shapes,
+            known_shapes=self._table.shapes,
             storage_dtype=self.storage_dtype,
         )
         part = checks.validate_source(token_ids, text, char_ends, num_tokens, document)
-        with self._lock:
-            self._contents.extend(document, keys, values, part, joins)
+        with self._table.lock:
+            self._table.extend(document, keys, values, part, joins)

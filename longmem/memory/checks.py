@@ -11,10 +11,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.errors import name_known
-from longmem.memory.rows.chunks import LayerShape
 from longmem.memory.rows.codec import STORAGE_DTYPES, largest_number
 from longmem.memory.rows.documents import Document, SourcePart
+from longmem.memory.rows.storage import LayerShape
 
+FIRST_DATE, LAST_DATE = -62_135_596_800, 253_402_300_799  # those that a calendar shows
 LARGEST_TOKEN_ID = 2**31 - 1  # a bank on disk keeps ids in four bytes
 
 
@@ -244,13 +245,41 @@ def validate_scaling(scaling: object) -> None:
         )
 
 
-def validate_search(queries: Tensor, num_chunks: object, shape: LayerShape | None) -> None:
-    """Raise ValueError unless the queries fit the layer (None: nothing was ever written) and ask for a chunk."""
+def refuse_search(queries: Tensor, num_chunks: object, shape: LayerShape | None) -> None:
+    """Raise ValueError where queries do not fit the layer (None: nothing was ever written), or ask for no chunk."""
     validate_count("num_chunks", num_chunks)
-    fits = shape is None or (queries.ndim == 3 and (queries.shape[0], queries.shape[2]) == shape[:2])
-    if queries.ndim != 3 or not fits:
+    if queries.ndim != 3 or (shape is not None and (queries.shape[0], queries.shape[2]) != shape[:2]):
         wanted = "(kv_heads, queries, dim)" if shape is None else f"({shape.kv_heads}, queries, {shape.key_dim})"
         raise ValueError(
             f"`queries` must have the shape {wanted} of the stored keys, got {tuple(queries.shape)}; put the query "
             "heads that share a key-value head side by side in `queries`."
         )
+
+
+def dated_document(
+    document_id: str, tags: Iterable[str] = (), dated: object = None, valid_until: object = None
+) -> Document:
+    """Return the record of a new document, after a check of what is said of it."""
+    start, end = validate_dates(dated, valid_until)
+    return Document(document_id, tags=validate_tags(tags), dated=start, valid_until=end)
+
+
+def validate_dates(dated: object, valid_until: object) -> tuple[float | None, float | None]:
+    """Return both as floats. Raises ValueError unless they are seconds since 1970, the second the later one, or None."""
+    start = None if dated is None else validate_date("dated", dated)
+    end = None if valid_until is None else validate_date("valid_until", valid_until)
+    if start is not None and end is not None and end <= start:
+        raise ValueError(
+            f"`valid_until` must be later than `dated`, got {end} and {start}; leave out what is not known."
+        )
+    return start, end
+
+
+def validate_date(argument: str, date: object) -> float:
+    """Return a date as a float. Raises ValueError unless it is a number of seconds since 1970."""
+    if not isinstance(date, int | float) or isinstance(date, bool) or not FIRST_DATE <= date <= LAST_DATE:
+        raise ValueError(
+            f"`{argument}` must be a number of seconds since 1970, in the years 1 to 9999, or None, got {date!r}; a datetime "
+            "has `.timestamp()`, and milliseconds are to be divided by 1,000."
+        )
+    return float(date)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.memory import MemoryBank, SourcePart
 from longmem.memory.checks import validate_count
+from longmem.memory.protocols import EncodingModel, WritableBank
+from longmem.memory.rows.documents import SourcePart
 from longmem.memory.rows.segments import Joins
-
-if TYPE_CHECKING:
-    from longmem.model.modeling import LongMemForCausalLM
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,12 @@ class EncodableText:
         return SourcePart(self.ids[start:stop], self.text[first:last], self.char_ends[start:stop] - first)
 
 
-def to_token_ids(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
+def to_token_ids(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
     """Return token ids of a text, or the given ids, checked; see `encodable`."""
     return encodable(model, text_or_ids).ids
 
 
-def encodable(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tensor) -> EncodableText:
+def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> EncodableText:
     """Return token ids of a text, with their places in it, or the given ids, checked.
 
     Raises:
@@ -90,8 +88,8 @@ def encodable(model: LongMemForCausalLM, text_or_ids: str | Sequence[int] | Tens
 
 
 def memorize(
-    model: LongMemForCausalLM,
-    bank: MemoryBank,
+    model: EncodingModel,
+    bank: WritableBank,
     text_or_ids: str | Sequence[int] | Tensor,
     document_id: str,
     *,
@@ -99,7 +97,7 @@ def memorize(
     tags: Sequence[str] = (),
     dated: float | None = None,
     valid_until: float | None = None,
-    reuse: tuple[MemoryBank, str] | None = None,
+    reuse: tuple[WritableBank, str] | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
@@ -141,7 +139,7 @@ def memorize(
                 else:
                     before = context if start == 0 else context[:0]
                     batch = torch.stack([torch.cat([before, source.ids[first:last]]) for first, last in group])
-                    keys, values = model.encode(batch.to(model.input_device))
+                    keys, values = model.encoder.encode(batch)
                     num_encoded += stop - start
                     for lane, place in enumerate(group):
                         write(*place, *([layer[lane, :, len(before) :] for layer in part] for part in (keys, values)))
@@ -183,7 +181,7 @@ def window_key(ids: Int[Tensor, " tokens"]) -> bytes:
     return ids.numpy().tobytes()
 
 
-def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes, int]:
+def known_windows(bank: WritableBank, document_id: str, length: int) -> dict[bytes, int]:
     """Return the first token of every whole window of a document that can be copied, by its tokens.
 
     Those can't be that were encoded in another way, by an earlier encoder, or that begin or end inside a chunk.
@@ -205,17 +203,17 @@ def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes
     }
 
 
-def is_resident(bank: MemoryBank, document_id: str, token: int) -> bool:
+def is_resident(bank: WritableBank, document_id: str, token: int) -> bool:
     """Return whether a token is still there: what is written meanwhile may evict it from the same bank."""
     return document_id in bank and bank.info(document_id).first_resident_token <= token
 
 
-def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, batch_size: int) -> None:
+def validate_options(bank: WritableBank, reuse: tuple[WritableBank, str] | None, batch_size: int) -> None:
     """Raise ValueError unless windows can be copied from `reuse` as they are stored, and `batch_size` is a count."""
     validate_count("batch_size", batch_size)
     if reuse is None:
         return
-    if not isinstance(reuse, tuple) or len(reuse) != 2 or not isinstance(reuse[0], MemoryBank):
+    if not isinstance(reuse, tuple) or len(reuse) != 2 or not isinstance(reuse[0], type(bank)):
         raise ValueError(f"`reuse` must be a MemoryBank and the name of a document in it, got {reuse!r}.")
     for name in ("memory_layers", "chunk_size", "storage_dtype", "fingerprint"):
         own, other = getattr(bank, name), getattr(reuse[0], name)
@@ -236,7 +234,7 @@ def refuse_dates_of_a_part(append: bool, dates: Mapping[str, float | None]) -> N
             )
 
 
-def open_window(bank: MemoryBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
+def open_window(bank: WritableBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
     """Return the tokens of the window that a document ends in, None if they are not known."""
     ids, last = bank.token_ids(document_id), bank.segments(document_id)[-1]
     if ids is None or not last.is_known or last.stop - last.start > length:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.errors import ChangedMemoryError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.checks import validate_known
-from longmem.memory.index import Found
-from longmem.memory.reader import BankReader
+from longmem.memory.protocols import EncodingModel, Found
+from longmem.memory.reader import BankView
 from longmem.memory.rows.ledger import ChunkPlace
-from longmem.memory.view import BankView
 
 
 class BankShards:
-    """Return one read-only bank over several: a library in parts, or a shared library and a private bank.
+    """One read-only bank over several: a library in parts, or a shared library and a private bank.
 
     It holds the banks, not their chunks: it sees what is later written to them, and writing is done there. Any reader
     of a bank takes it: `model(input_ids, memory=BankShards([library, mine]))`. Search asks every shard and keeps the
@@ -36,7 +36,7 @@ class BankShards:
     >>> library.add("emma", [keys[:, :8]], [keys[:, :8]])
     >>> mine.add("notes", [keys[:, 6:]], [keys[:, 6:]])
     >>> shards = BankShards([library, mine])
-    >>> scores, rows = shards.search(5, keys[:, 7:8], num_chunks=3)
+    >>> rows, scores, *_ = shards.search(5, keys[:, 7:8], num_chunks=3)
     >>> rows, shards.shard_of(rows), [place[:3] for place in shards.locate(rows)]
     (tensor([[[2, 1, 0]]]), tensor([[[0, 1, 0]]]), [('emma', 4, 8), ('notes', 0, 4), ('emma', 0, 4)])
     """
@@ -77,7 +77,7 @@ class BankShards:
     @property
     def has_age_prior(self) -> bool:
         """Return whether age counts when one of the shards is read."""
-        return any(shard.has_age_prior for shard in self.shards)
+        return any(_bank_of(shard).age_prior is not None for shard in self.shards)
 
     @property
     def newest_date(self) -> float:
@@ -85,20 +85,14 @@ class BankShards:
         return max(shard.newest_date for shard in self.shards)
 
     @property
-    def generation(self) -> int:
+    def generation(self) -> tuple[int, ...]:
         """Return a number that changes when rows found before may hold other chunks, in any shard."""
-        # A bank's stamps only grow, so the sum grows when one of them does, and two changes can't cancel out.
-        return sum(shard.generation for shard in self.shards)
+        return tuple(shard.generation for shard in self.shards)
 
-    @property
-    def encodings(self) -> int:
-        """Return a number that changes when chunks of any shard were encoded again."""
-        return sum(shard.encodings for shard in self.shards)
-
-    def read_by(self, model: Any) -> None:
-        """Make every shard ready to be read by a model, as `MemoryBank.read_by` does."""
+    def ready_for(self, model: EncodingModel) -> None:
+        """Make every shard ready to be read by a model."""
         for shard in self.shards:
-            shard.read_by(model)
+            shard.ready_for(model)
 
     @property
     def version(self) -> int:
@@ -134,20 +128,24 @@ class BankShards:
 
         Each shard weighs by its own age prior, if it has one; ages count from the newest document of all shards.
         """
-        options: dict[str, float | None] = {}
-        if scaling is not None and self.has_age_prior:
-            options = {"scaling": scaling, "newest": self.newest_date if newest is None else newest}
-        found = [shard.search(layer, queries, num_chunks, **options) for shard in self.shards]
-        scores = torch.cat([scores for scores, _ in found], dim=2)
+        if scaling is not None and self.has_age_prior and newest is None:
+            newest = self.newest_date
+        found = [shard.search(layer, queries, num_chunks, scaling=scaling, newest=newest) for shard in self.shards]
+        scores = torch.cat([each.scores for each in found], dim=2)
         rows = torch.cat(
-            [torch.where(rows < 0, -1, rows * len(self.shards) + number) for number, (_, rows) in enumerate(found)],
+            [torch.where(each.rows < 0, -1, each.rows * len(found) + number) for number, each in enumerate(found)],
             dim=2,
         )
         scores, order = scores.sort(dim=2, descending=True, stable=True)
-        return scores[..., :num_chunks], rows.gather(2, order[..., :num_chunks])
+        scores, order = scores[..., :num_chunks], order[..., :num_chunks]
+        ages: Tensor | None = None
+        if any(each.log_weights is not None for each in found):
+            parts = [torch.zeros_like(each.scores) if each.log_weights is None else each.log_weights for each in found]
+            ages = torch.cat(parts, dim=2).gather(2, order)
+        return Found(rows.gather(2, order), scores, ages, tuple(each.generation for each in found))
 
     def gather(
-        self, layer: int, rows: Int[Tensor, "kv_heads chunks"]
+        self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable
     ) -> tuple[
         Float[Tensor, "kv_heads chunks chunk_size key_dim"],
         Float[Tensor, "kv_heads chunks chunk_size value_dim"],
@@ -160,6 +158,8 @@ class BankShards:
         with_chunks = [shard for shard in self.shards if _bank_of(shard).num_chunks]
         if not with_chunks:
             raise ValueError("`gather` needs a shard that holds chunks, got empty ones only; ask `is_empty` first.")
+        if not isinstance(generation, tuple) or len(generation) != len(self.shards):
+            raise ChangedMemoryError
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
         parts: list[tuple[Tensor, Tensor]] = []
         places, num_taken = torch.zeros_like(rows), 0
@@ -173,12 +173,14 @@ class BankShards:
             # more column takes the rows of other shards.
             packed = rows.new_zeros(len(rows), width + 1)
             packed.scatter_(1, torch.where(mine, ranks, width), own_rows)
-            parts.append(shard.gather(layer, packed[:, :width]))
+            parts.append(shard.gather(layer, packed[:, :width], generation[number]))
             starts = num_taken + width * torch.arange(len(rows), device=rows.device).unsqueeze(1)
             places = torch.where(mine, starts + ranks, places)
             num_taken += width * len(rows)
         if not parts:  # nothing but missing rows: any chunk will do
-            parts, places = [with_chunks[0].gather(layer, rows.new_zeros(len(rows), 1))], torch.zeros_like(rows)
+            first = with_chunks[0]
+            own = generation[self.shards.index(first)]
+            parts, places = [first.gather(layer, rows.new_zeros(len(rows), 1), own)], torch.zeros_like(rows)
         keys, values = (_in_order(part, places) for part in zip(*parts, strict=True))
         return keys, values
 
@@ -214,13 +216,13 @@ class BankShards:
         return torch.where(rows < 0, -1, rows % len(self.shards))
 
 
-def _bank_of(shard: MemoryBank | BankView) -> BankReader:
-    return shard._bank if isinstance(shard, BankView) else shard
+def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
+    return shard.bank if isinstance(shard, BankView) else shard  # type: ignore[return-value]
 
 
 def _known_documents(shard: MemoryBank | BankView) -> list[str]:
     if isinstance(shard, BankView):
-        return [document.document_id for document in shard._documents()]
+        return shard.documents()
     return [document.document_id for document in shard.documents()]
 
 
@@ -255,13 +257,13 @@ def _validate_shards(shards: Sequence[Any]) -> None:
         ("memory_layers", "banks of one model agree, made by `MemoryBank.for_model(model)`"),
         ("chunk_size", "banks of one model agree, made by `MemoryBank.for_model(model)`"),
         ("fingerprint", "memorize the documents of one of them again with the other's model"),
-        ("_shapes", "one model writes one size of heads; memorize the documents of one of them again"),
+        ("shapes", "one model writes one size of heads; memorize the documents of one of them again"),
     ):
         # None: no fingerprint to compare, or sizes that the first write will fix.
         known = [(number, getattr(bank, name)) for number, bank in enumerate(banks) if getattr(bank, name) is not None]
         for number, value in known[1:]:
             if value != known[0][1]:
                 raise ValueError(
-                    f"`banks` must agree in {'head sizes' if name == '_shapes' else f'`{name}`'}, got {known[0][1]} "
+                    f"`banks` must agree in {'head sizes' if name == 'shapes' else f'`{name}`'}, got {known[0][1]} "
                     f"at place {known[0][0]} and {value} at place {number}; {advice}."
                 )

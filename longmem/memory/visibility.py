@@ -1,14 +1,14 @@
-"""Which documents of a bank still hold, and from when they are: hidden ones are kept, and no search finds them.
+"""Which rows of a bank may be read now, with which weights: the content clock, the selection and the encoder in one place.
 
 The content clock has nothing to do with the encoder: a text can be out of date though its keys are as good as new, and the
-other way round.
+other way round. Hidden documents are kept, and no search finds them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,36 +16,72 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from longmem.memory.age_prior import AgePrior
-from longmem.memory.checks import validate_tags
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.ledger import Ledger
-
-FIRST_DATE, LAST_DATE = -62_135_596_800, 253_402_300_799  # those that a calendar shows
+from longmem.memory.rows.table import Table
 
 
 @dataclass(frozen=True)
-class _Standing:
-    """What was found out about one version of a ledger; it is good until the moment `ends`, when the next text expires."""
+class Standing:
+    """Which rows of one version of a table may be read; good until the moment `ends`, when the next text expires.
+
+    Rows are None where there is nothing to leave out.
+    """
 
     version: int
     ends: float
-    # Documents that no search finds, by serial; and by row whether one does. Without hidden documents there is no mask.
-    hidden: frozenset[int]
+    hidden: frozenset[int]  # serials of the documents that no search finds
     is_visible: Bool[Tensor, " rows"] | None
     visible_rows: Int[Tensor, " visible"] | None
+    # Which of all live rows the refresh policy lets be read as they are; None: all of them.
+    readable: Bool[Tensor, " rows"] | None
+
+    def among(self, rows: Int[Tensor, " rows"] | None) -> Int[Tensor, " visible"] | None:
+        """Return those of some live rows (None: of all) that a search may find; None for all that live."""
+        if self.is_visible is None:
+            return rows
+        return self.visible_rows if rows is None else rows[self.is_visible[rows]]
 
 
-class ContentClock:
-    """Return what says which rows of a bank are visible, and what they weigh by their age.
+class Selection:
+    """Some documents of a bank: those named, and those with one of the tags."""
+
+    def __init__(self, document_ids: Iterable[str], tags: Iterable[str]) -> None:
+        self.document_ids, self.tags = tuple(document_ids), tuple(tags)
+        self._rows: tuple[int, Tensor] | None = None  # found last, and the version of the ledger that they are from
+
+    def documents(self, ledger: Ledger) -> list[Document]:
+        """Return the documents that are there now."""
+        names, tags = set(self.document_ids), set(self.tags)
+        return [each for name, each in ledger.documents.items() if name in names or not tags.isdisjoint(each.tags)]
+
+    def rows(self, ledger: Ledger) -> Int[Tensor, " rows"]:
+        """Return the live rows of these documents, sorted."""
+        if self._rows is None or self._rows[0] != ledger.version:
+            self._rows = ledger.version, ledger.rows_of(self.documents(ledger))
+        return self._rows[1]
+
+
+class Visibility:
+    """Which rows of a table may be read now, and what they weigh by their age.
+
+    Three things decide: whether a text still holds (superseded, expired), which documents were selected, and whether the
+    refresh policy lets a row be read as it is. What was found out is kept until the table changes or time hides a text.
+    Whoever asks holds the table's lock.
 
     Args:
-        prior: of the bank; None: age does not count.
+        table: whose rows these are.
+        prior: how age counts; None: it does not.
+        readable: returns for each live row whether the refresh policy lets it be read as it is, None for all.
     """
 
-    def __init__(self, prior: AgePrior | None) -> None:
+    def __init__(
+        self, table: Table, prior: AgePrior | None, readable: Callable[[], Bool[Tensor, " rows"] | None]
+    ) -> None:
+        self._table, self._readable = table, readable
         self.prior = prior
         self._moment: float | None = None
-        self._standing: _Standing | None = None
+        self._standing: Standing | None = None
         self._weights: tuple[int, float, Tensor | None] | None = None
 
     @property
@@ -61,35 +97,10 @@ class ContentClock:
         """Read at this moment from now on, whatever the time; None: at the time that it is."""
         self._moment, self._standing, self._weights = moment, None, None
 
-    def visible(self, ledger: Ledger, rows: Int[Tensor, " rows"] | None) -> Int[Tensor, " visible"] | None:
-        """Return those of the live `rows` (None: of all) that a search may find; None for all that live."""
-        standing = self._look(ledger)
-        if standing.is_visible is None:
-            return rows
-        return standing.visible_rows if rows is None else rows[standing.is_visible[rows]]
-
-    def newest(self, ledger: Ledger, documents: Iterable[Document] | None = None) -> float:
-        """Return the date of the newest visible text of these documents (None: of all); -inf if there is none."""
-        hidden = self._look(ledger).hidden
-        chosen = ledger.documents.values() if documents is None else documents
-        return max((each.date for each in chosen if len(each.rows) and each.serial not in hidden), default=-math.inf)
-
-    def log_weights(self, ledger: Ledger, newest: float) -> Float[Tensor, " rows"] | None:
-        """Return the log weight of every row, its age counted back from `newest`; None if it is 0 for all."""
-        if self.prior is None:
-            return None
-        standing = self._look(ledger)
-        if self._weights is None or self._weights[:2] != (standing.version, newest):
-            weights = torch.zeros(ledger.num_rows)
-            for document in ledger.documents.values():
-                if document.serial not in standing.hidden:
-                    age = max(0.0, newest - document.date) / self.prior.unit
-                    weights[document.rows.values] = self.prior.log_weight(age)
-            self._weights = standing.version, newest, weights if weights.any() else None
-        return self._weights[2]
-
-    def _look(self, ledger: Ledger) -> _Standing:
-        known, moment = self._standing, self.moment
+    def now(self) -> Standing:
+        """Return which rows may be read now."""
+        known, ledger = self._standing, self._table.ledger
+        moment = time.time() if self._moment is None else self._moment
         if known is not None and known.version == ledger.version and moment < known.ends:
             return known
         if known is not None and known.version == ledger.version:
@@ -103,39 +114,31 @@ class ContentClock:
             is_visible = torch.ones(ledger.num_rows, dtype=torch.bool)
             is_visible[ledger.rows_of(gone)] = False
             visible_rows = is_visible.nonzero().flatten()
-        self._standing = _Standing(ledger.version, min(ends, default=math.inf), hidden, is_visible, visible_rows)
+        ending = min(ends, default=math.inf)
+        self._standing = Standing(ledger.version, ending, hidden, is_visible, visible_rows, self._readable())
         return self._standing
 
+    def newest(self, selection: Selection | None = None) -> float:
+        """Return the date of the newest visible text of a selection (None: of all); -inf if there is none."""
+        hidden, ledger = self.now().hidden, self._table.ledger
+        chosen = ledger.documents.values() if selection is None else selection.documents(ledger)
+        return max((each.date for each in chosen if len(each.rows) and each.serial not in hidden), default=-math.inf)
 
-def dated_document(
-    document_id: str, tags: Iterable[str] = (), dated: object = None, valid_until: object = None
-) -> Document:
-    """Return the record of a new document, after a check of what is said of it."""
-    start, end = validate_dates(dated, valid_until)
-    return Document(document_id, tags=validate_tags(tags), dated=start, valid_until=end)
+    def log_weights(self, newest: float) -> Float[Tensor, " rows"] | None:
+        """Return the log weight of every live row, its age counted back from `newest`; None if it is 0 for all."""
+        if self.prior is None:
+            return None
+        standing, ledger = self.now(), self._table.ledger
+        if self._weights is None or self._weights[:2] != (standing.version, newest):
+            weights = torch.zeros(ledger.num_rows)
+            for document in ledger.documents.values():
+                if document.serial not in standing.hidden:
+                    age = max(0.0, newest - document.date) / self.prior.unit
+                    weights[document.rows.values] = self.prior.log_weight(age)
+            self._weights = standing.version, newest, weights if weights.any() else None
+        return self._weights[2]
 
 
 def has_expired(document: Document, moment: float) -> bool:
     """Return whether a document's time was over at a moment."""
     return document.valid_until is not None and document.valid_until <= moment
-
-
-def validate_dates(dated: object, valid_until: object) -> tuple[float | None, float | None]:
-    """Return both as floats. Raises ValueError unless they are seconds since 1970, the second the later one, or None."""
-    start = None if dated is None else validate_date("dated", dated)
-    end = None if valid_until is None else validate_date("valid_until", valid_until)
-    if start is not None and end is not None and end <= start:
-        raise ValueError(
-            f"`valid_until` must be later than `dated`, got {end} and {start}; leave out what is not known."
-        )
-    return start, end
-
-
-def validate_date(argument: str, date: object) -> float:
-    """Return a date as a float. Raises ValueError unless it is a number of seconds since 1970."""
-    if not isinstance(date, int | float) or isinstance(date, bool) or not FIRST_DATE <= date <= LAST_DATE:
-        raise ValueError(
-            f"`{argument}` must be a number of seconds since 1970, in the years 1 to 9999, or None, got {date!r}; a datetime "
-            "has `.timestamp()`, and milliseconds are to be divided by 1,000."
-        )
-    return float(date)

@@ -7,39 +7,21 @@ score l_m and value o_m: the same softmax, exactly, whatever kernel computes the
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longmem.errors import ChangedMemoryError
+from longmem.memory.protocols import Found, Memory
+
 # Queries per key-value head whose retrieved keys are gathered at once: a few MB, so that they stay in cache.
 QUERY_BLOCK = 256
+ATTEMPTS_TO_READ = 16  # of a memory that another thread changes
 NO_MEMORY = -1e3  # log-sum-exp of an empty read: its weight beside any real score underflows to exactly 0
-
-
-@runtime_checkable
-class ReadableMemory(Protocol):
-    """What attention needs of a bank or of a view on one.
-
-    A memory in which age counts also has `has_age_prior`, takes `scaling=` in `search`, to rank by it, and returns
-    `log_weights(rows)`; one without any of these is read as if nothing aged.
-    """
-
-    @property
-    def is_empty(self) -> bool: ...
-
-    @property
-    def generation(self) -> int: ...
-
-    @property
-    def encodings(self) -> int: ...
-
-    def search(self, layer: int, queries: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]: ...
-
-    def gather(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclasses.dataclass
@@ -56,6 +38,8 @@ class MemoryRead:
     chunk_weights: Float[Tensor, "lanes heads tokens chunks"]
     memory_share: Float[Tensor, "lanes heads tokens"] | None = None
     log_weights: Float[Tensor, "lanes heads tokens chunks"] | None = None
+    # What each memory found, in the order in which lanes name them: a layer that is computed again reads these rows.
+    found: tuple[Found, ...] = ()
 
 
 @dataclasses.dataclass
@@ -99,18 +83,27 @@ def attend_block(
     return output, logsumexp.masked_fill(is_empty, NO_MEMORY).clamp_min(NO_MEMORY), weights
 
 
+@dataclasses.dataclass
+class GroupRead:
+    """What the lanes that share one memory read, with all their queries in one axis (`fold_groups`)."""
+
+    output: Float[Tensor, "kv_heads queries dim"]
+    logsumexp: Float[Tensor, "kv_heads queries"]
+    chunk_weights: Float[Tensor, "kv_heads queries chunks"]
+    found: Found
+
+
 @torch.compiler.disable  # search and rows live outside of any graph
 def read_memory(
     queries: Float[Tensor, "lanes heads tokens dim"],
-    memory: Sequence[ReadableMemory],
+    memory: Sequence[Memory],
     layer: int,
     *,
     num_kv_heads: int,
     num_chunks: int,
     scaling: float,
     softcap: float | None = None,
-    rows: Int[Tensor, "lanes heads tokens chunks"] | None = None,
-    log_weights: Float[Tensor, "lanes heads tokens chunks"] | None = None,
+    found: Sequence[Found] = (),
 ) -> Retrieved:
     """Return each query's attention over the `num_chunks` chunks whose mean keys have the largest inner product with it.
 
@@ -124,49 +117,88 @@ def read_memory(
         layer: the memory layer to read.
         scaling: factor on the scores before their softmax.
         softcap: bound of the scores, for models that have one.
-        rows: chunks found before, to read these instead of searching.
-        log_weights: of these rows, as they were then (`MemoryRead.log_weights`).
+        found: of an earlier call with the same memory (`MemoryRead.found`), to read that instead of searching.
+
+    Raises:
+        ChangedMemoryError: what was found before is no longer there, or a memory changes faster than it can be read.
     """
     lanes, heads, tokens, _ = queries.shape
-    dtype = product_dtype(queries)
-    is_aged = any(has_age_prior(bank) for bank in memory) if rows is None else log_weights is not None
-    parts: list[tuple[list[int], Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-    for bank in {id(bank): bank for bank in memory}.values():
-        own = [lane for lane, candidate in enumerate(memory) if candidate is bank]
-        folded = fold_groups(queries[own] if len(own) < lanes else queries, num_kv_heads)
-        if rows is not None:
-            chosen = fold_groups(rows[own], num_kv_heads)
-        elif bank.is_empty:
-            chosen = torch.full((*folded.shape[:2], num_chunks), -1, device=queries.device)
+    groups = lanes_by_memory(memory)
+    reads = []
+    for number, (bank, own) in enumerate(groups):
+        folded = fold_groups(queries if len(own) == lanes else queries[own], num_kv_heads)
+        if found:
+            folded = folded.to(product_dtype(folded))
+            reads.append(attend_found(folded, found[number], bank, layer, scaling, softcap))
         else:
-            aging = {"scaling": scaling} if has_age_prior(bank) else {}
-            chosen = bank.search(layer, folded.detach(), num_chunks, **aging)[1].to(queries.device)
-        if not is_aged:
-            aged = None
-        elif log_weights is not None:
-            aged = fold_groups(log_weights[own], num_kv_heads)
-        else:
-            aged = age_weights(bank, chosen)
-        # Stored keys are converted to the dtype of what meets them: once for the queries is cheaper than for every key.
-        found = attend_rows(folded.to(dtype), chosen, bank, layer, scaling, softcap, aged)
-        kept = (*found, chosen, chosen if aged is None else aged)
-        unfolded = [unfold_groups(part, len(own), heads, tokens) for part in kept]
-        parts.append((own, *unfolded))  # type: ignore[arg-type]
-    order = torch.tensor([lane for own, *_ in parts for lane in own], device=queries.device).argsort()
-    columns = list(zip(*parts, strict=True))[1:]
-    output, logsumexp, chunk_weights, read_rows, ages = (torch.cat(column)[order] for column in columns)
-    memory_read = MemoryRead(layer, read_rows, chunk_weights.detach(), log_weights=ages if is_aged else None)
+            reads.append(search_and_attend(folded, bank, layer, num_chunks, scaling, softcap))
+    # From groups of lanes, in the order of memories, back to lanes.
+    order = torch.tensor([lane for _, own in groups for lane in own], device=queries.device).argsort()
+
+    def unfold(parts: Iterable[Tensor]) -> Tensor:
+        sizes = [len(own) for _, own in groups]
+        unfolded = [unfold_groups(part, size, heads, tokens) for part, size in zip(parts, sizes, strict=True)]
+        return unfolded[0] if len(unfolded) == 1 else torch.cat(unfolded)[order]
+
+    ages: Tensor | None = None
+    if any(read.found.log_weights is not None for read in reads):
+        ages = unfold(
+            torch.zeros_like(read.chunk_weights) if read.found.log_weights is None else read.found.log_weights
+            for read in reads
+        )
+    memory_read = MemoryRead(
+        layer,
+        rows=unfold(read.found.rows for read in reads),
+        chunk_weights=unfold(read.chunk_weights for read in reads).detach(),
+        log_weights=ages,
+        found=tuple(read.found for read in reads),
+    )
+    output, logsumexp = unfold(read.output for read in reads), unfold(read.logsumexp for read in reads)
     return Retrieved(output, logsumexp, memory_read)
 
 
-def age_weights(memory: Any, rows: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return log w(age) of each row, 0 for a memory in which age does not count."""
-    return memory.log_weights(rows) if has_age_prior(memory) else torch.zeros(rows.shape, device=rows.device)
+def lanes_by_memory(memory: Sequence[Memory]) -> list[tuple[Memory, list[int]]]:
+    """Return each memory once, with the lanes that read it."""
+    groups: dict[int, tuple[Memory, list[int]]] = {}
+    for lane, bank in enumerate(memory):
+        groups.setdefault(id(bank), (bank, []))[1].append(lane)
+    return list(groups.values())
 
 
-def has_age_prior(memory: Any) -> bool:
-    """Return whether age counts in a memory; most kinds of memory know no age."""
-    return bool(getattr(memory, "has_age_prior", False))
+def search_and_attend(
+    queries: Float[Tensor, "kv_heads queries dim"],
+    memory: Memory,
+    layer: int,
+    num_chunks: int,
+    scaling: float,
+    softcap: float | None,
+) -> GroupRead:
+    """Return the queries' attention over what a memory holds; search and reading are of one state of it.
+
+    Where somebody else changes the memory between the two, both are done again.
+    """
+    for _ in range(ATTEMPTS_TO_READ):
+        found = memory.search(layer, queries.detach(), num_chunks, scaling=scaling)
+        rows = found.rows.to(queries.device)
+        try:
+            # Stored keys are converted to the dtype of what meets them, so that of products is cheaper than autocast's own.
+            meeting = queries.to(product_dtype(queries))
+            return attend_found(meeting, found._replace(rows=rows), memory, layer, scaling, softcap)
+        except ChangedMemoryError:
+            continue
+    raise ChangedMemoryError
+
+
+def nothing_found(queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> GroupRead:
+    """Return what is read of a memory that holds nothing."""
+    rows = torch.full((*queries.shape[:2], num_chunks), -1, device=queries.device)
+    weights = torch.zeros_like(rows, dtype=torch.float32)
+    return GroupRead(
+        torch.zeros_like(queries, dtype=torch.float32),
+        queries.new_full(rows.shape[:2], NO_MEMORY, dtype=torch.float32),
+        weights,
+        Found(rows, torch.full_like(weights, -torch.inf), None, None),
+    )
 
 
 def product_dtype(states: Tensor) -> torch.dtype:
@@ -178,64 +210,45 @@ def product_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
-def refuse_changed_memory() -> None:
-    """Raise: what was found before the backward pass is no longer where it was."""
-    raise RuntimeError(
-        "The memory bank moved, overwrote or encoded again chunks between the forward and the backward pass; "
-        "call `backward()` before writing to the bank."
-    )
-
-
-def attend_rows(
+def attend_found(
     queries: Float[Tensor, "kv_heads queries dim"],
-    rows: Int[Tensor, "kv_heads queries chunks"],
-    bank: ReadableMemory,
+    found: Found,
+    memory: Memory,
     layer: int,
     scaling: float,
     softcap: float | None,
-    log_weights: Float[Tensor, "kv_heads queries chunks"] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return output, log-sum-exp and chunk weights of the queries over the chunks in `rows`, block by block.
-
-    `log_weights`: added to the scores of all tokens of a chunk.
+) -> GroupRead:
+    """Return the queries' attention over the chunks that were found for them, block by block.
 
     Under autograd a block's keys are gathered again in the backward pass instead of being kept (hundreds of MB a layer),
-    so the bank must not have moved, overwritten or encoded again rows in between; that is checked. Without autograd what is
-    encoded again meanwhile, by a refresh beside the reader, is read as it is then: the same chunk, of the newer encoder.
+    so the memory must not have moved, overwritten or encoded again rows in between: `gather` sees to that.
     """
+    if found.generation is None:
+        return nothing_found(queries, found.rows.shape[2])
     needs_grad = torch.is_grad_enabled() and queries.requires_grad
-    generation, encodings = bank.generation, bank.encodings
 
     def block(
         some_queries: Tensor, some_rows: Tensor, some_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if bank.generation != generation or (needs_grad and bank.encodings != encodings):
-            refuse_changed_memory()
         kv_heads, count, chunks = some_rows.shape
-        keys, values = bank.gather(layer, some_rows.clamp_min(0).flatten(1))
+        keys, values = memory.gather(layer, some_rows.clamp_min(0).flatten(1), found.generation)
         keys, values = (part.to(some_queries).unflatten(1, (count, chunks)).flatten(2, 3) for part in (keys, values))
-        found = (some_rows >= 0).repeat_interleave(keys.shape[2] // chunks, dim=-1)
+        is_found = (some_rows >= 0).repeat_interleave(keys.shape[2] // chunks, dim=-1)
         if some_weights is not None:
             some_weights = some_weights.repeat_interleave(keys.shape[2] // chunks, dim=-1)
-        output, logsumexp, weights = attend_block(some_queries, keys, values, found, scaling, softcap, some_weights)
+        output, logsumexp, weights = attend_block(some_queries, keys, values, is_found, scaling, softcap, some_weights)
         return output, logsumexp, weights.unflatten(-1, (chunks, -1)).sum(-1)
 
-    if bank.is_empty:
-        return (
-            torch.zeros_like(queries, dtype=torch.float32),
-            queries.new_full(rows.shape[:2], NO_MEMORY, dtype=torch.float32),
-            torch.zeros_like(rows, dtype=torch.float32),
-        )
     results = []
     # Split, not sliced: the gradient of each slice would be a tensor of zeros as large as all queries.
-    split = [part.split(QUERY_BLOCK, dim=1) for part in (queries, rows, log_weights) if part is not None]
-    for arguments in zip(*split, strict=True):
+    parts = (queries, found.rows, found.log_weights)
+    for arguments in zip(*(part.split(QUERY_BLOCK, dim=1) for part in parts if part is not None), strict=True):
         if needs_grad:
             results.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             results.append(block(*arguments))
     output, logsumexp, weights = (torch.cat(column, dim=1) for column in zip(*results, strict=True))
-    return output, logsumexp, weights
+    return GroupRead(output, logsumexp, weights, found)
 
 
 def fold_groups(

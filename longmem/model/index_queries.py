@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.model.attention import ReadableMemory
+from longmem.memory.protocols import EncodingModel, Found, Memory
+from longmem.memory.rows.ledger import ChunkPlace
 from longmem.model.modeling import LongMemForCausalLM
 
 
@@ -18,45 +19,54 @@ class QueryRecorder:
     It is the bank that answers, because what a layer asks depends on what the layers below it have read.
     """
 
-    def __init__(self, bank: ReadableMemory) -> None:
+    def __init__(self, bank: Memory) -> None:
         self._bank = bank
         self.queries: dict[int, list[Float[Tensor, "_kv_heads _queries _dim"]]] = {}
 
-    def __getattr__(self, name: str) -> object:
-        """Return what the bank says of itself: sizes, layers, fingerprint."""
-        return getattr(self._bank, name)
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Return the bank's."""
+        return self._bank.memory_layers
+
+    @property
+    def chunk_size(self) -> int:
+        """Return the bank's."""
+        return self._bank.chunk_size
 
     @property
     def is_empty(self) -> bool:
         """Return whether a search can find nothing."""
         return self._bank.is_empty
 
-    @property
-    def generation(self) -> int:
-        """Return what the bank returns."""
-        return self._bank.generation
+    def ready_for(self, model: EncodingModel) -> None:
+        """Make the bank ready."""
+        self._bank.ready_for(model)
 
-    @property
-    def encodings(self) -> int:
-        """Return what the bank returns."""
-        return self._bank.encodings
+    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+        """Return where rows are from."""
+        return self._bank.locate(rows)
 
     def search(
-        self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return what the bank finds; `options` are the bank's own."""
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        scaling: float | None = None,
+    ) -> Found:
+        """Return what the bank finds."""
         self.queries.setdefault(layer, []).append(queries.detach().to("cpu", torch.float32))
-        return self._bank.search(layer, queries, num_chunks, **options)
+        return self._bank.search(layer, queries, num_chunks, scaling=scaling)
 
-    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"]) -> tuple[Tensor, Tensor]:
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
         """Return what the bank holds."""
-        return self._bank.gather(layer, rows)
+        return self._bank.gather(layer, rows, generation)
 
 
 @torch.no_grad()
 def recorded_queries(
     model: LongMemForCausalLM,
-    bank: ReadableMemory,
+    bank: Memory,
     token_ids: Int[Tensor, " tokens"],
     layer: int,
     *,

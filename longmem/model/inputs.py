@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
-from longmem.model.attention import ReadableMemory
-
-if TYPE_CHECKING:
-    from longmem.model.modeling import LongMemForCausalLM
+from longmem.memory.protocols import EncodingModel, Memory
 
 
-def banks_per_lane(
-    model: LongMemForCausalLM, memory: ReadableMemory | Sequence[ReadableMemory], lanes: int
-) -> list[ReadableMemory]:
+def banks_per_lane(model: EncodingModel, memory: Memory | Sequence[Memory], lanes: int) -> list[Memory]:
     """Return one bank for each lane; beams of one lane share its bank.
 
     Raises:
@@ -31,7 +26,7 @@ def banks_per_lane(
     return [bank for bank in banks for _ in range(lanes // len(banks))]
 
 
-def refuse_other_encoder(model: LongMemForCausalLM, bank: Any) -> None:
+def refuse_other_encoder(model: EncodingModel, bank: Any) -> None:
     """Raise ValueError if `bank` is no bank of this model's kind; let it act if another encoder wrote what it holds."""
     config = model.config
     if not hasattr(bank, "search"):
@@ -45,8 +40,7 @@ def refuse_other_encoder(model: LongMemForCausalLM, bank: Any) -> None:
             f"model reads {config.memory_layers} in chunks of {config.chunk_size}; "
             "make one with `MemoryBank.for_model(model)`."
         )
-    if bank.fingerprint is not None:
-        bank.read_by(model)
+    bank.ready_for(model)
 
 
 def refuse_unstorable_layers(config: LongMemConfig, structure: BackboneStructure) -> None:

@@ -9,14 +9,13 @@ from longmem.backbone.interception import LocalAttention
 from longmem.backbone.positions import CosSin
 from longmem.backbone.structure import LayerStructure
 from longmem.configuration import LongMemConfig
+from longmem.memory.protocols import Memory
 from longmem.model.attention import (
     MemoryRead,
-    ReadableMemory,
     fuse_gated,
     fuse_joint,
     fuse_joint_plain,
     read_memory,
-    refuse_changed_memory,
 )
 
 
@@ -41,13 +40,12 @@ class MemoryReader:
         memory_layer: int,
         source: LayerStructure,
         bias: Tensor,
-        memory: Sequence[ReadableMemory],
+        memory: Sequence[Memory],
         position_embeddings: CosSin | None,
     ) -> None:
         self._config, self._memory_layer, self._source = config, memory_layer, source
         self._bias, self._memory = bias, memory
         self._position_embeddings = position_embeddings
-        self._generations: list[tuple[int, int]] = []
         self.read: MemoryRead | None = None
 
     def __call__(
@@ -64,9 +62,6 @@ class MemoryReader:
     ) -> tuple[Tensor, None]:
         """Return the fused output, `lanes tokens heads dim`."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        generations = [(bank.generation, bank.encodings) for bank in self._memory]
-        if self.read is not None and generations != self._generations:
-            refuse_changed_memory()
         retrieved = read_memory(
             self._memory_query(query),
             self._memory,
@@ -75,10 +70,9 @@ class MemoryReader:
             num_chunks=self._config.num_retrieved_tokens // self._config.chunk_size,
             scaling=scaling,
             softcap=softcap,
-            rows=None if self.read is None else self.read.rows,
-            log_weights=None if self.read is None else self.read.log_weights,
+            found=() if self.read is None else self.read.found,
         )
-        self.read, self._generations = retrieved.read, generations
+        self.read = retrieved.read
         arguments = query, key, value, attention_mask
         if self._config.fusion == "gated":
             capped = {} if softcap is None else {"softcap": softcap}

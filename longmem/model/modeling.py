@@ -23,13 +23,12 @@ from longmem.backbone.structure import UnsupportedBackboneError, computes_exactl
 from longmem.configuration import LongMemConfig
 from longmem.memory import MemoryBank
 from longmem.memory.memorize import memorize
-from longmem.model.attention import MemoryRead, ReadableMemory
+from longmem.memory.protocols import Memory
+from longmem.model.attention import MemoryRead
 from longmem.model.inputs import banks_per_lane, refuse_other_encoder, refuse_unknown_inputs
 from longmem.model.pretrained import LongMemPreTrainedModel
 from longmem.model.side_network import add_side_slots
 from longmem.streaming import MemoryStream, start_stream
-
-Memory = ReadableMemory | Sequence[ReadableMemory]
 
 
 @dataclasses.dataclass
@@ -75,7 +74,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         labels: Int[Tensor, "lanes tokens"] | None = None,
         use_cache: bool | None = None,
-        memory: Memory | None = None,
+        memory: Memory | Sequence[Memory] | None = None,
         logits_to_keep: int | Tensor = 0,
         output_memory_reads: bool = False,
         num_items_in_batch: int | Tensor | None = None,
@@ -160,8 +159,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
     ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
         """Return position-free keys and values of the tokens, one of each per memory layer, without gradients."""
-        backbone = self._backbone if self.writer is None else self.writer.backbone
-        return backbone.encode(input_ids, self.config.memory_layers or (), **inputs)
+        return self.encoder.encode(input_ids, **inputs)
 
     def memorize(
         self,

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from longmem.backbone.capture import Backbone, BackboneStates
-from longmem.backbone.interception import handled_by, local_implementation
-from longmem.backbone.observation import LayerCall
+from longmem.backbone.interception import LayerCall, handled_by, local_implementation
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
-from longmem.model.attention import MemoryRead, ReadableMemory
+from longmem.memory.protocols import Memory
+from longmem.model.attention import MemoryRead
 from longmem.model.copies import ModuleCopier
 from longmem.model.lora import adapter_names, add_adapters, merge_adapters
 from longmem.model.memory_attention import MemoryReader
@@ -64,7 +64,7 @@ class SideLayer(nn.Module):
         self,
         hidden_states: Float[Tensor, "lanes tokens hidden"],
         call: LayerCall,
-        memory: Sequence[ReadableMemory] | None,
+        memory: Sequence[Memory] | None,
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], MemoryRead | None]:
         """Return the layer's output, without the cross-network residual, and what it read.
 
@@ -114,6 +114,9 @@ class SideNetwork(nn.Module):
             SideLayer(config, number, layers[config.source_layer(number)], copier, cache_slot=len(layers) + slot)
             for slot, number in enumerate(config.side_layers)
         )
+        # Backbone layer whose input enters the first side layer, and the numbers of the layers that are built.
+        self.num_backbone_layers = len(layers)
+        self.entry, self.numbers = config.layer_reduction_factor * config.first_side_layer, list(config.side_layers)
         self.final_modules: nn.ModuleList | None = None
         if config.final_norm == "side":
             self.final_modules = copier.modules(backbone.structure.final_modules)
@@ -154,11 +157,7 @@ class SideNetwork(nn.Module):
     @property
     def hidden_layers(self) -> set[int]:
         """The backbone's hidden states that the side network needs: numbers of the layers they enter, L for the last."""
-        factor = self.config.layer_reduction_factor
-        wanted = {factor * self.config.first_side_layer}
-        for number in self.config.side_layers:
-            wanted |= set(self.residual_ends(number))
-        return wanted
+        return {self.entry, *(end for number in self.numbers for end in self.residual_ends(number))}
 
     def residual_ends(self, number: int) -> tuple[int, ...]:
         """Return (to, from): side layer i is followed by adding `h[to] - h[from]`; empty when nothing lies between."""
@@ -168,7 +167,7 @@ class SideNetwork(nn.Module):
         return () if start == end else (end, start)
 
     def forward(
-        self, states: BackboneStates, memory: Sequence[ReadableMemory] | None = None
+        self, states: BackboneStates, memory: Sequence[Memory] | None = None
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], list[MemoryRead]]:
         """Return the hidden states that replace the backbone's last ones, before its final norm, and what was read.
 
@@ -180,10 +179,11 @@ class SideNetwork(nn.Module):
             memory = None
         dtype = self.dtype
         reads: list[MemoryRead] = []
-        start = states.hidden_states[self.config.layer_reduction_factor * self.config.first_side_layer]
+        start = states.hidden_states[self.entry]
         hidden_states = start.to(dtype)
-        for number, layer in zip(self.config.side_layers, self.layers, strict=True):
-            call = states.calls[self.config.source_layer(number)].to(dtype, computed_in=start.dtype)
+        for number, layer in zip(self.numbers, self.layers, strict=True):
+            source: int = layer.source_layer  # type: ignore[assignment]
+            call = states.calls[source].to(dtype, computed_in=start.dtype)
             hidden_states, read = layer(hidden_states, call, memory)
             if read is not None:
                 reads.append(read)
@@ -200,7 +200,7 @@ class SideNetwork(nn.Module):
         return next(parameter.dtype for name, parameter in self.named_parameters() if "memory_bias" not in name)
 
     def _upper_state(self, states: BackboneStates, number: int) -> Tensor:
-        if states.final_states is not None and number == self.config.num_backbone_layers:
+        if states.final_states is not None and number == self.num_backbone_layers:
             return states.final_states
         return states.hidden_states[number]
 

@@ -6,14 +6,18 @@ a last slot that is never filled, and missing slots that are read as zeros. Wher
 silence, this raises `ReleasedCodeError`.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
 
 import faiss
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.errors import ChangedMemoryError
 from longmem.memory.checks import validate_storage_dtype
+from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.rows.codec import FLOATING_DTYPES
 
 
@@ -38,7 +42,6 @@ class OfficialMemory:
     """
 
     fingerprint = None  # nothing of the encoder is kept, so nothing can be checked
-    encodings = 0  # nor encoded again
 
     def __init__(
         self, *, memory_layer: int, chunk_size: int, memory_size: int, storage_dtype: torch.dtype | str = "float16"
@@ -72,9 +75,16 @@ class OfficialMemory:
             store.zero_()
         self.search_keys = self.search_keys[:, :0]
 
+    def ready_for(self, model: EncodingModel) -> None:
+        """Be read by any model: nothing of the encoder is known."""
+
+    def locate(self, rows: Int[Tensor, ...]) -> list[None]:
+        """Return None for every row: nothing is known of documents."""
+        return [None] * rows.numel()
+
     def search(
-        self, layer: int, queries: Float[Tensor, "heads queries dim"], num_chunks: int
-    ) -> tuple[Float[Tensor, "heads queries chunks"], Int[Tensor, "heads queries chunks"]]:
+        self, layer: int, queries: Float[Tensor, "heads queries dim"], num_chunks: int, *, scaling: float | None = None
+    ) -> Found:
         """Return scores and rows of the chunks with the largest inner products, best first; missing: `zero_row`, score 0.
 
         The search is FAISS's exact one, as in the released code, so that ties fall the same way.
@@ -86,12 +96,15 @@ class OfficialMemory:
             found.append([torch.from_numpy(part) for part in index.search(head_queries.numpy(), num_chunks)])
         scores, rows = (torch.stack(part) for part in zip(*found, strict=True))
         missing = rows < 0
-        return scores.masked_fill(missing, 0.0), rows.masked_fill(missing, self.zero_row)
+        rows = rows.masked_fill(missing, self.zero_row)
+        return Found(rows, scores.masked_fill(missing, 0.0), None, self.generation)
 
     def gather(
-        self, layer: int, rows: Int[Tensor, "heads chunks"]
+        self, layer: int, rows: Int[Tensor, "heads chunks"], generation: Hashable
     ) -> tuple[Float[Tensor, "heads chunks chunk_size dim"], Float[Tensor, "heads chunks chunk_size dim"]]:
         """Return keys and values of these rows, in the storage dtype."""
+        if generation != self.generation:
+            raise ChangedMemoryError
         heads = torch.arange(len(rows))[:, None]
         return self.keys[heads, rows.cpu()], self.values[heads, rows.cpu()]
 

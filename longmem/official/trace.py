@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longmem.memory.protocols import Found
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.official.memory import OfficialMemory
 from longmem.official.newgpt import alibi_bias, alibi_slopes
@@ -15,11 +16,11 @@ Values = dict[str, Tensor]
 
 
 class WatchedMemory(OfficialMemory):
-    """A memory that keeps what was found last: scores and rows, `heads queries chunks`, or None."""
+    """A memory that keeps what was found last, or None."""
 
-    found: tuple[Tensor, Tensor] | None = None
+    found: Found | None = None
 
-    def search(self, layer: int, queries: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
+    def search(self, layer: int, queries: Tensor, num_chunks: int, *, scaling: float | None = None) -> Found:
         """Return and keep the best rows."""
         self.found = super().search(layer, queries, num_chunks)
         return self.found
@@ -113,10 +114,12 @@ def forward_values(
 def retrieval_values(memory: WatchedMemory, lanes: int, tokens: int) -> Values:
     """Return what was found, in the released layouts: a search row is `t * lanes + lane`, a read row `lane * heads + head`."""
     assert memory.found is not None
-    scores, rows = (part.unflatten(1, (lanes, tokens)).transpose(1, 2) for part in memory.found)
+    rows, scores = (
+        part.unflatten(1, (lanes, tokens)).transpose(1, 2) for part in (memory.found.rows, memory.found.scores)
+    )
     keys, values = (
         part.unflatten(1, rows.shape[1:]).permute(2, 0, 1, 3, 4, 5).flatten(3, 4).flatten(0, 1)
-        for part in memory.gather(memory.memory_layers[0], rows.flatten(1))
+        for part in memory.gather(memory.memory_layers[0], rows.flatten(1), memory.generation)
     )
     return {
         "mem_layer/knn_index": rows.masked_fill(rows == memory.zero_row, -1).flatten(1, 2),

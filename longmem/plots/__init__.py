@@ -8,7 +8,6 @@ from longmem.plots.policies import plot_experiment
 from longmem.plots.stale_texts import plot_stale_texts
 from longmem.plots.staleness import plot_staleness
 from longmem.plots.style import require_matplotlib
-from longmem.plots.training import plot_training
 from longmem.plots.tuning import plot_tuning
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "plot_stale_texts",
     "plot_staleness",
     "plot_summaries",
-    "plot_training",
     "plot_tuning",
     "require_matplotlib",
 ]

@@ -7,18 +7,19 @@ import copy
 import math
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationConfig
 
 from longmem.memory import MemoryBank
 from longmem.memory.memorize import to_token_ids
+from longmem.memory.protocols import EncodingModel
 from longmem.streaming.choosing import end_tokens, one_token_config
 from longmem.streaming.state import (
     STATE_FILE,
@@ -31,8 +32,21 @@ from longmem.streaming.state import (
     write_state,
 )
 
-if TYPE_CHECKING:
-    from longmem.model.modeling import LongMemForCausalLM
+
+class StreamingModel(EncodingModel, Protocol):
+    """What a stream needs of a model."""
+
+    training: bool
+    generation_config: GenerationConfig
+
+    @property
+    def input_device(self) -> torch.device: ...
+
+    @property
+    def generate(self) -> Callable[..., Any]: ...
+
+    @property
+    def __call__(self) -> Callable[..., Any]: ...
 
 
 class MemoryStream:
@@ -46,7 +60,7 @@ class MemoryStream:
     in, and the stream can go on.
     """
 
-    def __init__(self, model: LongMemForCausalLM, memory: MemoryBank, state: StreamState) -> None:
+    def __init__(self, model: StreamingModel, memory: MemoryBank, state: StreamState) -> None:
         self.model = model
         self.memory = memory
         self._state = state
@@ -121,7 +135,7 @@ class MemoryStream:
         chooser.generation_config = config
         return self._generate(max_new_tokens, chooser)
 
-    def _generate(self, max_new_tokens: int | None, chooser: LongMemForCausalLM) -> Iterator[int]:
+    def _generate(self, max_new_tokens: int | None, chooser: StreamingModel) -> Iterator[int]:
         ends, count = end_tokens(chooser.generation_config), 0
         while max_new_tokens is None or count < max_new_tokens:
             token = self._next_token(chooser)
@@ -132,7 +146,7 @@ class MemoryStream:
             if token in ends:
                 return
 
-    def _next_token(self, chooser: LongMemForCausalLM) -> int:
+    def _next_token(self, chooser: StreamingModel) -> int:
         """Return the token that `generate` chooses, drawn with the stream's own random numbers."""
         self._forget_cache_if_bank_changed()
         device, local = self.model.input_device, self.local_ids[None]
@@ -144,7 +158,7 @@ class MemoryStream:
                 "memory": self.memory,
                 **cache,
             }
-            output: Any = chooser.generate(local.to(device), **inputs)  # type: ignore[misc]
+            output: Any = chooser.generate(local.to(device), **inputs)
             self._state.random = random_state(device)
         self._cache, self._cached = output.past_key_values, len(self._state.local_ids)
         return int(output.sequences[0, -1])
@@ -179,8 +193,8 @@ class MemoryStream:
         """Move the oldest tokens of the window to memory, and compute the cache of the others anew."""
         state = self._state
         leaving = self.local_ids[: state.window - state.keep]
-        self.memory.read_by(self.model)  # what is written now is the bank's current encoder's, or refused
-        keys, values = self.model.encode(leaving[None].to(self.model.input_device))
+        self.memory.ready_for(self.model)  # what is written now is the bank's current encoder's, or refused
+        keys, values = self.model.encoder.encode(leaving[None])
         # The bank refuses a first write to a document that somebody else has written meanwhile.
         is_there = state.is_written and state.document_id in self.memory
         write = self.memory.append if is_there else self.memory.add
@@ -235,7 +249,7 @@ class MemoryStream:
 
     @classmethod
     def load(
-        cls, folder: str | PathLike[str], model: LongMemForCausalLM, *, device: torch.device | str = "cpu"
+        cls, folder: str | PathLike[str], model: StreamingModel, *, device: torch.device | str = "cpu"
     ) -> MemoryStream:
         """Return the stream saved in `folder`, with its bank on `device`; it goes on as if it had never stopped.
 
@@ -250,7 +264,7 @@ class MemoryStream:
 
 
 def start_stream(
-    model: LongMemForCausalLM, memory: MemoryBank, document_id: str, window: int | None, keep: int | None, seed: int
+    model: StreamingModel, memory: MemoryBank, document_id: str, window: int | None, keep: int | None, seed: int
 ) -> MemoryStream:
     """Return a new stream; see `LongMemForCausalLM.stream`."""
     if not isinstance(memory, MemoryBank):
@@ -269,7 +283,7 @@ def start_stream(
     return MemoryStream(model, memory, state)
 
 
-def validate(state: StreamState, model: LongMemForCausalLM, memory: MemoryBank) -> None:
+def validate(state: StreamState, model: StreamingModel, memory: MemoryBank) -> None:
     """Raise ValueError if the state is not one of a stream of this model."""
     state.validate(
         chunk_size=memory.chunk_size,
@@ -279,7 +293,7 @@ def validate(state: StreamState, model: LongMemForCausalLM, memory: MemoryBank) 
     )
 
 
-def refuse_training(model: LongMemForCausalLM) -> None:
+def refuse_training(model: StreamingModel) -> None:
     """Raise ValueError in training mode, where dropout would make what a stream computes a matter of chance."""
     if model.training:
         raise ValueError("a stream needs the model in eval mode, got training mode; call `model.eval()`.")

@@ -19,7 +19,7 @@ from torch import Tensor
 from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch
 from longmem.memory import BankShards, MemoryBank
-from longmem.model.attention import ReadableMemory
+from longmem.memory.protocols import Memory
 from longmem.model.modeling import LongMemForCausalLM
 
 BatchAt = Callable[[int], LaneBatch]
@@ -104,7 +104,7 @@ class LaneMemories:
                 self.write(past, states_of(past))
         self._clear_new(batch)
 
-    def readable(self, batch: LaneBatch) -> list[ReadableMemory]:
+    def readable(self, batch: LaneBatch) -> list[Memory]:
         """Return what each lane reads with a batch: its own bank, and the next foreign ones.
 
         A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict. If the backbone
@@ -115,8 +115,8 @@ class LaneMemories:
             StaleMemoryError: the backbone has moved, or is about to, without being trained on purpose.
         """
         for bank in self.banks if self.model.writer is not None else self.banks[:1]:
-            bank.read_by(self.model)
-        found: list[ReadableMemory] = []
+            bank.ready_for(self.model)
+        found: list[Memory] = []
         for lane, own in enumerate(self.banks):
             others = self.banks[lane + 1 :] + self.banks[:lane]
             foreign = [bank for bank in others if batch.document_ids[lane] not in bank][: self.foreign_lanes]

@@ -27,10 +27,11 @@ from torch import Tensor
 from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.data.lanes import NO_LABEL
-from longmem.plots import plot_training, require_matplotlib
+from longmem.plots import require_matplotlib
 from longmem.settings.environment import environment
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints
+from longmem.training.curve import plot_training
 from longmem.training.encode_ahead import EncodeAhead, FeatureSource
 from longmem.training.features import FrozenFeatures
 from longmem.training.interruption import Interruption

@@ -39,8 +39,8 @@ def test_the_last_point_is_what_two_banks_say(models, measured):
     assert last.recall == pytest.approx(sum(shared) / len(shared))
     keys = [bank.search_keys(layer) for bank in banks]
     assert last.drift == pytest.approx(float((keys[1] - keys[0]).norm() / keys[1].norm()), rel=1e-4)
-    banks[0].read_by(old)
-    assert last.gap == pytest.approx(banks[0].staleness(new).gap_max, rel=1e-3)
+    banks[0].ready_for(old)
+    assert last.gap == pytest.approx(banks[0].freshness.report(new).gap_max, rel=1e-3)
 
 
 def test_the_way_is_straight_and_recall_falls_along_it(measured):

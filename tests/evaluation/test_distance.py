@@ -52,8 +52,8 @@ def haystack(model: Any) -> Haystack:
 def search(memory: Any, layer: int, count: int = 6) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the scores of the best chunks for some queries, and the keys and values of these chunks."""
     queries = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    scores, rows = memory.search(layer, queries, count)
-    return scores, list(memory.gather(layer, rows.flatten(1)))
+    rows, scores, *_ = memory.search(layer, queries, count)
+    return scores, list(memory.gather(layer, rows.flatten(1), memory.generation))
 
 
 def assert_same_memory(one: Any, other: Any) -> None:
@@ -183,11 +183,11 @@ def test_nothing_of_the_window_that_a_fact_replaces_is_read(model, haystack):
     layer = memory.bank.memory_layers[0]
     own = bank_of(model, haystack.window(7))
     queries = own.search_keys(layer)  # every chunk of the window asks for itself
-    own_best = own.search(layer, queries, 1)[0]
-    clean, replaced = (memory.read(1024, each).search(layer, queries, 1)[0] for each in ({}, {7: fact}))
+    own_best = own.search(layer, queries, 1).scores
+    clean, replaced = (memory.read(1024, each).search(layer, queries, 1).scores for each in ({}, {7: fact}))
     assert (clean >= own_best - 1e-4).all()
     read = memory.read(1024, {7: fact})
-    _, rows = read.search(layer, queries[:, :1], 1000)
+    rows = read.search(layer, queries[:, :1], 1000).rows
     rows = rows[0, 0][rows[0, 0] >= 0]
     assert len(rows.unique()) == 1024 // 4
     texts = [memory.bank, memory._aside, memory._encoded({7: fact})]  # the banks that the shards look into

@@ -193,7 +193,10 @@ def test_a_full_memory_holds_the_latest_tokens_whether_it_grew_or_not(model):
     for layer in bank.memory_layers:
         (scores, rows), (others, other_rows) = (each.search(layer, queries, 8) for each in (bank, other))
         torch.testing.assert_close(scores, others, **CLOSE)
-        found, expected = bank.gather(layer, rows[:, 0]), other.gather(layer, other_rows[:, 0])
+        found, expected = (
+            bank.gather(layer, rows[:, 0], bank.generation),
+            other.gather(layer, other_rows[:, 0], other.generation),
+        )
         torch.testing.assert_close(found, expected, **CLOSE)
     assert bank.num_tokens == 32
     assert torch.equal(bank.token_ids("document"), ids[128:160])

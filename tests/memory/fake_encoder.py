@@ -78,8 +78,10 @@ def write(bank: MemoryBank, model: Any, name: str, ids: list[int], segment: str 
 
 def stored(bank: MemoryBank, name: str) -> Tensor:
     """Return (layers, 2, heads, tokens, dim): the numbers of a document's resident chunks, as they are read."""
-    rows = bank._ledger.documents[name].rows.values
-    layers = [torch.stack(bank.gather(layer, rows.expand(HEADS, -1))).flatten(2, 3) for layer in LAYERS]
+    rows = bank._table.ledger.documents[name].rows.values
+    layers = [
+        torch.stack(bank.gather(layer, rows.expand(HEADS, -1), bank.generation)).flatten(2, 3) for layer in LAYERS
+    ]
     return torch.stack(layers).float()
 
 
@@ -87,5 +89,5 @@ def read_all(bank: MemoryBank, layer: int = LAYERS[0]) -> list[Any]:
     """Return the places of all chunks that a search finds."""
     if not bank.num_chunks:
         return []
-    _, rows = bank.search(layer, torch.ones(HEADS, 1, DIM), bank.num_chunks)
+    rows = bank.search(layer, torch.ones(HEADS, 1, DIM), bank.num_chunks).rows
     return [place for place in bank.locate(rows[0, 0]) if place is not None]

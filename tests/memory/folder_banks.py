@@ -68,11 +68,11 @@ def contents(bank: MemoryBank) -> dict[str, Any]:
     )
     expected = keys_and_values(ids)
     for position, (layer, (heads, _, _)) in enumerate(SIZES.items()):
-        read = bank.gather(layer, rows.expand(heads, -1))
+        read = bank.gather(layer, rows.expand(heads, -1), bank.generation)
         for stored, written in zip(read, expected, strict=True):
             assert torch.equal(stored.float().flatten(1, 2), written[position])
         means = read[0].float().mean(dim=2)
-        scores, nearest = bank.search(layer, means, 1)
+        nearest, scores, *_ = bank.search(layer, means, 1)
         # The chunk itself, or one of the same tokens, or now and then one with a longer key.
         products = means @ means.transpose(1, 2)
         best, own = products.amax(dim=-1), products.diagonal(dim1=1, dim2=2)
@@ -123,7 +123,7 @@ class RandomSteps:
                 for _ in range(self.random.randint(2, 5)):
                     self.change()
         elif kind == "compact" and self.folder is not None:
-            self.bank.compact()
+            self.bank.folder.compact()
         elif kind == "save over":
             other = MemoryBank(**self.settings)
             for name in self.random.sample("abcdefgh", 3):

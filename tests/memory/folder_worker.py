@@ -87,7 +87,7 @@ def _transaction(folder: str) -> None:
 
 def _compact(folder: str) -> None:
     with MemoryBank.open(folder) as bank:
-        bank.compact()
+        bank.folder.compact()
 
 
 def _save_over(folder: str) -> None:
@@ -104,7 +104,7 @@ def _create(folder: str) -> None:
 
 def _refresh(folder: str) -> None:
     with MemoryBank.open(folder) as bank:
-        bank.reencode(FakeModel("b"))
+        bank.freshness.reencode(FakeModel("b"))
 
 
 CHANGES = {
@@ -120,7 +120,7 @@ def refresh_for_ever(report: Report, folder: str) -> None:
     """Encode a bank again and again, with encoders in turn; report each time that it is done."""
     with MemoryBank.open(folder) as bank:
         for number in range(1_000_000):
-            bank.reencode(FakeModel("ba"[number % 2]))
+            bank.freshness.reencode(FakeModel("ba"[number % 2]))
             report(number)
 
 
@@ -142,7 +142,7 @@ def write_versions(report: Report, folder: str, seconds: float, enough: str) -> 
                     bank.delete("log")
                     write(bank, "log", range(5))
             if version % 7 == 0:
-                bank.compact()
+                bank.folder.compact()
             version += 1
     report(version)
 

@@ -127,10 +127,10 @@ def test_exact_search_counts_age_exactly(index):
     weights = {f"day {number}": -2 * math.log1p(10 - day) for number, day in enumerate((0, 3, 4, 10))}
     scores, rows = naive_search(bank, weights, 7)
     found = bank.search(LAYER, QUERIES, 7, scaling=SCALING)
-    torch.testing.assert_close(found[0], scores, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[1], rows)
+    torch.testing.assert_close(found.scores, scores, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.rows, rows)
     plain = bank.search(LAYER, QUERIES, 7)  # without the scale of attention, age does not count
-    assert not torch.equal(plain[1], rows)
+    assert not torch.equal(plain.rows, rows)
     expected = torch.tensor([0.0 if place is None else weights[place.document_id] for place in bank.locate(rows)])
     torch.testing.assert_close(bank.log_weights(rows).flatten(), expected)
 
@@ -143,14 +143,14 @@ def test_approximate_search_ranks_more_candidates_again(monkeypatch):
     weights = {f"day {number}": -0.01 * (10 - day) for number, day in enumerate((0, 3, 4, 10))}
     scores, rows = naive_search(bank, weights, 5)
     found = bank.search(LAYER, QUERIES, 5, scaling=SCALING)
-    assert bank._contents.index_of(0)._files  # not the exact search of a small bank
-    torch.testing.assert_close(found[0], scores, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found[1], rows)
-    assert not torch.allclose(found[0], bank.search(LAYER, QUERIES, 5)[0])
+    assert bank._table.index_of(0)._files  # not the exact search of a small bank
+    torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.rows, rows)
+    assert not torch.allclose(found.scores, bank.search(LAYER, QUERIES, 5).scores)
     bank.use_age_prior(
         "exp:a=100"
     )  # only candidates are ranked: the newest are not all among twenty of the forty chunks
-    newest = {place.document_id for place in bank.locate(bank.search(LAYER, QUERIES, 10, scaling=SCALING)[1])}
+    newest = {place.document_id for place in bank.locate(bank.search(LAYER, QUERIES, 10, scaling=SCALING).rows)}
     assert "day 3" in newest
 
 
@@ -176,7 +176,7 @@ def test_ages_count_from_the_newest_text_that_can_be_found():
     assert bank.log_weights(rows[:, :3]).tolist() == [[-4, -1, 0]]
     view = bank.select(["day 0", "day 1", "day 3"])
     assert (view.newest_date, view.log_weights(rows[:, :2]).tolist()) == (3 * DAY, [[-3, 0]])
-    found = bank.locate(view.search(LAYER, QUERIES, 10, scaling=1e-3)[1])
+    found = bank.locate(view.search(LAYER, QUERIES, 10, scaling=1e-3).rows)
     assert {place.document_id for place in found} == {"day 1"}
     bank.restore("day 3")
     assert bank.log_weights(rows).tolist() == [[-10, -7, -6, 0]]
@@ -198,12 +198,12 @@ def test_shards_count_ages_from_the_newest_of_all():
             write(part, f"{day}", 20, (0, 3, 4, 10).index(day), dated=day * DAY)
     shards = BankShards(parts)
     assert (shards.has_age_prior, shards.newest_date) == (True, 10 * DAY)
-    scores, rows = shards.search(LAYER, QUERIES, 9, scaling=SCALING)
+    rows, scores, *_ = shards.search(LAYER, QUERIES, 9, scaling=SCALING)
     expected = whole.search(LAYER, QUERIES, 9, scaling=SCALING)
-    torch.testing.assert_close(scores, expected[0])
-    torch.testing.assert_close(shards.log_weights(rows), whole.log_weights(expected[1]))
+    torch.testing.assert_close(scores, expected.scores)
+    torch.testing.assert_close(shards.log_weights(rows), whole.log_weights(expected.rows))
     assert shards.log_weights(rows).unique().numel() > 2
-    assert not torch.allclose(scores, shards.search(LAYER, QUERIES, 9)[0])
+    assert not torch.allclose(scores, shards.search(LAYER, QUERIES, 9).scores)
     assert not BankShards([dated_bank()]).has_age_prior
 
 
@@ -218,7 +218,7 @@ def test_the_prior_is_a_setting_that_is_saved_and_can_change(tmp_path):
         opened.use_age_prior("exp:a=0.5,floor=0.1")
         assert opened.version != version
         assert reader.age_prior == prior
-        assert reader.reload()
+        assert reader.folder.reload()
         assert reader.age_prior == AgePrior("exp", a=0.5, floor=0.1)
         with contextlib.suppress(RuntimeError), opened.transaction():
             opened.use_age_prior(None)

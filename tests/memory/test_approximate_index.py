@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from longmem.memory.index import approximate as module
 from longmem.memory.index import exact_top_chunks, make_index, read_index, write_index
 from longmem.memory.index.labels import LabelTable
-from longmem.memory.rows.chunks import Chunks, ChunkStore, LayerShape
+from longmem.memory.rows.storage import Chunks, ChunkStore, LayerShape
 
 HEADS, DIM = 2, 8
 SMALL = 24  # rows from which the kinds approximate in these tests

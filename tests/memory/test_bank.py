@@ -8,8 +8,9 @@ import torch
 from named_encoder import NamedEncoder
 
 from longmem.memory import BankView, DocumentInfo, MemoryBank
-from longmem.memory import store as store_module
-from longmem.memory.rows.chunks import ChunkStore
+from longmem.memory.memorize import memorize
+from longmem.memory.rows import storage as store_module
+from longmem.memory.rows.storage import ChunkStore
 
 LAYERS = (3, 7)
 SIZES = {3: (2, 6, 6), 7: (1, 8, 4)}  # kv_heads, key_dim, value_dim: other ones for each layer
@@ -35,10 +36,10 @@ def everything(bank: MemoryBank | BankView, layer: int = 3):
     """Return all that can be read from one layer, sorted by place: {place: (score, keys, values)} of head 0."""
     heads, dim, _ = SIZES[layer]
     queries = torch.ones(heads, 1, dim)
-    scores, rows = bank.search(layer, queries, 30)
+    rows, scores, *_ = bank.search(layer, queries, 30)
     if bank.is_empty:
         return {}
-    keys, values = bank.gather(layer, rows[:, 0])
+    keys, values = bank.gather(layer, rows[:, 0], bank.generation)
     places = [place and place[:3] for place in bank.locate(rows[0, 0])]
     return {
         place: (score, key.tolist(), value.tolist())
@@ -50,23 +51,31 @@ def everything(bank: MemoryBank | BankView, layer: int = 3):
 
 
 class TinyEncoder(NamedEncoder):
-    """Return a stand-in for the model: it writes random numbers seeded by the text, in segments of six tokens."""
+    """A stand-in for the model: it writes random numbers seeded by the text, in segments of eight letters."""
 
-    config = SimpleNamespace(memory_layers=list(LAYERS), chunk_size=4)
+    config = SimpleNamespace(
+        memory_layers=list(LAYERS),
+        chunk_size=4,
+        segment_length=8,
+        get_text_config=lambda: SimpleNamespace(vocab_size=256),
+    )
 
     def __init__(self, fingerprint: str = "encoder-a", fail_after: int | None = None) -> None:
         super().__init__(fingerprint)
-        self.fail_after = fail_after
+        self.fail_after, self.num_encoded = fail_after, 0
 
-    def memorize(self, bank, text_or_ids, *, document_id, reuse=None):
-        ids = torch.tensor([ord(letter) for letter in text_or_ids])
-        keys, values = random_tokens(len(ids), seed=int(ids.sum()))
-        for start in range(0, len(ids), 6):
-            if self.fail_after is not None and start >= self.fail_after:
-                raise RuntimeError("the encoder failed")
-            write = bank.append if document_id in bank else bank.add
-            piece = slice(start, start + 6)
-            write(document_id, part(keys, start, start + 6), part(values, start, start + 6), ids[piece])
+    def tokenizer(self, text, **options):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def encode(self, input_ids):
+        if self.fail_after is not None and self.num_encoded >= self.fail_after:
+            raise RuntimeError("the encoder failed")
+        self.num_encoded += input_ids.numel()
+        keys, values = random_tokens(input_ids.shape[1], seed=int(input_ids.sum()))
+        return [key[None] for key in keys], [value[None] for value in values]
+
+    def memorize(self, bank, text, *, document_id):
+        return memorize(self, bank, text, document_id)
 
 
 def test_pieces_equal_the_whole():
@@ -98,10 +107,10 @@ def test_search_scores_are_inner_products_with_mean_keys(index):
     bank = new_bank(index=index)
     bank.add("a", keys, values)
     queries = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(9))
-    scores, rows = bank.search(3, queries, 3)
+    rows, scores, *_ = bank.search(3, queries, 3)
     naive = queries @ keys[0].unflatten(1, (5, 4)).mean(2).transpose(1, 2)
     torch.testing.assert_close(scores, naive.sort(dim=2, descending=True).values[..., :3], rtol=1e-5, atol=1e-5)
-    stored_keys, stored_values = bank.gather(3, rows.flatten(1))
+    stored_keys, stored_values = bank.gather(3, rows.flatten(1), bank.generation)
     for head in range(2):
         for slot, (document_id, start, stop) in enumerate(place[:3] for place in bank.locate(rows[head])):
             assert document_id == "a"
@@ -126,9 +135,11 @@ def test_what_is_stored_is_detached_and_a_copy():
         for tensor in (*keys, *values):
             tensor.zero_()
     assert everything(bank) == before
-    assert not any(tensor.requires_grad for tensor in bank.gather(3, torch.zeros(2, 1, dtype=torch.int64)))
+    assert not any(
+        tensor.requires_grad for tensor in bank.gather(3, torch.zeros(2, 1, dtype=torch.int64), bank.generation)
+    )
     bank.append("a", *random_tokens(2, seed=1))
-    last = bank.gather(3, bank.search(3, torch.ones(2, 1, 6), 3)[1][:, 0])[0]
+    last = bank.gather(3, bank.search(3, torch.ones(2, 1, 6), 3).rows[:, 0], bank.generation)[0]
     assert (last.abs().sum(dim=-1) > 0).all()
 
 
@@ -275,14 +286,14 @@ def test_for_model_reads_config_and_fingerprint():
 
 def test_an_empty_bank_answers_searches():
     for bank in (new_bank(), new_bank()):
-        scores, rows = bank.search(3, torch.ones(2, 3, 6), 4)
+        rows, scores, *_ = bank.search(3, torch.ones(2, 3, 6), 4)
         assert rows.shape == scores.shape == (2, 3, 4)
         assert (rows == -1).all()
         assert torch.isneginf(scores).all()
         assert bank.locate(rows) == [None] * 24
         bank.add("short", *random_tokens(3))
         assert bank.is_empty
-        assert (bank.search(3, torch.ones(2, 3, 6), 4)[1] == -1).all()
+        assert (bank.search(3, torch.ones(2, 3, 6), 4).rows == -1).all()
 
 
 def test_work_is_proportional_to_what_is_written(monkeypatch):

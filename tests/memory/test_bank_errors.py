@@ -30,8 +30,8 @@ def state(bank: MemoryBank):
     """Return all that can be read from the only document of a bank."""
     read = [bank.documents(), bank.token_ids("moby-dick").tolist(), bank.nbytes]
     for layer, (heads, dim, _) in SIZES.items():
-        scores, rows = bank.search(layer, torch.ones(heads, 1, dim), 5)
-        keys, values = bank.gather(layer, rows[:, 0])
+        rows, scores, *_ = bank.search(layer, torch.ones(heads, 1, dim), 5)
+        keys, values = bank.gather(layer, rows[:, 0], bank.generation)
         read += [scores.tolist(), bank.locate(rows), keys.tolist(), values.tolist()]
     return read
 
@@ -50,6 +50,10 @@ def put(number: float):
         return tensor
 
     return change
+
+
+def gather_first(bank):
+    return bank.gather(3, torch.zeros(2, 1, dtype=torch.int64), bank.generation)
 
 
 GOOD = random_tokens(8)
@@ -106,7 +110,7 @@ BAD_CALLS = {
     "query batch": (lambda bank: bank.search(3, torch.ones(1, 2, 1, 6), 1), ["queries", "(1, 2, 1, 6)"]),
     "rows of the past": (lambda bank: bank.locate(torch.tensor([0, 2])), ["rows", "from -1 to 1", "0 to 2"]),
     "gather from nothing": (
-        lambda bank: bank.empty_like().gather(3, torch.zeros(2, 1, dtype=torch.int64)),
+        lambda bank: gather_first(bank.empty_like()),
         ["empty", "num_chunks"],
     ),
 }
@@ -163,7 +167,7 @@ def test_numbers_too_large_for_float16_fit_the_other_dtypes():
     for dtype in ("bfloat16", "float32", "int8"):
         bank = new_bank(storage_dtype=dtype)
         bank.add("a", keys, values)
-        assert torch.isfinite(bank.gather(3, torch.tensor([[0, 1], [0, 1]]))[0]).all()
+        assert torch.isfinite(bank.gather(3, torch.tensor([[0, 1], [0, 1]]), bank.generation)[0]).all()
 
 
 def test_a_refused_first_write_fixes_no_sizes():

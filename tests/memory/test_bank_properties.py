@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem.memory import DocumentInfo, MemoryBank
-from longmem.memory.folder import merging, tensor_file
+from longmem.memory.folder import disk_storage, tensor_file
 from longmem.memory.index import FlatIndex, approximate
 from longmem.memory.rows.codec import STORAGE_DTYPES, decode, encode
 from longmem.plugins import PLUGINS
@@ -136,7 +136,7 @@ class BankMachine(RuleBasedStateMachine):
         self.patch.setattr(approximate, "EXACT_BELOW", 3)
         self.patch.setattr(approximate, "POINTS_PER_CENTROID", 1)
         self.patch.setattr(tensor_file.os, "fsync", lambda descriptor: None)  # not what is tested here
-        self.patch.setattr(merging, "SEGMENTS_TO_MERGE", 3)
+        self.patch.setattr(disk_storage, "SEGMENTS_TO_MERGE", 3)
         self.folder = tempfile.mkdtemp()
         options = dict(
             memory_layers=LAYERS,
@@ -210,8 +210,8 @@ class BankMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_folder)
     @rule()
     def compact(self):
-        self.bank.compact()
-        self.bank.verify()
+        self.bank.folder.compact()
+        self.bank.folder.verify()
 
     @precondition(lambda self: self.in_folder and self.naive.documents)
     @rule(data=st.data(), count=LENGTHS)
@@ -236,7 +236,7 @@ class BankMachine(RuleBasedStateMachine):
     @rule(data=st.data(), count=LENGTHS, cut=LENGTHS)
     def update(self, data, count, cut):
         name = data.draw(st.sampled_from([document.name for document in self.naive.documents]))
-        if self.bank._contents.shapes is None:
+        if self.bank._table.shapes is None:
             return
         tokens, machine = self.new_tokens(count), self
 
@@ -307,7 +307,7 @@ class BankMachine(RuleBasedStateMachine):
             own = list(means.values())
             queries = torch.stack([*own, torch.ones(HEADS[layer], dim, dtype=torch.double)], dim=1)
             num_chunks = len(resident) + 2
-            scores, rows = reader.search(layer, queries, num_chunks)
+            rows, scores, *_ = reader.search(layer, queries, num_chunks)
             assert (rows >= 0).sum(dim=-1).eq(len(resident)).all()
             assert (rows[..., len(resident) :] == -1).all()
             assert torch.isneginf(scores[..., len(resident) :]).all()
@@ -323,7 +323,7 @@ class BankMachine(RuleBasedStateMachine):
             assert (naive.diff(dim=-1) < 1e-4).all()
             if layer == 2:
                 assert (found[0, : len(own), 0] == torch.arange(len(own))).all()
-            keys, values = reader.gather(layer, rows[:, -1])
+            keys, values = reader.gather(layer, rows[:, -1], reader.generation)
             for part, stored in enumerate((keys, values)):
                 expected = torch.stack([pair[part] for pair in chunks.values()], dim=1)
                 expected = decode(encode(expected, self.storage_dtype)).float()

@@ -106,7 +106,7 @@ def filled_bank(storage_dtype: str, dim: int = 64) -> MemoryBank:
 
 def test_int8_takes_half_the_room_and_finds_the_same_chunks():
     half, small = filled_bank("float16"), filled_bank("int8")
-    search_keys = small._contents.storage.layer(0).search_keys.nbytes
+    search_keys = small._table.storage.layer(0).search_keys.nbytes
     assert (small.nbytes - search_keys) / (half.nbytes - search_keys) == 66 / 128
     queries = random_vectors(3, 7, 64, seed=2)
     for found, expected in zip(small.search(2, queries, 5), half.search(2, queries, 5), strict=True):

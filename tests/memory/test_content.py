@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem.memory import BankShards, MemoryBank, content
+from longmem.memory import BankShards, MemoryBank, visibility
 from longmem.memory.folder.catalogue import CATALOGUE
 from longmem.memory.index import approximate, exact
 
@@ -21,7 +21,7 @@ QUERIES = torch.randn(HEADS, 3, DIM, generator=torch.Generator().manual_seed(1))
 @pytest.fixture
 def clock(monkeypatch):
     now = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(content, "time", SimpleNamespace(time=lambda: now.now))
+    monkeypatch.setattr(visibility, "time", SimpleNamespace(time=lambda: now.now))
     return now
 
 
@@ -39,7 +39,7 @@ def new_bank(*names: str, **options) -> MemoryBank:
 
 
 def found_in(memory, num_chunks: int = 500) -> set[str]:
-    return {place.document_id for place in memory.locate(memory.search(LAYER, QUERIES, num_chunks)[1]) if place}
+    return {place.document_id for place in memory.locate(memory.search(LAYER, QUERIES, num_chunks).rows) if place}
 
 
 def said(bank: MemoryBank, name: str):
@@ -76,10 +76,10 @@ def test_a_search_finds_as_many_chunks_as_were_asked_for(index, monkeypatch):
     for name in names[:10]:
         bank.supersede(name)
     alone = new_bank(*names[10:], index="exact")
-    scores, rows = bank.search(LAYER, QUERIES, 25)
+    rows, scores, *_ = bank.search(LAYER, QUERIES, 25)
     assert (rows >= 0).all()
     assert found_in(bank) == set(names[10:])
-    best = alone.search(LAYER, QUERIES, 25)[0]
+    best = alone.search(LAYER, QUERIES, 25).scores
     assert torch.isclose(scores[..., 0], best[..., 0]).double().mean() >= 0.5  # approximate kinds may miss some
     if index in ("flat", "exact"):
         torch.testing.assert_close(scores, best)
@@ -98,10 +98,10 @@ def test_what_is_hidden_is_left_out_of_all_rows_or_of_a_copy(num_hidden, few, pr
             write(each, name, dated=86_400 * day)
     for name in names[:num_hidden]:
         bank.supersede(name)
-    found, expected = bank.search(LAYER, QUERIES, 9, scaling=0.5), alone.search(LAYER, QUERIES, 9, scaling=0.5)
+    expected, found, *_ = bank.search(LAYER, QUERIES, 9, scaling=0.5), alone.search(LAYER, QUERIES, 9, scaling=0.5)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
     assert bank.locate(found[1]) == alone.locate(expected[1])
-    not_numbers = bank.locate(bank.search(LAYER, torch.full_like(QUERIES, torch.nan), 9)[1])
+    not_numbers = bank.locate(bank.search(LAYER, torch.full_like(QUERIES, torch.nan), 9).rows)
     assert not {place.document_id for place in not_numbers if place} & set(names[:num_hidden])
 
 
@@ -265,7 +265,7 @@ def test_eviction_and_updates_keep_the_books(tmp_path):
     assert found_in(bank) == {"b", "c"}
     draft = new_bank("b")
     bank.supersede("b", by="c")
-    bank._contents.replace(bank._document("_", "b"), draft._contents, draft._document("_", "b"))
+    bank._table.replace(bank._document("_", "b"), draft._table, draft._document("_", "b"))
     assert said(bank, "b") == (None, None, True, "c")
     assert found_in(bank) == {"c"}
     bank.clear()

@@ -110,7 +110,10 @@ def test_tags_select_documents_now_and_later():
     assert view.num_chunks == 2
     bank.tag("b", ["law"])
     bank.tag("c", ["old"])
-    assert {each.document_id for each in view.locate(view.search(1, torch.ones(1, 1, 22), 4)[1]) if each} == {"a", "b"}
+    assert {each.document_id for each in view.locate(view.search(1, torch.ones(1, 1, 22), 4).rows) if each} == {
+        "a",
+        "b",
+    }
     assert bank.select("b", tags=["old"]).num_chunks == 2
     assert [info.tags for info in bank.documents()] == [("law",), ("law",), ("old",)]
     with pytest.raises(ValueError, match="at least one document or tag"):

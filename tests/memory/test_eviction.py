@@ -120,7 +120,7 @@ def test_time_to_live_ends_at_a_search_or_a_listing(clock):
     add(bank, "b", 1, seed=3)
     bank.pin("b")
     clock.now += 30
-    scores, rows = bank.search(1, torch.ones(1, 1, 4), 3)
+    rows, scores, *_ = bank.search(1, torch.ones(1, 1, 4), 3)
     assert {place[:3] for place in bank.locate(rows) if place} == {("a", 2, 4), ("b", 0, 2)}
     clock.now += 1000
     assert resident(bank) == {"b": 1}
@@ -194,7 +194,7 @@ def test_a_document_that_expired_is_not_continued(clock, tmp_path, in_folder):
     with pytest.raises(ValueError, match="deleted or evicted"):
         bank.append("gone", *tokens(8))
     bank.append("waits", *tokens(8))
-    assert bank.search(1, torch.ones(1, 1, 4), 3)[1][0, 0, 2] == -1, "no row is left without an owner"
+    assert bank.search(1, torch.ones(1, 1, 4), 3).rows[0, 0, 2] == -1, "no row is left without an owner"
     assert resident(bank) == {"waits": 2}
     bank.add("gone", *tokens(4))  # the name is free
     assert "gone" in bank
@@ -206,7 +206,7 @@ def test_compact_removes_the_bytes_of_what_expired(clock, tmp_path):
     bank = MemoryBank.create(tmp_path / "bank", memory_layers=[1], chunk_size=4, eviction="ttl:seconds=60")
     bank.add("a", *tokens(4), range(4), text="secret words", char_ends=[3, 6, 9, 12])
     clock.now += 60
-    bank.compact()
+    bank.folder.compact()
     bank.close()
     files = [path for path in (tmp_path / "bank").rglob("*") if path.is_file()]
     assert not any(b"secret" in path.read_bytes() for path in files)

@@ -10,7 +10,7 @@ import torch
 from folder_banks import SETTINGS, SIZES, RandomSteps, contents, keys_and_values, segment_files, write
 
 from longmem.memory import MemoryBank
-from longmem.memory.folder import bank_folder, disk_storage, merging, tensor_file
+from longmem.memory.folder import bank_folder, disk_storage, tensor_file
 
 
 def make_bank(folder, **options) -> MemoryBank:
@@ -22,7 +22,7 @@ def make_bank(folder, **options) -> MemoryBank:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_steps_leave_what_a_bank_in_memory_holds(tmp_path, seed, monkeypatch):
-    monkeypatch.setattr(merging, "SEGMENTS_TO_MERGE", 3)
+    monkeypatch.setattr(disk_storage, "SEGMENTS_TO_MERGE", 3)
     monkeypatch.setattr(disk_storage, "SEGMENT_BYTES", 30_000)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     on_disk, in_memory = RandomSteps(seed, tmp_path / "bank"), RandomSteps(seed)
@@ -33,10 +33,10 @@ def test_random_steps_leave_what_a_bank_in_memory_holds(tmp_path, seed, monkeypa
         if number % 5 == 0:
             assert contents(on_disk.bank) == contents(in_memory.bank)
             with MemoryBank.open(tmp_path / "bank", read_only=True) as reader:
-                reader.verify()
+                reader.folder.verify()
                 assert contents(reader) == contents(in_memory.bank)
     assert contents(in_memory.bank) != before or len(before) > 3
-    assert segment_files(tmp_path / "bank") == {s.file.path.name for s in on_disk.bank._contents.storage.segments}
+    assert segment_files(tmp_path / "bank") == {s.file.path.name for s in on_disk.bank._table.storage.segments}
 
 
 # Transactions.
@@ -64,7 +64,7 @@ def test_a_transaction_that_fails_leaves_memory_and_disk_at_the_last_commit(tmp_
             assert contents(bank) == before
             with MemoryBank.open(tmp_path, read_only=True) as reader:
                 assert contents(reader) == before
-        bank.verify()
+        bank.folder.verify()
         write(bank, "new", range(500, 520))
         assert contents(bank) != before
 
@@ -74,11 +74,11 @@ def test_an_inner_block_is_a_part_of_the_outer_one(tmp_path):
         with bank.transaction():
             with bank.transaction():
                 bank.delete("a")
-            assert not reader.reload()
+            assert not reader.folder.reload()
             with contextlib.suppress(RuntimeError), bank.transaction():
                 bank.delete("b")
                 raise RuntimeError
-        assert reader.reload()
+        assert reader.folder.reload()
         assert list(contents(reader)) == list(contents(bank)) == ["c"]
 
 
@@ -96,7 +96,7 @@ def test_an_interrupt_while_files_are_written_leaves_the_last_commit(tmp_path, m
                 with pytest.raises(KeyboardInterrupt):
                     write(bank, "a", range(300, 330))
             assert contents(bank) == before
-        bank.verify()
+        bank.folder.verify()
         write(bank, "a", range(300, 330))
         assert contents(bank)["a"][0].num_tokens == 48
         with MemoryBank.open(tmp_path, read_only=True) as reader:
@@ -119,7 +119,7 @@ def test_compact_inside_a_transaction_is_refused(tmp_path):
         def compact_inside() -> None:
             with bank.transaction():
                 bank.delete("a")
-                bank.compact()
+                bank.folder.compact()
 
         with pytest.raises(ValueError, match="transaction"):
             compact_inside()
@@ -133,7 +133,7 @@ def test_a_closed_bank_says_so(tmp_path):
     bank.close()
     bank.close()
     files = segment_files(tmp_path)
-    for use in (lambda: write(bank, "d", range(9)), bank.compact, bank.verify, bank.reload):
+    for use in (lambda: write(bank, "d", range(9)), bank.folder.compact, bank.folder.verify, bank.folder.reload):
         with pytest.raises(ValueError, match="closed"):
             use()
     assert segment_files(tmp_path) == files
@@ -149,13 +149,13 @@ def test_a_bank_whose_documents_are_all_gone_answers_and_goes_on(tmp_path, index
     for _ in range(2):
         with MemoryBank.open(tmp_path) as bank:
             for layer, (heads, dim, _) in SIZES.items():
-                scores, rows = bank.search(layer, torch.ones(heads, 2, dim), 3)
+                rows, scores, *_ = bank.search(layer, torch.ones(heads, 2, dim), 3)
                 assert torch.isneginf(scores).all()
                 assert (rows == -1).all()
             with pytest.raises(ValueError, match="sizes|heads|shape"):
                 bank.add("wrong", [torch.ones(3, 8, 2)] * 2, [torch.ones(3, 8, 2)] * 2)
-            bank.compact()
-            bank.verify()
+            bank.folder.compact()
+            bank.folder.verify()
     with MemoryBank.open(tmp_path) as bank:
         assert not segment_files(tmp_path)
         write(bank, "d", range(9))
@@ -214,13 +214,13 @@ def test_compact_leaves_no_byte_of_what_was_deleted_or_evicted(tmp_path, reopen)
         bank.close()
         bank = MemoryBank.open(tmp_path)
     found, size = contents(bank), size_of(tmp_path)
-    bank.compact()
+    bank.folder.compact()
     for wanted in (*gone, *evicted):
         assert files_with(tmp_path, wanted) == []
     assert files_with(tmp_path, bytes_of(range(218, 222))[1])
     assert size_of(tmp_path) < size
     assert contents(bank) == found
-    bank.verify()
+    bank.folder.verify()
     bank.close()
     with MemoryBank.open(tmp_path, read_only=True) as bank:
         assert contents(bank) == found
@@ -241,14 +241,14 @@ def test_a_bank_with_more_files_than_may_be_open_is_not_called_damaged(tmp_path,
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc/self/fd")
 def test_mapped_segments_keep_no_file_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(merging, "SEGMENTS_TO_MERGE", 100)
+    monkeypatch.setattr(disk_storage, "SEGMENTS_TO_MERGE", 100)
     with MemoryBank.create(tmp_path, **SETTINGS) as bank:
         for number in range(12):
             write(bank, str(number), range(100 * number, 100 * number + 8))
     before = len(list(Path("/proc/self/fd").iterdir()))
     with MemoryBank.open(tmp_path, read_only=True) as bank:
         found = contents(bank)
-        assert len(bank._contents.storage.segments) == 12
+        assert len(bank._table.storage.segments) == 12
         assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1  # the catalogue
     with MemoryBank.open(tmp_path, read_only=True, mmap=False) as bank:
         assert contents(bank) == found

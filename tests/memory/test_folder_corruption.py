@@ -50,7 +50,7 @@ def outcome(folder: Path, answers: dict, damaged: Path | None, *, read_only: boo
     names = [CATALOGUE] if damaged is None else [damaged.name]
     try:
         with MemoryBank.open(folder, read_only=read_only) as bank:
-            bank.verify()
+            bank.folder.verify()
             assert contents(bank) == answers
             return "harmless"
     except ValueError as error:
@@ -165,7 +165,7 @@ def test_files_that_were_swapped_are_refused(folder, answers):
         one.write_bytes(contents_of[1])
         other.write_bytes(contents_of[0])
         with pytest.raises(ValueError, match=f"{one.name}|{other.name}"), MemoryBank.open(folder) as bank:
-            bank.verify()
+            bank.folder.verify()
         one.write_bytes(contents_of[0])
         other.write_bytes(contents_of[1])
     assert outcome(folder, answers, None) == "harmless"

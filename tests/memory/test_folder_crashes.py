@@ -16,7 +16,7 @@ KILLED = signal.SIGKILL
 
 
 def names_of_segments(bank: MemoryBank) -> set[str]:
-    return {segment.file.path.name for segment in bank._contents.storage.segments}
+    return {segment.file.path.name for segment in bank._table.storage.segments}
 
 
 def check_after_a_kill(folder: Path, seed: int, reports: list[int]) -> str:
@@ -34,16 +34,16 @@ def check_after_a_kill(folder: Path, seed: int, reports: list[int]) -> str:
         with MemoryBank.open(folder, read_only=True) as reader:
             assert contents(reader) in (last, in_progress)
     with MemoryBank.open(folder) as bank:
-        bank.verify()
+        bank.folder.verify()
         found = contents(bank)
         assert found in (last, in_progress)
         assert list(found) in (list(last), list(in_progress))
         assert segment_files(folder) == names_of_segments(bank)
         write(bank, "after", range(10**6, 10**6 + 9))
-        bank.compact()
+        bank.folder.compact()
         # SQLite leaves a journal that was not begun in earnest until the next commit.
         assert {path.name for path in folder.iterdir()} <= {"catalogue.sqlite", "segments", "lock"}
-        bank.verify()
+        bank.folder.verify()
     return "last" if found == last else "in progress"
 
 
@@ -100,7 +100,7 @@ def test_an_exit_at_any_point_of_a_change_leaves_the_old_or_the_new(workers, tmp
             break
         assert os.waitstatus_to_exitcode(status) == 77, reports
         with MemoryBank.open(folder) as bank:
-            bank.verify()
+            bank.folder.verify()
             outcomes.append(allowed.index(contents(bank)))
             assert segment_files(folder) == names_of_segments(bank)
     assert sorted(outcomes) == outcomes

@@ -63,7 +63,7 @@ CHANGES = {
     "append": lambda bank: write(bank, "b", range(1000, 1202)),
     "replace": lambda bank: replace(bank, "a"),
     "rename": lambda bank: bank.rename("a", "long name " * 3000),
-    "compact": lambda bank: bank.compact(),
+    "compact": lambda bank: bank.folder.compact(),
 }
 
 
@@ -91,23 +91,23 @@ def test_a_full_disk_leaves_the_last_commit_and_no_litter(small_disk, change):
         except ValueError as error:
             failed.add(str(error))
         assert contents(bank) == before
-        assert segment_files(folder) == {s.file.path.name for s in bank._contents.storage.segments}
+        assert segment_files(folder) == {s.file.path.name for s in bank._table.storage.segments}
         with MemoryBank.open(folder, read_only=True) as reader:
-            reader.verify()
+            reader.folder.verify()
             assert contents(reader) == before
         ballast.unlink()
-        bank.verify()
+        bank.folder.verify()
     else:
         CHANGES[change](bank)
     assert failed
     assert all(str(folder) in message and "Free some room" in message for message in failed)
-    bank.verify()
+    bank.folder.verify()
     write(bank, "after", range(5000, 5020))
     found = contents(bank)
     assert found != before
     bank.close()
     with MemoryBank.open(folder) as bank:
-        bank.verify()
+        bank.folder.verify()
         assert contents(bank) == found
 
 
@@ -144,7 +144,7 @@ def test_a_bank_is_not_made_on_a_full_disk_but_later(small_disk):
         MemoryBank.create(small_disk / "another", **SETTINGS)
     ballast.unlink()
     with MemoryBank.open(small_disk / "bank") as bank:  # the lock is free
-        bank.verify()
+        bank.folder.verify()
 
 
 def test_what_waits_within_a_transaction_meets_a_full_disk(tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_what_waits_within_a_transaction_meets_a_full_disk(tmp_path, monkeypatch
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=NOT_WRITTEN):
             write_much(patch)
         assert contents(bank) == before
-        assert segment_files(tmp_path) == {s.file.path.name for s in bank._contents.storage.segments}
+        assert segment_files(tmp_path) == {s.file.path.name for s in bank._table.storage.segments}
 
 
 def test_a_disk_that_cannot_be_written_is_read(small_disk):
@@ -175,8 +175,8 @@ def test_a_disk_that_cannot_be_written_is_read(small_disk):
     try:
         with MemoryBank.open(small_disk / "bank", read_only=True) as reader:
             assert contents(reader) == found
-            assert not reader.reload()
-            reader.verify()
+            assert not reader.folder.reload()
+            reader.folder.verify()
         assert contents(MemoryBank.load(small_disk / "bank")) == found
         for write_to in (MemoryBank.open, MemoryBank.load(small_disk / "bank").save):
             with pytest.raises(ValueError, match="can be written"):
@@ -219,6 +219,6 @@ def test_a_quota_leaves_the_last_commit(workers, tmp_path, max_bytes):
     assert in_memory == on_disk
     assert after == [*on_disk, "after"]
     with MemoryBank.open(tmp_path / "bank") as bank:
-        bank.verify()
+        bank.folder.verify()
         assert list(contents(bank)) == after
     shutil.rmtree(tmp_path / "bank")

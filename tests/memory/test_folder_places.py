@@ -32,7 +32,7 @@ def test_any_name_of_a_folder_will_do(tmp_path, name):
     with MemoryBank.open(str(tmp_path / name)) as bank:
         assert contents(bank) == found
         bank.delete("a")
-        bank.compact()
+        bank.folder.compact()
     assert list(contents(MemoryBank.load(tmp_path / name))) == ["b", "c"]
 
 
@@ -46,10 +46,10 @@ def test_a_relative_path_stays_the_same_folder_when_the_process_goes_elsewhere(t
     with bank, reader:
         bank.delete("a")
         write(bank, "d", range(300, 330))
-        bank.compact()
-        bank.verify()
+        bank.folder.compact()
+        bank.folder.verify()
         bank.save("bank")  # another folder, in this place
-        assert reader.reload()
+        assert reader.folder.reload()
         assert contents(reader) == contents(bank)
         bank.save(tmp_path / "here" / "bank")  # its own folder: nothing to do
         found = contents(bank)
@@ -77,7 +77,7 @@ def test_a_bank_that_was_copied_or_moved_is_opened_there(tmp_path, move):
     with MemoryBank.open(tmp_path / "b") as bank:
         assert contents(bank) == found
         write(bank, "a", range(18, 40))
-        bank.verify()
+        bank.folder.verify()
 
 
 class Encoder(NamedEncoder):
@@ -103,12 +103,12 @@ def test_a_bank_that_was_opened_and_read_under_inference_mode_is_written_outside
         with mode():
             write(bank, "e", range(400, 450))
             bank.delete("d")
-            bank.compact()
+            bank.folder.compact()
             bank.update("e", range(450, 480), model=Encoder())
         write(bank, "e", range(480, 483))
         bank.rename("e", "f")
         bank.delete("a")
-        bank.verify()
+        bank.folder.verify()
         found = contents(bank)
     assert contents(MemoryBank.load(tmp_path)) == found
 
@@ -140,7 +140,7 @@ def test_a_bank_in_memory_is_copied_and_pickled(tmp_path):
     with make_bank(tmp_path) as on_disk:
         found = contents(on_disk)
     bank = MemoryBank.load(tmp_path)
-    bank.read_by(NamedEncoder())  # a bank knows its reader, which must not go along
+    bank.ready_for(NamedEncoder())  # a bank knows its reader, which must not go along
     for twin in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
         assert contents(twin) == found
         write(twin, "d", range(300, 309))
@@ -173,10 +173,10 @@ def test_without_mapping_what_was_read_does_not_stay(tmp_path):
             found = bank.search(1, torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)), 4)
             read[mapped] = [*found]
             for rows in order.split(64):
-                read[mapped] += bank.gather(1, rows.expand(2, -1))
+                read[mapped] += bank.gather(1, rows.expand(2, -1), bank.generation)
                 peak = max(peak, resident_bytes(tmp_path))
             peaks[mapped] = peak
-            assert bank.verify()
+            assert bank.folder.verify()
     assert peaks[True] > 2**22
     assert peaks[False] == 0
     assert all(torch.equal(one, two) for one, two in zip(read[True], read[False], strict=True))

@@ -43,10 +43,10 @@ def check_snapshot(reader: MemoryBank) -> None:
         for position, layer in enumerate(LAYERS):
             heads = SIZES[layer][0]
             means = keys[position].unflatten(1, (-1, 4)).mean(dim=2)
-            rows = reader.search(layer, means, 1)[1][..., 0]
+            rows = reader.search(layer, means, 1).rows[..., 0]
             places = [place[:3] for place in reader.locate(rows)]
             assert places == heads * [(name, 4 * i, 4 * i + 4) for i in range(num_chunks)]
-            for stored, written in zip(reader.gather(layer, rows), (keys, values), strict=True):
+            for stored, written in zip(reader.gather(layer, rows, reader.generation), (keys, values), strict=True):
                 assert torch.equal(stored.float().flatten(1, 2), written[position])
 
 
@@ -64,10 +64,10 @@ def test_readers_see_whole_commits_while_another_process_writes(workers, tmp_pat
                 with MemoryBank.open(folder, read_only=True) as another:
                     version = check_version(another)
                     assert version is not None or another.reload()
-            reader.reload()
+            reader.folder.reload()
             version = check_version(reader)
             if version is None:
-                assert reader.reload(), "only a commit deletes documents"
+                assert reader.folder.reload(), "only a commit deletes documents"
                 continue
             assert not seen or version >= seen[-1]
             seen.append(version)
@@ -98,7 +98,7 @@ def test_a_snapshot_outlives_deletion_compaction_and_another_bank_in_its_place(t
         with MemoryBank.open(tmp_path) as bank:
             for name in ("one", "twin", "log"):
                 bank.delete(name)
-            bank.compact()
+            bank.folder.compact()
         check_snapshot(reader)
         assert reader.token_ids("one") is None
         assert reader.token_ids("stable").tolist() == list(range(800, 837))
@@ -108,7 +108,7 @@ def test_a_snapshot_outlives_deletion_compaction_and_another_bank_in_its_place(t
         check_snapshot(reader)
         check_snapshot(other)
         assert other.token_ids("stable") is None, "not what the new bank holds"
-        assert reader.reload()
+        assert reader.folder.reload()
         assert contents(reader) == contents(replacement)
 
 
@@ -120,7 +120,7 @@ def test_a_reader_is_told_when_the_bank_was_replaced_by_one_with_other_settings(
         replacement.save(tmp_path)
         for _ in range(2):
             with pytest.raises(ValueError, match="other settings.*open it again"):
-                reader.reload()
+                reader.folder.reload()
             check_snapshot(reader)
 
 
@@ -139,13 +139,13 @@ def test_two_readers_and_one_writer_in_one_process(tmp_path):
             lambda: reader.pin("one"),
             lambda: reader.tag("one", ["tag"]),
             reader.clear,
-            reader.compact,
+            reader.folder.compact,
         ):
             with pytest.raises(ValueError, match="read_only=True"):
                 change()
         check_snapshot(reader)
-        assert not reader.reload()
+        assert not reader.folder.reload()
         write(bank, "stable", [837])
-        assert reader.reload()
+        assert reader.folder.reload()
         assert contents(reader) == contents(bank)
     MemoryBank.open(tmp_path).close()

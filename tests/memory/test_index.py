@@ -5,7 +5,7 @@ import torch
 
 from longmem.memory.index import ChunkIndex, ExactIndex
 from longmem.memory.index import exact as exact_module
-from longmem.memory.rows.chunks import Chunks, ChunkStore
+from longmem.memory.rows.storage import Chunks, ChunkStore
 from longmem.plugins import find
 
 HEADS, DIM = 3, 8

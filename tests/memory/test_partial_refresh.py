@@ -20,7 +20,7 @@ def models(tmp_path_factory):
 
 def rows_found(bank, model):
     queries = torch.randn(2, 5, 8)
-    found = bank.search(model.config.memory_layers[0], queries, bank.num_chunks)[1]
+    found = bank.search(model.config.memory_layers[0], queries, bank.num_chunks).rows
     return set(found.unique().tolist()) - {-1}
 
 
@@ -31,10 +31,10 @@ def test_what_a_budget_leaves_is_masked_under_every_policy(models, refresh):
     before.memorize(bank, torch.arange(64), "one")
     before.memorize(bank, torch.arange(64, 128), "two")
     assert len(rows_found(bank, before)) == 32
-    bank.reencode(after, budget_tokens=64)
+    bank.freshness.reencode(after, budget_tokens=64)
     assert [{each.version for each in bank.segments(name)} for name in ("one", "two")] == [{1}, {0}]
-    assert rows_found(bank, after) == set(bank._ledger.documents["one"].rows.values.tolist())
-    bank.reencode(after)
+    assert rows_found(bank, after) == set(bank._table.ledger.documents["one"].rows.values.tolist())
+    bank.freshness.reencode(after)
     assert len(rows_found(bank, after)) == 32
 
 
@@ -44,16 +44,16 @@ def test_what_can_never_be_encoded_again_is_masked_even_where_the_policy_is_froz
     before.memorize(bank, torch.arange(64), "known")
     keys, values = before.encode(torch.arange(64)[None])
     bank.add("without ids", [key[0] for key in keys], [value[0] for value in values])
-    bank.reencode(after)
-    bank.read_by(after)
-    assert rows_found(bank, after) == set(bank._ledger.documents["known"].rows.values.tolist())
+    bank.freshness.reencode(after)
+    bank.ready_for(after)
+    assert rows_found(bank, after) == set(bank._table.ledger.documents["known"].rows.values.tolist())
 
 
 def test_read_as_it_is_a_frozen_bank_masks_nothing(models):
     before, after = models
     bank = MemoryBank.for_model(before)
     before.memorize(bank, torch.arange(64), "one")
-    bank.read_as_is(after)
+    bank.freshness.read_as_is(after)
     assert len(rows_found(bank, after)) == 16
 
 
@@ -65,16 +65,16 @@ def test_a_fallback_does_not_encode_what_a_map_has_moved(models, fallback):
     for number in range(8):
         before.memorize(bank, torch.randint(0, 250, (32,)), str(number))
     after_move = changed(before, 0.5)  # so far that a map wins
-    bank.read_by(after_move)
-    assert bank.refreshed.mapped == 6
-    assert bank.refreshed.tokens == 64
+    bank.ready_for(after_move)
+    assert bank.freshness.refreshed.mapped == 6
+    assert bank.freshness.refreshed.tokens == 64
 
 
 def test_a_tail_that_waits_is_moved_with_its_segment(models):
     before, after = models
     bank = MemoryBank.for_model(before)
     before.memorize(bank, torch.arange(30), "one")
-    document = bank._ledger.documents["one"]
+    document = bank._table.ledger.documents["one"]
     ((keys, values),) = [[each.clone() for each in pair] for pair in document.waiting]
     doubled = DriftMap(2 * torch.eye(8).expand(2, 8, 8), torch.ones(2, 1, 8))
     turned = DriftMap(-torch.eye(8).expand(2, 8, 8), torch.zeros(2, 1, 8))

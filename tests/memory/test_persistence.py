@@ -39,8 +39,8 @@ def state(bank: MemoryBank):
     read = []
     for layer in LAYERS if not bank.is_empty else ():
         queries = torch.linspace(-1, 1, 36).view(2, 3, 6)
-        scores, rows = bank.search(layer, queries, 12)
-        keys, values = bank.gather(layer, rows.flatten(1))
+        rows, scores, *_ = bank.search(layer, queries, 12)
+        keys, values = bank.gather(layer, rows.flatten(1), bank.generation)
         found = (rows >= 0).flatten(1)
         read += [scores.tolist(), keys[found].tolist(), values[found].tolist(), bank.locate(rows)]
     names = [info.document_id for info in bank.documents()]
@@ -104,7 +104,7 @@ def test_an_open_bank_is_saved_elsewhere_over_another_and_over_itself(tmp_path):
             bank.save(tmp_path / folder)
             bank.add(f"after {folder}", *random_tokens(4, seed=50 + seed))
             with MemoryBank.open(tmp_path / folder, read_only=True) as saved:
-                saved.verify()
+                saved.folder.verify()
                 assert (state(saved) == state(bank)) == (folder == "a"), "the others do not follow"
         bank.save(tmp_path / "c")
         assert state(MemoryBank.load(tmp_path / "c")) == state(bank)
@@ -227,6 +227,6 @@ def test_another_encoder_is_refused(tmp_path):
 def test_a_bank_is_loaded_to_another_device_with_the_tails_that_wait(tmp_path):
     filled_bank().save(tmp_path / "a")
     loaded = MemoryBank.load(tmp_path / "a", device="meta")  # stands for a GPU: it, too, refuses what is elsewhere
-    tails = [tensor for info in loaded._ledger.documents.values() for pair in info.waiting for tensor in pair]
-    assert {store.device.type for store in loaded._contents.storage.stores} == {"meta"}
+    tails = [tensor for info in loaded._table.ledger.documents.values() for pair in info.waiting for tensor in pair]
+    assert {store.device.type for store in loaded._table.storage.stores} == {"meta"}
     assert {tensor.device.type for tensor in tails} == {"meta"}

@@ -31,7 +31,7 @@ def encoders_of(bank) -> dict[str, str]:
         ids = bank.token_ids(name).tolist()
         parts = [tuple(ids[sum(lengths[:n]) : sum(lengths[: n + 1])]) for n in range(len(lengths))]
         made = {each: torch.cat([FakeModel(each).numbers(part) for part in parts], dim=3) for each in "ab"}
-        held, waiting = stored(bank, name), bank._ledger.documents[name].waiting
+        held, waiting = stored(bank, name), bank._table.ledger.documents[name].waiting
         if waiting:
             held = torch.cat([held, torch.stack([torch.stack(pair) for pair in waiting])], dim=3)
         matching = [each for each, numbers in made.items() if torch.equal(held, numbers)]
@@ -55,11 +55,11 @@ def test_an_exit_at_any_point_of_a_refresh_leaves_each_document_old_or_new(worke
             break
         assert os.waitstatus_to_exitcode(status) == 77, reports
         with MemoryBank.open(folder) as bank:
-            bank.verify()
+            bank.folder.verify()
             found = encoders_of(bank)
             outcomes.append(sum(each == "b" for each in found.values()))
             other = FakeModel("b")
-            bank.reencode(other)  # the next call does the rest, and no more
+            bank.freshness.reencode(other)  # the next call does the rest, and no more
             left = [name for name, each in found.items() if each == "a"]
             assert other.num_encoded == sum(sum(DOCUMENTS[name]) for name in left)
             assert set(encoders_of(bank).values()) == {"b"}
@@ -75,9 +75,9 @@ def test_a_killed_refresh_is_finished_by_the_next_process_that_opens_the_bank(wo
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, reports
         model = FakeModel("b")
         with MemoryBank.open(folder, model, refresh="eager") as bank:
-            bank.verify()
+            bank.folder.verify()
             assert set(encoders_of(bank).values()) == {"b"}
-            assert bank.readable_now().all()
+            assert bank.freshness.mask() is None
 
 
 def test_a_reader_process_sees_whole_commits_of_a_refresh(workers, tmp_path):
@@ -87,7 +87,7 @@ def test_a_reader_process_sees_whole_commits_of_a_refresh(workers, tmp_path):
     seen, stop = set(), time.monotonic() + 1.2
     with MemoryBank.open(tmp_path / "bank", read_only=True) as reader:
         while time.monotonic() < stop:
-            reader.reload()
+            reader.folder.reload()
             seen.add(tuple(encoders_of(reader).values()))
     _, status = wait()
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL

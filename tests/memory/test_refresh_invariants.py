@@ -90,7 +90,7 @@ class RefreshMachine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "bank"))
     @rule(refresh=st.sampled_from(sorted(BOUNDS)))
     def use_refresh(self, refresh):
-        self.bank.use_refresh(refresh)
+        self.bank.freshness.use(refresh)
         self.open()
 
     @precondition(lambda self: hasattr(self, "bank"))
@@ -98,7 +98,7 @@ class RefreshMachine(RuleBasedStateMachine):
     def save_and_load(self):
         with tempfile.TemporaryDirectory() as folder:
             self.bank.save(folder)
-            self.counted += self.bank.refreshed.tokens + self.bank.refreshed.probed_tokens
+            self.counted += self.bank.freshness.refreshed.tokens + self.bank.freshness.refreshed.probed_tokens
             self.bank = MemoryBank.load(folder)
         self.open()
 
@@ -113,12 +113,15 @@ class RefreshMachine(RuleBasedStateMachine):
     def open(self):
         if self.model.fingerprint != self.history[-1]:
             self.history.append(self.model.fingerprint)
-        self.count(lambda: self.bank.read_by(self.model))
+        self.count(lambda: self.bank.ready_for(self.model))
 
     @invariant()
     def ledger_equals_tokens_forwarded(self):
         if hasattr(self, "bank"):
-            assert self.counted + self.bank.refreshed.tokens + self.bank.refreshed.probed_tokens == self.forwarded
+            assert (
+                self.counted + self.bank.freshness.refreshed.tokens + self.bank.freshness.refreshed.probed_tokens
+                == self.forwarded
+            )
 
     @invariant()
     def no_read_is_beyond_the_bound(self):
@@ -135,14 +138,16 @@ class RefreshMachine(RuleBasedStateMachine):
         if not hasattr(self, "bank") or not self.bank.num_chunks:
             return
         rows = torch.arange(self.bank.num_chunks)
-        fresh = self.bank.lags().is_fresh[self.bank._ledger.versions[0]] & (self.bank._ledger.versions[1] < 0)
+        fresh = self.bank.freshness.lags().is_fresh[self.bank._table.ledger.versions[0]] & (
+            self.bank._table.ledger.versions[1] < 0
+        )
         places = [(place.document_id, place.start) for place in self.bank.locate(rows)]
         assert len(set(places)) == len(places)
         self.check(set(places), "abc")
         self.check(
             {place for place, is_fresh in zip(places, fresh.tolist(), strict=True) if is_fresh}, self.history[-1:]
         )
-        means = torch.stack(self.bank.gather(LAYERS[0], rows.expand(HEADS, -1)))[0].mean(dim=2)
+        means = torch.stack(self.bank.gather(LAYERS[0], rows.expand(HEADS, -1), self.bank.generation))[0].mean(dim=2)
         torch.testing.assert_close(self.bank.search_keys(LAYERS[0]), means)
 
     def check(self, places, encoders):
@@ -186,8 +191,8 @@ def test_a_budget_does_not_part_segments_that_share_a_chunk():
     bank = make_bank(old, refresh="bounded:max_lag=0,budget_tokens=6")
     write(bank, old, "d", [0])
     write(bank, old, "d", [1, 2, 3, 4, 5, 6])
-    bank.read_by(new)
-    assert bank.refreshed.tokens == 7  # one group at least, though it is larger than the budget
+    bank.ready_for(new)
+    assert bank.freshness.refreshed.tokens == 7  # one group at least, though it is larger than the budget
     wanted = torch.cat([new.numbers((0,)), new.numbers((1, 2, 3, 4, 5, 6))], dim=3)[:, :, :, :CHUNK]
     assert torch.equal(stored(bank, "d"), wanted)
 
@@ -199,14 +204,14 @@ def test_a_chunk_that_reaches_over_to_what_cannot_be_encoded_again_is_never_call
     bank = make_bank(old, refresh="lazy")
     if before:
         write(bank, old, "d", [0])
-        bank.read_by(new)
+        bank.ready_for(new)
         write(bank, new, "d", [1, 2, 3, 4, 5, 6, 7], segment=None)
     else:
         bank = make_bank(old, refresh="lazy")
         write(bank, old, "d", [0, 1, 2, 3, 4, 5, 6])
-        bank.read_by(new)
+        bank.ready_for(new)
         write(bank, new, "d", [7], segment=None)
-    bank.reencode(new)
+    bank.freshness.reencode(new)
     assert [place.start for place in read_all(bank)] == ([4] if before else [0])
 
 
@@ -229,9 +234,9 @@ def everything(bank):
     found = {}
     for document in bank.documents():
         name = document.document_id
-        found[name] = [torch.stack(pair) for pair in bank._ledger.documents[name].waiting]
+        found[name] = [torch.stack(pair) for pair in bank._table.ledger.documents[name].waiting]
         if document.num_chunks:
-            rows = bank._ledger.documents[name].rows.values
+            rows = bank._table.ledger.documents[name].rows.values
             found[name] += [stored(bank, name)] + [bank.search_keys(layer)[:, rows] for layer in LAYERS]
     return found
 
@@ -256,15 +261,15 @@ def test_what_is_encoded_again_equals_what_is_written_fresh(storage_dtype, in_fo
         bank.save(tmp_path / "bank")
         bank = MemoryBank.open(tmp_path / "bank")
     before = everything(bank)
-    bank.read_by(FakeModel("b"))
+    bank.ready_for(FakeModel("b"))
     assert_equal(everything(bank), everything(fresh))
     assert any(not torch.equal(*pair) for pair in zip(before["d"], everything(bank)["d"], strict=True))
     if in_folder:
-        bank.verify()
+        bank.folder.verify()
         bank.close()
         bank = MemoryBank.open(tmp_path / "bank", FakeModel("b"))
         assert_equal(everything(bank), everything(fresh))
-        assert bank.refreshed.tokens == 0
+        assert bank.freshness.refreshed.tokens == 0
         bank.close()
 
 
@@ -277,7 +282,7 @@ def test_of_a_partly_evicted_document_whole_segments_are_encoded_again():
     old, fresh = banks
     assert old.info("d").first_resident_token == 8
     with pytest.warns(UserWarning, match="2 tokens in the bank"):
-        old.read_by(FakeModel("b"))
+        old.ready_for(FakeModel("b"))
     assert sorted(place.start for place in read_all(old)) == [12, 16, 20, 24]
     assert torch.equal(stored(old, "d")[..., CHUNK:, :], stored(fresh, "d")[..., CHUNK:, :])
     assert_equal({"d": everything(old)["d"][:2]}, {"d": everything(fresh)["d"][:2]})  # the tail
@@ -292,8 +297,8 @@ def test_a_bound_of_zero_is_eager_bit_for_bit(in_folder, tmp_path):
             bank.save(tmp_path / refresh)
             bank = MemoryBank.open(tmp_path / refresh)
         for name in ("bb", "a", "ccc"):
-            bank.read_by(FakeModel(name))
-        found.append((everything(bank), bank.refreshed.tokens, bank.documents(), bank.segments("d")))
+            bank.ready_for(FakeModel(name))
+        found.append((everything(bank), bank.freshness.refreshed.tokens, bank.documents(), bank.segments("d")))
         bank.close()
     for numbers, *rest in found[1:]:
         assert_equal(numbers, found[0][0])
@@ -305,14 +310,14 @@ def test_a_segment_that_does_not_come_out_finite_keeps_its_old_numbers():
     ids = tuple(bank.token_ids("e").tolist())
     other.broken = {ids}
     before = stored(bank, "e")
-    report = bank.reencode(other)
+    report = bank.freshness.reencode(other)
     assert report.failed == 1
     assert report.tokens == other.num_encoded
     assert torch.equal(stored(bank, "e"), before)
     assert bank.segments("e")[0].version == 0
     assert not any(place.document_id == "e" for place in read_all(bank))
     other.broken.clear()
-    assert bank.reencode(other).tokens == len(ids)
+    assert bank.freshness.reencode(other).tokens == len(ids)
     assert_equal(everything(bank), everything(odd_bank(FakeModel("b"))))
 
 
@@ -322,8 +327,8 @@ def test_numbers_too_large_for_the_storage_are_not_written():
             return super().numbers(ids) * 1e6
 
     bank = odd_bank(FakeModel("a"), refresh="eager", storage_dtype="float16")
-    bank.read_by(Large("b"))
-    assert bank.refreshed.failed
+    bank.ready_for(Large("b"))
+    assert bank.freshness.refreshed.failed
     assert not read_all(bank)
     assert all(torch.isfinite(each).all() for each in everything(bank)["d"])
 
@@ -334,16 +339,16 @@ def test_two_encoders_in_turn_and_a_segment_that_both_have_written():
     bank = make_bank(model, refresh="bounded:max_lag=5")
     write(bank, model, "pure", list(range(50, 58)))
     write(bank, model, "d", list(range(6)))
-    bank.read_by(other)
+    bank.ready_for(other)
     made = other.numbers(tuple(range(12)))[:, :, :, 6:]
     bank.append("d", [each[0] for each in made], [each[1] for each in made], list(range(6, 12)), segment="same")
     write(bank, other, "border", list(range(70, 75)))
-    bank.use_refresh("bounded:max_lag=0,on_violation=mask")
-    bank.read_by(model)
+    bank.freshness.use("bounded:max_lag=0,on_violation=mask")
+    bank.ready_for(model)
     write(bank, model, "border", list(range(75, 80)))
     # Of "d" the first chunk is still what the first encoder wrote; the others are not, or not alone.
     assert sorted((place.document_id, place.start) for place in read_all(bank)) == [("d", 0), ("pure", 0), ("pure", 4)]
-    assert bank.reencode(model).tokens == 12 + 10
+    assert bank.freshness.reencode(model).tokens == 12 + 10
     assert len(read_all(bank)) == bank.num_chunks
 
 
@@ -365,19 +370,19 @@ def test_every_index_finds_what_was_encoded_again(index, monkeypatch):
             write(bank, Shifted(name), f"{number}", list(range(40 * number, 40 * number + 40)))
         bank.search(LAYERS[0], queries, 8)  # builds the index
     changed, fresh = banks
-    changed.read_by(Shifted("b"))
+    changed.ready_for(Shifted("b"))
     exact = make_bank(Shifted("b"))
     for number in range(30):
         write(exact, Shifted("b"), f"{number}", list(range(40 * number, 40 * number + 40)))
-    wanted = [set(exact.locate(rows)) for rows in exact.search(LAYERS[0], queries, 8)[1].flatten(0, 1)]
+    wanted = [set(exact.locate(rows)) for rows in exact.search(LAYERS[0], queries, 8).rows.flatten(0, 1)]
 
     def recall(bank):
-        found = [set(bank.locate(rows)) for rows in bank.search(LAYERS[0], queries, 8)[1].flatten(0, 1)]
+        found = [set(bank.locate(rows)) for rows in bank.search(LAYERS[0], queries, 8).rows.flatten(0, 1)]
         return sum(len(a & b) for a, b in zip(found, wanted, strict=True)) / sum(map(len, wanted))
 
     assert recall(changed) >= recall(fresh) - 0.02
     assert recall(changed) > 0.5
-    scores, rows = changed.search(LAYERS[0], queries, 1)
+    rows, scores, *_ = changed.search(LAYERS[0], queries, 1)
     keys = changed.search_keys(LAYERS[0])
     found = torch.stack([head[row[:, 0]] for head, row in zip(keys, rows, strict=True)])
     torch.testing.assert_close(scores[..., 0], (queries * found).sum(-1), rtol=1e-3, atol=1e-2)
@@ -397,7 +402,7 @@ def test_a_reader_sees_a_segment_wholly_old_or_wholly_new(in_folder, tmp_path):
     if in_folder:
         bank.save(tmp_path / "bank")
         bank = MemoryBank.open(tmp_path / "bank")
-    rows = {name: bank._ledger.documents[name].rows.values.clone() for name in map(str, range(count))}
+    rows = {name: bank._table.ledger.documents[name].rows.values.clone() for name in map(str, range(count))}
     wanted = {
         name: [model.numbers(tuple(range(length * int(name), length * (int(name) + 1)))) for model in models]
         for name in rows
@@ -409,7 +414,7 @@ def test_a_reader_sees_a_segment_wholly_old_or_wholly_new(in_folder, tmp_path):
             while not stop.is_set():
                 bank.search(LAYERS[0], torch.ones(HEADS, 2, DIM), 5)
                 for name, which in rows.items():
-                    keys, values = bank.gather(LAYERS[0], which.expand(HEADS, -1))
+                    keys, values = bank.gather(LAYERS[0], which.expand(HEADS, -1), bank.generation)
                     got = torch.stack([keys, values]).flatten(2, 3)
                     same = [torch.equal(got, each[0]) for each in wanted[name]]
                     assert any(same), name
@@ -421,7 +426,7 @@ def test_a_reader_sees_a_segment_wholly_old_or_wholly_new(in_folder, tmp_path):
     reader.start()
     rounds = 0
     while reader.is_alive() and rounds < 200 and (rounds < 6 or not all(len(each) == 2 for each in seen.values())):
-        bank.reencode(models[1 - rounds % 2])
+        bank.freshness.reencode(models[1 - rounds % 2])
         rounds += 1
     stop.set()
     reader.join()
@@ -443,9 +448,9 @@ def test_what_is_continued_while_it_is_encoded_again_is_left_for_the_next_time()
         return encode(ids)
 
     other.encode = while_encoding
-    bank.reencode(other)
-    assert not bank.readable_now().any()
-    bank.reencode(other)
+    bank.freshness.reencode(other)
+    assert not bank.freshness.mask().any()
+    bank.freshness.reencode(other)
     assert torch.equal(stored(bank, "d"), other.numbers(tuple(range(12))))
 
 
@@ -458,14 +463,14 @@ def test_a_read_only_bank_masks_what_it_cannot_encode_again(tmp_path):
         other = FakeModel("b")
         with MemoryBank.open(folder) as writer:
             writer.encoders.enter(other.encoder_stamp())
-            writer._ledger.note_change()
+            writer._table.ledger.note_change()
             with writer.transaction():
                 writer.tag("d", ["changed"])
             write(writer, other, "new", list(range(900, 908)))
         with MemoryBank.open(folder, other, read_only=True) as reader, torch.no_grad():
             assert {place.document_id for place in read_all(reader)} == {"new"}, refresh
         with MemoryBank.open(folder, read_only=True) as reader, pytest.raises(ValueError, match="read_only"):
-            reader.reencode(other)
+            reader.freshness.reencode(other)
         assert other.num_encoded == 8
     with MemoryBank.open(tmp_path / "eager", read_only=True) as reader, pytest.raises((StaleMemoryError, ValueError)):
-        reader.read_by(FakeModel("c"))
+        reader.ready_for(FakeModel("c"))

@@ -40,38 +40,38 @@ ALL = list(range(NUM_SEGMENTS))
 def test_frozen_refuses_another_encoder_and_goes_on_with_its_own():
     bank, other = filled("frozen"), FakeModel("b")
     with pytest.raises(StaleMemoryError, match="weights"):
-        bank.read_by(other)
-    bank.read_by(FakeModel("a"))
+        bank.ready_for(other)
+    bank.ready_for(FakeModel("a"))
     assert read_segments(bank) == set(ALL)
-    assert bank.refreshed.tokens == other.num_encoded == 0
+    assert bank.freshness.refreshed.tokens == other.num_encoded == 0
     with pytest.raises(StaleMemoryError):
-        bank.sweep(other)
+        bank.freshness.sweep(other)
 
 
 def test_frozen_does_not_read_what_an_earlier_policy_has_left():
     bank, other = filled("lazy"), FakeModel("b")
-    bank.read_by(other)
-    bank.use_refresh("frozen")
-    bank.read_by(other)
+    bank.ready_for(other)
+    bank.freshness.use("frozen")
+    bank.ready_for(other)
     assert not read_all(bank)
-    bank.reencode(other)
-    bank.read_by(other)
+    bank.freshness.reencode(other)
+    bank.ready_for(other)
     assert fresh_segments(bank, other) == ALL
 
 
 def test_eager_encodes_everything_before_the_first_read():
     bank, other = filled("eager"), FakeModel("b")
-    bank.read_by(other)
+    bank.ready_for(other)
     assert fresh_segments(bank, other) == ALL
-    assert other.num_encoded == bank.refreshed.tokens == LENGTH * NUM_SEGMENTS
-    bank.read_by(other)
+    assert other.num_encoded == bank.freshness.refreshed.tokens == LENGTH * NUM_SEGMENTS
+    bank.ready_for(other)
     assert other.num_encoded == LENGTH * NUM_SEGMENTS
 
 
 def test_eager_with_a_period_reads_older_entries_in_between():
     bank = filled("eager:every=3")
     for number, name in enumerate("bcd"):
-        bank.read_by(FakeModel(name))
+        bank.ready_for(FakeModel(name))
         assert read_segments(bank) == set(ALL)
         assert fresh_segments(bank, FakeModel("a" if number < 2 else "d")) == ALL
 
@@ -88,13 +88,13 @@ def test_eager_goes_on_after_an_interruption():
 
     other.encode = interrupted
     with pytest.raises(KeyboardInterrupt):
-        bank.read_by(other)
-    assert bank.refreshed.tokens == other.num_encoded == LENGTH * NUM_SEGMENTS
+        bank.ready_for(other)
+    assert bank.freshness.refreshed.tokens == other.num_encoded == LENGTH * NUM_SEGMENTS
     assert {place.document_id for place in read_all(bank)} == {"d"}
     other.encode = encode
-    bank.read_by(other)
+    bank.ready_for(other)
     assert {place.document_id for place in read_all(bank)} == {"d", "second"}
-    assert bank.refreshed.tokens == other.num_encoded == LENGTH * (NUM_SEGMENTS + 1)
+    assert bank.freshness.refreshed.tokens == other.num_encoded == LENGTH * (NUM_SEGMENTS + 1)
 
 
 def test_a_bank_whose_encoder_is_not_known_is_read_under_every_policy():
@@ -122,47 +122,47 @@ def test_bounded_reads_within_the_bound_and_encodes_beyond_it(clock, max_lag):
     bank = filled(f"bounded:max_lag={max_lag},clock={clock}", Moved(0))
     for lag in range(4):
         model = Moved(lag)
-        bank.read_by(model)
+        bank.ready_for(model)
         assert read_segments(bank) == set(ALL)
         assert (fresh_segments(bank, model) == ALL) == (lag in (0, 3)), lag
-        assert bank.refreshed.tokens == (LENGTH * NUM_SEGMENTS if lag == 3 else 0)
-    assert (bank.refreshed.probed_tokens > 0) == (clock == "probe")
+        assert bank.freshness.refreshed.tokens == (LENGTH * NUM_SEGMENTS if lag == 3 else 0)
+    assert (bank.freshness.refreshed.probed_tokens > 0) == (clock == "probe")
 
 
 def test_bounded_on_the_clock_probe_knows_nothing_of_what_fills_no_chunk():
     bank = make_bank(FakeModel(), refresh="bounded:max_lag=1000,clock=probe,on_violation=mask")
     for number in range(4):
         write(bank, FakeModel(), "d", [3 * number, 3 * number + 1, 3 * number + 2])
-    bank.read_by(FakeModel("b"))
-    assert bank.lags("probe").values[0] == torch.inf
+    bank.ready_for(FakeModel("b"))
+    assert bank.freshness.lags("probe").values[0] == torch.inf
     assert not read_all(bank)
 
 
 @pytest.mark.parametrize("clock", ["version", "gap", "probe"])
 def test_bounded_masks_or_raises_instead(clock):
     bank = filled(f"bounded:max_lag=0,clock={clock},on_violation=mask")
-    bank.read_by(FakeModel("bb"))
+    bank.ready_for(FakeModel("bb"))
     assert not read_all(bank)
-    assert bank.refreshed.tokens == 0
+    assert bank.freshness.refreshed.tokens == 0
     bank = filled(f"bounded:max_lag=0,clock={clock},on_violation=raise")
     with pytest.raises(StaleMemoryError, match="'d' was encoded further back"):
-        bank.read_by(FakeModel("bb"))
+        bank.ready_for(FakeModel("bb"))
 
 
 def test_a_budget_leaves_the_rest_masked_and_says_so_once():
     bank, other = filled(f"bounded:max_lag=0,budget_tokens={2 * LENGTH}"), FakeModel("b")
     with pytest.warns(UserWarning, match="budget_tokens"):
-        bank.read_by(other)
+        bank.ready_for(other)
     assert read_segments(bank) == {0, 1}
     for found in (4, 6):
-        bank.read_by(other)  # no second warning: they are errors here
+        bank.ready_for(other)  # no second warning: they are errors here
         assert len(read_segments(bank)) == found
     assert fresh_segments(bank, other) == ALL
 
 
 def test_lazy_encodes_what_a_read_finds_and_a_sweep_the_rest():
     bank, other = filled("lazy"), FakeModel("b")
-    bank.read_by(other)
+    bank.ready_for(other)
     assert other.num_encoded == 0
     query = stored(bank, "d")[0, 0, :, 2 * LENGTH : 2 * LENGTH + CHUNK].mean(dim=1, keepdim=True)
     with torch.no_grad():
@@ -170,20 +170,20 @@ def test_lazy_encodes_what_a_read_finds_and_a_sweep_the_rest():
     found = fresh_segments(bank, other)
     assert 2 in found
     assert len(found) <= HEADS  # one chunk for each head
-    bank.sweep(other, budget_tokens=LENGTH)
+    bank.freshness.sweep(other, budget_tokens=LENGTH)
     assert len(fresh_segments(bank, other)) == len(found) + 1
-    bank.sweep(other)
+    bank.freshness.sweep(other)
     assert fresh_segments(bank, other) == ALL
-    assert bank.refreshed.tokens == other.num_encoded == LENGTH * NUM_SEGMENTS
+    assert bank.freshness.refreshed.tokens == other.num_encoded == LENGTH * NUM_SEGMENTS
 
 
 def test_lazy_waits_while_gradients_are_recorded():
     bank, other = filled("lazy"), FakeModel("b")
-    bank.read_by(other)
+    bank.ready_for(other)
     with torch.enable_grad():
         assert not read_all(bank)
     assert other.num_encoded == 0
-    bank.read_by(other)
+    bank.ready_for(other)
     assert fresh_segments(bank, other) == ALL
 
 
@@ -192,14 +192,14 @@ def test_a_lazy_sweep_takes_the_oldest_first():
     for number, encoder in enumerate("abc"):
         model = FakeModel(encoder)
         if number:
-            bank.use_refresh("bounded:max_lag=9")
-            bank.read_by(model)
+            bank.freshness.use("bounded:max_lag=9")
+            bank.ready_for(model)
         write(bank, model, encoder, segment_ids(number))
-    bank.use_refresh(f"lazy:sweep_tokens={LENGTH}")
+    bank.freshness.use(f"lazy:sweep_tokens={LENGTH}")
     last = FakeModel("d")
     seen = []
     for _ in range(3):
-        bank.read_by(last)
+        bank.ready_for(last)
         seen.append([name for name in "abc" if bank.segments(name)[0].version == bank.encoders.current])
     assert seen == [["a"], ["a", "b"], ["a", "b", "c"]]
 
@@ -210,14 +210,14 @@ def test_mapped_accepts_a_linear_change_and_moves_the_rest_for_nothing(kind):
     for number in range(40):
         write(bank, FakeModel(), "d", segment_ids(number))
     turned = TurnedModel("b")
-    bank.read_by(turned)
-    assert bank.refreshed.mapped == 32
-    assert bank.refreshed.tokens == turned.num_encoded == 8 * LENGTH
+    bank.ready_for(turned)
+    assert bank.freshness.refreshed.mapped == 32
+    assert bank.freshness.refreshed.tokens == turned.num_encoded == 8 * LENGTH
     assert len(read_all(bank)) == bank.num_chunks
     expected = torch.cat([turned.numbers(tuple(segment_ids(number))) for number in range(40)], dim=3)
     torch.testing.assert_close(stored(bank, "d"), expected, rtol=1e-4, atol=1e-4)
     keys = torch.cat([each[0].unflatten(1, (-1, CHUNK)).mean(dim=2) for each in expected[:1]], dim=1)
-    rows = bank._ledger.documents["d"].rows.values
+    rows = bank._table.ledger.documents["d"].rows.values
     torch.testing.assert_close(bank.search_keys(LAYERS[0])[:, rows], keys, rtol=1e-4, atol=1e-4)
 
 
@@ -226,10 +226,10 @@ def test_mapped_refuses_noise_and_falls_back():
         bank = filled(f"mapped:sample_share=0.4,fallback={fallback}")
         other = FakeModel("b")
         with pytest.warns(UserWarning, match="no map from encoder version 0"):
-            bank.read_by(other)
-        assert bank.refreshed.mapped == 0
+            bank.ready_for(other)
+        assert bank.freshness.refreshed.mapped == 0
         assert len(fresh_segments(bank, other)) == (fresh or 2)
-        assert bank.refreshed.tokens == other.num_encoded
+        assert bank.freshness.refreshed.tokens == other.num_encoded
         with torch.no_grad():
             assert len(read_segments(bank)) == (2 if fallback == "mask" else NUM_SEGMENTS)
 
@@ -239,18 +239,18 @@ def test_a_map_that_won_leaves_nothing_to_an_eager_fallback():
     for number in range(20):
         write(bank, FakeModel(), "d", segment_ids(number))
     turned = TurnedModel("b")
-    bank.read_by(turned)
-    bank.read_by(turned)
-    assert bank.refreshed.tokens == turned.num_encoded == 4 * LENGTH
+    bank.ready_for(turned)
+    bank.ready_for(turned)
+    assert bank.freshness.refreshed.tokens == turned.num_encoded == 4 * LENGTH
 
 
 def test_mapped_vectors_are_not_moved_again_nor_read_as_their_first_encoders():
     bank = make_bank(FakeModel(), refresh="mapped:ridge=0,sample_share=0.2,fallback=mask")
     for number in range(20):
         write(bank, FakeModel(), "d", segment_ids(number))
-    bank.read_by(TurnedModel("b"))
+    bank.ready_for(TurnedModel("b"))
     before = stored(bank, "d")
-    bank.read_by(TurnedModel("c"))  # moves what "b" has written, the sample of before, and nothing else
+    bank.ready_for(TurnedModel("c"))  # moves what "b" has written, the sample of before, and nothing else
     mapped = [each for each in bank.segments("d") if each.version == 0]
     assert len(mapped) == 16
     assert all(each.mapped_to == 1 for each in mapped)
@@ -258,10 +258,10 @@ def test_mapped_vectors_are_not_moved_again_nor_read_as_their_first_encoders():
         assert torch.equal(stored(bank, "d")[..., each.start : each.stop, :], before[..., each.start : each.stop, :])
     starts = {place.start for place in read_all(bank)}
     assert not any(each.start <= start < each.stop for each in mapped for start in starts)
-    bank.use_refresh("lazy")
+    bank.freshness.use("lazy")
     first = FakeModel("a")
-    bank.read_by(first)  # it wrote them once, but they have been moved since
-    assert bank.readable_now().sum() == 0
+    bank.ready_for(first)  # it wrote them once, but they have been moved since
+    assert bank.freshness.mask().sum() == 0
     with torch.no_grad():
         read_all(bank)
     assert torch.equal(stored(bank, "d"), torch.cat([first.numbers(tuple(segment_ids(n))) for n in range(20)], 3))
@@ -273,8 +273,8 @@ def test_a_map_does_not_claim_chunks_that_it_has_not_moved():
     for number in range(20):
         write(bank, FakeModel(), "d", list(range(10 * number, 10 * number + 10)))
     turned = TurnedModel("b")
-    bank.read_by(turned)
-    assert bank.refreshed.mapped
+    bank.ready_for(turned)
+    assert bank.freshness.refreshed.mapped
     expected = torch.cat([turned.numbers(tuple(range(10 * n, 10 * n + 10))) for n in range(20)], dim=3)
     places = read_all(bank)
     assert 0 < len(places) < bank.num_chunks
@@ -290,9 +290,9 @@ def test_a_tail_is_moved_with_its_segment():
     ids = list(range(500, 510))  # two chunks, and two tokens that wait
     write(bank, FakeModel(), "e", ids)
     turned = TurnedModel("b")
-    bank.read_by(turned)
+    bank.ready_for(turned)
     assert bank.segments("e")[0].mapped_to == 1, "it is not in the sample that this seed draws"
-    for (keys, values), made in zip(bank._ledger.documents["e"].waiting, turned.numbers(tuple(ids)), strict=True):
+    for (keys, values), made in zip(bank._table.ledger.documents["e"].waiting, turned.numbers(tuple(ids)), strict=True):
         torch.testing.assert_close(torch.stack([keys, values]), made[:, :, 8:], rtol=1e-4, atol=1e-4)
 
 
@@ -303,13 +303,13 @@ def test_a_policy_of_ones_own_is_one_class(tmp_path, new_names):
             return lags.values <= 1
 
     bank = filled("newest")
-    bank.read_by(FakeModel("b"))
+    bank.ready_for(FakeModel("b"))
     assert read_segments(bank) == set(ALL)
     bank.save(tmp_path / "bank")
     bank = MemoryBank.load(tmp_path / "bank", FakeModel("b"))
     assert bank.refresh == "newest"
     assert read_segments(bank) == set(ALL)
-    bank.read_by(FakeModel("c"))
+    bank.ready_for(FakeModel("c"))
     assert not read_all(bank)
 
 
@@ -317,23 +317,23 @@ def test_tokens_that_cannot_be_encoded_again_are_named_and_masked():
     bank = filled("eager")
     write(bank, FakeModel(), "raw", list(range(100, 112)), segment=None)
     with pytest.warns(UserWarning, match="12 tokens in the bank"):
-        bank.read_by(FakeModel("b"))
+        bank.ready_for(FakeModel("b"))
     assert {place.document_id for place in read_all(bank)} == {"d"}
 
 
 def test_workers_of_another_encoder_are_refused():
     bank, other = filled("eager"), FakeModel("b")
     with pytest.raises(StaleMemoryError, match="workers"):
-        bank.reencode(other, workers=[FakeModel("c")])
+        bank.freshness.reencode(other, workers=[FakeModel("c")])
     helper = FakeModel("b")
-    bank.reencode(other, workers=[helper])
+    bank.freshness.reencode(other, workers=[helper])
     assert fresh_segments(bank, other) == ALL
-    assert other.num_encoded + helper.num_encoded == bank.refreshed.tokens == LENGTH * NUM_SEGMENTS
+    assert other.num_encoded + helper.num_encoded == bank.freshness.refreshed.tokens == LENGTH * NUM_SEGMENTS
 
 
 def test_a_model_that_changed_after_it_was_announced_encodes_nothing_again():
     bank, other = filled("lazy"), FakeModel("b")
-    bank.read_by(other)
+    bank.ready_for(other)
     other.fingerprint = "c"
     with torch.no_grad():
         assert not read_all(bank)
@@ -342,7 +342,7 @@ def test_a_model_that_changed_after_it_was_announced_encodes_nothing_again():
 
 def test_queries_do_not_matter_to_a_bank_that_is_all_masked():
     bank = filled("bounded:max_lag=0,on_violation=mask")
-    bank.read_by(FakeModel("b"))
-    scores, rows = bank.search(LAYERS[1], torch.randn(HEADS, 3, DIM), 2)
+    bank.ready_for(FakeModel("b"))
+    rows, scores, *_ = bank.search(LAYERS[1], torch.randn(HEADS, 3, DIM), 2)
     assert torch.isneginf(scores).all()
     assert (rows == -1).all()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.memory import BankShards
-from longmem.model.attention import ReadableMemory
+from longmem.memory.protocols import Memory
 
 LAYERS = [3, 7]
 CHUNK = 2
@@ -41,10 +41,10 @@ def some_queries(count: int = 5) -> torch.Tensor:
 
 def everything(bank, layer: int, num_chunks: int):
     """Return scores, keys, values and places of what a search finds; missing places have no numbers."""
-    scores, rows = bank.search(layer, some_queries(), num_chunks)
+    rows, scores, *_ = bank.search(layer, some_queries(), num_chunks)
     assert rows.dtype == torch.int64
     assert (scores[rows < 0] == -torch.inf).all()
-    keys, values = bank.gather(layer, rows.flatten(1))
+    keys, values = bank.gather(layer, rows.flatten(1), bank.generation)
     missing = (rows < 0).flatten(1)
     return scores, keys[~missing], values[~missing], bank.locate(rows)
 
@@ -70,7 +70,7 @@ def test_shards_read_as_one_bank_with_all_documents(shards, num_chunks, index):
         banks.append(fill(make_bank(index=index), documents))
         fill(whole, documents)
     logical = BankShards(banks)
-    assert isinstance(logical, ReadableMemory)
+    assert isinstance(logical, Memory)
     assert (logical.num_chunks, logical.num_tokens) == (whole.num_chunks, whole.num_tokens)
     assert logical.is_empty == whole.is_empty
     if not whole.is_empty:
@@ -88,7 +88,7 @@ def test_one_shard_is_that_bank_and_its_rows_are_the_same():
 def test_equal_scores_stand_in_the_order_of_the_shards():
     banks = [fill(make_bank(), {"same": 6}) for _ in range(3)]
     logical = BankShards(banks)
-    scores, rows = logical.search(3, some_queries(), 9)
+    rows, scores, *_ = logical.search(3, some_queries(), 9)
     assert torch.equal(scores[..., ::3], scores[..., 2::3])
     assert torch.equal(logical.shard_of(rows), torch.arange(9).remainder(3).expand_as(rows))
 
@@ -97,14 +97,14 @@ def test_rows_stay_good_while_a_shard_grows_and_new_chunks_are_found():
     first, second = fill(make_bank(), {"a": 8}), fill(make_bank(), {"b": 6})
     logical = BankShards([first, second])
     generation, version = logical.generation, logical.version
-    _, rows = logical.search(3, some_queries(), 4)
-    before, places = logical.gather(3, rows.flatten(1)), logical.locate(rows)
+    rows = logical.search(3, some_queries(), 4).rows
+    before, places = logical.gather(3, rows.flatten(1), logical.generation), logical.locate(rows)
     fill(first, {"more": 100})
     assert logical.generation == generation
     assert logical.version != version
-    torch.testing.assert_close(logical.gather(3, rows.flatten(1)), before, rtol=0, atol=0)
+    torch.testing.assert_close(logical.gather(3, rows.flatten(1), logical.generation), before, rtol=0, atol=0)
     assert logical.locate(rows) == places
-    assert "more" in {place[0] for place in logical.locate(logical.search(3, some_queries(), 4)[1])}
+    assert "more" in {place[0] for place in logical.locate(logical.search(3, some_queries(), 4).rows)}
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -121,7 +121,7 @@ def test_what_takes_chunks_from_any_shard_changes_the_generation(number):
         change(banks[number])
         assert logical.generation > generation, name
         assert logical.version > version, name
-    rows = logical.search(3, some_queries(), 20)[1]
+    rows = logical.search(3, some_queries(), 20).rows
     assert logical.shard_of(rows).unique().tolist() == [-1, 1 - number]
 
 
@@ -129,25 +129,27 @@ def test_empty_shards_are_passed_over():
     empty, filled = make_bank(), fill(make_bank(), {"a": 8})
     logical = BankShards([empty, filled, make_bank()])
     assert_reads_the_same(logical, filled, 6)
-    _, rows = logical.search(3, some_queries(), 2)
-    keys, _ = logical.gather(3, rows.flatten(1).clamp_min(0))  # attention reads row 0, of an empty shard, and masks it
+    rows = logical.search(3, some_queries(), 2).rows
+    keys, _ = logical.gather(
+        3, rows.flatten(1).clamp_min(0), logical.generation
+    )  # attention reads row 0, of an empty shard, and masks it
     assert keys.isfinite().all()
-    keys, _ = logical.gather(3, torch.full((2, 3), -1))
+    keys, _ = logical.gather(3, torch.full((2, 3), -1), logical.generation)
     assert keys.shape == (2, 3, CHUNK, 6)
 
     nothing = BankShards([empty, make_bank()])
     assert nothing.is_empty
-    scores, rows = nothing.search(3, some_queries(), 2)
+    rows, scores, *_ = nothing.search(3, some_queries(), 2)
     assert (rows == -1).all()
     assert (scores == -torch.inf).all()
     with pytest.raises(ValueError, match="ask `is_empty` first"):
-        nothing.gather(3, rows.flatten(1))
+        nothing.gather(3, rows.flatten(1), nothing.generation)
 
 
 def test_names_may_repeat_and_shard_of_tells_them_apart():
     library, mine = fill(make_bank(), {"notes": 8}), fill(make_bank(), {"notes": 4}, seed=1)
     logical = BankShards([library, mine])
-    _, rows = logical.search(3, some_queries(), 7)
+    rows = logical.search(3, some_queries(), 7).rows
     shards = logical.shard_of(rows)
     assert shards.shape == rows.shape
     for row, shard, place in zip(rows.flatten().tolist(), shards.flatten().tolist(), logical.locate(rows), strict=True):
@@ -159,32 +161,32 @@ def test_views_and_shards_are_shards_too():
     library, mine = fill(make_bank(), {"a": 8, "b": 6}), fill(make_bank(), {"b": 4, "c": 10})
     logical = BankShards([library.select(["b"]), BankShards([mine])])
     assert len(logical.shards) == 2
-    places = logical.locate(logical.search(3, some_queries(), 20)[1])
+    places = logical.locate(logical.search(3, some_queries(), 20).rows)
     assert {place[0] for place in places if place} == {"b", "c"}
     # A view follows its document: what is deleted is found no more, and rows found before are known to be stale.
     generation = logical.generation
     library.delete("b")
     assert logical.generation != generation
-    assert logical.shard_of(logical.search(3, some_queries(), 20)[1]).max() == 1
+    assert logical.shard_of(logical.search(3, some_queries(), 20).rows).max() == 1
 
 
 def test_rows_found_through_a_view_stay_good_when_its_document_is_renamed():
     library, mine = fill(make_bank(), {"a": 8, "b": 6}), fill(make_bank(), {"c": 4})
     logical = BankShards([library.select("b"), mine])
     generation = logical.generation
-    rows = logical.search(3, some_queries(), 5)[1].flatten(1)
-    before = logical.gather(3, rows)
+    rows = logical.search(3, some_queries(), 5).rows.flatten(1)
+    before = logical.gather(3, rows, logical.generation)
     library.rename("b", "other")
     assert logical.generation == generation
     assert logical.num_chunks == 2
-    torch.testing.assert_close(logical.gather(3, rows), before, rtol=0, atol=0)
+    torch.testing.assert_close(logical.gather(3, rows, logical.generation), before, rtol=0, atol=0)
 
 
 def test_select_reads_the_named_documents_of_every_shard():
     library, mine = fill(make_bank(), {"a": 8, "b": 6}), fill(make_bank(), {"b": 4, "c": 10})
     logical = BankShards([library, mine.select(["b"])])
     selected = logical.select("b")
-    places = selected.locate(selected.search(3, some_queries(), 20)[1])
+    places = selected.locate(selected.search(3, some_queries(), 20).rows)
     assert {place[0] for place in places if place} == {"b"}
     assert selected.num_chunks == 5
     assert len(logical.select(["a"]).shards) == 1
@@ -198,12 +200,12 @@ def test_storage_dtypes_may_differ():
     library, mine = (fill(make_bank(storage_dtype=dtype), {"a": 8}) for dtype in ("float16", "float32"))
     logical = BankShards([library, mine])
     rows = torch.arange(8).expand(2, -1)
-    keys, values = logical.gather(7, rows)
+    keys, values = logical.gather(7, rows, logical.generation)
     assert keys.dtype == values.dtype == torch.float32
-    expected = [bank.gather(7, torch.arange(4).expand(2, -1)) for bank in (library, mine)]
+    expected = [bank.gather(7, torch.arange(4).expand(2, -1), bank.generation) for bank in (library, mine)]
     torch.testing.assert_close(keys[:, ::2], expected[0][0].float(), rtol=0, atol=0)
     torch.testing.assert_close(values[:, 1::2], expected[1][1], rtol=0, atol=0)
-    assert logical.gather(7, rows[:, ::2])[0].dtype == torch.float16
+    assert logical.gather(7, rows[:, ::2], logical.generation)[0].dtype == torch.float16
 
 
 def test_locate_refuses_rows_that_no_shard_has():

@@ -174,7 +174,7 @@ def test_a_changed_encoder_is_followed_by_other_policies(change, refresh):
     changed = change(model)
     logits = read(changed, bank)
     torch.testing.assert_close(logits, read(changed, bank_of(changed)), rtol=0, atol=0)
-    assert bank.refreshed.tokens == 80
+    assert bank.freshness.refreshed.tokens == 80
 
 
 def test_an_adapter_is_noticed_when_it_is_put_in_and_when_it_moves():
@@ -330,10 +330,10 @@ def test_a_bank_is_read_as_it_is_where_its_owner_says_so(tmp_path):
     same = MemoryBank.load(tmp_path / "bank", model, strict=False)
     assert all(each.version == 0 for each in same.segments("d"))
     # Nothing of it is taken for what the model would write.
-    before = as_it_is.refreshed.tokens
+    before = as_it_is.freshness.refreshed.tokens
     assert as_it_is.update("d", torch.arange(80) % 90, model=other) == 80
     torch.testing.assert_close(read(other, as_it_is), read(other, bank_of(other)), rtol=0, atol=0)
-    assert as_it_is.refreshed.tokens == before
+    assert as_it_is.freshness.refreshed.tokens == before
 
 
 # S4 to S9.
@@ -346,7 +346,7 @@ def test_s4_what_was_replaced_or_deleted_is_never_found():
     bank.update("d", torch.arange(20, 60), model=model)
     assert bank.token_ids("d").tolist() == list(range(20, 60))
     bank.delete("other")
-    found = bank.locate(bank.search(LAYER, torch.ones(2, 1, 8), bank.num_chunks)[1])
+    found = bank.locate(bank.search(LAYER, torch.ones(2, 1, 8), bank.num_chunks).rows)
     assert {place.document_id for place in found} == {"d"}
     assert max(place.stop for place in found) == 40
 
@@ -358,11 +358,11 @@ def test_s5_an_edit_changes_what_was_encoded_behind_it_to_the_end_of_its_window(
     edited[34] = 7
     bank, fresh = (MemoryBank.for_model(model, storage_dtype="float32") for _ in range(2))
     model.memorize(bank, ids, "d")
-    old = bank.gather(LAYER, torch.arange(24).expand(2, -1))[0].clone()
+    old = bank.gather(LAYER, torch.arange(24).expand(2, -1), bank.generation)[0].clone()
     assert bank.update("d", edited, model=model) == 32  # its window, and no other
     model.memorize(fresh, edited, "d")
-    new = bank.gather(LAYER, bank._ledger.documents["d"].rows.values.expand(2, -1))[0]
-    assert torch.equal(new, fresh.gather(LAYER, torch.arange(24).expand(2, -1))[0])
+    new = bank.gather(LAYER, bank._table.ledger.documents["d"].rows.values.expand(2, -1), bank.generation)[0]
+    assert torch.equal(new, fresh.gather(LAYER, torch.arange(24).expand(2, -1), fresh.generation)[0])
     differs = (new != old).flatten(2).any(dim=2).any(dim=0)
     assert not differs[:8].any()
     assert differs[8:16].all()
@@ -426,7 +426,7 @@ def test_s9_a_backward_pass_reads_what_its_forward_read_or_refuses():
     loss.backward()
     loss = model(torch.arange(5, 29)[None], labels=torch.arange(5, 29)[None], memory=bank).loss
     bank.encoders.enter(load_other_weights(model_of()).encoder_stamp())  # as another thread's refresh would
-    bank._ledger.note_encoding(bank._ledger.documents["d"])
+    bank._table.ledger.note_encoding(bank._table.ledger.documents["d"])
     with pytest.raises(RuntimeError, match="between the forward and the backward pass"):
         loss.backward()
 
@@ -438,7 +438,7 @@ def test_outputs_with_frozen_are_those_of_an_unchecked_bank():
     assert unchecked.fingerprint is None
     assert torch.equal(read(model, checked), read(model, unchecked))
     assert not torch.equal(read(model, checked), model(torch.arange(5, 29)[None]).logits)
-    assert checked.refreshed.tokens == 0
+    assert checked.freshness.refreshed.tokens == 0
 
 
 def test_everything_masked_is_as_without_memory():
@@ -472,7 +472,7 @@ def test_the_documents_of_streams_come_out_as_if_written_fresh():
     assert len(old.segments("stream")) > 2
     read(models[1], old)
     rows = torch.arange(old.num_chunks).expand(2, -1)
-    for pair in zip(old.gather(LAYER, rows), fresh.gather(LAYER, rows), strict=True):
+    for pair in zip(old.gather(LAYER, rows, old.generation), fresh.gather(LAYER, rows, fresh.generation), strict=True):
         assert torch.equal(*pair)
 
 

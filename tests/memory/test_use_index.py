@@ -25,11 +25,11 @@ def test_another_index_answers_from_then_on(monkeypatch):
     version, generation = bank.version, bank.generation
     bank.use_index("ivf:probed_share=0.02")
     assert bank.index == bank.empty_like().index == "ivf:probed_share=0.02"
-    assert bank.search(5, QUERIES, 8)[0].tolist() != exact[0].tolist()
+    assert bank.search(5, QUERIES, 8).scores.tolist() != exact[0].tolist()
     assert bank.version != version
     assert bank.generation == generation  # rows found before are still good
     bank.use_index("flat")
-    assert isinstance(bank._contents.index_of(0), FlatIndex)
+    assert isinstance(bank._table.index_of(0), FlatIndex)
     torch.testing.assert_close(bank.search(5, QUERIES, 8), exact)
 
 
@@ -39,7 +39,7 @@ def test_the_folder_remembers_the_index_and_readers_take_it_over(tmp_path):
         reader = MemoryBank.open(tmp_path, read_only=True)
         bank.use_index("flat")
         assert reader.index == "auto"
-        assert reader.reload()
+        assert reader.folder.reload()
         assert reader.index == "flat"
         reader.close()
     with MemoryBank.open(tmp_path, read_only=True) as again:
@@ -57,7 +57,7 @@ def test_a_change_of_index_is_undone_with_its_transaction(tmp_path):
         assert bank.index == "exact"
         raise RuntimeError
     assert bank.index == "flat"
-    assert isinstance(bank._contents.index_of(0), FlatIndex)
+    assert isinstance(bank._table.index_of(0), FlatIndex)
     with pytest.raises(ValueError, match="Did you mean `flat`"):
         bank.use_index("flta")
     bank.close()
@@ -79,14 +79,14 @@ def test_dead_bytes_are_those_that_compact_gives_back(tmp_path):
         with bank.transaction():
             bank.add("small", *draw(100))
             bank.add("large", *draw(900, seed=1))
-        assert bank.num_dead_bytes == 0
+        assert bank.folder.num_dead_bytes == 0
         bank.delete("small")
-        dead, before = bank.num_dead_bytes, bank.nbytes
+        dead, before = bank.folder.num_dead_bytes, bank.nbytes
         assert dead == pytest.approx(before / 10, rel=0.01)
-        bank.compact()
+        bank.folder.compact()
         assert before - bank.nbytes == pytest.approx(dead, rel=0.05)
-        assert bank.num_dead_bytes == 0
-        assert {path.name for path in bank.verify()} == {
+        assert bank.folder.num_dead_bytes == 0
+        assert {path.name for path in bank.folder.verify()} == {
             "catalogue.sqlite",
             *(path.name for path in (tmp_path / "segments").iterdir()),
         }

@@ -43,7 +43,7 @@ def read(query, banks, **changes):
 
 def naive(query, bank, ages, prior, softcap=None):
     """One query head at a time, straight from the definition: all chunks, their bonus, the best, one softmax."""
-    keys, values = bank.gather(LAYER, torch.arange(bank.num_chunks).expand(KV_HEADS, -1))
+    keys, values = bank.gather(LAYER, torch.arange(bank.num_chunks).expand(KV_HEADS, -1), bank.generation)
     logs = torch.tensor(
         [prior.log_weight(ages[place.document_id]) for place in bank.locate(torch.arange(len(keys[0])))]
     )

@@ -42,7 +42,7 @@ def read(query, banks, **changes):
 
 def naive_read(query, bank, num_chunks=3, scaling=0.4):
     """One query head at a time, straight from the definition."""
-    keys, values = bank.gather(LAYER, torch.arange(bank.num_chunks).expand(KV_HEADS, -1))
+    keys, values = bank.gather(LAYER, torch.arange(bank.num_chunks).expand(KV_HEADS, -1), bank.generation)
     outputs, sums = torch.empty_like(query), torch.empty(query.shape[:2])
     for head in range(HEADS):
         group = head // (HEADS // KV_HEADS)
@@ -113,7 +113,9 @@ def test_joint_attention_is_one_softmax(banks, qkv):
     found = read(query, banks)
     output = fuse_joint(sdpa_attention_forward, Attention(), query, key, value, None, found, bias, 0.4)
     for lane, head, token in [(0, 0, 0), (1, 3, 4), (0, 2, 3)]:
-        keys, values = banks[lane].gather(LAYER, found.read.rows[lane, head, token].expand(KV_HEADS, -1))
+        keys, values = banks[lane].gather(
+            LAYER, found.read.rows[lane, head, token].expand(KV_HEADS, -1), banks[lane].generation
+        )
         keys, values = keys[head // group].flatten(0, 1), values[head // group].flatten(0, 1)
         local_keys, local_values = key[lane, head // group, : token + 1], value[lane, head // group, : token + 1]
         one_query = query[lane, head, token]
@@ -196,14 +198,12 @@ class NotingBank:
     def __init__(self, bank):
         self.bank, self.asked = bank, set()
 
-    is_empty, generation, encodings = False, 0, 0
-
-    def search(self, layer, queries, num_chunks):
+    def search(self, layer, queries, num_chunks, *, scaling=None):
         self.asked.add(queries.dtype)
-        return self.bank.search(layer, queries, num_chunks)
+        return self.bank.search(layer, queries, num_chunks, scaling=scaling)
 
-    def gather(self, layer, rows):
-        return self.bank.gather(layer, rows)
+    def gather(self, layer, rows, generation):
+        return self.bank.gather(layer, rows, generation)
 
 
 def test_under_autocast_memory_is_read_in_its_dtype(banks, qkv, monkeypatch):

@@ -15,7 +15,7 @@ def test_a_recorder_changes_nothing_and_keeps_what_every_layer_asks(model, bank,
     for read in plain.memory_reads:
         (queries,) = recorder.queries[read.layer]
         num_chunks = read.rows.shape[-1]
-        found = bank.search(read.layer, queries, num_chunks)[1]
+        found = bank.search(read.layer, queries, num_chunks).rows
         assert found.shape == (2, 2 * 16, num_chunks)  # two query heads share a key-value head
         assert sorted(found.flatten().tolist()) == sorted(read.rows.flatten().tolist())
 

@@ -39,11 +39,12 @@ def bank_of(model, *parts, **options) -> MemoryBank:
 def assert_same(bank: MemoryBank, other: MemoryBank, tolerance: float) -> None:
     assert bank.documents() == other.documents()
     assert bank.token_ids("a").tolist() == other.token_ids("a").tolist()
-    rows, other_rows = (each._ledger.documents["a"].rows.values for each in (bank, other))
+    rows, other_rows = (each._table.ledger.documents["a"].rows.values for each in (bank, other))
     for layer in bank.memory_layers:
         heads = bank._shapes[0].kv_heads
         stored, others = (
-            each.gather(layer, which.expand(heads, -1)) for each, which in ((bank, rows), (other, other_rows))
+            each.gather(layer, which.expand(heads, -1), each.generation)
+            for each, which in ((bank, rows), (other, other_rows))
         )
         for one, two in zip(stored, others, strict=True):
             torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)

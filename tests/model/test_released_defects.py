@@ -55,8 +55,8 @@ def test_a_bank_may_be_smaller_than_two_segments_and_is_used_whole(model, capaci
 def test_rows_and_index_agree_after_a_long_segment_follows_a_short_one(model):  # E3
     bank = remember(model, 16, 60, capacity_tokens=64)
     rows = torch.arange(bank.num_chunks).expand(4, -1)
-    means = bank.gather(3, rows)[0].float().mean(2)
-    scores, found = bank.search(3, means, 1)
+    means = bank.gather(3, rows, bank.generation)[0].float().mean(2)
+    found, scores, *_ = bank.search(3, means, 1)
     stored = means.gather(1, found.expand_as(means))  # what the rows that the index names hold
     torch.testing.assert_close(scores[..., 0], (means * stored).sum(-1), rtol=1e-2, atol=1e-2)
     assert bank.num_chunks == 16
@@ -118,7 +118,7 @@ def test_single_tokens_add_up_to_chunks(model):  # E8: pieces shorter than a chu
         write("0", [keys[0, :, token : token + 1]], [values[0, :, token : token + 1]])
     rows = torch.arange(2).expand(4, -1)
     assert pieces.num_chunks == whole.num_chunks == 2
-    assert torch.equal(pieces.gather(3, rows)[0], whole.gather(3, rows)[0])
+    assert torch.equal(pieces.gather(3, rows, pieces.generation)[0], whole.gather(3, rows, whole.generation)[0])
 
 
 def test_memory_is_neither_in_the_weights_nor_shared_by_models(model):  # E13: kept in the model, in no file

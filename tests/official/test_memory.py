@@ -48,11 +48,11 @@ def test_a_missing_slot_is_a_zero_row_with_score_zero():
     memory = new_memory()
     keys, values = batch(1, CHUNK, 0)
     memory.write([keys], [values])
-    scores, rows = memory.search(5, torch.randn(HEADS, 6, DIM), 3)
+    rows, scores, *_ = memory.search(5, torch.randn(HEADS, 6, DIM), 3)
     assert (rows[..., 0] == 0).all()
     assert (rows[..., 1:] == memory.zero_row).all()
     assert (scores[..., 1:] == 0).all()
-    assert not memory.gather(5, rows[:, :, 1])[0].any()
+    assert not memory.gather(5, rows[:, :, 1], memory.generation)[0].any()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ def stored(trainer):
     layer = banks[0].memory_layers[0]
     rows = [torch.arange(bank.num_tokens // bank.chunk_size) for bank in banks]
     heads = trainer.model.config.get_text_config().num_key_value_heads
-    return [bank.gather(layer, row.expand(heads, -1))[0] for bank, row in zip(banks, rows, strict=True)]
+    return [
+        bank.gather(layer, row.expand(heads, -1), bank.generation)[0] for bank, row in zip(banks, rows, strict=True)
+    ]
 
 
 def test_the_backbone_moves_along(start):
@@ -162,8 +164,10 @@ def test_with_a_policy_memory_is_no_older_than_it_allows(start, tmp_path):
     for _ in range(4):
         trainer.train_step()
     bank = trainer.memories.banks[0]
-    assert bank.refreshed.tokens > 0
-    assert bank.lags().values[bank._ledger.versions[0]].max() <= 1  # of what the last step read, and what it wrote
+    assert bank.freshness.refreshed.tokens > 0
+    assert (
+        bank.freshness.lags().values[bank._table.ledger.versions[0]].max() <= 1
+    )  # of what the last step read, and what it wrote
     eager = start(output=tmp_path / "eager", memory__tokens=64, writer__refresh="eager")
     for _ in range(4):
         eager.train_step()

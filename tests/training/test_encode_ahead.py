@@ -210,7 +210,11 @@ def contents(bank):
     """What a bank holds: documents, token ids, keys and values of every layer."""
     ids = {each.document_id: bank.token_ids(each.document_id).tolist() for each in bank.documents()}
     rows = torch.arange(bank.num_chunks).expand(2, -1)
-    stored = [] if bank.is_empty else [each for layer in bank.memory_layers for each in bank.gather(layer, rows)]
+    stored = (
+        []
+        if bank.is_empty
+        else [each for layer in bank.memory_layers for each in bank.gather(layer, rows, bank.generation)]
+    )
     return ids, [each.clone() for each in stored]
 
 

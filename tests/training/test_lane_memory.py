@@ -50,7 +50,7 @@ def contents(memories):
         documents = bank.documents()
         rows = torch.arange(bank.num_chunks).expand(2, -1)
         layers = () if bank.is_empty else bank.memory_layers
-        stored = [torch.zeros(1), *(tensor for layer in layers for tensor in bank.gather(layer, rows))]
+        stored = [torch.zeros(1), *(tensor for layer in layers for tensor in bank.gather(layer, rows, bank.generation))]
         ids = [bank.token_ids(document.document_id).tolist() for document in documents]
         found.append(
             ([document.document_id for document in documents], ids, torch.cat([each.flatten() for each in stored]))

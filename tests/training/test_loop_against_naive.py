@@ -115,7 +115,9 @@ def same_memory(bank, other):
         return
     rows = torch.arange(bank.num_chunks).expand(2, -1)
     for layer in bank.memory_layers:
-        for found, expected in zip(bank.gather(layer, rows), other.gather(layer, rows), strict=True):
+        for found, expected in zip(
+            bank.gather(layer, rows, bank.generation), other.gather(layer, rows, other.generation), strict=True
+        ):
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)  # a float16 step or two
 
 

@@ -42,16 +42,16 @@ def test_a_step_of_another_optimizer_is_noticed_at_the_next_read(trainer):
 
 
 def test_what_no_look_can_see_is_found_at_the_end_and_nothing_is_saved(trainer, monkeypatch):
-    bank_reads = MemoryBank.read_by
+    bank_reads = MemoryBank.ready_for
     steps = []
 
-    def read_by(bank, model):
+    def ready_for(bank, model):
         bank_reads(bank, model)
         if len(steps) == 2:  # one number of many, past the version counter
             below_memory(trainer).data.view(-1)[1] += 1.0
         steps.append(bank)
 
-    monkeypatch.setattr(MemoryBank, "read_by", read_by)
+    monkeypatch.setattr(MemoryBank, "ready_for", ready_for)
     with pytest.raises(StaleMemoryError, match="when the run began"):
         trainer.run()
     assert not (trainer.folder / "side-network").exists()

@@ -186,7 +186,7 @@ def lines_of(figure) -> dict[str, list[float]]:
 
 
 def test_the_curve_has_every_line(tmp_path: Path, drawn):
-    from longmem.plots import plot_training
+    from longmem.training.curve import plot_training
 
     plot_training(tmp_path / "curve.png", [step(n) for n in range(1, 6)], [validation(2), validation(4)])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -201,7 +201,7 @@ def test_the_curve_has_every_line(tmp_path: Path, drawn):
 
 
 def test_a_curve_counts_tokens_of_steps_that_were_not_logged(tmp_path, drawn):
-    from longmem.plots import plot_training
+    from longmem.training.curve import plot_training
 
     plot_training(tmp_path / "curve.png", [step(1), step(11), step(21)], [validation(16)])
     for axes in drawn[0].axes:
@@ -213,7 +213,7 @@ def test_a_curve_counts_tokens_of_steps_that_were_not_logged(tmp_path, drawn):
 
 
 def test_a_curve_leaves_out_what_was_not_computed(tmp_path, drawn):
-    from longmem.plots import plot_training
+    from longmem.training.curve import plot_training
 
     plot_training(tmp_path / "curve.png", [RECORDS[4]])
     assert set(lines_of(drawn[0])) == {"side network", "memory bias"}
@@ -223,7 +223,6 @@ def test_a_curve_leaves_out_what_was_not_computed(tmp_path, drawn):
 
 def test_the_running_mean_is_that_of_the_values_before():
     import numpy as np
-
     from longmem.plots.training import running_mean
 
     values = np.random.default_rng(0).standard_normal(30)

@@ -26,7 +26,7 @@ from longmem.evaluation.recall import (
 from longmem.evaluation.recall_check import NUM_PAIRS, WINDOW, WORDS_BEFORE
 from longmem.memory import AgePrior, MemoryBank
 from longmem.memory.index import exact_top_chunks
-from longmem.model.attention import ReadableMemory
+from longmem.memory.protocols import Found, Memory
 from longmem.model.modeling import LongMemForCausalLM
 
 DAY = 86_400.0
@@ -66,8 +66,6 @@ class GrowingWeights:
     Published code of asynchronous federated learning had it; `AgePrior` refuses it.
     """
 
-    has_age_prior = True
-
     def __init__(self, bank: MemoryBank) -> None:
         self._bank = bank
 
@@ -77,14 +75,11 @@ class GrowingWeights:
 
     def search(
         self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int, *, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        """Return the best chunks where age counts in their favour."""
-        bonus = self.log_weights(torch.arange(self._bank.num_chunks)) / scaling
-        return exact_top_chunks(queries.float(), self._bank.search_keys(layer), num_chunks, bonus)
-
-    def log_weights(self, rows: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return the logarithms of weights above 1."""
-        return -self._bank.log_weights(rows)
+    ) -> Found:
+        """Return the best chunks where age counts in their favour, with the logarithms of weights above 1."""
+        weights = -self._bank.log_weights(torch.arange(self._bank.num_chunks))
+        scores, rows = exact_top_chunks(queries.float(), self._bank.search_keys(layer), num_chunks, weights / scaling)
+        return Found(rows, scores, weights[rows], self._bank.generation)
 
 
 def superseded_content(
@@ -191,7 +186,7 @@ def _deleted(case: _Case) -> MemoryBank:
 
 def _row(model: LongMemForCausalLM, cases: Sequence[_Case], name: str, way: Any) -> ContentRow:
     start = time.perf_counter()
-    memories: list[ReadableMemory] = [way(case) for case in cases]
+    memories: list[Memory] = [way(case) for case in cases]
     answers, got_older = [], []
     for case, memory in zip(cases, memories, strict=True):
         *older, newest = (version.values for version in case.versions)

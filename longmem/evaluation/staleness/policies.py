@@ -48,9 +48,7 @@ def draw_questions_about(
 
 def copy_bank(bank: MemoryBank) -> MemoryBank:
     """Return a bank with the same content and encoders, for one system to change."""
-    twin = bank.empty_like()
-    bank._contents.copy_to(twin._contents)
-    return twin
+    return bank.copy()
 
 
 def run_system(
@@ -82,15 +80,15 @@ def run_system(
             right += answered.tolist()
             found += was_read.tolist()
             if system.idle_tokens:
-                bank.sweep(reader, system.idle_tokens)
-            tokens.append(bank.refreshed.tokens + bank.refreshed.probed_tokens)
-    policy = bank.refresh_policy
+                bank.freshness.sweep(reader, system.idle_tokens)
+            tokens.append(bank.freshness.refreshed.tokens + bank.freshness.refreshed.probed_tokens)
+    policy = bank.freshness.policy
     return {
         "losses": losses,
         "right": right,
         "found": found,
         "tokens": tokens,
-        "mapped": bank.refreshed.mapped,
+        "mapped": bank.freshness.refreshed.mapped,
         "gains": list(policy.gains.values()) if isinstance(policy, Mapped) else [],
         "neighbours": list(policy.recalls.values()) if isinstance(policy, Mapped) else [],
         "seconds": time.process_time() - begin,
@@ -126,6 +124,6 @@ def bank_hash(bank: MemoryBank) -> str:
     for layer in bank.memory_layers:
         keys = bank.search_keys(layer)
         rows = torch.arange(bank.num_chunks).expand(keys.shape[0], -1)
-        for tensor in (keys, *bank.gather(layer, rows)):
+        for tensor in (keys, *bank.gather(layer, rows, bank.generation)):
             found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

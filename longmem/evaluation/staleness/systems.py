@@ -24,7 +24,7 @@ class PolicySystem:
     Args:
         title: in tables and figures.
         refresh: the policy, as a bank takes it; None: what the old encoder wrote is read as it is.
-        idle_tokens: encoded again after each window of questions, when nobody waits (`MemoryBank.sweep`).
+        idle_tokens: encoded again after each window of questions, when nobody waits (`Freshness.sweep`).
         judged: False takes maps without asking held-out segments, which no setting of a policy allows.
         stale_weight: what attention to the bank is multiplied by as long as the bank is stale.
         is_fresh: the reader's own encoder wrote the bank in the first place.
@@ -42,11 +42,11 @@ class PolicySystem:
         if self.is_fresh:
             return
         if self.refresh is None:
-            bank.read_as_is(reader)
+            bank.freshness.read_as_is(reader)
             return
-        bank.use_refresh(self.refresh)
+        bank.freshness.use(self.refresh)
         if not self.judged:
-            bank.refresh_policy.chosen.update(min_gain=-math.inf, min_recall=0.0)
+            bank.freshness.policy.chosen.update(min_gain=-math.inf, min_recall=0.0)
 
 
 def mapped(kind: str, share: float, ending: str = "", **others: Any) -> PolicySystem:

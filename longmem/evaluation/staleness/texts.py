@@ -142,9 +142,9 @@ def read_text(
         else:
             bank = copy_bank(old)
             if name == "never":
-                bank.read_as_is(reader)
+                bank.freshness.read_as_is(reader)
             else:
-                bank.use_refresh(name)
+                bank.freshness.use(name)
         losses, recalls = [], []
         for window, (loss, rows) in enumerate(read_windows(reader, rest, settings.window, settings.windows, bank)):
             losses.append(loss)
@@ -154,14 +154,14 @@ def read_text(
                 # A bank in which nothing may be read is not read at all.
                 recalls.append(recall_of(rows, fresh_rows[window]) if len(rows) else 0.0)
         if record_id not in run:
-            done = {} if bank is None else dataclasses.asdict(bank.refreshed)
+            done = {} if bank is None else dataclasses.asdict(bank.freshness.refreshed)
             tokens = len(memory) if name == "oracle" else done.get("tokens", 0) + done.get("probed_tokens", 0)
             values = {
                 "losses": losses,
                 "recalls": recalls or None,
                 "tokens": tokens,
                 "seconds": time.perf_counter() - start,
-                "gap": None if bank is None or name == "oracle" else bank.lags("gap").values[0].item(),
+                "gap": None if bank is None or name == "oracle" else bank.freshness.lags("gap").values[0].item(),
             }
             run.write([{"id": record_id, **common, "system": name, **values, "refreshed": done}])
 

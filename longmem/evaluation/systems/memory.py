@@ -10,7 +10,7 @@ import torch
 from longmem.evaluation.systems.questions import Question
 from longmem.evaluation.systems.system import LocalModel, System
 from longmem.memory import MemoryBank
-from longmem.model.attention import ReadableMemory
+from longmem.memory.protocols import Memory
 from longmem.model.modeling import LongMemForCausalLM
 
 
@@ -110,9 +110,7 @@ class GivenMemory(System):
         options: of `System`; what is fed is the local context alone.
     """
 
-    def __init__(
-        self, name: str, model: LongMemForCausalLM, *, memory: ReadableMemory | None = None, **options: Any
-    ) -> None:
+    def __init__(self, name: str, model: LongMemForCausalLM, *, memory: Memory | None = None, **options: Any) -> None:
         super().__init__(name, model, **options)
         self.memory = memory
 

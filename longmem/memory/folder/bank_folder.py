@@ -21,13 +21,11 @@ from filelock import FileLock, Timeout
 
 from longmem.memory.folder import records
 from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
-from longmem.memory.folder.disk_storage import DiskStorage
-from longmem.memory.folder.merging import rewrite, segments_to_merge
+from longmem.memory.folder.disk_storage import DiskStorage, open_segments, rewrite, segments_to_merge
 from longmem.memory.folder.saved_indexes import SavedIndexes
-from longmem.memory.folder.segments import open_segments
 from longmem.memory.folder.tensor_file import damaged, not_written, remove
 from longmem.memory.rows.documents import Source
-from longmem.memory.rows.table import BankContents
+from longmem.memory.rows.table import Table
 
 LOCK = "lock"
 SEGMENT_FOLDER, INDEX_FOLDER = "segments", "indexes"
@@ -122,7 +120,7 @@ class BankFolder:
         place = self.path / SEGMENT_FOLDER
         return DiskStorage(place, storage_dtype, self.device, self.mapped, self.refuse_reader)
 
-    def fill(self, contents: BankContents, settings: dict[str, Any]) -> None:
+    def fill(self, contents: Table, settings: dict[str, Any]) -> None:
         """Read the last commit into empty contents over a `new_storage`.
 
         Raises ValueError if the folder is damaged: the catalogue, or the length or header of a segment; or if the bank
@@ -135,7 +133,7 @@ class BankFolder:
             self.catalogue.content = before  # what the caller goes on with is not of another commit
             raise
 
-    def _fill(self, contents: BankContents, settings: dict[str, Any]) -> None:
+    def _fill(self, contents: Table, settings: dict[str, Any]) -> None:
         for attempt in range(ATTEMPTS_TO_READ):
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
@@ -170,7 +168,7 @@ class BankFolder:
 
     # Writing.
 
-    def replace(self, source: BankContents, contents: BankContents, settings: dict[str, Any]) -> None:
+    def replace(self, source: Table, contents: Table, settings: dict[str, Any]) -> None:
         """Make a copy of `source` the bank, instead of what was there; `contents` are empty, over a `new_storage`."""
         assert isinstance(contents.storage, DiskStorage)
         if not self.catalogue.is_new:
@@ -186,7 +184,7 @@ class BankFolder:
             raise not_written(self.path, error) from error
         self.commit(contents, settings, replace=True)
 
-    def commit(self, contents: BankContents, settings: dict[str, Any], *, replace: bool = False) -> None:
+    def commit(self, contents: Table, settings: dict[str, Any], *, replace: bool = False) -> None:
         """Make what `contents` holds the bank, for good; a process killed meanwhile leaves the last commit, or this one.
 
         `replace`: instead of all that was there. Raises ValueError, and leaves the last commit, if the disk is full or
@@ -205,7 +203,7 @@ class BankFolder:
         except sqlite3.DatabaseError as error:
             raise damaged(self.catalogue.path, f"cannot be written ({error})") from error
 
-    def _commit(self, contents: BankContents, settings: dict[str, Any], replace: bool) -> None:
+    def _commit(self, contents: Table, settings: dict[str, Any], replace: bool) -> None:
         storage, ledger = contents.storage, contents.ledger
         assert isinstance(storage, DiskStorage)
         storage.flush()
@@ -259,7 +257,7 @@ class BankFolder:
         for name in gone:
             remove(self.path / SEGMENT_FOLDER / name)
 
-    def compact(self, contents: BankContents, settings: dict[str, Any]) -> None:
+    def compact(self, contents: Table, settings: dict[str, Any]) -> None:
         """Give back the space of what was deleted or evicted: afterwards no byte of it is in the folder.
 
         Segments that hold some of it are written anew, one after the other, and the catalogue without its free pages.
@@ -285,7 +283,7 @@ class BankFolder:
         except (OSError, sqlite3.OperationalError) as error:
             raise not_written(self.path, error) from error
 
-    def save_indexes(self, contents: BankContents) -> None:
+    def save_indexes(self, contents: Table) -> None:
         """Save the indexes that were built since, so that the next who opens the bank need not build them."""
         try:
             self._save_indexes(contents)
@@ -293,20 +291,20 @@ class BankFolder:
             self.indexes.remove_strangers()
             warnings.warn(f"the index of the bank in {str(self.path)!r} was not saved: {error}", stacklevel=4)
 
-    def _save_indexes(self, contents: BankContents, *, again: bool = False) -> None:
+    def _save_indexes(self, contents: Table, *, again: bool = False) -> None:
         if rows := self.indexes.write(contents, again=again):
             with self.catalogue.transaction():
                 self.indexes.put(rows)
                 self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
             self.indexes.keep(rows)
 
-    def verify(self, contents: BankContents) -> list[Path]:
+    def verify(self, contents: Table) -> list[Path]:
         """Return the files that count; raise ValueError, which names the file, unless every byte is as it was written."""
         self.catalogue.verify()
         assert isinstance(contents.storage, DiskStorage)
         return [self.catalogue.path, *contents.storage.verify()]
 
-    def num_dead_bytes(self, contents: BankContents) -> int:
+    def num_dead_bytes(self, contents: Table) -> int:
         """Return the bytes of chunks in segments that no row points to."""
         assert isinstance(contents.storage, DiskStorage)
         return contents.storage.num_dead_bytes

@@ -8,22 +8,106 @@ moves the pointer. What was written since the last file waits in memory.
 from __future__ import annotations
 
 import bisect
+import math
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from longmem.memory.folder.resident_keys import LazyLayer, ResidentKeys
-from longmem.memory.folder.segments import Segment
 from longmem.memory.folder.tensor_file import TensorFile, not_written, sync, write_tensor_file
-from longmem.memory.rows.chunks import Chunks, LayerShape, shape_of
 from longmem.memory.rows.codec import decode
+from longmem.memory.rows.documents import Run
+from longmem.memory.rows.storage import Chunks, LayerShape, bytes_of_chunk, shape_of, with_rows
+from longmem.memory.rows.table import Table
 
 # Chunks of so many bytes wait in memory at most, and make one file.
 SEGMENT_BYTES = 2**26
+# So many segments of about one size are merged into one: a bank that grows by small steps keeps few files.
+SEGMENTS_TO_MERGE = 8
+
+
+@dataclass
+class Segment:
+    """Return chunks of consecutive slots: a file or, while they wait, tensors (`waiting`)."""
+
+    first_slot: int
+    num_slots: int
+    num_live: int
+    file: TensorFile | None = None
+    waiting: list[Chunks] | None = None
+
+    def tensor(self, position: int, name: str, *, check: bool = False) -> Tensor:
+        """Return the keys, values or search keys of one layer."""
+        if self.waiting is not None:
+            return getattr(self.waiting[position], name)
+        assert self.file is not None
+        return self.file.tensor(f"{position}.{name}", check=check)
+
+    def empty(self, position: int, name: str, num_pieces: int) -> Shaped[Tensor, "pieces ..."]:
+        """Return room for so many chunks, of one head each, of one tensor."""
+        if self.file is not None:
+            return self.file.empty(f"{position}.{name}", num_pieces)
+        tensor = self.tensor(position, name)
+        return tensor.new_empty(num_pieces, *tensor.shape[2:])
+
+    def take(
+        self, position: int, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."]
+    ) -> None:
+        """Copy what the heads and slots of one tensor, counted as one axis, hold at these places."""
+        if self.file is not None:
+            self.file.take(f"{position}.{name}", places, into)
+        else:
+            torch.index_select(self.tensor(position, name).flatten(0, 1), 0, places, out=into)
+
+
+def open_segments(
+    folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]], mapped: bool
+) -> list[Segment]:
+    """Return the segments that the catalogue lists: (first slot, slots, file name, bytes, digests)."""
+    return [
+        Segment(first_slot, num_slots, 0, file=TensorFile(folder / name, num_bytes, digests, mapped))
+        for first_slot, num_slots, name, num_bytes, digests in rows
+    ]
+
+
+class ResidentKeys:
+    """Return the search keys of one layer, in memory: `num_rows` rows for each head, dense."""
+
+    def __init__(self, keys: Float[Tensor, "kv_heads rows key_dim"]) -> None:
+        self._keys = keys
+        self.num_rows = keys.shape[1]
+
+    @property
+    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
+        """Return a view of the live rows."""
+        return self._keys[:, : self.num_rows]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where they are."""
+        return self._keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Return their bytes, with the room that growth has reserved."""
+        return self._keys.nbytes
+
+    def write(self, rows: Int[Tensor, " chunks"], keys: Float[Tensor, "kv_heads chunks key_dim"]) -> None:
+        """Write the search keys of new rows."""
+        num_rows = max(self.num_rows, int(rows.max()) + 1)
+        if num_rows > self._keys.shape[1]:
+            self._keys = with_rows(self._keys, max(num_rows, 2 * self._keys.shape[1]), self.num_rows)
+        self._keys.index_copy_(1, rows.to(self.device), keys.to(self.device))
+        self.num_rows = num_rows
+
+    def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
+        """Copy rows onto other rows."""
+        self._keys.index_copy_(1, destinations.to(self.device), self._keys.index_select(1, sources.to(self.device)))
 
 
 class DiskStorage:
@@ -263,3 +347,75 @@ class DiskStorage:
         for number, positions in enumerate(order.split(torch.bincount(which, minlength=high - low + 1).tolist())):
             if len(positions):
                 yield self.segments[low + number], positions
+
+
+class LazyLayer:
+    """What an index sees of one layer: search keys that are read from the segments when they are first asked for."""
+
+    def __init__(self, storage: DiskStorage, position: int) -> None:
+        self._storage, self._position = storage, position
+
+    @property
+    def shape(self) -> LayerShape:
+        """Return the sizes of its chunks."""
+        return self._storage.shapes[self._position]
+
+    @property
+    def num_rows(self) -> int:
+        """Return the number of live rows."""
+        return self._storage.num_rows
+
+    @property
+    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
+        """Return the search keys of the live rows, dense for each head."""
+        return self._storage.resident_keys(self._position).search_keys
+
+    @property
+    def device(self) -> torch.device:
+        """Return where they are."""
+        return self._storage.device
+
+
+def segments_to_merge(storage: DiskStorage) -> list[Segment]:
+    """Return segments that are better written anew: many of about one size, or one that is mostly dead.
+
+    So a chunk is rewritten about once for every factor of `SEGMENTS_TO_MERGE` between a commit and a whole segment.
+    """
+    sizes = defaultdict(list)
+    for segment in storage.segments:
+        if segment.num_live * 2 < segment.num_slots:
+            return [segment]
+        if segment.file is not None and segment.file.num_bytes < SEGMENT_BYTES // 2:
+            sizes[int(math.log(segment.file.num_bytes, SEGMENTS_TO_MERGE))].append(segment)
+    return next((group for group in sizes.values() if len(group) >= SEGMENTS_TO_MERGE), [])
+
+
+def rewrite(contents: Table, storage: DiskStorage, victims: Sequence[Segment]) -> None:
+    """Write the live chunks of these segments to new ones; what nothing points to any longer ends with the next commit.
+
+    As many runs as make a segment are written at once: one by one, a segment of many small ones would take a time that
+    grows with the square of their number.
+    """
+    chunks_at_once = SEGMENT_BYTES // bytes_of_chunk(storage.shapes, contents.chunk_size, contents.storage_dtype)
+    batch: list[tuple[Run, Int[Tensor, " _rows"]]] = []
+    num_chunks = 0
+    for document in contents.ledger.documents.values():
+        done = 0
+        for run in document.runs:
+            if any(0 <= run.slot - segment.first_slot < segment.num_slots for segment in victims):
+                batch.append((run, document.rows.values[done : done + run.num_chunks]))
+                contents.ledger.changed.add(document.serial)
+                num_chunks += run.num_chunks
+                if num_chunks >= chunks_at_once:
+                    _rewrite_runs(storage, batch)
+                    batch, num_chunks = [], 0
+            done += run.num_chunks
+    _rewrite_runs(storage, batch)
+
+
+def _rewrite_runs(storage: DiskStorage, batch: list[tuple[Run, Int[Tensor, " _rows"]]]) -> None:
+    if batch:
+        slot = storage.rewrite(torch.cat([rows for _, rows in batch]))
+        for run, _ in batch:
+            run.slot = slot
+            slot += run.num_chunks

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from longmem.encoder.history import Encoders
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
-from longmem.memory.folder.disk_storage import DiskStorage
-from longmem.memory.folder.segments import Segment
+from longmem.memory.folder.disk_storage import DiskStorage, Segment
 from longmem.memory.rows.documents import Document, Run, Source, SourcePart
 from longmem.memory.rows.segments import Segments
-from longmem.memory.rows.table import BankContents
+from longmem.memory.rows.table import Table
 
 DATES = ("dated", "valid_until", "is_superseded", "superseded_by")
 
@@ -137,7 +136,7 @@ def read_run(document: Document, row: Sequence[Any]) -> Run:
 
 
 def restore(
-    contents: BankContents,
+    contents: Table,
     content: dict[str, Any],
     segments: Sequence[Segment],
     rows: dict[str, list[tuple[Any, ...]]],

@@ -19,7 +19,7 @@ from longmem.memory.folder.catalogue import INDEXES, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.folder.tensor_file import TensorFile, remove, sync, write_tensor_file
 from longmem.memory.index import SavedIndex, read_index, write_index
-from longmem.memory.rows.table import BankContents
+from longmem.memory.rows.table import Table
 
 # An index that covers less than this share of the chunks is saved again when the bank is closed.
 COVERED_SHARE = 0.9
@@ -54,7 +54,7 @@ class SavedIndexes:
         rows = storage.rows_of(slots).numpy()
         return SavedIndex(files, rows, described["trained_rows"], described["layout"], centres.numpy().copy())
 
-    def write(self, contents: BankContents, *, again: bool = False) -> list[tuple[Any, ...]]:
+    def write(self, contents: Table, *, again: bool = False) -> list[tuple[Any, ...]]:
         """Write the indexes that cover much more than what is saved; return their rows of the catalogue.
 
         `again`: write all that hold nothing but live chunks, whatever is saved, and let go of the others.

@@ -1,6 +1,6 @@
 """Chunk search: which rows of a store have the largest inner product with a query."""
 
-from longmem.memory.index.exact import ChunkIndex, ExactIndex, FlatIndex, Found, exact_top_chunks
+from longmem.memory.index.exact import ChunkIndex, ExactIndex, FlatIndex, Ranked, exact_top_chunks
 from longmem.memory.index.kinds import make_index, validate_index
 from longmem.memory.index.saved import SavedIndex, read_index, write_index
 
@@ -8,7 +8,7 @@ __all__ = [
     "ChunkIndex",
     "ExactIndex",
     "FlatIndex",
-    "Found",
+    "Ranked",
     "SavedIndex",
     "exact_top_chunks",
     "make_index",

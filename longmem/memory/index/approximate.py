@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.index.exact import FlatIndex, Found
+from longmem.memory.index.exact import FlatIndex, Ranked
 from longmem.memory.index.labels import LabelTable
 from longmem.memory.index.saved import SavedIndex
-from longmem.memory.rows.chunks import LayerRows
+from longmem.memory.rows.storage import LayerRows
 
 EXACT_BELOW = 8_192  # rows; a store, or a subset, of so few is searched faster exactly
 # A store that has grown by this factor wants other clusters than it was trained with, and so does one to which as many
@@ -94,7 +94,7 @@ class ApproximateIndex(FlatIndex):
 
     # Search.
 
-    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Found:
+    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return the best rows that FAISS finds, and the exact answer to queries for which it finds too few."""
         num_rows = self.store.num_rows
         if self.store.device.type != "cpu" or num_rows < self.exact_below():
@@ -116,7 +116,7 @@ class ApproximateIndex(FlatIndex):
             scores[:, short], found[:, short] = super().best_rows(queries[:, short].contiguous(), num_chunks, rows)
         return scores, found
 
-    def _look_up(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Found:
+    def _look_up(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Ranked:
         mask = self._table.mask(None if rows is None else rows.numpy())
         selector = None if mask is None else faiss.IDSelectorBitmap(mask)  # type: ignore[arg-type, call-arg]
         share = (self._table.num_live if rows is None else len(rows)) / self._table.num_labels
@@ -129,7 +129,7 @@ class ApproximateIndex(FlatIndex):
             found[head] = torch.from_numpy(np.where(labels < 0, -1, self._table.rows[labels]))
         return scores, found
 
-    def _rank_again(self, queries: Tensor, found: Tensor, num_chunks: int) -> Found:
+    def _rank_again(self, queries: Tensor, found: Tensor, num_chunks: int) -> Ranked:
         """Return the best of the rows found by their exact scores."""
         search_keys, step = self.store.search_keys, max(1, CANDIDATES_PER_STEP // found.shape[2])
         heads = []

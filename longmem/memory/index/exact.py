@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from longmem.memory.index.saved import SavedIndex
-from longmem.memory.rows.chunks import LayerRows
+from longmem.memory.rows.storage import LayerRows
 from longmem.plugins import Setting, register
 
-Found = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
+Ranked = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
 
 # Scores that one step of exact search holds at a time (64 MiB of float32): a book has too many for all its queries.
 SCORES_PER_STEP = 2**24
@@ -29,7 +29,7 @@ def exact_top_chunks(
     search_keys: Float[Tensor, "kv_heads rows dim"],
     num_chunks: int,
     bonus: Float[Tensor, " rows"] | None = None,
-) -> Found:
+) -> Ranked:
     """Return the `num_chunks` largest inner products and their rows, largest first, by torch on any device.
 
     `bonus`: added to the products with each row.
@@ -51,7 +51,7 @@ def top_of_most_rows(
     num_chunks: int,
     subset: Int[Tensor, " subset"],
     bonus: Float[Tensor, " rows"] | None = None,
-) -> Found:
+) -> Ranked:
     """Return what `exact_top_chunks` finds in a subset of the rows, which are not copied; it holds at least `num_chunks`."""
     scores = queries @ search_keys.transpose(1, 2)
     if bonus is not None:
@@ -65,7 +65,7 @@ def top_of_most_rows(
 
 def faiss_top_chunks(
     queries: Float[Tensor, "kv_heads queries dim"], search_keys: Float[Tensor, "kv_heads rows dim"], num_chunks: int
-) -> Found:
+) -> Ranked:
     """Return what `exact_top_chunks` returns, by FAISS over these very vectors, without a copy of them.
 
     On a GPU this needs faiss-gpu; where it is missing, torch does the same search.
@@ -87,7 +87,7 @@ def faiss_top_chunks(
     return _stack(found)
 
 
-def _stack(heads: list[tuple[Tensor, Tensor]]) -> Found:
+def _stack(heads: list[tuple[Tensor, Tensor]]) -> Ranked:
     return torch.stack([scores for scores, _ in heads]), torch.stack([rows for _, rows in heads])
 
 
@@ -103,7 +103,7 @@ class ChunkIndex:
     def __init__(self, store: LayerRows) -> None:
         self.store = store
 
-    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Found:
+    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return scores and rows of the best chunks, best first; there are at least `num_chunks`, and a query."""
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class ChunkIndex:
         num_chunks: int,
         rows: Int[Tensor, " subset"] | None = None,
         bonus: Float[Tensor, " rows"] | None = None,
-    ) -> Found:
+    ) -> Ranked:
         """Return scores (float32, descending) and rows (int64); missing slots have row -1 and score -inf.
 
         `rows`: search only these live rows (sorted, without duplicates). `bonus`: for every live row, added to its
@@ -163,7 +163,7 @@ class ChunkIndex:
 class ExactIndex(ChunkIndex):
     """Return the reference: a matrix product and `topk`, on whatever device the store is."""
 
-    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Found:
+    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return the best rows by `top_chunks` over the store's rows, or over a copy of a subset of them."""
         search_keys = self.store.search_keys
         if rows is not None and queries.shape[1] <= FEW_QUERIES and 2 * len(rows) > search_keys.shape[1]:
@@ -179,7 +179,7 @@ class ExactIndex(ChunkIndex):
             return scores, found
         return scores, torch.where(found < 0, -1, rows[found.clamp(min=0)])
 
-    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Found:
+    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Ranked:
         """Return the best `num_chunks` of `search_keys` by torch."""
         return exact_top_chunks(queries, search_keys, num_chunks)
 
@@ -188,6 +188,6 @@ class ExactIndex(ChunkIndex):
 class FlatIndex(ExactIndex):
     """Return exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
 
-    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Found:
+    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Ranked:
         """Return the best `num_chunks` of `search_keys` by FAISS."""
         return faiss_top_chunks(queries, search_keys, num_chunks)

@@ -11,7 +11,7 @@ import faiss
 from longmem.memory.index import approximate
 from longmem.memory.index.approximate import ApproximateIndex
 from longmem.memory.index.exact import ChunkIndex
-from longmem.memory.rows.chunks import LayerRows
+from longmem.memory.rows.storage import LayerRows
 from longmem.plugins import Setting, parse_name, register
 
 STORAGE = {"float32": "Flat", "float16": "SQfp16"}
@@ -179,7 +179,7 @@ def validate_index(index: object) -> None:
 def make_index(index: str, store: LayerRows) -> ChunkIndex:
     """Return an index over `store` of the kind and with the settings that `index` names.
 
-    >>> from longmem.memory.rows.chunks import ChunkStore, LayerShape
+    >>> from longmem.memory.rows.storage import ChunkStore, LayerShape
     >>> import torch
     >>> store = ChunkStore(LayerShape(2, 3, 5), chunk_size=4, capacity=16, dtype=torch.float16)
     >>> make_index("ivf:probed_share=0.5", store).chosen["probed_share"]

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.index.kinds import make_index
-from longmem.memory.rows.chunks import Chunks, ChunkStore
+from longmem.memory.rows.storage import Chunks, ChunkStore
 
 # A few settings of each kind, from fast to accurate.
 SPECS = (

@@ -14,12 +14,11 @@ from longmem.memory.refresh.lags import CLOCKS, Lags
 from longmem.memory.refresh.lazy import Lazy
 from longmem.memory.refresh.mapped import Mapped
 from longmem.memory.refresh.policy import RefreshPolicy, make_policy, refresh_name
-from longmem.memory.refresh.refresher import Refresher, RefreshReport
+from longmem.memory.refresh.refresher import Refresher, RefreshReport, RefreshState
 from longmem.memory.refresh.report import (
     DocumentStaleness,
     StalenessReport,
     VersionStaleness,
-    readable_as_is,
     report_staleness,
 )
 
@@ -35,11 +34,11 @@ __all__ = [
     "Mapped",
     "RefreshPolicy",
     "RefreshReport",
+    "RefreshState",
     "Refresher",
     "StalenessReport",
     "VersionStaleness",
     "make_policy",
-    "readable_as_is",
     "refresh_name",
     "report_staleness",
 ]

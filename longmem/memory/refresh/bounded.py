@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Bool
 from torch import Tensor
 
 from longmem.errors import StaleMemoryError
-from longmem.memory.index import Found
+from longmem.memory.index import Ranked
 from longmem.memory.refresh.lags import CLOCKS, Lags
 from longmem.memory.refresh.policy import RefreshPolicy, Search
+from longmem.memory.refresh.refresher import Refresher
 from longmem.plugins import Setting, register
-
-if TYPE_CHECKING:
-    from longmem.memory.refresh.refresher import Refresher
 
 UNBOUNDED = "bounded:max_lag=1e12"  # everything is read as it is, however old, as in Memorizing Transformers
 
@@ -45,27 +43,26 @@ class Bounded(RefreshPolicy):
     def on_encoder_change(self, refresher: Refresher) -> None:
         """Measure on the clock "probe", which nobody else does."""
         if self.chosen["clock"] == "probe":
-            refresher.bank.probed = refresher.probe_versions()
+            refresher.state.probed = refresher.probe_versions()
+            refresher.table.ledger.note_change()
 
     def on_open(self, refresher: Refresher) -> None:
         """Encode again what is too old, as far as the budget goes, or refuse."""
-        bank = refresher.bank
-        if not bank.has_stale:
-            return
-        targets = refresher.stale(self.readable(bank.lags(self.chosen["clock"])).tolist())
+        state = refresher.state
+        targets = refresher.stale(self.readable(state.lags(self.chosen["clock"])).tolist())
         if self.chosen["on_violation"] == "raise":
             name = f"document {targets[0][0].document_id!r}" if targets else "what can't be encoded again"
             raise StaleMemoryError(
                 f"{name} was encoded further back than the bound max_lag={self.chosen['max_lag']:g} on the clock "
-                f'"{self.chosen["clock"]}" allows; `bank.reencode(model)` brings the bank up to date.'
+                f'"{self.chosen["clock"]}" allows; `bank.freshness.reencode(model)` brings the bank up to date.'
             )
-        if self.chosen["on_violation"] == "refresh" and targets and refresher.may_write:
+        if self.chosen["on_violation"] == "refresh" and targets and state.may_write:
             refresher.reencode(targets, self.chosen["budget_tokens"] or None)
-            if self.chosen["budget_tokens"] and bank.has_stale:
-                bank.warn_once(
+            if self.chosen["budget_tokens"] and self.mask(state) is not None:
+                state.warn_once(
                     "budget",
                     f"`budget_tokens={self.chosen['budget_tokens']:g}` of the refresh policy left entries beyond its bound, "
-                    "which are not read until later calls have encoded them; raise it, or call `bank.sweep(model)`.",
+                    "which are not read until later calls have encoded them; raise it, or call `bank.freshness.sweep(model)`.",
                 )
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
@@ -74,11 +71,11 @@ class Bounded(RefreshPolicy):
             lags = dataclasses.replace(lags, clock=self.chosen["clock"])
         return lags.is_fresh | (lags.values <= self.chosen["max_lag"])
 
-    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Found:
+    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Ranked:
         """Return what is found within the bound; where an excess is an error and nothing could be done, raise it."""
         if self.chosen["on_violation"] == "raise" and refresher is None:
             raise StaleMemoryError(
                 "the bank holds entries beyond the bound of its refresh policy; read it with a model, or encode them again "
-                "by `bank.reencode(model)`."
+                "by `bank.freshness.reencode(model)`."
             )
         return super().on_read(refresher, search, rows, readable)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Bool
 from torch import Tensor
 
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy
+from longmem.memory.refresh.refresher import Refresher
 from longmem.plugins import Setting, register
-
-if TYPE_CHECKING:
-    from longmem.memory.refresh.refresher import Refresher
 
 
 @register("refresh", "eager")
@@ -26,12 +24,12 @@ class Eager(RefreshPolicy):
 
     def on_encoder_change(self, refresher: Refresher) -> None:
         """Encode again what is stale, all of it, if some entry has reached the period."""
-        if refresher.stale(self.readable(Lags(refresher.bank.encoders)).tolist()):
+        if refresher.stale(self.readable(Lags(refresher.table.encoders)).tolist()):
             refresher.reencode(refresher.stale())
 
     def on_open(self, refresher: Refresher) -> None:
         """Go on with what an interruption has left."""
-        if refresher.bank.has_stale and refresher.may_write:
+        if refresher.state.may_write:
             self.on_encoder_change(refresher)
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:

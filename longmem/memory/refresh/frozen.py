@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -11,10 +9,8 @@ from longmem.encoder.checks import refuse_stale
 from longmem.encoder.stamp import EncoderStamp
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy
+from longmem.memory.refresh.refresher import Refresher
 from longmem.plugins import register
-
-if TYPE_CHECKING:
-    from longmem.memory.refresh.refresher import Refresher
 
 
 @register("refresh", "frozen")

@@ -7,21 +7,20 @@ By itself it would leave entries hidden whose old keys no query finds any more, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.index import Found
+from longmem.memory.index import Ranked
 from longmem.memory.refresh.policy import RefreshPolicy, Search, readable_rows
+from longmem.memory.refresh.refresher import Refresher
+from longmem.memory.refresh.samples import Targets
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
+from longmem.memory.rows.table import Table
 from longmem.plugins import Setting, register
-
-if TYPE_CHECKING:
-    from longmem.memory.bank import MemoryBank
-    from longmem.memory.refresh.refresher import Refresher, Targets
 
 
 @register("refresh", "lazy")
@@ -44,26 +43,27 @@ class Lazy(RefreshPolicy):
 
     def on_open(self, refresher: Refresher) -> None:
         """Encode again what a read with gradients has found stale, then sweep."""
-        if not refresher.may_write:
+        state = refresher.state
+        if not state.may_write:
             return
-        if rows := refresher.bank.wanted:
-            refresher.bank.wanted = set()
+        if rows := state.wanted:
+            state.wanted = set()
             chosen = torch.tensor(sorted(rows))
             self._reencode(refresher, chosen, torch.ones(len(chosen)))
-        if self.chosen["sweep_tokens"] and refresher.bank.has_stale and (targets := refresher.stale()):
+        if self.chosen["sweep_tokens"] and self.mask(state) is not None and (targets := refresher.stale()):
             refresher.reencode(targets, self.chosen["sweep_tokens"])
 
-    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Found:
+    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Ranked:
         """Return what is found after the stale hits were encoded again."""
         if refresher is not None:
-            hits, weights = strongest(*search(rows), refresher.bank)
+            hits, weights = strongest(*search(rows), refresher.table)
             is_stale = ~readable[hits]
             stale, weights = hits[is_stale], weights[is_stale]
             if len(stale) and torch.is_grad_enabled():
-                refresher.bank.wanted |= set(stale.tolist())
+                refresher.state.wanted |= set(stale.tolist())
             elif len(stale):
                 self._reencode(refresher, stale, weights)
-                readable = refresher.bank.readable_now()
+                readable = self.readable_as_is(refresher.state.lags(), refresher.table.ledger.versions)
         return search(readable_rows(rows, readable))
 
     def _reencode(self, refresher: Refresher, rows: Int[Tensor, " hits"], weights: Float[Tensor, " hits"]) -> None:
@@ -71,14 +71,14 @@ class Lazy(RefreshPolicy):
 
         Rows that are not stale, or whose segments are not known, are left out.
         """
-        bank, size = refresher.bank, refresher.bank.chunk_size
-        alive = rows < bank.num_chunks
+        ledger, size = refresher.table.ledger, refresher.table.chunk_size
+        alive = rows < ledger.num_rows
         weights = weights[alive]
-        serials, positions = bank._ledger.positions(rows[alive])
+        serials, positions = ledger.positions(rows[alive])
         stale = {id(each) for _, segments in refresher.stale() for each in segments}
         found: list[tuple[float, Document, Segment]] = []
         for serial in serials.unique().tolist():
-            document, chunks = bank._ledger.by_serial[serial], positions[serials == serial]
+            document, chunks = ledger.by_serial[serial], positions[serials == serial]
             for segment in refresher.of_chunks(document, chunks.tolist()):
                 if id(segment) in stale:
                     inside = (chunks * size < segment.stop) & (chunks * size + size > segment.start)
@@ -89,14 +89,14 @@ class Lazy(RefreshPolicy):
 
 
 def strongest(
-    scores: Float[Tensor, "_heads _queries _chunks"], rows: Int[Tensor, "_heads _queries _chunks"], bank: MemoryBank
+    scores: Float[Tensor, "_heads _queries _chunks"], rows: Int[Tensor, "_heads _queries _chunks"], table: Table
 ) -> tuple[Int[Tensor, " hits"], Float[Tensor, " hits"]]:
     """Return the rows that a search has found, each once, and the largest weight that a query gives each.
 
     The weight is an estimate of attention among what the query has found: the search knows mean keys, and not the scaling of a
     model whose scores are not divided by the root of their width.
     """
-    shapes = bank._contents.shapes
+    shapes = table.shapes
     scaling = 1.0 if shapes is None else shapes[0][1] ** -0.5
     weights = (scores.float() * scaling).softmax(dim=-1).flatten().cpu()
     hits, place = rows.flatten().cpu().unique(return_inverse=True)

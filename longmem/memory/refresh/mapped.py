@@ -9,25 +9,23 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.memory.index import Found
+from longmem.memory.index import Ranked
 from longmem.memory.refresh.drift_map import DriftMap, fit_map, neighbours_kept, relative_error
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy, Search, make_policy
-from longmem.memory.refresh.samples import draw_segments, stored_chunks, vectors
-from longmem.memory.rows.chunks import Chunks
+from longmem.memory.refresh.refresher import Refresher
+from longmem.memory.refresh.samples import Targets, draw_segments, stored_chunks, vectors
 from longmem.memory.rows.codec import decode, encode
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
+from longmem.memory.rows.storage import Chunks
 from longmem.plugins import Setting, register
-
-if TYPE_CHECKING:
-    from longmem.memory.refresh.refresher import Refresher, Targets
 
 # Old and new vectors of segments, for each (layer, 0 for keys or 1 for values).
 Pairs = dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
@@ -81,6 +79,11 @@ class Mapped(RefreshPolicy):
         """Return whether the fallback does."""
         return self._fallback.encodes_on_read
 
+    @property
+    def map_gain(self) -> float | None:
+        """Return what the worst map gained."""
+        return min(self.gains.values(), default=None)
+
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return what the fallback finds readable."""
         return self._fallback.readable(lags)
@@ -93,7 +96,7 @@ class Mapped(RefreshPolicy):
         """Do what the fallback does."""
         self._fallback.on_open(refresher)
 
-    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Found:
+    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Ranked:
         """Do what the fallback does."""
         return self._fallback.on_read(refresher, search, rows, readable)
 
@@ -144,13 +147,15 @@ class Mapped(RefreshPolicy):
 
 def encode_pairs(refresher: Refresher, sample: Targets) -> Pairs:
     """Return old and new vectors of the sample's segments, which are encoded again and stay so."""
-    before = [(document, each, stored_chunks(refresher, document, each)) for document, segs in sample for each in segs]
+    before = [
+        (document, each, stored_chunks(refresher.table, document, each)) for document, segs in sample for each in segs
+    ]
     refresher.reencode(sample)
     pairs: Pairs = defaultdict(list)
     for document, segment, old in before:
-        if segment.version != refresher.bank.encoders.current:
+        if segment.version != refresher.table.encoders.current:
             continue  # what came out was not finite, and was not written
-        new = stored_chunks(refresher, document, segment)
+        new = stored_chunks(refresher.table, document, segment)
         for layer, (old_chunks, new_chunks) in enumerate(zip(old.chunks, new.chunks, strict=True)):
             for side, both in enumerate(zip(vectors(old_chunks), vectors(new_chunks), strict=True)):
                 if both[0].shape[1]:
@@ -163,20 +168,20 @@ def move_segments(
     refresher: Refresher, document: Document, segments: list[Segment], maps: Mapping[tuple[int, int], DriftMap]
 ) -> None:
     """Write the segments' vectors moved by the maps, in one transaction."""
-    bank = refresher.bank
-    with bank.transaction(), bank._lock:
+    table, state = refresher.table, refresher.state
+    with state.transaction(), table.lock:
         for segment in segments:
-            stored = stored_chunks(refresher, document, segment)
+            stored = stored_chunks(refresher.table, document, segment)
             if not stored.chunks or not stored.chunks[0].keys.shape[1]:
                 continue
             chunks = [moved(each, maps, layer) for layer, each in enumerate(stored.chunks)]
             if not all(torch.isfinite(decode(part)).all() for each in chunks for part in (each.keys, each.values)):
                 continue
-            bank._contents.overwrite_chunks(document, stored.first, chunks)
+            table.overwrite_chunks(document, stored.first, chunks)
             move_tail(document, segment, maps)
-            segment.mapped_to = bank.encoders.current
-            bank.refreshed.mapped += 1
-        bank._ledger.note_encoding(document)
+            segment.mapped_to = table.encoders.current
+            state.refreshed.mapped += 1
+        table.ledger.note_encoding(document)
 
 
 def move_tail(document: Document, segment: Segment, maps: Mapping[tuple[int, int], DriftMap]) -> None:

@@ -8,21 +8,20 @@ chunks instead, and nothing where there are none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import name_known
-from longmem.memory.index import Found
+from longmem.memory.index import Ranked
 from longmem.memory.refresh.lags import Lags
+from longmem.memory.refresh.refresher import Refresher, RefreshState
 from longmem.plugins import PLUGINS, Setting, parse_name
 
-if TYPE_CHECKING:
-    from longmem.memory.refresh.refresher import Refresher
-
-Search = Callable[[Tensor | None], Found]
+Search = Callable[[Tensor | None], Ranked]
 
 
 class RefreshPolicy:
@@ -49,6 +48,11 @@ class RefreshPolicy:
     def __init__(self, **chosen: Any) -> None:
         self.chosen = {name: setting.default for name, setting in self.settings.items()} | chosen
 
+    @property
+    def map_gain(self) -> float | None:
+        """Return the least share of the distance that a map has taken away; None for a policy that fits none."""
+        return None
+
     def admit(self, known: EncoderStamp, stamp: EncoderStamp) -> None:
         """Raise StaleMemoryError if another encoder must not read the bank at all."""
 
@@ -56,7 +60,7 @@ class RefreshPolicy:
         """Act on a new encoder, once, before anything is read with it."""
 
     def on_open(self, refresher: Refresher) -> None:
-        """Act before each call of a model that reads the bank."""
+        """Act before each call of a model that reads the bank, where something in it is stale or wanted."""
 
     def readable(self, lags: Lags) -> Bool[Tensor, " versions"]:
         """Return for each version whether what it wrote may be read as it is; the last entry is the unknown encoder's."""
@@ -66,11 +70,31 @@ class RefreshPolicy:
         """Return whether entries that a map has moved to the current encoder may be read."""
         return False
 
-    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Found:
+    def readable_as_is(self, lags: Lags, versions: Int[Tensor, "2 _rows"]) -> Bool[Tensor, " _rows"]:
+        """Return for each row whether it may be read as it is.
+
+        Args:
+            lags: of the encoders.
+            versions: of each row, and what a map has moved it to (`Ledger.versions`).
+        """
+        readable = self.readable(lags)[versions[0]]
+        # What a map has moved is no longer what any encoder wrote, also when the encoder that once wrote it comes back.
+        good = (versions[1] == lags.encoders.current) & self.reads_mapped()
+        return torch.where(versions[1] >= 0, good, readable)
+
+    def mask(self, state: RefreshState) -> Bool[Tensor, " rows"] | None:
+        """Return for each live row of a bank whether it may be read as it is, None if all may."""
+        lags = state.lags()
+        if len(lags.encoders.versions) <= 1 and bool(self.readable(lags).all()):
+            return None
+        readable = self.readable_as_is(lags, state.table.ledger.versions)
+        return None if readable.all() else readable
+
+    def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Ranked:
         """Return what a search finds where some rows are not readable.
 
         Args:
-            refresher: what encodes again; None where no model is known.
+            refresher: what encodes again; None where no encoder is known, or the bank can't be written to.
             search: of the given rows (None: all).
             rows: that were asked for, None for all.
             readable: of each live row.

@@ -6,24 +6,24 @@ import bisect
 import dataclasses
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longmem.encoder.history import UNKNOWN
 from longmem.errors import StaleMemoryError
-from longmem.memory.refresh.samples import draw_segments, stored_chunks, vectors
+from longmem.memory.protocols import Writer
+from longmem.memory.refresh.lags import Lags
+from longmem.memory.refresh.samples import Targets, draw_segments, stored_chunks, vectors
 from longmem.memory.refresh.work import encode_all, encode_segment
 from longmem.memory.rows.codec import largest_number
 from longmem.memory.rows.documents import Document, Tail
 from longmem.memory.rows.segments import Segment
-
-if TYPE_CHECKING:
-    from longmem.memory.bank import MemoryBank
-
-Targets = list[tuple[Document, list[Segment]]]
+from longmem.memory.rows.table import Table
 
 
 @dataclasses.dataclass
@@ -47,27 +47,64 @@ class RefreshReport:
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
+    def since(self, before: RefreshReport) -> RefreshReport:
+        """Return what was done after an earlier state of this report."""
+        return RefreshReport(**{name: value - getattr(before, name) for name, value in vars(self).items()})
 
-class Refresher:
-    """Return what brings a bank up to date with a model's encoder.
+
+@dataclasses.dataclass
+class RefreshState:
+    """What a bank and its refresh policy have found and done: the table, ways to change it, and notes.
 
     Args:
-        bank: to be brought up to date; `bank.refreshed` counts what is done.
-        models: encoders, equal ones: with several, each encodes on a thread of its own (one for each device).
+        table: of the bank.
+        transaction: begins a change of the bank.
+        refuse_reader: raises ValueError if the bank can't be written to.
+        reads_mapped: whether the policy reads what a map has moved to the current encoder.
+        refreshed: all that was encoded again since the bank was made or opened.
+        probed: what the clock "probe" has measured, by version.
+        wanted: the stale rows that a read has found and could not have encoded again there and then.
     """
 
-    def __init__(self, bank: MemoryBank, models: Sequence[Any]) -> None:
-        self.bank, self.models = bank, list(models)
-
-    @property
-    def model(self) -> Any:
-        """Return the first of the models."""
-        return self.models[0]
+    table: Table
+    transaction: Callable[[], AbstractContextManager[None]]
+    refuse_reader: Callable[[], None]
+    reads_mapped: bool = False
+    refreshed: RefreshReport = dataclasses.field(default_factory=RefreshReport)
+    probed: dict[int, float] = dataclasses.field(default_factory=dict)
+    wanted: set[int] = dataclasses.field(default_factory=set)
+    warned: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def may_write(self) -> bool:
         """Return whether the bank can be written to."""
-        return self.bank.may_write
+        try:
+            self.refuse_reader()
+        except ValueError:
+            return False
+        return True
+
+    def lags(self, clock: str = "version") -> Lags:
+        """Return how far each version of the encoder is behind, on a clock."""
+        return Lags(self.table.encoders, clock, self.probed)
+
+    def warn_once(self, about: str, message: str) -> None:
+        """Warn of something, once in the life of the bank."""
+        if about not in self.warned:
+            self.warned.add(about)
+            warnings.warn(message, stacklevel=3)
+
+
+class Refresher:
+    """What brings a bank up to date with an encoder, and all that a refresh policy gets to work with.
+
+    Args:
+        state: of the bank; `state.refreshed` counts what is done.
+        writers: encoders, equal ones: with several, each encodes on a thread of its own (one for each device).
+    """
+
+    def __init__(self, state: RefreshState, writers: Sequence[Writer]) -> None:
+        self.state, self.table, self.writers = state, state.table, list(writers)
 
     def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool | None = None) -> Targets:
         """Return the segments of each document that can be encoded again and are not readable, oldest versions first.
@@ -78,12 +115,12 @@ class Refresher:
             is_readable: for each version; None: only the current encoder's are.
             mapped_is_fresh: what a map has moved to the current encoder is readable; None: as the policy says.
         """
-        lags = self.bank.encoders.lags()
+        lags = self.table.encoders.lags()
         readable = [lag == 0 for lag in lags] + [False] if is_readable is None else list(is_readable)
-        reads_mapped = self.bank.refresh_policy.reads_mapped() if mapped_is_fresh is None else mapped_is_fresh
-        good_map = self.bank.encoders.current if reads_mapped else UNKNOWN
+        reads_mapped = self.state.reads_mapped if mapped_is_fresh is None else mapped_is_fresh
+        good_map = self.table.encoders.current if reads_mapped else UNKNOWN
         found: Targets = []
-        for document in self.bank._ledger.documents.values():
+        for document in self.table.ledger.documents.values():
             if document.source_or_reader is None:
                 continue
             mixed = self._mixed(document)
@@ -108,14 +145,14 @@ class Refresher:
             for one, other in itertools.pairwise(segments)
             if one.is_known
             and other.is_known
-            and other.start % self.bank.chunk_size
+            and other.start % self.table.chunk_size
             and (one.version != other.version or one.mapped_to >= 0)
             for each in (one, other)
         }
 
     def of_chunks(self, document: Document, chunks: Iterable[int]) -> list[Segment]:
         """Return the segments of a document that these chunks are of, as far as they can be encoded again."""
-        size = self.bank.chunk_size
+        size = self.table.chunk_size
         starts = sorted(chunk * size for chunk in set(chunks))
         found = []
         for each in document.segments:
@@ -146,13 +183,13 @@ class Refresher:
         Raises:
             ValueError: the bank can't be written to.
         """
-        self.bank.refuse_reader()
+        self.state.refuse_reader()
         begin = time.perf_counter()
         self._refuse_others()
         closed = [(each, self._closure(each, segments)) for each, segments in targets]
-        targets = within_budget(closed, budget_tokens, self.bank.chunk_size)
+        targets = within_budget(closed, budget_tokens, self.table.chunk_size)
         total = sum(each.stop - each.start for _, segments in targets for each in segments)
-        report, version = RefreshReport(), self.bank.encoders.current
+        report, version = RefreshReport(), self.table.encoders.current
 
         def jobs() -> Iterable[tuple[Document, list[tuple[Segment, Tensor]]]]:
             for document, segments in targets:
@@ -164,27 +201,29 @@ class Refresher:
                 progress(report.tokens, total)
 
         try:
-            for document, encoded in encode_all(jobs(), self.models, note):
+            for document, encoded in encode_all(jobs(), self.writers, note):
                 self._write(document, encoded, version, report)
         finally:  # also what an interruption leaves was encoded
             report.seconds = time.perf_counter() - begin
-            self.bank.refreshed.add(report)
+            self.state.refreshed.add(report)
         return report
 
     def _refuse_others(self) -> None:
-        """Raise StaleMemoryError if one of the models is not the encoder that its work will be said to be of."""
-        for model in self.models:
-            if (found := model.encoder_stamp()).digest != self.bank.fingerprint:
+        """Raise StaleMemoryError if one of the writers is not the encoder that its work will be said to be of."""
+        known = self.table.encoders.stamp
+        for writer in self.writers:
+            if known is None or writer.stamp().digest != known.digest:
                 raise StaleMemoryError(
-                    f"all that encode a bank again must be its encoder, {self.bank.fingerprint}, got {found.digest}; give "
-                    "equal models as `workers`, and call `bank.reencode(model)` or read with the model after it has changed."
+                    f"all that encode a bank again must be its encoder, {known and known.digest}, got "
+                    f"{writer.stamp().digest}; give equal models as `workers`, and call `bank.freshness.reencode(model)` or "
+                    "read with the model after it has changed."
                 )
 
     def probe_versions(self, num_tokens: int = 64, *, is_readable: Sequence[bool] | None = None) -> dict[int, float]:
         """Return for each old version how far its keys have moved: relative distance of stored keys to those encoded now.
 
         About `num_tokens` tokens of each are encoded, and counted as probed in `bank.refreshed`; nothing is written.
-        `is_readable`: as for `stale`. Raises StaleMemoryError if the model writes other sizes than the bank holds.
+        `is_readable`: as for `stale`. Raises StaleMemoryError if the writer makes other sizes than the bank holds.
         """
         by_version: dict[int, Targets] = {}
         for document, segments in self.stale(is_readable):
@@ -197,10 +236,10 @@ class Refresher:
         for document, segments in sample:
             for segment in segments:
                 ids = self._ids(document, segment)
-                self.bank.refreshed.probed_tokens += len(ids)
-                stored, size = stored_chunks(self, document, segment), self.bank.chunk_size
-                encoded = encode_segment(self.model, ids)
-                if not fits(encoded, self.bank._contents.shapes, largest_number(self.bank.storage_dtype)):
+                self.state.refreshed.probed_tokens += len(ids)
+                stored, size = stored_chunks(self.table, document, segment), self.table.chunk_size
+                encoded = encode_segment(self.writers[0], ids)
+                if not fits(encoded, self.table.shapes, largest_number(self.table.storage_dtype)):
                     return float("inf")  # of what is not finite no distance is known
                 for chunks, now in zip(stored.chunks, encoded, strict=True):
                     first = stored.first * size - segment.start
@@ -211,12 +250,12 @@ class Refresher:
 
     def _ids(self, document: Document, segment: Segment) -> Tensor:
         assert document.source is not None
-        first = document.first_chunk(self.bank.chunk_size) * self.bank.chunk_size
+        first = document.first_chunk(self.table.chunk_size) * self.table.chunk_size
         return document.source.token_ids[segment.start - first : segment.stop - first].clone()
 
     def _closure(self, document: Document, segments: Sequence[Segment]) -> list[Segment]:
         """Return the segments, and those that share a chunk with one of them: a chunk has numbers of one encoder."""
-        size = self.bank.chunk_size
+        size = self.table.chunk_size
         chosen = {each.start for each in segments}
         known = [each for each in document.segments if each.is_known]
         for order in (known, known[::-1]):
@@ -232,14 +271,14 @@ class Refresher:
         self, document: Document, encoded: list[tuple[Segment, list[Tail]]], version: int, report: RefreshReport
     ) -> None:
         """Write what an encoder version has encoded of a document, as far as that is still there as it was."""
-        bank, good = self.bank, []
+        table, good = self.table, []
         for segment, tokens in encoded:
-            if fits(tokens, bank._contents.shapes, largest_number(bank.storage_dtype)):
+            if fits(tokens, table.shapes, largest_number(table.storage_dtype)):
                 good.append((segment, tokens))
             else:
                 report.failed += 1  # the old numbers stay, with their old version
-        with bank.transaction(), bank._lock:
-            current = bank._ledger.by_serial.get(document.serial)
+        with self.state.transaction(), table.lock:
+            current = table.ledger.by_serial.get(document.serial)
             there = {id(each) for each in current.segments} if current is document else set()
             good = [
                 (segment, tokens)
@@ -250,17 +289,17 @@ class Refresher:
             ]
             written = stretches(good)
             for start, tokens in written:
-                bank._contents.overwrite(document, start, tokens)
+                table.overwrite(document, start, tokens)
             for segment, _ in good:
                 segment.version, segment.mapped_to = version, -1
             # A chunk that reaches over to what can't be encoded again was not written: it is of no encoder from now on.
-            size = bank.chunk_size
+            size = table.chunk_size
             for start, tokens in written:
                 for border in (start, start + tokens[0][0].shape[1]):
                     if border % size:
                         document.segments.forget_encoder(border - border % size, border - border % size + size)
             if good:
-                bank._ledger.note_encoding(document)
+                table.ledger.note_encoding(document)
         report.segments += len(good)
         report.documents += bool(good)
 

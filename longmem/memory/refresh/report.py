@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -14,14 +13,12 @@ from torch import Tensor
 from longmem.encoder.checks import differs_for_life, refuse_other_recipe
 from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.errors import StaleMemoryError
+from longmem.memory.protocols import Writer
 from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.mapped import Mapped
 from longmem.memory.refresh.policy import RefreshPolicy
-from longmem.memory.refresh.refresher import Refresher
+from longmem.memory.refresh.refresher import Refresher, RefreshState
 from longmem.memory.rows.documents import Document
-
-if TYPE_CHECKING:
-    from longmem.memory.bank import MemoryBank
+from longmem.memory.rows.table import Table
 
 
 @dataclass(frozen=True)
@@ -124,49 +121,36 @@ class StalenessReport:
         return not (self.stale_share or self.unknown_share or self.differs_for_good)
 
 
-def readable_as_is(policy: RefreshPolicy, lags: Lags, versions: Int[Tensor, "2 _rows"]) -> Bool[Tensor, " _rows"]:
-    """Return for each row whether a policy lets it be read as it is.
-
-    Args:
-        policy: decides.
-        lags: of the encoders.
-        versions: of each row, and what a map has moved it to (`Ledger.versions`).
-    """
-    readable = policy.readable(lags)[versions[0]]
-    # What a map has moved is no longer what any encoder wrote, also when the encoder that once wrote it comes back.
-    good = (versions[1] == lags.encoders.current) & policy.reads_mapped()
-    return torch.where(versions[1] >= 0, good, readable)
-
-
-def report_staleness(bank: MemoryBank, model: Any = None, *, probe: bool = False) -> StalenessReport:
-    """Return how stale a bank is; see `MemoryBank.staleness`."""
-    bank._contents.drop_expired()
-    with bank._lock:
-        known, encoders = bank.encoders.stamp, encoders_for(bank, model)
+def report_staleness(
+    state: RefreshState, policy: RefreshPolicy, writer: Writer | None = None, *, probe: bool = False
+) -> StalenessReport:
+    """Return how stale a bank is under a policy, for a writer or for its own current encoder; see `Freshness.report`."""
+    table, ledger = state.table, state.table.ledger
+    with table.lock:
+        table.drop_expired()
+        own, encoders = table.encoders, encoders_for(table.encoders, writer)
+        known = own.stamp
         for_good = () if known is None or encoders.stamp is None else tuple(differs_for_life(known, encoders.stamp))
         fresh = Lags(encoders).is_fresh
-        drifts = probed_drifts(bank, model, fresh) if probe else {}
-        table = bank._ledger.versions
+        drifts = probed_drifts(state, writer, fresh) if probe else {}
+        versions = ledger.versions
         # What was probed before is of the bank's own encoder.
-        probed = drifts or ({} if known is None or known.digest != encoders.versions[-1].stamp.digest else bank.probed)
-        readable = would_be_readable(bank, encoders, probed, table)
-        versions = version_reports(bank, encoders, drifts, table)
-        documents = tuple(
-            document_report(bank, document, encoders, fresh, readable) for document in bank._ledger.documents.values()
-        )
-        refresher = Refresher(bank, [model])
-        reads_mapped = bank.refresh_policy.reads_mapped() and encoders.current == bank.encoders.current
+        probed = drifts or ({} if known is None or known.digest != encoders.versions[-1].stamp.digest else state.probed)
+        readable = would_be_readable(policy, own, encoders, probed, versions)
+        of_versions = version_reports(table.chunk_size, encoders, drifts, versions)
+        documents = tuple(document_report(table, each, encoders, fresh, readable) for each in ledger.documents.values())
+        refresher = Refresher(state, [])
+        reads_mapped = policy.reads_mapped() and encoders.current == own.current
         targets = [] if for_good else refresher.stale(fresh.tolist(), mapped_is_fresh=reads_mapped)
-    tokens = bank.num_tokens
-    known_versions = [each for each in versions if each.lag is not None]
-    gaps = [each.gap for each in versions]
+    tokens = ledger.num_rows * table.chunk_size
+    known_versions = [each for each in of_versions if each.lag is not None]
+    gaps = [each.gap for each in of_versions]
     stale = sum(each.tokens for each in known_versions if each.lag)
-    gains = bank.refresh_policy.gains if isinstance(bank.refresh_policy, Mapped) else {}
     return StalenessReport(
-        entries=bank.num_chunks,
+        entries=ledger.num_rows,
         tokens=tokens,
         stale_share=stale / max(1, tokens),
-        unknown_share=sum(each.tokens for each in versions if each.version == UNKNOWN) / max(1, tokens),
+        unknown_share=sum(each.tokens for each in of_versions if each.version == UNKNOWN) / max(1, tokens),
         masked=int((~readable).sum()),
         mapped=sum(each.mapped for each in documents),
         unreachable=sum(each.is_unreachable for each in documents),
@@ -177,61 +161,68 @@ def report_staleness(bank: MemoryBank, model: Any = None, *, probe: bool = False
         gap_max=None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0),
         age_mean=sum(each.age * each.tokens for each in documents) / max(1, tokens),
         probe_drift=max(drifts.values(), default=None),
-        tokens_reencoded=bank.refreshed.tokens,
-        seconds=bank.refreshed.seconds,
-        map_gain=min(gains.values(), default=None),
-        differs=tuple(dict.fromkeys(name for each in versions for name in each.differs)),
+        tokens_reencoded=state.refreshed.tokens,
+        seconds=state.refreshed.seconds,
+        map_gain=policy.map_gain,
+        differs=tuple(dict.fromkeys(name for each in of_versions for name in each.differs)),
         differs_for_good=for_good,
-        versions=versions,
+        versions=of_versions,
         documents=documents,
     )
 
 
-def encoders_for(bank: MemoryBank, model: Any) -> Encoders:
-    """Return the history of a bank's encoders as it would be if this model read the bank now; the bank's own stays."""
-    encoders = bank.encoders.copy()
-    if model is not None:
-        stamp = model.encoder_stamp()
+def encoders_for(own: Encoders, writer: Writer | None) -> Encoders:
+    """Return the history of a bank's encoders as it would be if this writer's model read the bank now; its own stays."""
+    encoders = own.copy()
+    if writer is not None:
+        stamp = writer.stamp()
         is_known = encoders.stamp is not None and encoders.stamp.digest == stamp.digest
         sketched = is_known and encoders.versions[-1].sketch is not None
-        encoders.enter(stamp, None if sketched else model.encoder.sketch())
+        encoders.enter(stamp, None if sketched else writer.sketch())
     return encoders
 
 
-def probed_drifts(bank: MemoryBank, model: Any, fresh: Bool[Tensor, " versions"]) -> dict[int, float]:
-    """Return how far the keys of each earlier encoder are from what the model makes of the same tokens."""
-    if model is None:
+def probed_drifts(state: RefreshState, writer: Writer | None, fresh: Bool[Tensor, " versions"]) -> dict[int, float]:
+    """Return how far the keys of each earlier encoder are from what the writer makes of the same tokens."""
+    if writer is None:
         raise ValueError(
             "`probe` needs a model that encodes, got `model=None`; give the model that is to read the bank."
         )
-    refuse_other_recipe(bank.encoders.stamp, model.encoder_stamp())
-    return Refresher(bank, [model]).probe_versions(is_readable=fresh.tolist())
+    refuse_other_recipe(state.table.encoders.stamp, writer.stamp())
+    return Refresher(state, [writer]).probe_versions(is_readable=fresh.tolist())
 
 
 def would_be_readable(
-    bank: MemoryBank, encoders: Encoders, probed: Mapping[int, float], versions: Int[Tensor, "2 _rows"]
+    policy: RefreshPolicy,
+    own: Encoders,
+    encoders: Encoders,
+    probed: Mapping[int, float],
+    versions: Int[Tensor, "2 _rows"],
 ) -> Bool[Tensor, " _rows"]:
-    """Return for each row whether the bank's policy would let the current one of these encoders read it as it is."""
-    known, stamp = bank.encoders.stamp, encoders.stamp
+    """Return for each row whether a policy would let the current one of these encoders read it as it is.
+
+    `own`: the encoders of the bank, `encoders`: those it would have.
+    """
+    known, stamp = own.stamp, encoders.stamp
     if known is None or stamp is None:  # nobody checks a bank that names no encoder
         return torch.ones(versions.shape[1], dtype=torch.bool)
     if known.digest != stamp.digest:
         try:
             refuse_other_recipe(known, stamp)
-            bank.refresh_policy.admit(known, stamp)
+            policy.admit(known, stamp)
         except StaleMemoryError:
             return torch.zeros(versions.shape[1], dtype=torch.bool)
-    return readable_as_is(bank.refresh_policy, Lags(encoders, "version", probed), versions)
+    return policy.readable_as_is(Lags(encoders, "version", probed), versions)
 
 
 def version_reports(
-    bank: MemoryBank, encoders: Encoders, drifts: Mapping[int, float], versions: Int[Tensor, "2 _rows"]
+    chunk_size: int, encoders: Encoders, drifts: Mapping[int, float], versions: Int[Tensor, "2 _rows"]
 ) -> tuple[VersionStaleness, ...]:
     """Return what each encoder has written that is there."""
     lags, gaps = encoders.lags(), encoders.gaps()
     found = []
     for version, count in zip(*(each.tolist() for each in versions[0].unique(return_counts=True)), strict=True):
-        tokens = count * bank.chunk_size
+        tokens = count * chunk_size
         if version == UNKNOWN:
             found.append(VersionStaleness(UNKNOWN, None, tokens, None, None, drifts.get(UNKNOWN), ()))
             continue
@@ -243,15 +234,15 @@ def version_reports(
 
 
 def document_report(
-    bank: MemoryBank,
+    table: Table,
     document: Document,
     encoders: Encoders,
     fresh: Bool[Tensor, " versions"],
     readable: Bool[Tensor, " _rows"],
 ) -> DocumentStaleness:
     """Return how stale a document is; `fresh` for each version, `readable` for each row of the bank."""
-    rows, size, now = document.rows.values, bank.chunk_size, time.time()
-    versions, mapped_to = bank._ledger.versions[:, rows]
+    rows, size, now = document.rows.values, table.chunk_size, time.time()
+    versions, mapped_to = table.ledger.versions[:, rows]
     counts = dict(zip(*(each.tolist() for each in versions.unique(return_counts=True)), strict=True))
     lags = encoders.lags()
     is_stale = ~fresh[versions]

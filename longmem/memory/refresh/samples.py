@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longmem.memory.rows.chunks import Chunks
 from longmem.memory.rows.codec import decode
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
+from longmem.memory.rows.storage import Chunks
+from longmem.memory.rows.table import Table
 
-if TYPE_CHECKING:
-    from longmem.memory.refresh.refresher import Refresher, Targets
+# Documents with some of their segments.
+Targets = list[tuple[Document, list[Segment]]]
 
 
 class Stored(NamedTuple):
@@ -23,14 +24,14 @@ class Stored(NamedTuple):
     chunks: list[Chunks]
 
 
-def stored_chunks(refresher: Refresher, document: Document, segment: Segment) -> Stored:
+def stored_chunks(table: Table, document: Document, segment: Segment) -> Stored:
     """Return what is stored of a segment, without chunks that it only begins or ends."""
-    size = refresher.bank.chunk_size
+    size = table.chunk_size
     resident = document.first_chunk(size)
     first = max(-(-segment.start // size), resident)
     last = min(segment.stop // size, document.num_whole_chunks(size))
     rows = document.rows.values[first - resident : max(first, last) - resident]
-    return Stored(first, refresher.bank._contents.storage.select(rows))
+    return Stored(first, table.storage.select(rows))
 
 
 def vectors(chunks: Chunks) -> tuple[Tensor, Tensor]:

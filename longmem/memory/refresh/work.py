@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
 
+from longmem.memory.protocols import Writer
 from longmem.memory.rows.documents import Document, Tail
 from longmem.memory.rows.segments import Segment
 
@@ -16,47 +16,47 @@ Job = tuple[Document, list[tuple[Segment, Tensor]]]
 Encoded = tuple[Document, list[tuple[Segment, list[Tail]]]]
 
 
-def encode_all(jobs: Iterable[Job], models: Sequence[Any], note: Callable[[int], None]) -> Iterator[Encoded]:
+def encode_all(jobs: Iterable[Job], writers: Sequence[Writer], note: Callable[[int], None]) -> Iterator[Encoded]:
     """Yield documents with their encoded segments, each once all of its segments are there.
 
-    With one model all is done here, segment after segment. With several, each has a thread, and whoever is free takes the
+    With one writer all is done here, segment after segment. With several, each has a thread, and whoever is free takes the
     next segment, so that a slow one holds up nothing but its last one; no speed has to be known.
 
     Args:
         jobs: documents with segments and their token ids.
-        models: equal encoders.
+        writers: equal encoders.
         note: called with the number of tokens of each segment when it is done.
     """
-    if len(models) > 1:
-        yield from _shared(jobs, models, note)
+    if len(writers) > 1:
+        yield from _shared(jobs, writers, note)
         return
     for document, segments in jobs:
         encoded = []
         for segment, ids in segments:
-            encoded.append((segment, encode_segment(models[0], ids)))
+            encoded.append((segment, encode_segment(writers[0], ids)))
             note(len(ids))
         yield document, encoded
 
 
-def encode_segment(model: Any, ids: Tensor) -> list[Tail]:
+def encode_segment(writer: Writer, ids: Tensor) -> list[Tail]:
     """Return keys and values of one segment for each memory layer, encoded by itself, as it was when it was written."""
-    keys, values = model.encode(ids[None].to(model.input_device))
+    keys, values = writer.encode(ids[None])
     return [(key[0], value[0]) for key, value in zip(keys, values, strict=True)]
 
 
-def _shared(jobs: Iterable[Job], models: Sequence[Any], note: Callable[[int], None]) -> Iterator[Encoded]:
+def _shared(jobs: Iterable[Job], writers: Sequence[Writer], note: Callable[[int], None]) -> Iterator[Encoded]:
     work: queue.Queue[tuple[int, int, Tensor] | None] = queue.Queue()
     done: queue.Queue[tuple[int, int, list[Tail] | BaseException]] = queue.Queue()
 
-    def worker(model: Any) -> None:
+    def worker(writer: Writer) -> None:
         while (task := work.get()) is not None:
             number, place, ids = task
             try:
-                done.put((number, place, encode_segment(model, ids)))
+                done.put((number, place, encode_segment(writer, ids)))
             except BaseException as error:
                 done.put((number, place, error))
 
-    threads = [threading.Thread(target=worker, args=(model,), daemon=True) for model in models]
+    threads = [threading.Thread(target=worker, args=(writer,), daemon=True) for writer in writers]
     for thread in threads:
         thread.start()
     opened: dict[int, tuple[Document, list[Segment], dict[int, list[Tail]]]] = {}
@@ -65,7 +65,7 @@ def _shared(jobs: Iterable[Job], models: Sequence[Any], note: Callable[[int], No
         tasks = _tasks(enumerate(jobs), opened)
         task = next(tasks, None)
         while task is not None or running:
-            while task is not None and running < 2 * len(models):  # one in hand and one waiting for each
+            while task is not None and running < 2 * len(writers):  # one in hand and one waiting for each
                 work.put(task)
                 running, task = running + 1, next(tasks, None)
             number, place, tokens = done.get()

@@ -49,10 +49,10 @@ class Ledger:
         self.documents: dict[str, Document] = {}
         self.num_rows = 0
         self.num_pinned_rows = 0
-        # `version` changes with every change, so that a view knows when to look again; `generation` only when a row
-        # that was live may hold something else, so that a reader knows whether rows found before are still good.
-        # `encodings` when a row that was live holds the same chunk, encoded again.
-        self.version = self.generation = self.encodings = next(_STAMPS)
+        # `version` changes with every change, so that a selection knows when to look again; `generation` only when a row
+        # that was live may hold something else, or other numbers of the same chunk, so that a reader knows whether rows
+        # found before are still good.
+        self.version = self.generation = next(_STAMPS)
         # Serials of the documents that changed or ceased to be since somebody last emptied the set: what a bank on disk
         # has to write. Serials of documents that were only read stand in the second one.
         self.changed: set[int] = set()
@@ -119,7 +119,7 @@ class Ledger:
     def note_encoding(self, document: Document) -> None:
         """Take over the versions of a document's segments, some of which were encoded again."""
         self._touch(document)
-        self.encodings = next(_STAMPS)
+        self.generation = next(_STAMPS)
         rows = document.rows.values
         first = document.first_chunk(self.chunk_size)
         self._table[2:, rows] = document.segments.of_chunks(first, len(rows), self.chunk_size)

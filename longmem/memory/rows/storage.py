@@ -1,14 +1,212 @@
-"""Where a bank keeps its rows: the interface that memory and disk share, and the one in memory."""
+"""Where a bank keeps keys, values and search keys: rows of one chunk each, in memory or on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
-from longmem.memory.rows.chunks import Chunks, ChunkStore, LayerRows, LayerShape
+from longmem.memory.rows.codec import decode, encode, stored_width, vector_width
+
+
+class LayerShape(NamedTuple):
+    """Return the sizes that all chunks of one memory layer share; key and value heads may have different widths."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Chunks(NamedTuple):
+    """Return the chunks of one memory layer, ready to be written: keys and values encoded, search keys not."""
+
+    keys: Num[Tensor, "kv_heads chunks chunk_size stored_key_dim"]
+    values: Num[Tensor, "kv_heads chunks chunk_size stored_value_dim"]
+    search_keys: Float[Tensor, "kv_heads chunks key_dim"]
+
+
+@runtime_checkable
+class LayerRows(Protocol):
+    """What an index sees of one layer: `num_rows` live rows and their search keys, dense for each head."""
+
+    @property
+    def shape(self) -> LayerShape: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def shape_of(chunks: Chunks) -> LayerShape:
+    """Return the sizes of chunks."""
+    width = vector_width(chunks.values.shape[3], chunks.values.dtype)
+    return LayerShape(chunks.keys.shape[0], chunks.search_keys.shape[2], width)
+
+
+def bytes_of_chunk(shapes: Sequence[LayerShape], chunk_size: int, storage_dtype: torch.dtype) -> int:
+    """Return the bytes of one chunk in all layers: keys, values and the search key.
+
+    >>> bytes_of_chunk([LayerShape(2, 64, 64)], 4, torch.float16)
+    2560
+    """
+    total = 0
+    for heads, key_dim, value_dim in shapes:
+        stored = stored_width(key_dim, storage_dtype) + stored_width(value_dim, storage_dtype)
+        total += heads * (chunk_size * stored * storage_dtype.itemsize + key_dim * torch.float32.itemsize)
+    return total
+
+
+def cut_into_chunks(
+    keys: Float[Tensor, "kv_heads tokens key_dim"],
+    values: Float[Tensor, "kv_heads tokens value_dim"],
+    chunk_size: int,
+    storage_dtype: torch.dtype,
+) -> Chunks:
+    """Return the tokens as chunks; the search key is the float32 mean of the keys before they are rounded.
+
+    `tokens` must be a multiple of `chunk_size`.
+
+    >>> chunks = cut_into_chunks(torch.ones(2, 8, 3), torch.ones(2, 8, 5), 4, torch.float16)
+    >>> [tuple(tensor.shape) for tensor in chunks]
+    [(2, 2, 4, 3), (2, 2, 4, 5), (2, 2, 3)]
+    """
+    keys, values = (tensor.unflatten(1, (-1, chunk_size)) for tensor in (keys, values))
+    return Chunks(encode(keys, storage_dtype), encode(values, storage_dtype), keys.float().mean(dim=2))
+
+
+class ChunkStore:
+    """Return an empty store for the chunks of one memory layer: at most `capacity` rows (None: no limit), one chunk in each.
+
+    Live rows are always `[0, num_rows)`: whoever frees a row in the middle moves the last live row into it. So exact
+    search runs over one dense tensor without a mask. Memory grows by doubling, up to `capacity` rows.
+
+    >>> store = ChunkStore(LayerShape(2, 3, 5), chunk_size=4, capacity=16, dtype=torch.float16)
+    >>> store.write(torch.arange(2), cut_into_chunks(torch.ones(2, 8, 3), torch.ones(2, 8, 5), 4, torch.float16))
+    >>> store.num_rows, tuple(store.search_keys.shape)
+    (2, (2, 2, 3))
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        *,
+        chunk_size: int,
+        capacity: int | None = None,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape = shape
+        self.capacity = capacity
+        self.num_rows = 0
+        heads, key_dim, value_dim = shape
+        self._tensors = Chunks(
+            torch.empty(heads, 0, chunk_size, stored_width(key_dim, dtype), dtype=dtype, device=device),
+            torch.empty(heads, 0, chunk_size, stored_width(value_dim, dtype), dtype=dtype, device=device),
+            torch.empty(heads, 0, key_dim, dtype=torch.float32, device=device),
+        )
+
+    @classmethod
+    def of(cls, chunks: Chunks, *, capacity: int | None = None) -> ChunkStore:
+        """Return a store that holds `chunks`, row by row, in these very tensors (which may be memory-mapped)."""
+        keys = chunks.keys
+        shape = shape_of(chunks)
+        store = cls(shape, chunk_size=keys.shape[2], capacity=capacity, dtype=keys.dtype, device=keys.device)
+        store._tensors = chunks
+        store.num_rows = keys.shape[1]
+        return store
+
+    @property
+    def live(self) -> Chunks:
+        """Return views of the live rows, `[0, num_rows)`; they are valid until the next write or move."""
+        return Chunks(*(tensor[:, : self.num_rows] for tensor in self._tensors))
+
+    @property
+    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
+        """Return a view of the float32 search keys of the live rows, dense for each head."""
+        return self._tensors.search_keys[:, : self.num_rows]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the tensors are."""
+        return self._tensors.keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the tensors, with the room that growth has reserved."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    def reserve(self, num_rows: int) -> None:
+        """Make room for `num_rows` rows in all: the only step of a write that allocates, so the only one to fail."""
+        assert self.capacity is None or num_rows <= self.capacity
+        allocated = self._tensors.keys.shape[1]
+        if num_rows > allocated:
+            rows = (
+                max(num_rows, 2 * allocated)
+                if self.capacity is None
+                else min(self.capacity, max(num_rows, 2 * allocated))
+            )
+            self._tensors = Chunks(*(with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
+
+    def write(self, rows: Int[Tensor, " chunks"], chunks: Chunks) -> None:
+        """Write one chunk into each row; rows beyond the live ones must continue them without a gap."""
+        if not len(rows):
+            return
+        num_rows = max(self.num_rows, int(rows.max()) + 1)
+        assert num_rows <= self.num_rows + len(rows)
+        self.reserve(num_rows)
+        rows = rows.to(self.device)
+        for tensor, written in zip(self._tensors, chunks, strict=True):
+            tensor.index_copy_(1, rows, written)
+        self.num_rows = num_rows
+
+    def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
+        """Copy rows onto other rows; no row may be both a source and a destination."""
+        if not len(sources):
+            return
+        sources, destinations = sources.to(self.device), destinations.to(self.device)
+        for tensor in self._tensors:
+            tensor.index_copy_(1, destinations, tensor.index_select(1, sources))
+
+    def truncate(self, num_rows: int) -> None:
+        """Forget the rows from `num_rows` on; their memory is kept for the rows to come."""
+        assert num_rows <= self.num_rows
+        self.num_rows = num_rows
+
+    def select(self, rows: Int[Tensor, " chunks"]) -> Chunks:
+        """Return copies of these rows, the same for every head, in this order."""
+        rows = rows.to(self.device)
+        return Chunks(*(tensor.index_select(1, rows) for tensor in self._tensors))
+
+    def gather(
+        self, rows: Int[Tensor, "kv_heads chunks"]
+    ) -> tuple[
+        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
+        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
+    ]:
+        """Return copies of the keys and values of these rows, decoded, other rows for each head; row -1 is read as row 0."""
+        keys, values, _ = self._tensors
+        heads, allocated = keys.shape[:2]
+        offsets = allocated * torch.arange(heads, device=keys.device).unsqueeze(1)
+        flat_rows = (rows.to(keys.device).clamp(min=0) + offsets).flatten()
+        # One index_select over (heads * rows) copies whole chunks; `gather` would need an index for every number.
+        taken = (tensor.flatten(0, 1).index_select(0, flat_rows) for tensor in (keys, values))
+        is_coded = keys.dtype == torch.int8
+        return tuple((decode(each) if is_coded else each).unflatten(0, rows.shape) for each in taken)
+
+
+def with_rows(tensor: Tensor, rows: int, num_live: int) -> Tensor:
+    """Return a tensor with room for `rows` rows that starts with the live rows of `tensor`."""
+    grown = tensor.new_empty(tensor.shape[0], rows, *tensor.shape[2:])
+    grown[:, :num_live] = tensor[:, :num_live]
+    return grown
 
 
 class Storage(Protocol):
@@ -56,11 +254,7 @@ class MemoryStorage:
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
         self.stores: list[ChunkStore] = []
-
-    @property
-    def shapes(self) -> list[LayerShape]:
-        """Return the sizes of each layer."""
-        return [store.shape for store in self.stores]
+        self.shapes: list[LayerShape] = []  # of each layer
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +270,7 @@ class MemoryStorage:
         if not self.stores:
             empty = [Chunks(*(tensor[:, :0].clone() for tensor in layer)) for layer in layers]
             self.stores = [ChunkStore.of(layer, capacity=self.capacity) for layer in empty]
+            self.shapes = [store.shape for store in self.stores]
         for store in self.stores:
             store.reserve(num_rows)
 

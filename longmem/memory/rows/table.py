@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.encoder.history import Encoders
-from longmem.memory.eviction import EvictionPolicy
-from longmem.memory.index import ChunkIndex, Found, SavedIndex, make_index
-from longmem.memory.rows.chunks import Chunks, LayerShape, bytes_of_chunk, cut_into_chunks
+from longmem.memory.checks import refuse_search
+from longmem.memory.eviction import EvictionPolicy, make_policy
+from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, make_index
 from longmem.memory.rows.documents import Document, IntQueue, Run, Source, SourcePart, Tail
 from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.segments import Joins
-from longmem.memory.rows.storage import Storage
+from longmem.memory.rows.storage import Chunks, LayerShape, MemoryStorage, Storage, bytes_of_chunk, cut_into_chunks
 
 # What stays when the text of a document is replaced.
 SAID_OF_A_DOCUMENT = ("tags", "is_pinned", "dated", "valid_until", "is_superseded", "superseded_by")
 
 
-class BankContents:
-    """Return the empty contents of a bank; layers are counted by position here.
+class Table:
+    """The rows of a bank: ledger, storage and indexes, which change together; layers are counted by position here.
 
-    Arguments have been checked by the bank. A write allocates all it needs before it changes anything.
+    Arguments have been checked by the bank. A write allocates all it needs before it changes anything. Who changes the table,
+    or reads more than one thing of it, holds its `lock`.
 
     Args:
-        storage: where rows are kept.
-        policy: what goes when `capacity` is reached.
+        storage: where rows are kept; None: in memory.
+        eviction: the policy, by name, that says what goes when `capacity` is reached.
         capacity_tokens: None: no limit.
         capacity_bytes: None: no limit; both: the lower one.
     """
 
     def __init__(
         self,
-        storage: Storage,
-        policy: EvictionPolicy,
+        storage: Storage | None = None,
         *,
+        eviction: str,
         chunk_size: int,
         capacity_tokens: int | None,
         capacity_bytes: int | None,
@@ -48,17 +51,47 @@ class BankContents:
         storage_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        if storage is None:
+            storage = MemoryStorage(None if capacity_tokens is None else capacity_tokens // chunk_size)
         self.storage = storage
+        self.lock = threading.RLock()  # a thread may take it again while it holds it
         self.chunk_size = chunk_size
-        self._capacity_tokens, self._capacity_bytes = capacity_tokens, capacity_bytes
-        self.index = index
+        self.capacity_tokens, self.capacity_bytes = capacity_tokens, capacity_bytes
+        self.index, self.eviction = index, eviction
         self.storage_dtype = storage_dtype
         self.device = device
-        self.ledger = Ledger(chunk_size, policy)
+        self.ledger = Ledger(chunk_size, make_policy(eviction))
+        # Whether anything goes by itself; then the policy is asked before every read and write.
+        self._has_time = type(self.ledger.policy).expired is not EvictionPolicy.expired
         self.encoders = Encoders()
         # Indexes that were needed so far, by the position of their layer; and how to find what is saved of one.
         self.indexes: dict[int, ChunkIndex] = {}
         self.find_saved: Callable[[int], SavedIndex | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickled table takes along: not the lock, which is another's."""
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+    def empty(self, storage: Storage | None = None) -> Table:
+        """Return an empty table with the same settings, over a storage of its own."""
+        return Table(
+            storage,
+            eviction=self.eviction,
+            chunk_size=self.chunk_size,
+            capacity_tokens=self.capacity_tokens,
+            capacity_bytes=self.capacity_bytes,
+            index=self.index,
+            storage_dtype=self.storage_dtype,
+            device=self.device,
+        )
+
+    def become(self, other: Table) -> None:
+        """Hold what another table holds, in place of what was there."""
+        self.storage, self.ledger, self.encoders = other.storage, other.ledger, other.encoders
+        self.indexes, self.find_saved, self.index = other.indexes, other.find_saved, other.index
 
     @property
     def shapes(self) -> list[LayerShape] | None:
@@ -75,10 +108,10 @@ class BankContents:
     def capacity(self) -> int | None:
         """Return how many chunks there is room for, None for no limit; bytes count once the sizes of heads are known."""
         limits = []
-        if self._capacity_tokens is not None:
-            limits.append(self._capacity_tokens // self.chunk_size)
-        if self._capacity_bytes is not None and self.shapes is not None:
-            limits.append(self._capacity_bytes // bytes_of_chunk(self.shapes, self.chunk_size, self.storage_dtype))
+        if self.capacity_tokens is not None:
+            limits.append(self.capacity_tokens // self.chunk_size)
+        if self.capacity_bytes is not None and self.shapes is not None:
+            limits.append(self.capacity_bytes // bytes_of_chunk(self.shapes, self.chunk_size, self.storage_dtype))
         return min(limits, default=None)
 
     # Writing.
@@ -103,7 +136,7 @@ class BankContents:
                 for (old_key, old_value), (key, value) in zip(document.waiting, tokens, strict=True)
             ]
         num_chunks = tokens[0][0].shape[1] // self.chunk_size
-        if self._capacity_bytes is not None and self.shapes is None:  # how many chunks that is depends on their sizes
+        if self.capacity_bytes is not None and self.shapes is None:  # how many chunks that is depends on their sizes
             self.fix_sizes(tokens)
         skipped = self._chunks_without_room(document, num_chunks)
         start, stop = skipped * self.chunk_size, num_chunks * self.chunk_size
@@ -138,7 +171,7 @@ class BankContents:
         self._reserve(chunks)
         self._write_with_source(document, chunks, source, skipped)
 
-    def replace(self, old: Document, draft: BankContents, new: Document) -> None:
+    def replace(self, old: Document, draft: Table, new: Document) -> None:
         """Put a document of `draft`, whose chunks are as they are stored here, in place of `old`."""
         chunks = draft.storage.select(new.rows.values)
         room = None if self.capacity is None else self.capacity - self.ledger.num_pinned_rows
@@ -211,11 +244,11 @@ class BankContents:
         self._remove(*self.ledger.close(document))
 
     def drop_expired(self) -> None:
-        """Forget what has outlived the policy's time."""
-        if expired := self.ledger.expired():
+        """Forget what has outlived the policy's time; most policies know none."""
+        if self._has_time and (expired := self.ledger.expired()):
             self._remove(*self.ledger.release(expired))
 
-    def copy_to(self, target: BankContents) -> None:
+    def copy_to(self, target: Table) -> None:
         """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
         if (tails := next((each.waiting for each in self.ledger.documents.values() if each.waiting), None)) is not None:
             # There may be no chunk that would; and where they are, chunks of a bank in memory will be.
@@ -253,8 +286,16 @@ class BankContents:
 
     def search(
         self, position: int, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None
-    ) -> Found:
-        """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written."""
+    ) -> Ranked:
+        """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written.
+
+        Raises:
+            ValueError: queries do not fit the layer, or `num_chunks` is no count.
+        """
+        shape = self.storage.shapes[position] if self.storage.shapes else None
+        fits = queries.ndim == 3 and (shape is None or (queries.shape[0], queries.shape[2]) == shape[:2])
+        if not fits or type(num_chunks) is not int or num_chunks < 1:
+            refuse_search(queries, num_chunks, shape)
         if self.storage.shapes:
             return self.index_of(position).search(queries, num_chunks, rows, bonus)
         missing = torch.full((*queries.shape[:2], num_chunks), -1, device=queries.device)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from longmem.evaluation.results import TITLES
 from longmem.plots.style import COLORS, STYLES, require_matplotlib, short_count
-
-if TYPE_CHECKING:
-    from longmem.training.records import StepRecord, ValidationRecord
+from longmem.training.records import StepRecord, ValidationRecord
 
 
 def plot_training(

@@ -1,0 +1,166 @@
+"""What reading and writing ask of each other: a memory, what a search of it found, and the writer behind a bank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.encoder.history import Encoders
+from longmem.encoder.sketch import Sketch
+from longmem.encoder.stamp import EncoderStamp
+from longmem.memory.rows.documents import DocumentInfo, SourcePart
+from longmem.memory.rows.ledger import ChunkPlace
+from longmem.memory.rows.segments import Joins, Segment
+
+# Keys or values of each memory layer: `lanes kv_heads tokens dim`.
+Layers = Sequence[Float[Tensor, "_lanes _kv_heads _tokens _dim"]]
+
+
+class Found(NamedTuple):
+    """What a search found for each query, best first, all of one moment.
+
+    Where there is less than was asked for, rows are -1 and scores -inf. `log_weights`: what the age of each chunk adds to
+    its attention scores; None where age does not count. Rows are good while the memory has this `generation`; None: the
+    memory holds nothing.
+    """
+
+    rows: Int[Tensor, "kv_heads queries chunks"]
+    scores: Float[Tensor, "kv_heads queries chunks"]
+    log_weights: Float[Tensor, "kv_heads queries chunks"] | None
+    generation: Hashable
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """What attention needs of a memory: a bank, a selection of its documents, or several banks."""
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def chunk_size(self) -> int: ...
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing."""
+        ...
+
+    def ready_for(self, model: EncodingModel) -> None:
+        """Make ready to be read by a model, or refuse; called before every forward pass."""
+        ...
+
+    def search(self, layer: int, queries: Tensor, num_chunks: int, *, scaling: float | None = None) -> Found:
+        """Return the best chunks of a memory layer; `scaling` is attention's factor on inner products."""
+        ...
+
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
+        """Return keys and values of rows, `kv_heads chunks chunk_size dim`.
+
+        Raises:
+            ChangedMemoryError: the memory is no longer of the generation in which the rows were found.
+        """
+        ...
+
+    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+        """Return where each row is from, flattened; None for row -1."""
+        ...
+
+
+class Writer(Protocol):
+    """All that a bank may ask of what writes to it: encode, say which encoder it is, and whether it is about to move."""
+
+    @property
+    def is_moving(self) -> bool:
+        """Return whether the encoder moves on purpose."""
+        ...
+
+    def encode(self, input_ids: Int[Tensor, "lanes tokens"]) -> tuple[Layers, Layers]:
+        """Return position-free keys and values of the tokens, of each memory layer, without gradients."""
+        ...
+
+    def stamp(self, *, exact: bool = False) -> EncoderStamp:
+        """Return which encoder this is; `exact`: by a hash made anew."""
+        ...
+
+    def stamp_for_reading(self) -> EncoderStamp:
+        """Return which encoder this is; raise StaleMemoryError if it is about to move, and not on purpose."""
+        ...
+
+    def sketch(self) -> Sketch:
+        """Return a summary of the weights, to measure how far they move."""
+        ...
+
+
+class EncodingModel(Protocol):
+    """What a bank and `memorize` need of a model."""
+
+    @property
+    def encoder(self) -> Writer: ...
+
+    @property
+    def config(self) -> Any:
+        """Return a configuration with `memory_layers`, `chunk_size`, `segment_length` and `get_text_config()`."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+class WritableBank(Protocol):
+    """What `memorize` needs of a bank."""
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def chunk_size(self) -> int: ...
+
+    @property
+    def encoders(self) -> Encoders: ...
+
+    def __contains__(self, document_id: object) -> bool: ...
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def info(self, document_id: str) -> DocumentInfo: ...
+
+    def segments(self, document_id: str) -> list[Segment]: ...
+
+    def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None: ...
+
+    def add(
+        self,
+        document_id: str,
+        keys: Any,
+        values: Any,
+        token_ids: Any = None,
+        *,
+        text: str | None = None,
+        char_ends: Any = None,
+        tags: Iterable[str] = (),
+        segment: Literal["new"] | None = None,
+        dated: float | None = None,
+        valid_until: float | None = None,
+    ) -> None: ...
+
+    def append(
+        self,
+        document_id: str,
+        keys: Any,
+        values: Any,
+        token_ids: Any = None,
+        *,
+        text: str | None = None,
+        char_ends: Any = None,
+        segment: Joins = None,
+    ) -> None: ...
+
+    def copy_tokens(
+        self, document_id: str, bank: Any, origin_id: str, origin: int, part: SourcePart, **said: Any
+    ) -> None: ...
+
+    def delete(self, document_id: str) -> None: ...
