@@ -1,10 +1,11 @@
-# Each target first makes .venv and fills it with the versions in constraints.txt, once.
+# Each target but check-latest first makes .venv and fills it with the versions in constraints.txt, once.
 #
-#   make demo      frozen model, memory bank and side network at work, on this machine
-#   make test      the fast tests
-#   make check     format, lint, types, import layers
-#   make docs      docs/supported-models.md from the list that the tests use
-#   make format    rewrite the code in the project's format
+#   make demo           frozen model, memory bank and side network at work, on this machine
+#   make test           the fast tests
+#   make check          format, lint, types, import layers
+#   make check-latest   a few tests with the newest releases that pyproject.toml allows, in .venv-latest
+#   make docs           docs/supported-models.md from the list that the tests use
+#   make format         rewrite the code in the project's format
 #
 # make demo PYTHON=python3.12                                        another Python (3.11 or newer)
 # make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu         Linux without a GPU: a CPU torch, 2.4 GB in all and not 6.1
@@ -24,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 # One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
 WORKERS := auto --maxprocesses 4
 
-.PHONY: demo test check docs format env
+.PHONY: demo test check check-latest docs format env
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -41,6 +42,9 @@ check: $(INSTALLED)
 	echo "== types";   $(BIN)/mypy                  || failed="$$failed types"; \
 	echo "== imports"; $(BIN)/lint-imports --no-logo || failed="$$failed imports"; \
 	if [ -n "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
+
+check-latest:
+	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' .ci/check-latest
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix-only --quiet .

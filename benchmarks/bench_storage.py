@@ -22,7 +22,9 @@ from rich.table import Table
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.cli.texts import read_text
 from longmem.data.sample_texts import first_tokens
-from longmem.evaluation.perplexity import WindowScores, loss_difference, score_windows
+from longmem.evaluation.perplexity.scoring import WindowScores, loss_difference, score_windows
+from longmem.evaluation.perplexity.views import View
+from longmem.evaluation.perplexity.windows import Cut
 from longmem.memory.rows.codec import STORAGE_DTYPES
 from longmem.model.opening import open_model
 from longmem.settings.environment import environment
@@ -44,8 +46,8 @@ def banks_of(model: LongMemForCausalLM, past: torch.Tensor) -> dict[str, MemoryB
 
 def all_windows(results: list[WindowScores]) -> WindowScores:
     """Return the scores of several texts as one, window after window."""
-    losses = torch.cat([result.losses for result in results])
-    return WindowScores(losses, sum(result.seconds for result in results), losses.numel())
+    losses = tuple(window for result in results for window in result.losses)
+    return WindowScores(losses, sum(result.seconds for result in results))
 
 
 def gather_times(rounds: int) -> dict[str, dict[str, float]]:
@@ -81,13 +83,14 @@ def main() -> None:
     torch.manual_seed(0)
     times = gather_times(given.rounds)
     model = open_model(given.model)
+    windows = Cut(given.window, given.window).row(0, given.windows)
     scores: dict[str, list[WindowScores]] = {name: [] for name in ("no memory", *STORAGE_DTYPES)}
     for file in track(given.texts, "reading"):
         sizes = given.memory_tokens, given.windows * given.window
         past, rest = first_tokens(model.tokenizer, read_text(file), file.name, *sizes)
         banks = banks_of(model, past)
         for name, results in scores.items():
-            results.append(score_windows(model, rest, window=given.window, memory=banks.get(name)))
+            results.append(score_windows(View(model, rest, banks.get(name)), windows))
     merged = {name: all_windows(results) for name, results in scores.items()}
     exact, rows = merged[BASELINE], {}
     title = f"{len(given.texts)} texts, {len(exact.losses)} windows of {given.window} tokens"
@@ -95,7 +98,7 @@ def main() -> None:
     table = Table("stored as", *heads, title=title)
     for name, result in merged.items():
         above, low, high = loss_difference(exact, result)
-        change = (result.losses - exact.losses).abs().double().mean().item()
+        change = (torch.cat(result.losses) - torch.cat(exact.losses)).abs().double().mean().item()
         rows[name] = {"loss": result.loss, "above": above, "interval": [low, high], "mean_change": change}
         cells = [f"{result.loss:.5f}", f"{above:+.6f} ({low:+.6f}, {high:+.6f})", f"{change:.5f}"]
         if name in banks:
@@ -104,7 +107,7 @@ def main() -> None:
         table.add_row(name, *cells)
     Console(width=128).print(table)
     if given.output:
-        losses = {name: [result.losses.tolist() for result in results] for name, results in scores.items()}
+        losses = {name: [torch.stack(each.losses).tolist() for each in results] for name, results in scores.items()}
         content = {"settings": vars(given), "environment": environment(), "rows": rows, "losses": losses}
         given.output.write_text(json.dumps(content, default=str) + "\n")
 

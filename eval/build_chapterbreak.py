@@ -14,16 +14,10 @@ from pathlib import Path
 
 from longmem.cli.common import console_for, parse_settings
 from longmem.console import plain_table
-from longmem.evaluation.book_plan import files_of_split
-from longmem.evaluation.chapterbreak import (
-    BASELINES,
-    BuildRules,
-    baseline_values,
-    build,
-    credit,
-    load_split,
-    save_split,
-)
+from longmem.data.sources import files_of_split
+from longmem.evaluation.tasks.chapterbreak import ChapterBreak, baseline_values, credit
+from longmem.evaluation.tasks.chapterbreak_building import BuildRules, build, save_split
+from longmem.evaluation.tasks.chapterbreak_data import load_split
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +40,7 @@ def main() -> None:
     console.print(f"{len(examples)} examples of {len(works)} of {len(files)} books in {arguments.output}")
     scored = [values for _, values in baseline_values(examples, examples)]
     rows = [["without a model", "accuracy, %"]]
-    for name, title in BASELINES.items():
+    for name, title in ChapterBreak.baselines.items():
         rows.append([title, f"{100 * sum(credit(values[name]) for values in scored) / len(scored):.1f}"])
     console.print(plain_table(rows))
 

@@ -1,4 +1,4 @@
-"""Make the data of the tasks in configs/eval/harness_tasks from files of the published sets.
+"""Make the data of the tasks in longmem/evaluation/configs/harness_tasks from files of the published sets.
 
     python eval/make_harness_data.py quality LEval-data/quality.jsonl --output data/harness
     python eval/make_harness_data.py babi qa1_single-supporting-fact_test.txt --output data/harness

@@ -72,6 +72,18 @@ def item_progress(title: str, console: Console) -> Iterator[Report]:
         yield bar
 
 
+def counting(report: Report, total: int) -> Callable[[int], None]:
+    """Return a function that adds to what is done and reports it."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        report(done, total)
+
+    return add
+
+
 @contextlib.contextmanager
 def _progress(title: str, console: Console, *columns: ProgressColumn) -> Iterator[Report]:
     """Show a bar with a title, these columns and the time left."""

@@ -224,6 +224,10 @@ ANSWERED_WITHOUT_WORK = {
     "demo --help": 0,
     "train --help": 0,
     "train python-manuel": 2,
+    "eval --list": 0,
+    "eval --help": 0,
+    "eval": 2,
+    "eval qualty data=q.jsonl": 2,
     "report": 2,
 }
 

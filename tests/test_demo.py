@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_backbone, some_text
 from tiny_trained import NAME, save_tiny_trained
 
+from longmem.cli import demo
 from longmem.cli.main import main
 from longmem.data.sample_texts import docstrings_of, python_manual, split_texts, standard_library_docstrings
+from longmem.evaluation import WindowScores
 
 pytest.importorskip("matplotlib")
 MANUAL = "Python's reference manual"
@@ -35,6 +37,10 @@ def test_the_demo_writes_what_it_says(backbone_folder, tmp_path, capsys):
     for name in ("demo.png", "table.md", "config.json", "environment.json", "bank/catalogue.sqlite"):
         assert (output / name).stat().st_size > 0
     metrics = json.loads((output / "metrics.json").read_text())
+    environment = json.loads((output / "environment.json").read_text())
+    assert environment["seed"] == 0
+    assert environment["versions"]["torch"] == torch.__version__
+    assert "| LongMem, memory on |" in (output / "table.md").read_text()
     losses = load_file(output / "losses.safetensors")
     assert losses.keys() == {f"{MANUAL}/{system}" for system in ("backbone", "off", "on", "wrong")}
     for system, values in metrics["systems"].items():
@@ -80,6 +86,27 @@ def test_the_demo_reads_a_file_and_answers_a_program(backbone_folder, tmp_path, 
     assert json.loads(captured.out)["systems"].keys() == {"backbone", "off", "on", "wrong"}
     assert "story.txt" in captured.err
     assert f"{MANUAL} as a wrong memory" in captured.err
+
+
+def scores_of(**losses: float) -> dict[str, WindowScores]:
+    noise = torch.randn(20, 7, generator=torch.Generator().manual_seed(0))
+    return {system: WindowScores(tuple(noise + loss), seconds=2.0) for system, loss in losses.items()}
+
+
+def test_the_table_has_a_row_for_each_system():
+    summary = demo.summarize(scores_of(off=3.0, on=2.5), seed=0)
+    assert summary["on"]["gain_over_off"] == pytest.approx(0.5)
+    assert summary["on"]["tokens_per_second"] == 70
+    rows = demo.table_rows(summary)
+    assert [row[0] for row in rows] == ["", "LongMem, memory off", "LongMem, memory on"]
+    assert {len(row) for row in rows} == {5}
+    assert rows[2][4].startswith("+0.5000 (")
+
+
+def test_the_verdict_says_what_is_true():
+    assert "lowers the loss by 0.500 nats; " in demo.verdict(scores_of(off=3.0, on=2.5, wrong=3.1), seed=0)
+    assert "may be chance" in demo.verdict(scores_of(off=3.0, on=2.5, wrong=2.5), seed=0)
+    assert "does not help" in demo.verdict(scores_of(off=3.0, on=3.1, wrong=3.2), seed=0)
 
 
 @pytest.mark.parametrize(

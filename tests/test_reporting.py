@@ -8,7 +8,7 @@ import re
 import pytest
 
 from longmem.cli.report import read_run, write_report
-from longmem.evaluation.runs.folder import RunFolder
+from longmem.evaluation.folder import RunFolder
 from longmem.plots import plot_accuracies
 
 

@@ -80,9 +80,8 @@ def test_the_place_is_inside_the_installed_package():
 def test_the_wheel_holds_it_and_the_settings(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(REPOSITORY / "longmem", source / "longmem", ignore=shutil.ignore_patterns("__pycache__", "trained"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    shutil.copytree(REPOSITORY / "configs", source / "configs")
     files = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     (source / "longmem" / "trained" / NAME).mkdir(parents=True)
     for name in files:
@@ -94,17 +93,20 @@ def test_the_wheel_holds_it_and_the_settings(tmp_path):
         packed = set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
     assert {name for name in packed if "/trained/" in name} == {f"longmem/trained/{NAME}/{name}" for name in files}
-    configs = {path.relative_to(source).as_posix() for path in (source / "configs").rglob("*.yaml")}
-    assert {name for name in packed if "configs" in name} == {f"longmem/{name}" for name in configs}
-    code = {path.relative_to(source).as_posix() for path in (source / "longmem").rglob("*.py")}
-    assert {name for name in packed if name.endswith(".py")} == code
+    for ending in (".py", ".yaml"):
+        files = {path.relative_to(source).as_posix() for path in (source / "longmem").rglob(f"*{ending}")}
+        assert {name for name in packed if name.endswith(ending)} == files
 
     def installed(*arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
         command = [sys.executable, "-m", "longmem.cli.main", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
 
-    told = installed("train", "--help")
-    assert str(tmp_path / "site" / "longmem" / "configs" / "train") in told.stdout
-    wrong = installed("train", "python-manual", "data.lane=4")
-    assert "Did you mean `data.lanes`?" in wrong.stderr, "the file was read"
+    for command in ("train", "eval"):
+        assert str(tmp_path / "site" / "longmem") in installed(command, "--help").stdout
+    # The files were read: what is wrong is the setting behind them.
+    for words, meant in (
+        (("train", "python-manual", "data.lane=4"), "data.lanes"),
+        (("eval", "recall", "items_=1"), "items"),
+    ):
+        assert f"Did you mean `{meant}`?" in installed(*words).stderr

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from tiny_models import save_tiny_backbone, some_text
 
-from longmem.training import Trainer
+from longmem.training import Extension, Trainer
 from longmem.training.records import StepRecord
 from longmem.training.settings import TrainingSettings, load_settings
 
@@ -37,16 +37,21 @@ def make_files(folder: Path, words: Sequence[int] = range(30, 86, 7)) -> Path:
     return path
 
 
-def settings_of(path: Path, **overrides: Any) -> TrainingSettings:
+def settings_of(path: Path, kind: type[TrainingSettings] = TrainingSettings, **overrides: Any) -> TrainingSettings:
     """Return the settings of a configuration with overrides, written `section__key=value`."""
-    return load_settings(path, [f"{name.replace('__', '.')}={value}" for name, value in overrides.items()])
+    return load_settings(path, [f"{name.replace('__', '.')}={value}" for name, value in overrides.items()], kind)
 
 
-def make_trainer(path: Path, **overrides: Any) -> Trainer:
+def make_trainer(
+    path: Path,
+    kind: type[TrainingSettings] = TrainingSettings,
+    extensions: Sequence[Extension] = (),
+    **overrides: Any,
+) -> Trainer:
     """Return a run, as a new process would start it: accelerate keeps what it was told in its class."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Trainer(settings_of(path, **overrides))
+    return Trainer(settings_of(path, kind, **overrides), extensions=extensions)
 
 
 def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Train a side network: `longmem train`, for those who start it from a checkout or with `accelerate launch`.
 
-python train/train_longmem.py configs/train/python-manual.yaml
-python train/train_longmem.py configs/train/books.yaml data.train=my-books data.validation=my-other-books
+python train/train_longmem.py longmem/training/configs/python-manual.yaml
+python train/train_longmem.py longmem/training/configs/books.yaml data.train=my-books data.validation=my-other-books
 """
 
 import sys

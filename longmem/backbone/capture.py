@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from longmem.backbone.cache_names import CACHE_NAMES, cache_argument
 from longmem.backbone.interception import EnoughSeen, LayerCall, first, handled_by, split_call
 from longmem.backbone.structure import (
     PROBE_LENGTH,
@@ -52,11 +53,12 @@ _recording: ContextVar[_Recording | None] = ContextVar("longmem_backbone_recordi
 
 
 class Backbone:
-    """A frozen causal LM, seen through what LongMem needs of it.
+    """A view of a frozen causal LM: what LongMem needs of it.
+
+    A subclass may compute hidden states, keys or values in another way; `LongMemForCausalLM.backbone_view` takes it.
 
     Args:
-        model: a causal LM of transformers; its parameters are frozen, unless `train_parameters` names some, and it is kept in
-            eval mode from here on.
+        model: a causal LM of transformers; its parameters are frozen, and it is kept in eval mode from here on.
 
     Raises:
         UnsupportedBackboneError: something the memory needs is not there; the message says what.
@@ -64,6 +66,7 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._cache_name = cache_argument(model)
         self.freeze()
         try:
             self.structure: BackboneStructure = inspect_backbone(model)
@@ -87,19 +90,17 @@ class Backbone:
 
     def freeze(self) -> None:
         """Switch off training of every parameter and every training-time behaviour, whoever switched them on."""
-        self.trained: dict[str, nn.Parameter] = {}
         if self.model.training:
             self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
-    def train_parameters(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Let hidden states of `run` carry gradients to these parameters, until `freeze`; stored keys and values never do."""
-        self.freeze()
-        self.trained = parameters
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+    def make_ready(self) -> None:
+        """Freeze again what somebody has made trainable; called before every run."""
+        if self.model.training or any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.freeze()
 
+    @torch.no_grad()
     def run(
         self,
         input_ids: Int[Tensor, "lanes tokens"],
@@ -111,25 +112,31 @@ class Backbone:
     ) -> BackboneStates:
         """Return hidden states of `hidden_layers`, layer calls, and keys and values of `memory_layers`; no LM head runs.
 
-        Without gradients, unless parameters are trained; keys and values have none even then.
-
         Args:
             input_ids: tokens to read.
             hidden_layers: layers whose input is kept; L means the output of the last one, before the final norm.
             memory_layers: layers whose keys and values are kept, position-free.
             with_final_states: also keep the last hidden state after the final norm.
-            inputs: what the backbone's own forward takes (attention_mask, position_ids, past_key_values, use_cache).
+            inputs: what the backbone's own forward takes (attention_mask, position_ids, cache, use_cache).
         """
+        return self.observe(input_ids, hidden_layers, memory_layers, with_final_states, inputs)
+
+    def observe(
+        self,
+        input_ids: Int[Tensor, "lanes tokens"],
+        hidden_layers: Collection[int],
+        memory_layers: Collection[int],
+        with_final_states: bool,
+        inputs: dict[str, Any],
+    ) -> BackboneStates:
+        """Return the same as `run`, in whatever gradient mode torch is."""
         states = BackboneStates()
         handlers = {
             self.structure.layers[layer].attention: self._keep_keys(states, layer, None) for layer in memory_layers
         }
-        with torch.set_grad_enabled(bool(self.trained) and torch.is_grad_enabled()):
-            self._record(states, hidden_layers, handlers, input_ids, inputs)
-            if with_final_states:
-                states.final_states = self.final_norm(states.hidden_states[self.num_layers])
-        for part in (states.keys, states.values):
-            part.update({layer: tensor.detach() for layer, tensor in part.items()})
+        self._record(states, hidden_layers, handlers, input_ids, inputs)
+        if with_final_states:
+            states.final_states = self.final_norm(states.hidden_states[self.num_layers])
         return states
 
     @torch.no_grad()
@@ -179,32 +186,20 @@ class Backbone:
         input_ids: Tensor,
         inputs: dict[str, Any],
     ) -> None:
-        if self.trained:
-            self._refuse_frozen()
-            self.model.eval()
-        elif self.model.training or any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.freeze()
+        self.make_ready()
         if self.model.config._attn_implementation != self._implementation:
             raise ValueError(
                 "the attention implementation of the backbone must stay what it was when the model was made, "
                 f'"{self._implementation}", got "{self.model.config._attn_implementation}"; '
                 "load the backbone with the one you want and make the model anew."
             )
+        named = {self._cache_name if name in CACHE_NAMES else name: value for name, value in inputs.items()}
         token = _recording.set(_Recording(self._numbers, states, hidden_layers))
         try:
             with handled_by(handlers), contextlib.suppress(EnoughSeen):
-                self.model(input_ids, **inputs)
+                self.model(input_ids, **named)
         finally:
             _recording.reset(token)
-
-    def _refuse_frozen(self) -> None:
-        for name, parameter in self.trained.items():
-            if not parameter.requires_grad:
-                raise ValueError(
-                    f"the backbone's parameter {name} must stay trainable while the writer is coupled, but something has "
-                    "frozen it, such as another model that shares the backbone; give each model a backbone of its own, or "
-                    "call `decouple_writer` first."
-                )
 
     def _keep_keys(self, states: BackboneStates, number: int, last: int | None) -> Callable[..., Any]:
         """Return an attention handler that keeps the new tokens' keys and values of a layer, and ends the run at `last`."""

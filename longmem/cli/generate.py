@@ -71,7 +71,7 @@ def answer(
         options["streamer"] = TextStreamer(model.tokenizer, skip_special_tokens=True)
     names = ("input_ids", "attention_mask")
     began = time.perf_counter()
-    ids = model.generate(**{name: inputs[name] for name in names}, memory=bank, **options)[0].cpu()  # type: ignore[misc]
+    ids = model.generate(**{name: inputs[name] for name in names}, memory=bank, **options)[0].cpu()
     seconds = time.perf_counter() - began
     new = ids[inputs["input_ids"].shape[1] :]
     window = ids[-model.config.segment_length :]

@@ -21,7 +21,7 @@ examples:
   longmem report results/chapterbreak results/recall --output report
   longmem report results/* --title "SmolLM2-135M, trained on novels"
 
-The folders are results of the scripts in eval/. report.html holds its figures and can be sent as one file.
+The folders are results of `longmem eval`. report.html holds its figures and can be sent as one file.
 """
 NEEDED = ("config.json", "environment.json", "metrics.json", "table.md")
 STYLE = """
@@ -119,7 +119,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
     Raises:
         ValueError: there is no folder, two have one name, or one is not of a finished run; nothing is written.
     """
-    from longmem.evaluation.results import markdown_table
+    from longmem.evaluation.tables import markdown_table
     from longmem.plots import plot_summaries
 
     runs = [read_run(folder) for folder in folders]

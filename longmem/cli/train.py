@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
 from longmem.cli.parsing import add_command
-from longmem.settings.shipped import configs_folder, settings_file, shipped_settings
+from longmem.settings.shipped import settings_file, shipped_settings
+
+CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 
 EXAMPLES = """\
 examples:
@@ -25,9 +28,9 @@ The files that come with the package are in {folder}.
 
 def add(commands: Any) -> None:
     """Add the command `train`."""
-    examples = EXAMPLES.format(folder=configs_folder() / "train")
+    examples = EXAMPLES.format(folder=CONFIGS)
     train = add_command(commands, "train", run, "train a side network that reads memory", examples)
-    names = ", ".join(shipped_settings("train"))
+    names = ", ".join(shipped_settings(CONFIGS))
     train.add_argument("config", metavar="CONFIG", help=f"file with settings (.yaml) or, of the package: {names}")
     train.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: settings, texts or an earlier run do not fit.
     """
-    settings = settings_file("train", arguments.config)  # a wrong name is told before anything slow is imported
+    settings = settings_file(CONFIGS, arguments.config)  # a wrong name is told before anything slow is imported
 
     from longmem.training import Trainer, load_settings
 

@@ -154,7 +154,7 @@ def table_rows(results: list[Tuned]) -> list[list[str]]:
 
 def write_files(folder: Path, measured: dict[str, object], rows: list[list[str]], results: list[Tuned]) -> None:
     """Write table, numbers with the machine that they are from, and figure."""
-    from longmem.evaluation.results import markdown_table
+    from longmem.evaluation.tables import markdown_table
     from longmem.plots import plot_tuning
     from longmem.settings.environment import environment
 

@@ -54,6 +54,7 @@ def load_corpus(
             - a .txt file, or a folder of them, searched with its subfolders: a document a file, whose id is the path in
               the folder without suffix;
             - a .jsonl file, or a folder of them: a document a line, whose id is the column `id`, else the line number;
+            - a .json file, a list of objects with `file` (.txt or .jsonl, beside it) and `split`;
             - a folder that `Dataset.save_to_disk` has written, or one with other files that `datasets.load_dataset` reads;
             - the name of a dataset on Hugging Face's Hub, or `name:configuration`, which is streamed;
             - `"python-manual"`: the reference manual that every Python carries, as one document of about 370 kB.

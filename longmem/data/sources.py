@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from longmem.data.sample_texts import python_manual
+from longmem.data.sample_texts import python_manual, standard_library_docstrings
 from longmem.errors import did_you_mean
 
 PYTHON_MANUAL = "python-manual"
+TEXT_FILES = (".txt", ".jsonl")
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")  # one of the two is what `save_to_disk` writes
 
 
@@ -57,16 +58,18 @@ def find_source(source: str | Path, *, text_column: str, split: str, is_bounded:
     if path.is_dir():
         return _folder_source(path, text_column, split)
     if path.is_file():
-        if path.suffix not in (".txt", ".jsonl"):
+        if path.suffix == ".json":
+            return _listed_source(path, text_column, split)
+        if path.suffix not in TEXT_FILES:
             raise ValueError(
-                f"`source` must be a .txt or .jsonl file when it is a file, got {str(path)!r}; for other formats "
-                "name the folder that holds the file."
+                f"`source` must be a .txt or .jsonl file (or a .json list of such) when it is a file, got {str(path)!r}; for "
+                "other formats name the folder that holds the file."
             )
         return _files_source(path.parent, [path], text_column, split)
     name, _, configuration = str(source).partition(":")
     if Path(name).expanduser().is_dir():
         return _loadable_source(Path(name).expanduser(), configuration, text_column, split)
-    if isinstance(source, Path) or path.suffix in (".txt", ".jsonl") or source.startswith((".", "/", "~")):
+    if isinstance(source, Path) or path.suffix in (*TEXT_FILES, ".json") or source.startswith((".", "/", "~")):
         raise ValueError(f"`source` must exist, got {str(source)!r}, which is neither a file nor a folder.")
     if not is_bounded:
         raise ValueError(
@@ -74,6 +77,29 @@ def find_source(source: str | Path, *, text_column: str, split: str, is_bounded:
             "which is streamed and may be very long; give `num_documents` or `max_tokens` to say how much to read."
         )
     return _loadable_source(name, configuration or None, text_column, split)
+
+
+def unrelated_text(source: str | Path) -> tuple[str, str]:
+    """Return the name and text of what is not this source: Python's manual or, for that, its library's docstrings."""
+    if source == PYTHON_MANUAL:
+        return "docstrings of Python's library", standard_library_docstrings(len(python_manual()))
+    return "Python's manual", python_manual()
+
+
+def files_of_split(manifest: str | Path, split: str) -> list[Path]:
+    """Return the files of a split, from a JSON list of objects with `file` (beside the manifest) and `split`.
+
+    Raises:
+        ValueError: the manifest is no such list, or has no such split.
+    """
+    entries = json.loads(Path(manifest).read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not all({"file", "split"} <= set(entry) for entry in entries):
+        raise ValueError(f"{manifest} must be a JSON list of objects that have `file` and `split`.")
+    files = [Path(manifest).parent / entry["file"] for entry in entries if entry["split"] == split]
+    if not files:
+        known = sorted({entry["split"] for entry in entries})
+        raise ValueError(f"`split` must be one of {known}, those of {manifest}, got {split!r}.")
+    return files
 
 
 def _folder_source(folder: Path, text_column: str, split: str) -> Source:
@@ -138,6 +164,14 @@ def _not_opened(place: str | Path, configuration: str | None, split: str, error:
         f"{error}. Check the spelling and the network, and that HF_HUB_OFFLINE is not set; without a network, name "
         "a folder of .txt or .jsonl files."
     )
+
+
+def _listed_source(manifest: Path, text_column: str, split: str) -> Source:
+    files = files_of_split(manifest, split)
+    for file in files:
+        if file.suffix != files[0].suffix or file.suffix not in TEXT_FILES or not file.is_file():
+            raise ValueError(f"{manifest} must list files that are there, all .txt or all .jsonl, got {str(file)!r}.")
+    return _files_source(manifest.parent, files, text_column, "train")
 
 
 def _files_source(folder: Path, files: list[Path], text_column: str, split: str) -> Source:

@@ -1,23 +1,29 @@
-"""Evaluation: the same tokens under several systems, and result folders that say where their numbers come from."""
+"""Evaluation: tasks that one runner asks of several systems, and folders that say where their numbers come from."""
 
-from longmem.evaluation.intervals import bootstrap_interval, perplexity_ratio, ratio_of_means
-from longmem.evaluation.perplexity import (
-    SYSTEMS,
-    WindowScores,
-    compare_systems,
-    loss_difference,
-    pooled,
-    score_windows,
-)
+from __future__ import annotations
 
-__all__ = [
-    "SYSTEMS",
-    "WindowScores",
-    "bootstrap_interval",
-    "compare_systems",
-    "loss_difference",
-    "perplexity_ratio",
-    "pooled",
-    "ratio_of_means",
-    "score_windows",
-]
+import importlib
+from typing import Any
+
+from longmem.evaluation.registry import TASKS, run_task
+
+# What needs torch is fetched when it is first used: listing the tasks needs none.
+_HOMES = {
+    "Cut": "perplexity.windows",
+    "View": "perplexity.views",
+    "Window": "perplexity.windows",
+    "WindowScores": "perplexity.scoring",
+    "bootstrap_interval": "intervals",
+    "loss_difference": "perplexity.scoring",
+    "make_views": "perplexity.views",
+    "perplexity_ratio": "intervals",
+    "ratio_of_means": "intervals",
+    "score_windows": "perplexity.scoring",
+}
+__all__ = ["TASKS", "run_task", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'longmem.evaluation' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"longmem.evaluation.{_HOMES[name]}"), name)

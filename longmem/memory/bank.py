@@ -111,7 +111,7 @@ class MemoryBank:
         )
         self._table.encoders = Encoders([] if fingerprint is None else [fingerprint])
         self._on_disk: OnDisk | None = None
-        self.freshness = Freshness(self._table, refresh, self.transaction, self.refuse_reader)
+        self.freshness = Freshness(self._table, refresh)
         self._visibility = Visibility(self._table, make_age_prior(age_prior), self.freshness.mask)
 
     # Making, opening, saving.
@@ -248,12 +248,11 @@ class MemoryBank:
         Without it, every change is a transaction of its own. A block inside a block is part of it. One thread at a time may
         change a bank. Of a bank in memory nothing is undone.
         """
-        return contextlib.nullcontext() if self._on_disk is None else self._on_disk.transaction()
+        return self._table.transaction()
 
     def refuse_reader(self) -> None:
         """Raise ValueError if the bank was opened to be read, or is closed: what is to be written later need not begin."""
-        if self._on_disk is not None:
-            self._on_disk.refuse_reader()
+        self._table.refuse_reader()
 
     def close(self) -> None:
         """Save indexes and how often documents were read, and let others write; the bank cannot be changed afterwards."""
@@ -733,6 +732,7 @@ class MemoryBank:
         """Take over what an opened folder holds, and keep it there from now on."""
         try:
             self._on_disk = OnDisk(opened, self._table, self._settings, self._take_settings)
+            self._table.journal = self._on_disk
         except BaseException:
             opened.close()
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from jaxtyping import Bool
@@ -35,21 +34,13 @@ class Freshness:
     Args:
         table: of the bank.
         refresh: name of the policy, with its settings.
-        transaction: begins a change of the bank.
-        refuse_reader: raises ValueError if the bank can't be written to.
     """
 
-    def __init__(
-        self,
-        table: Table,
-        refresh: str | Mapping[str, Any],
-        transaction: Callable[[], AbstractContextManager[None]],
-        refuse_reader: Callable[[], None],
-    ) -> None:
+    def __init__(self, table: Table, refresh: str | Mapping[str, Any]) -> None:
         self._table = table
         self.name = refresh_name(refresh)
         self.policy: RefreshPolicy = make_policy(self.name)
-        self.state = RefreshState(table, transaction, refuse_reader, self.policy.reads_mapped())
+        self.state = RefreshState(table, self.policy.reads_mapped())
         self._agreed: EncoderStamp | None = None
         self._masked: tuple[int, Tensor | None] | None = None  # of this version of the ledger
         self._reads_all: dict[int, bool] = {}  # whether the policy reads all, by the number of encoders
@@ -77,7 +68,7 @@ class Freshness:
     def use(self, refresh: str | Mapping[str, Any]) -> None:
         """Follow another refresh policy from now on, named as for `MemoryBank`."""
         name = refresh_name(refresh)
-        with self.state.transaction():
+        with self._table.transaction():
             self.adopt(name)
             self._table.ledger.note_change()
         self.state.probed, self.state.wanted = {}, set()
@@ -129,7 +120,7 @@ class Freshness:
 
     def read_as_is(self, model: EncodingModel) -> None:
         """Read with this model's encoder all that another one wrote, as it is: its encoder is unknown from now on."""
-        with self.state.transaction(), self._table.lock:
+        with self._table.transaction(), self._table.lock:
             self.encoders.enter(model.encoder.stamp())
             lags = self.encoders.lags()
             for document in self._table.ledger.documents.values():
@@ -235,7 +226,7 @@ class Freshness:
         """Make an encoder the current one, and say nothing to the policy."""
         stamp = writer.stamp()
         refuse_other_recipe(self.encoders.stamp, stamp)
-        with self.state.transaction(), self._table.lock:
+        with self._table.transaction(), self._table.lock:
             if self.encoders.stamp is None or self.encoders.stamp.digest != stamp.digest:
                 self._table.ledger.note_change()
             self._enter_sketched(writer, stamp)

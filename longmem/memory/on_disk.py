@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ class OnDisk:
     Args:
         folder: opened.
         table: of the bank; filled with what the folder holds.
-        settings: returns the arguments of the bank, as the folder keeps them.
-        take_settings: makes the bank follow those settings of the folder that can change.
+        settings: method that returns the arguments of the bank, as the folder keeps them.
+        take_settings: method that makes the bank follow those settings of the folder that can change.
     """
 
     def __init__(
@@ -30,10 +31,29 @@ class OnDisk:
         settings: Callable[[], dict[str, Any]],
         take_settings: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._folder, self._table = folder, table
-        self._settings, self._take_settings = settings, take_settings
+        self._folder = folder
+        # Weak references: a bank that nobody holds any longer lets go of its files at once, not at the next collection.
+        self._table_or_none = weakref.ref(table)
+        self._settings_or_none, self._take_or_none = weakref.WeakMethod(settings), weakref.WeakMethod(take_settings)
         self._in_transaction = False
         self._read()
+
+    @property
+    def _table(self) -> Table:
+        table = self._table_or_none()
+        if table is None:
+            raise ReferenceError("the bank of this folder is gone; hold the bank as long as you use its `folder`.")
+        return table
+
+    def _settings(self) -> dict[str, Any]:
+        settings = self._settings_or_none()
+        assert settings is not None  # it lives as long as the table
+        return settings()
+
+    def _take_settings(self, settings: dict[str, Any]) -> None:
+        take = self._take_or_none()
+        assert take is not None
+        take(settings)
 
     @property
     def path(self) -> Path:

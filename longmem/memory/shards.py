@@ -158,8 +158,9 @@ class BankShards:
         with_chunks = [shard for shard in self.shards if _bank_of(shard).num_chunks]
         if not with_chunks:
             raise ValueError("`gather` needs a shard that holds chunks, got empty ones only; ask `is_empty` first.")
-        if not isinstance(generation, tuple) or len(generation) != len(self.shards):
+        if generation != self.generation:
             raise ChangedMemoryError
+        assert isinstance(generation, tuple)
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
         parts: list[tuple[Tensor, Tensor]] = []
         places, num_taken = torch.zeros_like(rows), 0

@@ -14,7 +14,7 @@ from longmem.model.modeling import LongMemForCausalLM
 
 
 class QueryRecorder:
-    """A memory that answers as `bank` does, and keeps the queries of every layer.
+    """Return a memory that answers as `bank` does, and keeps the queries of every layer.
 
     It is the bank that answers, because what a layer asks depends on what the layers below it have read.
     """

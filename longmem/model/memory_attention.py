@@ -9,7 +9,7 @@ from longmem.backbone.interception import LocalAttention
 from longmem.backbone.positions import CosSin
 from longmem.backbone.structure import LayerStructure
 from longmem.configuration import LongMemConfig
-from longmem.memory.protocols import Memory
+from longmem.memory.protocols import EncodingModel, Memory
 from longmem.model.attention import (
     MemoryRead,
     fuse_gated,
@@ -89,3 +89,36 @@ class MemoryReader:
             return query
         there = rotary.at([self._config.memory_distance], query)
         return rotation.move_queries(query, self._position_embeddings, there)
+
+
+def banks_per_lane(model: EncodingModel, memory: Memory | Sequence[Memory], lanes: int) -> list[Memory]:
+    """Return one bank for each lane; beams of one lane share its bank.
+
+    Raises:
+        ValueError: the number of banks does not fit the lanes, or a bank is not this model's.
+    """
+    banks: list[Any] = list(memory) if isinstance(memory, list | tuple) else [memory]
+    if not banks or lanes % len(banks):
+        raise ValueError(
+            f"`memory` must be one bank or a list with one bank per batch row, got {len(banks)} for {lanes} rows."
+        )
+    for bank in banks:
+        refuse_other_encoder(model, bank)
+    return [bank for bank in banks for _ in range(lanes // len(banks))]
+
+
+def refuse_other_encoder(model: EncodingModel, bank: Any) -> None:
+    """Raise ValueError if `bank` is no bank of this model's kind; let it act if another encoder wrote what it holds."""
+    config = model.config
+    if not hasattr(bank, "search"):
+        raise ValueError(
+            f"`memory` must be a MemoryBank or a list with one for each row, got {type(bank).__name__}; a row reads "
+            "several banks through `BankShards([...])`."
+        )
+    if list(bank.memory_layers) != list(config.memory_layers or ()) or bank.chunk_size != config.chunk_size:
+        raise ValueError(
+            f"`memory` was made for memory layers {list(bank.memory_layers)} in chunks of {bank.chunk_size}, this "
+            f"model reads {config.memory_layers} in chunks of {config.chunk_size}; "
+            "make one with `MemoryBank.for_model(model)`."
+        )
+    bank.ready_for(model)

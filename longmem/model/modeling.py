@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from longmem.backbone.cache_names import as_keyword, one_cache
 from longmem.backbone.capture import BackboneStates
 from longmem.backbone.structure import UnsupportedBackboneError, computes_exactly, probe_ids, same_logits
 from longmem.configuration import LongMemConfig
@@ -25,7 +26,8 @@ from longmem.memory import MemoryBank
 from longmem.memory.memorize import memorize
 from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
-from longmem.model.inputs import banks_per_lane, refuse_other_encoder, refuse_unknown_inputs
+from longmem.model.inputs import refuse_unknown_inputs
+from longmem.model.memory_attention import banks_per_lane, refuse_other_encoder
 from longmem.model.pretrained import LongMemPreTrainedModel
 from longmem.model.side_network import add_side_slots
 from longmem.streaming import MemoryStream, start_stream
@@ -48,8 +50,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
     """A causal LM with long-term memory (LongMem, arXiv 2306.07174).
 
     Make one with `from_backbone` (new side network) or `from_pretrained` (saved side network). Only the side network is
-    trained and saved; the backbone is frozen (`couple_writer` is for those who want to train it) and in eval mode whatever
-    mode the model is in.
+    trained and saved; the backbone is frozen and in eval mode whatever mode the model is in.
 
     Args:
         config: the configuration; copied.
@@ -71,13 +72,14 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "lanes tokens"],
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "lanes tokens"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Int[Tensor, "lanes tokens"] | None = None,
         use_cache: bool | None = None,
         memory: Memory | Sequence[Memory] | None = None,
         logits_to_keep: int | Tensor = 0,
         output_memory_reads: bool = False,
         num_items_in_batch: int | Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> LongMemOutput:
         """Return logits, and the keys and values of these tokens for the caller to write; the bank is only read.
@@ -86,31 +88,34 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             input_ids: tokens.
             attention_mask: 1 for tokens, 0 for padding, `lanes past+tokens`.
             position_ids: positions, where the backbone takes them.
-            past_key_values: cache of both networks, made by an earlier call with `use_cache=True`.
+            cache: that of both networks, from the output of an earlier call with `use_cache=True`.
             labels: targets, -100 for none; shifted inside, as in transformers.
-            use_cache: return `past_key_values` for the next call.
+            use_cache: return the cache for the next call.
             memory: one bank that every lane reads, or a list with one bank per lane; None reads nothing.
             logits_to_keep: compute logits of the last so many tokens only (0: all).
             output_memory_reads: return who read what.
             num_items_in_batch: divide the summed loss by this instead of the number of targets here (gradient
                 accumulation; transformers' Trainer passes it).
+            past_key_values: the name of `cache` before transformers 5.24; either will do.
 
         Raises:
             ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
         """
-        refuse_unknown_inputs(kwargs)
+        if kwargs:
+            refuse_unknown_inputs(self.backbone, kwargs)
+        cache = one_cache(cache, past_key_values)
         banks = None if memory is None else banks_per_lane(self, memory, input_ids.shape[0])
         if use_cache and self.training and any(layer.gradient_checkpointing for layer in self.side_network.layers):
             raise ValueError(
                 "`use_cache` must be False in training with gradient checkpointing, which would fill the cache twice, got True."
             )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.get_text_config())
-        if past_key_values is not None:
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.get_text_config())
+        if cache is not None:
             sources = (layer.source_layer for layer in self.side_network.layers)
-            add_side_slots(past_key_values, self._backbone.num_layers, sources)  # type: ignore[arg-type]
-        inputs: dict[str, Any] = {"use_cache": past_key_values is not None}
-        for name, value in (("attention_mask", attention_mask), ("past_key_values", past_key_values)):
+            add_side_slots(cache, self._backbone.num_layers, sources)  # type: ignore[arg-type]
+        inputs: dict[str, Any] = {"use_cache": cache is not None}
+        for name, value in (("attention_mask", attention_mask), ("cache", cache)):
             inputs[name] = value
         if position_ids is not None:
             inputs["position_ids"] = position_ids
@@ -124,10 +129,10 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         return LongMemOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
             memory_keys=tuple(states.keys.values()),
             memory_values=tuple(states.values.values()),
             memory_reads=tuple(reads) if output_memory_reads else None,
+            **as_keyword(cache),
         )
 
     def run_backbone(
@@ -138,20 +143,17 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         Args:
             input_ids: tokens.
             extra_hidden_layers: layers whose input is kept beside what the side network needs; L is the last one's output.
-            inputs: what the backbone's own forward takes (attention_mask, position_ids, past_key_values, use_cache).
+            inputs: what the backbone's own forward takes (attention_mask, position_ids, cache, use_cache).
         """
         hidden_layers = self.side_network.hidden_layers
         with_final_states = self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
-        states = self._backbone.run(
+        return self._backbone.run(
             input_ids,
             hidden_layers=hidden_layers.union(extra_hidden_layers),
             memory_layers=self.config.memory_layers or (),
             with_final_states=with_final_states,
             **inputs,
         )
-        if self.writer is not None:
-            self.writer.rewrite(states, input_ids, inputs)
-        return states
 
     # Writing -----------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
-from longmem.backbone.coupled import CoupledWriter, parameters_of_states
 from longmem.backbone.loading import tokenizer_fingerprint
 from longmem.backbone.structure import input_device
 from longmem.configuration import LongMemConfig
@@ -36,6 +35,9 @@ class LongMemPreTrainedModel(PreTrainedModel):
         config: the configuration; copied.
         backbone: the causal LM that the configuration describes.
         tokenizer: the backbone's tokenizer; opened by name on first use when left out.
+
+    `encoder` watches over what the backbone writes. Set `backbone_was_trained` when you have changed the backbone's weights:
+    its name no longer stands for them, so `save_pretrained` insists on `save_backbone=True` from then on.
     """
 
     config: LongMemConfig  # transformers reads the configuration class from this annotation
@@ -55,7 +57,6 @@ class LongMemPreTrainedModel(PreTrainedModel):
         self.side_network = SideNetwork(config, self._backbone)
         self._tokenizer = tokenizer
         self.encoder = self._encoder_of(self._backbone)
-        self.writer: CoupledWriter | None = None  # only while the backbone is trained
         self.backbone_was_trained = False
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         self.post_init()
@@ -166,7 +167,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
             dtype: of the weights in the file, such as `torch.bfloat16` for half the room of float32; None leaves them as
                 they are. The loaded network has the dtype of its configuration all the same.
             save_backbone: write the backbone too, with its tokenizer, into the folder `backbone` inside, and name that one. A
-                backbone that was trained (`couple_writer`) is nowhere else. Its moving average is not written.
+                backbone that was trained is nowhere else.
             options: `push_to_hub=True` uploads the folder (with `repo_id=`), as in transformers.
 
         Raises:
@@ -277,66 +278,25 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return recipe | stored | configuration_recipe(self.backbone)
 
     def _encoder_of(self, backbone: Backbone) -> Encoder:
-        """Return the watch over what writes: this model's backbone, or the average of one that is trained."""
         return Encoder(backbone, self.config.memory_layers or [0], self._encoder_recipe)
 
-    # A writer that is trained ------------------------------------------------------------------------------------------
+    @property
+    def backbone_view(self) -> Backbone:
+        """How the backbone is run: what gives hidden states, keys, values and logits.
 
-    def couple_writer(self, *, average: float | None = None) -> dict[str, torch.nn.Parameter]:
-        """Let the backbone be trained too, and return what of it is trained, by its names in the backbone.
-
-        For measurements of what LongMem avoids, and for those who want it: from here on what is in a bank goes stale, and its
-        refresh policy says what is done about that: the default refuses what an earlier version of the writer wrote,
-        `longmem.memory.refresh.UNBOUNDED` reads it as it is. Gradients reach every backbone parameter that hidden states and
-        logits depend on; keys and values are stored without. Give the parameters to an optimizer and call `writer_moved` after
-        each of its steps. Call this when the model is on its device; the backbone stays in eval mode (no dropout).
-
-        Args:
-            average: decay of an exponential moving average of the backbone, such as 0.999 (the momentum encoder of MoCo, arXiv
-                1911.05722). The average then writes everything that is stored, in a forward pass of its own, and the trained
-                backbone gives hidden states alone. None: the trained backbone writes.
-
-        Raises:
-            ValueError: the writer is coupled already, `average` is not between 0 and 1, or the backbone is not in float32.
+        Put a subclass of `Backbone` here to have them computed in another way: elsewhere, with gradients, or with other weights
+        for what is stored. `encoder` then watches over the new view's model; if something else writes, replace it too.
         """
-        if self.writer is not None:
-            raise ValueError("`couple_writer` needs a frozen writer, but it is coupled; call `decouple_writer` first.")
-        if average is not None and not 0 < average < 1:
+        return self._backbone
+
+    @backbone_view.setter
+    def backbone_view(self, view: Backbone) -> None:
+        if view.model is not self.backbone:
             raise ValueError(
-                f"`average` must be above 0 and below 1, got {average}; 0.999 is usual, None lets the trained backbone write."
+                "`backbone_view` must be a view of this model's own `backbone`, got one of another "
+                f"{type(view.model).__name__}; make it from `model.backbone`."
             )
-        config, hidden_layers = self.config, self.side_network.hidden_layers
-        adds_last = config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
-        final_norm = config.final_norm != "side" or adds_last
-        parameters = parameters_of_states(self._backbone, hidden_layers, final_norm=final_norm)
-        self.writer = CoupledWriter(self._backbone, parameters, average)
-        self.backbone_was_trained = True
-        self.encoder = self._encoder_of(self.writer.backbone)
-        self.encoder.note_move()  # from being frozen to being trained
-        return parameters
-
-    def writer_moved(self) -> None:
-        """Take note that an optimizer has just moved the coupled writer: what is stored so far is one version older.
-
-        Raises:
-            ValueError: the writer is frozen.
-        """
-        if self.writer is None:
-            raise ValueError(
-                "`writer_moved` needs a coupled writer, but the backbone is frozen; call `couple_writer` first."
-            )
-        self.writer.moved()
-        self.encoder.note_move()
-
-    def decouple_writer(self) -> Self:
-        """Freeze the backbone as it is now; it writes from here on, its average is dropped.
-
-        It is another encoder than the one that wrote banks before, and their refresh policies treat it so.
-        """
-        self._backbone.freeze()
-        self.writer = None
-        self.encoder = self._encoder_of(self._backbone)
-        return self
+        self._backbone, self.encoder = view, self._encoder_of(view)
 
     # What transformers asks for ----------------------------------------------------------------------------------------
 

@@ -228,7 +228,7 @@ def add_side_slots(cache: Cache, num_layers: int, source_layers: Iterable[int]) 
         return
     if cache.get_seq_length() > 0:
         raise ValueError(
-            "`past_key_values` holds the backbone's keys but none of the side network; "
+            "`cache` holds the backbone's keys but none of the side network; "
             "pass a new `DynamicCache` (or None) and the whole text."
         )
     cache.layers.extend(copy.deepcopy(cache.layers[source]) for source in source_layers)

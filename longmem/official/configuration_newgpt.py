@@ -29,7 +29,7 @@ class NewGPTConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "newgpt"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 50265
     hidden_size: int = 1024

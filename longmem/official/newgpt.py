@@ -26,6 +26,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import eager_attention_forwa
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from longmem.backbone.cache_names import as_keyword, cache_of, one_cache
 from longmem.official.configuration_newgpt import NewGPTConfig
 
 
@@ -94,7 +95,7 @@ class NewGPTAttention(nn.Module):
         self,
         hidden_states: Float[Tensor, "lanes tokens hidden"],
         attention_mask: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], Tensor | None]:
         """Return the attention's output, and its weights where the attention function gives them."""
@@ -103,8 +104,8 @@ class NewGPTAttention(nn.Module):
             projection(hidden_states).float().unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in projections
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -185,8 +186,9 @@ class NewGPTModel(NewGPTPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the normed last hidden states, and the cache.
@@ -197,15 +199,16 @@ class NewGPTModel(NewGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given.")
         hidden_states: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = 0 if cache is None else int(cache.get_seq_length())
         num_queries = hidden_states.shape[1]
         slopes = alibi_slopes(self.config.num_attention_heads).to(hidden_states.device)
         mask = alibi_causal_mask(slopes, attention_mask, num_queries, past + num_queries)
         for layer in self.h:
-            hidden_states = layer(hidden_states, mask, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+            hidden_states = layer(hidden_states, mask, cache=cache, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), **as_keyword(cache))
 
 
 class NewGPTForCausalLM(NewGPTPreTrainedModel, GenerationMixin):
@@ -230,11 +233,12 @@ class NewGPTForCausalLM(NewGPTPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits of the last `logits_to_keep` tokens (0: all), and the loss where there are `labels`."""
@@ -242,7 +246,7 @@ class NewGPTForCausalLM(NewGPTPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             use_cache=use_cache,
             **kwargs,
         )
@@ -254,9 +258,9 @@ class NewGPTForCausalLM(NewGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **as_keyword(cache_of(outputs)),
         )
 
 

@@ -24,6 +24,22 @@ def require_matplotlib() -> None:
         raise ImportError("figures need matplotlib, which is not installed; run `pip install matplotlib`.") from error
 
 
+def new_figure(size: tuple[float, float], title: str) -> Any:
+    """Return a figure without pyplot: no display and no global state."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def tidy(axes: Any, lines: str) -> None:
+    """Leave out the frame above and at the right, and draw faint lines at the ticks of one axis, "x" or "y"."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=lines, alpha=0.3)
+
+
 def color_of(system: str) -> str:
     """Return the color of a system."""
     return COLORS.get(system, CONTEXT_COLOR)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 
+from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.memory import MemoryBank
 from longmem.memory.memorize import to_token_ids
 from longmem.memory.protocols import EncodingModel
@@ -150,7 +151,7 @@ class MemoryStream:
         """Return the token that `generate` chooses, drawn with the stream's own random numbers."""
         self._forget_cache_if_bank_changed()
         device, local = self.model.input_device, self.local_ids[None]
-        cache = {} if self._cache is None else {"past_key_values": self._cache}
+        cache = {} if self._cache is None else as_keyword(self._cache)
         with self._forgetting_cache_on_error(), own_random_numbers(device):
             set_random_state(self._state.random, device)
             inputs: dict[str, Any] = {
@@ -160,7 +161,7 @@ class MemoryStream:
             }
             output: Any = chooser.generate(local.to(device), **inputs)
             self._state.random = random_state(device)
-        self._cache, self._cached = output.past_key_values, len(self._state.local_ids)
+        self._cache, self._cached = cache_of(output), len(self._state.local_ids)
         return int(output.sequences[0, -1])
 
     # The window --------------------------------------------------------------------------------------------------------
@@ -209,9 +210,9 @@ class MemoryStream:
         ids = self.local_ids[None, self._cached : stop].to(self.model.input_device)
         with self._forgetting_cache_on_error():
             output = self.model(
-                ids, memory=self.memory, past_key_values=self._cache, use_cache=True, logits_to_keep=logits_to_keep
+                ids, memory=self.memory, cache=self._cache, use_cache=True, logits_to_keep=logits_to_keep
             )
-        self._cache, self._cached = output.past_key_values, stop
+        self._cache, self._cached = cache_of(output), stop
         return output.logits[0]
 
     @contextlib.contextmanager

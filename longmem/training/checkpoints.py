@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from longmem.training.lane_memory import LaneMemories
+from longmem.training.extension import Extension
 
 
 class Checkpoints:
-    """Return the checkpoints of a run: side network, optimizer, schedule, random states and number of steps done.
+    """The checkpoints of a run: side network, optimizer, schedule, random states, number of steps done, extensions.
 
     Neither backbone nor memory is in them: the backbone is named in the configuration, and memory is written anew from the
-    text before the step, which gives the same numbers because the backbone is frozen. Where it is trained, both are in them:
-    what an earlier backbone wrote, no later one would write again.
+    text before the step, which gives the same numbers because the backbone is frozen.
 
     Args:
         folder: of the run.
         keep: so many checkpoints stay, the newest.
+        extensions: each has a folder of its own in every checkpoint, numbered in this order.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder / "checkpoints", keep
-        self.memories: LaneMemories | None = None  # to be saved as well
+    def __init__(self, folder: Path, keep: int, extensions: Sequence[Extension] = ()) -> None:
+        self.folder, self.keep, self.extensions = folder / "checkpoints", keep, tuple(extensions)
 
     def steps(self) -> list[int]:
         """Return the step numbers of whole checkpoints, in order."""
@@ -42,8 +42,10 @@ class Checkpoints:
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            if self.memories is not None:
-                self.memories.save(temporary / "memories")
+            for number, extension in enumerate(self.extensions):
+                own = temporary / f"extension-{number}"
+                own.mkdir()
+                extension.save(own)
             (temporary / "progress.json").write_text(json.dumps({"step": step}), encoding="utf-8")
             if final.exists():
                 shutil.rmtree(final)
@@ -60,6 +62,6 @@ class Checkpoints:
             return 0
         folder = self.folder / f"step-{steps[-1]}"
         accelerator.load_state(str(folder))
-        if self.memories is not None:
-            self.memories.load(folder / "memories")
+        for number, extension in enumerate(self.extensions):
+            extension.load(folder / f"extension-{number}")
         return int(json.loads((folder / "progress.json").read_text(encoding="utf-8"))["step"])

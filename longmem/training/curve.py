@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longmem.evaluation.results import TITLES
+from longmem.evaluation.systems.names import TITLES
 from longmem.plots.style import COLORS, STYLES, require_matplotlib, short_count
 from longmem.training.records import StepRecord, ValidationRecord
 

@@ -2,15 +2,13 @@
 
 Each lane writes a bank of its own, after its backward pass. A document border empties it, unless documents are to be kept.
 When a run goes on from a checkpoint, or when the curriculum allows more memory, banks are written anew from the tokens
-before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened. A backbone that is trained
-writes other numbers than it did: then banks are saved with a checkpoint, and what a growing capacity brings back is written
-by the backbone of that step.
+before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -42,7 +40,7 @@ def scheduled_capacity(step: int, tokens: int, start_tokens: int | None, growth_
 
 
 class LaneMemories:
-    """Return one empty bank for each lane of this process.
+    """The banks of this process's lanes, one for each, empty at first.
 
     Args:
         model: whose backbone writes and whose side network reads.
@@ -50,9 +48,8 @@ class LaneMemories:
         keep_documents: a lane's memory goes on past the end of a document.
         foreign_lanes: so many other lanes' banks are read together with the lane's own, as distractors that training must
             learn to pass over (Focused Transformer, arXiv 2307.03170).
-        index: of the banks.
-        storage_dtype: of the banks; that in which reading computes saves converting all that is read.
-        refresh: policy of the banks, which acts where the backbone is trained.
+        bank_options: of the banks, as `MemoryBank.for_model` takes them. With the `storage_dtype` in which reading computes,
+            nothing that is read has to be converted.
     """
 
     def __init__(
@@ -62,9 +59,7 @@ class LaneMemories:
         *,
         keep_documents: bool,
         foreign_lanes: int,
-        index: str,
-        storage_dtype: str = "float16",
-        refresh: str = "frozen",
+        **bank_options: Any,
     ) -> None:
         if foreign_lanes >= num_lanes:
             raise ValueError(
@@ -72,13 +67,13 @@ class LaneMemories:
                 "raise `data.lanes` or use fewer processes."
             )
         self.model, self.keep_documents, self.foreign_lanes = model, keep_documents, foreign_lanes
-        self._options = {"index": index, "storage_dtype": storage_dtype, "refresh": refresh}
+        self.bank_options = bank_options
         self.capacity = 0
         self.banks: list[MemoryBank] = [self._new_bank(model.config.chunk_size) for _ in range(num_lanes)]
 
     def _new_bank(self, capacity: int) -> MemoryBank:
         device = self.model.input_device
-        return MemoryBank.for_model(self.model, capacity_tokens=capacity, device=device, **self._options)
+        return MemoryBank.for_model(self.model, capacity_tokens=capacity, device=device, **self.bank_options)
 
     @property
     def mean_tokens(self) -> float:
@@ -108,13 +103,13 @@ class LaneMemories:
         """Return what each lane reads with a batch: its own bank, and the next foreign ones.
 
         A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict. If the backbone
-        has moved, each bank takes note and does what its refresh policy says: here, and nowhere else in training. Of a
-        backbone that must not move one bank is asked: all of them have one writer.
+        has moved, each bank takes note and does what its refresh policy says: here, and nowhere else in training. Where that
+        is to refuse (`frozen`), one bank is asked: all of them have one writer.
 
         Raises:
-            StaleMemoryError: the backbone has moved, or is about to, without being trained on purpose.
+            StaleMemoryError: the backbone has moved, or is about to, and the policy is to refuse.
         """
-        for bank in self.banks if self.model.writer is not None else self.banks[:1]:
+        for bank in self.banks[:1] if self.banks[0].refresh == "frozen" else self.banks:
             bank.ready_for(self.model)
         found: list[Memory] = []
         for lane, own in enumerate(self.banks):
@@ -137,17 +132,6 @@ class LaneMemories:
             ids = batch.input_ids[lane, :length]
             put = bank.append if document_id in bank else bank.add
             put(document_id, keys, values, ids, segment="new")  # the backbone saw this window and nothing else
-
-    def save(self, folder: Path) -> None:
-        """Write the banks into a folder, for `load`."""
-        for lane, bank in enumerate(self.banks):
-            bank.save(folder / f"lane-{lane}")
-
-    def load(self, folder: Path) -> None:
-        """Take the banks that `save` wrote in place of the present ones."""
-        device = self.model.input_device
-        self.banks = [MemoryBank.load(folder / f"lane-{lane}", device=device) for lane in range(len(self.banks))]
-        self.capacity = self.banks[0].capacity_tokens or 0
 
     def _clear_new(self, batch: LaneBatch) -> None:
         """Let go of what a lane must not find when it begins a batch."""

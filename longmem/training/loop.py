@@ -2,8 +2,8 @@
 
 A step reads one window of every lane. The frozen backbone runs first, or its features are read from where they were kept;
 then the side network predicts the window, reading the memory of the lane's earlier text; after the backward pass the window
-enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on. With
-`writer.trained` backbone and memories are not: then checkpoints hold both.
+enters memory. All but the side network is a pure function of text and step, so a run can stop anywhere and go on. What an
+`Extension` adds is its own affair, in checkpoints too.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints
 from longmem.training.curve import plot_training
 from longmem.training.encode_ahead import EncodeAhead, FeatureSource
+from longmem.training.extension import Extension
 from longmem.training.features import FrozenFeatures
 from longmem.training.interruption import Interruption
 from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
@@ -47,7 +48,6 @@ from longmem.training.settings import (
     validate_settings,
 )
 from longmem.training.trainable import mean_bias, select_trained
-from longmem.training.writer import couple_writer, refuse_moved_writer, writer_groups
 
 
 @dataclasses.dataclass
@@ -63,17 +63,20 @@ class StepSums:
 
 
 class Trainer:
-    """Return a run, ready to start, or to go on from its newest checkpoint.
+    """A training run, ready to start, or to go on from its newest checkpoint.
 
     Args:
         settings: all that determines the run; written to `settings.output` as `config.yaml`.
         console: what the first process tells the run on; None is silent.
+        extensions: what the run does beside training the side network.
 
     Raises:
         ValueError: the folder holds a run with other settings, or data and settings do not fit each other.
     """
 
-    def __init__(self, settings: TrainingSettings, console: Console | None = None) -> None:
+    def __init__(
+        self, settings: TrainingSettings, console: Console | None = None, extensions: Sequence[Extension] = ()
+    ) -> None:
         validate_settings(settings)
         require_matplotlib()  # for the curve, at the end
         self.settings, self.folder = settings, Path(settings.output)
@@ -97,11 +100,13 @@ class Trainer:
             )
         self.console = console if console is not None and self.accelerator.is_main_process else Console(quiet=True)
         set_seed(settings.seed)
-        self.checkpoints = Checkpoints(self.folder, settings.checkpoints.keep)
+        self.extensions = tuple(extensions)
+        self.checkpoints = Checkpoints(self.folder, settings.checkpoints.keep, self.extensions)
         if self.checkpoints.steps():
             refuse_changed_settings(settings, self.folder / "config.yaml")
         self.model = setup.make_model(settings, self.accelerator.device)
-        self.writer_parameters = couple_writer(self.model, settings.writer, self.accelerator.num_processes)
+        for each in self.extensions:
+            each.start(self)
         self.lanes = setup.make_lanes(settings, self.model.tokenizer, self.accelerator)
         self.own = process_lanes(settings.data.lanes, self.accelerator.process_index, self.accelerator.num_processes)
         self.steps = setup.total_steps(optimization, self.lanes)
@@ -110,17 +115,18 @@ class Trainer:
         self.frozen = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
         self.features: FeatureSource = self.frozen
         self.backbone_lock = threading.Lock()
-        self.memories = LaneMemories(self.model, len(self.own), **setup.memory_options(settings))
+        options = setup.memory_options(settings)
+        for each in self.extensions:
+            options |= each.bank_options()
+        self.memories = LaneMemories(self.model, len(self.own), **options)
         self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
-        of_writer = writer_groups(self.writer_parameters, settings.writer, optimization)
-        optimizer = setup.make_optimizer(self.trained, optimization, of_writer)
+        further_groups = [group for each in self.extensions for group in each.parameter_groups()]
+        self.further_parameters = [parameter for group in further_groups for parameter in group["params"]]
+        optimizer = setup.make_optimizer(self.trained, optimization, further_groups)
         self.schedule = setup.make_schedule(optimizer, optimization, self.steps)
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
         self.local_updates = LocalUpdates(self.accelerator, settings.exchange.every_steps, self.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
-        if self.model.writer is not None:
-            self.accelerator.register_for_checkpointing(self.model.writer, self.model.encoder)
-            self.checkpoints.memories = self.memories
         self.step = self.checkpoints.restore(self.accelerator)
 
     def run(self) -> list[StepRecord]:
@@ -131,7 +137,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_settings(settings, self.folder / "config.yaml")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-        trained = [*self.trained.values(), *self.writer_parameters.values()]
+        trained = [*self.trained.values(), *self.further_parameters]
         num_trained = sum(parameter.numel() for parameter in trained)
         if self.step == self.steps:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
@@ -157,7 +163,7 @@ class Trainer:
                     self._validate(log)
                 if self._due(settings.checkpoints.every_steps):
                     self.checkpoints.save(self.accelerator, self.step)
-        refuse_moved_writer(self.model, encoder)
+        self.model.encoder.refuse_moved(since=encoder)
         self.finish(stop.reason)
         return records
 
@@ -188,16 +194,16 @@ class Trainer:
                 self._window_step(number, scale, sums)
         # Of the network as prepared: FSDP puts parameters of its own in the place of those chosen before.
         weights = [weight for weight in self.side_network.parameters() if weight.requires_grad]
-        weights += self.writer_parameters.values()
+        weights += self.further_parameters
         norm = self.accelerator.clip_grad_norm_(weights, settings.clip_norm)
         learning_rate = float(self.schedule.get_last_lr()[0])
         self.optimizer.step()
-        if self.model.writer is not None:
-            self.model.writer_moved()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.step += 1
         self.local_updates.after_step(self.step, self.optimizer)
+        for each in self.extensions:
+            each.after_step()
         return self._record(sums, lengths, float(norm), learning_rate, time.perf_counter() - start)
 
     def _window_step(self, number: int, scale: float, sums: StepSums) -> None:
@@ -300,7 +306,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         self.model.save_pretrained(
-            self.folder / "side-network", state_dict=state, save_backbone=self.model.writer is not None
+            self.folder / "side-network", state_dict=state, save_backbone=self.model.backbone_was_trained
         )
         steps, validations = read_log(self.folder / "log.jsonl")
         if steps:

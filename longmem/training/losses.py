@@ -23,7 +23,7 @@ def token_losses(
     The LM head runs on one lane at a time, and nothing of it is kept: a vocabulary of 50,000 makes 200 MB of logits from
     1,000 tokens, and several times that with their gradients. The head is frozen and sees each token by itself, so the
     gradient of a token's loss by its hidden state is found at once; the backward pass only scales it. Where the side network
-    trains a final norm of its own, or the backbone is trained too, the head runs again in the backward pass instead.
+    trains a final norm of its own, or weights of the backbone are trained, the head runs again in the backward pass instead.
 
     Args:
         model: whose final norm and LM head run.
@@ -47,8 +47,8 @@ def token_losses(
     lanes = zip(hidden_states, labels, strict=True)
     if not (torch.is_grad_enabled() and hidden_states.requires_grad):
         return torch.stack([of_lane(*lane) for lane in lanes])
-    trains_norm = final_modules is not None and any(weight.requires_grad for weight in final_modules.parameters())
-    if trains_norm or model.writer is not None:
+    modules = [model.backbone, *([] if final_modules is None else [final_modules])]
+    if any(weight.requires_grad for module in modules for weight in module.parameters()):
         return torch.stack([checkpoint(of_lane, *lane, use_reentrant=False) for lane in lanes])
     return torch.stack([with_gradient(*lane) for lane in lanes])
 

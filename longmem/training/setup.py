@@ -13,7 +13,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from longmem.data import Lanes, load_corpus
-from longmem.memory.refresh import UNBOUNDED
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
 from longmem.model.opening import refuse_config_of_saved
@@ -125,9 +124,6 @@ def introduction(
         f"{num_trained:,} weights are trained beside {settings.model.backbone}: {steps:,} steps of {batch}, "
         f"an epoch being {lanes.num_tokens:,} tokens; {reads}.",
     ]
-    if settings.writer.trained:
-        writes = "its moving average writes memory" if settings.writer.average else "it writes memory"
-        lines.append(f"The backbone is trained too, and {writes}: what is in memory goes stale.")
     if features.folder is not None:
         size = features.bytes_per_token()
         limit = "" if settings.features.max_gigabytes is None else f", at most {settings.features.max_gigabytes:g} GB"
@@ -174,5 +170,4 @@ def memory_options(settings: TrainingSettings) -> dict[str, Any]:
         "foreign_lanes": settings.memory.foreign_lanes,
         "index": settings.memory.index,
         "storage_dtype": "bfloat16" if settings.optimization.mixed_precision == "bf16" else "float16",
-        "refresh": (settings.writer.refresh or UNBOUNDED) if settings.writer.trained else "frozen",
     }

@@ -9,11 +9,11 @@ from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.evaluation.perplexity import score_windows
+from longmem.evaluation.perplexity.scoring import score_windows
+from longmem.evaluation.perplexity.views import make_views
+from longmem.evaluation.perplexity.windows import Cut, Window
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
-
-OWN = ("off", "on", "wrong")  # the systems that change while the side network is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +50,10 @@ def validation_texts(
 
 
 class Validation:
-    """Score documents that nobody trains on.
+    """Documents that nobody trains on, and the losses of four systems on them.
 
-    The banks are written once: the backbone is frozen. The losses of the backbone alone are computed once, too. A backbone
-    that is trained (`writer.trained`) does both anew each time.
+    The banks are written once, and the losses of the backbone alone computed once: the backbone is frozen. Should it have
+    become another encoder, both are done anew.
 
     Args:
         model: read from.
@@ -62,14 +62,15 @@ class Validation:
     """
 
     def __init__(self, model: LongMemForCausalLM, texts: list[ValidationText], window: int) -> None:
-        self.model, self.texts, self.window = model, texts, window
+        self.model, self.texts, self.cut = model, texts, Cut(window, window)
         self._banks: list[MemoryBank] = []
         self._backbone_loss: float | None = None
+        self._encoder = ""  # that both are of
 
     @property
     def num_tokens(self) -> int:
         """Return the number of tokens that a system is scored on."""
-        return sum(len(text.rest) // self.window * (self.window - 1) for text in self.texts)
+        return sum(window.num_scored for text in self.texts for window in self._windows(text))
 
     def run(self, *, with_memory: bool = True) -> dict[str, float | None]:
         """Return the mean loss of each system in nats, every document counting the same.
@@ -78,33 +79,38 @@ class Validation:
 
         The mode of the model and torch's random numbers are what they were before.
         """
-        if self.model.writer is not None:
-            self._banks, self._backbone_loss = [], None
+        encoder = self.model.encoder_fingerprint()
+        if encoder != self._encoder:
+            self._banks, self._backbone_loss, self._encoder = [], None, encoder
+        systems = ["off", *(["on", "wrong"] if with_memory else [])]
+        if self._backbone_loss is None:
+            systems.append("backbone")
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.random.fork_rng(enabled=True), torch.no_grad():
                 if with_memory and not self._banks:
                     self._banks = [self._memorized(text) for text in self.texts]
-                losses = {system: self._loss(system) if with_memory or system == "off" else None for system in OWN}
-                if self._backbone_loss is None:
-                    self._backbone_loss = self._loss("backbone")
+                losses = self._losses(systems)
         finally:
             self.model.train(was_training)
-        return {"backbone": self._backbone_loss, **losses}
+        self._backbone_loss = losses.pop("backbone", self._backbone_loss)
+        return {"backbone": self._backbone_loss, **dict.fromkeys(("off", "on", "wrong")), **losses}
+
+    def _windows(self, text: ValidationText) -> list[Window]:
+        return self.cut.row(0, len(text.rest) // self.cut.window)
 
     def _memorized(self, text: ValidationText) -> MemoryBank:
         bank = MemoryBank.for_model(self.model, capacity_tokens=None, device=self.model.input_device)
         self.model.memorize(bank, text.past, text.name)
         return bank
 
-    def _loss(self, system: str) -> float:
-        shift = {"on": 0, "wrong": 1}.get(system)
-        total = 0.0
-        for number, text in enumerate(self.texts):
-            memory = None if shift is None else self._banks[(number + shift) % len(self._banks)]
-            scores = score_windows(
-                self.model, text.rest, window=self.window, memory=memory, backbone_only=system == "backbone"
-            )
-            total += scores.loss
-        return total / len(self.texts)
+    def _losses(self, systems: list[str]) -> dict[str, float]:
+        """Return the mean loss of each of these systems."""
+        banks: list[MemoryBank | None] = [*self._banks] or [None] * len(self.texts)
+        sums = dict.fromkeys(systems, 0.0)
+        for text, memory, wrong in zip(self.texts, banks, [*banks[1:], banks[0]], strict=True):
+            views = make_views(systems, self.model, text.rest, self.cut, {"on": memory, "wrong": wrong})
+            for system, view in views.items():
+                sums[system] += score_windows(view, self._windows(text)).loss
+        return {system: total / len(self.texts) for system, total in sums.items()}

@@ -18,6 +18,7 @@ from byte_tokenizers import byte_tokenizer
 from longmem.data import corpus as corpus_module
 from longmem.data import load_corpus
 from longmem.data.sample_texts import python_manual
+from longmem.data.sources import files_of_split
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> Path:
@@ -50,6 +51,20 @@ def test_folder_of_texts(tmp_path, tokenizer):
 def test_one_text(tmp_path, tokenizer):
     path = str(write_files(tmp_path, BOOKS) / "a.txt")
     assert texts_of(load_corpus(path, tokenizer), tokenizer) == {"a": "first text"}
+
+
+def test_listed_files(tmp_path, tokenizer):
+    entries = [
+        {"file": name, "split": split} for name, split in (("b.txt", "test"), ("sub/c.txt", "train"), ("a.txt", "test"))
+    ]
+    manifest = write_files(tmp_path, {**BOOKS, "list.json": json.dumps(entries)}) / "list.json"
+    corpus = load_corpus(manifest, tokenizer, split="test")
+    assert list(texts_of(corpus, tokenizer)) == ["b", "a"], "in the order of the list"
+    assert texts_of(load_corpus(str(manifest), tokenizer), tokenizer) == {"sub/c": "third, é"}
+    assert files_of_split(manifest, "test") == [tmp_path / "b.txt", tmp_path / "a.txt"]
+    lines = {"x.jsonl": json_lines({"body": "one"}), "list.json": json.dumps([{"file": "x.jsonl", "split": "train"}])}
+    corpus = load_corpus(write_files(tmp_path, lines) / "list.json", tokenizer, text_column="body")
+    assert texts_of(corpus, tokenizer) == {"1": "one"}
 
 
 def test_lines_have_their_id_or_their_number(tmp_path, tokenizer):

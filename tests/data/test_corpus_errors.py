@@ -69,6 +69,31 @@ def test_other_kind_of_file(tmp_path, tokenizer):
         load_corpus(tmp_path / "a.csv", tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("content", "split", "message"),
+    [
+        ([{"file": "a.txt", "split": "train"}], "dev", r"`split` must be one of \['train'\], those of .*, got 'dev'"),
+        ([{"name": "a.txt"}], "train", "must be a JSON list of objects that have `file` and `split`"),
+        ({"file": "a.txt", "split": "train"}, "train", "must be a JSON list of objects that have `file` and `split`"),
+        ([{"file": "none.txt", "split": "train"}], "train", r"must list files that are there, .* got '.*none\.txt'"),
+        (
+            [{"file": name, "split": "x"} for name in ("a.txt", "b.jsonl")],
+            "x",
+            r"all \.txt or all \.jsonl, got '.*b\.jsonl'",
+        ),
+        ([{"file": "a.csv", "split": "train"}], "train", r"all \.txt or all \.jsonl, got '.*a\.csv'"),
+    ],
+)
+def test_a_list_that_is_none(tmp_path, tokenizer, content, split, message):
+    for name in ("a.txt", "b.jsonl", "a.csv"):
+        (tmp_path / name).write_text('{"text": "some"}')
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_corpus(tmp_path / "list.json", tokenizer, split=split)
+    with pytest.raises(ValueError, match="`source` must exist, got 'other.json'"):
+        load_corpus("other.json", tokenizer)
+
+
 def test_no_text_at_all(tmp_path, tokenizer):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,21 @@ import torch
 from rich.console import Console
 from tiny_models import some_text
 
-from longmem.evaluation.chapterbreak import (
-    Asking,
+from longmem.evaluation.runner import evaluate, wrong_cases
+from longmem.evaluation.summary import summarize
+from longmem.evaluation.systems import Answer, Banks, Continuation
+from longmem.evaluation.tables import tables_of
+from longmem.evaluation.tasks.chapterbreak import (
+    ChapterBreak,
     ChapterBreakSettings,
-    Example,
-    Split,
+    Encoder,
     baseline_values,
-    chapterbreak_rows,
     credit,
-    margin_rows,
-    run_chapterbreak,
-    summarize_chapterbreak,
+    overlap,
+    rarity,
+    views,
 )
-from longmem.evaluation.chapterbreak.baselines import overlap, rarity
-from longmem.evaluation.chapterbreak.tokens import Encoder, views
-from longmem.evaluation.runs import RunFolder
-from longmem.evaluation.systems import Answer, Continuation
+from longmem.evaluation.tasks.chapterbreak_data import Example, Split
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 WINDOW, SUFFIX, LOCAL = 32, 8, 22  # two tokens are the joiner's
@@ -53,10 +53,9 @@ def settings_for(tmp_path: Path, **changes: Any) -> ChapterBreakSettings:
     return ChapterBreakSettings(output=str(tmp_path / "run"), data="-", **{**own, **changes})
 
 
-def run(settings: ChapterBreakSettings, model: Any, split: Split) -> list[dict[str, Any]]:
-    with RunFolder(settings.output, {}) as folder:
-        run_chapterbreak(Asking(settings, model, split), folder, Console(file=io.StringIO()))
-        return folder.records
+def run(settings: ChapterBreakSettings, model: Any, split: Split, task: type = ChapterBreak) -> list[dict[str, Any]]:
+    evaluate(task(settings, split), Console(file=io.StringIO()), model)
+    return [json.loads(line) for line in (Path(settings.output) / "predictions.jsonl").read_text().splitlines()]
 
 
 # Joins and cuts ---------------------------------------------------------------------------------------------------------
@@ -90,7 +89,7 @@ def test_the_joiner_has_the_tokens_that_it_has_before_a_word():
     tokenizer = Letters()
     assert tokenizer("\n\n")["input_ids"] == [1010]
     encoder = Encoder(tokenizer, "\n\n", 4)
-    question = encoder.question(example("The end. \n", "\n\nAfterwards", "Two", "1801"))
+    question = encoder.item(example("The end. \n", "\n\nAfterwards", "Two", "1801"))
     assert list(question.token_ids) == [10, 10]
     # Whitespace where they meet is the joiner's; a suffix before which the joiner is another token has its own tokens.
     assert question.candidates == [[ord(x) for x in text] for text in ("Afte", "Two", "1801")]
@@ -108,7 +107,7 @@ def test_a_joiner_that_is_part_of_the_first_token_is_scored(model):
         def decode(self, ids: list[int], **_: Any) -> str:
             return " The"
 
-    question = Encoder(Words(), " ", 4).question(example("The end", "so it goes", "no"))
+    question = Encoder(Words(), " ", 4).item(example("The end", "so it goes", "no"))
     assert list(question.token_ids) == []
     assert question.candidates[1] == [hash(" no")]
     assert Encoder(model.tokenizer, "", 4).joiner_ids == []
@@ -152,56 +151,82 @@ def test_records_are_the_likelihoods_of_a_plain_forward(model, tmp_path):
         banks.append(MemoryBank.for_model(model))
         model.memorize(banks[-1], torch.tensor(context[-60:-LOCAL]), "text")
     forwards = {
-        "backbone/16": (model.backbone, 16),
-        "backbone/22": (model.backbone, 22),
-        "off/16": (model, 16),
-        "off/22": (model, 22),
-        "on/60": (lambda tokens: model(tokens, memory=banks[0]), 22),
-        "wrong/60": (lambda tokens: model(tokens, memory=banks[1]), 22),
+        "16/16/backbone": (model.backbone, 16),
+        "60/22/backbone": (model.backbone, 22),
+        "16/16/off": (model, 16),
+        "60/22/off": (model, 22),
+        "60/60/on": (lambda tokens: model(tokens, memory=banks[0]), 22),
+        "60/60/wrong": (lambda tokens: model(tokens, memory=banks[1]), 22),
     }
     own = {name for name in found if name.startswith("a/0/") and "values" not in found[name]}
     assert own == {f"a/0/{name}" for name in forwards}
     for name, (forward, size) in forwards.items():
         record = found[f"a/0/{name}"]
         sums = [loglikelihood(forward, [*ids[0][-size:], *each[:2]], each[2:]) for each in suffixes]
-        torch.testing.assert_close(torch.tensor(record["sums"]), torch.stack(sums), **CLOSE, msg=name)
+        torch.testing.assert_close(torch.tensor(record["logprobs"]), torch.stack(sums), **CLOSE, msg=name)
         assert record["tokens"] == [SUFFIX] * 6
         assert record["seconds"] > 0
-    assert found["a/0/backbone/16"]["contexts"] == [16]
-    assert found["a/0/on/60"]["contexts"] == [60]
+    assert found["a/0/16/16/backbone"]["context"] == [16]
+    assert found["a/0/60/60/on"]["context"] == [60]
+    assert {name for name in found if "values" in found[name] and name.startswith("a/0")} == {
+        f"a/0/{name}" for name in ChapterBreak.baselines
+    }
 
 
 def test_what_uses_the_same_tokens_is_asked_once(model, tmp_path):
     settings = settings_for(tmp_path, contexts=(16, 40, 60), systems=("backbone", "context-48", "on"))
     found = run(settings, model, Split("test", examples({"a": 1, "b": 1})))
-    own = {record["id"]: record["contexts"] for record in found if "a/0" in record["id"] and "values" not in record}
+    own = {record["id"]: record["context"] for record in found if "a/0" in record["id"] and "values" not in record}
     assert own == {
-        "a/0/backbone/16": [16],
-        "a/0/backbone/22": [40, 60],
-        "a/0/context-48/38": [40, 60],
-        "a/0/on/40": [40],
-        "a/0/on/60": [60],
+        "a/0/16/16/backbone": [16],
+        "a/0/40+60/22/backbone": [40, 60],
+        "a/0/40+60/38/context-48": [40, 60],
+        "a/0/40/40/on": [40],
+        "a/0/60/60/on": [60],
     }
 
 
+def test_a_length_that_no_context_has_is_told(model, tmp_path):
+    task = ChapterBreak(settings_for(tmp_path, contexts=(60, 5000)), Split("", examples({"a": 1, "b": 1})))
+    console = Console(file=io.StringIO(), width=200)
+    metrics = evaluate(task, console, model).metrics
+    longest = max(len(example.context) for example in task.examples)  # a byte is a token
+    assert metrics["notes"] == [f"The longest context has {longest:,} tokens; that is what is told at [5000]."]
+    assert metrics["notes"][0] in console.file.getvalue()  # type: ignore[attr-defined]
+    assert metrics["notes"][0] in (tmp_path / "run" / "table.md").read_text()
+    task = ChapterBreak(settings_for(tmp_path, contexts=(60,)), task.split)
+    task.cases(model)
+    assert task.notes == []
+
+
 def test_each_context_is_encoded_once(model, tmp_path):
-    own = Split("test", examples({"a": 2, "b": 2, "c": 2}))
-    asking = Asking(settings_for(tmp_path, contexts=(60,), systems=("on", "wrong")), model, own)
-    records = [asking.ask(number, name, used) for number, name, used, _ in asking.jobs()]
+    banks: list[Banks] = []
+
+    class Watched(ChapterBreak):
+        def banks(self, model: Any) -> Banks:
+            banks.append(super().banks(model))
+            return banks[-1]
+
+    split = Split("test", examples({"a": 2, "b": 2, "c": 2}))
+    settings = settings_for(tmp_path, contexts=(60,), systems=("on", "wrong"))
+    records = [record for record in run(settings, model, split, Watched) if "values" not in record]
     assert len(records) == 12
-    assert asking.banks.encoded_tokens == (6 + 1) * (60 - LOCAL)  # the first is the wrong one of the last as well
-    assert all(asking.examples[number].work != asking.examples[wrong].work for number, wrong in asking.wrong.items())
+    total = (6 + 1) * (60 - LOCAL)  # the first is the wrong one of the last as well
+    assert banks[0].encoded_tokens == sum(record["encoded_tokens"] for record in records) == total
 
 
 def test_the_wrong_memory_is_of_another_work_that_has_one(model, tmp_path):
+    def wrong(own: list[Example]) -> dict[str, str]:
+        task = ChapterBreak(settings_for(tmp_path, systems=("on", "wrong")), Split("", own))
+        return {name: other.subject for name, other in wrong_cases(task, task.cases(model)).items() if other}
+
     own = [*examples({"a": 2, "short": 1}), dataclasses.replace(examples({"c": 1})[0], work="c")]
     own[2] = dataclasses.replace(own[2], context="too short")
-    settings = settings_for(tmp_path, systems=("on", "wrong"))
-    asking = Asking(settings, model, Split("", own))
-    assert [example.name for example in asking.examples] == ["a/0", "short/0", "c/0", "a/1"]
-    assert asking.wrong == {0: 2, 1: 2, 2: 3, 3: 2}
+    found = wrong(own)
+    expected = {"a/0": "c/0", "short/0": "c/0", "c/0": "a/1", "a/1": "c/0"}
+    assert found == {f"{name}/60/60": other for name, other in expected.items()}
     with pytest.raises(ValueError, match="must leave out `wrong`"):
-        Asking(settings, model, Split("", examples({"a": 2})))
+        wrong(examples({"a": 2}))
 
 
 # What counts as right -------------------------------------------------------------------------------------------------------
@@ -216,29 +241,30 @@ def test_ties_do_not_favour_the_right_suffix():
         credit([math.nan, 1.0])
 
 
-def record(system: str, work: str, number: int, sums: list[float], tokens: list[int], contexts: list[int]) -> Any:
-    own = {"work": work, "number": number, "system": system, "sums": sums, "tokens": tokens, "contexts": contexts}
-    return {**own, "seconds": 2.0}
+def record(system: str, work: str, sums: list[float], tokens: list[int], contexts: list[int]) -> Any:
+    own = {"id": "", "case": work, "item": f"{work}/0", "group": work, "system": system, "context": contexts}
+    return {**own, "logprobs": sums, "tokens": tokens, "seconds": 2.0}
 
 
 def test_accuracies_by_hand(tmp_path):
     """Per token the right one of two is best in both works, summed in none, for it is longer."""
-    settings = settings_for(tmp_path, systems=("backbone", "on"))
+    task = ChapterBreak(settings_for(tmp_path, systems=("backbone", "on")), Split("", examples({"a": 1, "b": 1})))
     records = [
-        record("backbone", "b", 0, [-4.0, -3.0], [4, 2], [16, 60]),
-        record("backbone", "a", 0, [-4.0, -3.0], [4, 2], [16, 60]),
-        record("on", "a", 0, [-1.0, -3.0], [4, 2], [60]),
-        record("on", "b", 0, [-3.0, -3.0], [2, 2], [60]),
+        record("backbone", "b", [-4.0, -3.0], [4, 2], [16, 60]),
+        record("backbone", "a", [-4.0, -3.0], [4, 2], [16, 60]),
+        record("on", "a", [-1.0, -3.0], [4, 2], [60]),
+        record("on", "b", [-3.0, -3.0], [2, 2], [60]),
     ]
     for work in "ab":
         for name, values in (("bag-of-words", [1, 0]), ("bag-of-words-near", [0, 1]), ("longest", [1, 1])):
-            own = {"work": work, "number": 0, "system": name, "values": values, "contexts": [16, 60]}
-            records.append(own)
-    metrics = summarize_chapterbreak(settings, records)
+            own = {"case": work, "item": f"{work}/0", "group": work, "system": name, "context": [16, 60]}
+            records.append({**own, "values": values})
+    metrics = summarize(task, records)
+    measures = metrics["measures"]
     found = {
         (length, scoring, name): own["value"]
-        for length, each in metrics["contexts"].items()
-        for scoring, comparison in each.items()
+        for scoring in ("per_token", "sum")
+        for length, comparison in measures[scoring]["cells"].items()
         for name, own in comparison["systems"].items()
     }
     assert found == {
@@ -252,28 +278,28 @@ def test_accuracies_by_hand(tmp_path):
             for name, value in (("bag-of-words", 100), ("bag-of-words-near", 0), ("longest", 50))
         },
     }
-    assert metrics["chance"] == 50
+    assert metrics["summary"]["chance"] == 50
     assert metrics["summary"]["systems"]["on"]["value"] == 75
-    own = metrics["contexts"]["60"]["per_token"]["systems"]["on"]
+    own = measures["per_token"]["cells"]["60"]["systems"]["on"]
     assert own["above_baseline"] == -25
     assert own["interval"] == [50, 100]  # over works, of which one is right and one half right
     # Per token, the right suffix is above the other by 0.5 in both works; with memory by 1.25 and by 0.
-    margins = metrics["margins"]["60"]
+    margins = measures["margin"]["cells"]["60"]
     assert margins["baseline"] == "backbone"  # there is no `off`
-    assert margins["systems"]["backbone"]["margin"] == (0.5, 0.5, 0.5)
-    assert margins["systems"]["on"]["margin"][0] == 0.625
-    assert margins["systems"]["on"]["above_baseline"] == (0.125, -0.5, 0.75)
-    assert margin_rows(metrics)[-1][2:] == ["+0.625 (+0.000 to +1.250)", "+0.125 (-0.500 to +0.750)"]
-    rows = chapterbreak_rows(metrics)
-    assert [row[:2] for row in rows[1:]] == [
-        ["backbone, same window", "16"],
-        ["backbone, same window", "60"],
-        ["LongMem, memory on", "60"],
-        ["bag of words, whole context", ""],
-        ["bag of words, last 1,000 words", ""],
-        ["longest suffix", ""],
+    assert set(margins["systems"]) == {"backbone", "on"}
+    assert (margins["systems"]["backbone"]["value"], margins["systems"]["backbone"]["interval"]) == (0.5, [0.5, 0.5])
+    assert margins["systems"]["on"]["value"] == 0.625
+    assert margins["systems"]["on"]["above_baseline"] == 0.125
+    assert margins["systems"]["on"]["above_baseline_interval"] == [-0.5, 0.75]
+    tables = dict(tables_of(metrics))
+    accuracies = next(rows for heading, rows in tables.items() if heading.startswith("accuracy, per token"))
+    assert [[row[0], *row[1:]] for row in accuracies[1:3]] == [
+        ["backbone, same window", "100.0 (100.0 to 100.0)", "100.0 (100.0 to 100.0)"],
+        ["LongMem, memory on", "", "75.0 (50.0 to 100.0)"],
     ]
-    assert rows[3][2:] == ["75.0 (50.0 to 100.0)", "75.0 (50.0 to 100.0)", "-25.0 (-50.0 to +0.0)", "2.00"]
+    assert [row[0] for row in accuracies[3:]] == list(ChapterBreak.baselines.values())
+    shown = [rows for heading, rows in tables.items() if heading.startswith("margin")]
+    assert [rows[-1][-1] for rows in shown] == ["0.625 (0.000 to 1.250)", "+0.125 (-0.500 to +0.750)"]
 
 
 def test_words_are_weighted_by_their_rarity():

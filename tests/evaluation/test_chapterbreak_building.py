@@ -7,8 +7,17 @@ import re
 
 import pytest
 
-from longmem.evaluation.chapterbreak import BuildRules, build, load_split, save_split
-from longmem.evaluation.chapterbreak.building import Chapter, chapters_of, context_of, entries_of, suffix_of
+from longmem.evaluation.tasks.chapterbreak_building import (
+    BuildRules,
+    Chapter,
+    build,
+    chapters_of,
+    context_of,
+    entries_of,
+    save_split,
+    suffix_of,
+)
+from longmem.evaluation.tasks.chapterbreak_data import load_split
 
 RULES = BuildRules(
     context_words=40, slack_words=10, suffix_words=10, shortest_suffix=7, longest_suffix=13, negatives=2, boundaries=3

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from test_chapterbreak import examples
 
-from longmem.evaluation.chapterbreak import Example, choose, load_split
-from longmem.evaluation.chapterbreak.data import file_for
+from longmem.evaluation.tasks.chapterbreak_data import Example, choose, file_for, load_split
 
 
 def as_works(own: list[Example]) -> dict[str, Any]:

@@ -25,7 +25,10 @@ STORY = """1 Mary left.
 def quality(tmp_path: Path) -> Path:
     work = {
         "input": " Once upon a time. ",
-        "instructions": ["Who?\n\n (A) a cat\n (B) a  dog \n (C) (nobody)\n(D) all", "When? (A) 1 (B) 2 (C) 3 (D) 4"],
+        "instructions": [
+            "Who?\n\n (A) a cat\n (B) a  dog \n (C) (nobody)\n(D) all",
+            "When?\n(A) 1\n(B) 2\n(C) 3\n(D) 4",
+        ],
         "outputs": ["(C) (nobody)", " (A) 1\n"],
     }
     path = tmp_path / "quality.jsonl"
@@ -48,7 +51,7 @@ def test_quality_has_options_and_the_number_of_the_answer(quality):
 @pytest.mark.parametrize(("old", "new"), [("(D) all", "(E) all"), ('"(C) (nobody)"', '"nobody"')])
 def test_other_questions_are_refused(quality, old, new):
     quality.write_text(quality.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=r"options \(A\) to \(D\)"):
+    with pytest.raises(ValueError, match=r"options \(A\), \(B\)"):
         list(quality_items(quality))
 
 

@@ -9,14 +9,16 @@ import datasets
 import pytest
 from in_context_data import save_sets, save_squad
 
-from longmem.evaluation.in_context.labelled_files import load_examples
-from longmem.evaluation.in_context.passages import draw, load_parted, load_passages
-from longmem.evaluation.in_context.sets import SETS
-from longmem.evaluation.in_context.settings import InContextSettings, SquadSettings
+from longmem.evaluation.tasks.labelled import Labelled, LabelledSettings
+from longmem.evaluation.tasks.labelled_sets import SETS
+from longmem.evaluation.tasks.squad import Squad, SquadSettings
+from longmem.evaluation.tasks.squad_files import load_parted, load_passages
 
 
-def settings_for(**values):
-    return InContextSettings(output="x", **{"sets": ("mr",), **values})
+def examples_of(name, **values):
+    """Return the examples of a set that are shown, and those that are asked."""
+    few = {"demonstrations": 1, "memory_demonstrations": 1}
+    return Labelled(LabelledSettings(output="x", sets=(name,), **few, **values)).examples[name]
 
 
 def write_csv(folder, name, lines):
@@ -38,10 +40,10 @@ def released_reading(path, strips_quotes):
 def test_csv_files_are_read_as_released_or_as_csv(tmp_path, name):
     lines = ["1,plain text", '0,"one , two"', '1," "" like this "" , he said"', "0,caf\u00e9"]
     write_csv(tmp_path, name, lines)
-    official, evaluated = load_examples(settings_for(data=str(tmp_path), sets=(name,)), name)
+    official, evaluated = examples_of(name, data=str(tmp_path))
     assert [tuple(each) for each in official] == released_reading(tmp_path / name / "train.csv", name == "subj")
     assert evaluated == official
-    proper, _ = load_examples(settings_for(data=str(tmp_path), sets=(name,), official_files=False), name)
+    proper, _ = examples_of(name, data=str(tmp_path), official_files=False)
     assert [each.text for each in proper] == ["plain text", "one , two", ' " like this " , he said', "caf\u00e9"]
     assert [each.label for each in proper] == [1, 0, 1, 0]
     assert official[2].text == (' "" like this "" , he said' if name == "subj" else '" "" like this "" , he said"')
@@ -51,18 +53,19 @@ def test_the_other_sets_and_their_words(tmp_path):
     save_sets(tmp_path)
     (tmp_path / "SST-2" / "dev.tsv").write_text('sentence\tlabel\na "film" , seen\t1\nlabel me\t0\n')
     (tmp_path / "sst-5" / "stsa.fine.dev").write_text("4 great one\n0 worst , 3 times\n")
-    settings = settings_for(data=str(tmp_path), sets=("sst-2", "sst-5", "subj"))
-    found = {name: load_examples(settings, name)[1] for name in settings.sets}
+    names = ("sst-2", "sst-5", "subj")
+    found = {name: examples_of(name, data=str(tmp_path))[1] for name in names}
     assert found["sst-2"] == [('a "film" , seen', 1), ("label me", 0)]
     assert found["sst-5"] == [("great one", 4), ("worst , 3 times", 0)]
-    lines = [SETS[name].line(found[name][0]) for name in settings.sets]
+    lines = ["".join(SETS[name].shown(found[name][0])) for name in names]
     assert lines[:2] == ['Review: a "film" , seen Sentiment: positive. ', "Review: great one Sentiment: great. "]
     assert lines[2].startswith("Input: ")
     assert lines[2].endswith(" Type: subjective. ")
-    for name, line in zip(settings.sets, lines, strict=True):  # the query is the released template[:-5]
-        assert SETS[name].query(found[name][0].text) == SETS[name].template[:-5].format(found[name][0].text)
-        assert line.startswith(SETS[name].query(found[name][0].text) + " ")
-    assert SETS["mr"].query("{} and {0}") == "Review: {} and {0} Sentiment:"
+    for name, line in zip(names, lines, strict=True):  # the question is the released template[:-5]
+        released = "Input: {} Type: {}. " if name == "subj" else "Review: {} Sentiment: {}. "
+        assert SETS[name].prompt == released[:-5]
+        assert line.startswith(SETS[name].prompt.format(found[name][0].text) + " ")
+    assert SETS["mr"].prompt.format("{} and {0}") == "Review: {} and {0} Sentiment:"
 
 
 def test_a_data_set_with_columns(tmp_path):
@@ -79,36 +82,35 @@ def test_a_data_set_with_columns(tmp_path):
     for place in ("saved", "lines"):
         for label in ("label", "word"):
             source = {"path": str(tmp_path / place), "text": "sentence", "label": label}
-            settings = settings_for(sets=("sst-2",), sources={"sst-2": source})
-            assert load_examples(settings, "sst-2") == (expected, expected)
+            assert examples_of("sst-2", sources={"sst-2": source}) == (expected, expected)
     turned = {**source, "label": "label", "labels": ["positive", "negative"]}
-    found, _ = load_examples(settings_for(sets=("sst-2",), sources={"sst-2": turned}), "sst-2")
+    found, _ = examples_of("sst-2", sources={"sst-2": turned})
     assert found == [("up", 0), ("down", 1)]
     for change, message in (
         ({"text": "sentences"}, "Did you mean `sentence`"),
-        ({"label": "sentence"}, "must be a number from 0 to 1 or one of negative, positive, got 'up'"),
+        ({"label": "sentence"}, "must have as its label a number from 0 to 1 or one of negative, positive, got 'up'"),
         ({"split": "dev"}, "split"),
     ):
         for place in ("saved", "lines"):
             changed = {**source, "path": str(tmp_path / place), **change}
             with pytest.raises(ValueError, match=message):
-                load_examples(settings_for(sets=("sst-2",), sources={"sst-2": changed}), "sst-2")
+                examples_of("sst-2", sources={"sst-2": changed})
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["1,fine", "2,what"], r"train.csv, line 2, must have a label from 0 to 1, got '2'"),
-        (["1,fine", "", "0,more"], "line 2, must have a label"),
+        (["1,fine", "2,what"], r"train.csv, line 2, must have as its label a number from 0 to 1 or .* got '2'"),
+        (["1,fine", "", "0,more"], "line 2, must have as its label"),
         ([], "must hold examples, got none"),
     ],
 )
 def test_wrong_files_are_told(tmp_path, lines, message):
     write_csv(tmp_path, "mr", lines)
     with pytest.raises(ValueError, match=message):
-        load_examples(settings_for(data=str(tmp_path)), "mr")
+        examples_of("mr", data=str(tmp_path))
     with pytest.raises(ValueError, match="is missing; name the folder"):
-        load_examples(settings_for(data=str(tmp_path / "none")), "mr")
+        examples_of("mr", data=str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,6 @@ def test_wrong_files_are_told(tmp_path, lines, message):
         ({"sets": ("mr", "mr"), "data": "x"}, "`sets` must be at least one, and none twice"),
         ({"seeds": (), "data": "x"}, "`seeds` must be at least one"),
         ({}, "`data` must name the folder with the files of mr"),
-        ({"sets": ("squad",)}, "`squad.data` must be given"),
         ({"sources": {"mrr": {}}}, "Did you mean `mr`"),
         ({"sources": {"mr": {"path": "x", "labls": 1}}}, "labls"),
         ({"sources": {"mr": {"path": "x", "labels": ["good", "bad"]}}}, "must be the words negative, positive"),
@@ -125,44 +126,53 @@ def test_wrong_files_are_told(tmp_path, lines, message):
 )
 def test_wrong_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        settings_for(**values)
+        LabelledSettings(output="x", **{"sets": ("mr",), **values})
+
+
+def squad(data, *, seed=0, **values):
+    few = {"demonstrations": 1, "memory_demonstrations": 1}
+    return Squad(SquadSettings(**{"output": "x", "data": data, "seed": seed, **few, **values}))
 
 
 def test_no_passage_is_shown_and_asked(tmp_path):
     path = str(save_squad(tmp_path / "squad.json"))
-    settings = SquadSettings(data=path, demonstrations=2, memory_demonstrations=6)
-    shown, asked = load_parted(settings, seed=0)
-    assert {each.title for each in shown}.isdisjoint({each.title for each in asked})
+    shown, asked = load_parted(path, None, seed=0)
+    assert {each.article for passage in shown for each in passage}.isdisjoint(
+        each.article for passage in asked for each in passage
+    )
     assert len(shown) == len(asked) == 8
-    assert load_parted(settings, seed=1) != (shown, asked)
-    window, memory = draw(shown, 3, 2, 6)
-    contexts = [each.context for each in shown]
-    used = [context for line in (*window, *memory) for context in contexts if f"Passage: {context}\n" in line]
+    assert load_parted(path, None, seed=1) != (shown, asked)
+    task = squad(path, demonstrations=2, memory_demonstrations=6)
+    assert task.examples["squad"] == (shown, [each for passage in asked for each in passage])
+    window, memory, _ = task.draw("squad", 3)
+    assert (len(window), len(memory)) == (2, 6)
+    contexts = [passage[0].passage for passage in shown]
+    used = [context for each in (*window, *memory) for context in contexts if f"Passage: {context}\n" in each.question]
     assert len(set(used)) == len(used) == 8
-    assert draw(shown, 3, 2, 6) == (window, memory)
-    assert draw(shown, 4, 2, 6) != (window, memory)
-    same = SquadSettings(data=path, demonstrations_data=path, demonstrations=1, memory_demonstrations=1)
+    assert task.draw("squad", 3)[:2] == (window, memory)
+    assert task.draw("squad", 4)[:2] != (window, memory)
     with pytest.raises(ValueError, match="passages to draw from, 0 together"):
-        load_parted(same, seed=0)  # all of them are asked
+        squad(path, demonstrations_data=path)  # all of them are asked
     with pytest.raises(ValueError, match="passages to draw from, 8 together, got 3 and 6"):
-        load_parted(SquadSettings(data=path, memory_demonstrations=6), seed=0)
+        squad(path, demonstrations=3, memory_demonstrations=6)
+    with pytest.raises(ValueError, match="`seeds` must be at least one, and none twice"):
+        squad(path, seeds=(1, 1))
 
 
 def test_passages_of_one_article_are_parted_by_passage(tmp_path):
-    path = str(save_squad(tmp_path / "squad.json", articles=1, paragraphs=6))
-    shown, asked = load_parted(SquadSettings(data=path, demonstrations=1, memory_demonstrations=1), seed=0)
-    assert {each.context for each in shown}.isdisjoint({each.context for each in asked})
+    shown, asked = load_parted(str(save_squad(tmp_path / "squad.json", articles=1, paragraphs=6)), None, seed=0)
+    assert {each[0].passage for each in shown}.isdisjoint({each[0].passage for each in asked})
     assert len(shown) == len(asked) == 3
 
 
 def test_prompts_of_passages_and_the_same_from_columns(tmp_path):
     path = save_squad(tmp_path / "squad.json")
     passages = load_passages(str(path))
-    first = passages[0]
-    line, query = first.line(first.questions[0]), first.query(first.questions[0])
-    assert line == query + " " + first.questions[0].answers[0] + "\n\n"
-    assert query == f"Passage: {first.context}\nQuestion: {first.questions[0].question}\nAnswer:"
-    assert "\n" not in first.context
+    first = passages[0][0]
+    query = first.prompt
+    assert first.shown == (query, " " + first.answers[0] + "\n\n")
+    assert query == f"Passage: {first.passage}\nQuestion: {first.question}\nAnswer:"
+    assert "\n" not in first.passage
     articles = json.loads(path.read_text())["data"]
     rows = [
         {
@@ -204,8 +214,8 @@ def test_wrong_passages_are_told(tmp_path, content, message):
 
 
 def test_half_of_the_articles_are_drawn_by_their_own_generator(tmp_path):
-    settings = SquadSettings(data=str(save_squad(tmp_path / "squad.json")), demonstrations=1, memory_demonstrations=1)
+    path = str(save_squad(tmp_path / "squad.json"))
     random.seed(5)
     state = random.getstate()
-    load_parted(settings, seed=0)
+    load_parted(path, None, seed=0)
     assert random.getstate() == state

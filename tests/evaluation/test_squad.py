@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from longmem.evaluation.squad import exact_match, f1
+from longmem.evaluation.tasks.squad import exact_match, f1
 
 PAIRS = json.loads((Path(__file__).parent / "squad_pairs.json").read_text(encoding="utf-8"))
 

@@ -5,12 +5,14 @@ import functools
 import shutil
 import tempfile
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from named_encoder import NamedEncoder
 
 from longmem.memory import DocumentInfo, MemoryBank
 from longmem.memory.folder import disk_storage, tensor_file
@@ -240,19 +242,19 @@ class BankMachine(RuleBasedStateMachine):
             return
         tokens, machine = self.new_tokens(count), self
 
-        class Encoder:
-            def memorize(self, bank, text_or_ids, *, document_id, reuse):
-                for piece in (tokens[:cut], tokens[cut:]):
-                    if piece:
-                        machine.write(bank, document_id, piece)
+        def memorize(model, bank, text_or_ids, document_id, *, reuse):
+            for piece in (tokens[:cut], tokens[cut:]):
+                if piece:
+                    machine.write(bank, document_id, piece)
 
         document = self.naive.find(name)
         room = self.naive.capacity - sum(owner.is_pinned and owner is not document for owner, _ in self.naive.resident)
         if min(self.naive.capacity, count // self.naive.chunk_size) > room:
-            with pytest.raises(ValueError, match="are pinned"):
-                self.bank.update(name, "", model=Encoder())
+            with pytest.raises(ValueError, match="are pinned"), mock.patch("longmem.memory.bank.memorize", memorize):
+                self.bank.update(name, "", model=NamedEncoder())
             return
-        self.bank.update(name, "", model=Encoder())
+        with mock.patch("longmem.memory.bank.memorize", memorize):
+            self.bank.update(name, "", model=NamedEncoder())
         # What did not fit while the new text was encoded counts as written, in both.
         self.naive.delete(name)
         self.naive.write(name, tokens)

@@ -98,9 +98,9 @@ def test_what_is_hidden_is_left_out_of_all_rows_or_of_a_copy(num_hidden, few, pr
             write(each, name, dated=86_400 * day)
     for name in names[:num_hidden]:
         bank.supersede(name)
-    expected, found, *_ = bank.search(LAYER, QUERIES, 9, scaling=0.5), alone.search(LAYER, QUERIES, 9, scaling=0.5)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
-    assert bank.locate(found[1]) == alone.locate(expected[1])
+    found, expected = bank.search(LAYER, QUERIES, 9, scaling=0.5), alone.search(LAYER, QUERIES, 9, scaling=0.5)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    assert bank.locate(found.rows) == alone.locate(expected.rows)
     not_numbers = bank.locate(bank.search(LAYER, torch.full_like(QUERIES, torch.nan), 9).rows)
     assert not {place.document_id for place in not_numbers if place} & set(names[:num_hidden])
 

@@ -78,7 +78,7 @@ def test_a_tail_that_waits_is_moved_with_its_segment(models):
     ((keys, values),) = [[each.clone() for each in pair] for pair in document.waiting]
     doubled = DriftMap(2 * torch.eye(8).expand(2, 8, 8), torch.ones(2, 1, 8))
     turned = DriftMap(-torch.eye(8).expand(2, 8, 8), torch.zeros(2, 1, 8))
-    bank._enter(after)
+    bank.freshness._enter(after.encoder)
     move_segments(Refresher(bank, [after]), document, list(document.segments), {(0, 0): doubled, (0, 1): turned})
     ((new_keys, new_values),) = document.waiting
     torch.testing.assert_close(new_keys, 2 * keys + 1)

@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({}, "ALL_ATTENTION_FUNCTIONS"),
     "deepseek_v2": (LATENT, "position_embeddings"),
     "gpt_neo": (dict(num_layers=4, attention_types=[[["global", "local"], 2]], num_heads=4), "ALL_ATTENTION_FUNCTIONS"),
-    "gptj": (dict(rotary_dim=4), "ALL_ATTENTION_FUNCTIONS"),
+    "gptj": (dict(rotary_dim=4), "does not undo it|ALL_ATTENTION_FUNCTIONS"),  # from transformers 5.24 on; before
     "mamba": ({}, "ALL_ATTENTION_FUNCTIONS"),
     "mpt": (dict(n_layers=4, n_heads=4), "ALL_ATTENTION_FUNCTIONS"),
     "rwkv": ({}, "ALL_ATTENTION_FUNCTIONS"),

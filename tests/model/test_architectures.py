@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from model import architectures
 from model.architectures import ARCHITECTURES, FORMS, REFUSED, build
 from model.conftest import SETTINGS
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.backbone import Backbone, UnsupportedBackboneError
+from longmem.backbone.cache_names import cache_of
 from longmem.evaluation.systems import Question, answer_questions
 
 
@@ -63,8 +65,8 @@ def test_no_logit_depends_on_later_tokens(case):
 def test_decoding_with_a_cache_equals_the_full_forward(case):
     cache, logits = None, []
     for part in (case.input_ids[:, :10], *case.input_ids[:, 10:].split(1, dim=1)):
-        output = case.model(part, memory=case.bank, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = case.model(part, memory=case.bank, cache=cache, use_cache=True)
+        cache = cache_of(output)
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), case.logits, rtol=1e-4, atol=1e-4)
 
@@ -141,7 +143,10 @@ def test_a_memory_layer_whose_keys_cannot_be_stored_is_refused():
 
 
 def test_the_docs_list_these_architectures():
-    path = Path(__file__).parents[2] / "docs" / "supported-models.md"
+    root = Path(__file__).parents[2]
+    if f"transformers=={transformers.__version__}\n" not in (root / "constraints.txt").read_text(encoding="utf-8"):
+        pytest.skip("the docs list what the tested transformers has, and this is another")
+    path = root / "docs" / "supported-models.md"
     assert path.read_text(encoding="utf-8") == architectures.document(), "run `make docs`"
 
 

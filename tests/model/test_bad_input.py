@@ -3,7 +3,7 @@
 import pytest
 import torch
 from model.conftest import SETTINGS, build_backbone
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -89,6 +89,20 @@ CALL_ROWS = {
         ["[0]", "MemoryBank.for_model"],
     ),
     "unknown input": (lambda m, b: m(torch.ones(1, 4).long(), memmory=b), ["memmory"]),
+    "unknown input without a value": (lambda m, b: m(torch.ones(1, 4).long(), memmory=None), ["memmory"]),
+    "input of the backbone alone": (
+        lambda m, b: m(torch.ones(1, 4).long(), inputs_embeds=torch.ones(1, 4, 32)),
+        ["`inputs_embeds`", "leave it out"],
+    ),
+    "switch of transformers": (
+        lambda m, b: m(torch.ones(1, 4).long(), is_causal=False),
+        ["`is_causal`", "leave it out"],
+    ),
+    "hidden states": (lambda m, b: m(torch.ones(1, 4).long(), output_hidden_states=True), ["output_memory_reads"]),
+    "two caches": (
+        lambda m, b: m(torch.ones(1, 4).long(), cache=DynamicCache(), past_key_values=DynamicCache()),
+        ["`cache`", "`past_key_values`", "leave one out"],
+    ),
     "capacity under a chunk": (lambda m, b: MemoryBank.for_model(m, capacity_tokens=2), ["capacity_tokens", "2"]),
     "capacity not in chunks": (lambda m, b: MemoryBank.for_model(m, capacity_tokens=6), ["multiple", "6"]),
     "unknown index": (lambda m, b: MemoryBank.for_model(m, index="flatt"), ["index", "Did you mean `flat`"]),
@@ -110,6 +124,13 @@ def test_calls(llama, row):
     for word in words:
         assert word in str(caught.value)
     assert bank.documents() == before  # nothing is half written
+
+
+def test_what_transformers_hands_to_every_model_is_taken(llama):
+    model = LongMemForCausalLM.from_backbone(llama, **SETTINGS)
+    tokens = torch.ones(1, 4).long()
+    by_habit = dict(return_dict=True, output_attentions=False, output_router_logits=False, inputs_embeds=None)
+    assert torch.equal(model(tokens, **by_habit, tokenizer=object()).logits, model(tokens).logits)
 
 
 def test_a_failure_in_the_middle_of_a_document_leaves_nothing_of_it(llama):

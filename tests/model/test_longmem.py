@@ -5,6 +5,7 @@ import torch
 from model.conftest import SETTINGS, build_backbone
 
 from longmem import LongMemForCausalLM, MemoryBank
+from longmem.backbone.cache_names import cache_of
 
 FORMS = [
     dict(),
@@ -76,11 +77,21 @@ def test_a_cached_step_equals_the_full_forward(backbone, input_ids, document, fo
     full = model(input_ids, memory=bank).logits
     cache, logits = None, []
     for part in (input_ids[:, :10], input_ids[:, 10:11], input_ids[:, 11:15], *input_ids[:, 15:].split(1, dim=1)):
-        output = model(part, memory=bank, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(part, memory=bank, cache=cache, use_cache=True)
+        cache = cache_of(output)
         logits.append(output.logits)
         assert output.memory_keys[0].shape[2] == part.shape[1]  # only the new tokens' keys
     torch.testing.assert_close(torch.cat(logits, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_cache_may_be_given_under_its_old_name(llama, input_ids, document):
+    model, bank = make(llama, document)
+    start, rest = input_ids[:, :10], input_ids[:, 10:]
+    expected = model(rest, memory=bank, cache=cache_of(model(start, memory=bank, use_cache=True))).logits
+    found = model(rest, memory=bank, past_key_values=cache_of(model(start, memory=bank, use_cache=True))).logits
+    assert torch.equal(found, expected)
+    assert (found - model(rest, memory=bank).logits).abs().max() > 1e-3
 
 
 @torch.no_grad()

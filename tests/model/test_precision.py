@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.backbone import UnsupportedBackboneError
+from longmem.backbone.cache_names import cache_of
 
 
 def make(backbone, document, **fields):
@@ -52,8 +53,8 @@ def test_a_half_precision_backbone_with_a_float32_side_network(model_type, dtype
     cache, parts = None, []
     with torch.no_grad():
         for part in (input_ids[:, :10], *input_ids[:, 10:].split(1, dim=1)):
-            output = model(part, memory=bank, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(part, memory=bank, cache=cache, use_cache=True)
+            cache = cache_of(output)
             parts.append(output.logits)
     assert (torch.cat(parts, dim=1).float() - on.float()).abs().mean() < 0.05 * on.float().abs().mean()
     model.train()

@@ -10,6 +10,7 @@ import torch
 from model.conftest import build_backbone
 
 from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
+from longmem.backbone.cache_names import cache_of
 
 # The released form: ALiBi backbone, cross-network residual, gate.
 RELEASED = dict(
@@ -167,7 +168,7 @@ def test_decoding_with_a_cache_reads_memory_as_the_full_forward_does(model):  # 
     bank, ids = remember(model, 40), tokens(14, 9)[None]
     cache, logits = None, []
     for part in (ids[:, :6], *ids[:, 6:].split(1, dim=1)):
-        output = model(part, memory=bank, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(part, memory=bank, cache=cache, use_cache=True)
+        cache = cache_of(output)
         logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids, memory=bank).logits, rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longmem.cli import main as cli
+from longmem.cli.main import main as longmem_main
 from longmem.official.__main__ import main
 from longmem.official.comparison import compare
 from longmem.official.recording import Recording
@@ -58,7 +58,7 @@ def test_a_small_mistake_is_told_by_the_exit_code(recording, tmp_path, setting):
 
 
 def test_the_command_line_has_it_too(recording, tmp_path, capsys):
-    assert cli.main(["official", "compare", str(recording), "--json"]) == 0
+    assert longmem_main(["official", "compare", str(recording), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["agrees"]
     assert len(told["replayed"]) == 11
@@ -66,7 +66,7 @@ def test_the_command_line_has_it_too(recording, tmp_path, capsys):
     def nudge(tensors):
         tensors["sd/decoder.layers.0.fc1.weight"][0, 0] += 0.01
 
-    assert cli.main(["official", "compare", str(changed(recording, tmp_path, nudge))]) == 1
+    assert longmem_main(["official", "compare", str(changed(recording, tmp_path, nudge))]) == 1
 
 
 def move_padding(tensors):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from longmem import LongMemForCausalLM
-from longmem.cli import main as cli
+from longmem.cli.main import main
 from longmem.official.memory import OfficialMemory
 
 SIDE_SETTINGS = {
@@ -58,7 +58,7 @@ def largest_error(folder, recording):
 
 
 def test_a_converted_model_gives_the_recorded_logits(checkpoints, recording, tmp_path, capsys):
-    assert cli.main(["official", "convert", *map(str, checkpoints()), str(tmp_path / "out")]) == 0
+    assert main(["official", "convert", *map(str, checkpoints()), str(tmp_path / "out")]) == 0
     assert "memory of 64 tokens" in capsys.readouterr().out
     assert largest_error(tmp_path / "out", recording) < 5e-6
     shutil.move(tmp_path / "out", tmp_path / "moved")  # the backbone goes with it
@@ -79,14 +79,14 @@ def test_a_converted_model_gives_the_recorded_logits(checkpoints, recording, tmp
     ],
 )
 def test_settings_that_are_missing_or_have_no_form_here_are_named(checkpoints, tmp_path, capsys, settings, words):
-    assert cli.main(["official", "convert", *map(str, checkpoints(settings)), str(tmp_path / "out")]) == 2
+    assert main(["official", "convert", *map(str, checkpoints(settings)), str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_another_backbone_is_refused(checkpoints, tmp_path, capsys):
     paths = checkpoints(weights={"decoder.model.transformer.ln_f.bias": torch.ones(32)})
-    assert cli.main(["official", "convert", *map(str, paths), str(tmp_path / "out")]) == 2
+    assert main(["official", "convert", *map(str, paths), str(tmp_path / "out")]) == 2
     assert "another backbone than the one given: `transformer.ln_f.bias`" in capsys.readouterr().err
 
 
@@ -98,7 +98,7 @@ class Surprise:
 def test_no_code_in_a_checkpoint_is_run(checkpoints, tmp_path, capsys):
     _, backbone = checkpoints()
     torch.save({"model": {}, "cfg": Surprise()}, tmp_path / "bad.pt")
-    assert cli.main(["official", "convert", str(tmp_path / "bad.pt"), str(backbone), str(tmp_path / "out")]) == 2
+    assert main(["official", "convert", str(tmp_path / "bad.pt"), str(backbone), str(tmp_path / "out")]) == 2
     told = capsys.readouterr()
     assert "could run code" in told.err
     assert "has run" not in told.out

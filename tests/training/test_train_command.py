@@ -9,7 +9,8 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from tiny_runs import make_files
 
-from longmem.settings.shipped import configs_folder, settings_file, shipped_settings
+from longmem.cli.train import CONFIGS
+from longmem.settings.shipped import settings_file, shipped_settings
 from longmem.training import load_settings
 
 pytest.importorskip("matplotlib")
@@ -65,20 +66,11 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, tmp_path, run, mo
 def test_a_name_of_the_package_comes_before_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("books").write_text("output: mine\n")
-    assert settings_file("train", "books") == configs_folder() / "train" / "books.yaml"
-    assert settings_file("train", "./books").read_text() == "output: mine\n"
-    assert settings_file("train", Path("./books").resolve()).read_text() == "output: mine\n"
+    assert settings_file(CONFIGS, "books") == CONFIGS / "books.yaml"
+    assert settings_file(CONFIGS, "./books").read_text() == "output: mine\n"
+    assert settings_file(CONFIGS, str(Path("./books").resolve())).read_text() == "output: mine\n"
 
 
-def test_an_installed_package_has_its_settings_inside(tmp_path, monkeypatch):
-    package = tmp_path / "longmem"
-    for folder in (package / "configs" / "train", tmp_path / "configs" / "train"):
-        folder.mkdir(parents=True)
-        (folder / f"{folder.parts[-3]}.yaml").touch()
-    monkeypatch.setattr("longmem.settings.shipped.PACKAGE", package)
-    assert list(shipped_settings("train")) == ["longmem"]
-
-
-@pytest.mark.parametrize("name", sorted(shipped_settings("train")))
+@pytest.mark.parametrize("name", shipped_settings(CONFIGS))
 def test_settings_of_the_package_are_whole(name):
-    assert load_settings(settings_file("train", name), ["data.train=a", "data.validation=b"]).output == f"runs/{name}"
+    assert load_settings(settings_file(CONFIGS, name), ["data.train=a", "data.validation=b"]).output == f"runs/{name}"

@@ -1,4 +1,4 @@
-"""Data of the tasks in `configs/eval/harness_tasks`, made from files of the published sets."""
+"""Data of the tasks in `longmem/evaluation/configs/harness_tasks`, made from files of the published sets."""
 
 from __future__ import annotations
 
@@ -8,29 +8,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_OPTION = re.compile(r"\s*\(([A-D])\)\s*")
+from longmem.evaluation.tasks.quality import Quality
+
 _SEPARATOR = re.compile(r"[\t|]")  # a copy of bAbI has bars for tabs
 
 
 def quality_items(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the questions of L-Eval's `quality.jsonl` (QuALITY: four options, texts of 2,000 to 5,000 words).
+    """Yield the questions of QuALITY's own files, or of L-Eval's `quality.jsonl` (texts of 2,000 to 5,000 words).
 
     Raises:
-        ValueError: a question does not have the options (A) to (D), or an answer names none of them.
+        ValueError: the file is of another kind, or a question has no right option.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        work = json.loads(line)
-        for instruction, output in zip(work["instructions"], work["outputs"], strict=True):
-            question, *parts = _OPTION.split(instruction)
-            answer = re.match(r"\s*\(([A-D])\)", output)
-            if parts[::2] != list("ABCD") or answer is None:
-                raise ValueError(f"{path} must ask with options (A) to (D), got {instruction!r} and {output!r}.")
+    for number, document in enumerate(Quality.read(path)):
+        for asked in document.asked:
             yield {
                 "group": f"text {number}",
-                "text": work["input"].strip(),
-                "question": question.strip(),
-                "options": [" ".join(option.split()) for option in parts[1::2]],
-                "answer": "ABCD".index(answer[1]),
+                "text": document.passages[0].strip(),
+                "question": asked.question,
+                "options": [" ".join(option.split()) for option in asked.options],
+                "answer": asked.options.index(asked.answer),
             }
 
 

@@ -82,6 +82,7 @@ class LongMemLM(HFLM):
             )
         self.memory = memory in ("on", True)
         self.local_tokens = self.max_length if local_tokens is None else local_tokens
+        self.encoded_tokens = 0  # in all memories so far
 
     # Log-likelihoods ---------------------------------------------------------------------------------------------------
 
@@ -123,6 +124,7 @@ class LongMemLM(HFLM):
                 found[number] = continuation.total, continuation.is_greedy
                 if requests[number][0] is not None:  # a window of a longer text is no request
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+        self.encoded_tokens += system.banks.encoded_tokens
         return [found[number] for number in range(len(requests))]
 
     # Generation --------------------------------------------------------------------------------------------------------
@@ -151,6 +153,7 @@ class LongMemLM(HFLM):
                 context, options = requests[number].args
                 found[number] = self._continue(ids, options, reader.memory)
                 self.cache_hook.add_partial("generate_until", (context, options), found[number])
+        self.encoded_tokens += system.banks.encoded_tokens
         return [found[number] for number in range(len(requests))]
 
     @torch.no_grad()

@@ -1,11 +1,12 @@
 """The systems that every evaluation compares on the same tokens, and the protocol they share: reset, feed, answer."""
 
-from longmem.evaluation.systems.making import SYSTEM_NAMES, make_systems, validate_systems
-from longmem.evaluation.systems.memory import Banks, GivenMemory, MemorySystem
+from longmem.evaluation.systems.making import make_systems
+from longmem.evaluation.systems.memory import Banks, MemorySystem
+from longmem.evaluation.systems.names import SYSTEM_NAMES, title_of_system, validate_systems
 from longmem.evaluation.systems.questions import Answer, Continuation, Question
 from longmem.evaluation.systems.retrieval import RetrievalSystem
 from longmem.evaluation.systems.scoring import answer_questions
-from longmem.evaluation.systems.system import BackboneSystem, LongContextReader, System
+from longmem.evaluation.systems.system import BackboneSystem, LongBackbone, LongContextReader, System
 
 __all__ = [
     "SYSTEM_NAMES",
@@ -13,7 +14,7 @@ __all__ = [
     "BackboneSystem",
     "Banks",
     "Continuation",
-    "GivenMemory",
+    "LongBackbone",
     "LongContextReader",
     "MemorySystem",
     "Question",
@@ -21,5 +22,6 @@ __all__ = [
     "System",
     "answer_questions",
     "make_systems",
+    "title_of_system",
     "validate_systems",
 ]

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longmem.errors import did_you_mean
-from longmem.evaluation.contexts import validate_context
-from longmem.evaluation.results import TITLES
 from longmem.evaluation.systems.memory import Banks, MemorySystem
+from longmem.evaluation.systems.names import TITLES, context_size, validate_systems
 from longmem.evaluation.systems.retrieval import RANKERS, RetrievalSystem
-from longmem.evaluation.systems.system import BackboneSystem, System, longer_backbone
+from longmem.evaluation.systems.system import BackboneSystem, LongBackbone, System
 from longmem.model.modeling import LongMemForCausalLM
-
-SYSTEM_NAMES = (*TITLES, "context-N")
-
-
-def context_size(name: str) -> int:
-    """Return the N of "context-N".
-
-    Raises:
-        ValueError: N is no number.
-    """
-    size = name.partition("-")[2]
-    if not size.isdecimal() or not int(size):
-        raise ValueError(f"`systems` must write a longer window as context-N, such as context-4096, got {name!r}.")
-    return int(size)
-
-
-def validate_systems(names: Sequence[str]) -> None:
-    """Raise ValueError unless these are names of different systems, at least one."""
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"`systems` must be at least one, and none twice, got {list(names)}.")
-    for name in names:
-        if name.startswith("context-"):
-            context_size(name)
-        elif name not in TITLES:
-            raise ValueError(
-                f"`systems` must be among {', '.join(SYSTEM_NAMES)}, got {name!r}.{did_you_mean(name, TITLES)}"
-            )
+from longmem.plugins import find
 
 
 def make_systems(
@@ -49,17 +21,19 @@ def make_systems(
     local_tokens: int = 0,
     batch_size: int = 16,
     banks: Banks | None = None,
+    retrieval: Mapping[str, Any] | None = None,
 ) -> list[System]:
     """Return the systems with these names, in their order; those that read memory share banks.
 
     Args:
         names: "backbone", "context-N" for the backbone with N tokens in its window, "bm25" and "hidden" for passages
-            pasted into the backbone's window, "off", "on" and "wrong" for LongMem.
+            pasted into the backbone's window, "off", "on" and "wrong" for LongMem; or a "system" of `longmem.plugins`.
         model: all of them use it or its backbone.
         window: tokens seen at once by all but "context-N".
         local_tokens: see `System`.
         batch_size: see `System`.
         banks: default: new ones.
+        retrieval: further options of `RetrievalSystem`.
 
     Raises:
         ValueError: a name is unknown or given twice, or a longer window does not fit the backbone.
@@ -72,11 +46,28 @@ def make_systems(
         if name == "backbone":
             systems.append(BackboneSystem(name, model, **common))
         elif name in RANKERS:
-            systems.append(RetrievalSystem(name, model, **common))  # type: ignore[arg-type]
+            systems.append(RetrievalSystem(name, model, **common, **(retrieval or {})))  # type: ignore[arg-type]
         elif name.startswith("context-"):
             size = context_size(name)
             validate_context(model, size, window)
-            systems.append(longer_backbone(name, model, window=size, batch_size=batch_size))
-        else:
+            systems.append(LongBackbone(name, model, window=size, batch_size=batch_size))
+        elif name in TITLES:
             systems.append(MemorySystem(name, model, banks=banks, **common))
+        else:
+            systems.append(find("system", name)(name, model, **common))
     return systems
+
+
+def validate_context(model: LongMemForCausalLM, context: int, window: int) -> None:
+    """Raise ValueError unless `context` tokens are more than a window and fit the backbone's positions."""
+    if context <= window:
+        raise ValueError(
+            f"`context` must be longer than the window of {window} tokens, got {context}; "
+            "with the window's own tokens it is the system `backbone`."
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise ValueError(
+            f"`context` must be at most {limit} tokens, the backbone's `max_position_embeddings`, got {context}: beyond it "
+            "the backbone meets positions that it was never trained on; choose a shorter one."
+        )

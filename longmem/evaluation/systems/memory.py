@@ -34,25 +34,34 @@ class Banks:
         self.encoded_tokens = 0
         self._kept: list[tuple[list[int], MemoryBank]] = []
 
-    def of(self, token_ids: Sequence[int]) -> MemoryBank:
+    def of(self, token_ids: Sequence[int]) -> Memory:
         """Return a bank with one document, "stream", of these tokens, at least one; it belongs to this object."""
         ids = list(token_ids)
         for number, (known, bank) in enumerate(self._kept):
             if ids[: len(known)] == known:
                 if len(ids) > len(known):
-                    self._memorize(bank, ids[len(known) :], append=True)
+                    self.memorize(bank, ids[len(known) :], append=True)
                 del self._kept[number]
                 break
         else:
-            bank = MemoryBank.for_model(self.model, **self.options)
-            self._memorize(bank, ids, append=False)
+            bank = self.new()
+            self.memorize(bank, ids)
         self._kept = [*self._kept, (ids, bank)][-self.keep :]
         return bank
 
-    def _memorize(self, bank: MemoryBank, ids: list[int], *, append: bool) -> None:
-        self.encoded_tokens += self.model.memorize(
-            bank, torch.tensor(ids), "stream", append=append, batch_size=self.batch_size
+    def new(self, **changes: Any) -> MemoryBank:
+        """Return an empty bank that belongs to the caller, with changes to the options of all."""
+        return MemoryBank.for_model(self.model, **{**self.options, **changes})
+
+    def memorize(
+        self, bank: MemoryBank, token_ids: Sequence[int], name: str = "stream", *, append: bool = False
+    ) -> int:
+        """Write a document into a bank, or what follows it; return how many tokens were encoded, which are counted."""
+        encoded = self.model.memorize(
+            bank, torch.tensor(list(token_ids)), name, append=append, batch_size=self.batch_size
         )
+        self.encoded_tokens += encoded
+        return encoded
 
 
 class MemorySystem(System):
@@ -71,12 +80,6 @@ class MemorySystem(System):
     def __init__(self, name: str, model: LongMemForCausalLM, *, banks: Banks | None = None, **options: Any) -> None:
         super().__init__(name, model, **options)
         self.banks = Banks(model) if banks is None else banks
-        self._instead: list[int] = []
-
-    def read(self, passages: Sequence[Sequence[int]], instead: Sequence[Sequence[int]] = ()) -> None:
-        """Forget everything and feed these passages; `instead` is what a wrong memory holds."""
-        super().read(passages)
-        self._instead = [token for passage in instead for token in passage]
 
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
         """Return the model that reads memory, and the end of stream and prefix.
@@ -90,31 +93,11 @@ class MemorySystem(System):
         local = LocalModel(self.model, self._memory(stream[:stop]))
         return local, self.local([*stream[stop:], *prefix], room)
 
-    def _memory(self, ids: Sequence[int]) -> MemoryBank | None:
+    def _memory(self, ids: Sequence[int]) -> Memory | None:
         if self.name == "off":
             return None
         if self.name == "wrong":
-            if not self._instead:
+            if not self.instead:
                 raise ValueError("`instead` must hold the text of the wrong memory, got none; give it to `read`.")
-            ids = self._instead
+            ids = self.instead
         return self.banks.of(ids) if ids else None
-
-
-class GivenMemory(System):
-    """LongMem that reads a memory it is given, and encodes nothing: for evaluations that put memories together themselves.
-
-    Args:
-        name: as in tables.
-        model: see `System`.
-        memory: what is read: a bank, a view on one, shards; None reads nothing. It may be replaced between questions.
-        options: of `System`; what is fed is the local context alone.
-    """
-
-    def __init__(self, name: str, model: LongMemForCausalLM, *, memory: Memory | None = None, **options: Any) -> None:
-        super().__init__(name, model, **options)
-        self.memory = memory
-
-    def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
-        """Return the model that reads the memory, and the end of stream and prefix."""
-        tail = self.stream[-self.local_tokens :] if self.local_tokens else []
-        return LocalModel(self.model, self.memory), self.local([*tail, *prefix], room)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+Passages = Sequence[Sequence[int]]  # pieces of a stream of tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:

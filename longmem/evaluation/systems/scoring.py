@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
+from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.evaluation.systems.questions import Answer, Continuation, Question
 
-Forward = Callable[..., Any]  # input_ids, past_key_values, use_cache, logits_to_keep -> output with logits and cache
+Forward = Callable[..., Any]  # input_ids, cache, use_cache, logits_to_keep -> output with logits and cache
 Row = tuple[int, ...]
 
 
@@ -77,7 +78,7 @@ def answer_questions(
 def run_context(forward: Forward, ids: Sequence[int], device: torch.device | str) -> Cache:
     """Return the cache of a context."""
     tokens = torch.tensor([list(ids)], device=device)
-    return forward(tokens, use_cache=True, logits_to_keep=1).past_key_values
+    return cache_of(forward(tokens, use_cache=True, logits_to_keep=1))
 
 
 def run_rows(
@@ -89,7 +90,8 @@ def run_rows(
     keep = min(keep, longest)
     if cache is None:
         return forward(tokens, use_cache=False, logits_to_keep=keep).logits
-    return forward(tokens, past_key_values=repeated(cache, len(rows)), use_cache=True, logits_to_keep=keep).logits
+    copies = as_keyword(repeated(cache, len(rows)))
+    return forward(tokens, use_cache=True, logits_to_keep=keep, **copies).logits
 
 
 def repeated(cache: Cache, count: int) -> Cache:

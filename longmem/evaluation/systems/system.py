@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.evaluation.systems.questions import Answer, Question
+from longmem.backbone.cache_names import as_keyword, named_for
+from longmem.evaluation.systems.questions import Answer, Passages, Question
 from longmem.evaluation.systems.scoring import answer_questions, as_ids, repeated, run_context
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -39,7 +40,7 @@ class LocalModel:
 
     def __call__(self, input_ids: Int[Tensor, "rows tokens"], **options: Any) -> Any:
         """Return the model's output."""
-        return self.model(input_ids, **self._inputs, **options)
+        return self.model(input_ids, **self._inputs, **named_for(self.model, options))
 
     def generate(self, input_ids: Int[Tensor, "rows tokens"], **options: Any) -> Int[Tensor, "rows longer"]:
         """Return the tokens and their continuation."""
@@ -73,6 +74,7 @@ class System(ABC):
         self.local_tokens = local_tokens
         self.batch_size = batch_size
         self.passages: list[list[int]] = []
+        self.instead: list[int] = []  # what a wrong memory holds
         self.preparing_seconds = 0.0  # what depends on the stream alone, such as encoding it
         self.answering_seconds = 0.0
 
@@ -86,9 +88,18 @@ class System(ABC):
         """Take in the next piece: text, or token ids of the model's tokenizer."""
         self.passages.append(self.tokens(chunk) if isinstance(chunk, str) else as_ids(chunk))
 
-    def read(self, passages: Sequence[Sequence[int]], instead: Sequence[Sequence[int]] = ()) -> None:
-        """Forget everything and feed these passages; `instead` is what a wrong memory holds."""
+    def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
+        """Forget everything and feed these passages.
+
+        Args:
+            passages: the stream, in pieces.
+            instead: what a wrong memory holds.
+            local_tokens: from now on; None: as before.
+        """
         self.reset()
+        self.instead = [token for passage in instead for token in passage]
+        if local_tokens is not None:
+            self.local_tokens = local_tokens
         for passage in passages:
             self.feed(passage)
 
@@ -145,10 +156,10 @@ class System(ABC):
             output = local.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=None if cache is None else repeated(cache, 1),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=self.model.generation_config.pad_token_id or 0,
+                **as_keyword(None if cache is None else repeated(cache, 1)),
                 **options,
             )
             answers.append(output[0, ids.shape[1] :].tolist())
@@ -200,9 +211,15 @@ class BackboneSystem(System):
         return LocalModel(self.model.backbone), self.local([*tail, *prefix], room)
 
 
-def longer_backbone(name: str, model: LongMemForCausalLM, *, window: int, batch_size: int = 16) -> BackboneSystem:
-    """Return the backbone with a window of its own, filled with the stream as far back as it goes."""
-    return BackboneSystem(name, model, window=window, local_tokens=window, batch_size=batch_size)
+class LongBackbone(BackboneSystem):
+    """The backbone with a window of its own, filled with the stream as far back as it goes."""
+
+    def __init__(self, name: str, model: LongMemForCausalLM, *, window: int, batch_size: int = 16) -> None:
+        super().__init__(name, model, window=window, local_tokens=window, batch_size=batch_size)
+
+    def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
+        """Forget everything and feed these passages; the whole window is for them, whatever others keep."""
+        super().read(passages, instead)
 
 
 def text_before(text: str, stop: Sequence[str]) -> str:

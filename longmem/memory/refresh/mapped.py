@@ -169,7 +169,7 @@ def move_segments(
 ) -> None:
     """Write the segments' vectors moved by the maps, in one transaction."""
     table, state = refresher.table, refresher.state
-    with state.transaction(), table.lock:
+    with table.transaction(), table.lock:
         for segment in segments:
             stored = stored_chunks(refresher.table, document, segment)
             if not stored.chunks or not stored.chunks[0].keys.shape[1]:

@@ -8,7 +8,6 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -54,12 +53,10 @@ class RefreshReport:
 
 @dataclasses.dataclass
 class RefreshState:
-    """What a bank and its refresh policy have found and done: the table, ways to change it, and notes.
+    """The table of a bank, and what its refresh policy has found and done.
 
     Args:
         table: of the bank.
-        transaction: begins a change of the bank.
-        refuse_reader: raises ValueError if the bank can't be written to.
         reads_mapped: whether the policy reads what a map has moved to the current encoder.
         refreshed: all that was encoded again since the bank was made or opened.
         probed: what the clock "probe" has measured, by version.
@@ -67,8 +64,6 @@ class RefreshState:
     """
 
     table: Table
-    transaction: Callable[[], AbstractContextManager[None]]
-    refuse_reader: Callable[[], None]
     reads_mapped: bool = False
     refreshed: RefreshReport = dataclasses.field(default_factory=RefreshReport)
     probed: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -79,7 +74,7 @@ class RefreshState:
     def may_write(self) -> bool:
         """Return whether the bank can be written to."""
         try:
-            self.refuse_reader()
+            self.table.refuse_reader()
         except ValueError:
             return False
         return True
@@ -183,7 +178,7 @@ class Refresher:
         Raises:
             ValueError: the bank can't be written to.
         """
-        self.state.refuse_reader()
+        self.table.refuse_reader()
         begin = time.perf_counter()
         self._refuse_others()
         closed = [(each, self._closure(each, segments)) for each, segments in targets]
@@ -277,7 +272,7 @@ class Refresher:
                 good.append((segment, tokens))
             else:
                 report.failed += 1  # the old numbers stay, with their old version
-        with self.state.transaction(), table.lock:
+        with self.table.transaction(), table.lock:
             current = table.ledger.by_serial.get(document.serial)
             there = {id(each) for each in current.segments} if current is document else set()
             good = [

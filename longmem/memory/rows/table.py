@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,14 @@ from longmem.memory.rows.storage import Chunks, LayerShape, MemoryStorage, Stora
 
 # What stays when the text of a document is replaced.
 SAID_OF_A_DOCUMENT = ("tags", "is_pinned", "dated", "valid_until", "is_superseded", "superseded_by")
+
+
+class Journal(Protocol):
+    """What makes changes of a table durable."""
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def refuse_reader(self) -> None: ...
 
 
 class Table:
@@ -64,6 +73,7 @@ class Table:
         # Whether anything goes by itself; then the policy is asked before every read and write.
         self._has_time = type(self.ledger.policy).expired is not EvictionPolicy.expired
         self.encoders = Encoders()
+        self.journal: Journal | None = None  # of a bank on disk
         # Indexes that were needed so far, by the position of their layer; and how to find what is saved of one.
         self.indexes: dict[int, ChunkIndex] = {}
         self.find_saved: Callable[[int], SavedIndex | None] | None = None
@@ -92,6 +102,15 @@ class Table:
         """Hold what another table holds, in place of what was there."""
         self.storage, self.ledger, self.encoders = other.storage, other.ledger, other.encoders
         self.indexes, self.find_saved, self.index = other.indexes, other.find_saved, other.index
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]:
+        """Make all changes inside the block durable together at its end or, if it raises, none; in memory, do nothing."""
+        return contextlib.nullcontext() if self.journal is None else self.journal.transaction()
+
+    def refuse_reader(self) -> None:
+        """Raise ValueError if the bank was opened to be read, or is closed."""
+        if self.journal is not None:
+            self.journal.refuse_reader()
 
     @property
     def shapes(self) -> list[LayerShape] | None:

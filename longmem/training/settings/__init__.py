@@ -15,7 +15,6 @@ from longmem.training.settings.sections import (
     OptimizationSettings,
     TrainingSettings,
     ValidationSettings,
-    WriterSettings,
 )
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "OptimizationSettings",
     "TrainingSettings",
     "ValidationSettings",
-    "WriterSettings",
     "load_settings",
     "refuse_changed_settings",
     "save_settings",

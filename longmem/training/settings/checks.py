@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
 from longmem.memory.index.kinds import validate_index
-from longmem.memory.refresh import make_policy
 from longmem.settings import read_section
 from longmem.training.settings.sections import TrainingSettings
 
@@ -26,12 +25,11 @@ def validate_settings(settings: TrainingSettings) -> None:
         raise ValueError(
             f"`settings` must be TrainingSettings, got {type(settings).__name__}; `load_settings` reads them from a file."
         )
-    read_section(TrainingSettings, dataclasses.asdict(settings))
+    read_section(type(settings), dataclasses.asdict(settings))
     _validate_model_config(settings)
     _validate_data(settings)
     _validate_memory(settings)
     _validate_loss(settings)
-    _validate_writer(settings)
     _validate_length(settings)
     _validate_exchange(settings)
     if settings.features.max_gigabytes is not None and settings.features.folder is None:
@@ -113,38 +111,6 @@ def _validate_loss(settings: TrainingSettings) -> None:
         raise ValueError(
             f"`loss.long_context_tokens` must be more than `data.window`, got {loss.long_context_tokens} and {window}; "
             f"{2 * window} would do."
-        )
-
-
-def _validate_writer(settings: TrainingSettings) -> None:
-    writer = settings.writer
-    if not writer.trained:
-        for name in ("backbone_learning_rate", "average", "refresh"):
-            if (value := getattr(writer, name)) is not None:
-                raise ValueError(
-                    f"`writer.{name}` needs `writer.trained`, got {value!r} for a frozen backbone; set `writer.trained` to "
-                    f"true, or leave `writer.{name}` out."
-                )
-        return
-    if writer.refresh is not None:
-        try:
-            make_policy(writer.refresh)
-        except ValueError as error:
-            raise ValueError(f"`writer.refresh`: {error}") from error
-    if settings.features.folder is not None:
-        raise ValueError(
-            "`features.folder` must be left out where `writer.trained` is true, because features change with the backbone, got "
-            f"{settings.features.folder!r}."
-        )
-    if settings.features.ahead:
-        raise ValueError(
-            "`features.ahead` must be 0 where `writer.trained` is true, because what an earlier backbone computed gives the "
-            f"present one no gradient, got {settings.features.ahead}."
-        )
-    if settings.model.backbone_dtype != "float32":
-        raise ValueError(
-            "`model.backbone_dtype` must be float32 where `writer.trained` is true, because small updates are lost in half "
-            f"precision, got {settings.model.backbone_dtype!r}; `optimization.mixed_precision` may still be bf16."
         )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from os import PathLike
+from typing import TypeVar
 
 from longmem.settings import read_settings
 from longmem.settings.nested import leaves
 from longmem.training.settings.checks import config_fields, validate_settings
 from longmem.training.settings.sections import TrainingSettings
+
+Settings = TypeVar("Settings", bound=TrainingSettings)
 
 # Settings that a run which goes on may get anew: they change nothing of what it computes.
 MAY_CHANGE = (
@@ -18,15 +21,20 @@ MAY_CHANGE = (
 )
 
 
-def load_settings(path: str | PathLike[str], overrides: Sequence[str] = ()) -> TrainingSettings:
+def load_settings(
+    path: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    kind: type[Settings] = TrainingSettings,  # type: ignore[assignment]
+) -> Settings:
     """Return the settings in a YAML file, changed by overrides and checked; see `longmem.settings.read_settings`.
 
-    An override may also set a field of `LongMemConfig`, as in `model.config.chunk_size=8`.
+    An override may also set a field of `LongMemConfig`, as in `model.config.chunk_size=8`. `kind`: the class of settings,
+    which may have more sections.
 
     Raises:
         ValueError: the file is missing or no YAML, or a setting is unknown, missing, of another type or out of range.
     """
-    settings = read_settings(TrainingSettings, path, overrides, free={"model.config": config_fields()})
+    settings = read_settings(kind, path, overrides, free={"model.config": config_fields()})
     validate_settings(settings)
     return settings
 
@@ -37,7 +45,7 @@ def refuse_changed_settings(settings: TrainingSettings, path: str | PathLike[str
     What decides only how long a run lasts, what it writes down and where may change.
     """
     changes = []
-    runs = (dataclasses.asdict(each) for each in (load_settings(path), settings))
+    runs = (dataclasses.asdict(each) for each in (load_settings(path, kind=type(settings)), settings))
     before, now = ({name: value for name, value in leaves(run) if value != {}} for run in runs)
     for name in sorted(before.keys() | now.keys()):
         free = name.startswith(MAY_CHANGE)

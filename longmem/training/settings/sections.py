@@ -173,28 +173,6 @@ class OptimizationSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class WriterSettings:
-    """Whether the backbone is trained too. LongMem leaves it frozen, so that nothing in memory goes stale."""
-
-    trained: bool = False
-    """Train every backbone parameter that hidden states and logits depend on, by the same loss. Lanes' memories then hold what
-    the backbone of the step computed that wrote them, and grow old; `backbone_loss` is that of the moving backbone. Needs
-    `model.backbone_dtype: float32` and a single process; the trained backbone is saved beside the side network."""
-
-    backbone_learning_rate: Annotated[float, Above(0)] | None = None
-    """Highest learning rate of the backbone, on the same schedule; None: `optimization.learning_rate`."""
-
-    average: Annotated[float, Above(0), Below(1)] | None = None
-    """Decay of an exponential moving average of the backbone that writes memory in its stead, which slows staleness down and
-    costs a second forward pass (MoCo, arXiv 1911.05722: 0.999); None: the trained backbone writes. Checkpoints hold the
-    average, the saved model does not: what it memorizes is written by its trained backbone."""
-
-    refresh: str | None = None
-    """Refresh policy of the lanes' memories, such as `bounded:max_lag=4` or `eager`, which encode again what is older than so
-    many optimizer steps, or than the last; None: all is read as it is, however old, as in Memorizing Transformers."""
-
-
-@dataclasses.dataclass(frozen=True)
 class ExchangeSettings:
     """What processes send each other while they train; one process alone computes the same whatever is set here."""
 
@@ -268,7 +246,10 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """All settings of a training run. Check those that you make in Python with `validate_settings`."""
+    """All settings of a training run. Check those that you make in Python with `validate_settings`.
+
+    A subclass may add sections, for an extension of the run.
+    """
 
     output: str
     """Folder of the run: settings, log, checkpoints and, at the end, the trained model."""
@@ -281,7 +262,6 @@ class TrainingSettings:
     model: ModelSettings = ModelSettings()
     memory: MemorySettings = MemorySettings()
     loss: LossSettings = LossSettings()
-    writer: WriterSettings = WriterSettings()
     exchange: ExchangeSettings = ExchangeSettings()
     features: FeatureSettings = FeatureSettings()
     validation: ValidationSettings = ValidationSettings()

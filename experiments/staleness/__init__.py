@@ -1,0 +1,1 @@
+"""What happens to a memory, and to what reads it, when the writer moves."""

@@ -1,0 +1,203 @@
+"""The folder of an evaluation: settings, raw predictions as they come, then metrics, table and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from longmem.evaluation.settings import EvaluationSettings
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.settings.environment import environment
+from longmem.settings.nested import leaves
+
+CONFIG, PREDICTIONS, SESSIONS = "config.json", "predictions.jsonl", "sessions.jsonl"
+MAY_CHANGE = ("output", "batch_size")  # settings that change no number: a run that goes on may get them anew
+
+
+class RunFolder:
+    """A run that can be stopped at any time and goes on where it was: what `predictions.jsonl` has is not asked again.
+
+    Used as a context manager, which records how long each session took.
+
+    Args:
+        folder: made if missing.
+        config: all that the predictions depend on, but for versions and hardware (`describe`).
+
+    Raises:
+        ValueError: the folder holds a run with another configuration.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
+        self.path = Path(folder)
+        claim_folder(self.path, config)
+        self._records = dict(self._read())
+        self._start: float | None = time.perf_counter()  # None once the session is on record
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = self._seconds()
+        self._start = None
+        line = json.dumps(
+            {"seconds": round(seconds, 1), "predictions": len(self._records), "stopped": kind is not None}
+        )
+        with (self.path / SESSIONS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def __contains__(self, record_id: str) -> bool:
+        return record_id in self._records
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Return all predictions, in the order in which they were written."""
+        return list(self._records.values())
+
+    def write(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append predictions, each with an "id" of its own; they are on the disk when the call returns.
+
+        Raises:
+            ValueError: an id was written before.
+        """
+        lines = []
+        for record in records:
+            if record["id"] in self._records:
+                raise ValueError(f"`records` must have ids that are new to the run, got {record['id']!r} again.")
+            self._records[record["id"]] = dict(record)
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        with (self.path / PREDICTIONS).open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+    def finish(self, *, title: str, metrics: Mapping[str, Any], table: str, seed: int) -> None:
+        """Write `metrics.json`, `table.md` and `environment.json`, from which a report is made.
+
+        Args:
+            title: of the run, for people.
+            metrics: for programs. `summary`, if there is one, has `measure`, a word for what is measured, and `systems`:
+                for each the `value` and its `interval`; reports draw it.
+            table: Markdown.
+            seed: of what was drawn.
+        """
+        seconds = self._seconds() + sum(session["seconds"] for session in self._sessions())
+        found = {"title": title, **environment(), "seed": seed, "wall_seconds": round(seconds, 1)}
+        (self.path / "metrics.json").write_text(as_json(metrics), encoding="utf-8")
+        (self.path / "table.md").write_text(table, encoding="utf-8")
+        (self.path / "environment.json").write_text(as_json(found), encoding="utf-8")
+
+    def _seconds(self) -> float:
+        """Return the seconds of this session that are not on record."""
+        return 0.0 if self._start is None else time.perf_counter() - self._start
+
+    def _sessions(self) -> list[dict[str, Any]]:
+        path = self.path / SESSIONS
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the predictions on the disk; what a killed process left of a last line is cut off."""
+        path = self.path / PREDICTIONS
+        if not path.exists():
+            return
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            path.write_bytes(whole)
+        for line in whole.decode("utf-8").split("\n")[:-1]:  # not `splitlines`: a text may hold other line ends
+            record = json.loads(line)
+            yield record["id"], record
+
+
+def describe(
+    settings: EvaluationSettings,
+    model: LongMemForCausalLM,
+    data: Mapping[str, Any] | None = None,
+    *,
+    may_change: Collection[str] = MAY_CHANGE,
+) -> dict[str, Any]:
+    """Return the configuration of a run: settings, model and weights, and what identifies the data.
+
+    Args:
+        settings: of the run.
+        model: that is evaluated.
+        data: digests of what is asked (`digest`), so that a run does not go on with other data.
+        may_change: settings that change no number, and are left out.
+    """
+    values = dataclasses.asdict(settings)
+    kept = {name: value for name, value in values.items() if name not in may_change}
+    return {"settings": kept, "data": dict(data or {}), **describe_model(model)}
+
+
+def describe_model(model: LongMemForCausalLM) -> dict[str, Any]:
+    """Return what identifies a model: configuration, dtypes, encoder and a hash of the side network."""
+    return {
+        "dtype": {"backbone": str(model.backbone.dtype), "side_network": str(model.side_network.dtype)},
+        "encoder": model.encoder_fingerprint(),
+        "side_network": weights_digest(model.side_network),
+        "model": model.config.to_dict(),
+    }
+
+
+def digest(content: Any) -> str:
+    """Return a hash of what JSON can write."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return a hash of the names, shapes, dtypes and values of a module's parameters."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, parameter in module.named_parameters():
+        values: Tensor = parameter.detach().cpu().contiguous()
+        found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        found.update(values.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json` to a new folder; a folder that has one goes on only with the same settings.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings, whose results would be mixed with these.
+    """
+    text = as_json(config)
+    path = folder / CONFIG
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return
+    before, now = (dict(leaves(json.loads(part))) for part in (path.read_text(encoding="utf-8"), text))
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"`output` must be a new folder or that of a run with the same settings, but {folder} has "
+            f"{name} = {before.get(name)!r} and not {now.get(name)!r}"
+            + (f"; {', '.join(changed[1:6])} differ too" if changed[1:] else "")
+            + ". Name another folder, or delete this one."
+        )
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Return the numbers of at most `limit` of `count` items, evenly spread over them and always the same.
+
+    >>> spread(10, 4)
+    [0, 2, 5, 7]
+    """
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [number * count // limit for number in range(limit)]
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """Return the text of a JSON file for people and programs; what JSON does not know is written as text."""
+    return json.dumps(content, indent=2, default=str) + "\n"

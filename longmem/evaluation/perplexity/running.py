@@ -1,0 +1,141 @@
+"""Every system on the windows of every text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from longmem.console import counting, plain_table, token_progress
+from longmem.evaluation.folder import RunFolder, describe
+from longmem.evaluation.perplexity.memories import GrowingMemory, Starts
+from longmem.evaluation.perplexity.scores import TextScores, file_of, load_scores, save_scores
+from longmem.evaluation.perplexity.scoring import WindowScores, score_windows
+from longmem.evaluation.perplexity.settings import PerplexitySettings
+from longmem.evaluation.perplexity.summary import length_group, summarize_texts
+from longmem.evaluation.perplexity.tables import markdown, sections
+from longmem.evaluation.perplexity.texts import Text, digest_of, read_texts
+from longmem.evaluation.perplexity.tokens import last_distances, scored_bytes
+from longmem.evaluation.perplexity.views import make_views
+from longmem.evaluation.perplexity.windows import Cut
+from longmem.evaluation.runner import Finished
+from longmem.evaluation.settings import open_evaluated
+from longmem.evaluation.systems.names import title_of_system
+from longmem.model.modeling import LongMemForCausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """The evaluation of perplexity: windows are scored and nothing is asked, so it has a loop of its own."""
+
+    settings: PerplexitySettings
+
+    name: ClassVar[str] = "perplexity"
+    kind: ClassVar[type[PerplexitySettings]] = PerplexitySettings
+
+    def run(self, console: Console) -> Finished:
+        """Score what is missing, write the whole result folder and show brief tables; figures are drawn by who calls."""
+        settings, model = self.settings, open_evaluated(self.settings)
+        settings.validate_for(model)
+        texts = read_texts(model.tokenizer, settings)
+        what = f"of {len(texts)} documents, windows of {settings.window:,} tokens"
+        what = what if settings.plan == "documents" else f"on {len(texts)} books"
+        title = f"{settings.model_title}: perplexity {what}"
+        with RunFolder(settings.output, describe(settings, model, {"documents": digest_of(texts)})) as run:
+            metrics = summarize_texts(evaluate_texts(model, texts, settings, run, console), settings)
+            run.finish(title=title, metrics=metrics, table=markdown(metrics), seed=settings.seed)
+        for heading, tables in sections(metrics, brief=True):
+            console.print(f"\n[bold]{heading}[/]\n", *(plain_table(rows, title_of_system("on")) for rows in tables))
+        return Finished(run.path, title, metrics)
+
+
+class PerplexityOfBooks(Perplexity):
+    """The same with the default settings of books."""
+
+    name: ClassVar[str] = "perplexity-books"
+
+
+def evaluate_texts(
+    model: LongMemForCausalLM, texts: Sequence[Text], settings: PerplexitySettings, run: RunFolder, console: Console
+) -> list[dict[Cut, TextScores]]:
+    """Return the scores of all texts by cut, in order, from their files; what `run` has from an earlier start is not run."""
+    files = [file_of(run.path, number, each.name) for number, each in enumerate(texts)]
+    left = [(each, file) for each, file in zip(texts, files, strict=True) if each.name not in run]
+    if left:
+        starts = Starts(model, max(map(settings.memorized, settings.cuts)), **bank_options(settings))
+        with token_progress("scored", console) as report:
+            progress = counting(report, sum(tokens_to_score(len(each.token_ids), settings) for each, _ in left))
+            for each, file in left:
+                scores = score_text(model, each, settings, starts, progress)
+                save_scores(file, each, scores)
+                run.write([record_of(scores, file.name)])
+    return [load_scores(file) for file in files]
+
+
+def tokens_to_score(num_tokens: int, settings: PerplexitySettings) -> int:
+    """Return how many tokens of a text are scored, each system counting by itself."""
+    runs = {(system, settings.run_on(cut, system)) for cut in settings.cuts for system in settings.systems}
+    windows = [settings.windows(cut, num_tokens, system) for system, cut in runs]
+    return sum(window.num_scored for own in windows for window in own)
+
+
+def score_text(
+    model: LongMemForCausalLM,
+    text: Text,
+    settings: PerplexitySettings,
+    starts: Starts,
+    progress: Callable[[int], None] | None = None,
+) -> dict[Cut, TextScores]:
+    """Return the scores of all systems on a text by cut; `starts` has the memories of books, `progress` is told of windows."""
+    ids, is_book = text.token_ids, settings.plan == "books"
+    distances, found = last_distances(ids, settings.ngram), {}
+    done: dict[tuple[str, Cut], WindowScores] = {}
+    for cut in settings.cuts:
+        memories, encoding = memories_of(model, text, settings, starts, cut)
+        back = None if is_book else settings.memory_tokens
+        options: dict[str, Any] = {"memory_tokens": back, "is_growing": settings.grow}
+        systems = {}
+        for name, view in make_views(settings.systems, model, ids, cut, memories, **options).items():
+            run_on = settings.run_on(cut, name)
+            if (name, run_on) not in done:
+                own = settings.windows(run_on, len(ids), name)
+                scores = score_windows(view, own, with_reads=is_book, progress=progress)
+                preparing = scores.preparing_seconds + encoding.get(name, 0.0)
+                done[name, run_on] = dataclasses.replace(scores, preparing_seconds=preparing)
+            systems[name] = done[name, run_on] if run_on == cut else done[name, run_on].last(cut.scored)
+        windows = settings.windows(cut, len(ids))
+        own_distances = tuple(distances[window.first_scored : window.end] for window in windows)
+        num_bytes = scored_bytes(model.tokenizer, ids, windows)
+        found[cut] = TextScores(text.name, len(ids), tuple(windows), own_distances, num_bytes, systems)
+    return found
+
+
+def memories_of(
+    model: LongMemForCausalLM, text: Text, settings: PerplexitySettings, starts: Starts, cut: Cut
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return what systems read, and the seconds that this took already; memories of documents are written as they grow."""
+    texts = {"on": text.token_ids, "wrong": text.wrong_ids}
+    wanted = {name: ids for name, ids in texts.items() if name in settings.systems}
+    if settings.plan == "documents":
+        options = {"capacity_tokens": settings.memory_tokens, **bank_options(settings)}
+        return {name: GrowingMemory(model, ids, **options) for name, ids in wanted.items()}, {}
+    banks = {name: starts.bank(ids, settings.memorized(cut)) for name, ids in wanted.items()}
+    return {name: bank for name, (bank, _) in banks.items()}, {name: seconds for name, (_, seconds) in banks.items()}
+
+
+def bank_options(settings: PerplexitySettings) -> dict[str, Any]:
+    """Return what all memories have in common."""
+    return {"index": settings.index, "batch_size": settings.batch_size}
+
+
+def record_of(scores: Mapping[Cut, TextScores], file: str) -> dict[str, Any]:
+    """Return the line of a text in the predictions; what else there is stands in its file."""
+    cuts: dict[str, Any] = {}
+    for cut, one in scores.items():
+        counts = len(one.windows), sum(map(len, one.distances)), int(one.num_bytes.sum())
+        cuts[str(cut)] = dict(zip(("windows", "scored_tokens", "scored_bytes"), counts, strict=True))
+        for name in ("loss", "seconds", "preparing_seconds"):
+            cuts[str(cut)][name] = {system: getattr(each, name) for system, each in one.systems.items()}
+    return {"id": one.name, "tokens": one.num_tokens, "group": length_group(one.num_tokens), "cuts": cuts, "file": file}

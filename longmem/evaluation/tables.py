@@ -1,0 +1,111 @@
+"""How metrics are printed: one way for all evaluations, on a terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Rows = list[list[str]]
+
+
+def markdown_table(rows: Rows) -> str:
+    """Return rows as a Markdown table; numbers are aligned right.
+
+    >>> print(markdown_table([["", "loss"], ["off", "2.5"]]))
+    |  | loss |
+    |---|---:|
+    | off | 2.5 |
+    """
+    head, *body = rows
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in body)])
+
+
+def markdown(metrics: Mapping[str, Any]) -> str:
+    """Return all tables and notes of what `summarize` returns."""
+    parts = [f"## {heading}\n\n{markdown_table(rows)}" for heading, rows in tables_of(metrics)]
+    return "\n\n".join([*parts, *metrics["notes"]]) + "\n"
+
+
+def tables_of(metrics: Mapping[str, Any], *, brief: bool = False) -> list[tuple[str, Rows]]:
+    """Return headings and tables, the head of each first, with systems in rows.
+
+    Columns are measures or, where results have an axis of kind "column", its values. There is a table of means, then one of
+    how far they are above the baseline.
+
+    Args:
+        metrics: what `summarize` returns.
+        brief: leave out intervals and differences, so that a terminal of 80 columns holds most tables.
+    """
+    panels: Sequence[Any] = next((axis["values"] for axis in metrics["axes"] if axis["kind"] == "panel"), [])
+    column = next((axis for axis in metrics["axes"] if axis["kind"] == "column"), None)
+    found: list[tuple[str, Rows]] = []
+    for panel in [*([""] if len(panels) != 1 else []), *map(str, panels)]:
+        if column is None:
+            cells = {
+                f"{each['title']}, {each['unit']}": (each["cells"].get(panel or "all"), each["unit"])
+                for each in metrics["measures"].values()
+            }
+            found += tables_of_cells(metrics["systems"], panel or "All", cells, brief=brief)
+        elif panel or not panels:
+            for each in metrics["measures"].values():
+                keys = {"all": panel or "all"}
+                keys |= {str(value): ", ".join(filter(None, (panel, str(value)))) for value in column["values"]}
+                cells = {head: (each["cells"].get(key), each["unit"]) for head, key in keys.items()}
+                heading = f"{each['title']}, {each['unit']}, by {column['title']}"
+                heading = f"{panel}: {heading}" if panel else heading
+                found += tables_of_cells(metrics["systems"], heading, cells, brief=brief)
+    found += metrics["tables"].items()
+    rows = [["", "s per item", "s of preparing", "tokens encoded"]]
+    for name, own in metrics["costs"]["systems"].items():
+        numbers = [f"{own['seconds_per_item']:.2f}", f"{own['preparing_seconds']:.1f}", f"{own['encoded_tokens']:,}"]
+        rows.append([metrics["systems"][name], *numbers])
+    return [*found, ("Costs; a memory is encoded for the first system that reads it", rows)]
+
+
+def tables_of_cells(
+    systems: Mapping[str, str],
+    heading: str,
+    cells: Mapping[str, tuple[Mapping[str, Any] | None, str]],
+    *,
+    brief: bool = False,
+) -> Iterator[tuple[str, Rows]]:
+    """Yield the table of means with 95 % intervals and that of differences.
+
+    Args:
+        systems: titles by name.
+        heading: of both.
+        cells: by the head of their column, what `summary.compare` returns (None: no column) and its unit.
+        brief: means alone.
+    """
+    there = {head: (cell, unit) for head, (cell, unit) in cells.items() if cell is not None}
+    if not there:
+        return
+    first = next(cell for cell, _ in there.values())
+    chance = f", chance {first['chance']:.1f} %" if "chance" in first else ""
+    for end in (chance,) if brief else (chance, f", above {systems[first['baseline']]}"):
+        is_above = end != chance
+        rows = [["", *(head if brief else f"{head} ({items_of(cell):,} items)" for head, (cell, _) in there.items())]]
+        for name, title in systems.items():
+            found = [(cell["systems"].get(name), unit) for cell, unit in there.values()]
+            if any(own for own, _ in found) and not (is_above and name == first["baseline"]):
+                texts = ("" if own is None else spelled(own, unit, is_above) for own, unit in found)
+                rows.append([title, *(text.partition(" (")[0] if brief else text for text in texts)])
+        if len(rows) > 1:
+            yield f"{heading}{end}", rows
+
+
+def items_of(cell: Mapping[str, Any]) -> int:
+    """Return the items of a comparison."""
+    return next(iter(cell["systems"].values()))["items"]
+
+
+def spelled(own: Mapping[str, Any], unit: str, is_above: bool = False) -> str:
+    """Return a mean with its deviation and interval, as far as it has them, or how far it is above the baseline."""
+    name, sign = ("above_baseline", "+") if is_above else ("value", "")
+    digits = 1 if unit == "%" else 3
+    text = f"{own[name]:{sign}.{digits}f}"
+    if "deviation" in own and not is_above:
+        text += f" ± {own['deviation']:.{digits}f}"
+    ends = [f"{end:{sign}.{digits}f}" for end in own.get(f"{name}_interval" if is_above else "interval", ())]
+    return f"{text} ({' to '.join(ends)})" if ends else text

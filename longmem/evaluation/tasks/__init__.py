@@ -1,0 +1,1 @@
+"""The tasks, a file each; `longmem.evaluation.registry` names them."""

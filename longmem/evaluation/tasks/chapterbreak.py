@@ -1,0 +1,331 @@
+"""ChapterBreak: which of six passages begins the next chapter (Sun, Thai and Iyyer, 2022), at several lengths of context."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from longmem.evaluation.settings import Count, EvaluationSettings
+from longmem.evaluation.systems.names import context_size
+from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, per_token
+from longmem.evaluation.tasks.chapterbreak_data import Example, Split, choose, load_split
+from longmem.model.modeling import LongMemForCausalLM
+
+LOCAL_SYSTEMS = ("backbone", "off")  # they see the end of the context that fits the window, and nothing else
+NEAR_WORDS = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChapterBreakSettings(EvaluationSettings):
+    """What is asked, and how much of the story each system may use."""
+
+    data: str
+    """JSON file in ChapterBreak's format, plain or .json.gz; or name of a dataset on the Hugging Face Hub that has such
+    files, the official one being simsun131/chapterbreak."""
+
+    file: str | None = None
+    """File of a dataset on the Hub; None: the one whose name has the smallest ctx_N that fills the longest context."""
+
+    split: str | None = None
+    """Split of the file, in the official one pg19 or ao3; None: the only one."""
+
+    contexts: tuple[Count, ...] = (512, 2048, 8192)
+    """Tokens before the chapter break that are told, each a column of the tables. What does not fit the window is in memory
+    or among the passages; where all fits there are no other systems than backbone and off."""
+
+    suffix_tokens: Count = 128
+    """Tokens of each suffix that are scored; the rest is cut off."""
+
+    joiner: str = "\n\n"
+    """What stands between context and suffix, the same for all suffixes, in the place of the whitespace there. Its tokens
+    are read and not scored."""
+
+    scoring: Literal["per_token", "sum"] = "per_token"
+    """Which log-likelihood the summary and the figure are of; the tables have both."""
+
+    def __post_init__(self) -> None:
+        """Check what is beyond types and ranges."""
+        super().__post_init__()
+        if not self.contexts or len(set(self.contexts)) < len(self.contexts):
+            raise ValueError(f"`contexts` must be at least one length, and none twice, got {list(self.contexts)}.")
+        if self.suffix_tokens >= self.window:
+            raise ValueError(
+                f"`suffix_tokens` must be less than `window`, which holds a suffix and what comes before it, got "
+                f"{self.suffix_tokens} and {self.window}."
+            )
+
+
+class ChapterBreak(Task):
+    """Suffix identification: accuracies of both scorings, and by how much the right suffix stands out.
+
+    Args:
+        settings: of the run.
+        split: default: the one that the settings name.
+    """
+
+    name, title, kind = "chapterbreak", "ChapterBreak", ChapterBreakSettings
+    axes = (Axis("context", title="tokens of context"),)
+    pool = "none"  # where all fits the window there are fewer systems
+    sort_by = ("group",)
+    baselines = {
+        "bag-of-words": "bag of words, whole context",
+        "bag-of-words-near": f"bag of words, last {NEAR_WORDS:,} words",
+        "longest": "longest suffix",
+    }
+
+    def __init__(self, settings: ChapterBreakSettings, split: Split | None = None) -> None:
+        super().__init__(settings)
+        self.split = split or load_split(
+            settings.data, split=settings.split, file=settings.file, longest=max(settings.contexts)
+        )
+        # In an order in which the next one is of another work, where that can be.
+        self.examples = choose(self.split.examples, settings.limit)
+        self.longest = max(settings.contexts)  # tokens of a context, once `cases` has read them
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """Return both accuracies and the margin."""
+        titles = {"per_token": "accuracy, per token", "sum": "accuracy, summed"}
+        first = self.settings.scoring
+        accuracies = {name: Measure(titles[name], has_chance=True) for name in sorted(titles, key=lambda n: n != first)}
+        return {**accuracies, "margin": Measure("margin", "nats per token", baseline="off")}
+
+    @property
+    def run_title(self) -> str:
+        """Return the title of a run, with the number of examples."""
+        works = len({example.work for example in self.examples})
+        return f"{super().run_title} {self.split.name}: {len(self.examples)} examples of {works} works"
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Return what lengths of context are not there."""
+        missing = [length for length in self.settings.contexts if length > self.longest]
+        return [f"The longest context has {self.longest:,} tokens; that is what is told at {missing}."] * bool(missing)
+
+    def score(self, record: Record) -> Mapping[str, float]:
+        """Return credit by both scorings and, of a model, the margin."""
+        if "values" in record:
+            return dict.fromkeys(("per_token", "sum"), credit(record["values"]))
+        means = per_token(record)
+        return {"per_token": credit(means), "sum": credit(record["logprobs"]), "margin": margin(means)}
+
+    def cases(self, model: LongMemForCausalLM) -> list[Case]:
+        """Return a case for each example and number of tokens that some systems use, the shortest context first.
+
+        A system that uses the same tokens at several lengths of context is asked once.
+        """
+        settings = self.settings
+        encoder = Encoder(model.tokenizer, settings.joiner, settings.suffix_tokens)
+        seen = views(settings.systems, settings.contexts, window=settings.window, room=encoder.room)
+        contexts = [encoder.context(example)[-max(seen) :] for example in self.examples]
+        self.longest = max(map(len, contexts))
+        items = [encoder.item(example) for example in self.examples]
+        guesses = baseline_values(self.split.examples, self.examples)
+        cases = [
+            Case(
+                name=example.name,
+                items=[Item(guesses={name: {"values": values} for name, values in found.items()})],
+                group=example.work,
+                axes={"context": list(seen)},
+                systems=(),
+            )
+            for example, found in guesses
+        ]
+        asked: set[tuple[str, int]] = set()
+        for length, used_by in seen.items():
+            systems: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+            for name, used in used_by.items():
+                if (name, used) not in asked:
+                    lengths = tuple(size for size, own in seen.items() if own.get(name) == used)
+                    systems.setdefault((used, lengths), []).append(name)
+            asked |= set(used_by.items())
+            for example, ids, item in zip(self.examples, contexts, items, strict=True):
+                cases += [
+                    Case(
+                        name=f"{example.name}/{'+'.join(map(str, lengths))}/{used}",
+                        items=[dataclasses.replace(item, about={"context_tokens": len(ids[-used:])})],
+                        group=example.work,
+                        memory=[ids[-used:]],
+                        local_tokens=settings.window - encoder.room,
+                        axes={"context": list(lengths)},
+                        subject=example.name,
+                        systems=names,
+                        stage=f"examples, {length:,} tokens",
+                    )
+                    for (used, lengths), names in systems.items()
+                ]
+        return cases
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Makes tokens of examples: the context, then the joiner, then each suffix.
+
+    Whitespace where context and suffix meet is the joiner's, so that no suffix is known by it.
+
+    Args:
+        tokenizer: of the model.
+        joiner: text between context and suffix.
+        suffix_tokens: tokens of a suffix at most, from its beginning.
+    """
+
+    def __init__(self, tokenizer: Any, joiner: str, suffix_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.joiner = joiner
+        self.suffix_tokens = suffix_tokens
+        self.joiner_ids = self._joiner_ids()
+
+    @property
+    def room(self) -> int:
+        """Return the tokens that joiner and suffix take in a window."""
+        return len(self.joiner_ids) + self.suffix_tokens
+
+    def context(self, example: Example) -> list[int]:
+        """Return all tokens of a context."""
+        return self._tokens(example.context.rstrip())
+
+    def item(self, example: Example) -> Item:
+        """Return the joiner as the question and the beginnings of the suffixes as its candidates, the right one first."""
+        suffixes = [self._suffix(text.lstrip()) for text in example.suffixes]
+        return Item(token_ids=self.joiner_ids, candidates=suffixes)
+
+    def _suffix(self, text: str) -> list[int]:
+        ids = self._tokens(self.joiner + text)
+        count = len(self.joiner_ids)
+        # Where the joiner has other tokens before this suffix (digits, say), its usual ones are read nevertheless.
+        own = ids[count:] if ids[:count] == self.joiner_ids else self._tokens(text)
+        return own[: self.suffix_tokens]
+
+    def _joiner_ids(self) -> list[int]:
+        """Return the joiner's tokens as they are before a word: two line ends at the end of a text may be one token."""
+        ids = self._tokens(self.joiner + "The")
+        count = 0
+        while count < len(ids) and len(self._text(ids[: count + 1])) <= len(self.joiner):
+            count += 1
+        return ids[:count]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def views(systems: Sequence[str], contexts: Sequence[int], *, window: int, room: int) -> dict[int, dict[str, int]]:
+    """Return, for each length of context, how many tokens of it each system uses.
+
+    Backbone and off use what fits the window, context-N what fits N tokens, all others everything. Where the context fits
+    the window, all see the same tokens and no memory, and only backbone and off remain.
+
+    >>> views(["backbone", "context-4096", "on"], [512, 8192], window=1024, room=130)
+    {512: {'backbone': 512}, 8192: {'backbone': 894, 'context-4096': 3966, 'on': 8192}}
+
+    Raises:
+        ValueError: the window has no room for a context, or no context is so long that a system has anything to use.
+    """
+    local = window - room
+    if local < 1:
+        raise ValueError(
+            f"`window` must hold joiner, suffix and at least one token before them, got {window} tokens for {room}; "
+            "choose a larger `window` or smaller `suffix_tokens`."
+        )
+    others = [name for name in systems if name not in LOCAL_SYSTEMS]
+    if others and max(contexts) <= local:
+        raise ValueError(
+            f"`contexts` must have one of more than {local} tokens, which fit the window of {window} beside a suffix, for "
+            f"{', '.join(others)} to use anything else, got {list(contexts)}; add a longer one, or leave out the systems."
+        )
+
+    def used(name: str, length: int) -> int:
+        if name in LOCAL_SYSTEMS:
+            return min(length, local)
+        return min(length, context_size(name) - room) if name.startswith("context-") else length
+
+    return {
+        length: {name: used(name, length) for name in systems if name in LOCAL_SYSTEMS or length > local}
+        for length in sorted(contexts)
+    }
+
+
+# What counts as right, and what is right without a model --------------------------------------------------------------
+
+
+def credit(values: Sequence[float]) -> float:
+    """Return 1 where the first value, that of the right suffix, is the highest, 1/n where it is one of n highest, else 0.
+
+    So a scorer that cannot tell suffixes apart is right by chance, and not always.
+
+    >>> [credit(values) for values in ([3, 1, 2], [1, 3, 2], [3, 3, 1])]
+    [1.0, 0.0, 0.5]
+
+    Raises:
+        ValueError: a value is no finite number.
+    """
+    if not all(map(math.isfinite, values)):
+        raise ValueError(
+            f"log-likelihoods must be finite, got {list(values)}; score with another `dtype`, such as bfloat16 or float32."
+        )
+    best = max(values)
+    return 1 / values.count(best) if values[0] == best else 0.0
+
+
+def margin(values: Sequence[float]) -> float:
+    """Return by how much the first value, that of the right suffix, is above the mean of the others.
+
+    It moves where no choice changes, and so tells systems apart on fewer examples.
+
+    >>> margin([3.0, 1.0, 2.0])
+    1.5
+    """
+    return values[0] - sum(values[1:]) / (len(values) - 1)
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case.
+
+    >>> words_of("Don't go, Emma!")
+    ["don't", 'go', 'emma']
+    """
+    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
+
+
+def rarity(texts: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return for each word the inverse document frequency: the logarithm of (texts / texts that have the word)."""
+    counts = Counter(word for words in texts for word in set(words))
+    return {word: math.log(len(texts) / count) for word, count in counts.items()}
+
+
+def overlap(context: Sequence[str], suffix: Sequence[str], weights: Mapping[str, float]) -> float:
+    """Return the weights of the different words that a suffix shares with a context, over the length of the suffix."""
+    shared = sorted(set(suffix) & set(context))  # in an order, so that equal sets have equal sums
+    return sum(weights[word] for word in shared) / max(1, len(suffix))
+
+
+def baseline_values(
+    examples: Sequence[Example], chosen: Sequence[Example]
+) -> Iterator[tuple[Example, dict[str, list[float]]]]:
+    """Yield each chosen example with the values that every baseline gives to its suffixes.
+
+    Words are weighted by how few contexts of the whole split have them. All words of a suffix count, also those beyond the
+    tokens that models are asked about.
+
+    Args:
+        examples: of the split.
+        chosen: those to score.
+    """
+    weights = rarity([words_of(example.context) for example in examples])
+    for example in chosen:
+        context = words_of(example.context)
+        suffixes = [words_of(text) for text in example.suffixes]
+        found = {
+            "bag-of-words": [overlap(context, suffix, weights) for suffix in suffixes],
+            "bag-of-words-near": [overlap(context[-NEAR_WORDS:], suffix, weights) for suffix in suffixes],
+            "longest": [float(len(suffix)) for suffix in suffixes],
+        }
+        yield example, found

@@ -1,0 +1,211 @@
+"""A long text in memory, encoded once, in windows that can be put aside while others, with facts in them, take their place."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from longmem.data.sources import find_source
+from longmem.evaluation.folder import digest
+from longmem.evaluation.systems import Banks
+from longmem.memory import BankShards, MemoryBank, has_bank
+from longmem.model.modeling import LongMemForCausalLM
+
+WINDOWS_OF_DOCUMENT = 16  # what a stopped encoding loses at most
+
+# The filler of the passkey task (Mohtashami and Jaggi, arXiv 2305.16300).
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+Window = list[int]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def read_haystack(tokenizer: PreTrainedTokenizerBase, source: str, count: int) -> list[int]:
+    """Return the first `count` tokens of the texts of a source, one after the other.
+
+    Raises:
+        ValueError: there is no such source, or it has fewer tokens.
+    """
+    ids: list[int] = []
+    if source == "filler":
+        sentences = tokenize(tokenizer, FILLER)
+        return (sentences * (count // len(sentences) + 1))[:count]
+    for document in find_source(source, text_column="text", split="train", is_bounded=True).documents():
+        # Most texts have fewer characters per token: there is no need to tokenize the rest.
+        ids += tokenize(tokenizer, document.text[: 8 * (count - len(ids))] + "\n\n")
+        if len(ids) >= count:
+            return ids[:count]
+    raise ValueError(
+        f"`sizes` must be at most the tokens of `haystack`, {len(ids):,} in {source!r}, got {count:,}; choose smaller "
+        "ones, or a folder with more text."
+    )
+
+
+def cut(token_ids: Sequence[int], length: int) -> list[Window]:
+    """Return windows of `length` tokens."""
+    return [list(token_ids[start : start + length]) for start in range(0, len(token_ids), length)]
+
+
+def hide(window: Window, before: Window, after: Window, generator: random.Random) -> tuple[Window, int]:
+    """Return a window with other tokens somewhere in it, and where in it `before` ends, which `after` follows.
+
+    What is pushed out is the end of the window, so that all others stay as they are.
+
+    Raises:
+        ValueError: the window is too short.
+    """
+    room = len(window) - len(before) - len(after)
+    if room < 0:
+        raise ValueError(
+            f"`config.segment_length` must hold a whole fact, {len(before) + len(after)} tokens, got {len(window)}; choose "
+            "fewer `pairs`, or a model with longer segments."
+        )
+    start = generator.randint(0, room)
+    return [*window[:start], *before, *after, *window[start:]][: len(window)], start + len(before)
+
+
+class HaystackBanks(Banks):
+    """Memories of the first tokens of a haystack, in which a few windows may be others.
+
+    The bank of the haystack lacks the windows that some fact replaces. Those are in a small bank of their own, a document
+    each, and windows with facts in a third, so a memory is these three read as one: nothing is deleted or written
+    again, and no search is filtered but that of the small one. A window is encoded by itself, as the windows of every
+    document are, so the memory is the one that the whole text, with the fact in it, would have given.
+
+    Args:
+        model: encodes.
+        windows: the text, cut into the model's segments.
+        sizes: in tokens, that will be read.
+        replaceable: numbers of the windows that may be replaced.
+        folder: of the bank of the haystack, made or continued; None: in memory.
+        options: of `MemoryBank`: `index` of the haystack's bank, `storage_dtype`.
+
+    Raises:
+        ValueError: the folder holds a bank with other settings, or of another text.
+    """
+
+    def __init__(
+        self,
+        model: LongMemForCausalLM,
+        windows: Sequence[Window],
+        *,
+        sizes: Collection[int],
+        replaceable: Collection[int],
+        folder: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self.windows = windows
+        self.length = len(windows[0])
+        self.replaceable = sorted(replaceable)
+        parts = plan_parts([size // self.length for size in sizes], self.replaceable)
+        self._names = {part: self._name(*part) for part in parts}  # in the order of the text
+        self._aside = self.new(index="flat")
+        self._facts: tuple[Mapping[int, Window], MemoryBank] = {}, self._aside
+        self.bank = self._open(folder)
+
+    def encode(self, size: int, progress: Callable[[int, int], None] | None = None) -> int:
+        """Encode what is missing of the first `size` tokens; return how many tokens that were.
+
+        `progress`: called with (tokens done, tokens to encode) after every document.
+        """
+        jobs = [(self.bank, self._names[part], part) for part in self._parts_of(size)]
+        jobs += [(self._aside, str(number), (number, number + 1)) for number in self._aside_of(size)]
+        jobs = [(bank, name, part) for bank, name, part in jobs if name not in bank]
+        total = sum(stop - start for _, _, (start, stop) in jobs) * self.length
+        done = 0
+        for bank, name, part in jobs:
+            done += self.memorize(bank, self._tokens(*part), name)
+            if progress is not None:
+                progress(done, total)
+        return done
+
+    def of(self, token_ids: Sequence[int]) -> BankShards:
+        """Return the memory of the start of the haystack, in which some windows that may be replaced are others.
+
+        It may be read until one with other windows is asked for.
+        """
+        size = len(token_ids)
+        own = enumerate(cut(token_ids, self.length))
+        replaced = {number: window for number, window in own if window != self.windows[number]}
+        assert set(replaced) <= set(self.replaceable), "only windows that were named before can be put aside"
+        self.encode(size)
+        names = [self._names[part] for part in self._parts_of(size)]
+        aside = [str(number) for number in self._aside_of(size) if number not in replaced]
+        shards: list[Any] = []
+        if names:
+            shards.append(self.bank if len(names) == len(self.bank.documents()) else self.bank.select(names))
+        if aside:
+            shards.append(self._aside.select(aside))
+        if replaced:
+            shards.append(self._encoded(replaced))
+        return BankShards(shards)
+
+    def _encoded(self, replaced: Mapping[int, Window]) -> MemoryBank:
+        if self._facts[0] != replaced:
+            bank = self.new(index="flat")
+            for number, ids in replaced.items():
+                self.memorize(bank, ids, str(number))
+            self._facts = replaced, bank
+        return self._facts[1]
+
+    def _parts_of(self, size: int) -> list[tuple[int, int]]:
+        return [part for part in self._names if part[1] * self.length <= size]
+
+    def _aside_of(self, size: int) -> list[int]:
+        return [number for number in self.replaceable if number < size // self.length]
+
+    def _tokens(self, first: int, end: int) -> list[int]:
+        return [token for window in self.windows[first:end] for token in window]
+
+    def _name(self, first: int, end: int) -> str:
+        return f"tokens {first * self.length} to {end * self.length}, {digest(self._tokens(first, end))}"
+
+    def _open(self, folder: str | None) -> MemoryBank:
+        if folder is None or not has_bank(Path(folder)):
+            return self.new(folder=folder)
+        bank = MemoryBank.open(folder, self.model)
+        known = set(self._names.values())
+        strange = [info.document_id for info in bank.documents() if info.document_id not in known]
+        stored = str(bank.storage_dtype).removeprefix("torch.")
+        if strange or stored != self.options.get("storage_dtype", stored):
+            bank.close()
+            found = f"{strange[0]!r}" if strange else f"keys in {stored}"
+            raise ValueError(
+                f"`bank_folder` must be new or the bank of a run with the same haystack, sizes and depths, got {folder!r} "
+                f"with {found}; name another folder, or delete this one."
+            )
+        if bank.index != self.options.get("index", bank.index):
+            bank.use_index(self.options["index"])
+        return bank
+
+
+def plan_parts(counts: Collection[int], replaceable: Collection[int]) -> list[tuple[int, int]]:
+    """Return runs of windows, (first, one after the last), to be encoded as documents.
+
+    None holds a window that may be replaced, or reaches over the end of a size.
+
+    Args:
+        counts: windows of every size.
+        replaceable: numbers of windows.
+
+    >>> plan_parts([4, 40], {0, 3, 20})
+    [(1, 3), (4, 20), (21, 37), (37, 40)]
+    """
+    ends = sorted({*counts, *replaceable, *(number + 1 for number in replaceable)})
+    parts = []
+    start = 0
+    for end in ends:
+        for first in range(start, end, WINDOWS_OF_DOCUMENT):
+            if first not in replaceable:
+                parts.append((first, min(end, first + WINDOWS_OF_DOCUMENT)))
+        start = max(start, end)
+    return parts

@@ -1,0 +1,140 @@
+"""SQuAD v1.1 (Rajpurkar et al., 2016): questions about passages, after others with their answers; exact match and F1."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longmem.evaluation.settings import Count
+from longmem.evaluation.systems import System
+from longmem.evaluation.task import Axis, Item, Measure, Record
+from longmem.evaluation.tasks import demonstrations
+from longmem.evaluation.tasks.demonstrations import Demonstration, Tokens
+from longmem.evaluation.tasks.squad_files import Asked, Passage, load_parted
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SquadSettings(demonstrations.DemonstrationSettings):
+    """Written answers to questions about passages; each demonstration is about a passage of its own."""
+
+    data: str
+    """JSON file that is evaluated; or a data set on the Hub with its split, as in rajpurkar/squad:validation."""
+
+    demonstrations_data: str | None = None
+    """The same, for demonstrations; None: half of the articles in `data`, drawn by `seed`, and the other half is asked."""
+
+    demonstrations: Count = 3
+    """Examples in the window: passage, question, answer. As many as fit beside the question are kept, the last ones."""
+
+    memory_demonstrations: Count = 100
+    """Further examples, in memory."""
+
+    max_new_tokens: Count = 32
+    """Of an answer, which ends at the first line break."""
+
+
+class Squad(demonstrations.DemonstrationTask):
+    """Written answers."""
+
+    name, title, kind = "squad", "SQuAD", SquadSettings
+    axes = (Axis("seed", "repeat"),)
+    measures = {"f1": Measure("F1"), "exact match": Measure("exact match")}
+
+    def __init__(self, settings: SquadSettings) -> None:
+        super().__init__(settings, ("squad",))
+        self.max_new_tokens = settings.max_new_tokens
+
+    def score(self, record: Record) -> Mapping[str, float]:
+        """Return F1 and exact match with the gold answer that fits best."""
+        prediction, golds = record["prediction"], record["golds"]
+        return {"f1": f1(prediction, golds), "exact match": exact_match(prediction, golds)}
+
+    def load(self, name: str) -> tuple[list[Passage], list[Asked]]:
+        """Return the passages to draw from, and all questions about the others."""
+        own = self.settings
+        shown, asked = load_parted(own.data, own.demonstrations_data, own.seed)
+        if len(shown) < own.demonstrations + own.memory_demonstrations:
+            raise ValueError(
+                f"`demonstrations` and `memory_demonstrations` must be at most the passages to draw from, {len(shown)} "
+                f"together, got {own.demonstrations} and {own.memory_demonstrations}; lower one, or name a larger "
+                "`demonstrations_data`."
+            )
+        return shown, [each for passage in asked for each in passage]
+
+    def draw(self, name: str, seed: int) -> tuple[list[Demonstration], list[Demonstration], random.Random]:
+        """Return demonstrations about different passages, with one of its questions each."""
+        generator, size = random.Random(seed), self.settings.demonstrations
+        passages = generator.sample(self.examples[name][0], size + self.settings.memory_demonstrations)
+        drawn = [generator.choice(passage).shown for passage in passages]
+        return drawn[:size], drawn[size:], random.Random(seed)
+
+    def items(self, name: str, chosen: Sequence[Asked], tokens: Tokens) -> list[Item]:
+        """Return the questions behind their passages; intervals are over articles."""
+        return [
+            Item(
+                name=str(number),
+                token_ids=tokens(asked.prompt),
+                about={"group": asked.article, "number": number, "question": asked.id, "golds": list(asked.answers)},
+            )
+            for number, asked in enumerate(chosen)
+        ]
+
+    def room_before(self, case: Any, item: Item) -> int:
+        """Return the tokens of the question itself and its answer."""
+        return case.room(item)
+
+    def placed(self, system: System, case: Any, item: Item) -> dict[str, Any]:
+        """Return how many demonstrations stood before the question."""
+        return {"window_demonstrations": len(self.shown(system, case, case.room(item)))}
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> float:
+    """Return 1 if the prediction is one of the gold answers after normalisation, otherwise 0.
+
+    >>> exact_match("The Denver Broncos.", ["Carolina", "denver broncos"])
+    1.0
+    """
+    return float(normalized(prediction) in {normalized(gold) for gold in some(golds)})
+
+
+def f1(prediction: str, golds: Sequence[str]) -> float:
+    """Return the harmonic mean of precision and recall of words, 0 to 1, for the gold answer that fits best.
+
+    As in SQuAD v1.1, two answers without any word, such as "the" and "a", share none: F1 is 0 where the match is exact.
+
+    >>> f1("in the year 1066", ["1066"])
+    0.5
+    """
+    return max(_word_overlap(normalized(prediction).split(), normalized(gold).split()) for gold in some(golds))
+
+
+def normalized(answer: str) -> str:
+    """Return an answer in lower case, without ASCII punctuation, the words a, an, the, and spare whitespace.
+
+    >>> normalized("A  U.S. citizen")
+    'us citizen'
+    """
+    plain = answer.lower().translate(_NO_PUNCTUATION)
+    return " ".join(re.sub(r"\b(?:an?|the)\b", " ", plain).split())
+
+
+def some(golds: Sequence[str]) -> Sequence[str]:
+    """Return the gold answers. Raises ValueError if there are none, or one text instead of a list."""
+    if isinstance(golds, str) or not golds:
+        raise ValueError(f"`golds` must be a list of at least one answer, got {golds!r}.")
+    return golds
+
+
+def _word_overlap(prediction: Sequence[str], gold: Sequence[str]) -> float:
+    shared = (Counter(prediction) & Counter(gold)).total()
+    if not shared:
+        return 0.0
+    precision, recall = shared / len(prediction), shared / len(gold)
+    return 2 * precision * recall / (precision + recall)

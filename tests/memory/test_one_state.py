@@ -1,0 +1,91 @@
+"""A read is of one state: rows are used only with the generation of the memory that they were found in."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from test_bank import LAYERS, new_bank, random_tokens
+
+from longmem.errors import ChangedMemoryError
+from longmem.memory import BankShards
+from longmem.model.attention import read_memory
+
+LAYER, KV_HEADS, DIM = LAYERS[0], 2, 6
+
+
+def filled():
+    bank = new_bank()
+    for number, name in enumerate("abc"):
+        bank.add(name, *random_tokens(20, seed=number))
+    return bank
+
+
+class ChangedBetween:
+    """A bank that another thread changes after a search and before what was found is read, so many times."""
+
+    def __init__(self, bank, changes):
+        self.bank, self.changes = bank, list(changes)
+        self.num_searches = 0
+
+    def __getattr__(self, name):
+        return getattr(self.bank, name)
+
+    def search(self, *arguments, **options):
+        self.num_searches += 1
+        found = self.bank.search(*arguments, **options)
+        if self.changes:
+            thread = threading.Thread(target=self.changes.pop(0))
+            thread.start()
+            thread.join()
+        return found
+
+
+def read(memory, queries):
+    return read_memory(queries, [memory], LAYER, num_kv_heads=KV_HEADS, num_chunks=3, scaling=0.4)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_deletion_between_search_and_gather_is_never_seen(with_gradients):
+    queries = torch.randn(1, 4, 5, DIM, requires_grad=with_gradients)
+    bank = filled()
+    memory = ChangedBetween(bank, [lambda: bank.delete("a"), lambda: bank.rename("b", "z"), lambda: bank.delete("z")])
+    result = read(memory, queries)
+    assert memory.num_searches == 2  # the first deletion made rows worthless; a new name moves nothing
+    alone = filled()
+    alone.delete("a")
+    torch.testing.assert_close(result.output, read(alone, queries).output, rtol=0, atol=0)
+    assert (result.output - read(filled(), queries).output).abs().max() > 1e-3  # so the deletion mattered
+
+
+def test_rows_of_another_generation_are_refused():
+    bank = filled()
+    shards = BankShards([bank, other := filled()])
+    for memory, change in ((bank, bank), (bank.select("b"), bank), (shards, other)):
+        found = memory.search(LAYER, torch.randn(KV_HEADS, 2, DIM), 3)
+        memory.gather(LAYER, found.rows[:, 0], found.generation)
+        change.delete(change.documents()[0].document_id)
+        with pytest.raises(ChangedMemoryError, match="search again"):
+            memory.gather(LAYER, found.rows[:, 0], found.generation)
+
+
+def test_a_memory_that_changes_without_end_is_an_error():
+    bank = filled()
+    changes = [lambda: bank.append("a", *random_tokens(4)) or bank.add("x", *random_tokens(4)) or bank.delete("x")] * 40
+    with pytest.raises(ChangedMemoryError):
+        read(ChangedBetween(bank, changes), torch.randn(1, 4, 5, DIM))
+
+
+def test_old_names_of_parts_still_answer_and_say_so(tmp_path):
+    bank = filled()
+    bank.save(tmp_path / "bank")
+    with type(bank).open(tmp_path / "bank") as opened:
+        with pytest.warns(DeprecationWarning, match=r"`bank.verify` is `bank.folder.verify` now"):
+            assert opened.verify() == opened.folder.verify()
+        with pytest.warns(DeprecationWarning, match=r"`bank.staleness` is `bank.freshness.report` now"):
+            assert opened.staleness().entries == opened.num_chunks
+    with pytest.warns(DeprecationWarning, match="compact"), pytest.raises(ValueError, match="without a folder"):
+        bank.compact()
+    with pytest.raises(AttributeError, match="no_such_name"):
+        bank.no_such_name  # noqa: B018
