@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longmem.errors import name_known
+from longmem.plugins import PLUGINS, find, import_plugins_of_packages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,17 +56,33 @@ TASKS = {
 }
 
 
+def known_tasks() -> dict[str, str]:
+    """Return the names of all evaluations, with what each asks; those that other packages register come last."""
+    import_plugins_of_packages()
+    registered = {name: (kind.__doc__ or "").partition("\n")[0] for name, kind in PLUGINS["task"].items()}
+    return {name: entry.summary for name, entry in TASKS.items()} | registered
+
+
+def refuse_unknown_task(name: str) -> None:
+    """Raise ValueError unless an evaluation has this name."""
+    if name not in TASKS and name not in known_tasks():
+        raise ValueError(
+            f"`task` must be a known evaluation, got {name!r}; {name_known(name, known_tasks(), limit=20)}"
+        )
+
+
 def task_class(name: str) -> Any:
     """Return the class of a task. Raises ValueError for a name that is not known."""
+    refuse_unknown_task(name)
     if name not in TASKS:
-        raise ValueError(f"`task` must be a known evaluation, got {name!r}; {name_known(name, TASKS)}")
+        return find("task", name)
     module, _, kind = TASKS[name].place.partition(":")
     return getattr(importlib.import_module(module), kind)
 
 
-def default_settings(name: str) -> Path:
-    """Return the YAML file with the default settings of a task."""
-    return CONFIGS / f"{name}.yaml"
+def default_settings(name: str) -> Path | None:
+    """Return the YAML file with the default settings of a task, None for one of another package: its class has them."""
+    return CONFIGS / f"{name}.yaml" if name in TASKS else None
 
 
 def run_task(

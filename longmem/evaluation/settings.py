@@ -81,8 +81,8 @@ def read_arguments(kind: type[Settings], description: str | None) -> Settings:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-def load_evaluation(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Return the settings in a YAML file, changed by overrides and checked.
+def load_evaluation(kind: type[Settings], path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """Return the settings in a YAML file (None: the defaults of `kind`), changed by overrides and checked.
 
     Raises:
         ValueError: a setting is unknown, missing, of another type or out of range.

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.data import Lanes, load_corpus
 from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.opening import is_saved_model, refuse_config_of_saved
+from longmem.model.names import look_up
+from longmem.model.opening import refuse_config_of_saved
 from longmem.quiet import without_warnings_of
 from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
@@ -31,8 +32,9 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
     wanted = settings.model
     fields = dict(wanted.config)
     options = {"dtype": getattr(torch, wanted.backbone_dtype)}
-    if is_saved_model(wanted.backbone):
-        refuse_config_of_saved(wanted.backbone, fields)
+    named = look_up(wanted.backbone)
+    if named.origin == "saved":
+        refuse_config_of_saved(named, fields)
         model = LongMemForCausalLM.from_pretrained(wanted.backbone, backbone_options=options)
     else:
         fields.setdefault("segment_length", settings.data.window)

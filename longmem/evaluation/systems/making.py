@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longmem.evaluation.systems.memory import Banks, MemorySystem
-from longmem.evaluation.systems.names import context_size, validate_systems
+from longmem.evaluation.systems.names import TITLES, context_size, validate_systems
 from longmem.evaluation.systems.retrieval import RANKERS, RetrievalSystem
 from longmem.evaluation.systems.system import BackboneSystem, LongBackbone, System
 from longmem.model.modeling import LongMemForCausalLM
+from longmem.plugins import find
 
 
 def make_systems(
@@ -26,7 +27,7 @@ def make_systems(
 
     Args:
         names: "backbone", "context-N" for the backbone with N tokens in its window, "bm25" and "hidden" for passages
-            pasted into the backbone's window, "off", "on" and "wrong" for LongMem.
+            pasted into the backbone's window, "off", "on" and "wrong" for LongMem; or a "system" of `longmem.plugins`.
         model: all of them use it or its backbone.
         window: tokens seen at once by all but "context-N".
         local_tokens: see `System`.
@@ -50,8 +51,10 @@ def make_systems(
             size = context_size(name)
             validate_context(model, size, window)
             systems.append(LongBackbone(name, model, window=size, batch_size=batch_size))
-        else:
+        elif name in TITLES:
             systems.append(MemorySystem(name, model, banks=banks, **common))
+        else:
+            systems.append(find("system", name)(name, model, **common))
     return systems
 
 

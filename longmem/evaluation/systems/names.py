@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longmem.errors import did_you_mean
+from longmem.plugins import PLUGINS, import_plugins_of_packages
 
 TITLES = {
     "backbone": "backbone, same window",
@@ -47,6 +48,9 @@ def validate_systems(names: Sequence[str]) -> None:
         if name.startswith("context-"):
             context_size(name)
         elif name not in TITLES:
-            raise ValueError(
-                f"`systems` must be among {', '.join(SYSTEM_NAMES)}, got {name!r}.{did_you_mean(name, TITLES)}"
-            )
+            import_plugins_of_packages()
+            known = (*SYSTEM_NAMES, *PLUGINS["system"])
+            if name not in PLUGINS["system"]:
+                raise ValueError(
+                    f"`systems` must be among {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}"
+                )

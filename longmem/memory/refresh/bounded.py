@@ -12,14 +12,14 @@ from torch import Tensor
 from longmem.errors import StaleMemoryError
 from longmem.memory.index import Ranked
 from longmem.memory.refresh.lags import CLOCKS, Lags
-from longmem.memory.refresh.policy import RefreshPolicy, Search, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy, Search
 from longmem.memory.refresh.refresher import Refresher
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 UNBOUNDED = "bounded:max_lag=1e12"  # everything is read as it is, however old, as in Memorizing Transformers
 
 
-@register_policy("bounded")
+@register("refresh", "bounded")
 class Bounded(RefreshPolicy):
     """Allow a lag of `max_lag`, by `clock`; encode what exceeds it again, mask it, or refuse to read.
 
