@@ -247,9 +247,8 @@ class Trainer:
 
     def _encode_ahead(self, ahead: int) -> EncodeAhead:
         """Return features of the rest of the run, computed by a thread so many batches before they are needed."""
-        per_step = self.settings.optimization.gradient_accumulation
-        source = EncodeAhead.for_frozen(self.frozen, self._batch, self.steps * per_step, ahead, self.backbone_lock)
-        return source.from_batch(self.step * per_step)
+        first, last = (step * self.settings.optimization.gradient_accumulation for step in (self.step, self.steps))
+        return EncodeAhead(self.frozen, self._batch, first=first, last=last, ahead=ahead, lock=self.backbone_lock)
 
     def _long_context_weights(self, number: int, batch: LaneBatch, local: Tensor) -> Tensor:
         loss = self.settings.loss
