@@ -16,7 +16,7 @@ from longmem.evaluation.perplexity.scoring import WindowScores
 from longmem.evaluation.perplexity.tables import distance_heading
 from longmem.evaluation.perplexity.windows import Cut
 from longmem.evaluation.systems.names import title_of_system
-from longmem.plots.style import STYLES, color_of, draw_interval, new_figure, tidy
+from longmem.plots.style import STYLES, color_of, draw_estimates, draw_interval, new_figure, panels_of, tidy
 
 
 def plot_perplexity(folder: str | PathLike[str], found: FinishedPerplexity) -> None:
@@ -117,10 +117,8 @@ def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title:
     rows = -(-len(panels) // columns)
     heights = [max(1, len(panels[row * columns]["systems"]) - 1) for row in range(rows)]
     figure = new_figure((3 + 3.5 * columns, 1.5 + rows + 0.5 * sum(heights)), textwrap.fill(title, 30 + 40 * columns))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row", height_ratios=heights)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for number, (axes, head, part) in enumerate(zip(grid.flat, heads, panels, strict=False)):
+    drawn = panels_of(figure, len(panels), columns, sharex=True, sharey="row", height_ratios=heights)
+    for number, (axes, head, part) in enumerate(zip(drawn, heads, panels, strict=True)):
         others = [system for system in part["systems"] if system != baseline]
         for place, system in enumerate(others):
             values = part["systems"][system]["reduction_percent"]
@@ -154,10 +152,7 @@ def plot_distances(path: str | PathLike[str], metrics: Mapping[str, Any], *, tit
     for number, system in enumerate(systems):
         shift = 0.5 * ((number + 0.5) / len(systems) - 0.5)  # side by side, so that intervals can be told apart
         gains = [group["systems"][system] for group in groups.values()]
-        values = [gain["value"] for gain in gains]
-        ends = [[abs(gain["interval"][end] - gain["value"]) for gain in gains] for end in (0, 1)]
-        look = {"linestyle": STYLES.get(system, "--"), "color": color_of(system), "marker": "o", "capsize": 3}
-        axes.errorbar([place + shift for place in middles], values, ends, label=title_of_system(system), **look)
+        draw_estimates(axes, [place + shift for place in middles], gains, system, title_of_system(system))
     axes.axhline(0, color="black", linewidth=0.8)
     ticks = [f"{name}\n{group['tokens']:,}" for name, group in groups.items()]
     axes.set_xticks(middles, ticks, fontsize=9)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from longmem.evaluation.systems.names import TITLES
-from longmem.plots.style import COLORS, STYLES, require_matplotlib, short_count
+from longmem.plots.style import COLORS, STYLES, new_figure, short_count
 from longmem.training.records import StepRecord, ValidationRecord
 
 
@@ -33,14 +33,10 @@ def plot_training(
     Raises:
         ValueError: there are no records.
     """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
     if not records:
         raise ValueError("`records` must hold at least one step, got none; draw after the first line of the log.")
     read = _tokens_read(records)
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    figure = new_figure((10, 7), title)
     grid = figure.add_gridspec(2, 2)
     losses = figure.add_subplot(grid[0, 0] if validations else grid[0, :])
     has_gains = any(each.gain is not None for each in records)

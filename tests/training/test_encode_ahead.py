@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 import torch
@@ -63,6 +64,11 @@ class Writer:
 def told(features):
     """Return the number of the batch that a writer's features tell."""
     return int(features.losses)
+
+
+def encoded(ahead):
+    """Wait until the thread has come as far as it may."""
+    wait([features for _, features in ahead._queue])
 
 
 def test_the_queue_is_bounded_and_other_batches_are_computed_at_once():
