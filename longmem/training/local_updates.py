@@ -22,7 +22,7 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 
 class LocalUpdates:
-    """Say what a process does on its own, and average when it is time.
+    """What a process does on its own, and the average when it is time.
 
     Args:
         accelerator: of the run.

@@ -41,12 +41,7 @@ from longmem.training.local_updates import LocalUpdates, num_targets
 from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
-from longmem.training.settings import (
-    TrainingSettings,
-    refuse_changed_settings,
-    save_settings,
-    validate_settings,
-)
+from longmem.training.settings import TrainingSettings, refuse_changed_settings, save_settings, validate_settings
 from longmem.training.trainable import mean_bias, select_trained
 
 

@@ -223,6 +223,7 @@ def test_a_curve_leaves_out_what_was_not_computed(tmp_path, drawn):
 
 def test_the_running_mean_is_that_of_the_values_before():
     import numpy as np
+
     from longmem.training.curve import running_mean
 
     values = np.random.default_rng(0).standard_normal(30)
