@@ -127,7 +127,7 @@ def plot_lines(
         xlabel: what is on the axis.
     """
     figure = new_figure((3.7 + 5.8 * len(panels), 4.8), textwrap.fill(title, 60 * len(panels)))
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes, (name, cells) in zip(panels_of(figure, len(panels), len(panels)), panels.items(), strict=True):
         draw_lines(axes, cells, baselines)
         axes.set_title(name, fontsize=10)
