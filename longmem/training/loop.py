@@ -205,7 +205,8 @@ class Trainer:
         features = self.features.of(batch.input_ids, batch.lengths)
         banks = None
         if memory.enabled:
-            capacity = self._capacity(self.step)
+            growth = (memory.tokens, memory.start_tokens, memory.growth_steps, self.model.config.chunk_size)
+            capacity = scheduled_capacity(self.step, *growth)
             self.memories.prepare(batch, number, capacity, self._batch, self._states)
             banks = self.memories.readable(batch)
             sums.memory_tokens += self.memories.mean_tokens
@@ -224,11 +225,6 @@ class Trainer:
         self.accelerator.backward((losses * weights).sum() * scale)
         if memory.enabled:
             self.memories.write(batch, features.states)
-
-    def _capacity(self, step: int) -> int:
-        memory = self.settings.memory
-        chunk = self.model.config.chunk_size
-        return scheduled_capacity(step, memory.tokens, memory.start_tokens, memory.growth_steps, chunk)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  a trainer lives as long as its run
     def _batch(self, number: int) -> LaneBatch:
