@@ -103,17 +103,15 @@ def plot_scores(
 def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
     """Draw the perplexities of systems in that of the baseline, a panel for each part: means with intervals, and all texts."""
     baseline, parts, is_books = metrics["baseline"], metrics["parts"], metrics["plan"] == "books"
+    kind, shown = "book" if is_books else "document", list(parts.items())
     if is_books:  # a column for each cut, a row for each number of windows
-        panels = sorted(parts.values(), key=lambda part: -part["windows"])
-        columns = len({part["cut"] for part in panels})
-        cuts = [Cut.parse(part["cut"]) for part in panels]
-        counts = [f"{part['windows']} of each book" for part in panels]
-        heads = [f"windows of {cut.window}, stride {cut.stride}; {n}" for cut, n in zip(cuts, counts, strict=True)]
+        shown.sort(key=lambda each: -each[1]["windows"])
+        columns = len({part["cut"] for part in parts.values()})
     else:
-        shown = dict(list(parts.items())[:1]) if len(parts) == 2 else parts  # one group is all documents
-        columns, panels = min(3, len(shown)), list(shown.values())
-        counts = [f"{part['documents']} document{'s' * (part['documents'] > 1)}" for part in panels]
-        heads = [f"{name}: {n}" for name, n in zip(shown, counts, strict=True)]
+        shown = shown[:1] if len(shown) == 2 else shown  # one group is all documents
+        columns = min(3, len(shown))
+    heads = [f"{name}: {part['documents']} {kind}{'s' * (part['documents'] > 1)}" for name, part in shown]
+    panels = [part for _, part in shown]
     rows = -(-len(panels) // columns)
     heights = [max(1, len(panels[row * columns]["systems"]) - 1) for row in range(rows)]
     figure = new_figure((3 + 3.5 * columns, 1.5 + rows + 0.5 * sum(heights)), textwrap.fill(title, 30 + 40 * columns))
@@ -132,14 +130,12 @@ def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title:
         axes.set_yticks(range(len(others)), [title_of_system(system) for system in others], fontsize=9)
         axes.set_ylim(len(others) - 0.5, -0.7)
         axes.set_title(head, fontsize=10)
-        label = f"perplexity / {title_of_system(baseline)}"
-        if is_books:
-            label = f"perplexity / {baseline}'s; left is better\nlarge: mean and 95 % interval, small: books"
-        axes.set_xlabel(label if not is_books or number + columns >= len(panels) else "", fontsize=9)
+        axes.set_xlabel(
+            f"perplexity / {title_of_system(baseline)}" if number + columns >= len(panels) else "", fontsize=9
+        )
         axes.margins(x=0.12)
         tidy(axes, "x")
-    if not is_books:
-        figure.supxlabel("left is better; large: mean and 95 % interval, small: documents", fontsize=9)
+    figure.supxlabel(f"left is better; large: mean and 95 % interval, small: {kind}s", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
