@@ -32,10 +32,11 @@ def block(trainer: Trainer, steps: int, ahead: int) -> None:
             trainer.train_step()
         return
     device, plain = trainer.accelerator.device, trainer.features
-    source = EncodeAhead.for_frozen(
-        trainer.frozen, lambda number: trainer.lanes.batch(number).to(device), trainer.step + steps, ahead
+    first, last = trainer.step, trainer.step + steps
+    source = EncodeAhead(
+        trainer.frozen, lambda number: trainer.lanes.batch(number).to(device), first=first, last=last, ahead=ahead
     )
-    with source.from_batch(trainer.step):
+    with source:
         trainer.features = source
         for _ in range(steps):
             trainer.train_step()

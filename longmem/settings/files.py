@@ -96,15 +96,7 @@ def save_settings(settings: Any, path: str | PathLike[str]) -> None:
 
 def settings_text(settings: Any) -> str:
     """Return the YAML of every field, defaults included."""
-    values = _plain(dataclasses.asdict(settings))
-    return yaml.dump(values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as YAML writes it: a tuple is a list."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+    return yaml.dump(dataclasses.asdict(settings), Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: Any, source: str) -> Any:

@@ -55,15 +55,9 @@ def open_corpus(
     accelerator: Accelerator,
 ) -> Dataset:
     """Return tokenised documents; the first process of a machine tokenises, the others read what it kept."""
+    options = {"text_column": data.text_column, "num_documents": data.num_documents, "cache_dir": data.cache}
     with accelerator.local_main_process_first():
-        return load_corpus(
-            source,
-            tokenizer,
-            text_column=data.text_column,
-            max_tokens=max_tokens,
-            num_documents=data.num_documents,
-            cache_dir=data.cache,
-        )
+        return load_corpus(source, tokenizer, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
 
 
 def make_lanes(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Lanes:
@@ -88,26 +82,15 @@ def make_validation(
     if data.validation is None:
         return None
     corpus = open_corpus(data.validation, data.max_validation_tokens, data, model.tokenizer, accelerator)
-    texts = validation_texts(
-        corpus,
-        documents=wanted.documents,
-        memory_tokens=wanted.memory_tokens,
-        windows=wanted.windows,
-        window=data.window,
-    )
-    return Validation(model, texts, data.window)
+    return Validation(model, validation_texts(corpus, wanted, data.window), data.window)
 
 
 def make_optimizer(
     trained: dict[str, nn.Parameter], wanted: OptimizationSettings, further_groups: Sequence[dict[str, Any]] = ()
 ) -> torch.optim.AdamW:
     """Return AdamW over what is trained of the side network, and over further groups of parameters."""
-    groups = parameter_groups(
-        trained,
-        learning_rate=wanted.learning_rate,
-        gate_learning_rate=wanted.gate_learning_rate,
-        weight_decay=wanted.weight_decay,
-    )
+    rates = {"learning_rate": wanted.learning_rate, "gate_learning_rate": wanted.gate_learning_rate}
+    groups = parameter_groups(trained, weight_decay=wanted.weight_decay, **rates)
     return torch.optim.AdamW([*groups, *further_groups], betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.data.rows import load_rows
+from longmem.data.sources import load_rows
 from longmem.evaluation.tasks.demonstrations import Demonstration
 
 
