@@ -178,9 +178,9 @@ def test_with_a_policy_memory_is_no_older_than_it_allows(start, tmp_path):
     for _ in range(4):
         trainer.train_step()
     bank = trainer.memories.banks[0]
-    assert bank.freshness.freshness.refreshed.tokens > 0
+    assert bank.freshness.refreshed.tokens > 0
     assert (
-        bank.freshness.freshness.lags().values[bank._table.ledger.versions[0]].max() <= 1
+        bank.freshness.lags().values[bank._table.ledger.versions[0]].max() <= 1
     )  # of what the last step read, and what it wrote
     eager = start(output=tmp_path / "eager", memory__tokens=64, writer__refresh="eager")
     for _ in range(4):

@@ -203,8 +203,8 @@ def test_a_bank_is_read_as_it_is_or_encoded_again_as_its_policy_says(average, in
     stale, refreshed, fresh = (model(input_ids, memory=bank).logits for bank in (old, eager, new))
     assert torch.equal(refreshed, fresh)
     assert not torch.equal(stale, fresh)
-    assert (old.freshness.freshness.refreshed.tokens, eager.freshness.freshness.refreshed.tokens) == (0, len(document))
-    assert old.freshness.freshness.lags().values.tolist()[:-1] == [1, 0]
+    assert (old.freshness.refreshed.tokens, eager.freshness.refreshed.tokens) == (0, len(document))
+    assert old.freshness.lags().values.tolist()[:-1] == [1, 0]
 
 
 def test_a_decoupled_writer_that_never_moved_is_the_one_it_was(input_ids, document):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.learned_recall.task import RecallTask
+from experiments.mapped_refresh import Mapped
 from experiments.staleness.library import (
     AskedWindow,
     LibraryDocument,
@@ -25,7 +26,6 @@ from experiments.staleness.library import (
 from experiments.staleness.settings import Asking, LibrarySettings
 from experiments.staleness.systems import PolicySystem, weighted
 from longmem.memory import MemoryBank
-from longmem.memory.refresh import Mapped
 from longmem.model.modeling import LongMemForCausalLM
 
 
@@ -80,15 +80,15 @@ def run_system(
             right += answered.tolist()
             found += was_read.tolist()
             if system.idle_tokens:
-                bank.freshness.freshness.sweep(reader, system.idle_tokens)
-            tokens.append(bank.freshness.freshness.refreshed.tokens + bank.freshness.freshness.refreshed.probed_tokens)
+                bank.freshness.sweep(reader, system.idle_tokens)
+            tokens.append(bank.freshness.refreshed.tokens + bank.freshness.refreshed.probed_tokens)
     policy = bank.freshness.policy
     return {
         "losses": losses,
         "right": right,
         "found": found,
         "tokens": tokens,
-        "mapped": bank.freshness.freshness.refreshed.mapped,
+        "mapped": bank.freshness.refreshed.mapped,
         "gains": list(policy.gains.values()) if isinstance(policy, Mapped) else [],
         "neighbours": list(policy.recalls.values()) if isinstance(policy, Mapped) else [],
         "seconds": time.process_time() - begin,

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
+import experiments.mapped_refresh  # noqa: F401  registers the policy "mapped"
 from experiments.staleness.policies import copy_bank
 from experiments.staleness.tuning import tuned_backbone
 from longmem.data import load_corpus
@@ -143,7 +144,7 @@ def read_text(
         else:
             bank = copy_bank(old)
             if name == "never":
-                bank.freshness.freshness.read_as_is(reader)
+                bank.freshness.read_as_is(reader)
             else:
                 bank.freshness.use(name)
         losses, recalls = [], []
@@ -155,16 +156,14 @@ def read_text(
                 # A bank in which nothing may be read is not read at all.
                 recalls.append(recall_of(rows, fresh_rows[window]) if len(rows) else 0.0)
         if record_id not in run:
-            done = {} if bank is None else dataclasses.asdict(bank.freshness.freshness.refreshed)
+            done = {} if bank is None else dataclasses.asdict(bank.freshness.refreshed)
             tokens = len(memory) if name == "oracle" else done.get("tokens", 0) + done.get("probed_tokens", 0)
             values = {
                 "losses": losses,
                 "recalls": recalls or None,
                 "tokens": tokens,
                 "seconds": time.perf_counter() - start,
-                "gap": None
-                if bank is None or name == "oracle"
-                else bank.freshness.freshness.lags("gap").values[0].item(),
+                "gap": None if bank is None or name == "oracle" else bank.freshness.lags("gap").values[0].item(),
             }
             run.write([{"id": record_id, **common, "system": name, **values, "refreshed": done}])
 

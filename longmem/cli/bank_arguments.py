@@ -8,7 +8,7 @@ from typing import Any
 
 from longmem.cli.parsing import add_command, add_group, bank_folder
 
-POLICIES = '"frozen", "eager", "lazy", "mapped", "bounded:max_lag=4", ...'
+POLICIES = '"frozen", "eager", "lazy", "bounded:max_lag=4", ...'
 MEMORIZE_EXAMPLES = """\
 examples:
   longmem memorize book.txt --bank memory                       a new bank, or one more document in it
@@ -118,7 +118,7 @@ REFRESH_EXAMPLES = """\
 examples:
   longmem bank refresh --bank memory --model tuned                    everything that another encoder wrote
   longmem bank refresh --bank memory --budget-tokens 100000           so much for now; the next run goes on
-  longmem bank refresh --bank memory --model tuned --policy mapped    move most of it by a map, where that wins
+  longmem bank refresh --bank memory --model tuned --policy lazy      and from now on what a read finds stale
 
 Text is not needed: token ids are kept. Each document is on the disk once it is whole, so a run can be stopped with Ctrl-C,
 and the next one goes on. --policy also says what the bank does from now on when its encoder changes.

@@ -66,7 +66,7 @@ class MemoryBank:
         storage_dtype: of stored keys and values, "float16", "bfloat16", "float32" or "int8"; search keys are float32.
         device: where the tensors are.
         refresh: what happens when the encoder changes: "frozen" (nothing stale is ever read, the bank is refused), "eager",
-            "bounded:max_lag=4,clock=version", "lazy" or "mapped" (`longmem/memory/refresh/`); also as a dict with a `name`.
+            "bounded:max_lag=4,clock=version" or "lazy" (`longmem/memory/refresh/`); also as a dict with a `name`.
         fingerprint: of the encoder that writes (`LongMemForCausalLM.encoder_stamp`, or its digest); None is not checked.
         age_prior: how much less old documents count when the bank is read, an `AgePrior` or its name, "exp:a=0.5"; None:
             age does not count.

@@ -87,7 +87,7 @@ class StalenessReport:
         probe_drift: relative distance of stored keys to those encoded now, the largest of all versions; None unless probed.
         tokens_reencoded: since the bank was made or opened.
         seconds: that this took.
-        map_gain: the least share of the distance that a map of the policy "mapped" takes away; None for others.
+        map_gain: the least share of the distance that a map of the policy takes away; None if it fits none.
         differs: in what the encoders of stale entries differ from the one compared with.
         differs_for_good: what no encoding again would put right.
         versions: the encoders that wrote what is there, oldest first.

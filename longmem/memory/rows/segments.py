@@ -25,7 +25,7 @@ class Segment:
     """Return one segment: tokens `start` to `stop` of the document, encoded together by encoder `version`.
 
     `is_known`: the encoder saw these tokens and no others, so the segment can be encoded again. `mapped_to`: the version of
-    the encoder for which a map has moved the vectors since (`longmem/memory/refresh/mapped.py`); -1: none has.
+    the encoder for which a map has moved the vectors since (a plug-in's work); -1: none has.
     """
 
     start: int
