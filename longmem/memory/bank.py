@@ -28,7 +28,7 @@ from longmem.memory.reader import BankView
 from longmem.memory.rows.documents import Document, DocumentInfo, SourcePart
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.segments import Joins, Segment
-from longmem.memory.rows.storage import LayerShape
+from longmem.memory.rows.storage import KeysValues, LayerShape
 from longmem.memory.rows.table import Table
 from longmem.memory.visibility import Selection, Visibility, has_expired
 
@@ -100,14 +100,17 @@ class MemoryBank:
         validate_index(index)
         self.memory_layers = tuple(memory_layers)
         self.chunk_size = chunk_size
+        self.capacity_tokens, self.capacity_bytes = capacity_tokens, capacity_bytes
+        self.eviction = eviction
+        self.storage_dtype, self.device = checks.validate_storage_dtype(storage_dtype), torch.device(device)
         self._table = Table(
             eviction=eviction,
             chunk_size=chunk_size,
             capacity_tokens=capacity_tokens,
             capacity_bytes=capacity_bytes,
             index=index,
-            storage_dtype=checks.validate_storage_dtype(storage_dtype),
-            device=torch.device(device),
+            storage_dtype=self.storage_dtype,
+            device=self.device,
         )
         self._table.encoders = Encoders([] if fingerprint is None else [fingerprint])
         self._on_disk: OnDisk | None = None
@@ -503,11 +506,6 @@ class MemoryBank:
         return self._table.index
 
     @property
-    def eviction(self) -> str:
-        """Return the eviction policy, by name."""
-        return self._table.eviction
-
-    @property
     def refresh(self) -> str:
         """Return the refresh policy, by name."""
         return self.freshness.name
@@ -516,26 +514,6 @@ class MemoryBank:
     def age_prior(self) -> AgePrior | None:
         """Return how age counts when the bank is read, None if it does not."""
         return self._visibility.prior
-
-    @property
-    def capacity_tokens(self) -> int | None:
-        """Return how many tokens can be resident, None for no limit."""
-        return self._table.capacity_tokens
-
-    @property
-    def capacity_bytes(self) -> int | None:
-        """Return how many bytes can be resident, None for no limit."""
-        return self._table.capacity_bytes
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        """Return the dtype of stored keys and values."""
-        return self._table.storage_dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return where the tensors are."""
-        return self._table.device
 
     @property
     def shapes(self) -> list[LayerShape] | None:
@@ -672,12 +650,7 @@ class MemoryBank:
         with self._table.lock:
             return self._table.storage.layer(position).search_keys.clone()
 
-    def gather(
-        self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows (float32 for int8, else in the storage dtype).
 
         The caller masks rows of -1. Raises ChangedMemoryError unless the bank is of the `generation` that the rows are of.

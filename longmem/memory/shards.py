@@ -15,6 +15,7 @@ from longmem.memory.checks import validate_known
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.reader import BankView
 from longmem.memory.rows.ledger import ChunkPlace
+from longmem.memory.rows.storage import KeysValues
 
 
 class BankShards:
@@ -144,12 +145,7 @@ class BankShards:
             ages = torch.cat(parts, dim=2).gather(2, order)
         return Found(rows.gather(2, order), scores, ages, tuple(each.generation for each in found))
 
-    def gather(
-        self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows, where `rows` are; the caller masks rows of -1.
 
         The dtype is the storage dtype of the shards that are read, or one that holds all of them where they differ.
@@ -218,7 +214,7 @@ class BankShards:
 
 
 def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
-    return shard.bank if isinstance(shard, BankView) else shard  # type: ignore[return-value]
+    return shard.bank if isinstance(shard, BankView) else shard
 
 
 def _known_documents(shard: MemoryBank | BankView) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from longmem.memory.folder.tensor_file import TensorFile, not_written, sync, write_tensor_file
 from longmem.memory.rows.codec import decode
 from longmem.memory.rows.documents import Run
-from longmem.memory.rows.storage import Chunks, LayerShape, bytes_of_chunk, shape_of, with_rows
+from longmem.memory.rows.storage import Chunks, KeysValues, LayerShape, bytes_of_chunk, shape_of, with_rows
 from longmem.memory.rows.table import Table
 
 # Chunks of so many bytes wait in memory at most, and make one file.
@@ -210,12 +210,7 @@ class DiskStorage:
         slots = self._slots[rows]
         return [Chunks(*self._take(position, Chunks._fields, slots)) for position in range(len(self.shapes))]
 
-    def gather(
-        self, position: int, rows: Int[Tensor, "kv_heads chunks"]
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
+    def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         """Return copies of keys and values of one layer, other rows for each head; row -1 is read as some row."""
         slots = self._slots[rows.detach().cpu().clamp(min=0)]
         keys, values = (decode(each.to(self.device)) for each in self._take(position, ("keys", "values"), slots))

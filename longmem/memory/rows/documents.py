@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -44,6 +44,10 @@ class DocumentInfo:
     num_reads: int = field(default=0, compare=False)
     last_read: float = field(default=0.0, compare=False, repr=False)
     written_at: float = field(default=0.0, compare=False, repr=False)
+
+
+# What a summary takes from a document as it is.
+KEPT_AND_SHOWN = [each.name for each in fields(DocumentInfo) if each.name not in ("num_chunks", "first_resident_token")]
 
 
 class IntQueue:
@@ -254,19 +258,6 @@ class Document:
 
     def info(self, chunk_size: int) -> DocumentInfo:
         """Return the public summary."""
-        return DocumentInfo(
-            document_id=self.document_id,
-            num_tokens=self.num_tokens,
-            num_chunks=len(self.rows),
-            num_waiting_tokens=self.num_waiting_tokens,
-            first_resident_token=self.first_chunk(chunk_size) * chunk_size,
-            tags=self.tags,
-            is_pinned=self.is_pinned,
-            dated=self.dated,
-            valid_until=self.valid_until,
-            is_superseded=self.is_superseded,
-            superseded_by=self.superseded_by,
-            num_reads=self.num_reads,
-            last_read=self.last_read,
-            written_at=self.written_at,
-        )
+        said = {name: getattr(self, name) for name in KEPT_AND_SHOWN}
+        first = self.first_chunk(chunk_size) * chunk_size
+        return DocumentInfo(**said, num_chunks=len(self.rows), first_resident_token=first)

@@ -28,6 +28,12 @@ class Chunks(NamedTuple):
     search_keys: Float[Tensor, "kv_heads chunks key_dim"]
 
 
+# Keys and values that were gathered, other chunks for each head.
+KeysValues = tuple[
+    Float[Tensor, "kv_heads chunks chunk_size key_dim"], Float[Tensor, "kv_heads chunks chunk_size value_dim"]
+]
+
+
 @runtime_checkable
 class LayerRows(Protocol):
     """What an index sees of one layer: `num_rows` live rows and their search keys, dense for each head."""
@@ -185,12 +191,7 @@ class ChunkStore:
         rows = rows.to(self.device)
         return Chunks(*(tensor.index_select(1, rows) for tensor in self._tensors))
 
-    def gather(
-        self, rows: Int[Tensor, "kv_heads chunks"]
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
+    def gather(self, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         """Return copies of the keys and values of these rows, decoded, other rows for each head; row -1 is read as row 0."""
         keys, values, _ = self._tensors
         heads, allocated = keys.shape[:2]
@@ -240,12 +241,7 @@ class Storage(Protocol):
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]: ...
 
-    def gather(
-        self, position: int, rows: Int[Tensor, "kv_heads chunks"]
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]: ...
+    def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
 
 
 class MemoryStorage:
@@ -297,11 +293,6 @@ class MemoryStorage:
         """Return copies of these rows, of every layer, in this order."""
         return [store.select(rows) for store in self.stores]
 
-    def gather(
-        self, position: int, rows: Int[Tensor, "kv_heads chunks"]
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
+    def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         """Return copies of keys and values of one layer, other rows for each head; row -1 is read as some row."""
         return self.stores[position].gather(rows)
