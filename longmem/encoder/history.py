@@ -17,14 +17,14 @@ UNKNOWN = -1  # version of what was written by nobody knows which encoder
 
 @dataclass
 class EncoderVersion:
-    """Return one encoder of a bank; the sketch of its weights is None where none was made."""
+    """One encoder of a bank; the sketch of its weights is None where none was made."""
 
     stamp: EncoderStamp
     sketch: Sketch | None = None
 
 
 class Encoders:
-    """Return the history of a bank's encoders; the last one is current, and writes.
+    """The history of a bank's encoders; the last one is current, and writes.
 
     >>> encoders = Encoders(["1f"]); encoders.enter(EncoderStamp("2a")), encoders.enter(EncoderStamp("2a"))
     (1, 1)

@@ -21,7 +21,7 @@ BLOCK = 1024 * SIZE  # weights that share a pattern of signs, turned by another 
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-    """Return the signed sums of all weights on an encoder path, and their norm."""
+    """The signed sums of all weights on an encoder path, and their norm."""
 
     sums: Float[Tensor, " 1024"]
     norm: float

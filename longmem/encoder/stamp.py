@@ -40,7 +40,7 @@ WEIGHTS, TOKENIZER = "weights", "tokenizer"
 
 @dataclass(frozen=True)
 class EncoderStamp:
-    """Return what is known of an encoder: a hash of its path's tensors and what else determines what it writes.
+    """What is known of an encoder: a hash of its path's tensors and what else determines what it writes.
 
     `weights`: hash of names, shapes, dtypes and numbers. `recipe`: plain values by name (sizes, layers, tokenizer, the
     backbone's configuration); empty where only a hash is known. Two encoders with one `digest` write the same numbers for
@@ -86,7 +86,7 @@ class EncoderStamp:
 
 @dataclass(frozen=True)
 class EncoderPath:
-    """Return the tensors that stored keys and values depend on, and the modules that hold them or stand above those.
+    """The tensors that stored keys and values depend on, and the modules that hold them or stand above those.
 
     `leaves`: (name, module, name in the module) of every parameter and saved buffer, in the order of names.
     """

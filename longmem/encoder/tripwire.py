@@ -39,7 +39,7 @@ class _Sample(NamedTuple):
 
 
 class Tripwire:
-    """Return a tripwire over an encoder path as it is now.
+    """A tripwire over an encoder path as it is now.
 
     Args:
         path: tensors and modules to watch.

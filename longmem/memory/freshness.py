@@ -52,17 +52,14 @@ class Freshness:
 
     @property
     def encoders(self) -> Encoders:
-        """Return the encoders that have written to the bank; the last one is current."""
         return self._table.encoders
 
     @property
     def refreshed(self) -> RefreshReport:
-        """Return what was encoded again since the bank was made or opened."""
         return self.state.refreshed
 
     @property
     def may_write(self) -> bool:
-        """Return whether the bank can be written to, so that something can be encoded again; else what is stale is masked."""
         return self.state.may_write
 
     def use(self, refresh: str | Mapping[str, Any]) -> None:
@@ -167,7 +164,6 @@ class Freshness:
         return self.refreshed.since(before)
 
     def refresher(self, *writers: Writer) -> Refresher:
-        """Return what encodes the bank again with these writers, equal ones."""
         return Refresher(self.state, writers)
 
     # What is stale.
@@ -190,7 +186,6 @@ class Freshness:
         return self._masked[1]
 
     def lags(self, clock: str = "version") -> Lags:
-        """Return how far each version of the encoder is behind, on a clock."""
         return self.state.lags(clock)
 
     def report(self, model: EncodingModel | None = None, *, probe: bool = False) -> StalenessReport:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodableText:
-    """Return token ids and, if they were made from text by a tokenizer that says where, the text and their ends in it."""
+    """Token ids and, if they were made from text by a tokenizer that says where, the text and their ends in it."""
 
     ids: Int[Tensor, " tokens"]
     text: str | None = None

@@ -42,17 +42,14 @@ class BankView:
 
     @property
     def fingerprint(self) -> str | None:
-        """Return the encoder fingerprint of the bank."""
         return self.bank.fingerprint
 
     @property
     def generation(self) -> int:
-        """Return the generation of the bank's rows."""
         return self.bank.generation
 
     @property
     def version(self) -> int:
-        """Return a number that changes with every change of the bank."""
         return self.bank.version
 
     @property
@@ -62,7 +59,6 @@ class BankView:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens in these chunks."""
         return self.num_chunks * self.chunk_size
 
     @property
@@ -81,7 +77,6 @@ class BankView:
         return [document.document_id for document in self.selection.documents(self.bank._table.ledger)]
 
     def ready_for(self, model: EncodingModel) -> None:
-        """Make the bank ready to be read by a model."""
         self.bank.ready_for(model)
 
     def search(
@@ -101,9 +96,7 @@ class BankView:
         return self.bank.log_weights(rows, newest=newest, selection=self.selection)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
-        """Return keys and values of rows that were found; see `MemoryBank.gather`."""
         return self.bank.gather(layer, rows, generation)
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
-        """Return where each row is from, flattened; None for row -1."""
         return self.bank.locate(rows)

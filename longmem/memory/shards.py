@@ -62,12 +62,10 @@ class BankShards:
 
     @property
     def num_chunks(self) -> int:
-        """Return the number of chunks that a search can find."""
         return sum(shard.num_chunks for shard in self.shards)
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens in these chunks."""
         return self.num_chunks * self.chunk_size
 
     @property
@@ -87,17 +85,14 @@ class BankShards:
 
     @property
     def generation(self) -> tuple[int, ...]:
-        """Return a number that changes when rows found before may hold other chunks, in any shard."""
         return tuple(shard.generation for shard in self.shards)
 
     def ready_for(self, model: EncodingModel) -> None:
-        """Make every shard ready to be read by a model."""
         for shard in self.shards:
             shard.ready_for(model)
 
     @property
     def version(self) -> int:
-        """Return a number that changes with every change of what a shard holds."""
         return sum(shard.version for shard in self.shards)
 
     def select(self, document_ids: str | Iterable[str]) -> BankShards:

@@ -33,7 +33,7 @@ ATTEMPTS_TO_READ = 10
 
 
 class BankFolder:
-    """Return the folder of a bank, open until `close`.
+    """The folder of a bank, open until `close`.
 
     A reader sees the commit that was the last when it opened the bank; files stay mapped when a writer removes them.
 
@@ -88,18 +88,15 @@ class BankFolder:
 
     @property
     def is_closed(self) -> bool:
-        """Return whether `close` was called."""
         return self.catalogue.is_closed
 
     def close(self) -> None:
-        """Let others write."""
         self.catalogue.close()
         self._release_lock()
 
     # Reading.
 
     def read_content(self) -> dict[str, Any]:
-        """Return what the last commit says about the bank as a whole."""
         with self.catalogue.snapshot():
             return self.catalogue.read_content()
 
@@ -305,7 +302,6 @@ class BankFolder:
         return [self.catalogue.path, *contents.storage.verify()]
 
     def num_dead_bytes(self, contents: Table) -> int:
-        """Return the bytes of chunks in segments that no row points to."""
         assert isinstance(contents.storage, DiskStorage)
         return contents.storage.num_dead_bytes
 
@@ -344,5 +340,3 @@ class BankFolder:
 
 
 def has_bank(path: str | PathLike[str]) -> bool:
-    """Return whether there is a bank in a folder."""
-    return Catalogue.is_in(Path(path))

@@ -29,7 +29,7 @@ BUSY_SECONDS = 60  # how long to wait for another process's commit
 
 
 class Table(NamedTuple):
-    """Return what the code knows of a table: its columns, the first `num_keys` of them its primary key."""
+    """What the code knows of a table: its columns, the first `num_keys` of them its primary key."""
 
     name: str
     columns: tuple[str, ...]
@@ -38,7 +38,6 @@ class Table(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the columns."""
         return [column.split()[0] for column in self.columns]
 
     @property
@@ -60,7 +59,7 @@ TABLES = (DOCUMENTS, USAGE, SPANS, SOURCES, SEGMENTS, INDEXES)
 
 
 class Catalogue:
-    """Return the open catalogue in `folder`.
+    """The open catalogue in `folder`.
 
     Args:
         folder: of the bank.
@@ -283,7 +282,6 @@ class Catalogue:
         self._connection.execute("VACUUM")
 
     def close(self) -> None:
-        """Close the file."""
         self.is_closed = True
         self._connection.close()
 

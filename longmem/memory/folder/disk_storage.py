@@ -33,7 +33,7 @@ SEGMENTS_TO_MERGE = 8
 
 @dataclass
 class Segment:
-    """Return chunks of consecutive slots: a file or, while they wait, tensors (`waiting`)."""
+    """Chunks of consecutive slots: a file or, while they wait, tensors (`waiting`)."""
 
     first_slot: int
     num_slots: int
@@ -76,7 +76,7 @@ def open_segments(
 
 
 class ResidentKeys:
-    """Return the search keys of one layer, in memory: `num_rows` rows for each head, dense."""
+    """The search keys of one layer, in memory: `num_rows` rows for each head, dense."""
 
     def __init__(self, keys: Float[Tensor, "kv_heads rows key_dim"]) -> None:
         self._keys = keys
@@ -84,21 +84,17 @@ class ResidentKeys:
 
     @property
     def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return a view of the live rows."""
         return self._keys[:, : self.num_rows]
 
     @property
     def device(self) -> torch.device:
-        """Return where they are."""
         return self._keys.device
 
     @property
     def nbytes(self) -> int:
-        """Return their bytes, with the room that growth has reserved."""
         return self._keys.nbytes
 
     def write(self, rows: Int[Tensor, " chunks"], keys: Float[Tensor, "kv_heads chunks key_dim"]) -> None:
-        """Write the search keys of new rows."""
         num_rows = max(self.num_rows, int(rows.max()) + 1)
         if num_rows > self._keys.shape[1]:
             self._keys = with_rows(self._keys, max(num_rows, 2 * self._keys.shape[1]), self.num_rows)
@@ -106,12 +102,11 @@ class ResidentKeys:
         self.num_rows = num_rows
 
     def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
-        """Copy rows onto other rows."""
         self._keys.index_copy_(1, destinations.to(self.device), self._keys.index_select(1, sources.to(self.device)))
 
 
 class DiskStorage:
-    """Return the storage of a bank in a folder; `commit` of the folder makes what was written here count.
+    """The storage of a bank in a folder; `commit` of the folder makes what was written here count.
 
     Args:
         folder: of the segments.
@@ -160,11 +155,9 @@ class DiskStorage:
         )
 
     def layer(self, position: int) -> LazyLayer:
-        """Return what an index sees of one layer."""
         return LazyLayer(self, position)
 
     def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None:
-        """Make room for the pointers of `num_rows` rows in all."""
         self._before_write()
         if not self.shapes:
             self.shapes = [shape_of(layer) for layer in layers]
@@ -188,7 +181,6 @@ class DiskStorage:
         return self._append(rows, layers)
 
     def drop(self, rows: Int[Tensor, " rows"]) -> None:
-        """Give up the slots of these rows."""
         for segment, which in self._by_segment(self._slots[rows]):
             segment.num_live -= len(which)
 
@@ -200,7 +192,6 @@ class DiskStorage:
                 keys.move(sources, destinations)
 
     def truncate(self, num_rows: int) -> None:
-        """Forget the rows from `num_rows` on."""
         self.num_rows = num_rows
         for keys in self._keys.values():
             keys.num_rows = num_rows
@@ -211,7 +202,6 @@ class DiskStorage:
         return [Chunks(*self._take(position, Chunks._fields, slots)) for position in range(len(self.shapes))]
 
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
-        """Return copies of keys and values of one layer, other rows for each head; row -1 is read as some row."""
         slots = self._slots[rows.detach().cpu().clamp(min=0)]
         keys, values = (decode(each.to(self.device)) for each in self._take(position, ("keys", "values"), slots))
         return keys, values
@@ -219,7 +209,6 @@ class DiskStorage:
     # Slots and segments.
 
     def slots_of(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-        """Return the slot of each row."""
         return self._slots[rows]
 
     def rows_of(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, " slots"]:
@@ -352,22 +341,18 @@ class LazyLayer:
 
     @property
     def shape(self) -> LayerShape:
-        """Return the sizes of its chunks."""
         return self._storage.shapes[self._position]
 
     @property
     def num_rows(self) -> int:
-        """Return the number of live rows."""
         return self._storage.num_rows
 
     @property
     def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return the search keys of the live rows, dense for each head."""
         return self._storage.resident_keys(self._position).search_keys
 
     @property
     def device(self) -> torch.device:
-        """Return where they are."""
         return self._storage.device
 
 

@@ -76,7 +76,7 @@ def faiss_top_chunks(
 
 
 class ChunkIndex:
-    """Return an index over the live rows of one store; subclasses say how `best_rows` finds them.
+    """An index over the live rows of one store; subclasses say how `best_rows` finds them.
 
     The bank tells the index about every change of the rows. A kind that keeps data of its own notes it in the three
     `rows_*` methods, in O(changed rows) and without a look at the store's keys, and carries it out at the next search.
@@ -144,7 +144,7 @@ class ChunkIndex:
 
 
 class ExactIndex(ChunkIndex):
-    """Return the reference: a matrix product and `topk`, on whatever device the store is."""
+    """The reference: a matrix product and `topk`, on whatever device the store is."""
 
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return the best rows by `top_chunks` over the store's rows, or over a copy of a subset of them."""
@@ -163,13 +163,11 @@ class ExactIndex(ChunkIndex):
         return scores, torch.where(found < 0, -1, rows[found.clamp(min=0)])
 
     def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Ranked:
-        """Return the best `num_chunks` of `search_keys` by torch."""
         return exact_top_chunks(queries, search_keys, num_chunks)
 
 
 class FlatIndex(ExactIndex):
-    """Return exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
+    """Exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
 
     def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Ranked:
-        """Return the best `num_chunks` of `search_keys` by FAISS."""
         return faiss_top_chunks(queries, search_keys, num_chunks)

@@ -32,7 +32,7 @@ SPECS = (
 
 @dataclass(frozen=True)
 class Tuned:
-    """Return what one setting is worth.
+    """What one setting is worth.
 
     `recall`: share of the chunks of exact search that are found. `milliseconds`: per 1,000 queries, each a vector of
     one head. `speed_ratio`: time of exact search over time of this one. `build_seconds`: training and adding all rows.
