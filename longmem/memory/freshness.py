@@ -106,8 +106,7 @@ class Freshness:
     def open_for(self, model: EncodingModel, *, strict: bool) -> None:
         """Make a bank that was opened ready for a model; not `strict`: read what another encoder wrote as it is.
 
-        Raises:
-            StaleMemoryError: the bank names no encoder, or as `ready_for` does.
+        Raises StaleMemoryError if the bank names no encoder, or as `ready_for` does.
         """
         refuse_unknown_encoder(self.encoders.stamp)
         if strict:
@@ -139,8 +138,8 @@ class Freshness:
     ) -> RefreshReport:
         """Encode again, with this model, all that another encoder wrote, as it was written; return what was done.
 
-        Each document changes at one stroke, in a transaction of its own, so a process killed on the way leaves every document
-        whole, old or new, and the next call does the rest. Readers may go on meanwhile.
+        Each document changes in a transaction of its own: a process killed on the way leaves every document whole, old or
+        new, and the next call does the rest. Readers may go on meanwhile.
 
         Args:
             model: whose encoder it is.
@@ -194,10 +193,7 @@ class Freshness:
         Args:
             model: say what would be stale if this model read the bank; None: compare with the bank's current encoder.
             probe: also measure how far keys have moved, by encoding about 64 tokens of each earlier encoder with `model`.
-
-        Raises:
-            ValueError: `probe` without a model.
-            StaleMemoryError: `probe` with a model that can't encode what the bank holds.
+                Raises ValueError without one, StaleMemoryError for one that can't encode what the bank holds.
         """
         return report_staleness(self.state, self.policy, None if model is None else model.encoder, probe=probe)
 

@@ -75,36 +75,6 @@ def open_segments(
     ]
 
 
-class ResidentKeys:
-    """The search keys of one layer, in memory: `num_rows` rows for each head, dense."""
-
-    def __init__(self, keys: Float[Tensor, "kv_heads rows key_dim"]) -> None:
-        self._keys = keys
-        self.num_rows = keys.shape[1]
-
-    @property
-    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        return self._keys[:, : self.num_rows]
-
-    @property
-    def device(self) -> torch.device:
-        return self._keys.device
-
-    @property
-    def nbytes(self) -> int:
-        return self._keys.nbytes
-
-    def write(self, rows: Int[Tensor, " chunks"], keys: Float[Tensor, "kv_heads chunks key_dim"]) -> None:
-        num_rows = max(self.num_rows, int(rows.max()) + 1)
-        if num_rows > self._keys.shape[1]:
-            self._keys = with_rows(self._keys, max(num_rows, 2 * self._keys.shape[1]), self.num_rows)
-        self._keys.index_copy_(1, rows.to(self.device), keys.to(self.device))
-        self.num_rows = num_rows
-
-    def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
-        self._keys.index_copy_(1, destinations.to(self.device), self._keys.index_select(1, sources.to(self.device)))
-
-
 class DiskStorage:
     """The storage of a bank in a folder; `commit` of the folder makes what was written here count.
 
@@ -134,7 +104,7 @@ class DiskStorage:
         self.segments: list[Segment] = []  # by slot
         self._before_write = before_write
         self._slots = torch.empty(0, dtype=torch.int64)  # of each row
-        self._keys: dict[int, ResidentKeys] = {}
+        self._keys: dict[int, Tensor] = {}  # search keys of layers that were searched, with room for rows to come
 
     # What the bank's contents ask of a storage.
 
@@ -154,8 +124,8 @@ class DiskStorage:
             if segment.file is not None
         )
 
-    def layer(self, position: int) -> LazyLayer:
-        return LazyLayer(self, position)
+    def layer(self, position: int) -> DiskLayer:
+        return DiskLayer(self, position)
 
     def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None:
         self._before_write()
@@ -168,10 +138,12 @@ class DiskStorage:
 
     def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         """Write one chunk of every layer into each row; return the slot of the first, the others follow it."""
-        first_slot = self._append(rows, layers)
-        self.num_rows = max(self.num_rows, int(rows.max()) + 1)
+        first_slot, live = self._append(rows, layers), self.num_rows
+        self.num_rows = max(live, int(rows.max()) + 1)
         for position, keys in self._keys.items():
-            keys.write(rows, layers[position].search_keys)
+            if self.num_rows > keys.shape[1]:
+                keys = self._keys[position] = with_rows(keys, max(self.num_rows, 2 * keys.shape[1]), live)
+            keys.index_copy_(1, rows.to(self.device), layers[position].search_keys.to(self.device))
         return first_slot
 
     def rewrite(self, rows: Int[Tensor, " chunks"]) -> int:
@@ -189,12 +161,10 @@ class DiskStorage:
         if len(sources):
             self._slots[destinations] = self._slots[sources]
             for keys in self._keys.values():
-                keys.move(sources, destinations)
+                keys.index_copy_(1, destinations.to(self.device), keys.index_select(1, sources.to(self.device)))
 
     def truncate(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        for keys in self._keys.values():
-            keys.num_rows = num_rows
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
         """Return copies of these rows, of every layer, in this order, on the CPU."""
@@ -234,12 +204,12 @@ class DiskStorage:
             segment.num_live += len(which)
 
     @torch.inference_mode(False)  # a first search while the model runs must not keep later ones from being written
-    def resident_keys(self, position: int) -> ResidentKeys:
-        """Return the search keys of one layer, read from the segments, and checked, the first time."""
+    def search_keys(self, position: int) -> Float[Tensor, "kv_heads rows key_dim"]:
+        """Return the search keys of the live rows of one layer, read from the segments, and checked, the first time."""
         if position not in self._keys:
             (keys,) = self._take(position, ("search_keys",), self._slots[: self.num_rows], check=True)
-            self._keys[position] = ResidentKeys(keys.to(self.device))
-        return self._keys[position]
+            self._keys[position] = keys.to(self.device)
+        return self._keys[position][:, : self.num_rows]
 
     def flush(self) -> None:
         """Write what waits to a file, and to the disk itself.
@@ -333,7 +303,7 @@ class DiskStorage:
                 yield self.segments[low + number], positions
 
 
-class LazyLayer:
+class DiskLayer:
     """What an index sees of one layer: search keys that are read from the segments when they are first asked for."""
 
     def __init__(self, storage: DiskStorage, position: int) -> None:
@@ -349,7 +319,7 @@ class LazyLayer:
 
     @property
     def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        return self._storage.resident_keys(self._position).search_keys
+        return self._storage.search_keys(self._position)
 
     @property
     def device(self) -> torch.device:
