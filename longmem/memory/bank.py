@@ -122,7 +122,7 @@ class MemoryBank:
     def for_model(
         cls, model: EncodingModel, *, folder: str | PathLike[str] | None = None, **options: Any
     ) -> MemoryBank:
-        """Return an empty bank for what `model` writes, in memory or in `folder`; `options`: other arguments of `MemoryBank`."""
+        """Return an empty bank for what `model` writes, in memory or in `folder`; `options`: other arguments of the class."""
         own = {
             "memory_layers": model.config.memory_layers or (),
             "chunk_size": model.config.chunk_size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,33 +18,15 @@ if TYPE_CHECKING:
     from longmem.memory.bank import MemoryBank
 
 
-@dataclass(frozen=True)
-class EncodableText:
-    """Token ids and, if they were made from text by a tokenizer that says where, the text and their ends in it."""
-
-    ids: Int[Tensor, " tokens"]
-    text: str | None = None
-    char_ends: Int[Tensor, " tokens"] | None = None
-
-    def part(self, start: int, stop: int) -> SourcePart:
-        """Return the source of tokens from `start` to `stop`; the last token takes the text that follows it."""
-        if self.text is None or self.char_ends is None:
-            return SourcePart(self.ids[start:stop])
-        first = int(self.char_ends[start - 1]) if start else 0
-        last = len(self.text) if stop == len(self.ids) else int(self.char_ends[stop - 1])
-        return SourcePart(self.ids[start:stop], self.text[first:last], self.char_ends[start:stop] - first)
-
-
 def to_token_ids(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
-    """Return token ids of a text, or the given ids, checked; see `encodable`."""
-    return encodable(model, text_or_ids).ids
+    """Return token ids of a text, or the given ids, after a check."""
+    return encodable(model, text_or_ids).token_ids
 
 
-def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> EncodableText:
-    """Return token ids of a text, with their places in it, or the given ids, checked.
+def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> SourcePart:
+    """Return token ids of a text, with their places in it where the tokenizer says them, or the given ids.
 
-    Raises:
-        ValueError: nothing to encode, not a flat sequence of integers, or ids outside the backbone's vocabulary.
+    Raises ValueError for nothing to encode, no flat sequence of integers, or ids outside the backbone's vocabulary.
     """
     text, char_ends = None, None
     if isinstance(text_or_ids, str):
@@ -87,7 +68,7 @@ def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -
             f"`text_or_ids` must hold ids from 0 to {vocabulary - 1}, the backbone's vocabulary, got "
             f"{int(ids.min())} to {int(ids.max())}; were they made by the tokenizer of another model?"
         )
-    return EncodableText(ids.long().cpu(), text, char_ends)
+    return SourcePart(ids.long().cpu(), text, char_ends)
 
 
 def memorize(
@@ -108,7 +89,12 @@ def memorize(
     source = encodable(model, text_or_ids)
     validate_options(bank, reuse, batch_size)
     dates = {"dated": dated, "valid_until": valid_until}
-    refuse_dates_of_a_part(append, dates)
+    for name, date in dates.items():
+        if append and date is not None:
+            raise ValueError(
+                f"`{name}` must be left out with `append`, got {date}: it is said of a new document; memorize what has "
+                "another date under a name of its own."
+            )
     labels: dict[str, Any] = {"tags": tags, **dates}
     length = model.config.segment_length
     context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
@@ -132,22 +118,22 @@ def memorize(
 
     with bank.transaction():
         try:
-            for group in groups(source.ids, len(context), length, batch_size, known):
+            for group in groups(source.token_ids, len(context), length, batch_size, known):
                 start, stop = group[0][0], group[-1][1]
-                origin = known.get(window_key(source.ids[start:stop]))
+                origin = known.get(window_key(source.token_ids[start:stop]))
                 if reuse is not None and origin is not None and is_resident(*reuse, origin):
                     copied = source.part(start, stop)
                     bank.copy_tokens(document_id, *reuse, origin, copied, **(labels if is_new else {}))
                     is_new = False
                 else:
                     before = context if start == 0 else context[:0]
-                    batch = torch.stack([torch.cat([before, source.ids[first:last]]) for first, last in group])
+                    batch = torch.stack([torch.cat([before, source.token_ids[first:last]]) for first, last in group])
                     keys, values = model.encoder.encode(batch)
                     num_encoded += stop - start
                     for lane, place in enumerate(group):
                         write(*place, *([layer[lane, :, len(before) :] for layer in part] for part in (keys, values)))
                 if progress is not None:
-                    progress(stop, len(source.ids))
+                    progress(stop, len(source.token_ids))
         except BaseException:
             if not append and not is_new:
                 bank.delete(document_id)
@@ -224,16 +210,6 @@ def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, bat
             raise ValueError(
                 f"`reuse` must be a bank with the `{name}` of the one to write to, {own}, got {other}; leave it out to "
                 "encode all windows."
-            )
-
-
-def refuse_dates_of_a_part(append: bool, dates: Mapping[str, float | None]) -> None:
-    """Raise ValueError for dates of what is appended: a document has one date."""
-    for name, date in dates.items():
-        if append and date is not None:
-            raise ValueError(
-                f"`{name}` must be left out with `append`, got {date}: it is said of a new document; memorize what has "
-                "another date under a name of its own."
             )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longmem.memory.folder.bank_folder import BankFolder
+from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.rows.table import Table
 
 
@@ -66,7 +67,9 @@ class OnDisk:
     @property
     def num_dead_bytes(self) -> int:
         """Return the bytes of deleted and evicted chunks in the folder, which `compact` gives back."""
-        return self._folder.num_dead_bytes(self._table)
+        storage = self._table.storage
+        assert isinstance(storage, DiskStorage)
+        return storage.num_dead_bytes
 
     def refuse_reader(self) -> None:
         self._folder.refuse_reader()

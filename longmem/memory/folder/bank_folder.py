@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 
 from longmem.memory.folder import records
 from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
-from longmem.memory.folder.disk_storage import DiskStorage, open_segments, rewrite, segments_to_merge
+from longmem.memory.folder.disk_storage import DiskStorage, Segment, rewrite, segments_to_merge
 from longmem.memory.folder.saved_indexes import SavedIndexes
-from longmem.memory.folder.tensor_file import damaged, not_written, remove
+from longmem.memory.folder.tensor_file import TensorFile, damaged, not_written, remove
 from longmem.memory.rows.documents import Source
 from longmem.memory.rows.table import Table
 
@@ -141,8 +141,7 @@ class BankFolder:
                     f"{settings}; open it again."
                 )
             try:
-                files = [(*row[:4], json.loads(row[4])) for row in rows["segments"]]
-                segments = open_segments(self.path / SEGMENT_FOLDER, files, self.mapped)
+                segments = [self._open_segment(*row) for row in rows["segments"]]
                 break
             except ValueError:
                 # A writer may have merged or removed segments since the catalogue was read.
@@ -157,6 +156,10 @@ class BankFolder:
         if self.is_writable:
             self._remove_strangers()
             self.indexes.remove_strangers()
+
+    def _open_segment(self, first_slot: int, num_slots: int, name: str, num_bytes: int, digests: str) -> Segment:
+        file = TensorFile(self.path / SEGMENT_FOLDER / name, num_bytes, json.loads(digests), self.mapped)
+        return Segment(first_slot, num_slots, 0, file)
 
     @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
@@ -301,10 +304,6 @@ class BankFolder:
         assert isinstance(contents.storage, DiskStorage)
         return [self.catalogue.path, *contents.storage.verify()]
 
-    def num_dead_bytes(self, contents: Table) -> int:
-        assert isinstance(contents.storage, DiskStorage)
-        return contents.storage.num_dead_bytes
-
     # Inside.
 
     def _remove_strangers(self) -> None:
@@ -340,3 +339,4 @@ class BankFolder:
 
 
 def has_bank(path: str | PathLike[str]) -> bool:
+    return Catalogue.is_in(Path(path))

@@ -11,7 +11,7 @@ import bisect
 import math
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,16 +63,6 @@ class Segment:
             self.file.take(f"{position}.{name}", places, into)
         else:
             torch.index_select(self.tensor(position, name).flatten(0, 1), 0, places, out=into)
-
-
-def open_segments(
-    folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]], mapped: bool
-) -> list[Segment]:
-    """Return the segments that the catalogue lists: (first slot, slots, file name, bytes, digests)."""
-    return [
-        Segment(first_slot, num_slots, 0, file=TensorFile(folder / name, num_bytes, digests, mapped))
-        for first_slot, num_slots, name, num_bytes, digests in rows
-    ]
 
 
 class DiskStorage:

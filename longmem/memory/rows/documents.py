@@ -109,6 +109,15 @@ class SourcePart:
     text: str | None = None
     char_ends: Int[Tensor, " tokens"] | None = None
 
+    def part(self, start: int, stop: int) -> SourcePart:
+        """Return the source of tokens from `start` to `stop`."""
+        ids = self.token_ids[start:stop]
+        if self.text is None or self.char_ends is None:
+            return SourcePart(ids)
+        first = int(self.char_ends[start - 1]) if start else 0
+        last = len(self.text) if stop == len(self.token_ids) else int(self.char_ends[stop - 1])
+        return SourcePart(ids, self.text[first:last], self.char_ends[start:stop] - first)
+
 
 class Source:
     """The source of a document, empty at first: the tokens that are resident or wait, and the text from which they came.
