@@ -86,7 +86,7 @@ def refuse_stale(folder: Path, bank: MemoryBank, model: LongMemForCausalLM) -> N
     raise StaleMemoryError(
         f"another encoder than this model's wrote the bank in {folder}; they differ in {', '.join(known.diff(stamp))}, so what "
         f"is stored is not what this model would store. `longmem bank refresh --bank {folder}`, with the `--model` of this "
-        "command, encodes it again (with `--policy mapped` it moves most of it by a map, where that wins); `longmem bank "
+        "command, encodes it again; `longmem bank "
         "staleness`, with the same two options, says what is stale and changes nothing."
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 # With the trained side network that comes with this package, if there is one.
 DEFAULT_MODEL = "smollm2-135m"
-POLICIES = '"frozen", "eager", "lazy", "mapped", "bounded:max_lag=4", ...'
+POLICIES = '"frozen", "eager", "lazy", "bounded:max_lag=4", ...'
 Run = Callable[[argparse.Namespace], int | None]
 
 

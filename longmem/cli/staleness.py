@@ -90,7 +90,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def refresh(arguments: argparse.Namespace) -> None:
-    """Bring a bank up to date with a model: what a map of the policy "mapped" does not move is encoded again.
+    """Bring a bank up to date with a model: what a map of its policy does not move is encoded again.
 
     Raises:
         ValueError: no bank, an unknown policy, a budget below 1, or a model that can't encode what the bank holds.

@@ -27,7 +27,7 @@ class AgeKind(NamedTuple):
 
 @dataclass(frozen=True)
 class AgePrior:
-    """Return a weight w(age): 1 for what is new, never more, positive, and never rising with age.
+    """A weight w(age): 1 for what is new, never more, positive, and never rising with age.
 
     The age of a chunk is the time between its document's date and that of the newest document that is read, divided by
     `unit`. Attention adds log w to the scores of a chunk's tokens, and the search takes the chunks that are best with

@@ -26,8 +26,6 @@ BOUNDS = {
     "bounded:max_lag=0": 0,
     "bounded:max_lag=1,on_violation=mask": 1,
     "bounded:max_lag=2,budget_tokens=6": 2,
-    "mapped:fallback=lazy,sample_share=0.3": 0,
-    "mapped:fallback=eager": 0,
 }
 
 
@@ -460,7 +458,7 @@ def test_what_is_continued_while_it_is_encoded_again_is_left_for_the_next_time()
 
 def test_a_read_only_bank_masks_what_it_cannot_encode_again(tmp_path):
     model = FakeModel("a")
-    for refresh in ("lazy:sweep_tokens=99", "eager", "bounded:max_lag=0", "mapped"):
+    for refresh in ("lazy:sweep_tokens=99", "eager", "bounded:max_lag=0"):
         folder = tmp_path / refresh.partition(":")[0]
         bank = odd_bank(model, refresh=refresh)
         bank.save(folder)

@@ -60,7 +60,7 @@ class LongEval(ValueTask):
             raise ValueError(
                 "`model` must have a fast tokenizer for LongEval: others do not say where in a text tokens are."
             )
-        size, distance = len(source.ids), int((source.char_ends > prompt.fact_end).sum())
+        size, distance = len(source.token_ids), int((source.char_ends > prompt.fact_end).sum())
         file = prompt.path.name.partition(".")[0]
         right, *others = prompt.values
         generator = random.Random(f"{self.settings.seed}/{prompt.path.name}/{prompt.number}")
@@ -72,7 +72,7 @@ class LongEval(ValueTask):
             name=f"{file}/{prompt.number}",
             group=f"{file}/{prompt.number}",
             items=[item] if is_asked else [],
-            memory=[source.ids.tolist()],
+            memory=[source.token_ids.tolist()],
             axes={"task": task, "file": file, "depth": round(QUARTERS * distance / size) / QUARTERS},
             max_new_tokens=self.max_new_tokens,
             stage=f"prompts of LongEval, {task}",

@@ -14,5 +14,4 @@ class FirstInFirstOut(EvictionPolicy):
     """Forget the chunks that were written first, whichever document owns them."""
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
-        """Return the runs as they were written."""
         return runs

@@ -17,5 +17,4 @@ class LeastRecentlyUsed(EvictionPolicy):
     """
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
-        """Return the runs by the last use of their document."""
         return sorted(runs, key=lambda run: max(run.document.last_read, run.document.written_at))

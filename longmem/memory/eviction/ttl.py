@@ -23,7 +23,6 @@ class TimeToLive(EvictionPolicy):
     }
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
-        """Return the runs as they were written."""
         return runs
 
     def expired(self, runs: Iterable[Run], now: float) -> Iterator[Run]:

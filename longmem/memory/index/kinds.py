@@ -19,7 +19,7 @@ STORAGE = {"float32": "Flat", "float16": "SQfp16"}
 
 @register("index", "ivf")
 class InvertedFileIndex(ApproximateIndex):
-    """Return search by clusters (FAISS IVF): a query looks only into those whose centres have its largest products.
+    """Search by clusters (FAISS IVF): a query looks only into those whose centres have its largest products.
 
     Half precision is the default: it is as good, takes half the memory and is read in less time. What is found is
     ranked again by the store's search keys, so scores are exact. For keys beyond 65,504 choose float32.
@@ -38,7 +38,6 @@ class InvertedFileIndex(ApproximateIndex):
 
     @property
     def is_exact_in_scores(self) -> bool:
-        """Return whether vectors are kept as they are."""
         return self.chosen["storage"] == "float32"
 
     def clusters(self, num_rows: int) -> int:
@@ -65,14 +64,13 @@ class InvertedFileIndex(ApproximateIndex):
         file.quantizer.metric_type = metric
 
     def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
-        """Return how many clusters to look into."""
         probes = max(self.chosen["least_probes"], round(self.chosen["probed_share"] * file.nlist))
         return faiss.SearchParametersIVF(sel=selector, nprobe=probes)  # type: ignore[call-arg]
 
 
 @register("index", "auto")
 class AutoIndex(InvertedFileIndex):
-    """Return exact search while the store is small and an inverted file beyond, with settings that need no choice."""
+    """Exact search while the store is small and an inverted file beyond, with settings that need no choice."""
 
     settings: ClassVar[Mapping[str, Setting]] = {}
 
@@ -83,7 +81,7 @@ class AutoIndex(InvertedFileIndex):
 
 @register("index", "hnsw")
 class GraphIndex(ApproximateIndex):
-    """Return search along a graph of neighbours (FAISS HNSW), for comparison: on keys of attention clusters do better.
+    """Search along a graph of neighbours (FAISS HNSW), for comparison: on keys of attention clusters do better.
 
     The graph is linked by inner product, like the search; linked by distance it found half as much. It knows no filter:
     it walks as before and leaves out what it may not return, so a filtered search goes deeper by as much, and below
@@ -100,7 +98,6 @@ class GraphIndex(ApproximateIndex):
 
     @property
     def is_exact_in_scores(self) -> bool:
-        """Return whether vectors are kept as they are."""
         return self.chosen["storage"] == "float32"
 
     def layout(self, dim: int, num_rows: int) -> str:
@@ -116,7 +113,6 @@ class GraphIndex(ApproximateIndex):
         file.hnsw.efConstruction = self.chosen["build_depth"]
 
     def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
-        """Return how deep to search."""
         depth = math.ceil(self.chosen["search_depth"] / share)
         return faiss.SearchParametersHNSW(sel=selector, efSearch=depth)  # type: ignore[attr-defined]
 
@@ -126,7 +122,7 @@ ROWS_FOR_MEAN = 16_384
 
 @register("index", "pq")
 class CodeIndex(InvertedFileIndex):
-    """Return search by clusters over product-quantised keys: the least memory, and scores that are only near.
+    """Search by clusters over product-quantised keys: the least memory, and scores that are only near.
 
     So more chunks are looked for than are wanted, and these are ranked again with the store's search keys.
     """
@@ -147,7 +143,6 @@ class CodeIndex(InvertedFileIndex):
 
     @property
     def is_exact_in_scores(self) -> bool:
-        """Return False: a code is never the key."""
         return False
 
     def exact_below(self) -> int:

@@ -37,7 +37,6 @@ class Bounded(RefreshPolicy):
 
     @property
     def needs_sketch(self) -> bool:  # type: ignore[override]
-        """Return whether the clock reads sketches."""
         return self.chosen["clock"] == "gap"
 
     def on_encoder_change(self, refresher: Refresher) -> None:

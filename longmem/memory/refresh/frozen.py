@@ -22,7 +22,6 @@ class Frozen(RefreshPolicy):
     """
 
     def admit(self, known: EncoderStamp, stamp: EncoderStamp) -> None:
-        """Raise StaleMemoryError, with what differs and the ways out."""
         refuse_stale(known, stamp)
 
     def on_idle(self, refresher: Refresher, budget_tokens: int | None) -> None:
