@@ -134,7 +134,7 @@ def download(repository: str, file: str | None, longest: int) -> Path:
         raise ValueError(
             f"`data` {repository!r} is no local file, and could not be had from the Hugging Face Hub: {error} "
             "Without the network, download its JSON elsewhere and give its path as `data`; with it, name the file with "
-            "`file`, such as file=chapterbreak_ctx_8192.json. eval/build_chapterbreak.py makes data from books of your own."
+            "`file`, such as file=chapterbreak_ctx_8192.json. experiments/chapterbreak makes data from books of your own."
         ) from error
 
 
