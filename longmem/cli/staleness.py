@@ -34,7 +34,6 @@ REFRESH_EXAMPLES = """\
 examples:
   longmem bank refresh --bank memory --model tuned                    everything that another encoder wrote
   longmem bank refresh --bank memory --budget-tokens 100000           so much for now; the next run goes on
-  longmem bank refresh --bank memory --model tuned --policy mapped    move most of it by a map, where that wins
 
 Text is not needed: token ids are kept. Each document is on the disk once it is whole, so a run can be stopped with Ctrl-C,
 and the next one goes on. --policy also says what the bank does from now on when its encoder changes.

@@ -19,7 +19,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 class Entry(NamedTuple):
-    """Where a task is, as "module:Class", and what it asks, in one line."""
+    """Where a task is in `longmem.evaluation`, as "module:Class", and what it asks, in one line."""
 
     place: str
     summary: str
@@ -27,32 +27,21 @@ class Entry(NamedTuple):
 
 TASKS = {
     "perplexity": Entry(
-        "longmem.evaluation.perplexity:Perplexity",
-        "perplexity of long texts, by length and by distance of what is needed",
+        "perplexity:Perplexity", "perplexity of long texts, by length and by distance of what is needed"
     ),
     "perplexity-books": Entry(
-        "longmem.evaluation.perplexity:PerplexityOfBooks",
-        "perplexity of one stretch of each book, beside longer windows",
+        "perplexity:PerplexityOfBooks", "perplexity of one stretch of each book, beside longer windows"
     ),
-    "chapterbreak": Entry(
-        "longmem.evaluation.tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"
-    ),
+    "chapterbreak": Entry("tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"),
     "in-context": Entry(
-        "longmem.evaluation.tasks.labelled:Labelled",
-        "labels of texts after thousands of demonstrations (SST-2, MR, ...)",
+        "tasks.labelled:Labelled", "labels of texts after thousands of demonstrations (SST-2, MR, ...)"
     ),
-    "squad": Entry(
-        "longmem.evaluation.tasks.squad:Squad", "questions about passages after demonstrations (SQuAD v1.1)"
-    ),
-    "quality": Entry("longmem.evaluation.tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
-    "recall": Entry(
-        "longmem.evaluation.tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"
-    ),
-    "longeval": Entry(
-        "longmem.evaluation.tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"
-    ),
-    "harness": Entry("longmem.evaluation.harness.task:Harness", "any task of lm-evaluation-harness"),
-    "locomo": Entry("longmem.evaluation.tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
+    "squad": Entry("tasks.squad:Squad", "questions about passages after demonstrations (SQuAD v1.1)"),
+    "quality": Entry("tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
+    "recall": Entry("tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"),
+    "longeval": Entry("tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"),
+    "harness": Entry("harness.task:Harness", "any task of lm-evaluation-harness"),
+    "locomo": Entry("tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }
 
 
@@ -77,7 +66,7 @@ def task_class(name: str) -> Any:
     if name not in TASKS:
         return find("task", name)
     module, _, kind = TASKS[name].place.partition(":")
-    return getattr(importlib.import_module(module), kind)
+    return getattr(importlib.import_module(f"longmem.evaluation.{module}"), kind)
 
 
 def default_settings(name: str) -> Path | None:
@@ -93,11 +82,7 @@ def run_task(
     Tables are shown on the console and written to the folder. The figures are another layer's:
     `longmem.plots.plot_finished(finished)`.
 
-    Args:
-        name: of a task.
-        overrides: settings, each `name=value` with the value in YAML.
-        console: default: a new one.
-        file: YAML file of settings; default: the task's own.
+    Settings come from a YAML file, by default the task's own, and from overrides, each `name=value` with the value in YAML.
 
     Raises:
         ValueError: a setting is wrong, or settings, model and data do not go together.

@@ -89,8 +89,12 @@ def make_optimizer(
     trained: dict[str, nn.Parameter], wanted: OptimizationSettings, further_groups: Sequence[dict[str, Any]] = ()
 ) -> torch.optim.AdamW:
     """Return AdamW over what is trained of the side network, and over further groups of parameters."""
-    rates = {"learning_rate": wanted.learning_rate, "gate_learning_rate": wanted.gate_learning_rate}
-    groups = parameter_groups(trained, weight_decay=wanted.weight_decay, **rates)
+    groups = parameter_groups(
+        trained,
+        learning_rate=wanted.learning_rate,
+        gate_learning_rate=wanted.gate_learning_rate,
+        weight_decay=wanted.weight_decay,
+    )
     return torch.optim.AdamW([*groups, *further_groups], betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
 
 

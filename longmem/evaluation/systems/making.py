@@ -23,16 +23,14 @@ def make_systems(
     banks: Banks | None = None,
     retrieval: Mapping[str, Any] | None = None,
 ) -> list[System]:
-    """Return the systems with these names, in their order; those that read memory share banks.
+    """Return the systems with these names, in their order; those that read memory share banks, by default new ones.
 
     Args:
         names: "backbone", "context-N" for the backbone with N tokens in its window, "bm25" and "hidden" for passages
             pasted into the backbone's window, "off", "on" and "wrong" for LongMem; or a "system" of `longmem.plugins`.
         model: all of them use it or its backbone.
         window: tokens seen at once by all but "context-N".
-        local_tokens: see `System`.
-        batch_size: see `System`.
-        banks: default: new ones.
+        local_tokens: as `batch_size`, see `System`.
         retrieval: further options of `RetrievalSystem`.
 
     Raises:

@@ -29,11 +29,7 @@ def title_of_system(name: str) -> str:
 
 
 def context_size(name: str) -> int:
-    """Return the N of "context-N".
-
-    Raises:
-        ValueError: N is no number.
-    """
+    """Return the N of "context-N". Raises ValueError if it is no number."""
     size = name.partition("-")[2]
     if not size.isdecimal() or not int(size):
         raise ValueError(f"`systems` must write a longer window as context-N, such as context-4096, got {name!r}.")

@@ -25,7 +25,7 @@ class Bounded(RefreshPolicy):
 
     `budget_tokens`: encode so many tokens again before a read, oldest entries first, and mask what is left; 0: all. A lag of 4
     encoder changes is AReaL's documented bound; on the clock "gap" 0.001 cost SmolLM2 about 8 % of recall@16
-    (`calibrate_gap` finds the number for a model and a wanted recall).
+    (`experiments/staleness/calibration.py` finds the number for a model and a wanted recall).
     """
 
     settings: ClassVar[Mapping[str, Setting]] = {
