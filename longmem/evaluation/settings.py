@@ -87,7 +87,7 @@ def read_arguments(kind: type[Settings], description: str | None) -> Settings:
 
 
 def load_evaluation(kind: type[Settings], path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
-    """Return the settings in a YAML file (None: the defaults of `kind`), changed and checked; ValueError tells what is wrong."""
+    """Return the settings in a YAML file (None: the defaults of `kind`), changed and checked; ValueError says what is wrong."""
     own = [field.name for field in dataclasses.fields(LongMemConfig)]
     is_free = "config" in kind.__dataclass_fields__  # type: ignore[attr-defined]  # what opens no model has none
     return read_settings(kind, path, overrides, free={"config": own} if is_free else None)

@@ -54,7 +54,10 @@ class Quality(ReadingTask):
         else:
             choices = {"per token": best(per_token(record)), "summed": best(record["logprobs"])}
         options = dict(enumerate(record["options"]))  # a letter may be beyond them
-        return {rule: float(options.get(choice) == record["gold"]) for rule, choice in choices.items()}
+        return {
+            rule: float(choice is not None and options.get(choice) == record["gold"])
+            for rule, choice in choices.items()
+        }
 
     def chance(self, record: Record) -> float:
         return 1 / len(record["options"])
