@@ -346,13 +346,7 @@ class MemoryBank:
 
     @torch.inference_mode(False)
     def copy_tokens(
-        self,
-        document_id: str,
-        bank: MemoryBank,
-        origin_id: str,
-        origin: int,
-        part: SourcePart,
-        **said: Any,
+        self, document_id: str, bank: MemoryBank, origin_id: str, origin: int, part: SourcePart, **said: Any
     ) -> None:
         """Add, or append, a segment as it is stored in a document of another bank with the same settings and encoder.
 

@@ -17,9 +17,7 @@ class TimeToLive(EvictionPolicy):
     Time passes for a bank when it is searched, listed or written to.
     """
 
-    settings: ClassVar[Mapping[str, Setting]] = {
-        "seconds": Setting(86_400.0, "how long a chunk lives", 0.001, 1e10),
-    }
+    settings: ClassVar[Mapping[str, Setting]] = {"seconds": Setting(86_400.0, "how long a chunk lives", 0.001, 1e10)}
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
         return runs

@@ -19,7 +19,7 @@ class Eager(RefreshPolicy):
     """Encode everything again after every `every`-th change of the encoder; in between, older entries are read as they are."""
 
     settings: ClassVar[Mapping[str, Setting]] = {
-        "every": Setting(1, "the number of encoder changes from one refresh to the next", 1, 1e9),
+        "every": Setting(1, "the number of encoder changes from one refresh to the next", 1, 1e9)
     }
 
     def on_encoder_change(self, refresher: Refresher) -> None:

@@ -152,10 +152,7 @@ class Refresher:
         return sum(each.stop - each.start for target in targets for each in self._closure(*target))
 
     def reencode(
-        self,
-        targets: Targets,
-        budget_tokens: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, targets: Targets, budget_tokens: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> RefreshReport:
         """Encode segments again and write them, each document in one transaction; return what was done.
 
