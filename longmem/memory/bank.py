@@ -551,7 +551,7 @@ class MemoryBank:
 
     def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> BankView:
         """Return a view that reads these documents, and those with one of these tags. Raises ValueError for an unknown id."""
-        return BankView(self, document_ids, tags)
+        return BankView(self, self._table, self._visibility, document_ids, tags)
 
     def search(
         self,

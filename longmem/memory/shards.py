@@ -105,7 +105,7 @@ class BankShards:
         for document_id in wanted:
             validate_known("document_ids", document_id, names)
         chosen = [[document_id for document_id in wanted if document_id in each] for each in known]
-        return BankShards(BankView(_bank_of(shard), ids) for shard, ids in zip(self.shards, chosen, strict=True) if ids)
+        return BankShards(_bank_of(shard).select(ids) for shard, ids in zip(self.shards, chosen, strict=True) if ids)
 
     def search(
         self,
@@ -202,7 +202,9 @@ class BankShards:
 
 
 def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
-    return shard.bank if isinstance(shard, BankView) else shard
+    bank = shard.bank if isinstance(shard, BankView) else shard
+    assert isinstance(bank, MemoryBank)  # nothing else has views
+    return bank
 
 
 def _known_documents(shard: MemoryBank | BankView) -> list[str]:
