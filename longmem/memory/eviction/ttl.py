@@ -12,7 +12,7 @@ from longmem.plugins import Setting
 
 
 class TimeToLive(EvictionPolicy):
-    """Forget chunks `seconds` after they were written; when the bank is full before, the oldest first.
+    """The policy by which chunks go `seconds` after they were written; when the bank is full before, the oldest first.
 
     Time passes for a bank when it is searched, listed or written to.
     """

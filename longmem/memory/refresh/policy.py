@@ -26,7 +26,7 @@ POLICIES: dict[str, type[RefreshPolicy]] = {}
 
 
 class RefreshPolicy:
-    """Decide what a bank does with entries of an earlier encoder; a new policy is one class, registered by its name.
+    """What a bank does with entries of an earlier encoder; a new policy is one class, registered by its name.
 
     The default reads what the current encoder wrote and masks the rest.
     """
