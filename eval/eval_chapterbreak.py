@@ -4,13 +4,13 @@
     python eval/eval_chapterbreak.py data=simsun131/chapterbreak split=pg19 \\
         "contexts=[256,1024,8192]" "systems=[backbone,context-8192,on]" output=results/pg19
 
-eval/build_chapterbreak.py makes such data from books of your own. A run that was stopped goes on with the same command.
+experiments/chapterbreak makes such data from books of your own. A run that was stopped goes on with the same command.
 """
 
 import sys
 
 from longmem.evaluation import run_task
-from longmem.plots import plot_evaluation, require_matplotlib
+from longmem.plots import plot_finished, require_matplotlib
 
 if __name__ == "__main__":
     require_matplotlib()
@@ -18,4 +18,4 @@ if __name__ == "__main__":
         finished = run_task("chapterbreak", sys.argv[1:])
     except ValueError as error:
         raise SystemExit(f"{error}\n{__doc__}") from error
-    plot_evaluation(finished.folder / "accuracy.png", finished.metrics, title=finished.title)
+    plot_finished(finished)

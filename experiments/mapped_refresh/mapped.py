@@ -18,20 +18,20 @@ from torch import Tensor
 from experiments.mapped_refresh.drift_map import DriftMap, fit_map, neighbours_kept, relative_error
 from longmem.memory.index import Ranked
 from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.policy import RefreshPolicy, Search, make_policy, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy, Search, make_policy
 from longmem.memory.refresh.refresher import Refresher
 from longmem.memory.refresh.samples import Targets, draw_segments, stored_chunks, vectors
 from longmem.memory.rows.codec import decode, encode
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
 from longmem.memory.rows.storage import Chunks
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 # Old and new vectors of segments, for each (layer, 0 for keys or 1 for values).
 Pairs = dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
 
 
-@register_policy("mapped")
+@register("refresh", "mapped")
 class Mapped(RefreshPolicy):
     """The policy that encodes a sample of each old version again, fits maps of keys and values on it, and moves the rest.
 

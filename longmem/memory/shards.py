@@ -134,7 +134,13 @@ class BankShards:
         if any(each.log_weights is not None for each in found):
             parts = [torch.zeros_like(each.scores) if each.log_weights is None else each.log_weights for each in found]
             ages = torch.cat(parts, dim=2).gather(2, order)
-        return Found(rows.gather(2, order), scores, ages, tuple(each.generation for each in found))
+        # An empty shard names no generation: none of the rows is its own, so any state of it will do.
+        states = tuple(
+            shard.generation if each.generation is None else each.generation
+            for shard, each in zip(self.shards, found, strict=True)
+        )
+        is_empty = all(each.generation is None for each in found)
+        return Found(rows.gather(2, order), scores, ages, None if is_empty else states)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows, in a dtype that holds those of all shards that are read."""

@@ -14,7 +14,7 @@ from tiny_models import some_text
 from longmem import MemoryBank
 from longmem.evaluation.runner import answers_of, described
 from longmem.evaluation.summary import summarize
-from longmem.evaluation.systems import make_systems
+from longmem.evaluation.systems import Banks, make_systems
 from longmem.evaluation.tables import tables_of
 from longmem.evaluation.task import Case, best, per_token
 from longmem.evaluation.tasks.facts import FactMaker, Facts, FactsSettings, is_exact, validate_sizes, value_item
@@ -199,6 +199,23 @@ def test_a_memory_is_that_of_the_text_with_its_facts(model, text, haystack, need
         assert_same_memory(smaller, banks.of([*cases["needle/512/1/0"].memory[0], *haystack[LENGTH:512]]))
     with pytest.raises(AssertionError, match="named before"):
         banks.of([*haystack[:LENGTH], *haystack[:LENGTH]])  # no fact can be in the second window
+
+
+def test_a_system_answers_from_these_banks_as_from_any_others(model, text, haystack):
+    task = Facts(dataclasses.replace(SETTINGS, tasks=("needle",), haystack=text))
+    cases = task.cases(model)
+    case, shared = cases[1], banks_of(model, haystack)
+    scores = {}
+    for name in ("off", "on", "wrong"):
+        for banks in (shared, Banks(model, index="flat")):
+            (system,) = make_systems([name], model, window=256, banks=banks)
+            task.prepare(system, case, task.wrong(case, cases))
+            (found,) = answers_of(task, system, dataclasses.replace(case, max_new_tokens=0), case.items, ())
+            scores.setdefault(name, []).append(torch.tensor(found["logprobs"]))
+    for one, other in scores.values():
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    (off, _), (on, _), (wrong, _) = scores.values()
+    assert min((on - off).abs().max(), (on - wrong).abs().max()) > 1e-2
 
 
 def test_the_wrong_memory_is_the_text_alone(model, text, haystack):

@@ -11,7 +11,6 @@ from longmem import MemoryBank
 from longmem.evaluation.systems import (
     BackboneSystem,
     Banks,
-    GivenMemory,
     MemorySystem,
     Question,
     RetrievalSystem,
@@ -214,20 +213,6 @@ def test_the_wrong_memory_is_the_next_right_one(model):
             system.read([text], instead=[other])
             system.score([QUESTION])
     assert banks.encoded_tokens == sum(map(len, texts)) + len(texts[0])  # the first comes again at the end
-
-
-def test_a_memory_that_is_given_is_read_as_one_that_was_encoded(model):
-    options = {"window": WINDOW, "local_tokens": 6}
-    on = MemorySystem("on", model, **options)
-    given = GivenMemory("on", model, memory=bank_of(model, STREAM[:-6]), **options)
-    off = GivenMemory("off", model, **options)
-    for system in (on, given, off):
-        system.read([STREAM])
-    (expected,) = on.score([QUESTION])
-    assert given.score([QUESTION]) == [expected]
-    assert off.score([QUESTION]) != [expected]
-    given.memory = bank_of(model, OTHER)
-    assert given.score([QUESTION]) != [expected]
 
 
 def test_a_system_can_be_left_out_and_a_wrong_name_is_told(model):

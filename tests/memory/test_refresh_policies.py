@@ -5,7 +5,8 @@ import torch
 from fake_encoder import CHUNK, DIM, HEADS, LAYERS, FakeModel, TurnedModel, make_bank, read_all, stored, write
 
 from longmem import MemoryBank, StaleMemoryError
-from longmem.memory.refresh import POLICIES, RefreshPolicy, register_policy
+from longmem.memory.refresh import RefreshPolicy
+from longmem.plugins import register
 
 NUM_SEGMENTS, LENGTH = 6, 8
 
@@ -203,24 +204,21 @@ def test_a_lazy_sweep_takes_the_oldest_first():
     assert seen == [["a"], ["a", "b"], ["a", "b", "c"]]
 
 
-def test_a_policy_of_ones_own_is_one_class(tmp_path):
-    @register_policy("newest")
+def test_a_policy_of_ones_own_is_one_class(tmp_path, new_names):
+    @register("refresh", "newest")
     class Newest(RefreshPolicy):
         def readable(self, lags):
             return lags.values <= 1
 
-    try:
-        bank = filled("newest")
-        bank.ready_for(FakeModel("b"))
-        assert read_segments(bank) == set(ALL)
-        bank.save(tmp_path / "bank")
-        bank = MemoryBank.load(tmp_path / "bank", FakeModel("b"))
-        assert bank.refresh == "newest"
-        assert read_segments(bank) == set(ALL)
-        bank.ready_for(FakeModel("c"))
-        assert not read_all(bank)
-    finally:
-        del POLICIES["newest"]
+    bank = filled("newest")
+    bank.ready_for(FakeModel("b"))
+    assert read_segments(bank) == set(ALL)
+    bank.save(tmp_path / "bank")
+    bank = MemoryBank.load(tmp_path / "bank", FakeModel("b"))
+    assert bank.refresh == "newest"
+    assert read_segments(bank) == set(ALL)
+    bank.ready_for(FakeModel("c"))
+    assert not read_all(bank)
 
 
 def test_tokens_that_cannot_be_encoded_again_are_named_and_masked():

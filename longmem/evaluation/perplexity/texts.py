@@ -30,17 +30,15 @@ class Text:
 
 
 def token_digest(token_ids: Int[Tensor, " tokens"]) -> str:
-    """Return a hash of token ids, by which a run knows its texts."""
+    """Return a hash of token ids."""
     return hashlib.blake2b(token_ids.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PerplexitySettings) -> list[Text]:
     """Return the texts to score; the wrong memory of each is of the next one, that of the last of the first.
 
-    A single text has `unrelated_text` for it. Documents of less than two tokens are left out.
-
-    Raises:
-        ValueError: there are none, or a book is too short.
+    A single text has `unrelated_text` for it. Documents of less than two tokens are left out. Raises ValueError if there are no
+    others, or a book is too short.
     """
     corpus = load_corpus(
         settings.data,

@@ -1,7 +1,7 @@
 """The systems that every evaluation compares on the same tokens, and the protocol they share: reset, feed, answer."""
 
 from longmem.evaluation.systems.making import make_systems
-from longmem.evaluation.systems.memory import Banks, GivenMemory, MemorySystem
+from longmem.evaluation.systems.memory import Banks, MemorySystem
 from longmem.evaluation.systems.names import SYSTEM_NAMES, title_of_system, validate_systems
 from longmem.evaluation.systems.questions import Answer, Continuation, Question
 from longmem.evaluation.systems.retrieval import RetrievalSystem
@@ -14,7 +14,6 @@ __all__ = [
     "BackboneSystem",
     "Banks",
     "Continuation",
-    "GivenMemory",
     "LongBackbone",
     "LongContextReader",
     "MemorySystem",

@@ -72,9 +72,7 @@ class MemorySystem(System):
 
     Args:
         name: "off" reads nothing, "on" the stream's memory, "wrong" what `read` was given instead; anything else is as "on".
-        model: see `System`.
         banks: shared with other systems on the same streams; None: its own.
-        options: of `System`.
     """
 
     def __init__(self, name: str, model: LongMemForCausalLM, *, banks: Banks | None = None, **options: Any) -> None:
@@ -101,23 +99,3 @@ class MemorySystem(System):
                 raise ValueError("`instead` must hold the text of the wrong memory, got none; give it to `read`.")
             ids = self.instead
         return self.banks.of(ids) if ids else None
-
-
-class GivenMemory(System):
-    """LongMem that reads a memory it is given, and encodes nothing: for evaluations that put memories together themselves.
-
-    Args:
-        name: as in tables.
-        model: see `System`.
-        memory: what is read: a bank, a view on one, shards; None reads nothing. It may be replaced between questions.
-        options: of `System`; what is fed is the local context alone.
-    """
-
-    def __init__(self, name: str, model: LongMemForCausalLM, *, memory: Memory | None = None, **options: Any) -> None:
-        super().__init__(name, model, **options)
-        self.memory = memory
-
-    def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
-        """Return the model that reads the memory, and the end of stream and prefix."""
-        tail = self.stream[-self.local_tokens :] if self.local_tokens else []
-        return LocalModel(self.model, self.memory), self.local([*tail, *prefix], room)

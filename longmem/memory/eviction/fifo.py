@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.rows.documents import Run
+from longmem.plugins import register
 
 
+@register("eviction", "fifo")
 class FirstInFirstOut(EvictionPolicy):
     """The policy by which the chunks go that were written first, whichever document owns them."""
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.rows.documents import Run
+from longmem.plugins import register
 
 
+@register("eviction", "lru")
 class LeastRecentlyUsed(EvictionPolicy):
     """The policy by which the document goes of which no chunk was found by a search, nor written, for the longest time.
 

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.rows.documents import Run
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 
+@register("eviction", "ttl")
 class TimeToLive(EvictionPolicy):
     """The policy by which chunks go `seconds` after they were written; when the bank is full before, the oldest first.
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from longmem.memory.index.saved import SavedIndex
 from longmem.memory.rows.storage import LayerRows
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 Ranked = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
 
@@ -155,6 +155,7 @@ class ChunkIndex:
         return False
 
 
+@register("index", "exact")
 class ExactIndex(ChunkIndex):
     """The reference: a matrix product and `topk`, on whatever device the store is."""
 
@@ -178,6 +179,7 @@ class ExactIndex(ChunkIndex):
         return exact_top_chunks(queries, search_keys, num_chunks)
 
 
+@register("index", "flat")
 class FlatIndex(ExactIndex):
     """Exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
 

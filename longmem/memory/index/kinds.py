@@ -1,4 +1,4 @@
-"""The kinds of chunk index by name; a new kind is one class and one line here."""
+"""The kinds of chunk index that do not compare a query with every key; a new kind is one class, registered by its name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import faiss
 
 from longmem.memory.index import approximate
 from longmem.memory.index.approximate import ApproximateIndex
-from longmem.memory.index.exact import ChunkIndex, ExactIndex, FlatIndex
+from longmem.memory.index.exact import ChunkIndex
 from longmem.memory.rows.storage import LayerRows
-from longmem.plugins import Setting, parse_name
+from longmem.plugins import Setting, parse_name, register
 
 STORAGE = {"float32": "Flat", "float16": "SQfp16"}
 
 
+@register("index", "ivf")
 class InvertedFileIndex(ApproximateIndex):
     """Search by clusters (FAISS IVF): a query looks only into those whose centres have its largest products.
 
@@ -67,6 +68,7 @@ class InvertedFileIndex(ApproximateIndex):
         return faiss.SearchParametersIVF(sel=selector, nprobe=probes)  # type: ignore[call-arg]
 
 
+@register("index", "auto")
 class AutoIndex(InvertedFileIndex):
     """Exact search while the store is small and an inverted file beyond, with settings that need no choice."""
 
@@ -77,6 +79,7 @@ class AutoIndex(InvertedFileIndex):
         self.chosen = {name: setting.default for name, setting in InvertedFileIndex.settings.items()}
 
 
+@register("index", "hnsw")
 class GraphIndex(ApproximateIndex):
     """Search along a graph of neighbours (FAISS HNSW), for comparison: on keys of attention clusters do better.
 
@@ -117,6 +120,7 @@ class GraphIndex(ApproximateIndex):
 ROWS_FOR_MEAN = 16_384
 
 
+@register("index", "pq")
 class CodeIndex(InvertedFileIndex):
     """Search by clusters over product-quantised keys: the least memory, and scores that are only near.
 
@@ -162,19 +166,9 @@ class CodeIndex(InvertedFileIndex):
         return self.chosen["candidates"] * num_chunks
 
 
-INDEXES: dict[str, type[ChunkIndex]] = {
-    "auto": AutoIndex,
-    "flat": FlatIndex,
-    "exact": ExactIndex,
-    "ivf": InvertedFileIndex,
-    "hnsw": GraphIndex,
-    "pq": CodeIndex,
-}
-
-
 def validate_index(index: object) -> None:
     """Raise ValueError unless `index` names a kind, and settings of it with values that they can have."""
-    parse_name("index", index, {kind: each.settings for kind, each in INDEXES.items()})
+    parse_name("index", index)
 
 
 def make_index(index: str, store: LayerRows) -> ChunkIndex:
@@ -186,5 +180,5 @@ def make_index(index: str, store: LayerRows) -> ChunkIndex:
     >>> make_index("ivf:probed_share=0.5", store).chosen["probed_share"]
     0.5
     """
-    kind, chosen = parse_name("index", index, {kind: each.settings for kind, each in INDEXES.items()})
-    return INDEXES[kind](store, **chosen)
+    kind, chosen = parse_name("index", index)
+    return kind(store, **chosen)

@@ -11,13 +11,12 @@ from longmem.memory.refresh.eager import Eager
 from longmem.memory.refresh.frozen import Frozen
 from longmem.memory.refresh.lags import CLOCKS, Lags
 from longmem.memory.refresh.lazy import Lazy
-from longmem.memory.refresh.policy import POLICIES, RefreshPolicy, make_policy, refresh_name, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy, make_policy, refresh_name
 from longmem.memory.refresh.refresher import Refresher, RefreshReport, RefreshState
 from longmem.memory.refresh.report import DocumentStaleness, StalenessReport, VersionStaleness, report_staleness
 
 __all__ = [
     "CLOCKS",
-    "POLICIES",
     "UNBOUNDED",
     "Bounded",
     "DocumentStaleness",
@@ -33,6 +32,5 @@ __all__ = [
     "VersionStaleness",
     "make_policy",
     "refresh_name",
-    "register_policy",
     "report_staleness",
 ]

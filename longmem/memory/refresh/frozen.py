@@ -8,11 +8,12 @@ from torch import Tensor
 from longmem.encoder.checks import refuse_stale
 from longmem.encoder.stamp import EncoderStamp
 from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.policy import RefreshPolicy, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy
 from longmem.memory.refresh.refresher import Refresher
+from longmem.plugins import register
 
 
-@register_policy("frozen")
+@register("refresh", "frozen")
 class Frozen(RefreshPolicy):
     """The policy that refuses a bank whose entries another encoder wrote; nothing is ever encoded again.
 
