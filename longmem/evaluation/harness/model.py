@@ -223,7 +223,7 @@ def in_two_parts(
 
 
 def validate(*, window: int | None, memory: str | bool, local_tokens: int | None) -> None:
-    """Raise ValueError if a setting is out of its range."""
+    """Raise ValueError for a setting out of its range."""
     if window is not None and window < 2:
         raise ValueError(f"`window` must be at least 2 tokens, got {window}.")
     if local_tokens is not None and local_tokens < 1:
