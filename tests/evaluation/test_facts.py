@@ -16,9 +16,9 @@ from longmem.evaluation.runner import answers_of, described
 from longmem.evaluation.summary import summarize
 from longmem.evaluation.systems import Banks, make_systems
 from longmem.evaluation.tables import tables_of
-from longmem.evaluation.task import Case, best, per_token
+from longmem.evaluation.task import Case, best, per_token, tokenize
 from longmem.evaluation.tasks.facts import FactMaker, Facts, FactsSettings, is_exact, validate_sizes, value_item
-from longmem.evaluation.tasks.haystack import HaystackBanks, cut, plan_parts, read_haystack, tokenize
+from longmem.evaluation.tasks.haystack import HaystackBanks, cut, plan_parts, read_haystack
 
 LENGTH = 128  # bytes are tokens: facts need room
 SETTINGS = FactsSettings(output="unused", sizes=(512, 1024), items=2, num_choices=4, pairs=2, depths=(0.0, 0.5, 1.0))
@@ -380,8 +380,8 @@ def test_accuracies_are_those_counted_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ()}, "at least one each"),
-        ({"sizes": (512, 512)}, "`sizes` must name each once"),
+        ({"tasks": ()}, "at least one, and none twice"),
+        ({"sizes": (512, 512)}, "`sizes` must be at least one, and none twice"),
         ({"distances": (1024,)}, "smaller than the largest of `sizes`"),
         ({"needles": "together"}, "`needles` must be alone for the task passkey"),
         ({"num_choices": 39}, "`num_choices` must leave a value for every depth"),

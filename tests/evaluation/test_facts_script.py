@@ -99,7 +99,7 @@ def test_longeval_leaves_a_result_folder_as_well(backbone_folder, tmp_path, monk
 
 
 def test_wrong_settings_end_the_script_before_any_work(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="`sizes` must name each once"):
+    with pytest.raises(SystemExit, match="`sizes` must be at least one, and none twice"):
         run(monkeypatch, "recall", f"output={tmp_path / 'results'}", "sizes=[512, 512]")
     with pytest.raises(SystemExit, match="`data`"):  # which is missing
         run(monkeypatch, "longeval", f"output={tmp_path / 'results'}")
