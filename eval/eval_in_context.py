@@ -11,7 +11,7 @@ left out (backbone). A stopped run goes on with the same command.
 import sys
 
 from longmem.evaluation import run_task
-from longmem.plots import plot_evaluation, require_matplotlib
+from longmem.plots import plot_finished, require_matplotlib
 
 if __name__ == "__main__":
     require_matplotlib()
@@ -20,4 +20,4 @@ if __name__ == "__main__":
         finished = run_task(name, overrides)
     except ValueError as error:
         raise SystemExit(f"{error}\n{__doc__}") from error
-    plot_evaluation(finished.folder / "accuracy.png", finished.metrics, title=finished.title)
+    plot_finished(finished)

@@ -1,32 +1,29 @@
-"""Measure the perplexity of long documents, by their length and by how far back lies what memory helps to predict; or of books.
+"""Measure the perplexity of long documents, by length and by how far back lies what memory helps to predict; or of books.
 
-    python eval/eval_perplexity.py configs/eval/perplexity.yaml data=my-books output=results/my-books
-    python eval/eval_perplexity.py configs/eval/perplexity.yaml data=books/manifest.json split=test limit=null \\
-        model=my-longmem "systems=[backbone,context-8192,off,on,wrong]" output=results/test-books
-    python eval/eval_perplexity.py configs/eval/perplexity.yaml data=allenai/some-corpus num_documents=100 \\
+    python eval/eval_perplexity.py perplexity data=my-books output=results/my-books
+    python eval/eval_perplexity.py perplexity data=books/manifest.json split=test limit=null model=my-longmem \\
+        "systems=[backbone,context-8192,off,on,wrong]" output=results/test-books
+    python eval/eval_perplexity.py perplexity data=allenai/some-corpus num_documents=100 \\
         windows_per_document=null memory_tokens=null output=results/every-token
-    python eval/eval_perplexity.py configs/eval/perplexity-books.yaml data=my-books "other_cuts=[1024/512]" grow=true \\
+    python eval/eval_perplexity.py perplexity-books data=my-books "other_cuts=[1024/512]" grow=true \\
         "systems=[backbone,off,on,wrong,context-8192]" context_windows=2 output=results/both-cuts
 
 A document is read in windows whose last `stride` tokens are scored, by all systems on the same tokens. Everything before a
-window is in the document's memory, up to `memory_tokens`. With `plan: books` one stretch of each text is scored, after at least
-`memory_tokens`, by every way of cutting windows and by the backbone with longer ones. The wrong memory is the next text's, that
-of a single text Python's manual. The losses of every token are in OUTPUT/documents. A stopped run goes on, with the same
-command, with the texts that are not finished.
+window is in the document's memory, up to `memory_tokens`. Of a book one stretch is scored, after at least `memory_tokens`, by
+every way of cutting windows and by the backbone with longer ones. The wrong memory is the next text's, that of a single text
+Python's manual. The losses of every token are in OUTPUT/documents. A stopped run goes on with the same command.
 """
 
-from longmem.cli.common import console_for
-from longmem.evaluation.perplexity import PerplexitySettings, run_perplexity
-from longmem.evaluation.settings import read_arguments
-from longmem.plots import plot_perplexity, require_matplotlib
+import sys
 
-
-def main() -> None:
-    settings = read_arguments(PerplexitySettings, __doc__)
-    require_matplotlib()
-    found = run_perplexity(settings, console_for(as_json=False, markup=True))
-    plot_perplexity(settings.output, found)
-
+from longmem.evaluation import run_task
+from longmem.plots import plot_finished, require_matplotlib
 
 if __name__ == "__main__":
-    main()
+    require_matplotlib()
+    name, *overrides = sys.argv[1:] or ["--help"]
+    try:
+        finished = run_task(name, overrides)
+    except ValueError as error:
+        raise SystemExit(f"{error}\n{__doc__}") from error
+    plot_finished(finished)

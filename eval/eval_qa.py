@@ -12,7 +12,7 @@ For a system of your own see `longmem.evaluation.tasks.reading.answer_documents`
 import sys
 
 from longmem.evaluation import run_task
-from longmem.plots import plot_evaluation, require_matplotlib
+from longmem.plots import plot_finished, require_matplotlib
 
 if __name__ == "__main__":
     require_matplotlib()
@@ -21,4 +21,4 @@ if __name__ == "__main__":
         finished = run_task(name, overrides)
     except ValueError as error:
         raise SystemExit(f"{error}\n{__doc__}") from error
-    plot_evaluation(finished.folder / "accuracy.png", finished.metrics, title=finished.title)
+    plot_finished(finished)

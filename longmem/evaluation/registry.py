@@ -25,6 +25,14 @@ class Entry(NamedTuple):
 
 
 TASKS = {
+    "perplexity": Entry(
+        "longmem.evaluation.perplexity:Perplexity",
+        "perplexity of long texts, by length and by distance of what is needed",
+    ),
+    "perplexity-books": Entry(
+        "longmem.evaluation.perplexity:PerplexityOfBooks",
+        "perplexity of one stretch of each book, beside longer windows",
+    ),
     "chapterbreak": Entry(
         "longmem.evaluation.tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"
     ),
@@ -65,8 +73,8 @@ def run_task(
 ) -> Finished:
     """Run an evaluation to its end, or go on with a stopped one; return folder, title and metrics.
 
-    Tables are shown on the console and written to the folder. The figure is another layer's:
-    `longmem.plots.plot_evaluation(finished.folder / "accuracy.png", finished.metrics, title=finished.title)`.
+    Tables are shown on the console and written to the folder. The figures are another layer's:
+    `longmem.plots.plot_finished(finished)`.
 
     Args:
         name: of a task.
@@ -81,7 +89,10 @@ def run_task(
 
     from longmem.evaluation.runner import evaluate
     from longmem.evaluation.settings import load_evaluation
+    from longmem.evaluation.task import Task
 
-    kind = task_class(name)
+    kind, console = task_class(name), Console() if console is None else console
     settings = load_evaluation(kind.kind, default_settings(name) if file is None else file, overrides)
-    return evaluate(kind(settings), Console() if console is None else console)
+    if issubclass(kind, Task):
+        return evaluate(kind(settings), console)
+    return kind(settings).run(console)  # it has a loop of its own

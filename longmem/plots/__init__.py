@@ -1,6 +1,7 @@
 """Figures of evaluations and of training runs."""
 
 from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_summaries
+from longmem.plots.finished import plot_finished
 from longmem.plots.perplexity import plot_distances, plot_perplexity, plot_ratios, plot_scores
 from longmem.plots.staleness import plot_staleness
 from longmem.plots.style import require_matplotlib
@@ -10,6 +11,7 @@ __all__ = [
     "plot_accuracies",
     "plot_distances",
     "plot_evaluation",
+    "plot_finished",
     "plot_perplexity",
     "plot_ratios",
     "plot_scores",

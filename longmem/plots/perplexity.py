@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -10,8 +11,7 @@ from typing import Any
 
 import torch
 
-from longmem.evaluation.perplexity import FinishedPerplexity
-from longmem.evaluation.perplexity.scores import file_of
+from longmem.evaluation.perplexity.scores import load_scores
 from longmem.evaluation.perplexity.scoring import WindowScores
 from longmem.evaluation.perplexity.tables import distance_heading
 from longmem.evaluation.perplexity.windows import Cut
@@ -19,25 +19,25 @@ from longmem.evaluation.systems.names import title_of_system
 from longmem.plots.style import STYLES, color_of, draw_interval, new_figure, tidy
 
 
-def plot_perplexity(folder: str | PathLike[str], found: FinishedPerplexity) -> None:
+def plot_perplexity(folder: Path, metrics: Mapping[str, Any], *, title: str) -> None:
     """Draw all figures of a run into its folder: what there is to compare, and of each book the losses along its windows."""
-    metrics = found.metrics
     if len(metrics["summary"]["systems"]) > 1:
-        plot_ratios(Path(folder) / "perplexity.png", metrics, title=found.title)
+        plot_ratios(folder / "perplexity.png", metrics, title=title)
     if metrics["distances"] is not None:
-        plot_distances(Path(folder) / "distances.png", metrics, title=distance_heading(metrics))
+        plot_distances(folder / "distances.png", metrics, title=distance_heading(metrics))
     if metrics["plan"] != "books" or "off" not in metrics["summary"]["systems"]:
         return
-    for number, text in enumerate(found.texts):
-        for cut, scores in text.items():
-            file, first = file_of(Path(folder), number, scores.name), scores.windows[0].start
+    layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]["memory_layers"]
+    for file in sorted((folder / "documents").glob("*.safetensors")):
+        for cut, scores in load_scores(file).items():
+            first = scores.windows[0].start
             plot_scores(
                 file.with_name(f"{file.stem}-{cut.window}-{cut.stride}.png"),
                 {name: own for name, own in scores.systems.items() if not name.startswith("context-")},
-                title=f"{found.title.partition(': ')[0]} reading {scores.name}, {first:,} tokens in memory",
+                title=f"{title.partition(': ')[0]} reading {scores.name}, {first:,} tokens in memory",
                 first_token=first,
                 cut=cut,
-                reading_layers=found.reading_layers,
+                reading_layers=layers or (),
             )
 
 

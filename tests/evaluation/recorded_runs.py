@@ -62,7 +62,7 @@ from experiments.staleness.decoupled import measure_freshness  # noqa: E402
 from longmem.evaluation import run_task  # noqa: E402
 from longmem.evaluation.calibration import calibrate_gap  # noqa: E402
 from longmem.evaluation.task import best, per_token  # noqa: E402
-from longmem.plots import plot_evaluation  # noqa: E402
+from longmem.plots import plot_finished  # noqa: E402
 
 Settings = Mapping[str, Any]
 SECONDS = (
@@ -138,7 +138,7 @@ def evaluate_task(name: str, **settings: Any) -> Run:
     Path("settings.yaml").write_text(yaml.safe_dump({**settings, "output": "run"}), encoding="utf-8")
     with drawn() as figures:
         finished = run_task(name, console=Console(file=io.StringIO()), file="settings.yaml")
-        plot_evaluation(finished.folder / "accuracy.png", finished.metrics, title=finished.title)
+        plot_finished(finished)
     return Run(finished.folder, figures)
 
 
@@ -207,7 +207,7 @@ def one_document(settings: Settings) -> Result:
 
 def perplexity(settings: Settings, texts: Path) -> Result:
     """Return what an evaluation on documents gives."""
-    run = evaluate("eval_perplexity.py", **model_options(segment_length=16), data=str(texts), **settings)
+    run = evaluate_task("perplexity", **model_options(segment_length=16), data=str(texts), **settings)
     cases, records, metrics = [], [], Result()
     cut = f"{settings['window']}/{settings['stride']}"
     for record in run.records:
@@ -243,8 +243,8 @@ def books(settings: Settings) -> Result:
     """Perplexity of one stretch of each book, in two ways of cutting windows, with a memory that grows."""
     first, *others = settings["cuts"]
     window, stride = map(int, first.split("/"))
-    run = evaluate(
-        "eval_perplexity.py",
+    run = evaluate_task(
+        "perplexity-books",
         **model_options(segment_length=16),
         **pick(settings, "memory_tokens", "context_windows"),
         plan="books",

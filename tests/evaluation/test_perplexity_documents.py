@@ -243,7 +243,7 @@ def test_scores_are_the_same_after_saving(model, tmp_path):
     assert scores[CUT].systems["on"].preparing_seconds > 0
     path = tmp_path / "documents" / "a.safetensors"
     save_scores(path, TEXT, scores)
-    assert_equal(load_scores(path, TEXT, settings)[CUT], scores[CUT])
+    assert_equal(load_scores(path)[CUT], scores[CUT])
     tensors = load_file(path)
     positions = tensors["16/8/positions"]
     assert torch.equal(tensors["16/8/token_ids"], TEXT.token_ids[positions])

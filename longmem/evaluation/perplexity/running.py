@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -20,47 +20,47 @@ from longmem.evaluation.perplexity.texts import Text, digest_of, read_texts
 from longmem.evaluation.perplexity.tokens import last_distances, scored_bytes
 from longmem.evaluation.perplexity.views import make_views
 from longmem.evaluation.perplexity.windows import Cut
+from longmem.evaluation.runner import Finished
 from longmem.evaluation.settings import open_evaluated
 from longmem.evaluation.systems.names import title_of_system
 from longmem.model.modeling import LongMemForCausalLM
 
 
-class FinishedPerplexity(NamedTuple):
-    """What a run has found: metrics, and the scores of each text by cut."""
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """The evaluation of perplexity: windows are scored and nothing is asked, so it has a loop of its own."""
 
-    title: str
-    metrics: dict[str, Any]
-    texts: list[dict[Cut, TextScores]]
-    reading_layers: tuple[int, ...]
+    settings: PerplexitySettings
+
+    name: ClassVar[str] = "perplexity"
+    kind: ClassVar[type[PerplexitySettings]] = PerplexitySettings
+
+    def run(self, console: Console) -> Finished:
+        """Score what is missing, write the whole result folder and show brief tables; figures are drawn by who calls."""
+        settings, model = self.settings, open_evaluated(self.settings)
+        settings.validate_for(model)
+        texts = read_texts(model.tokenizer, settings)
+        what = f"of {len(texts)} documents, windows of {settings.window:,} tokens"
+        what = what if settings.plan == "documents" else f"on {len(texts)} books"
+        title = f"{settings.model_title}: perplexity {what}"
+        with RunFolder(settings.output, describe(settings, model, {"documents": digest_of(texts)})) as run:
+            metrics = summarize_texts(evaluate_texts(model, texts, settings, run, console), settings)
+            run.finish(title=title, metrics=metrics, table=markdown(metrics), seed=settings.seed)
+        for heading, tables in sections(metrics, brief=True):
+            console.print(f"\n[bold]{heading}[/]\n", *(plain_table(rows, title_of_system("on")) for rows in tables))
+        return Finished(run.path, title, metrics)
 
 
-def run_perplexity(settings: PerplexitySettings, console: Console) -> FinishedPerplexity:
-    """Run an evaluation, or go on with it, write its folder but for figures, and print its tables.
+class PerplexityOfBooks(Perplexity):
+    """The same with the default settings of books."""
 
-    Raises:
-        ValueError: settings, model and texts do not fit each other, or the folder holds another run; before any work.
-    """
-    model = open_evaluated(settings)
-    settings.validate_for(model)
-    texts = read_texts(model.tokenizer, settings)
-    what = f"of {len(texts)} documents, windows of {settings.window:,} tokens"
-    title = f"{settings.model_title}: perplexity {what if settings.plan == 'documents' else f'on {len(texts)} books'}"
-    with RunFolder(settings.output, describe(settings, model, {"documents": digest_of(texts)})) as run:
-        scores = evaluate_texts(model, texts, settings, run, console)
-        metrics = summarize_texts(scores, settings)
-        run.finish(title=title, metrics=metrics, table=markdown(metrics), seed=settings.seed)
-    for heading, tables in sections(metrics, brief=True):
-        console.print(f"\n[bold]{heading}[/]\n", *(plain_table(rows, title_of_system("on")) for rows in tables))
-    return FinishedPerplexity(title, metrics, scores, tuple(model.config.memory_layers or ()))
+    name: ClassVar[str] = "perplexity-books"
 
 
 def evaluate_texts(
     model: LongMemForCausalLM, texts: Sequence[Text], settings: PerplexitySettings, run: RunFolder, console: Console
 ) -> list[dict[Cut, TextScores]]:
-    """Return the scores of all texts by cut, in order; what `run` has from an earlier start is read and not run.
-
-    The losses of a text are in `documents/NUMBER-NAME.safetensors` of the run's folder.
-    """
+    """Return the scores of all texts by cut, in order, from their files; what `run` has from an earlier start is not run."""
     files = [file_of(run.path, number, each.name) for number, each in enumerate(texts)]
     left = [(each, file) for each, file in zip(texts, files, strict=True) if each.name not in run]
     if left:
@@ -71,7 +71,7 @@ def evaluate_texts(
                 scores = score_text(model, each, settings, starts, progress)
                 save_scores(file, each, scores)
                 run.write([record_of(scores, file.name)])
-    return [load_scores(file, each, settings) for each, file in zip(texts, files, strict=True)]
+    return [load_scores(file) for file in files]
 
 
 def tokens_to_score(num_tokens: int, settings: PerplexitySettings) -> int:
@@ -88,10 +88,7 @@ def score_text(
     starts: Starts,
     progress: Callable[[int], None] | None = None,
 ) -> dict[Cut, TextScores]:
-    """Return the scores of all systems on a text, for every cut of its windows.
-
-    `starts` has the memories of books; `progress` is told the number of scored tokens after every window.
-    """
+    """Return the scores of all systems on a text by cut; `starts` has the memories of books, `progress` is told of windows."""
     ids, is_book = text.token_ids, settings.plan == "books"
     distances, found = last_distances(ids, settings.ngram), {}
     done: dict[tuple[str, Cut], WindowScores] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longmem.evaluation.perplexity.scoring import WindowScores
-from longmem.evaluation.perplexity.settings import PerplexitySettings
 from longmem.evaluation.perplexity.texts import Text
 from longmem.evaluation.perplexity.windows import Cut, Window
 
@@ -76,24 +77,30 @@ def save_scores(path: Path, text: Text, scores: Mapping[Cut, TextScores]) -> Non
             if each.memory_share is not None:
                 found[f"{system}/memory_share"] = each.memory_share
         tensors |= {f"{cut}/{name}": tensor.contiguous() for name, tensor in found.items()}
+    systems = list(next(iter(scores.values())).systems)
+    about = {"name": text.name, "num_tokens": len(text.token_ids), "cuts": [*map(str, scores)], "systems": systems}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial)
+    save_file(tensors, partial, {"text": json.dumps(about)})
     os.replace(partial, path)
 
 
-def load_scores(path: Path, text: Text, settings: PerplexitySettings) -> dict[Cut, TextScores]:
-    """Return what `save_scores` wrote, cuts and systems in the order of the settings."""
-    tensors, count, found = load_file(path), len(text.token_ids), {}
-    for cut in settings.cuts:
-        windows = settings.windows(cut, count)
+def load_scores(path: Path) -> dict[Cut, TextScores]:
+    """Return what `save_scores` wrote."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["text"])
+    tensors, found = load_file(path), {}
+    for cut in about["cuts"]:
+        own = {name.removeprefix(f"{cut}/"): each for name, each in tensors.items() if name.startswith(f"{cut}/")}
+        starts, sizes = own["starts"].unique_consecutive(return_counts=True)
+        parts = zip(starts.tolist(), own["positions"].split(sizes.tolist()), strict=True)
+        windows = tuple(Window(start, int(part[0]), int(part[-1]) + 1) for start, part in parts)
         systems = {}
-        for name in settings.systems:
-            sizes = [window.num_scored for window in settings.windows(cut, count, name)]
-            seconds, preparing = (tensors[f"{cut}/{name}/{each}"].item() for each in ("seconds", "preparing_seconds"))
-            losses, share = tensors[f"{cut}/{name}/losses"].split(sizes), tensors.get(f"{cut}/{name}/memory_share")
+        for name in about["systems"]:
+            count = int((sizes.cumsum(0) <= len(own[f"{name}/losses"])).sum())  # all windows, or the first ones
+            losses, share = own[f"{name}/losses"].split(sizes[:count].tolist()), own.get(f"{name}/memory_share")
+            seconds, preparing = (own[f"{name}/{each}"].item() for each in ("seconds", "preparing_seconds"))
             systems[name] = WindowScores(losses, seconds, preparing, share)
-        distances = tensors[f"{cut}/distances"].split([window.num_scored for window in windows])
-        num_bytes = tensors[f"{cut}/num_bytes"]
-        found[cut] = TextScores(text.name, count, tuple(windows), distances, num_bytes, systems)
+        distances, num_bytes = own["distances"].split(sizes.tolist()), own["num_bytes"]
+        found[Cut.parse(cut)] = TextScores(about["name"], about["num_tokens"], windows, distances, num_bytes, systems)
     return found

@@ -85,11 +85,10 @@ class PerplexitySettings(EvaluationSettings):
     def _check_books(self) -> None:
         if self.memory_tokens is None or self.windows_per_document is None:
             raise ValueError("`memory_tokens` and `windows_per_document` must be numbers for books, got null.")
-        windows = self.windows_per_document
-        if self.context_windows is not None and (not self.contexts or self.context_windows > windows):
+        if self.context_windows is not None and (not self.contexts or self.context_windows > self.windows_per_document):
             raise ValueError(
-                f"`context_windows` must be at most the {windows} windows of a book, for systems context-N, got "
-                f"{self.context_windows} and {list(self.systems)}."
+                f"`context_windows` must be at most the {self.windows_per_document} windows of a book, for systems context-N, "
+                f"got {self.context_windows} and {list(self.systems)}."
             )
         most = self.first_scored + min(cut.stride for cut in self.cuts)
         if (context := max(self.contexts.values(), default=0)) > most:

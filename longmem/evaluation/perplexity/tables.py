@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from longmem.evaluation.systems.names import title_of_system
-from longmem.evaluation.tables import markdown_table
+from longmem.evaluation.tables import Rows, markdown_table
 
-Rows = list[list[str]]
 NOTES = {
     "documents": (
         "Every document counts the same: perplexity is e to the mean, over documents, of the mean loss of their scored tokens. "

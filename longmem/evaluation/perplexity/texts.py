@@ -37,10 +37,8 @@ def token_digest(token_ids: Int[Tensor, " tokens"]) -> str:
 def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PerplexitySettings) -> list[Text]:
     """Return the texts to score; the wrong memory of each is of the next one, that of the last of the first.
 
-    A single text has `unrelated_text` for it. Documents of less than two tokens are left out.
-
-    Raises:
-        ValueError: there are none, or a book is too short.
+    A single text has `unrelated_text` for it. Documents of less than two tokens are left out. Raises ValueError if there are no
+    others, or a book is too short.
     """
     corpus = load_corpus(
         settings.data,
