@@ -16,7 +16,7 @@ from longmem.memory.refresh.refresher import Refresher
 class Frozen(RefreshPolicy):
     """Refuse a bank whose entries another encoder wrote; nothing is ever encoded again.
 
-    Where `bank.reencode` has brought a part of a bank up to date, for a budget's sake or because the rest can't be encoded
+    Where `bank.freshness.reencode` has brought a part of a bank up to date, for a budget's sake or because the rest can't be encoded
     again, the rest is masked.
     """
 
