@@ -113,6 +113,14 @@ def test_every_module_that_a_page_names_exists() -> None:
     assert [line for path in pages() for line in missing_modules(path)] == []
 
 
+def test_no_page_uses_an_old_name_of_a_bank() -> None:
+    from longmem.memory.bank import MOVED, RENAMED
+
+    old = re.compile(rf"\b(?:bank|MemoryBank)\.({'|'.join({**MOVED, **RENAMED})})\b")
+    used = [f"{place}: {line}" for path in (*pages(), *code()) for place, line in lines_of(path) if old.search(line)]
+    assert [line for line in used if not line.startswith("tests/")] == []  # which also test the old names
+
+
 def test_a_wrong_path_or_module_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = "longmem/memory/" + "nothing.py", "longmem.memory." + "nothing"
     page = tmp_path / "page.md"

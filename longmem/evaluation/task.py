@@ -125,7 +125,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    """In the registry, `longmem.evaluation.TASKS`; that of its default settings, `configs/NAME.yaml`."""
+    """In the registry, `longmem.evaluation.TASKS`; that of its default settings, `NAME.yaml` in the folder `configs`."""
 
     title: ClassVar[str]
     """In titles of tables and figures."""

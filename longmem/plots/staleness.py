@@ -21,7 +21,7 @@ def plot_staleness(path: str | PathLike[str], report: StalenessReport, *, title:
 
     Args:
         path: PNG to write.
-        report: of a bank (`MemoryBank.staleness`).
+        report: of a bank (`bank.freshness.report`).
         title: of the figure.
     """
     require_matplotlib()
