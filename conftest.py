@@ -30,9 +30,18 @@ def fixed_seeds() -> None:
 
 
 @pytest.fixture
+def new_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the plug-ins that a test registers when it is over."""
+    from longmem.plugins import PLUGINS  # not at the top, see there
+
+    for kind, known in PLUGINS.items():
+        monkeypatch.setitem(PLUGINS, kind, dict(known))
+
+
+@pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command in this process; return its exit code, and what it wrote to standard output and error."""
-    from longmem.cli.main import main  # not at the top: the shape checks are put in at the first import of longmem
+    from longmem.cli.main import main  # not at the top, see there
 
     def run_command(*arguments: object) -> tuple[int, str, str]:
         code = main([str(argument) for argument in arguments])

@@ -1,7 +1,8 @@
 """Encode-ahead: the same training steps with the backbone in the step itself, and in a thread that runs ahead of it.
 
     python benchmarks/bench_encode_ahead.py [--backbone smollm2-135m] [--lanes 2] [--window 256] [--memory-tokens 4096]
-        [--ahead 2] [--steps 3] [--rounds 3] [--threads 1] [--config configs/train/smollm2-books.yaml] [--output FILE.json]
+        [--ahead 2] [--steps 3] [--rounds 3] [--threads 1]
+        [--config longmem/training/configs/smollm2-books.yaml] [--output FILE.json]
 
 Blocks of steps take turns, with and without, on consecutive text of Python's reference manual. A block begins with nothing
 encoded, and the thread encodes nothing for the next one, so both do the same work. Ratios are of blocks of the same round.
@@ -31,10 +32,11 @@ def block(trainer: Trainer, steps: int, ahead: int) -> None:
             trainer.train_step()
         return
     device, plain = trainer.accelerator.device, trainer.features
-    source = EncodeAhead.for_frozen(
-        trainer.frozen, lambda number: trainer.lanes.batch(number).to(device), trainer.step + steps, ahead
+    first, last = trainer.step, trainer.step + steps
+    source = EncodeAhead(
+        trainer.frozen, lambda number: trainer.lanes.batch(number).to(device), first=first, last=last, ahead=ahead
     )
-    with source.from_batch(trainer.step):
+    with source:
         trainer.features = source
         for _ in range(steps):
             trainer.train_step()
@@ -44,7 +46,7 @@ def block(trainer: Trainer, steps: int, ahead: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="smollm2-135m")
-    parser.add_argument("--config", default="configs/train/smollm2-books.yaml")
+    parser.add_argument("--config", default="longmem/training/configs/smollm2-books.yaml")
     parser.add_argument("--lanes", type=int, default=2)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--memory-tokens", type=int, default=4096)

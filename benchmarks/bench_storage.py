@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.cli.common import read_text
+from longmem.cli.texts import read_text
 from longmem.data.sample_texts import first_tokens
 from longmem.evaluation.perplexity.scoring import WindowScores, loss_difference, score_windows
 from longmem.evaluation.perplexity.views import View

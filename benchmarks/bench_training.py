@@ -1,7 +1,7 @@
 """Training steps: LongMem with full memories beside fine-tuning the same backbone, and a second epoch beside the first.
 
     python benchmarks/bench_training.py [--backbone smollm2-135m] [--lanes 2] [--window 1024] [--memory-tokens 16384]
-        [--steps 5] [--config configs/train/smollm2-books.yaml] [--output FILE.json] [section.key=value ...]
+        [--steps 5] [--config longmem/training/configs/smollm2-books.yaml] [--output FILE.json] [section.key=value ...]
 
 Each kind of training has a process of its own, so that its peak memory is its own, and they take their steps in turn, so
 that a busy machine slows all of them. Ratios are of times of the same round. Epochs that keep features read the same windows
@@ -149,7 +149,7 @@ def own_settings(given: argparse.Namespace, folder: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="smollm2-135m")
-    parser.add_argument("--config", default="configs/train/smollm2-books.yaml")
+    parser.add_argument("--config", default="longmem/training/configs/smollm2-books.yaml")
     parser.add_argument("--lanes", type=int, default=2)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--memory-tokens", type=int, default=16_384)

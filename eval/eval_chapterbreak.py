@@ -4,7 +4,7 @@
     python eval/eval_chapterbreak.py data=simsun131/chapterbreak split=pg19 \\
         "contexts=[256,1024,8192]" "systems=[backbone,context-8192,on]" output=results/pg19
 
-eval/build_chapterbreak.py makes such data from books of your own. A run that was stopped goes on with the same command.
+experiments/chapterbreak makes such data from books of your own. A run that was stopped goes on with the same command.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Evaluate with EleutherAI's lm-evaluation-harness: the backbone as its model `hf`, LongMem with memory off and on.
 
-    python eval/make_harness_data.py quality LEval-data/quality.jsonl --output data/harness
+    python experiments/harness_data/make_harness_data.py quality LEval-data/quality.jsonl --output data/harness
     python eval/eval_harness.py data=data/harness output=results/harness limit=40
     python eval/eval_harness.py "tasks=[hellaswag, wikitext]" output=results/short
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.markup import escape
@@ -50,26 +51,14 @@ class TokenSpeedColumn(ProgressColumn):
         return Text(f"{speed:,.0f} tokens/s" if speed else "", style="cyan")
 
 
-@contextlib.contextmanager
-def token_progress(title: str, console: Console) -> Iterator[Report]:
-    """Show a bar and yield what moves it: a function of (tokens done, tokens in all).
-
-    A console that is no terminal gets one line, at the end.
-    """
-    with _progress(
-        title, console, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"), TokenSpeedColumn()
-    ) as bar:
-        yield bar
+def token_progress(title: str, console: Console) -> AbstractContextManager[Report]:
+    """Return a block that shows a bar, with what moves it: a function of (tokens done, tokens in all)."""
+    return _progress(title, console, TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"), TokenSpeedColumn())
 
 
-@contextlib.contextmanager
-def item_progress(title: str, console: Console) -> Iterator[Report]:
-    """Show a bar and yield what moves it: a function of (items done, items in all).
-
-    A console that is no terminal gets one line, at the end.
-    """
-    with _progress(title, console, TextColumn("{task.completed:,.0f}/{task.total:,.0f}")) as bar:
-        yield bar
+def item_progress(title: str, console: Console) -> AbstractContextManager[Report]:
+    """Return a block that shows a bar, with what moves it: a function of (items done, items in all)."""
+    return _progress(title, console, TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
 
 
 def counting(report: Report, total: int) -> Callable[[int], None]:
@@ -86,7 +75,7 @@ def counting(report: Report, total: int) -> Callable[[int], None]:
 
 @contextlib.contextmanager
 def _progress(title: str, console: Console, *columns: ProgressColumn) -> Iterator[Report]:
-    """Show a bar with a title, these columns and the time left."""
+    """Show a bar with a title, these columns and the time left; where there is no terminal, one line at the end."""
     start = (TextColumn("  {task.description}", markup=False), BarColumn(bar_width=24))  # a title may hold brackets
     time_left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
     with Progress(*start, *columns, time_left, console=console) as bars:

@@ -1,17 +1,35 @@
-"""The settings of a plug-in, and their place in its name: `"ivf:probed_share=0.06"`, `"ttl:seconds=3600"`."""
+"""Plug-ins by name: one registry for kinds of index, policies of eviction and refresh, age priors, systems and tasks.
+
+    @register("eviction", "largest")
+    class LargestFirst(EvictionPolicy): ...
+
+From then on `eviction="largest"` names it, with settings behind a colon: `"ivf:probed_share=0.06"`, `"ttl:seconds=3600"`.
+A package brings its own by an entry point in the group `longmem.plugins`: the name of a module that registers them when it
+is imported. These modules are imported once, when a name is looked for that is not known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from longmem.errors import name_known
+from longmem.errors import did_you_mean, name_known
+
+KINDS = ("index", "eviction", "refresh", "age_prior", "system", "task")
+ENTRY_POINTS = "longmem.plugins"
+# All that is known: by kind, then by name. Add by `register`, look up by `find`.
+PLUGINS: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
+Plugin = TypeVar("Plugin")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Return one setting of a plug-in: a number between two others, or one of several words.
+    """One setting of a plug-in: a number between two others, or one of several words.
 
     `default` has the type that values have: int, float or str.
     """
@@ -24,7 +42,7 @@ class Setting:
 
     @property
     def rule(self) -> str:
-        """Return what a value must be, as the middle of a sentence."""
+        """What a value must be, as the middle of a sentence."""
         if self.words:
             return "one of " + ", ".join(self.words)
         number = "an integer" if isinstance(self.default, int) else "a number"
@@ -41,47 +59,93 @@ class Setting:
         return value if self.lowest <= float(value) <= self.highest else None  # NaN is in no range
 
 
-def parse_name(argument: str, name: object, kinds: Mapping[str, Mapping[str, Setting]]) -> tuple[str, dict[str, Any]]:
-    """Return the kind that `name` names and the settings it gives. Raises ValueError for what is not known.
+class HasSettings(Protocol):
+    """A plug-in whose name may be followed by settings."""
+
+    settings: Mapping[str, Setting]
+
+
+def register(kind: str, name: str) -> Callable[[Plugin], Plugin]:
+    """Return a decorator that makes a plug-in known by a name.
 
     Args:
-        argument: that `name` was given as, for error messages.
-        name: a kind or, with settings, "kind:setting=value,setting=value".
-        kinds: the settings of every kind.
+        kind: one of `KINDS`, each the name of the argument that takes such names.
+        name: new among those of its kind, and without a colon.
 
-    >>> parse_name("index", "ivf:probed_share=0.5", {"ivf": {"probed_share": Setting(0.1, "share of clusters")}})
-    ('ivf', {'probed_share': 0.5})
+    Raises:
+        ValueError: there is no such kind, or the name is taken.
     """
-    kind, colon, text = name.partition(":") if isinstance(name, str) else (name, "", "")
-    if not isinstance(kind, str) or kind not in kinds:
+    if kind not in PLUGINS:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.{did_you_mean(kind, KINDS)}")
+    if not name or ":" in name:
+        raise ValueError(f"`name` must be a word without a colon, since settings follow one, got {name!r}.")
+
+    def put(plugin: Plugin) -> Plugin:
+        if name in PLUGINS[kind]:
+            raise ValueError(f"`name` must be new, got {name!r}, which is {PLUGINS[kind][name]}; choose another one.")
+        PLUGINS[kind][name] = plugin
+        return plugin
+
+    return put
+
+
+def find(kind: str, name: object) -> Any:
+    """Return the plug-in of this kind and name, also one that another package brings. Raises ValueError if there is none."""
+    known = PLUGINS[kind]
+    if isinstance(name, str) and name not in known:
+        import_plugins_of_packages()
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"`{argument}` must be one of the known kinds, got {name!r}; {name_known(kind, kinds)} "
+            f"`{kind}` must be one of the known kinds, got {name!r}; {name_known(name, known)} "
             'Settings follow a colon, as in "kind:setting=value".'
         )
-    settings, chosen = kinds[kind], {}
+    return known[name]
+
+
+def parse_name(kind: str, name: object) -> tuple[Any, dict[str, Any]]:
+    """Return the plug-in that `name` names, and the settings it gives. Raises ValueError for what is not known.
+
+    Args:
+        kind: of plug-in, such as "index".
+        name: that of the plug-in or, with settings, "name:setting=value,setting=value".
+    """
+    word, colon, text = name.partition(":") if isinstance(name, str) else (name, "", "")
+    plugin: HasSettings = find(kind, word)
+    settings, chosen = plugin.settings, {}
     for part in text.split(",") if colon else ():
         key, equals, written = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise ValueError(
-                f"`{argument}` must give settings as name=value, separated by commas, got {part!r} in {name!r}; "
-                f"{_known_settings(kind, key, settings)}"
+                f"`{kind}` must give settings as name=value, separated by commas, got {part!r} in {name!r}; "
+                f"{_known_settings(word, key, settings)}"
             )
         if key not in settings:
             raise ValueError(
-                f"`{argument}` must name settings of {kind!r}, got {key!r} in {name!r}; "
-                f"{_known_settings(kind, key, settings)}"
+                f"`{kind}` must name settings of {word!r}, got {key!r} in {name!r}; "
+                f"{_known_settings(word, key, settings)}"
             )
         if key in chosen:
-            raise ValueError(f"`{argument}` must give each setting once, got {key!r} twice in {name!r}; leave out one.")
+            raise ValueError(f"`{kind}` must give each setting once, got {key!r} twice in {name!r}; leave out one.")
         value = settings[key].read(written)
         if value is None:
             raise ValueError(
-                f"`{key}` of {argument} {kind!r} must be {settings[key].rule}, got {written!r} in {name!r}; it is "
+                f"`{key}` of {kind} {word!r} must be {settings[key].rule}, got {written!r} in {name!r}; it is "
                 f"{settings[key].meaning}, {settings[key].default} by default."
             )
         chosen[key] = value
-    return kind, chosen
+    return plugin, chosen
 
 
-def _known_settings(kind: str, name: str, settings: Mapping[str, Setting]) -> str:
-    return name_known(name, settings) if settings else f"{kind!r} has no settings: leave out the colon."
+@functools.cache
+def import_plugins_of_packages() -> None:
+    """Import, once, the modules that installed packages name in the group `longmem.plugins`; warn of those that fail."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist is not None else "a package"
+            warnings.warn(f"the plug-ins of {package} can't be imported from {entry.value}: {error!r}", stacklevel=3)
+
+
+def _known_settings(word: object, name: str, settings: Mapping[str, Setting]) -> str:
+    return name_known(name, settings) if settings else f"{word!r} has no settings: leave out the colon."

@@ -10,12 +10,20 @@ import pytest
 from tiny_models import save_tiny_backbone, some_text
 from tiny_trained import NAME, save_tiny_trained
 
-from longmem.cli import main as cli
+import longmem
 from longmem.cli.main import main
 from longmem.memory import MemoryBank
 
 ACTIONS = "add append update list info delete tag pin unpin verify compact export tune staleness refresh".split()  # noqa: SIM905
-COMMANDS = [["demo"], ["memorize"], ["generate"], ["bank"], *(["bank", action] for action in ACTIONS)]
+COMMANDS = [
+    ["demo"],
+    ["memorize"],
+    ["generate"],
+    ["train"],
+    ["report"],
+    ["bank"],
+    *(["bank", action] for action in ACTIONS),
+]
 COMMANDS += [["official"], ["official", "convert"], ["official", "compare"]]
 
 
@@ -206,11 +214,42 @@ def test_help_teaches(command, capsys):
     assert command[0] == "official" or "longmem " + command[0] in told.split("examples:")[1]
 
 
-def test_the_parser_needs_no_torch():
-    """The package itself imports torch; the modules of the parser must not, nor may they open the commands."""
+ANSWERED_WITHOUT_WORK = {
+    "--help": 0,
+    "--version": 0,
+    "": 2,
+    "memorise": 2,
+    "generate --bank memory --prompt Chapter --max-token 3": 2,
+    "bank tune --help": 0,
+    "demo --help": 0,
+    "train --help": 0,
+    "train python-manuel": 2,
+    "eval --list": 0,
+    "eval --help": 0,
+    "eval": 2,
+    "eval qualty data=q.jsonl": 2,
+    "report": 2,
+}
+
+
+@pytest.mark.parametrize("line", ANSWERED_WITHOUT_WORK)
+def test_what_needs_no_work_is_answered_at_once(line):
+    """Nothing heavy is imported, and the whole process takes less than half a second of a core."""
     code = (
-        "import sys, types; package = types.ModuleType('longmem'); package.__path__ = [sys.argv[1]]; "
-        "sys.modules['longmem'] = package; from longmem.cli.main import build_parser; build_parser(); "
-        "sys.exit('torch' in sys.modules)"
+        "import sys, time\nfrom longmem.cli.main import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as stop:\n    code = stop.code\n"
+        "print(code, time.process_time(), *sorted({name.partition('.')[0] for name in sys.modules}))"
     )
-    assert subprocess.run([sys.executable, "-c", code, Path(cli.__file__).parent], check=False).returncode == 0
+    answer = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=True)
+    exit_code, seconds, *modules = answer.stdout.splitlines()[-1].split()
+    assert int(exit_code) == ANSWERED_WITHOUT_WORK[line]
+    assert "argparse" in modules
+    assert not {"torch", "transformers", "rich", "faiss", "numpy", "datasets", "matplotlib"} & set(modules)
+    assert float(seconds) < 0.5
+    assert "Traceback" not in answer.stderr
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"longmem {longmem.__version__}\n"

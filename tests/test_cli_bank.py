@@ -319,9 +319,8 @@ def test_tuning_measures_recommends_and_applies(bank, tmp_path, run, answer, mon
 
 
 def test_a_tuned_index_stays_with_the_bank(bank, run, answer, monkeypatch):
-    from longmem.cli import tune
-
-    monkeypatch.setattr(tune, "recommended_index", lambda results, recall: "ivf:probed_share=0.5")
+    chosen = "longmem.memory.index.tuning.recommended_index"
+    monkeypatch.setattr(chosen, lambda results, recall: "ivf:probed_share=0.5")
     code, out, error = run("bank", "tune", "--bank", bank, "--layer", 2, "--num-queries", 8, "--apply")
     assert code == 0
     assert "layer 2" in out

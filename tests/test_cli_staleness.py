@@ -160,16 +160,6 @@ def test_an_interrupted_refresh_keeps_whole_documents_and_goes_on(folders, bank,
     assert versions(bank) == {"one.txt": {1}, "two.txt": {1}}
 
 
-def test_a_policy_that_maps_moves_most_and_stays_with_the_bank(folders, bank, tokens, run, answer):
-    policy = "mapped:sample_share=0.4,min_gain=0,min_recall=0"
-    done = answer("bank", "refresh", "--bank", bank, "--model", folders / "new", "--policy", policy)
-    assert done["mapped"] > 0
-    assert (0 < done["tokens"] < tokens, done["tokens_left"], done["refresh"]) == (True, 0, policy)
-    out = run("bank", "staleness", "--bank", bank)[1]
-    assert f"The refresh policy is {policy}: all of it may be read as it is." in out
-    assert answer("bank", "info", "--bank", bank)["refresh"] == policy
-
-
 @pytest.mark.parametrize("action", ["generate", "memorize", "append", "tune"])
 def test_a_stale_bank_is_refused_with_the_command_that_helps(folders, bank, run, action):
     commands = {

@@ -29,7 +29,8 @@ A_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 @cache
 def pages() -> list[Path]:
     """Return the Markdown files that are written by hand."""
-    own = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
+    own = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.md")]
+    own += (ROOT / "experiments").rglob("*.md")
     return sorted(path for path in own if path.name not in HISTORY)
 
 

@@ -56,7 +56,7 @@ def test_the_page_holds_tables_figures_and_what_is_needed_to_repeat(tmp_path, ru
 
 def test_runs_of_one_title_are_both_drawn(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("longmem.cli.report.plot_summaries", lambda path, panels: drawn.update(panels) or path.touch())
+    monkeypatch.setattr("longmem.plots.plot_summaries", lambda path, panels: drawn.update(panels) or path.touch())
     for name in ("one", "two"):
         finished(tmp_path / name)
     (tmp_path / "report" / "figures").mkdir(parents=True)

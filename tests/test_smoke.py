@@ -10,7 +10,7 @@ import torch
 from tiny_models import save_tiny_backbone, some_text
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.cli import main
+from longmem.cli.main import main
 from longmem.streaming import MemoryStream
 
 TEXT, PROMPT = some_text(80), "the cat sat on a mat"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,12 @@ import pytest
 import torch
 from tiny_trained import NAME, save_tiny_trained
 
-from longmem import LongMemForCausalLM, MemoryBank, packaged
-from longmem.model.opening import open_model, side_network_origin
+import longmem
+from longmem import LongMemForCausalLM, MemoryBank
+from longmem.backbone import packaged
+from longmem.model import names
+from longmem.model.names import look_up
+from longmem.model.opening import open_model
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -50,7 +55,7 @@ def test_settings_or_a_folder_of_that_name_open_another_side_network(model, tmp_
     new = open_model(NAME, num_retrieved_tokens=4, segment_length=16)
     assert (new.config.num_retrieved_tokens, new.config.lora) == (4, None)
     new.save_pretrained(NAME)
-    found = {name: side_network_origin(name) for name in (NAME, f"./{NAME}", "backbone")}
+    found = {name: look_up(name).origin for name in (NAME, f"./{NAME}", "backbone")}
     assert found == {NAME: "packaged", f"./{NAME}": "saved", "backbone": "new"}
     assert open_model(NAME).config.num_retrieved_tokens == 8
     assert open_model(f"./{NAME}").config.num_retrieved_tokens == 4
@@ -67,12 +72,12 @@ def test_a_packaged_name_without_a_trained_side_network(model, monkeypatch):
 
 
 def test_the_place_is_inside_the_installed_package():
-    assert packaged.TRAINED_FOLDER.parent == Path(packaged.__file__).parent
+    assert names.TRAINED_FOLDER.parent == Path(longmem.__file__).parent
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is not installed")
-def test_the_wheel_holds_it(tmp_path):
+def test_the_wheel_holds_it_and_the_settings(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(REPOSITORY / "longmem", source / "longmem", ignore=shutil.ignore_patterns("__pycache__", "trained"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -85,5 +90,23 @@ def test_the_wheel_holds_it(tmp_path):
     command = [sys.executable, "-c", build, str(tmp_path)]
     built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True)
     with zipfile.ZipFile(tmp_path / built.stdout.split()[-1]) as wheel:
-        packed = {name for name in wheel.namelist() if "/trained/" in name}
-    assert packed == {f"longmem/trained/{NAME}/{name}" for name in files}
+        packed = set(wheel.namelist())
+        wheel.extractall(tmp_path / "site")
+    assert {name for name in packed if "/trained/" in name} == {f"longmem/trained/{NAME}/{name}" for name in files}
+    for ending in (".py", ".yaml"):
+        files = {path.relative_to(source).as_posix() for path in (source / "longmem").rglob(f"*{ending}")}
+        assert {name for name in packed if name.endswith(ending)} == files
+
+    def installed(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        command = [sys.executable, "-m", "longmem.cli.main", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    for command in ("train", "eval"):
+        assert str(tmp_path / "site" / "longmem") in installed(command, "--help").stdout
+    # The files were read: what is wrong is the setting behind them.
+    for words, meant in (
+        (("train", "python-manual", "data.lane=4"), "data.lanes"),
+        (("eval", "recall", "items_=1"), "items"),
+    ):
+        assert f"Did you mean `{meant}`?" in installed(*words).stderr

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_models import save_tiny_backbone
 
-from longmem import LongMemForCausalLM, packaged
+from longmem import LongMemForCausalLM
 from longmem.backbone import loading
+from longmem.model import names
 
 NAME = "smollm2-135m"
 
@@ -22,7 +23,7 @@ def save_tiny_trained(folder: Path, monkeypatch: pytest.MonkeyPatch, **config_fi
     """
     backbone = str(save_tiny_backbone(folder / "backbone"))
     monkeypatch.setattr(loading, "resolve_backbone", lambda name: backbone if name == NAME else name)
-    monkeypatch.setattr(packaged, "TRAINED_FOLDER", folder / "trained")
+    monkeypatch.setattr(names, "TRAINED_FOLDER", folder / "trained")
     fields = {"segment_length": 16, "num_retrieved_tokens": 8, "lora": {"rank": 2}, **config_fields}
     model = LongMemForCausalLM.from_backbone(NAME, **fields).eval()
     with torch.no_grad():

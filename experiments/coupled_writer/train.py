@@ -1,7 +1,8 @@
 """Train a side network and its backbone together, as Memorizing Transformers does, to see what LongMem avoids.
 
-    python experiments/coupled_writer/train.py configs/train/python-manual.yaml output=runs/coupled
-    python experiments/coupled_writer/train.py configs/train/python-manual.yaml output=runs/averaged writer.average=0.999
+    python experiments/coupled_writer/train.py longmem/training/configs/python-manual.yaml output=runs/coupled
+    python experiments/coupled_writer/train.py longmem/training/configs/python-manual.yaml output=runs/averaged \\
+        writer.average=0.999
 
 The file is one for `train/train_longmem.py`, which this script goes on from; `writer.NAME=VALUE` says how the backbone is
 trained (`WriterSettings` in training.py).

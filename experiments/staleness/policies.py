@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.learned_recall.task import RecallTask
+from experiments.mapped_refresh import Mapped
 from experiments.staleness.library import (
     AskedWindow,
     LibraryDocument,
@@ -25,7 +26,6 @@ from experiments.staleness.library import (
 from experiments.staleness.settings import Asking, LibrarySettings
 from experiments.staleness.systems import PolicySystem, weighted
 from longmem.memory import MemoryBank
-from longmem.memory.refresh import Mapped
 from longmem.model.modeling import LongMemForCausalLM
 
 

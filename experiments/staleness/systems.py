@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import experiments.mapped_refresh  # noqa: F401  registers the policy "mapped"
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import UNBOUNDED
 from longmem.model.modeling import LongMemForCausalLM
@@ -24,7 +25,7 @@ class PolicySystem:
     Args:
         title: in tables and figures.
         refresh: the policy, as a bank takes it; None: what the old encoder wrote is read as it is.
-        idle_tokens: encoded again after each window of questions, when nobody waits (`Freshness.freshness.sweep`).
+        idle_tokens: encoded again after each window of questions, when nobody waits (`Freshness.sweep`).
         judged: False takes maps without asking held-out segments, which no setting of a policy allows.
         stale_weight: what attention to the bank is multiplied by as long as the bank is stale.
         is_fresh: the reader's own encoder wrote the bank in the first place.

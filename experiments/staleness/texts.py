@@ -17,6 +17,7 @@ from jaxtyping import Int
 from rich.console import Console
 from torch import Tensor
 
+import experiments.mapped_refresh  # noqa: F401  registers the policy "mapped"
 from experiments.staleness.policies import copy_bank
 from experiments.staleness.tuning import tuned_backbone
 from longmem.data import load_corpus

@@ -17,7 +17,8 @@ def load_backbone(name_or_path: str, revision: str | None = None, **load_options
     """Return the causal LM of that name, in the dtype it was saved in unless `dtype=` says otherwise.
 
     Args:
-        name_or_path: hub name, local folder or packaged name (`longmem.backbone.packaged`).
+        name_or_path: hub name or local folder of a causal LM, or packaged name (`longmem.backbone.packaged`). What else may
+            name a backbone, such as a saved LongMem model, `longmem.model.names` looks up first.
         revision: hub revision.
         load_options: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, quantization_config, ...).
 
@@ -25,8 +26,13 @@ def load_backbone(name_or_path: str, revision: str | None = None, **load_options
         OSError: there is no such model, or it can't be reached.
     """
     resolved = resolve_backbone(name_or_path)
-    with without_transformers_bars():
-        return transformers.AutoModelForCausalLM.from_pretrained(resolved, revision=revision or "main", **load_options)
+    try:
+        with without_transformers_bars():
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                resolved, revision=revision or "main", **load_options
+            )
+    except OSError as error:  # it may say that there is no connection, and not what for
+        raise OSError(f"the backbone `{name_or_path}` can't be opened: {error}") from error
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.resources
 import importlib.util
 import json
 import os
@@ -27,8 +26,6 @@ from longmem.quiet import without_transformers_bars
 # Part of the cache folder's name. Raise it when the conversion changes, so that no old result is used.
 FORMAT = 1
 MANIFEST = "longmem_manifest.json"
-# Trained side networks that come with this package, each in a folder named like its packaged backbone.
-TRAINED_FOLDER = Path(str(importlib.resources.files("longmem") / "trained"))
 
 
 @dataclass(frozen=True)
@@ -80,27 +77,6 @@ def resolve_backbone(name_or_path: str) -> str:
         with _explained(folder.parent, backbone):
             convert_once(source, folder, lambda source, target: _convert_aloud(backbone, source, target))
     return str(folder)
-
-
-def has_trained_side_network(name: str) -> bool:
-    """Return whether a trained side network comes with this package for a packaged backbone."""
-    return name in PACKAGED_BACKBONES and (TRAINED_FOLDER / name / "config.json").is_file()
-
-
-def trained_side_network(name: str) -> Path:
-    """Return the folder of the trained side network that comes with this package for a packaged backbone.
-
-    Raises:
-        ValueError: none comes with it.
-    """
-    folder = TRAINED_FOLDER / name
-    if not (folder / "config.json").is_file():
-        there = sorted(path.parent.name for path in TRAINED_FOLDER.glob("*/config.json"))
-        raise ValueError(
-            f"no trained side network comes with this package for `{name}` (there is one for: {', '.join(there) or 'none'}); "
-            f'`from_backbone("{name}")` makes an untrained one, and a folder of yours of that name is reached as `./{name}`.'
-        )
-    return folder
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,4 @@
-"""`longmem bank`, as far as no model is needed: look into a bank, label, delete, check, compact, export."""
+"""`longmem bank`: its actions and, as far as no model is needed, their work: look into a bank, label, delete, check, export."""
 
 from __future__ import annotations
 
@@ -7,16 +7,116 @@ import dataclasses
 import datetime
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from longmem.cli import common
+from longmem.cli import common, memorize, staleness, tune
+from longmem.cli.parsing import add_command, add_group, bank_folder, tag_filter
 from longmem.cli.texts import export_line
-from longmem.memory import DocumentInfo, MemoryBank
+
+if TYPE_CHECKING:
+    from longmem.memory import DocumentInfo, MemoryBank
+
+BANK_EXAMPLES = """\
+examples:
+  longmem bank add notes.txt --bank memory --tag notes     read documents into a bank (`longmem memorize`)
+  longmem bank list --bank memory --tag notes              documents, their tokens, what is still there
+  longmem bank update notes.txt --bank memory              a new version: what did not change is copied
+  longmem bank delete notes.txt --bank memory
+  longmem bank compact --bank memory                       give back the space of what was deleted
+  longmem bank tune --bank memory --queries new.txt        which index finds enough, and how fast
+  longmem bank staleness --bank memory --model tuned       what another model would find stale
+  longmem bank refresh --bank memory --model tuned         encode it again
+
+Each change is on the disk, as a whole, when the command ends. One process may change a bank while any number read it.
+"""
+LIST_EXAMPLES = """\
+examples:
+  longmem bank list --bank memory
+  longmem bank list --bank memory --tag notes --json | jq -r .documents[].document_id
+"""
+INFO_EXAMPLES = """\
+examples:
+  longmem bank info --bank memory
+  longmem bank info --bank memory --json     for a program
+"""
+DELETE_EXAMPLES = """\
+examples:
+  longmem bank delete book.txt notes.txt --bank memory    all of them or, if one is unknown, none
+
+What is deleted is never found again; `longmem bank compact` removes its bytes from the disk.
+"""
+TAG_EXAMPLES = """\
+examples:
+  longmem bank tag a.txt b.txt --tag novel --tag english --bank memory    instead of the tags they had
+  longmem bank tag a.txt --bank memory                                    none
+"""
+PIN_EXAMPLES = """\
+examples:
+  longmem bank pin handbook.txt --bank memory      never evicted, however full the bank is
+  longmem bank unpin handbook.txt --bank memory
+"""
+SUPERSEDE_EXAMPLES = """\
+examples:
+  longmem bank supersede plan-v1.txt --by plan-v2.txt --bank memory    kept, listed, and found by no search
+  longmem bank supersede rumour.txt --bank memory                      withdrawn: nothing took its place
+  longmem bank restore plan-v1.txt --bank memory                       found again, also if it had expired
+"""
+VERIFY_EXAMPLES = """\
+examples:
+  longmem bank verify --bank memory && cp -r memory backup    exit code 2 if a byte is not as it was written
+"""
+COMPACT_EXAMPLES = """\
+examples:
+  longmem bank compact --bank memory    afterwards no byte of what was deleted is in the folder
+"""
+EXPORT_EXAMPLES = """\
+examples:
+  longmem bank export documents.jsonl --bank memory
+  longmem bank export notes.jsonl --tag notes --bank memory
+  longmem bank add notes.jsonl --bank another --model Qwen/Qwen3-0.6B    memorize the texts with another model
+
+Each line has document_id, tags, is_pinned, dated, valid_until, is_superseded, superseded_by, num_tokens,
+first_resident_token, and token_ids and text from there on:
+datasets.load_dataset("json", data_files="documents.jsonl").
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the group `bank` and all its actions."""
+    bank, by_tag = bank_folder(), tag_filter()
+    actions = add_group(commands, "bank", "change a bank, look into it, check it, tune it", BANK_EXAMPLES)
+    memorize.add_actions(actions)
+    add_command(actions, "list", list_documents, "list the documents of a bank", LIST_EXAMPLES, bank, by_tag)
+    add_command(actions, "info", show_info, "show sizes and settings of a bank", INFO_EXAMPLES, bank)
+    for name, run, summary, epilog in (
+        ("delete", delete_documents, "delete documents", DELETE_EXAMPLES),
+        ("tag", tag_documents, "give documents tags instead of those they had", TAG_EXAMPLES),
+        ("pin", pin_documents, "keep documents from eviction", PIN_EXAMPLES),
+        ("unpin", unpin_documents, "let documents be evicted again", PIN_EXAMPLES),
+        ("supersede", supersede_documents, "hide documents that no longer hold", SUPERSEDE_EXAMPLES),
+        ("restore", restore_documents, "let documents be found again", SUPERSEDE_EXAMPLES),
+    ):
+        command = add_command(actions, name, run, summary, epilog, bank)
+        command.add_argument(
+            "documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them"
+        )
+        if name == "supersede":
+            command.add_argument("--by", metavar="DOCUMENT", help="what took their place; default: nothing did")
+        if name == "tag":
+            command.add_argument("--tag", action="append", default=[], help="may be given several times; none: no tags")
+    add_command(actions, "verify", verify, "compare every byte with its checksum", VERIFY_EXAMPLES, bank)
+    add_command(actions, "compact", compact, "give back the space of what was deleted", COMPACT_EXAMPLES, bank)
+    written = add_command(actions, "export", export, "write documents as lines of JSON", EXPORT_EXAMPLES, bank, by_tag)
+    written.add_argument("output", type=Path, metavar="OUT", help="file to write (.jsonl)")
+    tune.add(actions)
+    staleness.add(actions)
 
 
 def list_documents(arguments: argparse.Namespace) -> None:
     """Print the documents of a bank, in the order in which they were added."""
+    from rich.table import Table
+
     with common.open_bank(arguments.bank) as bank:
         documents = chosen_documents(bank, arguments.tag)
     if arguments.json:
@@ -45,6 +145,8 @@ def list_documents(arguments: argparse.Namespace) -> None:
 
 def show_info(arguments: argparse.Namespace) -> None:
     """Print sizes and settings of a bank."""
+    from rich.table import Table
+
     with common.open_bank(arguments.bank) as bank:
         documents = bank.documents()
         values = {

@@ -7,19 +7,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from longmem.backbone.packaged import PACKAGED_BACKBONES
-from longmem.encoder.checks import refuse_other_recipe
 from longmem.errors import StaleMemoryError
-from longmem.memory import MemoryBank, has_bank
-from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.opening import open_model
 
-# With the trained side network that comes with this package, if there is one.
-DEFAULT_MODEL = "smollm2-135m"
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longmem.memory import MemoryBank
+    from longmem.model.modeling import LongMemForCausalLM
+
 # Beside the bank's own files; it says which model to open when none is named. Whether that model fits, the bank checks.
 MODEL_FILE = "model.json"
 
@@ -29,6 +26,8 @@ def console_for(as_json: bool, *, markup: bool = False) -> Console:
 
     Without `markup`, names of documents and files that hold "[draft]" or ":smile:" are printed as they are.
     """
+    from rich.console import Console
+
     return Console(stderr=as_json, highlight=False, soft_wrap=True, markup=markup, emoji=False)
 
 
@@ -64,6 +63,8 @@ def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: b
         ValueError: there is none.
         StaleMemoryError: another encoder wrote it, and its policy is "frozen", or encoding again would not help.
     """
+    from longmem.memory import MemoryBank, has_bank
+
     if not has_bank(folder):
         raise ValueError(f"there is no bank in {folder}; `longmem memorize FILE --bank {folder}` makes one.")
     if model is not None:
@@ -76,6 +77,8 @@ def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: b
 
 def refuse_stale(folder: Path, bank: MemoryBank, model: LongMemForCausalLM) -> None:
     """Raise StaleMemoryError, which names the commands that help, if a frozen bank is another encoder's."""
+    from longmem.encoder.checks import refuse_other_recipe
+
     known, stamp = bank.encoders.stamp, model.encoder_stamp()
     if known is None or known.digest == stamp.digest or bank.refresh != "frozen":
         return
@@ -83,7 +86,7 @@ def refuse_stale(folder: Path, bank: MemoryBank, model: LongMemForCausalLM) -> N
     raise StaleMemoryError(
         f"another encoder than this model's wrote the bank in {folder}; they differ in {', '.join(known.diff(stamp))}, so what "
         f"is stored is not what this model would store. `longmem bank refresh --bank {folder}`, with the `--model` of this "
-        "command, encodes it again (with `--policy mapped` it moves most of it by a map, where that wins); `longmem bank "
+        "command, encodes it again; `longmem bank "
         "staleness`, with the same two options, says what is stale and changes nothing."
     )
 
@@ -103,6 +106,8 @@ def model_of_bank(folder: Path) -> str | None:
 
 def open_model_of(folder: Path, chosen: str | None) -> tuple[str, LongMemForCausalLM]:
     """Return name and model: the one that was chosen or, without a choice, the one that wrote the bank."""
+    from longmem.model.opening import open_model
+
     name = chosen or model_of_bank(folder)
     if name is None:
         raise ValueError(f"the bank in {folder} does not say which model wrote it; name it with `--model`.")
@@ -110,9 +115,10 @@ def open_model_of(folder: Path, chosen: str | None) -> tuple[str, LongMemForCaus
 
 
 def remember_model(folder: Path, name: str) -> None:
-    """Write down the model of a bank; a folder by its full path, so that it is found from anywhere."""
-    is_folder = name not in PACKAGED_BACKBONES and Path(name).is_dir()
-    name = str(Path(name).resolve()) if is_folder else name
+    """Write down the model of a bank, by a name that is found from anywhere."""
+    from longmem.model.names import lasting_name
+
+    name = lasting_name(name)
     (folder / MODEL_FILE).write_text(json.dumps({"model": name}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,327 +1,44 @@
-"""The demonstration: what memory does for a small model on this machine, measured here and now.
-
-One recipe, top to bottom: open a model, memorize the first part of a long text, score the rest, show what was read,
-continue a prompt, save, reopen, check. No number is stored in the package.
-"""
+"""`longmem demo`: what it can be told. The recipe that it follows is `longmem.cli.demonstration`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from rich.console import Console
-from rich.markup import escape
-from safetensors.torch import save_file
-from torch import Tensor
-
 from longmem.cli import common
-from longmem.console import Headings, counting, plain_table, token_progress
-from longmem.data.sample_texts import split_texts
-from longmem.evaluation.folder import as_json
-from longmem.evaluation.perplexity.scoring import WindowScores, loss_difference, score_windows
-from longmem.evaluation.perplexity.views import View, make_views
-from longmem.evaluation.perplexity.windows import Cut
-from longmem.evaluation.systems.names import title_of_system
-from longmem.evaluation.tables import markdown_table
-from longmem.memory import MemoryBank
-from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.opening import open_model, side_network_origin
-from longmem.model.reads import Passage, read_passages
-from longmem.plots import plot_scores, require_matplotlib
-from longmem.settings.environment import environment
+from longmem.cli.parsing import DEFAULT_MODEL, add_command
 
-SYSTEMS = ("backbone", "off", "on", "wrong")
-Scores = dict[str, WindowScores]
+EXAMPLES = """\
+Opens a small model and its trained side network, memorizes the first part of a long text, scores the rest with four
+systems on the same tokens, shows what was read, continues a prompt, saves, reopens and compares. All numbers are computed
+in the run. Two cores need a few minutes.
+
+examples:
+  longmem demo
+  longmem demo --file book.txt --output book-demo
+  longmem demo --windows 4                          quicker, rougher
+  longmem demo --model runs/books/side-network      a side network of your own
+"""
 
 
-@dataclasses.dataclass(frozen=True)
-class DemoSettings:
-    """What `longmem demo` can be told.
-
-    Args:
-        output: folder for results, figure, bank and side network.
-        file: text to read; default: Python's reference manual.
-        model: folder of a saved LongMem model; or packaged name, hub name or folder of a causal LM.
-        memory_tokens: tokens of the first part, which is memorized.
-        windows: windows of the rest, which are scored.
-        window: tokens the model sees at once.
-        new_tokens: tokens of the continuation.
-        seed: of torch and of the bootstrap.
-    """
-
-    output: Path = Path("longmem-demo")
-    file: Path | None = None
-    model: str = "smollm2-135m"
-    memory_tokens: int = 12_288
-    windows: int = 12
-    window: int = 512
-    new_tokens: int = 40
-    seed: int = 0
-
-    @property
-    def cut(self) -> Cut:
-        """Return how the rest is cut into windows: one after the other."""
-        return Cut(self.window, self.window)
-
-
-def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
-    """Run the demonstration, tell it on the console and return its metrics; files are in `settings.output`.
-
-    Raises:
-        ValueError: the text is too short, or a number is out of range.
-        RuntimeError: the reopened model does not compute the same numbers.
-    """
-    began = time.perf_counter()
-    require_matplotlib()
-    validate_settings(settings)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed)
-    step = Headings(console)
-
-    step("Open the model")
-    model = open_aloud(settings, console)
-    scored_tokens = settings.windows * settings.window
-    texts = split_texts(model.tokenizer, settings.file, settings.memory_tokens, scored_tokens)
-    past, rest, name = texts.past, texts.rest, texts.name
-
-    step(f"Memorize the first {len(past):,} tokens of {name}, and of {texts.wrong_name} as a wrong memory")
-    bank = memorize(model, past, "right memory", console)
-    wrong_bank = memorize(model, texts.wrong, "wrong memory", console)
-
-    step(f"Score the {len(rest):,} tokens that follow, in windows of {settings.window}")
-    scores = score_aloud(model, rest, bank, wrong_bank, settings, console)
-    summary = summarize(scores, settings.seed)
-    console.print(plain_table(table_rows(summary), emphasized=title_of_system("on")))
-    console.print(f"  {verdict(scores, settings.seed)}")
-
-    number = int(torch.stack([(off - on).mean() for off, on in losses_of_windows(scores)]).argmax())
-    window = rest[number * settings.window : (number + 1) * settings.window]
-    step(f"What was read where memory helped most, in window {number + 1}")
-    tokens = helped_tokens(scores, number)
-    reads = read_passages(model, bank, window, [slice(token, token + 1) for token in tokens])
-    for token, (passage,) in zip(tokens, reads, strict=True):
-        place = len(past) + number * settings.window + token
-        losses = [each[token - 1].item() for each in losses_of_windows(scores)[number]]
-        console.print(describe(str(model.tokenizer.decode(window[token])), place, losses, passage))
-
-    step("Continue a prompt from that window, with and without memory")
-    continuations = continue_prompt(model, bank, window, settings.new_tokens)
-    for title, text in continuations.items():
-        console.print(f"  [bold]{title}:[/] {escape(text.strip())}\n")
-
-    step("Save, reopen, compare")
-    difference = reopened_difference(model, bank, rest, scores, settings)
-    console.print(f"  reopened: largest difference of {settings.window - 1} losses {difference:.1e}")
-    if difference > 1e-4:
-        raise RuntimeError(f"the reopened model differs by {difference:.3g} in a loss: what was saved is not the same.")
-
-    metrics = {
-        "side_network": side_network_origin(settings.model),
-        "systems": summary,
-        "reopened_largest_difference": difference,
-        "passages_read": [dataclasses.asdict(passage) for (passage,) in reads],
-        "continuations": continuations,
-        "seconds": (seconds := time.perf_counter() - began),
-    }
-    config = {"demo": dataclasses.asdict(settings), "model": model.config.to_dict()}
-    tensors = {f"{name}/{system}": torch.stack(own.losses) for system, own in scores.items()}
-    write_results(settings, config, tensors, metrics, markdown_table(table_rows(summary)) + "\n")
-    plot_scores(
-        settings.output / "demo.png",
-        scores,
-        title=f"{settings.model} reading {name}, its first {len(past):,} tokens in memory",
-        first_token=len(past),
-        cut=settings.cut,
-        reading_layers=bank.memory_layers,
-    )
-    console.print(closing(settings.output, seconds))
-    return metrics
-
-
-def validate_settings(settings: DemoSettings) -> None:
-    """Raise ValueError for numbers that leave nothing to memorize or to score."""
-    for name, least in (("windows", 1), ("window", 2), ("new_tokens", 1)):
-        if (value := getattr(settings, name)) < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    if settings.memory_tokens < settings.window:
-        raise ValueError(f"`memory_tokens` must be at least `window`, {settings.window}, got {settings.memory_tokens}.")
-
-
-def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
-    """Return the model, and say whether its side network is a trained one.
-
-    Raises:
-        ValueError: the side network was made for shorter windows than the demonstration's.
-    """
-    origin = side_network_origin(settings.model)
-    name, window = settings.model, settings.window
-    # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
-    model = open_model(name, segment_length=window) if origin == "new" else open_model(name)
-    if window > (longest := model.config.segment_length):
-        raise ValueError(f"`window` must be at most the model's `segment_length`, {longest}, got {window}.")
-    weights = sum(parameter.numel() for parameter in model.side_network.parameters()) / 1e6
-    side_network = {
-        "saved": "the side network that was saved beside it",
-        "packaged": "the trained side network that comes with this package",
-        "new": "a new side network, copied from it and not trained (the README says how to train one)",
-    }[origin]
-    backbone = escape(model.config.backbone_name_or_path or name)
-    console.print(f"  {backbone}, frozen, and {side_network} ({weights:.0f} million weights).")
-    return model
-
-
-def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id: str, console: Console) -> MemoryBank:
-    """Return a bank that holds these tokens as its one document."""
-    chunk = model.config.chunk_size
-    bank = MemoryBank.for_model(model, capacity_tokens=-(-len(ids) // chunk) * chunk)
-    with token_progress(document_id, console) as report:
-        model.memorize(bank, ids, document_id, progress=report)
-    return bank
-
-
-def score_aloud(
-    model: LongMemForCausalLM,
-    rest: Int[Tensor, " tokens"],
-    bank: MemoryBank,
-    wrong_bank: MemoryBank,
-    settings: DemoSettings,
-    console: Console,
-) -> Scores:
-    """Return the scores of all systems, with one progress bar over them."""
-    views = make_views(SYSTEMS, model, rest, settings.cut, {"on": bank, "wrong": wrong_bank})
-    windows = settings.cut.row(0, settings.windows)
-    with token_progress("four systems", console) as report:
-        progress = counting(report, len(views) * settings.windows * settings.cut.scored)
-        return {
-            system: score_windows(view, windows, with_reads=True, progress=progress) for system, view in views.items()
-        }
-
-
-def summarize(scores: Scores, seed: int) -> dict[str, dict[str, Any]]:
-    """Return loss, perplexity, speed and the loss saved against memory off (with its interval) of each system."""
-    summary: dict[str, dict[str, Any]] = {}
-    for system, result in scores.items():
-        gain, low, high = loss_difference(result, scores["off"], seed)
-        summary[system] = {
-            "loss": result.loss,
-            "perplexity": math.exp(result.loss),
-            "tokens_per_second": result.num_tokens / result.seconds,
-            "seconds": result.seconds,
-            "scored_tokens": result.num_tokens,
-            "gain_over_off": gain,
-            "gain_over_off_interval": [low, high],
-        }
-    return summary
-
-
-def table_rows(summary: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return the table of systems, its head first: losses and gains in nats per token."""
-    rows = [["", "loss", "perplexity", "tokens/s", "gain over off (95 %)"]]
-    for system, values in summary.items():
-        low, high = values["gain_over_off_interval"]
-        gain = "" if system == "off" else f"{values['gain_over_off']:+.4f} ({low:+.3f}, {high:+.3f})"
-        numbers = f"{values['loss']:.4f}", f"{values['perplexity']:.2f}", f"{values['tokens_per_second']:,.0f}"
-        rows.append([title_of_system(system), *numbers, gain])
-    return rows
-
-
-def verdict(scores: Scores, seed: int) -> str:
-    """Return in one sentence what the numbers say about memory, whichever way they fall."""
-    gain, low, _ = loss_difference(scores["on"], scores["off"], seed)
-    over_wrong, low_over_wrong, _ = loss_difference(scores["on"], scores["wrong"], seed)
-    if gain <= 0:
-        return f"Memory does not help on this text: the loss is {-gain:.3f} nats higher with it."
-    if low <= 0 or low_over_wrong <= 0:
-        return f"Memory lowers the loss by {gain:.3f} nats here, which may be chance: an interval holds 0."
-    return f"Memory lowers the loss by {gain:.3f} nats; against a wrong memory the right one saves {over_wrong:.3f}."
-
-
-def losses_of_windows(scores: Scores) -> list[tuple[Tensor, Tensor]]:
-    """Return for each window the losses of its tokens with memory off and on."""
-    return list(zip(scores["off"].losses, scores["on"].losses, strict=True))
-
-
-def helped_tokens(scores: Scores, number: int, count: int = 5) -> list[int]:
-    """Return the tokens of a window whose loss memory lowered most, in order of the text."""
-    off, on = losses_of_windows(scores)[number]
-    return sorted(((off - on).topk(min(count, len(off))).indices + 1).tolist())
-
-
-def describe(token: str, place: int, losses: list[float], passage: Passage) -> str:
-    """Return two lines on what was read for one token."""
-    before, chunk, after = (escape(" ".join(part.split())) for part in (passage.before, passage.chunk, passage.after))
-    return (
-        f"  [bold]{escape(repr(token))}[/] at {place:,}: loss {losses[0]:.2f} -> {losses[1]:.2f}, read tokens "
-        f"{passage.start:,} to {passage.stop:,} (share {passage.share:.3f})\n"
-        f"      [dim]...{before}[/] [bold cyan]{chunk}[/] [dim]{after}...[/]"
-    )
-
-
-def continue_prompt(
-    model: LongMemForCausalLM, bank: MemoryBank, window: Int[Tensor, " window"], new_tokens: int
-) -> dict[str, str]:
-    """Return the prompt (the start of the window), its greedy continuations, and how the text really goes on."""
-    length = min(64, len(window) // 2)
-    prompt = window[None, :length].to(model.input_device)
-
-    def decode(ids: Tensor) -> str:
-        return str(model.tokenizer.decode(ids, skip_special_tokens=True))
-
-    found = {"prompt": decode(window[:length])}
-    for title, memory in (("with memory", bank), ("without memory", None)):
-        mask = torch.ones_like(prompt)
-        ids = model.generate(prompt, attention_mask=mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)
-        found[title] = decode(ids[0, length:])
-    return {**found, "the text itself": decode(window[length : length + new_tokens])}
-
-
-def reopened_difference(
-    model: LongMemForCausalLM, bank: MemoryBank, rest: Int[Tensor, " tokens"], scores: Scores, settings: DemoSettings
-) -> float:
-    """Save model and bank, open both again, and return the largest difference of a loss in the first window."""
-    model.save_pretrained(settings.output / "side-network")
-    bank.save(settings.output / "bank")
-    reopened = LongMemForCausalLM.from_pretrained(settings.output / "side-network")
-    with MemoryBank.open(settings.output / "bank", reopened, read_only=True) as reopened_bank:
-        again = score_windows(View(reopened, rest, reopened_bank), settings.cut.row(0, 1))
-    return (again.losses[0] - scores["on"].losses[0]).abs().max().item()
-
-
-def write_results(
-    settings: DemoSettings, config: Mapping[str, Any], losses: dict[str, Tensor], metrics: Mapping[str, Any], table: str
-) -> None:
-    """Write the files of the results; those of an earlier demonstration in the same folder are replaced."""
-    files = {
-        "config.json": config,
-        "metrics.json": metrics,
-        "environment.json": {**environment(), "seed": settings.seed},
-    }
-    texts = {name: as_json(content) for name, content in files.items()} | {"table.md": table}
-    for name, text in texts.items():
-        (settings.output / name).write_text(text, encoding="utf-8")
-    save_file(losses, settings.output / "losses.safetensors")
-
-
-def closing(output: Path, seconds: float) -> str:
-    """Return the last lines: where the files are, and what to do next."""
-    folder = escape(str(output))
-    return (
-        f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
-        "  demo.png, table.md, metrics.json, losses.safetensors, config.json, environment.json,\n"
-        "  bank (the memory) and side-network (the model). Try them:\n"
-        f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
-    )
+def add(commands: Any) -> None:
+    """Add the command `demo`."""
+    demo = add_command(commands, "demo", run, "measure what memory does, on this machine, in minutes", EXAMPLES)
+    demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
+    demo.add_argument("--output", type=Path, default=Path("longmem-demo"), metavar="DIR", help="folder for all results")
+    demo.add_argument("--model", default=DEFAULT_MODEL, help="name or folder; see `longmem --help`")
+    demo.add_argument("--memory-tokens", type=int, default=12_288, help="tokens of the text to memorize")
+    demo.add_argument("--windows", type=int, default=12, help="windows of the rest to score")
+    demo.add_argument("--window", type=int, default=512, help="tokens the model sees at once")
+    demo.add_argument("--seed", type=int, default=0, help="seed of torch and of the intervals")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demonstration with the settings of the command line."""
+    from longmem.cli.demonstration import DemoSettings, run_demo
+
     names = {field.name for field in dataclasses.fields(DemoSettings)}
     settings = DemoSettings(**{name: value for name, value in vars(arguments).items() if name in names})
     metrics = run_demo(settings, common.console_for(arguments.json, markup=True))

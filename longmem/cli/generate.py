@@ -5,16 +5,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from typing import Any
-
-import torch
-from transformers import TextStreamer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
+from longmem.cli.parsing import add_command, bank_folder
 from longmem.cli.texts import read_text
-from longmem.memory import MemoryBank
-from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.reads import read_passages
+
+if TYPE_CHECKING:
+    from longmem.memory import MemoryBank
+    from longmem.model.modeling import LongMemForCausalLM
+
+EXAMPLES = """\
+examples:
+  longmem generate --bank memory --prompt "The white whale"
+  longmem generate --bank memory --prompt-file question.txt --show-reads
+  longmem generate --bank memory --prompt "Call me" --json | jq -r .text
+
+The text is printed as it is written. --show-reads adds which passages were read most.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command `generate`."""
+    generate = add_command(commands, "generate", run, "continue a prompt with a memory", EXAMPLES, bank_folder())
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="text to continue")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the text to continue")
+    generate.add_argument("--model", help="default: the model that wrote the bank")
+    generate.add_argument("--max-new-tokens", type=int, default=100, help="tokens to write")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    generate.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
+    generate.add_argument("--show-reads", action="store_true", help="list the passages that were read most")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -35,6 +57,11 @@ def answer(
     prompt: str, model_name: str, model: LongMemForCausalLM, bank: MemoryBank, arguments: argparse.Namespace
 ) -> None:
     """Print the continuation, and what was read."""
+    import torch
+    from transformers import TextStreamer
+
+    from longmem.model.reads import read_passages
+
     inputs = model.tokenizer(prompt, return_tensors="pt").to(model.input_device)
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     if options["do_sample"]:

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longmem.cli import common
+from longmem.cli.parsing import DEFAULT_MODEL, POLICIES, add_command, bank_folder, labels, model_option
 from longmem.cli.texts import Text, read_text, read_texts
-from longmem.console import token_progress
-from longmem.memory import MemoryBank, has_bank
-from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.opening import open_model
 
+if TYPE_CHECKING:
+    from longmem.memory import MemoryBank
+    from longmem.model.modeling import LongMemForCausalLM
+
+MEMORIZE_EXAMPLES = """\
+examples:
+  longmem memorize book.txt --bank memory                       a new bank, or one more document in it
+  longmem memorize draft.txt --bank memory --replace            a new version of a document that is there
+  longmem memorize a.txt --id "meeting, May 2" --bank memory    a name of your own
+  longmem memorize *.md --bank memory --tag notes --pin         to be read by tag, and never evicted
+  longmem memorize *.md --bank memory --model Qwen/Qwen3-0.6B   another model, for a new bank
+
+A document is on the disk once it is whole: a run that is interrupted keeps those before it, and nothing of the one in
+progress. A bank belongs to the model that wrote it, and remembers its name. `longmem bank add` is the same command; it
+also reads what `longmem bank export` wrote.
+"""
+APPEND_EXAMPLES = """\
+examples:
+  longmem bank append monday.txt tuesday.txt --id diary --bank memory    in this order, all or none
+"""
+UPDATE_EXAMPLES = """\
+examples:
+  longmem bank update notes.txt --bank memory
+  longmem bank update second-draft.txt --id draft.txt --bank memory
+
+Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
+"""
 # What is chosen when a bank is made: the argument of the command, and that of `MemoryBank`.
 OPTIONS_OF_A_NEW_BANK = {
     "capacity": "capacity_tokens",
@@ -23,19 +48,58 @@ OPTIONS_OF_A_NEW_BANK = {
 }
 
 
+def add(commands: Any) -> None:
+    """Add the command `memorize`."""
+    add_memorize(commands, "memorize")
+
+
+def add_actions(actions: Any) -> None:
+    """Add `bank add`, which is `memorize`, `bank append` and `bank update`."""
+    bank, writer = bank_folder(), model_option()
+    add_memorize(actions, "add")
+    append = add_command(
+        actions, "append", append_files, "continue a document with text files", APPEND_EXAMPLES, bank, writer
+    )
+    append.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text files, UTF-8")
+    append.add_argument("--id", required=True, metavar="NAME", help="name of the document")
+    update = add_command(
+        actions, "update", update_document, "replace a document", UPDATE_EXAMPLES, bank, labels(), writer
+    )
+    update.add_argument("file", type=Path, metavar="FILE", help="text file, UTF-8")
+    update.add_argument("--id", metavar="NAME", help="name of the document; default: the file's name")
+
+
+def add_memorize(to: Any, name: str) -> None:
+    """Add the command that reads files into a bank, under this name."""
+    parents = (bank_folder(), labels(), model_option(f"the model that wrote the bank; {DEFAULT_MODEL} for a new one"))
+    command = add_command(to, name, run, "read text files into a bank", MEMORIZE_EXAMPLES, *parents)
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text files, UTF-8, or exports (.jsonl)")
+    command.add_argument("--id", metavar="NAME", help="name of the document (one FILE only); default: the file's name")
+    command.add_argument("--replace", action="store_true", help="replace documents that are there under that name")
+    new = command.add_argument_group("options of a new bank")
+    new.add_argument("--capacity", type=int, metavar="TOKENS", help="default: no limit")
+    new.add_argument("--index", help='"auto", "flat", "ivf:probed_share=0.06", ...; default: auto')
+    new.add_argument("--eviction", help='what goes when it is full: "fifo", "lru", "ttl:seconds=3600"; default: fifo')
+    new.add_argument("--storage-dtype", metavar="DTYPE", help="float16, bfloat16, float32 or int8; default: float16")
+    new.add_argument("--refresh", metavar="POLICY", help=f"when its encoder changes: {POLICIES}; default: frozen")
+
+
 class Written(NamedTuple):
-    """Return how many tokens of a text were encoded, and how many copied from the version before."""
+    """How many tokens of a text were encoded, and how many copied from the version before."""
 
     encoded: int
     copied: int = 0
 
 
-def add(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Add documents or, with `--replace`, new versions of them; each is on the disk once it is whole.
 
     Raises:
         ValueError: a name that is there or given twice, an empty or unreadable file, or a bank of another model.
     """
+    from longmem.memory import MemoryBank, has_bank
+    from longmem.model.opening import open_model
+
     texts = read_texts(arguments.files, arguments.id)
     folder, is_new = arguments.bank, not has_bank(arguments.bank)
     options = {name: vars(arguments)[name] for name in OPTIONS_OF_A_NEW_BANK if vars(arguments)[name] is not None}
@@ -49,7 +113,7 @@ def add(arguments: argparse.Namespace) -> None:
             raise ValueError(f"`--{option}` is set when a bank is made; leave it out for the one that is there.")
         with common.open_bank(folder) as bank:
             refuse_known(bank, texts, arguments.replace)
-    model_name = arguments.model or common.model_of_bank(folder) or common.DEFAULT_MODEL
+    model_name = arguments.model or common.model_of_bank(folder) or DEFAULT_MODEL
     console = common.console_for(arguments.json)
     console.print(f"Opening {model_name} ...")
     model = open_model(model_name)
@@ -75,6 +139,8 @@ def supersede(bank: MemoryBank, texts: list[Text]) -> None:
 
 def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: argparse.Namespace) -> Written:
     """Commit one document, new or in place of the one of this name."""
+    from longmem.console import token_progress
+
     tags = (*text.tags, *arguments.tag)
     with token_progress(text.name, common.console_for(arguments.json)) as progress, bank.transaction():
         if text.name in bank:
@@ -90,8 +156,10 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
     return written
 
 
-def append(arguments: argparse.Namespace) -> None:
+def append_files(arguments: argparse.Namespace) -> None:
     """Continue a document with the text of files; all of them or, if anything fails, none."""
+    from longmem.console import token_progress
+
     texts = [read_text(path) for path in arguments.files]
     with common.open_bank(arguments.bank) as bank:
         bank.info(arguments.id)
@@ -105,7 +173,7 @@ def append(arguments: argparse.Namespace) -> None:
         report(bank, model_name, {arguments.id: Written(encoded)}, time.perf_counter() - began, arguments)
 
 
-def update(arguments: argparse.Namespace) -> None:
+def update_document(arguments: argparse.Namespace) -> None:
     """Replace a document by a new version of its text; what did not change is copied."""
     (text,) = read_texts([arguments.file], arguments.id or arguments.file.name)
     with common.open_bank(arguments.bank) as bank:

@@ -1,10 +1,16 @@
-"""What the parsers of `longmem` share: commands and groups of commands whose help teaches."""
+"""What the parsers of `longmem` share: commands and groups of commands whose help teaches, and options of several."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# With the trained side network that comes with this package, if there is one.
+DEFAULT_MODEL = "smollm2-135m"
+POLICIES = '"frozen", "eager", "lazy", "bounded:max_lag=4", ...'
+Run = Callable[[argparse.Namespace], int | None]
 
 
 class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -16,9 +22,9 @@ class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDesc
 
 
 def add_command(
-    to: Any, name: str, does: str, summary: str, epilog: str, *parents: argparse.ArgumentParser
+    to: Any, name: str, run: Run, summary: str, epilog: str, *parents: argparse.ArgumentParser
 ) -> argparse.ArgumentParser:
-    """Return the parser of a new command; `does` names the function of `longmem.cli` that does it."""
+    """Return the parser of a new command; `run` does its work and returns an exit code, None for 0."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on standard output, for a program")
     common.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -30,7 +36,7 @@ def add_command(
         parents=[common, *parents],
         formatter_class=TeachingFormatter,
     )
-    command.set_defaults(does=does)
+    command.set_defaults(run=run)
     return command
 
 
@@ -47,6 +53,28 @@ def bank_folder() -> argparse.ArgumentParser:
     bank = argparse.ArgumentParser(add_help=False)
     bank.add_argument("--bank", required=True, type=Path, metavar="DIR", help="folder of the bank")
     return bank
+
+
+def labels() -> argparse.ArgumentParser:
+    """Return the options that label a document."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--tag", action="append", default=[], help="tag of the documents; may be given several times")
+    parser.add_argument("--pin", action="store_true", help="keep the documents from eviction")
+    return parser
+
+
+def tag_filter() -> argparse.ArgumentParser:
+    """Return the option that chooses documents."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--tag", action="append", default=[], help="only documents with one of these tags")
+    return parser
+
+
+def model_option(default: str = "the model that wrote the bank") -> argparse.ArgumentParser:
+    """Return the option that names a model."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", help=f"default: {default}")
+    return parser
 
 
 def sentence(summary: str) -> str:

@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.evaluation.tables import markdown_table
-from longmem.plots import plot_summaries
+from longmem.cli.parsing import add_command
 
+EXAMPLES = """\
+examples:
+  longmem report results/chapterbreak results/recall --output report
+  longmem report results/* --title "SmolLM2-135M, trained on novels"
+
+The folders are results of `longmem eval`. report.html holds its figures and can be sent as one file.
+"""
 NEEDED = ("config.json", "environment.json", "metrics.json", "table.md")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -26,6 +32,14 @@ th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; }
 code { background: #f4f4f4; padding: 0 0.2rem; }
 """
+
+
+def add(commands: Any) -> None:
+    """Add the command `report`."""
+    report = add_command(commands, "report", run, "put finished evaluations on one page", EXAMPLES)
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results of a finished evaluation")
+    report.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help="folder for the page")
+    report.add_argument("--title", default="Results", help="of the page")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +119,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
     Raises:
         ValueError: there is no folder, two have one name, or one is not of a finished run; nothing is written.
     """
+    from longmem.evaluation.tables import markdown_table
+    from longmem.plots import plot_summaries
+
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     if not runs or len(set(names)) < len(names):

@@ -8,17 +8,51 @@ import dataclasses
 import math
 import shlex
 import time
-from typing import Any
-
-from rich.console import Console
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
-from longmem.console import plain_table, token_progress
-from longmem.encoder.checks import refuse_other_recipe
-from longmem.memory import MemoryBank
-from longmem.memory.refresh import RefreshReport, StalenessReport
-from longmem.plots import plot_staleness, require_matplotlib
-from longmem.plots.staleness import short_digest
+from longmem.cli.parsing import POLICIES, add_command, bank_folder, model_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from longmem.memory import MemoryBank
+    from longmem.memory.refresh import RefreshReport, StalenessReport
+
+STALENESS_EXAMPLES = """\
+examples:
+  longmem bank staleness --bank memory                       which encoders wrote what is there
+  longmem bank staleness --bank memory --model tuned         what would be stale if this model read it
+  longmem bank staleness --bank memory --model tuned --probe --plot staleness.png
+
+Nothing in the bank changes. stale: another encoder wrote it. behind: changes of the encoder since. gap: how far its weights
+have moved since, relative to their norm. drift: the same of stored keys, which --probe measures on about 64 tokens of each
+earlier encoder. masked: chunks that the refresh policy does not let be read as they are. moved: by a map, to this encoder.
+"""
+REFRESH_EXAMPLES = """\
+examples:
+  longmem bank refresh --bank memory --model tuned                    everything that another encoder wrote
+  longmem bank refresh --bank memory --budget-tokens 100000           so much for now; the next run goes on
+
+Text is not needed: token ids are kept. Each document is on the disk once it is whole, so a run can be stopped with Ctrl-C,
+and the next one goes on. --policy also says what the bank does from now on when its encoder changes.
+"""
+
+
+def add(actions: Any) -> None:
+    """Add `bank staleness` and `bank refresh`."""
+    bank = bank_folder()
+    reader = model_option("the bank's own encoder, and no model is opened; with --probe, the model that wrote the bank")
+    staleness = add_command(
+        actions, "staleness", show, "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader
+    )
+    staleness.add_argument("--probe", action="store_true", help="measure how far keys have moved")
+    staleness.add_argument("--plot", type=Path, metavar="FILE", help="figure to write (.png)")
+    encoder = model_option("the model that wrote the bank, as it is now")
+    again = add_command(actions, "refresh", refresh, "encode again what is stale", REFRESH_EXAMPLES, bank, encoder)
+    again.add_argument("--budget-tokens", type=int, metavar="N", help="encode no more than that; default: all")
+    again.add_argument("--policy", metavar="NAME", help=f"follow it from now on: {POLICIES}; default: the bank's")
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -27,6 +61,9 @@ def show(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: no bank, or no model that could probe it.
     """
+    from longmem.console import plain_table
+    from longmem.plots import plot_staleness, require_matplotlib
+
     if arguments.plot is not None:
         require_matplotlib()
     common.open_bank(arguments.bank).close()  # says what is wrong with it before a model is opened
@@ -52,11 +89,14 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def refresh(arguments: argparse.Namespace) -> None:
-    """Bring a bank up to date with a model: what a map of the policy "mapped" does not move is encoded again.
+    """Bring a bank up to date with a model: what a map of its policy does not move is encoded again.
 
     Raises:
         ValueError: no bank, an unknown policy, a budget below 1, or a model that can't encode what the bank holds.
     """
+    from longmem.encoder.checks import refuse_other_recipe
+    from longmem.memory import MemoryBank
+
     if arguments.budget_tokens is not None and arguments.budget_tokens < 1:
         raise ValueError(f"`--budget-tokens` must be at least 1, got {arguments.budget_tokens}.")
     common.open_bank(arguments.bank).close()
@@ -98,6 +138,8 @@ def refresh(arguments: argparse.Namespace) -> None:
 
 def bring_up_to_date(bank: MemoryBank, model: Any, budget_tokens: int | None, console: Console) -> RefreshReport:
     """Return what was done: a bank that maps what it can does that first, and what is still stale is encoded again."""
+    from longmem.console import token_progress
+
     before = dataclasses.replace(bank.freshness.refreshed)
     if bank.freshness.policy.reads_mapped():
         bank.ready_for(model)
@@ -192,6 +234,8 @@ def total_rows(report: StalenessReport) -> list[list[str]]:
 
 def version_rows(report: StalenessReport) -> list[list[str]]:
     """Return the table of the encoders that wrote what is there."""
+    from longmem.plots.staleness import short_digest
+
     head = ["encoder", "tokens", "behind", "gap", "drift", "differs in"]
     rows = [
         [

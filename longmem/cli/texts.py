@@ -6,15 +6,17 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from longmem.memory import DocumentInfo, MemoryBank
+if TYPE_CHECKING:
+    from longmem.memory import DocumentInfo, MemoryBank
 
 SAID = ("dated", "valid_until", "is_superseded", "superseded_by")  # of a document, in an export
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Return a text to memorize, and what to call it."""
+    """A text to memorize, and what to call it."""
 
     name: str
     text: str

@@ -6,21 +6,41 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-
-from jaxtyping import Int
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
+from longmem.cli.parsing import add_command, bank_folder, model_option
 from longmem.cli.texts import read_text
-from longmem.console import plain_table
-from longmem.evaluation.tables import markdown_table
-from longmem.memory import MemoryBank
-from longmem.memory.index.tuning import Tuned, recommended_index, tune
-from longmem.memory.memorize import to_token_ids
-from longmem.model.index_queries import recorded_queries
-from longmem.model.modeling import LongMemForCausalLM
-from longmem.plots import plot_tuning, require_matplotlib
-from longmem.settings.environment import environment
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+    from longmem.memory import MemoryBank
+    from longmem.memory.index.tuning import Tuned
+    from longmem.model.modeling import LongMemForCausalLM
+
+TUNE_EXAMPLES = """\
+examples:
+  longmem bank tune --bank memory --queries new.txt                      a table, and the setting to use
+  longmem bank tune --bank memory --queries new.txt --output tuning      also as Markdown, JSON and figure
+  longmem bank tune --bank memory --queries new.txt --recall 0.9 --apply
+
+The keys are the bank's, the queries what its model asks while it reads the text. One setting serves all layers: the
+first memory layer is measured unless you name another.
+"""
+
+
+def add(actions: Any) -> None:
+    """Add `bank tune`."""
+    parents = (bank_folder(), model_option())
+    tune = add_command(actions, "tune", run, "measure recall and speed of index settings", TUNE_EXAMPLES, *parents)
+    tune.add_argument("--queries", type=Path, metavar="FILE", help="text to read; default: the bank's longest document")
+    tune.add_argument("--layer", type=int, help="memory layer to measure; default: the first")
+    tune.add_argument("--num-queries", type=int, default=1024, help="for each key-value head")
+    tune.add_argument("--recall", type=float, default=0.95, help="share of the exact best that has to be found")
+    tune.add_argument("--output", type=Path, metavar="DIR", help="folder for tuning.md, tuning.json and tuning.png")
+    tune.add_argument("--apply", action="store_true", help="let the bank use the recommended setting")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,6 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: an empty bank, a layer that it does not store, a number out of range, or another model.
     """
+    from longmem.console import plain_table
+    from longmem.memory.index.tuning import recommended_index, tune
+    from longmem.model.index_queries import recorded_queries
+
     validate(arguments)
     text = None if arguments.queries is None else read_text(arguments.queries)
     with common.open_bank(arguments.bank) as bank:  # says what is wrong with it before a model is opened
@@ -85,6 +109,8 @@ def validate(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.recall <= 1:
         raise ValueError(f"`--recall` must be above 0 and at most 1, got {arguments.recall}.")
     if arguments.output is not None:
+        from longmem.plots import require_matplotlib
+
         require_matplotlib()
 
 
@@ -107,6 +133,8 @@ def query_tokens(
     model: LongMemForCausalLM, bank: MemoryBank, text: str | None, document_id: str | None
 ) -> Int[Tensor, " tokens"]:
     """Return the tokens to read: of a text or, without one, of a document of the bank."""
+    from longmem.memory.memorize import to_token_ids
+
     if text is not None:
         return to_token_ids(model, text)
     assert document_id is not None
@@ -126,6 +154,10 @@ def table_rows(results: list[Tuned]) -> list[list[str]]:
 
 def write_files(folder: Path, measured: dict[str, object], rows: list[list[str]], results: list[Tuned]) -> None:
     """Write table, numbers with the machine that they are from, and figure."""
+    from longmem.evaluation.tables import markdown_table
+    from longmem.plots import plot_tuning
+    from longmem.settings.environment import environment
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tuning.md").write_text(markdown_table(rows) + "\n", encoding="utf-8")
     content = json.dumps({**measured, "environment": environment()}, indent=2) + "\n"

@@ -153,13 +153,6 @@ class Lanes:
         """Return `LaneBatch.lengths` of all lanes at a step, without reading any token."""
         return tuple(self._schedule.place(step, lane).length for lane in range(self.num_lanes))
 
-    def windows_before(self, step: int, lane: int) -> int:
-        """Return how many windows of the same document, or part of it, the lane read before the window of `step`.
-
-        They are those of the steps just before: so far back reaches a memory of this document.
-        """
-        return self._schedule.place(step, lane).windows_before
-
     def _validate_documents(self) -> None:
         schedule = self._schedule
         shared, readable = self.lanes_per_document, len(schedule.readable)

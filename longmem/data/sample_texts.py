@@ -49,8 +49,9 @@ def first_tokens(
     """Return the ids of the first `past_tokens` of a text and of the `rest_tokens` that follow."""
     needed = past_tokens + rest_tokens
     for num_characters in (8 * needed, len(text)):  # most texts have fewer characters per token; then the rest can wait
-        start = text[:num_characters]
-        ids = tokenizer(start, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
+        ids = tokenizer(text[:num_characters], return_tensors="pt", add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ][0]
         if len(ids) >= needed:
             return ids[:past_tokens], ids[past_tokens:needed]
     more = f" and score {rest_tokens:,} more" if rest_tokens else ""
@@ -80,8 +81,7 @@ def standard_library_docstrings(num_characters: int) -> str:
     length = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for docstring in docstrings_of(path):
-            new = docstring.split("\n\n")
-            paragraphs += new
+            paragraphs += docstring.split("\n\n")
             length += len(docstring) + 2
         if length >= num_characters * 1.25:  # some paragraphs will turn out to be repeats
             break
@@ -94,11 +94,8 @@ def docstrings_of(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    yield from filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)))
 
 
 def without_repeats(paragraphs: Iterable[str]) -> Iterator[str]:

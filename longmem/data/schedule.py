@@ -39,16 +39,7 @@ class Share:
 
 
 class Schedule:
-    """The place of every step and lane; `Lanes` explains the rules and checks the arguments.
-
-    Args:
-        token_counts: tokens of each document.
-        num_lanes: batch rows of all processes together.
-        window: tokens of a row.
-        seed: draws the order of documents, if `shuffle`.
-        shuffle: a new order in each epoch.
-        lanes_per_document: neighbouring lanes that share a document.
-    """
+    """The place of every step and lane, from the tokens of each document; `Lanes` explains and checks the arguments."""
 
     def __init__(
         self,

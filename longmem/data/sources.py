@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -103,7 +104,7 @@ def files_of_split(manifest: str | Path, split: str) -> list[Path]:
 
 
 def _folder_source(folder: Path, text_column: str, split: str) -> Source:
-    if any((folder / name).is_file() for name in SAVED_DATASET_FILES):
+    if _is_saved(folder):
         return _saved_source(folder, text_column, split)
     texts, lines = (_files_in(folder, suffix) for suffix in (".txt", ".jsonl"))
     if texts and lines:
@@ -118,17 +119,43 @@ def _folder_source(folder: Path, text_column: str, split: str) -> Source:
     return _loadable_source(folder, None, text_column, split)
 
 
-def _saved_source(folder: Path, text_column: str, split: str) -> Source:
+def load_rows(path: str, configuration: str | None, split: str) -> Iterable[dict[str, Any]]:
+    """Return the rows of one split of a dataset.
+
+    Args:
+        path: name on the Hub, folder of `save_to_disk`, or folder of files that `datasets.load_dataset` reads.
+        configuration: where the dataset has several.
+        split: its name.
+
+    Raises:
+        ValueError: there is no such dataset or split, or no network to get it.
+    """
+    folder = Path(path).expanduser()
+    if _is_saved(folder):
+        return _saved_split(folder, split)[0]
+    return _opened(folder if folder.is_dir() else path, configuration, split)
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in SAVED_DATASET_FILES)
+
+
+def _saved_split(folder: Path, split: str) -> tuple[datasets.Dataset, Path]:
+    """Return a split of what `save_to_disk` wrote, and its folder."""
     saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise ValueError(
-                f"`split` must be one of {', '.join(saved)} for {str(folder)!r}, got {split!r}."
-                + did_you_mean(split, map(str, saved))
-            )
-        saved, folder = saved[split], folder / split
-    else:
+    if not isinstance(saved, datasets.DatasetDict):
         _refuse_options(str(folder), split=split)
+        return saved, folder
+    if split not in saved:
+        raise ValueError(
+            f"`split` must be one of {', '.join(saved)} for {str(folder)!r}, got {split!r}."
+            + did_you_mean(split, map(str, saved))
+        )
+    return saved[split], folder / split
+
+
+def _saved_source(folder: Path, text_column: str, split: str) -> Source:
+    saved, folder = _saved_split(folder, split)
     dataset = saved.with_format(None)
     files = [path for path in _files_in(folder) if not path.name.startswith("cache-")]  # what `map` leaves there
     identity = [text_column, _contents(folder, files)]
@@ -140,11 +167,8 @@ def _loadable_source(place: str | Path, configuration: str | None, text_column: 
 
     def documents() -> Iterator[Document]:
         # Opened only now: what was tokenised before is found again without a network.
-        try:
-            dataset = datasets.load_dataset(str(place), configuration, split=split, streaming=True)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(_not_opened(place, configuration, split, error)) from error
-        yield from _rows(dataset, text_column, f"the dataset {str(place)!r}")
+        rows = _opened(place, configuration, split, streaming=True)
+        yield from _rows(rows, text_column, f"the dataset {str(place)!r}")
 
     # A folder is known by what is in it, a dataset of the Hub by its name.
     known_by = _contents(place, _files_in(place)) if isinstance(place, Path) else place
@@ -152,18 +176,17 @@ def _loadable_source(place: str | Path, configuration: str | None, text_column: 
     return Source(name, [known_by, configuration, split, text_column], documents)
 
 
-def _not_opened(place: str | Path, configuration: str | None, split: str, error: Exception) -> str:
-    given = f"`configuration` {configuration!r} and `split` {split!r}" if configuration else f"`split` {split!r}"
-    if isinstance(place, Path):
-        return (
-            f"`source` {str(place)!r} holds no .txt or .jsonl files, and `datasets.load_dataset` cannot open it with "
-            f"{given}: {error}"
-        )
-    return (
-        f"`source` {place!r} is neither a file nor a folder, and cannot be opened as a dataset's name with {given}: "
-        f"{error}. Check the spelling and the network, and that HF_HUB_OFFLINE is not set; without a network, name "
-        "a folder of .txt or .jsonl files."
-    )
+def _opened(place: str | Path, configuration: str | None, split: str, *, streaming: bool = False) -> Any:
+    """Return what `datasets.load_dataset` opens; ValueError where it cannot."""
+    try:
+        return datasets.load_dataset(str(place), configuration, split=split, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        given = f"`configuration` {configuration!r} and `split` {split!r}" if configuration else f"`split` {split!r}"
+        what = "a folder without .txt or .jsonl files" if isinstance(place, Path) else "neither a file nor a folder"
+        raise ValueError(
+            f"{str(place)!r} is {what}, and cannot be opened by `datasets.load_dataset` with {given}: {error}. Of a name, "
+            "check the spelling and the network, and that HF_HUB_OFFLINE is not set."
+        ) from error
 
 
 def _listed_source(manifest: Path, text_column: str, split: str) -> Source:
@@ -193,24 +216,30 @@ def _refuse_options(name: str, text_column: str = "text", split: str = "train") 
 def _texts(folder: Path, files: Iterable[Path]) -> Iterator[Document]:
     for path in files:
         # Not by `datasets`: its text reader tells neither a document's file nor the file of a wrong byte.
-        yield Document(path.relative_to(folder).with_suffix("").as_posix(), _read_text(path))
+        with _utf8(path):
+            text = path.read_text(encoding="utf-8")
+        yield Document(path.relative_to(folder).with_suffix("").as_posix(), text)
 
 
 def _lines(folder: Path, files: list[Path], text_column: str) -> Iterator[Document]:
     for path in files:
         prefix = "" if len(files) == 1 else f"{path.relative_to(folder).with_suffix('').as_posix()}:"
         # Not by `datasets`: its reader does not say which line is wrong, and wants the same columns in every line.
-        for number, line in enumerate(_read_lines(path), start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}, must be one JSON object, got {line[:40]!r} ({error}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}, must be one JSON object, got {line[:40].strip()!r}.")
-            yield _document(row, text_column, f"{prefix}{number}", where)
+        with _utf8(path), path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield _document(_object(line, where), text_column, f"{prefix}{number}", where)
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}, must be one JSON object, got {line[:40]!r} ({error}).") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}, must be one JSON object, got {line[:40].strip()!r}.")
+    return row
 
 
 def _rows(dataset: Iterable[Mapping[str, Any]], text_column: str, title: str) -> Iterator[Document]:
@@ -238,23 +267,12 @@ def _document(row: Mapping[str, Any], text_column: str, default_id: str, where: 
     return Document(default_id if given_id is None else str(given_id), text or "")
 
 
-def _read_text(path: Path) -> str:
+@contextlib.contextmanager
+def _utf8(path: Path) -> Iterator[None]:
     try:
-        return path.read_text(encoding="utf-8")
+        yield
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{path} must be text in UTF-8, got other bytes ({error}); convert it first.")
+        raise ValueError(f"{path} must be text in UTF-8, got other bytes ({error}); convert it first.") from error
 
 
 def _files_in(folder: Path, suffix: str = "") -> list[Path]:

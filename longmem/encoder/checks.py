@@ -15,9 +15,8 @@ def refuse_stale(known: EncoderStamp, stamp: EncoderStamp) -> None:
     raise StaleMemoryError(
         f"the memory bank was written by encoder {known.digest}, this model's encoder is {stamp.digest}; they differ in "
         f"{', '.join(known.diff(stamp)) or 'weights'}, so what is stored is not what this model would store. Ways out: "
-        'encode the bank again, all at once (`refresh="eager"`) or when it is read (`refresh="lazy"`); move it by a map '
-        '(`refresh="mapped"`); read it as it is (`strict=False`); all of them are arguments of `MemoryBank.open` and `load`, '
-        "and `longmem bank refresh` does the first for a folder."
+        'encode the bank again, all at once (`refresh="eager"`) or when it is read (`refresh="lazy"`); read it as it is '
+        "(`strict=False`): arguments of `MemoryBank.open` and `load`. `longmem bank refresh` does the first for a folder."
     )
 
 

@@ -17,14 +17,14 @@ UNKNOWN = -1  # version of what was written by nobody knows which encoder
 
 @dataclass
 class EncoderVersion:
-    """Return one encoder of a bank; the sketch of its weights is None where none was made."""
+    """One encoder of a bank; the sketch of its weights is None where none was made."""
 
     stamp: EncoderStamp
     sketch: Sketch | None = None
 
 
 class Encoders:
-    """Return the history of a bank's encoders; the last one is current, and writes.
+    """The history of a bank's encoders; the last one is current, and writes.
 
     >>> encoders = Encoders(["1f"]); encoders.enter(EncoderStamp("2a")), encoders.enter(EncoderStamp("2a"))
     (1, 1)
@@ -39,12 +39,11 @@ class Encoders:
 
     @property
     def current(self) -> int:
-        """Return the version that what is written now gets; `UNKNOWN` if no encoder was ever named."""
+        """Return the version of what is written now; `UNKNOWN` if no encoder was ever named."""
         return len(self.versions) - 1
 
     @property
     def stamp(self) -> EncoderStamp | None:
-        """Return the current encoder's stamp."""
         return self.versions[-1].stamp if self.versions else None
 
     def enter(self, stamp: EncoderStamp, sketch: Sketch | None = None) -> int:
@@ -82,14 +81,13 @@ class Encoders:
         return twin
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return plain values, from which `from_json` makes an equal history."""
+        """Return plain values for `from_json`."""
         if len(self._json) != len(self.versions):  # asked at every commit, though it seldom changes
             self._json = [each.stamp.to_json() | {"sketch": _to_text(each.sketch)} for each in self.versions]
         return self._json
 
     @classmethod
     def from_json(cls, content: Sequence[dict[str, Any]]) -> Encoders:
-        """Return the history that `to_json` described."""
         encoders = cls()
         encoders.versions = [
             EncoderVersion(EncoderStamp.from_json(each), _from_text(each["sketch"])) for each in content

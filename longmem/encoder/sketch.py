@@ -1,8 +1,7 @@
 """The parameter sketch: how far an encoder has moved since, without keeping its weights.
 
-Every weight is added with a random sign to one of 1,024 sums. Sketching is linear, so the difference of two sketches is the
-sketch of the difference, and its length estimates how far the weights have moved (Alon, Matias, Szegedy 1996; Charikar, Chen,
-Farach-Colton 2002).
+Every weight is added with a random sign to one of 1,024 sums. That is linear, so the length of the difference of two sketches
+estimates how far the weights have moved (Alon, Matias, Szegedy 1996; Charikar, Chen, Farach-Colton 2002).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ BLOCK = 1024 * SIZE  # weights that share a pattern of signs, turned by another 
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-    """Return the signed sums of all weights on an encoder path, and their norm."""
+    """The signed sums of all weights on an encoder path, and their norm."""
 
     sums: Float[Tensor, " 1024"]
     norm: float
@@ -40,7 +39,8 @@ def sketch(tensors: Iterable[tuple[str, Tensor]]) -> Sketch:
     >>> round(before.gap(before), 4), round(after.gap(before), 2)
     (0.0, 0.01)
     """
-    signs = _signs()
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (BLOCK,), generator=generator, dtype=torch.int8).mul_(2).sub_(1).float()
     sums, squares, place = torch.zeros(SIZE, dtype=torch.float64), 0.0, 0
     for _, tensor in tensors:
         if not tensor.is_floating_point():
@@ -54,8 +54,3 @@ def sketch(tensors: Iterable[tuple[str, Tensor]]) -> Sketch:
             sums += torch.nn.functional.pad(values, (0, missing)).view(-1, SIZE).sum(dim=0, dtype=torch.float64)
             place += 1
     return Sketch(sums.float(), math.sqrt(squares))
-
-
-def _signs() -> Float[Tensor, " block"]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, (BLOCK,), generator=generator, dtype=torch.int8).mul_(2).sub_(1).float()

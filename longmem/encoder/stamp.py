@@ -25,26 +25,19 @@ from longmem.backbone.structure import probe_ids
 # Fields of a configuration that change nothing that is stored: names, versions, how it is run, what is generated.
 WITHOUT_EFFECT = frozenset(
     ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map")
-    + (
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "tie_word_embeddings",
-        "quantization_config",
-        "id2label",
-        "label2id",
-    )
+    + ("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id")
+    + ("tie_word_embeddings", "quantization_config")
 )
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
 
 
 @dataclass(frozen=True)
 class EncoderStamp:
-    """Return what is known of an encoder: a hash of its path's tensors and what else determines what it writes.
+    """What is known of an encoder: a hash of its path's tensors and what else determines what it writes.
 
     `weights`: hash of names, shapes, dtypes and numbers. `recipe`: plain values by name (sizes, layers, tokenizer, the
-    backbone's configuration); empty where only a hash is known. Two encoders with one `digest` write the same numbers for
-    the same token ids; which ids a text gets is the tokenizer's, so that is compared, and not part of the digest.
+    backbone's configuration); empty where only a hash is known. The tokenizer is compared, but no part of `digest`: encoders
+    with one digest write the same numbers for the same token ids.
     """
 
     weights: str
@@ -52,11 +45,7 @@ class EncoderStamp:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Return one hash of everything, the encoder's fingerprint.
-
-        >>> EncoderStamp("1f", {}).digest
-        '1f'
-        """
+        """Return one hash of weights and recipe, the encoder's fingerprint; without a recipe, that of the weights."""
         if not self.recipe:
             return self.weights
         numbers = sorted((name, value) for name, value in self.recipe.items() if name != TOKENIZER)
@@ -75,23 +64,19 @@ class EncoderStamp:
         return names + [WEIGHTS] * (self.weights != other.weights)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values from which `from_json` makes an equal stamp."""
+        """Return plain values for `from_json`."""
         return {"weights": self.weights, "recipe": json.loads(json.dumps(dict(self.recipe), default=str))}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EncoderStamp:
-        """Return the stamp that `to_json` described."""
         return cls(content["weights"], content["recipe"])
 
 
 @dataclass(frozen=True)
 class EncoderPath:
-    """Return the tensors that stored keys and values depend on, and the modules that hold them or stand above those.
+    """The tensors that stored keys and values depend on, and the modules that hold them or stand above those."""
 
-    `leaves`: (name, module, name in the module) of every parameter and saved buffer, in the order of names.
-    """
-
-    leaves: tuple[tuple[str, nn.Module, str], ...]
+    leaves: tuple[tuple[str, nn.Module, str], ...]  # name, module, name in it, of every parameter and saved buffer
     modules: tuple[tuple[str, nn.Module], ...]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -105,10 +90,9 @@ class EncoderPath:
 def encoder_path(backbone: Backbone, memory_layers: Sequence[int]) -> EncoderPath:
     """Return the encoder path of these memory layers, found by running the backbone over a few tokens.
 
-    Layers below the highest memory layer belong to it as a whole: a router may send other tokens to other experts. Of
-    the rest a tensor belongs to it if its module is entered before the run ends at that layer's keys; in that layer itself,
-    only if keys or values have a gradient with respect to it. Where that cannot be asked (quantized or offloaded weights),
-    what is entered of the layer belongs.
+    Layers below the highest memory layer belong to it as a whole: a router may send other tokens to other experts. So does
+    a module that is entered before that layer's keys are there; in that layer itself only tensors with a gradient of keys or
+    values, where gradients can be asked for (not of quantized or offloaded weights).
     """
     highest = max(memory_layers)
     layer = backbone.structure.layers[highest].layer

@@ -1,9 +1,8 @@
 """The tripwire: whether anything on the encoder path was touched, asked at every read and nearly free.
 
-Five signs are looked at: a tensor that requires a gradient, a module in training mode, a module or tensor put in another's
-place, a tensor's version counter, which counts writes, and, because the counter sees neither fused optimizers nor writes to
-`.data`, a few numbers of each tensor. What it can't see is a write past the counter that leaves all those numbers as they are:
-the exact stamp does (`EncoderStamp`).
+Five signs are looked at: a tensor that requires a gradient, a module in training mode, a module or tensor that was replaced,
+a tensor's version counter and, because that sees neither fused optimizers nor writes to `.data`, a few numbers of each tensor.
+It can't see a write past the counter that spares all those numbers; the exact stamp does.
 """
 
 from __future__ import annotations
@@ -20,30 +19,26 @@ SAMPLED_NUMBERS = 16  # of each tensor, at even distances
 
 
 class _Leaf(NamedTuple):
-    """A tensor as it was: where it is held, itself, its counter, its memory."""
+    """A tensor as it was."""
 
     name: str
     held_in: dict[str, Tensor | None]
     key: str
     tensor: Tensor
-    version: int
+    version: int  # -1: it has no counter
     address: int
 
 
 class _Sample(NamedTuple):
-    """Numbers of all tensors of one dtype on one device: views of where they are, and what was there; names for each view."""
+    """Numbers of all tensors of one dtype on one device."""
 
     names: list[str]
-    views: list[Tensor]
-    before: Tensor
+    views: list[Tensor]  # of where they are
+    before: Tensor  # what was there
 
 
 class Tripwire:
-    """Return a tripwire over an encoder path as it is now.
-
-    Args:
-        path: tensors and modules to watch.
-    """
+    """A tripwire over an encoder path as it is now."""
 
     def __init__(self, path: EncoderPath) -> None:
         self._leaves = [_leaf(*each) for each in path.leaves]
@@ -65,8 +60,8 @@ class Tripwire:
                 return f"`{name}` was written to"
         for names, views, before in self._samples:
             if not torch.equal(torch.cat(views), before):
-                sizes = [len(view) for view in views]
-                differs = [not torch.equal(view, part) for view, part in zip(views, before.split(sizes), strict=True)]
+                parts = before.split([len(view) for view in views])
+                differs = [not torch.equal(*pair) for pair in zip(views, parts, strict=True)]
                 return f"`{names[differs.index(True)]}` holds other numbers"
         return None
 

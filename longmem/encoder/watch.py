@@ -17,13 +17,7 @@ from longmem.errors import StaleMemoryError
 
 
 class Encoder:
-    """The encoder that a backbone is for some memory layers, under watch.
-
-    Args:
-        backbone: whose path to these layers is watched.
-        memory_layers: layers whose keys and values are stored.
-        recipe: what else determines what is stored; called when a stamp is made.
-    """
+    """The encoder that a backbone is for some memory layers; `recipe` returns what else determines what is stored."""
 
     is_moving = False  # one that moves at every step, a subclass, is sketched only where a refresh policy asks for it
 
@@ -44,17 +38,11 @@ class Encoder:
     def encode(
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
     ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
-        """Return position-free keys and values of the tokens, one of each per memory layer, without gradients.
-
-        `inputs`: what the backbone's own forward takes beside them.
-        """
+        """Return position-free keys and values of the tokens for each memory layer; `inputs`: of the backbone's forward."""
         return self.backbone.encode(input_ids.to(input_device(self.backbone.model)), self.memory_layers, **inputs)
 
     def stamp(self, *, exact: bool = False) -> EncoderStamp:
-        """Return the encoder's stamp: the one known as long as the tripwire sees no change, else made anew.
-
-        It takes about 1.4 s per GB of weights to make. `exact`: make it in any case, which finds what the tripwire cannot see.
-        """
+        """Return the encoder's stamp, made anew (1.4 s per GB of weights) if the tripwire sees a change, or if `exact`."""
         if exact or self._stamp is None or self.was_touched():
             self._watch_anew()
             self._stamp = EncoderStamp(hash_tensors(self.path.tensors()), self.recipe())
@@ -65,16 +53,10 @@ class Encoder:
         return self._tripwire is None or self._tripwire.changed() is not None
 
     def stamp_for_reading(self) -> EncoderStamp:
-        """Return the encoder's stamp, after a look at whether it stays what it is.
-
-        Raises:
-            StaleMemoryError: a weight of the encoder requires a gradient, or a module of it is in training mode.
-        """
+        """Return the encoder's stamp, after a look at whether it stays what it is, as `refuse_trainable` does."""
         known, tripwire = self._stamp, self._tripwire
-        if known is not None and tripwire is not None and not self.is_moving:
-            sign, change = tripwire.trainable(), tripwire.changed()
-            if sign is None and change is None:
-                return known
+        if not (known is None or tripwire is None or self.is_moving or tripwire.trainable() or tripwire.changed()):
+            return known
         # Before the stamp: to make one anew the backbone is run, which freezes it, and nobody would hear of it.
         self.refuse_trainable()
         stamp = self.stamp()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longmem.errors import name_known
+from longmem.plugins import PLUGINS, find, import_plugins_of_packages
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +19,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 class Entry(NamedTuple):
-    """Where a task is, as "module:Class", and what it asks, in one line."""
+    """Where a task is in `longmem.evaluation`, as "module:Class", and what it asks, in one line."""
 
     place: str
     summary: str
@@ -26,46 +27,51 @@ class Entry(NamedTuple):
 
 TASKS = {
     "perplexity": Entry(
-        "longmem.evaluation.perplexity:Perplexity",
-        "perplexity of long texts, by length and by distance of what is needed",
+        "perplexity:Perplexity", "perplexity of long texts, by length and by distance of what is needed"
     ),
     "perplexity-books": Entry(
-        "longmem.evaluation.perplexity:PerplexityOfBooks",
-        "perplexity of one stretch of each book, beside longer windows",
+        "perplexity:PerplexityOfBooks", "perplexity of one stretch of each book, beside longer windows"
     ),
-    "chapterbreak": Entry(
-        "longmem.evaluation.tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"
-    ),
+    "chapterbreak": Entry("tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"),
     "in-context": Entry(
-        "longmem.evaluation.tasks.labelled:Labelled",
-        "labels of texts after thousands of demonstrations (SST-2, MR, ...)",
+        "tasks.labelled:Labelled", "labels of texts after thousands of demonstrations (SST-2, MR, ...)"
     ),
-    "squad": Entry(
-        "longmem.evaluation.tasks.squad:Squad", "questions about passages after demonstrations (SQuAD v1.1)"
-    ),
-    "quality": Entry("longmem.evaluation.tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
-    "recall": Entry(
-        "longmem.evaluation.tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"
-    ),
-    "longeval": Entry(
-        "longmem.evaluation.tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"
-    ),
-    "harness": Entry("longmem.evaluation.harness.task:Harness", "any task of lm-evaluation-harness"),
-    "locomo": Entry("longmem.evaluation.tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
+    "squad": Entry("tasks.squad:Squad", "questions about passages after demonstrations (SQuAD v1.1)"),
+    "quality": Entry("tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
+    "recall": Entry("tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"),
+    "longeval": Entry("tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"),
+    "harness": Entry("harness.task:Harness", "any task of lm-evaluation-harness"),
+    "locomo": Entry("tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }
+
+
+def known_tasks() -> dict[str, str]:
+    """Return the names of all evaluations, with what each asks; those that other packages register come last."""
+    import_plugins_of_packages()
+    registered = {name: (kind.__doc__ or "").partition("\n")[0] for name, kind in PLUGINS["task"].items()}
+    return {name: entry.summary for name, entry in TASKS.items()} | registered
+
+
+def refuse_unknown_task(name: str) -> None:
+    """Raise ValueError unless an evaluation has this name."""
+    if name not in TASKS and name not in known_tasks():
+        raise ValueError(
+            f"`task` must be a known evaluation, got {name!r}; {name_known(name, known_tasks(), limit=20)}"
+        )
 
 
 def task_class(name: str) -> Any:
     """Return the class of a task. Raises ValueError for a name that is not known."""
+    refuse_unknown_task(name)
     if name not in TASKS:
-        raise ValueError(f"`task` must be a known evaluation, got {name!r}; {name_known(name, TASKS)}")
+        return find("task", name)
     module, _, kind = TASKS[name].place.partition(":")
-    return getattr(importlib.import_module(module), kind)
+    return getattr(importlib.import_module(f"longmem.evaluation.{module}"), kind)
 
 
-def default_settings(name: str) -> Path:
-    """Return the YAML file with the default settings of a task."""
-    return CONFIGS / f"{name}.yaml"
+def default_settings(name: str) -> Path | None:
+    """Return the YAML file with the default settings of a task, None for one of another package: its class has them."""
+    return CONFIGS / f"{name}.yaml" if name in TASKS else None
 
 
 def run_task(
@@ -76,11 +82,7 @@ def run_task(
     Tables are shown on the console and written to the folder. The figures are another layer's:
     `longmem.plots.plot_finished(finished)`.
 
-    Args:
-        name: of a task.
-        overrides: settings, each `name=value` with the value in YAML.
-        console: default: a new one.
-        file: YAML file of settings; default: the task's own.
+    Settings come from a YAML file, by default the task's own, and from overrides, each `name=value` with the value in YAML.
 
     Raises:
         ValueError: a setting is wrong, or settings, model and data do not go together.

@@ -15,7 +15,7 @@ from longmem.console import item_progress, plain_table
 from longmem.evaluation.folder import RunFolder, describe
 from longmem.evaluation.settings import open_evaluated
 from longmem.evaluation.summary import summarize
-from longmem.evaluation.systems import Banks, Question, System, title_of_system
+from longmem.evaluation.systems import Banks, Question, System, make_systems, title_of_system
 from longmem.evaluation.systems.system import text_before
 from longmem.evaluation.tables import markdown, tables_of
 from longmem.evaluation.task import Case, Item, Task
@@ -33,13 +33,8 @@ class Finished(NamedTuple):
 def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = None) -> Finished:
     """Ask what is missing, write the whole result folder and show brief tables; the figure is drawn by who calls.
 
-    Args:
-        task: with its settings.
-        console: for progress and tables.
-        model: default: the one that the settings name.
-
-    Raises:
-        ValueError: settings, model and data do not go together, or the folder holds another run.
+    Raises ValueError if settings, model and data do not go together, or the folder holds another run. Without a model the one
+    that the settings name is opened.
     """
     model = open_evaluated(task.settings) if model is None else model
     cases = task.cases(model)
@@ -92,20 +87,21 @@ def ask_all(
         return
     try:
         banks = task.banks(model)
-        systems = {system.name: system for system in task.systems(model, banks)}
+        settings = task.settings
+        options = {"window": settings.window, "batch_size": settings.batch_size, "retrieval": task.retrieval}
+        systems = {system.name: system for system in make_systems(settings.systems, model, banks=banks, **options)}
         for stage, group in itertools.groupby(asked, key=lambda case: case.stage):
             own = list(group)
             task.begin(own, console)
-            total = sum(len(items) for case in own for items in waiting[case.name].values())
-            done = 0
+            jobs = [(case, name, items) for case in own for name, items in waiting[case.name].items()]
+            total, done = sum(len(items) for _, _, items in jobs), 0
             with item_progress(stage, console) as report:
-                for case in own:
-                    for name, items in waiting[case.name].items():
-                        other = wrong.get(case.name) if name == "wrong" else None
-                        for records in ask(task, systems[name], case, items, other, banks):
-                            run.write(record for record in records if record["id"] not in run)
-                            done += sum("item" in record for record in records)
-                            report(done, total)
+                for case, name, items in jobs:
+                    other = wrong.get(case.name) if name == "wrong" else None
+                    for records in ask(task, systems[name], case, items, other, banks):
+                        run.write(record for record in records if record["id"] not in run)
+                        done += sum("item" in record for record in records)
+                        report(done, total)
     finally:
         task.close()
 

@@ -23,7 +23,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What is evaluated, and where the results go; counts are of tokens or items, as their names say."""
+    """What is evaluated, and where the results go."""
 
     output: str
     """Folder for everything that the run writes. A run that was stopped goes on with the same settings."""
@@ -55,7 +55,6 @@ class EvaluationSettings:
     """Of whatever is drawn, and of the intervals."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         validate_systems(self.systems)
 
     @property
@@ -65,6 +64,12 @@ class EvaluationSettings:
 
 
 Settings = TypeVar("Settings")
+
+
+def validate_different(name: str, values: Sequence[Any]) -> None:
+    """Raise ValueError unless a setting is a list of different values, at least one."""
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"`{name}` must be at least one, and none twice, got {list(values)}.")
 
 
 def read_arguments(kind: type[Settings], description: str | None) -> Settings:
@@ -81,12 +86,8 @@ def read_arguments(kind: type[Settings], description: str | None) -> Settings:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
-def load_evaluation(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Return the settings in a YAML file, changed by overrides and checked.
-
-    Raises:
-        ValueError: a setting is unknown, missing, of another type or out of range.
-    """
+def load_evaluation(kind: type[Settings], path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:
+    """Return the settings in a YAML file (None: the defaults of `kind`), changed and checked; ValueError says what is wrong."""
     own = [field.name for field in dataclasses.fields(LongMemConfig)]
     is_free = "config" in kind.__dataclass_fields__  # type: ignore[attr-defined]  # what opens no model has none
     return read_settings(kind, path, overrides, free={"config": own} if is_free else None)

@@ -21,6 +21,15 @@ def markdown_table(rows: Rows) -> str:
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in body)])
 
 
+def with_interval(value: float, ends: Sequence[float], form: str) -> str:
+    """Return a value with its interval, if it has one.
+
+    >>> with_interval(12.345, [12, 13], ".1f")
+    '12.3 (12.0 to 13.0)'
+    """
+    return f"{value:{form}}" + (f" ({' to '.join(f'{end:{form}}' for end in ends)})" if ends else "")
+
+
 def markdown(metrics: Mapping[str, Any]) -> str:
     """Return all tables and notes of what `summarize` returns."""
     parts = [f"## {heading}\n\n{markdown_table(rows)}" for heading, rows in tables_of(metrics)]

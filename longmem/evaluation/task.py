@@ -1,8 +1,7 @@
 """What an evaluation is: cases that are put into memory, what is asked about each, and what an answer counts.
 
-A task is one class: `cases` says what is asked, `score` what a record counts. The runner asks every system, the summary
-makes means and intervals, tables and figure follow from `measures` and `axes`. Where a task needs more, it overrides one of
-the hooks of `Task`; none of them is needed by most.
+A task is one class: `cases` says what is asked, `score` what a record counts; runner, summary, tables and figure follow. Where
+a task needs more, it overrides a hook of `Task`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from longmem.evaluation.folder import MAY_CHANGE, RunFolder, digest
 from longmem.evaluation.settings import EvaluationSettings
-from longmem.evaluation.systems import Answer, Banks, System, make_systems
+from longmem.evaluation.systems import Answer, Banks, System
 from longmem.model.modeling import LongMemForCausalLM
 
 Record = Mapping[str, Any]
@@ -30,8 +30,7 @@ class Item:
         name: unique in its case; may be empty where a case has one question.
         token_ids: end of what stands in the window; empty where the case itself is the question.
         candidates: continuations whose likelihoods are compared; none: the answer is only written.
-        about: goes into the record as it is: the right answer, the words of the question, a category; or a `group` of the
-            question's own in the place of its case's.
+        about: goes into the record as it is: the right answer, a category, or a `group` in the place of the case's.
         guesses: what baselines without a model answer, by their name: fields of a record.
     """
 
@@ -46,15 +45,13 @@ class Item:
 class Case:
     """What is asked together because it shares a memory: a document, a draw of demonstrations, a haystack with a fact.
 
-    A task may make a subclass with fields that its hooks need.
-
     Args:
         name: unique in the task; the id of a record is `name/item/system`.
         items: questions; none for a case that is only another's wrong memory.
+        group: of cases that are not independent, such as those of one book; intervals are over groups.
         memory: passages in their order, one stream of tokens.
         local_tokens: of the end of the stream, which stand in the window before every question.
         prefix: tokens between stream and question.
-        group: of cases that are not independent, such as those of one book; intervals are over groups.
         axes: values of the task's axes, for the records; a list stands for several at once.
         subject: what several cases are about, such as a document at several lengths; default: the name. Systems are compared
             on the same subject and item.
@@ -90,9 +87,9 @@ class Case:
 class Axis:
     """What results are told apart by: a field of the records.
 
-    Kinds: "panel": each value has its own table and panel of the figure; "column": values are columns of the table and, where
-    they are numbers, the x axis of the figure; "detail": in `metrics.json` alone, without intervals; "repeat": the same
-    items under other draws, whose standard deviation is told. In `Task.axes` they come in this order.
+    Kinds, in the order of `Task.axes`: "panel": each value has its own table and panel of the figure; "column": values are
+    columns, and numbers the x axis; "detail": in `metrics.json` alone, without intervals; "repeat": the same items under other
+    draws, whose standard deviation is told.
     """
 
     name: str
@@ -118,20 +115,15 @@ class Measure:
 
 
 class Task(ABC):
-    """One evaluation.
-
-    Args:
-        settings: of the type `kind`.
-    """
+    """One evaluation, with settings of the type `kind`."""
 
     name: ClassVar[str]
-    """In the registry, `longmem.evaluation.TASKS`; that of its default settings, `NAME.yaml` in the folder `configs`."""
+    """In `longmem.evaluation.TASKS`; that of its default settings, `NAME.yaml` in the folder `configs`."""
 
     title: ClassVar[str]
     """In titles of tables and figures."""
 
     kind: ClassVar[type[EvaluationSettings]]
-    """Its settings."""
 
     axes: ClassVar[tuple[Axis, ...]] = ()
 
@@ -206,17 +198,6 @@ class Task(ABC):
         ]
         return {"cases": digest(asked)}
 
-    def systems(self, model: LongMemForCausalLM, banks: Banks) -> list[System]:
-        """Return the systems that are compared."""
-        return make_systems(
-            self.settings.systems,
-            model,
-            window=self.settings.window,
-            batch_size=self.settings.batch_size,
-            banks=banks,
-            retrieval=self.retrieval,
-        )
-
     def banks(self, model: LongMemForCausalLM) -> Banks:
         """Return what keeps memories between systems and cases."""
         return Banks(model)
@@ -269,6 +250,11 @@ class Task(ABC):
 
     def close(self) -> None:  # noqa: B027  a hook
         """Give back what `begin` has opened."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def per_token(record: Record) -> list[float]:

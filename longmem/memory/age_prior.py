@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-from longmem.memory.checks import validate_choice
-from longmem.plugins import Setting, parse_name
+from longmem.plugins import Setting, find, parse_name, register
 
 DAY = 86_400.0
 _STRENGTH = Setting(0.5, "how fast the weight falls with age, in 1 / `unit`", 0.0, 1e6)
 _UNIT = Setting(DAY, "seconds that an age of 1 stands for", 1e-6, 1e12)
-# What each kind reads; another parameter would do nothing, so it is refused.
-KINDS: Mapping[str, Mapping[str, Setting]] = {
-    "constant": {},
-    "hinge": {"a": _STRENGTH, "b": Setting(4.0, "the age up to which nothing is lost", 0.0, 1e12), "unit": _UNIT},
-    "poly": {"a": _STRENGTH, "unit": _UNIT},
-    "exp": {"a": _STRENGTH, "floor": Setting(0.0, "the weight that is never undercut", 0.0, 1.0), "unit": _UNIT},
-}
+
+
+class AgeKind(NamedTuple):
+    """A kind of age prior: the parameters that it reads, and log w(age) with those of a prior.
+
+    A parameter that a kind does not read would do nothing, so it is refused.
+    """
+
+    settings: Mapping[str, Setting]
+    log_weight: Callable[[AgePrior, float], float]
 
 
 @dataclass(frozen=True)
 class AgePrior:
-    """Return a weight w(age): 1 for what is new, never more, positive, and never rising with age.
+    """A weight w(age): 1 for what is new, never more, positive, and never rising with age.
 
     The age of a chunk is the time between its document's date and that of the newest document that is read, divided by
     `unit`. Attention adds log w to the scores of a chunk's tokens, and the search takes the chunks that are best with
@@ -59,10 +61,10 @@ class AgePrior:
     parameters: ClassVar[tuple[str, ...]] = ("a", "b", "floor", "unit")
 
     def __post_init__(self) -> None:
-        validate_choice("kind", self.kind, KINDS)
+        kind: AgeKind = find("age_prior", self.kind)
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in self.parameters:
-            value, setting = getattr(self, name), KINDS[self.kind].get(name)
+            value, setting = getattr(self, name), kind.settings.get(name)
             if setting is None and value != defaults[name]:
                 raise ValueError(f"`{name}` must be left out for the kind {self.kind!r}, got {value!r}: it has none.")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -77,7 +79,7 @@ class AgePrior:
     @property
     def name(self) -> str:
         """Return the kind and all its parameters, as `make_age_prior` reads them."""
-        chosen = ",".join(f"{key}={getattr(self, key)!r}" for key in KINDS[self.kind])
+        chosen = ",".join(f"{key}={getattr(self, key)!r}" for key in find("age_prior", self.kind).settings)
         return f"{self.kind}:{chosen}" if chosen else self.kind
 
     def weight(self, age: float) -> float:
@@ -86,16 +88,38 @@ class AgePrior:
 
     def log_weight(self, age: float) -> float:
         """Return log w(age), which is finite at every age that is."""
-        if self.kind == "hinge":
-            return -math.log1p(self.a * max(0.0, age - self.b))
-        if self.kind == "poly":
-            return -self.a * math.log1p(age)
-        if self.kind == "exp" and self.a * age:
-            if not self.floor:
-                return -self.a * age
-            # The sum may round to more than 1.
-            return min(0.0, math.log(self.floor + (1 - self.floor) * math.exp(-self.a * age)))
-        return 0.0
+        return find("age_prior", self.kind).log_weight(self, age)
+
+
+def log_constant(prior: AgePrior, age: float) -> float:
+    """Return log 1."""
+    return 0.0
+
+
+def log_hinge(prior: AgePrior, age: float) -> float:
+    """Return the logarithm of 1 up to age `b`, then of 1 / (a (age - b) + 1)."""
+    return -math.log1p(prior.a * max(0.0, age - prior.b))
+
+
+def log_poly(prior: AgePrior, age: float) -> float:
+    """Return the logarithm of (age + 1)^-a."""
+    return -prior.a * math.log1p(age)
+
+
+def log_exp(prior: AgePrior, age: float) -> float:
+    """Return the logarithm of floor + (1 - floor) exp(-a age)."""
+    if not prior.floor or not prior.a * age:
+        return -prior.a * age
+    # The sum may round to more than 1.
+    return min(0.0, math.log(prior.floor + (1 - prior.floor) * math.exp(-prior.a * age)))
+
+
+_HINGE_AGE = Setting(4.0, "the age up to which nothing is lost", 0.0, 1e12)
+_FLOOR = Setting(0.0, "the weight that is never undercut", 0.0, 1.0)
+register("age_prior", "constant")(AgeKind({}, log_constant))
+register("age_prior", "hinge")(AgeKind({"a": _STRENGTH, "b": _HINGE_AGE, "unit": _UNIT}, log_hinge))
+register("age_prior", "poly")(AgeKind({"a": _STRENGTH, "unit": _UNIT}, log_poly))
+register("age_prior", "exp")(AgeKind({"a": _STRENGTH, "floor": _FLOOR, "unit": _UNIT}, log_exp))
 
 
 def make_age_prior(age_prior: AgePrior | str | None) -> AgePrior | None:
@@ -107,6 +131,6 @@ def make_age_prior(age_prior: AgePrior | str | None) -> AgePrior | None:
     if age_prior is None:
         return None
     if not isinstance(age_prior, AgePrior):
-        kind, chosen = parse_name("age_prior", age_prior, KINDS)
-        age_prior = AgePrior(kind, **chosen)
+        _, chosen = parse_name("age_prior", age_prior)
+        age_prior = AgePrior(age_prior.partition(":")[0], **chosen)
     return None if age_prior.kind == "constant" else age_prior

@@ -28,7 +28,7 @@ from longmem.memory.reader import BankView
 from longmem.memory.rows.documents import Document, DocumentInfo, SourcePart
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.segments import Joins, Segment
-from longmem.memory.rows.storage import LayerShape
+from longmem.memory.rows.storage import KeysValues, LayerShape
 from longmem.memory.rows.table import Table
 from longmem.memory.visibility import Selection, Visibility, has_expired
 
@@ -48,10 +48,9 @@ RENAMED = {
 class MemoryBank:
     """A store of named documents: the attention keys and values of the `memory_layers` of one backbone, in chunks.
 
-    The bank is in memory: `save` writes it to a folder, `load` reads it back. `MemoryBank.create` makes one that lives in a
-    folder, `MemoryBank.open` opens it; it is used in the same way, and what changes is on the disk when a call returns.
-
-    Its parts: `freshness`, what it does when the encoder changes; `folder`, its place on disk.
+    The bank is in memory: `save` writes it to a folder, `load` reads it back. One that `create` makes, or `open` opens, lives
+    in a folder: what changes is on the disk when a call returns. Its parts: `freshness`, what it does when the encoder
+    changes; `folder`, its place on disk.
 
     Args:
         memory_layers: backbone layers whose keys and values are stored, in the order in which `add` gets them.
@@ -66,7 +65,7 @@ class MemoryBank:
         storage_dtype: of stored keys and values, "float16", "bfloat16", "float32" or "int8"; search keys are float32.
         device: where the tensors are.
         refresh: what happens when the encoder changes: "frozen" (nothing stale is ever read, the bank is refused), "eager",
-            "bounded:max_lag=4,clock=version", "lazy" or "mapped" (`longmem/memory/refresh/`); also as a dict with a `name`.
+            "bounded:max_lag=4,clock=version" or "lazy" (`longmem/memory/refresh/`); also as a dict with a `name`.
         fingerprint: of the encoder that writes (`LongMemForCausalLM.encoder_stamp`, or its digest); None is not checked.
         age_prior: how much less old documents count when the bank is read, an `AgePrior` or its name, "exp:a=0.5"; None:
             age does not count.
@@ -100,14 +99,17 @@ class MemoryBank:
         validate_index(index)
         self.memory_layers = tuple(memory_layers)
         self.chunk_size = chunk_size
+        self.capacity_tokens, self.capacity_bytes = capacity_tokens, capacity_bytes
+        self.eviction = eviction
+        self.storage_dtype, self.device = checks.validate_storage_dtype(storage_dtype), torch.device(device)
         self._table = Table(
             eviction=eviction,
             chunk_size=chunk_size,
             capacity_tokens=capacity_tokens,
             capacity_bytes=capacity_bytes,
             index=index,
-            storage_dtype=checks.validate_storage_dtype(storage_dtype),
-            device=torch.device(device),
+            storage_dtype=self.storage_dtype,
+            device=self.device,
         )
         self._table.encoders = Encoders([] if fingerprint is None else [fingerprint])
         self._on_disk: OnDisk | None = None
@@ -120,10 +122,7 @@ class MemoryBank:
     def for_model(
         cls, model: EncodingModel, *, folder: str | PathLike[str] | None = None, **options: Any
     ) -> MemoryBank:
-        """Return an empty bank for what `model` writes; `options` are the other arguments of `MemoryBank`.
-
-        `folder`: make the bank there (`MemoryBank.create`), and not in memory.
-        """
+        """Return an empty bank for what `model` writes, in memory or in `folder`; `options`: other arguments of the class."""
         own = {
             "memory_layers": model.config.memory_layers or (),
             "chunk_size": model.config.chunk_size,
@@ -133,10 +132,9 @@ class MemoryBank:
 
     @classmethod
     def create(cls, folder: str | PathLike[str], **settings: Any) -> Self:
-        """Return a new, empty bank in `folder`, open for writing; `settings` are the arguments of the class.
+        """Return a new, empty bank in `folder`, open for writing; `settings`: arguments of the class, by default without limit.
 
-        Every change is on the disk when the call returns. The default capacity is without limit. Raises ValueError if a
-        bank is there already, or the folder cannot be written.
+        Raises ValueError if a bank is there already, or the folder cannot be written.
         """
         if has_bank(folder):
             raise ValueError(f"`folder` must not hold a bank yet, got {str(folder)!r}; open it with `MemoryBank.open`.")
@@ -158,18 +156,17 @@ class MemoryBank:
     ) -> Self:
         """Return the bank in `folder` as it was at the last commit; it stays on disk, and its changes go there.
 
-        Search keys are read into memory layer by layer, when a layer is first searched; keys and values are mapped, and
-        read when they are needed. One process may write; any number may read, each the commit that was the last when it
-        opened the bank or called `folder.reload`. What is checked: all of the catalogue; the length and the header of every
-        file; search keys when they are read; everything by `folder.verify`.
+        Search keys are read into memory when a layer is first searched; keys and values when they are needed. One process
+        may write; any number may read, each the commit that was the last when it opened the bank or called `folder.reload`.
+        What is checked: the catalogue; length and header of every file; search keys when they are read; all by
+        `folder.verify`.
 
         Args:
             folder: that `create` or `save` wrote.
             model: that will read the bank; if its encoder is not the one that wrote it, the refresh policy acts.
             read_only: change nothing, and keep nobody from changing it.
             device: where search keys are, and what is read goes.
-            mmap: False: keys and values are not mapped but asked for, piece by piece, so that of all that was read nothing
-                stays in this process; reading takes two to five times as long.
+            mmap: False: nothing of what was read stays in this process; reading takes two to five times as long.
             refresh: policy to follow from now on; None: the bank's own, by default "frozen", which refuses another encoder.
             strict: False: read what another encoder wrote as it is, from now on with every entry's encoder unknown.
 
@@ -200,10 +197,7 @@ class MemoryBank:
         refresh: str | Mapping[str, Any] | None = None,
         strict: bool = True,
     ) -> Self:
-        """Return a copy, in memory, of the bank in `folder`: to change it does not change the folder.
-
-        Everything is read and checked; arguments and errors are those of `open`.
-        """
+        """Return a copy, in memory, of the bank in `folder`, after a check of all of it; arguments and errors as for `open`."""
         with cls.open(folder, read_only=True) as saved:
             saved.folder.verify()
             bank = saved.copy(device=device)
@@ -213,7 +207,7 @@ class MemoryBank:
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the bank to `folder`, in place of one that is there; a process killed meanwhile leaves that, or this one.
 
-        For a bank that is in this very folder there is nothing to do. Raises ValueError if the folder cannot be written.
+        Raises ValueError if the folder cannot be written.
         """
         if self._on_disk is not None and Path(folder).resolve() == self._on_disk.path:
             return
@@ -376,10 +370,7 @@ class MemoryBank:
                 self._table.extend_with_chunks(own, chunks, part)
 
     def delete(self, document_id: str) -> None:
-        """Forget a document; its chunks are never found again. Raises ValueError if there is none.
-
-        In a folder its bytes stay until `compact`, though nothing reads them.
-        """
+        """Forget a document; in a folder its bytes stay until `compact`. Raises ValueError if there is none."""
         document = self._document("document_id", document_id)
         with self.transaction(), self._table.lock:
             self._table.drop(document)
@@ -430,16 +421,9 @@ class MemoryBank:
     def supersede(self, document_id: str, by: str | None = None) -> None:
         """Hide a document whose text no longer holds, from searches of the bank and of all views on it.
 
-        It stays, with its text, and `info` shows what took its place; it takes room, and is evicted, as before. To have it
-        forgotten, `delete` it.
-
-        Args:
-            document_id: the old document.
-            by: the new one, whose name is followed when it is renamed and remembered when it is deleted; None: the text
-                is withdrawn, and nothing takes its place.
-
-        Raises:
-            ValueError: an unknown id, or a `by` that was itself superseded, in the end, by the old document.
+        It stays, with its text, takes room, and is evicted, as before. `by`: what took its place, followed when it is renamed
+        and remembered when it is deleted; None: nothing did. Raises ValueError for an unknown id, or a `by` that was itself
+        superseded, in the end, by the old document.
         """
         document = self._document("document_id", document_id)
         if by is not None:
@@ -448,10 +432,7 @@ class MemoryBank:
             self._table.ledger.supersede(document, True, by, document.valid_until)
 
     def restore(self, document_id: str) -> None:
-        """Let searches find a document again that was superseded or has expired; it then is valid without end.
-
-        A `valid_until` that is still to come stays.
-        """
+        """Let searches find a document again that was superseded or has expired; a `valid_until` that is to come stays."""
         document = self._document("document_id", document_id)
         has_ended = has_expired(document, self._visibility.moment)
         with self.transaction(), self._table.lock:
@@ -503,11 +484,6 @@ class MemoryBank:
         return self._table.index
 
     @property
-    def eviction(self) -> str:
-        """Return the eviction policy, by name."""
-        return self._table.eviction
-
-    @property
     def refresh(self) -> str:
         """Return the refresh policy, by name."""
         return self.freshness.name
@@ -516,26 +492,6 @@ class MemoryBank:
     def age_prior(self) -> AgePrior | None:
         """Return how age counts when the bank is read, None if it does not."""
         return self._visibility.prior
-
-    @property
-    def capacity_tokens(self) -> int | None:
-        """Return how many tokens can be resident, None for no limit."""
-        return self._table.capacity_tokens
-
-    @property
-    def capacity_bytes(self) -> int | None:
-        """Return how many bytes can be resident, None for no limit."""
-        return self._table.capacity_bytes
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        """Return the dtype of stored keys and values."""
-        return self._table.storage_dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Return where the tensors are."""
-        return self._table.device
 
     @property
     def shapes(self) -> list[LayerShape] | None:
@@ -596,11 +552,7 @@ class MemoryBank:
     # Reading.
 
     def ready_for(self, model: EncodingModel) -> None:
-        """Make ready to be read by a model, as the refresh policy says if its encoder is not the one that wrote the bank.
-
-        Called by the model before every read; costs next to nothing while nothing has changed. Raises StaleMemoryError if the
-        policy does not let this encoder read the bank.
-        """
+        """Make ready to be read by a model, which calls this before every read; see `Freshness.ready_for`."""
         self.freshness.ready_for(model)
 
     def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> BankView:
@@ -672,12 +624,7 @@ class MemoryBank:
         with self._table.lock:
             return self._table.storage.layer(position).search_keys.clone()
 
-    def gather(
-        self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows (float32 for int8, else in the storage dtype).
 
         The caller masks rows of -1. Raises ChangedMemoryError unless the bank is of the `generation` that the rows are of.

@@ -260,19 +260,13 @@ def dated_document(
     document_id: str, tags: Iterable[str] = (), dated: object = None, valid_until: object = None
 ) -> Document:
     """Return the record of a new document, after a check of what is said of it."""
-    start, end = validate_dates(dated, valid_until)
-    return Document(document_id, tags=validate_tags(tags), dated=start, valid_until=end)
-
-
-def validate_dates(dated: object, valid_until: object) -> tuple[float | None, float | None]:
-    """Return both as floats. Raises ValueError unless they are seconds since 1970, the second the later one, or None."""
     start = None if dated is None else validate_date("dated", dated)
     end = None if valid_until is None else validate_date("valid_until", valid_until)
     if start is not None and end is not None and end <= start:
         raise ValueError(
             f"`valid_until` must be later than `dated`, got {end} and {start}; leave out what is not known."
         )
-    return start, end
+    return Document(document_id, tags=validate_tags(tags), dated=start, valid_until=end)
 
 
 def validate_date(argument: str, date: object) -> float:

@@ -52,17 +52,14 @@ class Freshness:
 
     @property
     def encoders(self) -> Encoders:
-        """Return the encoders that have written to the bank; the last one is current."""
         return self._table.encoders
 
     @property
     def refreshed(self) -> RefreshReport:
-        """Return what was encoded again since the bank was made or opened."""
         return self.state.refreshed
 
     @property
     def may_write(self) -> bool:
-        """Return whether the bank can be written to, so that something can be encoded again; else what is stale is masked."""
         return self.state.may_write
 
     def use(self, refresh: str | Mapping[str, Any]) -> None:
@@ -109,8 +106,7 @@ class Freshness:
     def open_for(self, model: EncodingModel, *, strict: bool) -> None:
         """Make a bank that was opened ready for a model; not `strict`: read what another encoder wrote as it is.
 
-        Raises:
-            StaleMemoryError: the bank names no encoder, or as `ready_for` does.
+        Raises StaleMemoryError if the bank names no encoder, or as `ready_for` does.
         """
         refuse_unknown_encoder(self.encoders.stamp)
         if strict:
@@ -142,8 +138,8 @@ class Freshness:
     ) -> RefreshReport:
         """Encode again, with this model, all that another encoder wrote, as it was written; return what was done.
 
-        Each document changes at one stroke, in a transaction of its own, so a process killed on the way leaves every document
-        whole, old or new, and the next call does the rest. Readers may go on meanwhile.
+        Each document changes in a transaction of its own: a process killed on the way leaves every document whole, old or
+        new, and the next call does the rest. Readers may go on meanwhile.
 
         Args:
             model: whose encoder it is.
@@ -167,7 +163,6 @@ class Freshness:
         return self.refreshed.since(before)
 
     def refresher(self, *writers: Writer) -> Refresher:
-        """Return what encodes the bank again with these writers, equal ones."""
         return Refresher(self.state, writers)
 
     # What is stale.
@@ -190,7 +185,6 @@ class Freshness:
         return self._masked[1]
 
     def lags(self, clock: str = "version") -> Lags:
-        """Return how far each version of the encoder is behind, on a clock."""
         return self.state.lags(clock)
 
     def report(self, model: EncodingModel | None = None, *, probe: bool = False) -> StalenessReport:
@@ -199,10 +193,7 @@ class Freshness:
         Args:
             model: say what would be stale if this model read the bank; None: compare with the bank's current encoder.
             probe: also measure how far keys have moved, by encoding about 64 tokens of each earlier encoder with `model`.
-
-        Raises:
-            ValueError: `probe` without a model.
-            StaleMemoryError: `probe` with a model that can't encode what the bank holds.
+                Raises ValueError without one, StaleMemoryError for one that can't encode what the bank holds.
         """
         return report_staleness(self.state, self.policy, None if model is None else model.encoder, probe=probe)
 

@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from longmem.memory.checks import validate_count
-from longmem.memory.protocols import EncodingModel, WritableBank
+from longmem.memory.protocols import EncodingModel
 from longmem.memory.rows.documents import SourcePart
 from longmem.memory.rows.segments import Joins
 
-
-@dataclass(frozen=True)
-class EncodableText:
-    """Return token ids and, if they were made from text by a tokenizer that says where, the text and their ends in it."""
-
-    ids: Int[Tensor, " tokens"]
-    text: str | None = None
-    char_ends: Int[Tensor, " tokens"] | None = None
-
-    def part(self, start: int, stop: int) -> SourcePart:
-        """Return the source of tokens from `start` to `stop`; the last token takes the text that follows it."""
-        if self.text is None or self.char_ends is None:
-            return SourcePart(self.ids[start:stop])
-        first = int(self.char_ends[start - 1]) if start else 0
-        last = len(self.text) if stop == len(self.ids) else int(self.char_ends[stop - 1])
-        return SourcePart(self.ids[start:stop], self.text[first:last], self.char_ends[start:stop] - first)
+if TYPE_CHECKING:
+    from longmem.memory.bank import MemoryBank
 
 
 def to_token_ids(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
-    """Return token ids of a text, or the given ids, checked; see `encodable`."""
-    return encodable(model, text_or_ids).ids
+    """Return token ids of a text, or the given ids, after a check."""
+    return encodable(model, text_or_ids).token_ids
 
 
-def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> EncodableText:
-    """Return token ids of a text, with their places in it, or the given ids, checked.
+def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> SourcePart:
+    """Return token ids of a text, with their places in it where the tokenizer says them, or the given ids.
 
-    Raises:
-        ValueError: nothing to encode, not a flat sequence of integers, or ids outside the backbone's vocabulary.
+    Raises ValueError for nothing to encode, no flat sequence of integers, or ids outside the backbone's vocabulary.
     """
     text, char_ends = None, None
     if isinstance(text_or_ids, str):
@@ -84,12 +68,12 @@ def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -
             f"`text_or_ids` must hold ids from 0 to {vocabulary - 1}, the backbone's vocabulary, got "
             f"{int(ids.min())} to {int(ids.max())}; were they made by the tokenizer of another model?"
         )
-    return EncodableText(ids.long().cpu(), text, char_ends)
+    return SourcePart(ids.long().cpu(), text, char_ends)
 
 
 def memorize(
     model: EncodingModel,
-    bank: WritableBank,
+    bank: MemoryBank,
     text_or_ids: str | Sequence[int] | Tensor,
     document_id: str,
     *,
@@ -97,7 +81,7 @@ def memorize(
     tags: Sequence[str] = (),
     dated: float | None = None,
     valid_until: float | None = None,
-    reuse: tuple[WritableBank, str] | None = None,
+    reuse: tuple[MemoryBank, str] | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
@@ -105,7 +89,12 @@ def memorize(
     source = encodable(model, text_or_ids)
     validate_options(bank, reuse, batch_size)
     dates = {"dated": dated, "valid_until": valid_until}
-    refuse_dates_of_a_part(append, dates)
+    for name, date in dates.items():
+        if append and date is not None:
+            raise ValueError(
+                f"`{name}` must be left out with `append`, got {date}: it is said of a new document; memorize what has "
+                "another date under a name of its own."
+            )
     labels: dict[str, Any] = {"tags": tags, **dates}
     length = model.config.segment_length
     context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
@@ -129,22 +118,22 @@ def memorize(
 
     with bank.transaction():
         try:
-            for group in groups(source.ids, len(context), length, batch_size, known):
+            for group in groups(source.token_ids, len(context), length, batch_size, known):
                 start, stop = group[0][0], group[-1][1]
-                origin = known.get(window_key(source.ids[start:stop]))
+                origin = known.get(window_key(source.token_ids[start:stop]))
                 if reuse is not None and origin is not None and is_resident(*reuse, origin):
                     copied = source.part(start, stop)
                     bank.copy_tokens(document_id, *reuse, origin, copied, **(labels if is_new else {}))
                     is_new = False
                 else:
                     before = context if start == 0 else context[:0]
-                    batch = torch.stack([torch.cat([before, source.ids[first:last]]) for first, last in group])
+                    batch = torch.stack([torch.cat([before, source.token_ids[first:last]]) for first, last in group])
                     keys, values = model.encoder.encode(batch)
                     num_encoded += stop - start
                     for lane, place in enumerate(group):
                         write(*place, *([layer[lane, :, len(before) :] for layer in part] for part in (keys, values)))
                 if progress is not None:
-                    progress(stop, len(source.ids))
+                    progress(stop, len(source.token_ids))
         except BaseException:
             if not append and not is_new:
                 bank.delete(document_id)
@@ -181,7 +170,7 @@ def window_key(ids: Int[Tensor, " tokens"]) -> bytes:
     return ids.numpy().tobytes()
 
 
-def known_windows(bank: WritableBank, document_id: str, length: int) -> dict[bytes, int]:
+def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes, int]:
     """Return the first token of every whole window of a document that can be copied, by its tokens.
 
     Those can't be that were encoded in another way, by an earlier encoder, or that begin or end inside a chunk.
@@ -203,12 +192,12 @@ def known_windows(bank: WritableBank, document_id: str, length: int) -> dict[byt
     }
 
 
-def is_resident(bank: WritableBank, document_id: str, token: int) -> bool:
+def is_resident(bank: MemoryBank, document_id: str, token: int) -> bool:
     """Return whether a token is still there: what is written meanwhile may evict it from the same bank."""
     return document_id in bank and bank.info(document_id).first_resident_token <= token
 
 
-def validate_options(bank: WritableBank, reuse: tuple[WritableBank, str] | None, batch_size: int) -> None:
+def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, batch_size: int) -> None:
     """Raise ValueError unless windows can be copied from `reuse` as they are stored, and `batch_size` is a count."""
     validate_count("batch_size", batch_size)
     if reuse is None:
@@ -224,17 +213,7 @@ def validate_options(bank: WritableBank, reuse: tuple[WritableBank, str] | None,
             )
 
 
-def refuse_dates_of_a_part(append: bool, dates: Mapping[str, float | None]) -> None:
-    """Raise ValueError for dates of what is appended: a document has one date."""
-    for name, date in dates.items():
-        if append and date is not None:
-            raise ValueError(
-                f"`{name}` must be left out with `append`, got {date}: it is said of a new document; memorize what has "
-                "another date under a name of its own."
-            )
-
-
-def open_window(bank: WritableBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
+def open_window(bank: MemoryBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
     """Return the tokens of the window that a document ends in, None if they are not known."""
     ids, last = bank.token_ids(document_id), bank.segments(document_id)[-1]
     if ids is None or not last.is_known or last.stop - last.start > length:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longmem.memory.folder.bank_folder import BankFolder
+from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.rows.table import Table
 
 
@@ -57,26 +58,24 @@ class OnDisk:
 
     @property
     def path(self) -> Path:
-        """Return where the folder is."""
         return self._folder.path
 
     @property
     def is_writable(self) -> bool:
-        """Return whether the bank was opened to be changed."""
         return self._folder.is_writable
 
     @property
     def num_dead_bytes(self) -> int:
         """Return the bytes of deleted and evicted chunks in the folder, which `compact` gives back."""
-        return self._folder.num_dead_bytes(self._table)
+        storage = self._table.storage
+        assert isinstance(storage, DiskStorage)
+        return storage.num_dead_bytes
 
     def refuse_reader(self) -> None:
-        """Raise ValueError if the bank was opened to be read, or is closed: what is to be written later need not begin."""
         self._folder.refuse_reader()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make all changes inside the block durable together at its end or, if it raises, none of them."""
         if self._in_transaction:
             yield
             return
@@ -129,7 +128,6 @@ class OnDisk:
             raise
 
     def close(self) -> None:
-        """Save indexes and how often documents were read, and let others write; the bank cannot be changed afterwards."""
         if self._folder.is_closed:
             return
         try:

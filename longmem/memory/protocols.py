@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.encoder.history import Encoders
 from longmem.encoder.sketch import Sketch
 from longmem.encoder.stamp import EncoderStamp
-from longmem.memory.rows.documents import DocumentInfo, SourcePart
 from longmem.memory.rows.ledger import ChunkPlace
-from longmem.memory.rows.segments import Joins, Segment
 
 # Keys or values of each memory layer: `lanes kv_heads tokens dim`.
 Layers = Sequence[Float[Tensor, "_lanes _kv_heads _tokens _dim"]]
@@ -108,59 +104,3 @@ class EncodingModel(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
-
-
-class WritableBank(Protocol):
-    """What `memorize` needs of a bank."""
-
-    @property
-    def memory_layers(self) -> tuple[int, ...]: ...
-
-    @property
-    def chunk_size(self) -> int: ...
-
-    @property
-    def encoders(self) -> Encoders: ...
-
-    def __contains__(self, document_id: object) -> bool: ...
-
-    def transaction(self) -> contextlib.AbstractContextManager[None]: ...
-
-    def info(self, document_id: str) -> DocumentInfo: ...
-
-    def segments(self, document_id: str) -> list[Segment]: ...
-
-    def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None: ...
-
-    def add(
-        self,
-        document_id: str,
-        keys: Any,
-        values: Any,
-        token_ids: Any = None,
-        *,
-        text: str | None = None,
-        char_ends: Any = None,
-        tags: Iterable[str] = (),
-        segment: Literal["new"] | None = None,
-        dated: float | None = None,
-        valid_until: float | None = None,
-    ) -> None: ...
-
-    def append(
-        self,
-        document_id: str,
-        keys: Any,
-        values: Any,
-        token_ids: Any = None,
-        *,
-        text: str | None = None,
-        char_ends: Any = None,
-        segment: Joins = None,
-    ) -> None: ...
-
-    def copy_tokens(
-        self, document_id: str, bank: Any, origin_id: str, origin: int, part: SourcePart, **said: Any
-    ) -> None: ...
-
-    def delete(self, document_id: str) -> None: ...

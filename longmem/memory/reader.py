@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,53 +11,11 @@ from torch import Tensor
 from longmem.memory.checks import validate_known, validate_tags
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.rows.ledger import ChunkPlace
-from longmem.memory.rows.table import Table
-from longmem.memory.visibility import Selection, Visibility
+from longmem.memory.rows.storage import KeysValues
+from longmem.memory.visibility import Selection
 
-
-class Selectable(Protocol):
-    """What a selection needs of a bank."""
-
-    memory_layers: tuple[int, ...]
-    chunk_size: int
-    _table: Table
-    _visibility: Visibility
-
-    @property
-    def fingerprint(self) -> str | None: ...
-
-    @property
-    def generation(self) -> int: ...
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def is_empty(self) -> bool: ...
-
-    @property
-    def num_chunks(self) -> int: ...
-
-    def ready_for(self, model: EncodingModel) -> None: ...
-
-    def search(
-        self,
-        layer: int,
-        queries: Tensor,
-        num_chunks: int,
-        *,
-        scaling: float | None = None,
-        newest: float | None = None,
-        selection: Selection | None = None,
-    ) -> Found: ...
-
-    def log_weights(
-        self, rows: Tensor, *, newest: float | None = None, selection: Selection | None = None
-    ) -> Tensor: ...
-
-    def gather(self, layer: int, rows: Tensor, generation: Hashable) -> tuple[Tensor, Tensor]: ...
-
-    def locate(self, rows: Tensor) -> list[ChunkPlace | None]: ...
+if TYPE_CHECKING:
+    from longmem.memory.bank import MemoryBank
 
 
 class BankView:
@@ -68,52 +26,30 @@ class BankView:
     """
 
     def __init__(
-        self, bank: Selectable, document_ids: str | Iterable[str] | None, tags: str | Iterable[str] = ()
+        self, bank: MemoryBank, document_ids: str | Iterable[str] | None, tags: str | Iterable[str] = ()
     ) -> None:
-        self.bank = bank
+        self.bank, self.memory_layers, self.chunk_size = bank, bank.memory_layers, bank.chunk_size
         document_ids = (document_ids,) if isinstance(document_ids, str) else document_ids or ()
-        chosen = tuple(dict.fromkeys(document_ids))
-        self.selection = Selection(chosen, validate_tags((tags,) if isinstance(tags, str) else tags))
-        if not chosen and not self.selection.tags:
+        self.document_ids = tuple(dict.fromkeys(document_ids))
+        self.tags = validate_tags((tags,) if isinstance(tags, str) else tags)
+        self.selection = Selection(self.document_ids, self.tags)
+        if not self.document_ids and not self.tags:
             raise ValueError(
                 "`document_ids` or `tags` must name at least one document or tag, got none; read the bank itself for all."
             )
-        for document_id in chosen:
+        for document_id in self.document_ids:
             validate_known("document_ids", document_id, bank._table.ledger.documents)
 
     @property
-    def document_ids(self) -> tuple[str, ...]:
-        """Return the documents that were named."""
-        return self.selection.document_ids
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """Return the tags that were named."""
-        return self.selection.tags
-
-    @property
-    def memory_layers(self) -> tuple[int, ...]:
-        """Return the backbone layers whose keys and values are stored."""
-        return self.bank.memory_layers
-
-    @property
-    def chunk_size(self) -> int:
-        """Return the tokens in a chunk."""
-        return self.bank.chunk_size
-
-    @property
     def fingerprint(self) -> str | None:
-        """Return the encoder fingerprint of the bank."""
         return self.bank.fingerprint
 
     @property
     def generation(self) -> int:
-        """Return the generation of the bank's rows."""
         return self.bank.generation
 
     @property
     def version(self) -> int:
-        """Return a number that changes with every change of the bank."""
         return self.bank.version
 
     @property
@@ -123,7 +59,6 @@ class BankView:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens in these chunks."""
         return self.num_chunks * self.chunk_size
 
     @property
@@ -142,7 +77,6 @@ class BankView:
         return [document.document_id for document in self.selection.documents(self.bank._table.ledger)]
 
     def ready_for(self, model: EncodingModel) -> None:
-        """Make the bank ready to be read by a model."""
         self.bank.ready_for(model)
 
     def search(
@@ -161,15 +95,8 @@ class BankView:
         """Return log w(age) of rows, with ages from the newest of these documents."""
         return self.bank.log_weights(rows, newest=newest, selection=self.selection)
 
-    def gather(
-        self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
-        """Return keys and values of rows that were found; see `MemoryBank.gather`."""
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         return self.bank.gather(layer, rows, generation)
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
-        """Return where each row is from, flattened; None for row -1."""
         return self.bank.locate(rows)

@@ -15,6 +15,7 @@ from longmem.memory.checks import validate_known
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.reader import BankView
 from longmem.memory.rows.ledger import ChunkPlace
+from longmem.memory.rows.storage import KeysValues
 
 
 class BankShards:
@@ -61,12 +62,10 @@ class BankShards:
 
     @property
     def num_chunks(self) -> int:
-        """Return the number of chunks that a search can find."""
         return sum(shard.num_chunks for shard in self.shards)
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens in these chunks."""
         return self.num_chunks * self.chunk_size
 
     @property
@@ -86,17 +85,14 @@ class BankShards:
 
     @property
     def generation(self) -> tuple[int, ...]:
-        """Return a number that changes when rows found before may hold other chunks, in any shard."""
         return tuple(shard.generation for shard in self.shards)
 
     def ready_for(self, model: EncodingModel) -> None:
-        """Make every shard ready to be read by a model."""
         for shard in self.shards:
             shard.ready_for(model)
 
     @property
     def version(self) -> int:
-        """Return a number that changes with every change of what a shard holds."""
         return sum(shard.version for shard in self.shards)
 
     def select(self, document_ids: str | Iterable[str]) -> BankShards:
@@ -142,14 +138,15 @@ class BankShards:
         if any(each.log_weights is not None for each in found):
             parts = [torch.zeros_like(each.scores) if each.log_weights is None else each.log_weights for each in found]
             ages = torch.cat(parts, dim=2).gather(2, order)
-        return Found(rows.gather(2, order), scores, ages, tuple(each.generation for each in found))
+        # An empty shard names no generation: none of the rows is its own, so any state of it will do.
+        states = tuple(
+            shard.generation if each.generation is None else each.generation
+            for shard, each in zip(self.shards, found, strict=True)
+        )
+        is_empty = all(each.generation is None for each in found)
+        return Found(rows.gather(2, order), scores, ages, None if is_empty else states)
 
-    def gather(
-        self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows, where `rows` are; the caller masks rows of -1.
 
         The dtype is the storage dtype of the shards that are read, or one that holds all of them where they differ.
@@ -218,7 +215,7 @@ class BankShards:
 
 
 def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
-    return shard.bank if isinstance(shard, BankView) else shard  # type: ignore[return-value]
+    return shard.bank if isinstance(shard, BankView) else shard
 
 
 def _known_documents(shard: MemoryBank | BankView) -> list[str]:

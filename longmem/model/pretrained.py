@@ -1,11 +1,14 @@
 """What a LongMem model shares with every pretrained model of transformers: making, saving, loading, training modes."""
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import upload_folder
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -17,7 +20,9 @@ from longmem.encoder.stamp import EncoderStamp, configuration_recipe
 from longmem.encoder.watch import Encoder
 from longmem.model import saving, side_state
 from longmem.model.inputs import refuse_unstorable_layers
+from longmem.model.names import backbone_location, look_up
 from longmem.model.side_network import SideNetwork
+from longmem.quiet import without_transformers_bars
 
 # How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
 STORED_FORMAT = 1
@@ -61,7 +66,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_backbone(
         cls,
-        backbone: str | PreTrainedModel,
+        backbone: str | PathLike[str] | PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         backbone_options: dict[str, Any] | None = None,
@@ -70,7 +75,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """Return a model with a new side network on any Hugging Face causal LM.
 
         Args:
-            backbone: hub name, local folder, packaged name ("smollm2-135m") or a loaded causal LM.
+            backbone: name of a model (`longmem.model.names`), of which the backbone alone is opened, or a loaded causal LM.
             tokenizer: needed to pass text when `backbone` is a loaded model that has no name.
             backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
             config_fields: fields of `LongMemConfig`.
@@ -78,10 +83,18 @@ class LongMemPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: a field is unknown or breaks a rule, or the architecture is not supported.
         """
-        revision = config_fields.get("backbone_revision")
-        if isinstance(backbone, str):
-            config_fields["backbone_name_or_path"] = backbone
-            backbone = load_backbone(backbone, revision, **(backbone_options or {}))
+        if isinstance(backbone, str | PathLike):
+            named = look_up(backbone, config_fields.get("backbone_revision"))
+            if named.backbone is None:
+                raise ValueError(
+                    f"`backbone` must be the name of a model whose backbone can be opened, but {named.name} does not name "
+                    "its own (it was made from a model without a name); pass that model."
+                )
+            if named.origin == "saved":  # its revision is of the backbone's repository, not of the side network's
+                config_fields["backbone_revision"] = named.backbone_revision
+            config_fields["backbone_name_or_path"] = named.backbone
+            revision = config_fields.get("backbone_revision")
+            backbone = load_backbone(named.backbone, revision, **(backbone_options or {}))
         elif not isinstance(backbone, PreTrainedModel) or not backbone.can_generate():
             raise ValueError(
                 "`backbone` must be a name, a folder or a causal LM of transformers (with a language-model head), "
@@ -104,18 +117,18 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """Return a saved model: its side network on its backbone, opened by the name in the configuration.
 
         Args:
-            pretrained_model_name_or_path: folder or hub name that `save_pretrained` or `push_to_hub` wrote, or the packaged
-                name "smollm2-135m" for the trained side network that comes with this package.
+            pretrained_model_name_or_path: name of a model that has a side network (`longmem.model.names`): a folder or hub
+                name that `save_pretrained` wrote, or the packaged name "smollm2-135m".
             backbone: a loaded backbone to use instead of opening one by name.
             revision: hub revision of the saved side network.
             backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (device_map, ...).
             options: `dtype` is passed on to the backbone; `config` replaces the saved one.
 
         Raises:
-            ValueError: a weight is missing, left over, or of another shape, the folder holds no LongMem model, or no trained
-                side network comes with a packaged name.
+            ValueError: a weight is missing, left over, or of another shape, or the name has no side network.
+            OSError: the name is of no folder, and the hub has no such repository or can't be reached.
         """
-        folder = saving.local_folder(pretrained_model_name_or_path, revision)
+        folder = look_up(pretrained_model_name_or_path, revision).require_side_network()
         config = copy.deepcopy(options.pop("config", None)) or LongMemConfig.from_pretrained(folder)
         loading = {**(backbone_options or {})}
         if (dtype := options.pop("dtype", None)) is not None:
@@ -127,7 +140,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
                     f"{folder} does not name its backbone (it was made from a model without a name); "
                     "pass `backbone=` with that model."
                 )
-            config.backbone_name_or_path = saving.backbone_location(folder, config.backbone_name_or_path)
+            config.backbone_name_or_path = backbone_location(folder, config.backbone_name_or_path)
             backbone = load_backbone(config.backbone_name_or_path, config.backbone_revision, **loading)
         saving.refuse_other_backbone(config, backbone)
         model = cls(config, backbone)
@@ -161,7 +174,42 @@ class LongMemPreTrainedModel(PreTrainedModel):
             ValueError: the path is a file, `dtype` is no floating-point dtype, an option is unknown, or the backbone was
                 trained and would be lost.
         """
-        saving.save_model(self, save_directory, dtype=dtype, save_backbone=save_backbone, **options)
+        if self.backbone_was_trained and not save_backbone:
+            raise ValueError(
+                "`save_backbone` must be True for a model whose backbone was trained and is no longer "
+                f"{self.config.backbone_name_or_path}, got False; `save_pretrained(folder, save_backbone=True)` writes both."
+            )
+        dtype = saving.saved_dtype(dtype)
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
+        push_to_hub, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", folder.name)
+        state = options.pop("state_dict", None) or self.state_dict()
+        is_main_process, token = options.pop("is_main_process", True), options.pop("token", None)
+        sharding = {"max_shard_size": options.pop("max_shard_size")} if "max_shard_size" in options else {}
+        for habit in ("safe_serialization", "save_function"):  # of accelerate and the Trainer; it is always safetensors
+            options.pop(habit, None)
+        saving.refuse_unknown_options(options)
+        if not is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        saving.write_weights(self.side_network, state, folder, dtype, **sharding)
+        if save_backbone:
+            self._write_backbone(folder / saving.BACKBONE_FOLDER)
+        self.config.architectures = [type(self).__name__]
+        num_trained = sum(weight.numel() for weight in self.side_network.trained_parameters().values())
+        saving.write_description(self.config, num_trained, folder, with_backbone=save_backbone)
+        self.generation_config.save_pretrained(folder)
+        if push_to_hub:
+            upload_folder(repo_id=repo_id, folder_path=folder, token=token)
+
+    def _write_backbone(self, folder: Path) -> None:
+        """Write the backbone, and the tokenizer if there is one."""
+        with without_transformers_bars():
+            self.backbone.save_pretrained(folder)
+        if self._tokenizer is not None or self.config.backbone_name_or_path:
+            with contextlib.suppress(OSError):  # a backbone in a folder without a tokenizer is given token ids
+                self.tokenizer.save_pretrained(folder)
 
     def side_state_dict(self) -> dict[str, torch.Tensor]:
         """Return copies of what `save_pretrained` writes, by the same names: the tensors that one site sends another.
@@ -173,7 +221,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: a tensor of the side network lies in memory of the backbone.
         """
-        return side_state.side_state(self)
+        return side_state.side_state(self.side_network, self.backbone)
 
     def load_side_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put in the tensors of another model's `side_state_dict`, or of a mean of several; all fit, or nothing changes.
@@ -183,7 +231,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: a tensor is missing, left over, of another shape or not finite; the message names the first.
         """
-        side_state.load_side_state(self, state)
+        side_state.load_side_state(self.side_network, self.backbone, state)
 
     def merge_lora(self) -> Self:
         """Fold the adapters into the copied weights; `config.lora` becomes None, and all weights are trained and saved.

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Collection, Mapping
-from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from huggingface_hub import load_state_dict_from_file, save_torch_state_dict, snapshot_download
+from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from longmem.backbone.packaged import PACKAGED_BACKBONES, trained_side_network
 from longmem.configuration import ALL_LINEAR, LongMemConfig
 from longmem.errors import did_you_mean
-from longmem.quiet import without_transformers_bars
-
-if TYPE_CHECKING:
-    from longmem.model.pretrained import LongMemPreTrainedModel
-    from longmem.model.side_network import SideNetwork
+from longmem.model.names import lasting_name
+from longmem.model.side_network import SideNetwork
 
 PREFIX = "side_network."
+BACKBONE_FOLDER = "backbone"  # inside the folder of a model that is saved with its backbone
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL_CARD = """---
 library_name: longmem
@@ -51,114 +46,51 @@ print(model.tokenizer.decode(model.generate(**inputs, memory=bank, max_new_token
 """
 
 
-def local_folder(name_or_path: str | PathLike[str], revision: str | None) -> Path:
-    """Return the folder of a saved model: that of a packaged name, a local one, or one downloaded from the hub.
-
-    Raises:
-        ValueError: a local folder holds no LongMem model, or no trained side network comes with a packaged name.
-        OSError: no such folder, and the hub has no such repository or can't be reached.
-    """
-    # As for backbones, a packaged name comes before a folder of that name, which is reached as `./name`.
-    if isinstance(name_or_path, str) and name_or_path in PACKAGED_BACKBONES:
-        return trained_side_network(name_or_path)
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        try:
-            patterns = ["*.json", "*.safetensors"]
-            folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
-        except Exception as error:
-            raise OSError(
-                f"`{name_or_path}` is not a local folder, and could not be downloaded from the hub: {error}"
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json, so it is not a model that `save_pretrained` wrote.")
-    return folder
-
-
-def backbone_location(folder: Path, name: str) -> str:
-    """Return where to open a backbone: inside the model's folder if its name is a folder there, else by its name."""
-    return str((folder / name).resolve()) if (folder / name).is_dir() else name
-
-
-def name_from(folder: Path, name: str | None) -> str | None:
-    """Return how a model in `folder` names its backbone: by a relative path if it is inside, so that both can move."""
-    if not name or name in PACKAGED_BACKBONES or not Path(name).is_dir():
-        return name
-    place = Path(name).resolve()  # a folder elsewhere by its whole path, whatever folder the model is opened from
-    return (place.relative_to(folder.resolve()) if place.is_relative_to(folder.resolve()) else place).as_posix()
-
-
-def save_model(
-    model: LongMemPreTrainedModel,
-    save_directory: str | PathLike[str],
-    dtype: torch.dtype | str | None = None,
-    save_backbone: bool = False,
-    **options: Any,
-) -> None:
-    """Write side network, configuration, generation configuration and model card to a folder, the backbone if asked to.
-
-    Raises:
-        ValueError: the path is a file, `dtype` is none that weights are saved in, an option is unknown, or a trained backbone
-            would be lost.
-    """
-    if model.backbone_was_trained and not save_backbone:
-        raise ValueError(
-            "`save_backbone` must be True for a model whose backbone was trained and is no longer "
-            f"{model.config.backbone_name_or_path}, got False; `save_pretrained(folder, save_backbone=True)` writes both."
-        )
-    dtype = SAVED_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and dtype not in SAVED_DTYPES.values():
+def saved_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype that weights are saved in, None for that of the weights. Raises ValueError for any other kind."""
+    found = SAVED_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(found, str) or (found is not None and found not in SAVED_DTYPES.values()):
         raise ValueError(
             f"`dtype` must be one of {', '.join(SAVED_DTYPES)}, got {dtype!r}; leave it out for that of the weights."
         )
-    folder = Path(save_directory)
-    if folder.is_file():
-        raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
-    push_to_hub, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", folder.name)
-    state = options.pop("state_dict", None) or model.state_dict()
-    is_main_process, token = options.pop("is_main_process", True), options.pop("token", None)
-    sharding = {"max_shard_size": options.pop("max_shard_size")} if "max_shard_size" in options else {}
-    for habit in (
-        "safe_serialization",
-        "save_function",
-    ):  # accelerate and the Trainer pass them; it is always safetensors
-        options.pop(habit, None)
-    refuse_unknown_options(options)
-    if not is_main_process:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = saved_names(model.side_network)
+    return found
+
+
+def write_weights(
+    side_network: SideNetwork,
+    state: Mapping[str, torch.Tensor],
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    **sharding: Any,
+) -> None:
+    """Write what a checkpoint holds of a model's state, as safetensors."""
+    saved = saved_names(side_network)
     own = {name: tensor for name, tensor in state.items() if name.removeprefix(PREFIX) in saved}
     if dtype is not None:  # not buffers: positions in half precision would be other positions
-        weights = {PREFIX + name for name in model.side_network.trained_parameters()}
+        weights = {PREFIX + name for name in side_network.trained_parameters()}
         own = {name: tensor.to(dtype) if name in weights else tensor for name, tensor in own.items()}
     save_torch_state_dict(own, folder, **sharding)
-    model.config.architectures = [type(model).__name__]
-    config = copy.deepcopy(model.config)
-    if save_backbone:
+
+
+def write_description(config: LongMemConfig, num_trained: int, folder: Path, *, with_backbone: bool) -> None:
+    """Write the configuration, which names the backbone, and the model card.
+
+    Args:
+        config: of the model; not changed.
+        num_trained: parameters that are trained.
+        folder: that the weights are in.
+        with_backbone: whether the backbone is in it as well.
+    """
+    config = copy.deepcopy(config)
+    if with_backbone:
         config.backbone_revision = None  # of the hub's
-        config.backbone_name_or_path = str(write_backbone(model, folder / "backbone"))
-    config.backbone_name_or_path = name_from(folder, config.backbone_name_or_path)
+        config.backbone_name_or_path = str(folder / BACKBONE_FOLDER)
+    if config.backbone_name_or_path:
+        config.backbone_name_or_path = lasting_name(config.backbone_name_or_path, beside=folder)
     # Where it was opened from here, such as a folder of somebody's cache, is nobody else's business.
     config.backbone_config.name_or_path = config.backbone_name_or_path or ""
     config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    trained = sum(weight.numel() for weight in model.side_network.trained_parameters().values())
-    (folder / "README.md").write_text(model_card(config, trained, with_backbone=save_backbone), encoding="utf-8")
-    if push_to_hub:
-        from huggingface_hub import upload_folder
-
-        upload_folder(repo_id=repo_id, folder_path=folder, token=token)
-
-
-def write_backbone(model: LongMemPreTrainedModel, folder: Path) -> Path:
-    """Write the backbone, and the tokenizer if there is one, to a folder, and return the folder."""
-    with without_transformers_bars():
-        model.backbone.save_pretrained(folder)
-    if model._tokenizer is not None or model.config.backbone_name_or_path:
-        with contextlib.suppress(OSError):  # a backbone in a folder without a tokenizer is given token ids
-            model.tokenizer.save_pretrained(folder)
-    return folder
+    (folder / "README.md").write_text(model_card(config, num_trained, with_backbone=with_backbone), encoding="utf-8")
 
 
 def saved_names(side_network: SideNetwork) -> set[str]:
@@ -190,7 +122,7 @@ def model_card(config: LongMemConfig, num_trained: int, *, with_backbone: bool =
 
 
 def load_side_network(side_network: SideNetwork, folder: Path) -> None:
-    """Load the weights that `save_model` wrote, all of them and nothing else.
+    """Load the weights that `write_weights` wrote, all of them and nothing else.
 
     Raises:
         ValueError: weights are missing, left over or of another shape, or the file can't be read.

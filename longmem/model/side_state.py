@@ -7,33 +7,30 @@ backbone, which every site has.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longmem.model.saving import PREFIX, saved_names
-
-if TYPE_CHECKING:
-    from longmem.model.pretrained import LongMemPreTrainedModel
+from longmem.model.side_network import SideNetwork
 
 
-def side_state(model: LongMemPreTrainedModel) -> dict[str, Tensor]:
+def side_state(side_network: SideNetwork, backbone: nn.Module) -> dict[str, Tensor]:
     """Return copies of the tensors that `saved_names` lists, each with memory of its own.
 
     Raises:
         ValueError: one of them is the backbone's, or lies in the same memory.
     """
-    return {name: tensor.clone() for name, tensor in own_tensors(model).items()}
+    return {name: tensor.clone() for name, tensor in own_tensors(side_network, backbone).items()}
 
 
-def load_side_state(model: LongMemPreTrainedModel, state: Mapping[str, Tensor]) -> None:
+def load_side_state(side_network: SideNetwork, backbone: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put the tensors of `side_state` into the side network: all of them and nothing else, or nothing at all.
 
     Raises:
         ValueError: a tensor is missing, left over, no tensor, of another shape, or holds NaN or infinity.
     """
-    current = own_tensors(model)
+    current = own_tensors(side_network, backbone)
     refuse_other_names(current, state)
     for name, tensor in state.items():
         refuse_other_values(name, tensor, current[name])
@@ -41,12 +38,12 @@ def load_side_state(model: LongMemPreTrainedModel, state: Mapping[str, Tensor]) 
         current[name].copy_(tensor)
 
 
-def own_tensors(model: LongMemPreTrainedModel) -> dict[str, Tensor]:
+def own_tensors(side_network: SideNetwork, backbone: nn.Module) -> dict[str, Tensor]:
     """Return the tensors themselves, detached, so that what is written into them is in the side network."""
-    tensors, names = model.side_network.state_dict(), saved_names(model.side_network)
+    tensors, names = side_network.state_dict(), saved_names(side_network)
     own = {PREFIX + name: tensor.detach() for name, tensor in tensors.items() if name in names}
-    backbone = [*model.backbone.named_parameters(), *model.backbone.named_buffers()]
-    refuse_shared(own, {f"backbone.{name}": tensor for name, tensor in backbone})
+    others = [*backbone.named_parameters(), *backbone.named_buffers()]
+    refuse_shared(own, {f"backbone.{name}": tensor for name, tensor in others})
     return own
 
 

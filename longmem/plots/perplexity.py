@@ -16,7 +16,7 @@ from longmem.evaluation.perplexity.scoring import WindowScores
 from longmem.evaluation.perplexity.tables import distance_heading
 from longmem.evaluation.perplexity.windows import Cut
 from longmem.evaluation.systems.names import title_of_system
-from longmem.plots.style import STYLES, color_of, draw_interval, new_figure, tidy
+from longmem.plots.style import STYLES, color_of, draw_estimates, draw_interval, new_figure, panels_of, tidy
 
 
 def plot_perplexity(folder: Path, metrics: Mapping[str, Any], *, title: str) -> None:
@@ -103,24 +103,20 @@ def plot_scores(
 def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
     """Draw the perplexities of systems in that of the baseline, a panel for each part: means with intervals, and all texts."""
     baseline, parts, is_books = metrics["baseline"], metrics["parts"], metrics["plan"] == "books"
+    kind, shown = "book" if is_books else "document", list(parts.items())
     if is_books:  # a column for each cut, a row for each number of windows
-        panels = sorted(parts.values(), key=lambda part: -part["windows"])
-        columns = len({part["cut"] for part in panels})
-        cuts = [Cut.parse(part["cut"]) for part in panels]
-        counts = [f"{part['windows']} of each book" for part in panels]
-        heads = [f"windows of {cut.window}, stride {cut.stride}; {n}" for cut, n in zip(cuts, counts, strict=True)]
+        shown.sort(key=lambda each: -each[1]["windows"])
+        columns = len({part["cut"] for part in parts.values()})
     else:
-        shown = dict(list(parts.items())[:1]) if len(parts) == 2 else parts  # one group is all documents
-        columns, panels = min(3, len(shown)), list(shown.values())
-        counts = [f"{part['documents']} document{'s' * (part['documents'] > 1)}" for part in panels]
-        heads = [f"{name}: {n}" for name, n in zip(shown, counts, strict=True)]
+        shown = shown[:1] if len(shown) == 2 else shown  # one group is all documents
+        columns = min(3, len(shown))
+    heads = [f"{name}: {part['documents']} {kind}{'s' * (part['documents'] > 1)}" for name, part in shown]
+    panels = [part for _, part in shown]
     rows = -(-len(panels) // columns)
     heights = [max(1, len(panels[row * columns]["systems"]) - 1) for row in range(rows)]
     figure = new_figure((3 + 3.5 * columns, 1.5 + rows + 0.5 * sum(heights)), textwrap.fill(title, 30 + 40 * columns))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row", height_ratios=heights)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for number, (axes, head, part) in enumerate(zip(grid.flat, heads, panels, strict=False)):
+    drawn = panels_of(figure, len(panels), columns, sharex=True, sharey="row", height_ratios=heights)
+    for number, (axes, head, part) in enumerate(zip(drawn, heads, panels, strict=True)):
         others = [system for system in part["systems"] if system != baseline]
         for place, system in enumerate(others):
             values = part["systems"][system]["reduction_percent"]
@@ -134,14 +130,12 @@ def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title:
         axes.set_yticks(range(len(others)), [title_of_system(system) for system in others], fontsize=9)
         axes.set_ylim(len(others) - 0.5, -0.7)
         axes.set_title(head, fontsize=10)
-        label = f"perplexity / {title_of_system(baseline)}"
-        if is_books:
-            label = f"perplexity / {baseline}'s; left is better\nlarge: mean and 95 % interval, small: books"
-        axes.set_xlabel(label if not is_books or number + columns >= len(panels) else "", fontsize=9)
+        axes.set_xlabel(
+            f"perplexity / {title_of_system(baseline)}" if number + columns >= len(panels) else "", fontsize=9
+        )
         axes.margins(x=0.12)
         tidy(axes, "x")
-    if not is_books:
-        figure.supxlabel("left is better; large: mean and 95 % interval, small: documents", fontsize=9)
+    figure.supxlabel(f"left is better; large: mean and 95 % interval, small: {kind}s", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -154,10 +148,7 @@ def plot_distances(path: str | PathLike[str], metrics: Mapping[str, Any], *, tit
     for number, system in enumerate(systems):
         shift = 0.5 * ((number + 0.5) / len(systems) - 0.5)  # side by side, so that intervals can be told apart
         gains = [group["systems"][system] for group in groups.values()]
-        values = [gain["value"] for gain in gains]
-        ends = [[abs(gain["interval"][end] - gain["value"]) for gain in gains] for end in (0, 1)]
-        look = {"linestyle": STYLES.get(system, "--"), "color": color_of(system), "marker": "o", "capsize": 3}
-        axes.errorbar([place + shift for place in middles], values, ends, label=title_of_system(system), **look)
+        draw_estimates(axes, [place + shift for place in middles], gains, system, title_of_system(system))
     axes.axhline(0, color="black", linewidth=0.8)
     ticks = [f"{name}\n{group['tokens']:,}" for name, group in groups.items()]
     axes.set_xticks(middles, ticks, fontsize=9)

@@ -6,7 +6,7 @@ import textwrap
 from os import PathLike
 
 from longmem.memory.refresh import StalenessReport, VersionStaleness
-from longmem.plots.style import COLORS, require_matplotlib, short_count
+from longmem.plots.style import COLORS, new_figure, short_count, tidy
 
 FRESH, UNKNOWN = COLORS["on"], COLORS["backbone"]
 # From one change of the encoder behind to five or more.
@@ -18,18 +18,9 @@ def plot_staleness(path: str | PathLike[str], report: StalenessReport, *, title:
     """Draw a bar of tokens for each document, colored by how far the encoder that wrote them is behind.
 
     Of more than 40 documents those with the most stale tokens are drawn, and how many there are is said.
-
-    Args:
-        path: PNG to write.
-        report: of a bank (`bank.freshness.report`).
-        title: of the figure.
     """
-    require_matplotlib()
-    from matplotlib.figure import Figure  # without pyplot: no display and no global state
-
     documents = sorted(report.documents, key=lambda each: -each.stale_share * each.tokens)[:MOST_DOCUMENTS]
-    figure = Figure(figsize=(10, 1.9 + 0.3 * max(4, len(documents))), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 90), fontsize=12)
+    figure = new_figure((10, 1.9 + 0.3 * max(4, len(documents))), textwrap.fill(title, 90))
     axes = figure.add_subplot()
     lefts = [0] * len(documents)
     places = range(len(documents))
@@ -44,12 +35,10 @@ def plot_staleness(path: str | PathLike[str], report: StalenessReport, *, title:
     axes.set_ylim(len(documents) - 0.4, -0.6)
     axes.set_xlabel("tokens in memory, by the encoder that wrote them")
     if len(documents) < len(report.documents):
-        axes.set_title(
-            f"{len(documents)} of {len(report.documents)} documents: those with the most stale tokens", fontsize=10
-        )
+        shown = f"{len(documents)} of {len(report.documents)} documents"
+        axes.set_title(f"{shown}: those with the most stale tokens", fontsize=10)
     axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", alpha=0.3)
+    tidy(axes, "x")
     if report.versions:
         figure.legend(loc="outside lower center", fontsize=8, ncols=2, frameon=False)
     figure.savefig(path, dpi=130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLORS = {
@@ -24,18 +25,27 @@ def require_matplotlib() -> None:
         raise ImportError("figures need matplotlib, which is not installed; run `pip install matplotlib`.") from error
 
 
-def new_figure(size: tuple[float, float], title: str) -> Any:
+def new_figure(size: tuple[float, float], title: str = "") -> Any:
     """Return a figure without pyplot: no display and no global state."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    if title:
+        figure.suptitle(title, fontsize=12)
     return figure
 
 
+def panels_of(figure: Any, count: int, columns: int, **options: Any) -> list[Any]:
+    """Return the axes of so many panels in rows of `columns`; what is left of the last row stays empty."""
+    grid = figure.subplots(-(-count // columns), columns, squeeze=False, **options)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return list(grid.flat[:count])
+
+
 def tidy(axes: Any, lines: str) -> None:
-    """Leave out the frame above and at the right, and draw faint lines at the ticks of one axis, "x" or "y"."""
+    """Leave out the frame above and at the right, and draw faint lines at the ticks of "x", "y" or "both"."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=lines, alpha=0.3)
 
@@ -43,6 +53,16 @@ def tidy(axes: Any, lines: str) -> None:
 def color_of(system: str) -> str:
     """Return the color of a system."""
     return COLORS.get(system, CONTEXT_COLOR)
+
+
+def draw_estimates(
+    axes: Any, places: Sequence[float], estimates: Sequence[Mapping[str, Any]], system: str, title: str
+) -> None:
+    """Draw the means of a system as a line along an axis, each with its interval."""
+    values = [each["value"] for each in estimates]
+    ends = [[abs(each["value"] - each["interval"][end]) for each in estimates] for end in (0, 1)]
+    look = {"linestyle": STYLES.get(system, "--"), "color": color_of(system), "marker": "o", "capsize": 3}
+    axes.errorbar(places, values, ends, label=title, **look)
 
 
 def draw_interval(axes: Any, place: float, value: float, ends: list[float], color: str, text: str) -> None:

@@ -7,24 +7,14 @@ from collections.abc import Sequence
 from os import PathLike
 
 from longmem.memory.index.tuning import Tuned
-from longmem.plots.style import require_matplotlib
+from longmem.plots.style import new_figure, tidy
 
 INDEX_COLORS = {"auto": "#1f6fb4", "ivf": "#2a9d8f", "hnsw": "#d98c21", "pq": "#b5455f"}
 
 
 def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: str) -> None:
-    """Draw the recall of index settings against their latency: what is up and to the left is better.
-
-    Args:
-        path: PNG to write.
-        results: of `tune`; each kind gets a color, and each of its settings a point.
-        title: of the figure.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 90), fontsize=12)
+    """Draw the recall of index settings against their latency, a color for each kind: up and to the left is better."""
+    figure = new_figure((9, 5.5), textwrap.fill(title, 90))
     axes = figure.add_subplot()
     kinds = dict.fromkeys(result.index.partition(":")[0] for result in results)
     for kind in kinds:
@@ -41,6 +31,5 @@ def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: s
     axes.margins(x=0.1, y=0.15)  # room for the notes
     axes.set(xscale="log", xlabel="milliseconds per 1,000 queries", ylabel="recall against exact search")
     axes.legend(fontsize=9, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
+    tidy(axes, "both")
     figure.savefig(path, dpi=130)

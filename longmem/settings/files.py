@@ -56,7 +56,7 @@ SettingsLoader.add_implicit_resolver(BOOLEAN, re.compile(r"(true|True|TRUE|false
 
 def read_settings(
     kind: type[Section],
-    path: str | PathLike[str],
+    path: str | PathLike[str] | None,
     overrides: Sequence[str] = (),
     *,
     free: Mapping[str, Iterable[str]] | None = None,
@@ -67,18 +67,19 @@ def read_settings(
 
     Args:
         kind: dataclass whose fields are the keys of the file; what it leaves out has its default.
-        path: YAML file.
+        path: YAML file; None: there are the overrides alone.
         overrides: each `section.key=value`, the value in YAML, as in `data.lanes=8`; the last of the same name counts.
         free: dotted names of free sections, such as `model.config`, with the names that an override may set in them.
 
     Raises:
         ValueError: the file is missing or no YAML, or a setting is unknown, missing, of another type or out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"`path` must be a YAML file with settings, got {str(path)!r}, which is no file.")
-    with path.open(encoding="utf-8") as file:
-        values = _parse(file, str(path))
+    values = None
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"`path` must be a YAML file with settings, got {str(path)!r}, which is no file.")
+        with Path(path).open(encoding="utf-8") as file:
+            values = _parse(file, str(path))
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} must hold sections of settings, name: value, got {type(values).__name__}.")
     values = values or {}
@@ -95,15 +96,7 @@ def save_settings(settings: Any, path: str | PathLike[str]) -> None:
 
 def settings_text(settings: Any) -> str:
     """Return the YAML of every field, defaults included."""
-    values = _plain(dataclasses.asdict(settings))
-    return yaml.dump(values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as YAML writes it: a tuple is a list."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+    return yaml.dump(dataclasses.asdict(settings), Dumper=SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: Any, source: str) -> Any:

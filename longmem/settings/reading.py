@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
+import operator
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from longmem.errors import did_you_mean
@@ -14,56 +16,25 @@ from longmem.errors import did_you_mean
 Section = TypeVar("Section")
 
 
-class From(NamedTuple):
-    """The lowest number that is allowed."""
+class Limit(NamedTuple):
+    """What a number must be compared with a limit, and how that is worded."""
 
+    words: str
+    holds: Callable[[float, float], bool]
     limit: float
 
     def __str__(self) -> str:
-        return f"of at least {self.limit:,}"
+        return f"{self.words} {self.limit:,}"
 
     def admits(self, value: float) -> bool:
         """Return whether `value` is allowed."""
-        return value >= self.limit
+        return self.holds(value, self.limit)
 
 
-class UpTo(NamedTuple):
-    """The highest number that is allowed."""
-
-    limit: float
-
-    def __str__(self) -> str:
-        return f"at most {self.limit:,}"
-
-    def admits(self, value: float) -> bool:
-        """Return whether `value` is allowed."""
-        return value <= self.limit
-
-
-class Above(NamedTuple):
-    """The number that must be exceeded."""
-
-    limit: float
-
-    def __str__(self) -> str:
-        return f"above {self.limit:,}"
-
-    def admits(self, value: float) -> bool:
-        """Return whether `value` is allowed."""
-        return value > self.limit
-
-
-class Below(NamedTuple):
-    """The number that must not be reached."""
-
-    limit: float
-
-    def __str__(self) -> str:
-        return f"below {self.limit:,}"
-
-    def admits(self, value: float) -> bool:
-        """Return whether `value` is allowed."""
-        return value < self.limit
+From = functools.partial(Limit, "of at least", operator.ge)
+UpTo = functools.partial(Limit, "at most", operator.le)
+Above = functools.partial(Limit, "above", operator.gt)
+Below = functools.partial(Limit, "below", operator.lt)
 
 
 def read_section(section: type[Section], values: object, *, place: str = "", known: Iterable[str] = ()) -> Section:

@@ -1,8 +1,8 @@
 """Training of the side network; the backbone never changes.
 
-From a script, what `train/train_longmem.py` does on a command line:
+From a script, what `longmem train` does on a command line:
 
-    settings = load_settings("configs/train/python-manual.yaml", ["output=runs/mine", "optimization.steps=200"])
+    settings = load_settings("longmem/training/configs/python-manual.yaml", ["output=runs/mine", "optimization.steps=200"])
     records = Trainer(settings, rich.console.Console()).run()  # goes on if `output` holds a checkpoint
     losses = [record.loss for record in read_log("runs/mine").steps]  # also of what ran before
     model = LongMemForCausalLM.from_pretrained("runs/mine/side-network")

@@ -16,12 +16,8 @@ class Checkpoints:
     """The checkpoints of a run: side network, optimizer, schedule, random states, number of steps done, extensions.
 
     Neither backbone nor memory is in them: the backbone is named in the configuration, and memory is written anew from the
-    text before the step, which gives the same numbers because the backbone is frozen.
-
-    Args:
-        folder: of the run.
-        keep: so many checkpoints stay, the newest.
-        extensions: each has a folder of its own in every checkpoint, numbered in this order.
+    text before the step, which gives the same numbers because the backbone is frozen. The newest `keep` of them stay in the
+    run's folder; each extension has a folder of its own in every one, numbered in their order.
     """
 
     def __init__(self, folder: Path, keep: int, extensions: Sequence[Extension] = ()) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from longmem.evaluation.systems.names import TITLES
-from longmem.plots.style import COLORS, STYLES, require_matplotlib, short_count
+from longmem.plots.style import COLORS, STYLES, new_figure, short_count, tidy
 from longmem.training.records import StepRecord, ValidationRecord
 
 
@@ -22,67 +22,60 @@ def plot_training(
 ) -> None:
     """Draw the losses of a training run, what it saves against the backbone alone, and how much memory is read.
 
-    Lines are means over a tenth of the records or 50 of them, whichever is less; single steps are faint behind them.
-
-    Args:
-        path: PNG to write.
-        records: of its optimizer steps, in order, at least one; what none of them has gets no line or panel.
-        validations: of the same run; their losses are marked where they were measured.
-        title: of the figure.
+    Lines are means over a tenth of the records or 50 of them, whichever is less; single steps are faint behind them, and
+    losses of `validations` are marked where they were measured. What no record has gets no line or panel.
 
     Raises:
         ValueError: there are no records.
     """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
     if not records:
         raise ValueError("`records` must hold at least one step, got none; draw after the first line of the log.")
     read = _tokens_read(records)
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    figure = new_figure((10, 7), title)
     grid = figure.add_gridspec(2, 2)
-    losses = figure.add_subplot(grid[0, 0] if validations else grid[0, :])
     has_gains = any(each.gain is not None for each in records)
-    shares = figure.add_subplot(grid[1, 1] if has_gains else grid[1, :])
-    panels = [losses, shares]
-
+    place = grid[0, 0] if validations else grid[0, :]
+    losses = _panel(figure, place, "Training loss, both on the same tokens", "loss (nats per token)")
     _draw_smooth(losses, read, [each.backbone_loss for each in records], COLORS["backbone"], "backbone alone")
     _draw_smooth(losses, read, [each.loss for each in records], COLORS["on"], "side network")
-    losses.set(ylabel="loss (nats per token)")
-    losses.set_title("Training loss, both on the same tokens", fontsize=10)
     _legend_below(losses)
     if validations:
-        panels.append(figure.add_subplot(grid[0, 1], sharex=losses))
+        scored = _panel(figure, grid[0, 1], "Validation loss, all on the same tokens", "loss (nats per token)")
         steps = [0, *(each.step for each in records)]
         places = np.interp([each.step for each in validations], steps, [0, *read]).tolist()
-        _draw_validations(panels[-1], places, validations)
+        _draw_validations(scored, places, validations)
 
     if has_gains:
-        gains = figure.add_subplot(grid[1, 0])
-        panels.append(gains)
+        head = "Backbone alone minus side network; higher is better"
+        gains = _panel(figure, grid[1, 0], head, "loss saved (nats per token)")
         _draw_smooth(gains, read, [each.gain for each in records], COLORS["on"], "gain")
         gains.axhline(0, color="black", linewidth=0.8)
-        gains.set(ylabel="loss saved (nats per token)")
-        gains.set_title("Backbone alone minus side network; higher is better", fontsize=10)
 
+    place = grid[1, 1] if has_gains else grid[1, :]
+    shares = _panel(figure, place, "Use of memory, mean over reading layers", "attention to memory (%)")
+    panels = list(figure.axes)
     percent = [None if each.memory_share is None else 100 * each.memory_share for each in records]
     _draw_smooth(shares, read, percent, COLORS["on"], "attention to memory")
-    shares.set_ylabel("attention to memory (%)", color=COLORS["on"])
+    shares.yaxis.label.set_color(COLORS["on"])
     shares.set_ylim(bottom=0)
-    shares.set_title("Use of memory, mean over reading layers", fontsize=10)
     biases = shares.twinx()
     biases.plot(read, [each.bias_mean for each in records], "--", color=COLORS["off"], label="memory bias")
     biases.set_ylabel("memory bias (dashed)", color=COLORS["off"])
     biases.spines["top"].set_visible(False)
     for axes in panels:
-        axes.set_xlabel("tokens read")
         axes.set_xlim(0, read[-1] * 1.02)
         axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
-        axes.spines["top"].set_visible(False)
-        axes.spines["right"].set_visible(axes is shares)
-        axes.grid(axis="y", alpha=0.3)
+        tidy(axes, "y")
+    shares.spines["right"].set_visible(True)
     figure.savefig(path, dpi=130)
+
+
+def _panel(figure: Any, place: Any, title: str, ylabel: str) -> Any:
+    """Return axes with a title, over tokens read."""
+    axes = figure.add_subplot(place)
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="tokens read", ylabel=ylabel)
+    return axes
 
 
 def _draw_validations(axes: Any, places: Sequence[float], validations: Sequence[ValidationRecord]) -> None:
@@ -92,9 +85,7 @@ def _draw_validations(axes: Any, places: Sequence[float], validations: Sequence[
         if points:
             label = f"{TITLES[system].removeprefix('LongMem, ').partition(',')[0]}: {points[-1][1]:.3f}"
             axes.plot(*zip(*points, strict=True), STYLES[system], color=COLORS[system], marker="o", label=label)
-    axes.set(ylabel="loss (nats per token)")
     axes.margins(y=0.15)
-    axes.set_title("Validation loss, all on the same tokens", fontsize=10)
     _legend_below(axes)
 
 

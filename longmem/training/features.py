@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from longmem.backbone.capture import BackboneStates
 from longmem.data.lanes import NO_LABEL
@@ -63,8 +63,8 @@ class FrozenFeatures:
         self._bytes = 0
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        if self.folder is not None and self._max_bytes is not None:  # a large folder takes a while to count
-            self._bytes = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+            if max_gigabytes is not None:  # a large folder takes a while to count
+                self._bytes = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
         self._calls: dict[tuple[int, ...], BackboneStates] = {}
 
     def bytes_per_token(self) -> int:
@@ -83,16 +83,16 @@ class FrozenFeatures:
         if self.folder is None:
             return self._computed(input_ids, lengths)
         files = [self._file(row[:length]) for row, length in zip(input_ids, lengths, strict=True)]
-        rows: list[dict[str, Tensor] | None] = [self._read(file, input_ids) for file in files]
-        calls = self._calls.get(tuple(input_ids.shape))
-        if calls is None or any(row is None for row in rows):
+        kept, shape = [load_kept(file) for file in files], tuple(input_ids.shape)
+        if shape not in self._calls or None in kept:
             features = self._computed(input_ids, lengths)
-            calls = self._calls.setdefault(tuple(input_ids.shape), BackboneStates(calls=features.states.calls))
+            self._calls.setdefault(shape, BackboneStates(calls=features.states.calls))
             for number, (file, length) in enumerate(zip(files, lengths, strict=True)):
-                if rows[number] is None:
-                    rows[number] = self._row(features, number)
-                    self._write(file, rows[number], length)  # type: ignore[arg-type]
-        return self._stacked(rows, calls, input_ids)  # type: ignore[arg-type]
+                if kept[number] is None:
+                    kept[number] = row = real_tokens(self._row(features, number), length)
+                    self._save(file, row)
+        rows = [padded(row, shape[1]) for row in kept if row is not None]
+        return self._stacked(rows, self._calls[shape], input_ids)
 
     @torch.no_grad()
     def losses_after(
@@ -112,21 +112,19 @@ class FrozenFeatures:
         return losses
 
     def _computed(self, input_ids: Tensor, lengths: Sequence[int]) -> Features:
-        model = self.model
-        num_layers = model.config.num_backbone_layers
-        hidden_layers = model.side_network.hidden_layers
-        states = model.run_backbone(input_ids, extra_hidden_layers=[num_layers], use_cache=False)
+        model, last = self.model, self.model.config.num_backbone_layers
+        states = model.run_backbone(input_ids, extra_hidden_layers=[last], use_cache=False)
         with torch.no_grad():
-            losses = token_losses(model, states.hidden_states[num_layers], labels_of(input_ids, lengths), backbone=True)
-        states.hidden_states = {number: states.hidden_states[number] for number in sorted(hidden_layers)}
+            losses = token_losses(model, states.hidden_states[last], labels_of(input_ids, lengths), backbone=True)
+        wanted = sorted(model.side_network.hidden_layers)
+        states.hidden_states = {number: states.hidden_states[number] for number in wanted}
         return Features(states, losses)
 
     def _row(self, features: Features, number: int) -> dict[str, Tensor]:
         """Return the tensors of one lane, rounded as the folder keeps them."""
         states = features.states
-        row = {f"hidden.{layer}": tensor[number] for layer, tensor in states.hidden_states.items()}
-        row |= {f"keys.{layer}": tensor[number] for layer, tensor in states.keys.items()}
-        row |= {f"values.{layer}": tensor[number] for layer, tensor in states.values.items()}
+        groups = {"hidden": states.hidden_states, "keys": states.keys, "values": states.values}
+        row = {f"{kind}.{layer}": own[number] for kind, group in groups.items() for layer, own in group.items()}
         if states.final_states is not None:
             row["final"] = states.final_states[number]
         return {name: tensor.to(self.dtype) for name, tensor in row.items()} | {"losses": features.losses[number]}
@@ -136,13 +134,12 @@ class FrozenFeatures:
         whole = {name: torch.stack([row[name].to(device) for row in rows]) for name in rows[0]}
         losses = whole.pop("losses")
         states = BackboneStates(calls=calls.calls)
+        if "final" in whole:
+            states.final_states = whole.pop("final").to(dtype)
+        groups = {"hidden": states.hidden_states, "keys": states.keys, "values": states.values}
         for name, tensor in whole.items():
             kind, _, layer = name.partition(".")
-            if kind == "final":
-                states.final_states = tensor.to(dtype)
-            else:
-                group = {"hidden": states.hidden_states, "keys": states.keys, "values": states.values}[kind]
-                group[int(layer)] = tensor.to(dtype)
+            groups[kind][int(layer)] = tensor.to(dtype)
         return Features(states, losses)
 
     def _fingerprint(self) -> str:
@@ -161,15 +158,6 @@ class FrozenFeatures:
         assert self.folder is not None
         name = hashlib.blake2b(tokens.cpu().to(torch.int32).numpy().tobytes(), digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
-
-    def _read(self, file: Path, input_ids: Tensor) -> dict[str, Tensor] | None:
-        """Return the kept tensors of a window, padded to the width of the batch; None if they are not there."""
-        width, row = input_ids.shape[1], load_kept(file)
-        return None if row is None else {name: padded(name, tensor, width) for name, tensor in row.items()}
-
-    def _write(self, file: Path, row: dict[str, Tensor], length: int) -> None:
-        """Keep a window's real tokens."""
-        self._save(file, {name: unpadded(name, tensor, length).cpu() for name, tensor in row.items()})
 
     def _save(self, file: Path, kept: dict[str, Tensor]) -> None:
         """Write a file, whole or not at all, unless the folder is full."""
@@ -197,23 +185,17 @@ def labels_of(input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) ->
     return input_ids.masked_fill(positions >= torch.tensor(lengths, device=input_ids.device)[:, None], NO_LABEL)
 
 
-def token_axis(name: str) -> int:
-    """Return the axis of tokens in a kept tensor: keys and values have their heads before it."""
-    return 1 if name.startswith(("keys", "values")) else 0
+def real_tokens(row: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Return the first `length` tokens of a window's tensors, of losses one target less, on the CPU.
+
+    Tokens are the last axis of losses and the one before it of all else.
+    """
+    kept = {name: tensor[: length - 1] if name == "losses" else tensor[..., :length, :] for name, tensor in row.items()}
+    return {name: tensor.contiguous().cpu() for name, tensor in kept.items()}
 
 
-def unpadded(name: str, tensor: Tensor, length: int) -> Tensor:
-    """Return the part of a kept tensor that belongs to `length` real tokens (losses: one target less)."""
-    return tensor.narrow(token_axis(name), 0, length - 1 if name == "losses" else length).contiguous()
-
-
-def padded(name: str, tensor: Tensor, width: int) -> Tensor:
-    """Return a kept tensor with zeros up to `width` tokens."""
-    axis = token_axis(name)
-    missing = width - tensor.shape[axis] - (1 if name == "losses" else 0)
-    return tensor if not missing else torch.cat([tensor, tensor.new_zeros(padding_shape(tensor, axis, missing))], axis)
-
-
-def padding_shape(tensor: Tensor, axis: int, missing: int) -> list[int]:
-    """Return the shape of `missing` more entries along an axis."""
-    return [*tensor.shape[:axis], missing, *tensor.shape[axis + 1 :]]
+def padded(row: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Return a window's tensors with zeros up to `width` tokens."""
+    missing = width - 1 - len(row["losses"])
+    fill = {name: (0, missing) if name == "losses" else (0, 0, 0, missing) for name in row}
+    return {name: nn.functional.pad(tensor, fill[name]) for name, tensor in row.items()}

@@ -43,7 +43,7 @@ class LaneMemories:
     """The banks of this process's lanes, one for each, empty at first.
 
     Args:
-        model: whose backbone writes and whose side network reads.
+        model: writes and reads.
         num_lanes: lanes of this process.
         keep_documents: a lane's memory goes on past the end of a document.
         foreign_lanes: so many other lanes' banks are read together with the lane's own, as distractors that training must
@@ -83,12 +83,7 @@ class LaneMemories:
     def prepare(self, batch: LaneBatch, step: int, capacity: int, batch_at: BatchAt, states_of: StatesOf) -> None:
         """Make the banks what they are before a step: rebuilt if their capacity changes, emptied at document borders.
 
-        Args:
-            batch: of this step, this process's lanes.
-            step: its number in the lanes.
-            capacity: tokens that each bank holds.
-            batch_at: the batch of any earlier step.
-            states_of: the frozen backbone's states for a batch.
+        `batch` is what this process's lanes read at `step`; the others give earlier batches and the backbone's states.
         """
         if capacity != self.capacity:
             self.capacity = capacity
@@ -123,12 +118,9 @@ class LaneMemories:
 
         What is written here is the work of the writer of this moment: of the version that `readable` told the banks of.
         """
-        for lane, (bank, document_id, length) in enumerate(
-            zip(self.banks, batch.document_ids, batch.lengths, strict=True)
-        ):
-            keys, values = (
-                [tensor[lane, :, :length] for tensor in part.values()] for part in (states.keys, states.values)
-            )
+        for lane, (bank, document_id) in enumerate(zip(self.banks, batch.document_ids, strict=True)):
+            length, parts = batch.lengths[lane], (states.keys, states.values)
+            keys, values = ([tensor[lane, :, :length] for tensor in part.values()] for part in parts)
             ids = batch.input_ids[lane, :length]
             put = bank.append if document_id in bank else bank.add
             put(document_id, keys, values, ids, segment="new")  # the backbone saw this window and nothing else

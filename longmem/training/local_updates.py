@@ -22,12 +22,9 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 
 class LocalUpdates:
-    """Say what a process does on its own, and average when it is time.
+    """What a process does on its own, and the average of all after every `every_steps` steps and the last one.
 
-    Args:
-        accelerator: of the run.
-        every_steps: steps between two averages; 0: gradients are averaged in every step.
-        last_step: of the run, after which processes average in any case.
+    With 0 instead gradients are averaged in every step.
 
     Raises:
         ValueError: processes hold parts of the network, not all of it.
@@ -49,12 +46,8 @@ class LocalUpdates:
     def loss_scale(self, lengths: Sequence[Sequence[int]], own: range) -> float:
         """Return the factor of a process's summed loss that makes it the mean over the targets of its gradient.
 
-        Every token of a window but its first is a target. Where gradients are averaged over processes, it is the mean over
-        the targets of all; where each process steps on its own, over its own.
-
-        Args:
-            lengths: of the windows of all lanes, batch by batch.
-            own: the lanes of this process.
+        Where gradients are averaged over processes, these are the targets of all; where each process steps on its own, its
+        own. `lengths` are of the windows of all lanes, batch by batch; `own` are the lanes of this process.
         """
         if self.enabled:
             return 1 / num_targets([[batch[lane] for lane in own] for batch in lengths])

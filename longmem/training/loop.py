@@ -41,12 +41,7 @@ from longmem.training.local_updates import LocalUpdates, num_targets
 from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
-from longmem.training.settings import (
-    TrainingSettings,
-    refuse_changed_settings,
-    save_settings,
-    validate_settings,
-)
+from longmem.training.settings import TrainingSettings, refuse_changed_settings, save_settings, validate_settings
 from longmem.training.trainable import mean_bias, select_trained
 
 
@@ -132,13 +127,11 @@ class Trainer:
     def run(self) -> list[StepRecord]:
         """Train to the last step, or until stopped; return this call's records. The side network is saved either way."""
         settings, records = self.settings, []
-        main = self.accelerator.is_main_process
-        if main:
+        if main := self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_settings(settings, self.folder / "config.yaml")
             (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
-        trained = [*self.trained.values(), *self.further_parameters]
-        num_trained = sum(parameter.numel() for parameter in trained)
+        num_trained = sum(each.numel() for each in (*self.trained.values(), *self.further_parameters))
         if self.step == self.steps:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
         for line in setup.introduction(settings, self.lanes, self.steps, num_trained, self.frozen):
@@ -146,9 +139,9 @@ class Trainer:
         encoder = self.model.encoder_stamp(exact=True)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(Interruption(settings.optimization.max_minutes))
-            log = (
-                stack.enter_context(RunLog(self.folder, settings.logging.tensorboard, self.step + 1)) if main else None
-            )
+            log = RunLog(self.folder, settings.logging.tensorboard, self.step + 1) if main else None
+            if log is not None:
+                stack.enter_context(log)
             if settings.features.ahead:
                 self.features = stack.enter_context(self._encode_ahead(settings.features.ahead))
             show = stack.enter_context(training_progress(self.console, self.steps, self.step))
@@ -212,7 +205,8 @@ class Trainer:
         features = self.features.of(batch.input_ids, batch.lengths)
         banks = None
         if memory.enabled:
-            capacity = self._capacity(self.step)
+            growth = (memory.tokens, memory.start_tokens, memory.growth_steps, self.model.config.chunk_size)
+            capacity = scheduled_capacity(self.step, *growth)
             self.memories.prepare(batch, number, capacity, self._batch, self._states)
             banks = self.memories.readable(batch)
             sums.memory_tokens += self.memories.mean_tokens
@@ -232,11 +226,6 @@ class Trainer:
         if memory.enabled:
             self.memories.write(batch, features.states)
 
-    def _capacity(self, step: int) -> int:
-        memory = self.settings.memory
-        chunk = self.model.config.chunk_size
-        return scheduled_capacity(step, memory.tokens, memory.start_tokens, memory.growth_steps, chunk)
-
     @functools.lru_cache(maxsize=4)  # noqa: B019  a trainer lives as long as its run
     def _batch(self, number: int) -> LaneBatch:
         """Return this process's rows of a batch, on its device."""
@@ -247,9 +236,8 @@ class Trainer:
 
     def _encode_ahead(self, ahead: int) -> EncodeAhead:
         """Return features of the rest of the run, computed by a thread so many batches before they are needed."""
-        per_step = self.settings.optimization.gradient_accumulation
-        source = EncodeAhead.for_frozen(self.frozen, self._batch, self.steps * per_step, ahead, self.backbone_lock)
-        return source.from_batch(self.step * per_step)
+        first, last = (step * self.settings.optimization.gradient_accumulation for step in (self.step, self.steps))
+        return EncodeAhead(self.frozen, self._batch, first=first, last=last, ahead=ahead, lock=self.backbone_lock)
 
     def _long_context_weights(self, number: int, batch: LaneBatch, local: Tensor) -> Tensor:
         loss = self.settings.loss
@@ -287,27 +275,25 @@ class Trainer:
         return every_steps > 0 and self.step % every_steps == 0
 
     def _stops(self, stop: Interruption) -> bool:
-        """Return whether to stop before the next step; between two averages no process has what all would go on with."""
-        return self.local_updates.agree(self.step) and self._any_process(stop.wanted)
-
-    def _any_process(self, flag: bool) -> bool:
-        """Return whether any process raises the flag: all must leave the loop at the same step."""
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum"))
+        """Return whether to stop before the next step, where any process wants to: all leave the loop at the same step."""
+        if not self.local_updates.agree(self.step):
+            return False  # between two averages no process has what all would go on with
+        wanted = torch.tensor(float(stop.wanted), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wanted, "sum"))
 
     def finish(self, reason: str | None) -> None:
         """Save a checkpoint, the side network and the curve; say how to go on if the run was stopped."""
         if self.step and self.step not in self.checkpoints.steps():
             self.checkpoints.save(self.accelerator, self.step)
         self.accelerator.wait_for_everyone()
-        # Whole tensors, also where FSDP has spread them over processes.
-        state = {
-            f"side_network.{name}": each for name, each in self.accelerator.get_state_dict(self.side_network).items()
-        }
+        whole = self.accelerator.get_state_dict(self.side_network)  # also where FSDP has spread tensors over processes
         if not self.accelerator.is_main_process:
             return
-        self.model.save_pretrained(
-            self.folder / "side-network", state_dict=state, save_backbone=self.model.backbone_was_trained
+        state, own_backbone = (
+            {f"side_network.{name}": each for name, each in whole.items()},
+            self.model.backbone_was_trained,
         )
+        self.model.save_pretrained(self.folder / "side-network", state_dict=state, save_backbone=own_backbone)
         steps, validations = read_log(self.folder / "log.jsonl")
         if steps:
             plot_training(self.folder / "curve.png", steps, validations)

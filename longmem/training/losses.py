@@ -25,11 +25,8 @@ def token_losses(
     gradient of a token's loss by its hidden state is found at once; the backward pass only scales it. Where the side network
     trains a final norm of its own, or weights of the backbone are trained, the head runs again in the backward pass instead.
 
-    Args:
-        model: whose final norm and LM head run.
-        hidden_states: as they leave the last layer.
-        labels: the tokens themselves; shifted here.
-        backbone: use the backbone's own final norm, not the side network's copy.
+    `hidden_states` are as they leave the last layer, `labels` the tokens themselves, shifted here. With `backbone` its own
+    final norm runs, not the side network's copy.
     """
     final_modules = None if backbone else model.side_network.final_modules
 

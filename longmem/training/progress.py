@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -35,15 +36,16 @@ def summary_of(records: deque[StepRecord] | list[StepRecord]) -> str:
     >>> summary_of([StepRecord(7, 0.1, 2.5, 2.75, 0.25, 2e-4, 0.9, 4096, 8192.0, 0.125, -1.0, 2.0, 2048.0)])
     'loss 2.500, backbone 2.750, gain +0.250, memory 12.5 %, 2,048 tokens/s'
     """
-    parts = [f"loss {_mean([record.loss for record in records]):.3f}"]
-    for name, field, form, factor in (
-        ("backbone", "backbone_loss", ".3f", 1),
-        ("gain", "gain", "+.3f", 1),
-        ("memory", "memory_share", ".1f", 100),
+    parts = []
+    for name, field, form in (
+        ("loss", "loss", "{:.3f}"),
+        ("backbone", "backbone_loss", "{:.3f}"),
+        ("gain", "gain", "{:+.3f}"),
+        ("memory", "memory_share", "{:.1%}"),
     ):
         values = [value for record in records if (value := getattr(record, field)) is not None]
         if values:
-            parts.append(f"{name} {_mean(values) * factor:{form}}" + (" %" if factor == 100 else ""))
+            parts.append(f"{name} {form.format(statistics.fmean(values)).replace('%', ' %')}")
     speed = sum(record.tokens for record in records) / max(sum(record.seconds for record in records), 1e-9)
     return ", ".join([*parts, f"{speed:,.0f} tokens/s"])
 
@@ -55,27 +57,17 @@ def training_progress(
     done_steps: int = 0,
     seconds_between_lines: float = SECONDS_BETWEEN_LINES,
 ) -> Iterator[ReportStep]:
-    """Show how a run goes on and yield what moves it: a function of the record of each step.
+    """Show how a run goes on from `done_steps` and yield what moves it: a function of the record of each step.
 
     Numbers are means over the last 20 records. A console that is no terminal gets a line for the first record, one
     every `seconds_between_lines` and one for the last step.
-
-    Args:
-        console: to write on.
-        total_steps: optimizer steps of the run.
-        done_steps: those that were done before, in a run that is resumed.
-        seconds_between_lines: see above.
     """
     recent: deque[StepRecord] = deque(maxlen=MEAN_OVER)
     if not console.is_terminal:
         yield _plain_report(console, total_steps, done_steps, seconds_between_lines, recent)
         return
-    columns = (
-        TextColumn("  step"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=32),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    )
+    time_left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    columns = (TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=32), time_left)
     with BarOverText(*columns, console=console, speed_estimate_period=120) as bars:
         task = bars.add_task("", total=total_steps, completed=done_steps)
 
@@ -100,15 +92,7 @@ def _plain_report(
         last_line = now
         minutes = (now - began) / max(record.step - done_steps, 1) * (total_steps - record.step) / 60
         left = f", {minutes:.0f} min left" if record.step < total_steps else ""
-        console.print(
-            f"step {record.step:,}/{total_steps:,}: {summary_of(recent)}{left}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        line = f"step {record.step:,}/{total_steps:,}: {summary_of(recent)}{left}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     return report
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -7,7 +7,6 @@ import json
 import os
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 FILE = "log.jsonl"
@@ -69,22 +68,20 @@ class TrainingLog(NamedTuple):
 class RunLog:
     """Write the records of one run, each as a line that is complete when `write` returns.
 
-    Only one process of a run may have one. Close it, or use it in a `with` block.
+    Only one process of a run may have one, in a `with` block, at whose end files are closed.
+
+    Args:
+        folder: of the run; made if missing.
+        tensorboard: write the same numbers into `tensorboard/` there.
+        resume_at: the step that will be run next; records of this step and later ones are dropped, with a last line that
+            was cut off. None: a new run.
+
+    Raises:
+        ValueError: the folder has a log, and this is a new run; or that log is damaged.
+        ImportError: there is no tensorboard to write for.
     """
 
     def __init__(self, folder: str | PathLike[str], tensorboard: bool = False, resume_at: int | None = None) -> None:
-        """Open the log of a run.
-
-        Args:
-            folder: of the run; made if missing.
-            tensorboard: write the same numbers into `tensorboard/` there.
-            resume_at: the step that will be run next; records of this step and later ones are dropped, with a last line
-                that was cut off. None: a new run.
-
-        Raises:
-            ValueError: the folder has a log, and this is a new run; or that log is damaged.
-            ImportError: there is no tensorboard to write for.
-        """
         folder = Path(folder)
         self.path = folder / FILE
         if resume_at is None and self.path.exists():
@@ -111,19 +108,13 @@ class RunLog:
                 self._tensorboard.add_scalar(f"{section}/{name}", value, record.step)
         self._tensorboard.flush()
 
-    def close(self) -> None:
-        """Close the files."""
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def read_log(path: str | PathLike[str]) -> TrainingLog:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.data import Lanes, load_corpus
 from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.opening import is_saved_model, refuse_config_of_saved
+from longmem.model.names import look_up
+from longmem.model.opening import refuse_config_of_saved
 from longmem.quiet import without_warnings_of
 from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
@@ -31,8 +32,9 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
     wanted = settings.model
     fields = dict(wanted.config)
     options = {"dtype": getattr(torch, wanted.backbone_dtype)}
-    if is_saved_model(wanted.backbone):
-        refuse_config_of_saved(wanted.backbone, fields)
+    named = look_up(wanted.backbone)
+    if named.origin == "saved":
+        refuse_config_of_saved(named, fields)
         model = LongMemForCausalLM.from_pretrained(wanted.backbone, backbone_options=options)
     else:
         fields.setdefault("segment_length", settings.data.window)
@@ -53,15 +55,9 @@ def open_corpus(
     accelerator: Accelerator,
 ) -> Dataset:
     """Return tokenised documents; the first process of a machine tokenises, the others read what it kept."""
+    options = {"text_column": data.text_column, "num_documents": data.num_documents, "cache_dir": data.cache}
     with accelerator.local_main_process_first():
-        return load_corpus(
-            source,
-            tokenizer,
-            text_column=data.text_column,
-            max_tokens=max_tokens,
-            num_documents=data.num_documents,
-            cache_dir=data.cache,
-        )
+        return load_corpus(source, tokenizer, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
 
 
 def make_lanes(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Lanes:
@@ -86,14 +82,7 @@ def make_validation(
     if data.validation is None:
         return None
     corpus = open_corpus(data.validation, data.max_validation_tokens, data, model.tokenizer, accelerator)
-    texts = validation_texts(
-        corpus,
-        documents=wanted.documents,
-        memory_tokens=wanted.memory_tokens,
-        windows=wanted.windows,
-        window=data.window,
-    )
-    return Validation(model, texts, data.window)
+    return Validation(model, validation_texts(corpus, wanted, data.window), data.window)
 
 
 def make_optimizer(

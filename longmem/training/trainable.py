@@ -10,10 +10,7 @@ from torch import nn
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.side_network import SideLayer
 
-GATES = (
-    "memory_bias",
-    "output_scale",
-)  # numbers that open or close a whole path; they may learn at a rate of their own
+GATES = ("memory_bias", "output_scale")  # open or close a whole path; they may learn at a rate of their own
 
 
 def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: bool) -> dict[str, nn.Parameter]:

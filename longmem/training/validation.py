@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from datasets import Dataset
@@ -14,6 +15,7 @@ from longmem.evaluation.perplexity.views import make_views
 from longmem.evaluation.perplexity.windows import Cut, Window
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
+from longmem.training.settings import ValidationSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,22 +27,16 @@ class ValidationText:
     rest: Int[Tensor, " rest"]
 
 
-def validation_texts(
-    corpus: Dataset, *, documents: int, memory_tokens: int, windows: int, window: int
-) -> list[ValidationText]:
+def validation_texts(corpus: Dataset, settings: ValidationSettings, window: int) -> list[ValidationText]:
     """Return the first documents that are long enough, the windows right after the memorized part.
 
     Raises:
         ValueError: there are fewer than two of them; the wrong memory of one is the memory of another.
     """
-    needed = memory_tokens + windows * window
-    texts: list[ValidationText] = []
-    for row in corpus:
-        if len(texts) == documents:
-            break
-        if len(row["input_ids"]) >= needed:
-            ids = torch.tensor(row["input_ids"][:needed], dtype=torch.int64)
-            texts.append(ValidationText(row["document_id"], ids[:memory_tokens], ids[memory_tokens:]))
+    past, needed = settings.memory_tokens, settings.memory_tokens + settings.windows * window
+    long = ((row["document_id"], row["input_ids"][:needed]) for row in corpus if len(row["input_ids"]) >= needed)
+    found = [(name, torch.tensor(ids)) for name, ids in itertools.islice(long, settings.documents)]
+    texts = [ValidationText(name, ids[:past], ids[past:]) for name, ids in found]
     if len(texts) < 2:
         raise ValueError(
             f"`data.validation` must hold at least 2 documents of {needed} tokens (`validation.memory_tokens` and "
@@ -53,12 +49,7 @@ class Validation:
     """Documents that nobody trains on, and the losses of four systems on them.
 
     The banks are written once, and the losses of the backbone alone computed once: the backbone is frozen. Should it have
-    become another encoder, both are done anew.
-
-    Args:
-        model: read from.
-        texts: at least two.
-        window: tokens the model sees at once.
+    become another encoder, both are done anew. There are at least two texts, read in windows of `window` tokens.
     """
 
     def __init__(self, model: LongMemForCausalLM, texts: list[ValidationText], window: int) -> None:
@@ -75,9 +66,8 @@ class Validation:
     def run(self, *, with_memory: bool = True) -> dict[str, float | None]:
         """Return the mean loss of each system in nats, every document counting the same.
 
-        `with_memory`: without, nothing is read, and "on" and "wrong" are None.
-
-        The mode of the model and torch's random numbers are what they were before.
+        Without `with_memory` nothing is read, and "on" and "wrong" are None. The mode of the model and torch's random numbers
+        are what they were before.
         """
         encoder = self.model.encoder_fingerprint()
         if encoder != self._encoder:

@@ -102,14 +102,11 @@ def test_windows_follow_one_another(case):
     corpus, lanes = case
     documents = {row["document_id"]: dict(windows_of(row["input_ids"], lanes.window)) for row in corpus}
     before: LaneBatch | None = None
-    counts = [0] * lanes.num_lanes
     for step in range(2 * lanes.steps_per_epoch):
         batch = lanes.batch(step)
         for lane in range(lanes.num_lanes):
             name, offset = batch.document_ids[lane], batch.offsets[lane]
             assert batch.input_ids[lane, : batch.lengths[lane]].tolist() == documents[name][offset], "one document only"
-            counts[lane] = 0 if batch.is_new[lane] else counts[lane] + 1
-            assert lanes.windows_before(step, lane) == counts[lane]
             if not batch.is_new[lane]:
                 assert before is not None
                 assert (before.document_ids[lane], before.offsets[lane] + lanes.window) == (name, offset)
@@ -188,7 +185,6 @@ def test_lanes_share_documents():
     assert starts.offsets == (0, 3 * WINDOW, 0, 2 * WINDOW)
     assert starts.is_new == (True,) * 4
     assert lanes.batch(2).is_new == (False, False, True, False)
-    assert lanes.windows_before(2, 1) == 2
     assert lanes.batch(2).lengths == (4, 3, 4, 2)
 
 

@@ -52,15 +52,15 @@ from recorded_inputs import (  # noqa: E402
 )
 from rich.console import Console  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from test_chapterbreak_building import book  # noqa: E402
 from tiny_models import some_text  # noqa: E402
 
+from experiments.chapterbreak.test_building import book  # noqa: E402
 from experiments.learned_recall.check import RecallSettings, check_recall  # noqa: E402
 from experiments.learned_recall.task import RecallTask  # noqa: E402
+from experiments.staleness.calibration import calibrate_gap  # noqa: E402
 from experiments.staleness.content import superseded_content  # noqa: E402
 from experiments.staleness.decoupled import measure_freshness  # noqa: E402
 from longmem.evaluation import run_task  # noqa: E402
-from longmem.evaluation.calibration import calibrate_gap  # noqa: E402
 from longmem.evaluation.task import best, per_token  # noqa: E402
 from longmem.plots import plot_finished  # noqa: E402
 
@@ -396,7 +396,7 @@ def chapterbreak(settings: Settings) -> Result:
     for seed, name in enumerate("abc"):
         Path(f"books/{name}.txt").write_text(book(9, seed), encoding="utf-8")
     rules = [f"{name}={value}" for name, value in settings["books"].items()]
-    start("build_chapterbreak.py", "books", *rules, "--output", "data.json")
+    start(ROOT / "experiments/chapterbreak/build_chapterbreak.py", "books", *rules, "--output", "data.json")
     asked = {name: value for name, value in settings.items() if name != "books"}
     run = evaluate_task("chapterbreak", **model_options(segment_length=32), data="data.json", **asked)
     built = json.loads(Path("data.json").read_text(encoding="utf-8"))

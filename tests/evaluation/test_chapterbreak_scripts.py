@@ -5,7 +5,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-from test_chapterbreak_building import book
+
+from experiments.chapterbreak.test_building import book
 
 ROOT = Path(__file__).parents[2]
 RULES = "context_words=40 slack_words=10 suffix_words=10 shortest_suffix=7 longest_suffix=13 negatives=5 boundaries=2"
@@ -13,14 +14,16 @@ RULES = "context_words=40 slack_words=10 suffix_words=10 shortest_suffix=7 longe
 
 def test_books_to_results_with_a_stop_between(backbone_folder, tmp_path, monkeypatch, capsys):
     def call(script: str, *arguments: str | Path) -> str:
-        path = ROOT / "eval" / script
+        path = ROOT / script
         monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
         runpy.run_path(str(path), run_name="__main__")
         return capsys.readouterr().out
 
     for seed, name in enumerate("ab"):
         (tmp_path / f"{name}.txt").write_text(book(9, seed), encoding="utf-8")
-    out = call("build_chapterbreak.py", tmp_path, *RULES.split(), "--output", tmp_path / "data.json")
+    out = call(
+        "experiments/chapterbreak/build_chapterbreak.py", tmp_path, *RULES.split(), "--output", tmp_path / "data.json"
+    )
     assert "4 examples of 2 of 2 books" in out
     config = {"segment_length": 32, "num_retrieved_tokens": 8}
     options = [
@@ -36,7 +39,7 @@ def test_books_to_results_with_a_stop_between(backbone_folder, tmp_path, monkeyp
         f"config={json.dumps(config)}",
         "systems=[backbone,context-64,bm25,off,on,wrong]",
     ]
-    evaluate = ["eval_chapterbreak.py", *options]
+    evaluate = ["eval/eval_chapterbreak.py", *options]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     with pytest.raises(SystemExit, match="leave out the systems"):
         call(*evaluate, f"output={whole}", "contexts=[16]")

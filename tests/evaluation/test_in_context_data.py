@@ -193,8 +193,8 @@ def test_prompts_of_passages_and_the_same_from_columns(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "must have the format of SQuAD"),
-        ('{"data": [{"paragraphs": [{"context": "a"}]}]}', "must have the format of SQuAD"),
+        ("[", "must be in the format of SQuAD"),
+        ('{"data": [{"paragraphs": [{"context": "a"}]}]}', "must be in the format of SQuAD"),
         ('{"data": []}', "must hold passages"),
         (
             '{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "7", "question": "b", "answers": []}]}]}]}',

@@ -151,7 +151,7 @@ def test_what_is_not_locomo_is_refused(tmp_path, text):
 
 def test_a_missing_file_is_told(tmp_path):
     for read in (Locomo.read, Quality.read):
-        with pytest.raises(ValueError, match="which is none"):
+        with pytest.raises(ValueError, match="which is no file"):
             read(tmp_path / "nothing.json")
         (tmp_path / "empty.json").write_text("\n")
         with pytest.raises(ValueError, match="is empty"):

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longmem.memory import AgePrior, BankShards, MemoryBank
-from longmem.memory.age_prior import DAY, KINDS, make_age_prior
+from longmem.memory.age_prior import DAY, AgeKind, make_age_prior
 from longmem.memory.index import approximate
+from longmem.plugins import find, register
 
 LAYER, HEADS, DIM, SCALING = 5, 2, 6, 0.4
 QUERIES = torch.randn(HEADS, 4, DIM, generator=torch.Generator().manual_seed(1))
 VALUES = {"a": st.floats(0, 1e6), "b": st.floats(0, 1e12), "floor": st.floats(0, 1), "unit": st.just(DAY)}
-PRIORS = st.sampled_from(sorted(KINDS)).flatmap(
-    lambda kind: st.builds(AgePrior, st.just(kind), **{name: VALUES[name] for name in KINDS[kind]})
+PRIORS = st.sampled_from(["constant", "exp", "hinge", "poly"]).flatmap(
+    lambda kind: st.builds(AgePrior, st.just(kind), **{name: VALUES[name] for name in find("age_prior", kind).settings})
 )
 
 
@@ -68,6 +69,18 @@ def test_weights_start_at_one_stay_positive_and_never_rise(prior, ages):
 def test_weights_are_those_of_the_formulas(prior, formula):
     for age in (0.0, 0.5, 1.0, 1.5, 7.0, 100.0):
         assert prior.weight(age) == pytest.approx(formula(age), rel=1e-12)
+
+
+def test_a_kind_of_ones_own_is_one_function(new_names):
+    register("age_prior", "halves")(AgeKind({}, lambda prior, age: -age * math.log(2)))
+    bank = dated_bank(age_prior="halves")
+    weights = {f"day {number}": (day - 10) * math.log(2) for number, day in enumerate((0, 3, 4, 10))}
+    scores, rows = naive_search(bank, weights, 5)
+    found = bank.search(LAYER, QUERIES, 5, scaling=SCALING)
+    torch.testing.assert_close(found[0], scores, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[1], rows)
+    with pytest.raises(ValueError, match="`a` must be left out for the kind 'halves'"):
+        AgePrior("halves", a=3)
 
 
 def test_what_is_far_too_old_has_no_weight_but_a_finite_logarithm():

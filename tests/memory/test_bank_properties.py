@@ -16,8 +16,9 @@ from named_encoder import NamedEncoder
 
 from longmem.memory import DocumentInfo, MemoryBank
 from longmem.memory.folder import disk_storage, tensor_file
-from longmem.memory.index import INDEXES, FlatIndex, approximate
+from longmem.memory.index import FlatIndex, approximate
 from longmem.memory.rows.codec import STORAGE_DTYPES, decode, encode
+from longmem.plugins import PLUGINS
 
 LAYERS = (2, 5)
 HEADS = {2: 1, 5: 2}
@@ -132,8 +133,8 @@ class BankMachine(RuleBasedStateMachine):
         storage_dtype=st.sampled_from(["float16", "int8"]),
     )
     def start(self, chunk_size, capacity, with_ids, storage_dtype):
-        INDEXES["mirror"] = MirrorIndex
         self.patch = pytest.MonkeyPatch()
+        self.patch.setitem(PLUGINS["index"], "mirror", MirrorIndex)
         self.patch.setattr(approximate, "EXACT_BELOW", 3)
         self.patch.setattr(approximate, "POINTS_PER_CENTROID", 1)
         self.patch.setattr(tensor_file.os, "fsync", lambda descriptor: None)  # not what is tested here
@@ -157,7 +158,6 @@ class BankMachine(RuleBasedStateMachine):
         self.saved = False
 
     def teardown(self):
-        INDEXES.pop("mirror", None)
         self.bank.close()
         self.patch.undo()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from longmem.memory import MemoryBank
-from longmem.memory.eviction import EVICTION_POLICIES, EvictionPolicy, make_policy
+from longmem.memory.eviction import EvictionPolicy, make_policy
 from longmem.memory.rows import ledger
+from longmem.plugins import register
 
 CHUNK, ROOM = 2, 6
 
@@ -42,7 +43,7 @@ def read(bank: MemoryBank, name: str) -> None:
     bank.select(name).search(1, torch.ones(1, 3, 4), 1)
 
 
-@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+@pytest.mark.parametrize("eviction", ["fifo", "lru", "ttl"])
 def test_every_policy_keeps_the_capacity_and_the_newest(eviction):
     bank = new_bank(eviction=eviction)
     for number in range(20):
@@ -150,22 +151,19 @@ def test_a_budget_in_bytes_is_one_in_chunks():
     assert resident(bank) == {"a": 1, "b": 2}
 
 
-def test_a_policy_of_ones_own_is_one_class():
+def test_a_policy_of_ones_own_is_one_class(new_names):
+    @register("eviction", "largest")
     class LargestFirst(EvictionPolicy):
         """Forget the document that holds most."""
 
         def order(self, runs):
             return sorted(runs, key=lambda run: -len(run.document.rows))
 
-    EVICTION_POLICIES["largest"] = LargestFirst
-    try:
-        bank = new_bank(eviction="largest")
-        add(bank, "a", 1)
-        add(bank, "b", 4, seed=1)
-        add(bank, "c", 2, seed=2)
-        assert resident(bank) == {"a": 1, "b": 3, "c": 2}
-    finally:
-        del EVICTION_POLICIES["largest"]
+    bank = new_bank(eviction="largest")
+    add(bank, "a", 1)
+    add(bank, "b", 4, seed=1)
+    add(bank, "c", 2, seed=2)
+    assert resident(bank) == {"a": 1, "b": 3, "c": 2}
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from longmem.memory.index import INDEXES, ChunkIndex
+from longmem.memory.index import ChunkIndex, ExactIndex
 from longmem.memory.index import exact as exact_module
 from longmem.memory.rows.storage import Chunks, ChunkStore
+from longmem.plugins import find
 
 HEADS, DIM = 3, 8
 
@@ -31,9 +32,9 @@ def naive_search(queries, search_keys, num_chunks, allowed):
     return scores, rows
 
 
-@pytest.fixture(params=sorted(INDEXES))
+@pytest.fixture(params=["auto", "exact", "flat", "hnsw", "ivf", "pq"])
 def kind(request) -> type[ChunkIndex]:
-    return INDEXES[request.param]
+    return find("index", request.param)
 
 
 @pytest.mark.parametrize("num_chunks", [1, 7, 50, 60])
@@ -50,7 +51,7 @@ def test_search_equals_a_sort(kind, num_chunks, subset):
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch):
-    index, queries = INDEXES["exact"](store_of(random(HEADS, 50, DIM))), random(HEADS, 11, DIM, seed=1)
+    index, queries = ExactIndex(store_of(random(HEADS, 50, DIM))), random(HEADS, 11, DIM, seed=1)
     whole = index.search(queries, 5)
     monkeypatch.setattr(exact_module, "SCORES_PER_STEP", 1)
     torch.testing.assert_close(index.search(queries, 5), whole, rtol=1e-6, atol=1e-6)

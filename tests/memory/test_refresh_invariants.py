@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from longmem import MemoryBank, StaleMemoryError
+from longmem.errors import ChangedMemoryError
 from longmem.memory.index import approximate
 from longmem.memory.rows.codec import STORAGE_DTYPES
 
@@ -25,8 +26,6 @@ BOUNDS = {
     "bounded:max_lag=0": 0,
     "bounded:max_lag=1,on_violation=mask": 1,
     "bounded:max_lag=2,budget_tokens=6": 2,
-    "mapped:fallback=lazy,sample_share=0.3": 0,
-    "mapped:fallback=eager": 0,
 }
 
 
@@ -414,7 +413,10 @@ def test_a_reader_sees_a_segment_wholly_old_or_wholly_new(in_folder, tmp_path):
             while not stop.is_set():
                 bank.search(LAYERS[0], torch.ones(HEADS, 2, DIM), 5)
                 for name, which in rows.items():
-                    keys, values = bank.gather(LAYERS[0], which.expand(HEADS, -1), bank.generation)
+                    try:
+                        keys, values = bank.gather(LAYERS[0], which.expand(HEADS, -1), bank.generation)
+                    except ChangedMemoryError:  # encoded again since it was asked for its generation
+                        continue
                     got = torch.stack([keys, values]).flatten(2, 3)
                     same = [torch.equal(got, each[0]) for each in wanted[name]]
                     assert any(same), name
@@ -456,7 +458,7 @@ def test_what_is_continued_while_it_is_encoded_again_is_left_for_the_next_time()
 
 def test_a_read_only_bank_masks_what_it_cannot_encode_again(tmp_path):
     model = FakeModel("a")
-    for refresh in ("lazy:sweep_tokens=99", "eager", "bounded:max_lag=0", "mapped"):
+    for refresh in ("lazy:sweep_tokens=99", "eager", "bounded:max_lag=0"):
         folder = tmp_path / refresh.partition(":")[0]
         bank = odd_bank(model, refresh=refresh)
         bank.save(folder)

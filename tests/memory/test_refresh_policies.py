@@ -5,7 +5,8 @@ import torch
 from fake_encoder import CHUNK, DIM, HEADS, LAYERS, FakeModel, TurnedModel, make_bank, read_all, stored, write
 
 from longmem import MemoryBank, StaleMemoryError
-from longmem.memory.refresh import POLICIES, RefreshPolicy, register_policy
+from longmem.memory.refresh import RefreshPolicy
+from longmem.plugins import register
 
 NUM_SEGMENTS, LENGTH = 6, 8
 
@@ -97,7 +98,7 @@ def test_eager_goes_on_after_an_interruption():
 
 
 def test_a_bank_whose_encoder_is_not_known_is_read_under_every_policy():
-    for refresh in ("frozen", "eager", "bounded:max_lag=0", "lazy", "mapped"):
+    for refresh in ("frozen", "eager", "bounded:max_lag=0", "lazy"):
         bank = make_bank(FakeModel(), fingerprint=None, refresh=refresh)
         write(bank, FakeModel(), "d", segment_ids(0))
         assert read_segments(bank) == {0}, refresh
@@ -203,116 +204,21 @@ def test_a_lazy_sweep_takes_the_oldest_first():
     assert seen == [["a"], ["a", "b"], ["a", "b", "c"]]
 
 
-@pytest.mark.parametrize("kind", ["affine", "procrustes"])
-def test_mapped_accepts_a_linear_change_and_moves_the_rest_for_nothing(kind):
-    bank = make_bank(FakeModel(), refresh=f"mapped:kind={kind},ridge=0,sample_share=0.2")
-    for number in range(40):
-        write(bank, FakeModel(), "d", segment_ids(number))
-    turned = TurnedModel("b")
-    bank.ready_for(turned)
-    assert bank.freshness.refreshed.mapped == 32
-    assert bank.freshness.refreshed.tokens == turned.num_encoded == 8 * LENGTH
-    assert len(read_all(bank)) == bank.num_chunks
-    expected = torch.cat([turned.numbers(tuple(segment_ids(number))) for number in range(40)], dim=3)
-    torch.testing.assert_close(stored(bank, "d"), expected, rtol=1e-4, atol=1e-4)
-    keys = torch.cat([each[0].unflatten(1, (-1, CHUNK)).mean(dim=2) for each in expected[:1]], dim=1)
-    rows = bank._table.ledger.documents["d"].rows.values
-    torch.testing.assert_close(bank.search_keys(LAYERS[0])[:, rows], keys, rtol=1e-4, atol=1e-4)
-
-
-def test_mapped_refuses_noise_and_falls_back():
-    for fallback, fresh in (("lazy", 0), ("eager", NUM_SEGMENTS), ("mask", 0)):
-        bank = filled(f"mapped:sample_share=0.4,fallback={fallback}")
-        other = FakeModel("b")
-        with pytest.warns(UserWarning, match="no map from encoder version 0"):
-            bank.ready_for(other)
-        assert bank.freshness.refreshed.mapped == 0
-        assert len(fresh_segments(bank, other)) == (fresh or 2)
-        assert bank.freshness.refreshed.tokens == other.num_encoded
-        with torch.no_grad():
-            assert len(read_segments(bank)) == (2 if fallback == "mask" else NUM_SEGMENTS)
-
-
-def test_a_map_that_won_leaves_nothing_to_an_eager_fallback():
-    bank = make_bank(FakeModel(), refresh="mapped:ridge=0,sample_share=0.2,fallback=eager")
-    for number in range(20):
-        write(bank, FakeModel(), "d", segment_ids(number))
-    turned = TurnedModel("b")
-    bank.ready_for(turned)
-    bank.ready_for(turned)
-    assert bank.freshness.refreshed.tokens == turned.num_encoded == 4 * LENGTH
-
-
-def test_mapped_vectors_are_not_moved_again_nor_read_as_their_first_encoders():
-    bank = make_bank(FakeModel(), refresh="mapped:ridge=0,sample_share=0.2,fallback=mask")
-    for number in range(20):
-        write(bank, FakeModel(), "d", segment_ids(number))
-    bank.ready_for(TurnedModel("b"))
-    before = stored(bank, "d")
-    bank.ready_for(TurnedModel("c"))  # moves what "b" has written, the sample of before, and nothing else
-    mapped = [each for each in bank.segments("d") if each.version == 0]
-    assert len(mapped) == 16
-    assert all(each.mapped_to == 1 for each in mapped)
-    for each in mapped:
-        assert torch.equal(stored(bank, "d")[..., each.start : each.stop, :], before[..., each.start : each.stop, :])
-    starts = {place.start for place in read_all(bank)}
-    assert not any(each.start <= start < each.stop for each in mapped for start in starts)
-    bank.freshness.use("lazy")
-    first = FakeModel("a")
-    bank.ready_for(first)  # it wrote them once, but they have been moved since
-    assert bank.freshness.mask().sum() == 0
-    with torch.no_grad():
-        read_all(bank)
-    assert torch.equal(stored(bank, "d"), torch.cat([first.numbers(tuple(segment_ids(n))) for n in range(20)], 3))
-
-
-def test_a_map_does_not_claim_chunks_that_it_has_not_moved():
-    """Segments of ten tokens share chunks of four; the chunks on their borders hold what the old encoder wrote."""
-    bank = make_bank(FakeModel(), refresh="mapped:ridge=0,sample_share=0.1,fallback=mask")
-    for number in range(20):
-        write(bank, FakeModel(), "d", list(range(10 * number, 10 * number + 10)))
-    turned = TurnedModel("b")
-    bank.ready_for(turned)
-    assert bank.freshness.refreshed.mapped
-    expected = torch.cat([turned.numbers(tuple(range(10 * n, 10 * n + 10))) for n in range(20)], dim=3)
-    places = read_all(bank)
-    assert 0 < len(places) < bank.num_chunks
-    for place in places:
-        got, wanted = (each[..., place.start : place.stop, :] for each in (stored(bank, "d"), expected))
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_a_tail_is_moved_with_its_segment():
-    bank = make_bank(FakeModel(), refresh="mapped:ridge=0,sample_share=0.2,fallback=mask")
-    for number in range(24):
-        write(bank, FakeModel(), "d", segment_ids(number))
-    ids = list(range(500, 510))  # two chunks, and two tokens that wait
-    write(bank, FakeModel(), "e", ids)
-    turned = TurnedModel("b")
-    bank.ready_for(turned)
-    assert bank.segments("e")[0].mapped_to == 1, "it is not in the sample that this seed draws"
-    for (keys, values), made in zip(bank._table.ledger.documents["e"].waiting, turned.numbers(tuple(ids)), strict=True):
-        torch.testing.assert_close(torch.stack([keys, values]), made[:, :, 8:], rtol=1e-4, atol=1e-4)
-
-
-def test_a_policy_of_ones_own_is_one_class(tmp_path):
-    @register_policy("newest")
+def test_a_policy_of_ones_own_is_one_class(tmp_path, new_names):
+    @register("refresh", "newest")
     class Newest(RefreshPolicy):
         def readable(self, lags):
             return lags.values <= 1
 
-    try:
-        bank = filled("newest")
-        bank.ready_for(FakeModel("b"))
-        assert read_segments(bank) == set(ALL)
-        bank.save(tmp_path / "bank")
-        bank = MemoryBank.load(tmp_path / "bank", FakeModel("b"))
-        assert bank.refresh == "newest"
-        assert read_segments(bank) == set(ALL)
-        bank.ready_for(FakeModel("c"))
-        assert not read_all(bank)
-    finally:
-        del POLICIES["newest"]
+    bank = filled("newest")
+    bank.ready_for(FakeModel("b"))
+    assert read_segments(bank) == set(ALL)
+    bank.save(tmp_path / "bank")
+    bank = MemoryBank.load(tmp_path / "bank", FakeModel("b"))
+    assert bank.refresh == "newest"
+    assert read_segments(bank) == set(ALL)
+    bank.ready_for(FakeModel("c"))
+    assert not read_all(bank)
 
 
 def test_tokens_that_cannot_be_encoded_again_are_named_and_masked():

@@ -427,7 +427,7 @@ def test_s9_a_backward_pass_reads_what_its_forward_read_or_refuses():
     loss = model(torch.arange(5, 29)[None], labels=torch.arange(5, 29)[None], memory=bank).loss
     bank.encoders.enter(load_other_weights(model_of()).encoder_stamp())  # as another thread's refresh would
     bank._table.ledger.note_encoding(bank._table.ledger.documents["d"])
-    with pytest.raises(RuntimeError, match="between the forward and the backward pass"):
+    with pytest.raises(RuntimeError, match="before writing to the bank"):
         loss.backward()
 
 

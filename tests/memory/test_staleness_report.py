@@ -67,9 +67,7 @@ def test_a_bank_of_one_encoder_is_fresh(models, bank):
         assert (report.probe_drift, report.map_gain) == (None, None)
 
 
-@pytest.mark.parametrize(
-    "refresh", ["frozen", "eager", "lazy", "mapped", "bounded:max_lag=1", "bounded:clock=gap,max_lag=0.01"]
-)
+@pytest.mark.parametrize("refresh", ["frozen", "eager", "lazy", "bounded:max_lag=1", "bounded:clock=gap,max_lag=0.01"])
 @pytest.mark.parametrize("probe", [False, True])
 def test_a_report_for_another_encoder_changes_nothing(models, refresh, probe):
     bank = filled(models[0], refresh=refresh)
@@ -183,20 +181,6 @@ def test_sizes_that_differ_are_said_by_a_probe(models, bank, tmp_path):
     other = tiny_longmem(tmp_path, num_key_value_heads=4)
     with pytest.raises(StaleMemoryError, match="another architecture"):
         bank.freshness.report(other, probe=True)
-
-
-def test_moved_vectors_stay_stale_and_are_not_masked(models):
-    bank = filled(models[0], refresh="mapped:sample_share=0.3,min_gain=0,min_recall=0,ridge=0.1")
-    bank.ready_for(models[2])
-    report = bank.freshness.report(models[2])
-    assert bank.freshness.refreshed.mapped
-    assert (report.masked, report.mapped > 0) == (0, True)
-    assert report.stale_share == report.mapped / report.entries
-    assert report.tokens_to_encode == 2, "the tail that waits is in no chunk, so no map has moved it"
-    assert bank.freshness.report(models[1]).tokens_to_encode == 98
-    assert report.map_gain is not None
-    assert report.map_gain > 0
-    assert bank.freshness.report(models[1]).mapped == 0
 
 
 def test_age_is_of_writing(models, bank, monkeypatch):

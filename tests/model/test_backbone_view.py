@@ -40,11 +40,13 @@ def test_what_a_view_gives_is_what_is_stored(model, input_ids, document):
         assert all(torch.equal(one, 2 * other) for one, other in zip(found, values, strict=True))
     bank = MemoryBank.for_model(model)
     model.memorize(bank, document, "a")
-    stored = bank.gather(model.config.memory_layers[0], torch.zeros(2, 1, dtype=torch.int64))[1]
+    stored = bank.gather(model.config.memory_layers[0], torch.zeros(2, 1, dtype=torch.int64), bank.generation)[1]
     model.backbone_view = Backbone(model.backbone)
     ordinary = MemoryBank.for_model(model)
     model.memorize(ordinary, document, "a")
-    expected = ordinary.gather(model.config.memory_layers[0], torch.zeros(2, 1, dtype=torch.int64))[1]
+    expected = ordinary.gather(
+        model.config.memory_layers[0], torch.zeros(2, 1, dtype=torch.int64), ordinary.generation
+    )[1]
     assert torch.equal(stored, 2 * expected)
     assert torch.equal(model(input_ids).logits, plain.logits)
 

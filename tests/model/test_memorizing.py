@@ -19,13 +19,13 @@ def model(tmp_path_factory):
 def encoded(model, monkeypatch):
     """The tokens that were encoded since the test began."""
     counted = []
-    encode = model.encode
+    encode = model.encoder.encode
 
     def counting(ids, *args, **kwargs):
         counted.append(ids.numel())
         return encode(ids, *args, **kwargs)
 
-    monkeypatch.setattr(model, "encode", counting)
+    monkeypatch.setattr(model.encoder, "encode", counting)
     return counted
 
 
@@ -41,7 +41,7 @@ def assert_same(bank: MemoryBank, other: MemoryBank, tolerance: float) -> None:
     assert bank.token_ids("a").tolist() == other.token_ids("a").tolist()
     rows, other_rows = (each._table.ledger.documents["a"].rows.values for each in (bank, other))
     for layer in bank.memory_layers:
-        heads = bank._shapes[0].kv_heads
+        heads = bank.shapes[0].kv_heads
         stored, others = (
             each.gather(layer, which.expand(heads, -1), each.generation)
             for each, which in ((bank, rows), (other, other_rows))

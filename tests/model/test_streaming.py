@@ -280,7 +280,7 @@ def test_a_failed_write_leaves_a_stream_that_can_go_on(tokens, monkeypatch):
     model, bank = make()
     stream = model.stream(bank)
     stream.read(tokens[:30])
-    monkeypatch.setattr(model, "encode", lambda ids: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(model.encoder, "encode", lambda ids: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         list(stream.generate(5, do_sample=False))
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from tiny_runs import make_files, make_trainer, trained_weights, without_times
 
 from longmem.backbone.capture import BackboneStates
 from longmem.data.lanes import LaneBatch
-from longmem.training.encode_ahead import EncodeAhead, EncodeAheadGate
+from longmem.training.encode_ahead import EncodeAhead
 from longmem.training.features import Features
 from longmem.training.records import read_log
 
@@ -34,68 +34,6 @@ def producers():
     return [thread for thread in threading.enumerate() if thread.name.startswith("encode-ahead")]
 
 
-# The gate ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_lag", [0, 1, 3])
-@pytest.mark.parametrize("per_step", [1, 4])
-@pytest.mark.parametrize("max_inflight", [1, 5])
-def test_capacity_is_the_formula_and_bounds_the_lag(max_lag, per_step, max_inflight):
-    gate = EncodeAheadGate(max_lag, per_step, max_inflight)
-    generator = torch.Generator().manual_seed(max_lag + 10 * per_step)
-    begun, used, version, running, begun_at, lags = 0, 0, 0, 0, [], []
-    for _ in range(400):
-        assert gate.capacity == min(max_inflight - running, (max_lag + version + 1) * per_step - begun)
-        choice = int(torch.randint(3, (1,), generator=generator))
-        if choice == 0 and gate.capacity > 0:
-            gate.begin()
-            begun, running = begun + 1, running + 1
-            begun_at.append(version)
-        elif choice == 1 and running:
-            gate.finish()
-            running -= 1
-        elif choice == 2 and used < begun - running:
-            lags.append(version - begun_at[used])
-            used += 1
-            if used % per_step == 0:
-                version += 1
-                gate.on_version(version)
-    assert version > 5
-    assert max(lags) == min(max_lag, max(lags)) <= max_lag
-    if max_inflight == 5 and max_lag:
-        assert max(lags) > 0  # the bound is used
-
-
-def test_a_full_gate_lets_nothing_through():
-    gate = EncodeAheadGate(0, 2, 8)
-    gate.begin()
-    gate.begin()
-    with pytest.raises(ValueError, match="capacity of 1 or more, got 0 at version 0"):
-        gate.begin()
-
-
-@pytest.mark.parametrize("version", [0, 3, 250])
-def test_the_bound_survives_a_restart(version):
-    """I10: at version v a new process may begin what a running one might, and not the segments of v steps more."""
-    gate = EncodeAheadGate(max_lag=2, segments_per_step=4, max_inflight=100)
-    gate.on_version_recovered(version)
-    begun = 0
-    while gate.capacity > 0:
-        gate.begin()
-        begun += 1
-        assert gate.capacity <= 3 * 4 - gate.running
-    assert begun == 3 * 4
-    forgetful = EncodeAheadGate(max_lag=2, segments_per_step=4, max_inflight=10_000)
-    forgetful.on_version(version)
-    assert forgetful.capacity == 3 * 4 + 4 * version  # what recovery is for
-
-
-@pytest.mark.parametrize("arguments", [(-1, 1, 1), (0, 0, 1), (0, 1, 0)])
-def test_a_gate_of_other_sizes_is_refused(arguments):
-    with pytest.raises(ValueError, match="must be at least"):
-        EncodeAheadGate(*arguments)
-
-
 # The thread ----------------------------------------------------------------------------------------------------------
 
 
@@ -105,71 +43,49 @@ def batch_of(number):
 
 
 class Writer:
-    """A source whose features tell the version they were computed at, and that may fail or take its time."""
+    """A source whose features tell their batch, and that may fail or take its time."""
 
     def __init__(self, fails_at=None, seconds=0.0):
-        self.version, self.fails_at, self.seconds = 0, fails_at, seconds
+        self.fails_at, self.seconds = fails_at, seconds
         self.begun: list[tuple[int, str]] = []
 
     def of(self, input_ids, lengths):
         number = int(input_ids[0, 0])
         self.begun.append((number, threading.current_thread().name))
-        version = self.version
         time.sleep(self.seconds)
         if number == self.fails_at:
             raise RuntimeError(f"batch {number}")
-        return Features(BackboneStates(), torch.tensor([[number, version]], dtype=torch.float32))
+        return Features(BackboneStates(), torch.tensor([[number]], dtype=torch.float32))
 
     def losses_after(self, context, tokens):
         return tokens.float() + len(context)
 
 
 def told(features):
-    """Return number and version that a writer's features tell."""
-    return tuple(features.losses[0].int().tolist())
+    """Return the number of the batch that a writer's features tell."""
+    return int(features.losses)
 
 
 def encoded(ahead):
     """Wait until the thread has come as far as it may."""
-    wait([each.features for each in ahead._queue])
-
-
-@pytest.mark.parametrize("max_lag", [0, 1, 3])
-@pytest.mark.parametrize("per_step", [1, 2])
-@pytest.mark.parametrize("first", [0, 8])
-def test_a_moving_writer_is_never_older_than_the_bound(max_lag, per_step, first):
-    writer, gate = Writer(), EncodeAheadGate(max_lag, per_step, max_inflight=4)
-    writer.version, lags = first // per_step, []
-    with EncodeAhead(writer, batch_of, 24, gate).from_batch(first) as ahead:
-        for number in range(first, 24):
-            batch = batch_of(number)
-            found, version = told(ahead.of(batch.input_ids, batch.lengths))
-            assert found == number
-            lags.append(number // per_step - version)
-            encoded(ahead)
-            if (number + 1) % per_step == 0:
-                writer.version += 1
-    assert [number for number, _ in writer.begun] == list(range(first, 24))
-    assert all(name.startswith("encode-ahead") for _, name in writer.begun)
-    assert min(lags) >= 0
-    assert max(lags) == max_lag
+    wait([features for _, features in ahead._queue])
 
 
 def test_the_queue_is_bounded_and_other_batches_are_computed_at_once():
     writer = Writer()
-    with EncodeAhead.for_frozen(writer, batch_of, 50, ahead=3).from_batch(10) as ahead:
+    with EncodeAhead(writer, batch_of, first=10, last=50, ahead=3) as ahead:
         for number in range(10, 20):
             while len(writer.begun) < number - 10 + 3:  # waits for the thread to come as far as it may
                 time.sleep(0.001)
-            assert told(ahead.of(batch_of(number).input_ids, (4,)))[0] == number
+            assert told(ahead.of(batch_of(number).input_ids, (4,))) == number
             time.sleep(0.005)
             assert max(each for each, _ in writer.begun) <= number + 3
-        assert told(ahead.of(batch_of(2).input_ids, (4,)))[0] == 2
+        assert told(ahead.of(batch_of(2).input_ids, (4,))) == 2
         assert ahead.losses_after(torch.tensor([7, 8]), torch.tensor([1, 2, 3])).tolist() == [3, 4, 5]
-        assert told(ahead.of(batch_of(20).input_ids, (4,)))[0] == 20
+        assert told(ahead.of(batch_of(20).input_ids, (4,))) == 20
     here = [number for number, name in writer.begun if not name.startswith("encode-ahead")]
     assert here == [2]
-    assert told(ahead.of(batch_of(21).input_ids, (4,)))[0] == 21  # after the block: as without
+    assert told(ahead.of(batch_of(21).input_ids, (4,))) == 21  # after the block: as without
     assert writer.begun[-1] == (21, threading.current_thread().name)
 
 
@@ -177,9 +93,9 @@ def test_an_error_in_the_thread_surfaces_at_its_batch_and_the_thread_ends():
     writer, done = Writer(fails_at=5), []
 
     def use_all():
-        with EncodeAhead.for_frozen(writer, batch_of, 50, ahead=3).from_batch(0) as ahead:
+        with EncodeAhead(writer, batch_of, first=0, last=50, ahead=3) as ahead:
             for number in range(50):
-                done.append(told(ahead.of(batch_of(number).input_ids, (4,)))[0])
+                done.append(told(ahead.of(batch_of(number).input_ids, (4,))))
 
     with pytest.raises(RuntimeError, match="batch 5"):
         use_all()
@@ -190,17 +106,11 @@ def test_an_error_in_the_thread_surfaces_at_its_batch_and_the_thread_ends():
 def test_leaving_does_not_wait_for_the_queue():
     writer = Writer(seconds=0.2)
     began = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt), EncodeAhead.for_frozen(writer, batch_of, 50, 20).from_batch(0):
+    with pytest.raises(KeyboardInterrupt), EncodeAhead(writer, batch_of, first=0, last=50, ahead=20):
         raise KeyboardInterrupt
     assert time.perf_counter() - began < 2  # 21 were handed over
     assert len(writer.begun) <= 2
     assert not producers()
-
-
-def test_a_run_goes_on_between_two_steps():
-    gate = EncodeAheadGate(1, 4, 4)
-    with pytest.raises(ValueError, match="multiple of the gate's `segments_per_step`, got 6 and 4"):
-        EncodeAhead(Writer(), batch_of, 50, gate).from_batch(6)
 
 
 # In a run ------------------------------------------------------------------------------------------------------------
@@ -224,7 +134,7 @@ def watched(trainer):
 
     def noting(batch):
         seen.append([contents(bank) for bank in trainer.memories.banks])
-        waiting.append(sum(each.features.done() for each in getattr(trainer.features, "_queue", ())))
+        waiting.append(sum(features.done() for _, features in getattr(trainer.features, "_queue", ())))
         return readable(batch)
 
     trainer.memories.readable = noting

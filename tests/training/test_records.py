@@ -223,7 +223,8 @@ def test_a_curve_leaves_out_what_was_not_computed(tmp_path, drawn):
 
 def test_the_running_mean_is_that_of_the_values_before():
     import numpy as np
-    from longmem.plots.training import running_mean
+
+    from longmem.training.curve import running_mean
 
     values = np.random.default_rng(0).standard_normal(30)
     naive = [values[max(0, end - 7) : end].mean() for end in range(1, 31)]

@@ -14,6 +14,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from longmem.cli.train import CONFIGS
 from longmem.training.settings import (
     DataSettings,
     OptimizationSettings,
@@ -24,7 +25,7 @@ from longmem.training.settings import (
     validate_settings,
 )
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
 SMALLEST = """
 output: run
 data: {train: books}
@@ -254,15 +255,15 @@ def test_every_setting_is_documented_below_it():
 
 
 def test_the_training_files_load():
-    manual = load_settings(CONFIGS / "train" / "python-manual.yaml")
+    manual = load_settings(CONFIGS / "python-manual.yaml")
     assert manual.data.train == "python-manual"
-    books = load_settings(CONFIGS / "train" / "books.yaml", ["data.train=a", "data.validation=b"])
+    books = load_settings(CONFIGS / "books.yaml", ["data.train=a", "data.validation=b"])
     assert (books.data.train, books.data.validation) == ("a", "b")
     with pytest.raises(ValueError, match="`data.train` must be given"):
-        load_settings(CONFIGS / "train" / "books.yaml")
+        load_settings(CONFIGS / "books.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_knows_every_key_of_its_files(path):
     assert isinstance(load_config_from_file(str(path)), ClusterConfig)  # refuses unknown keys at the top
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -282,7 +283,7 @@ def test_two_processes_on_the_cpu_know_each_other(tmp_path):
         "ranks = accelerator.gather(torch.tensor([accelerator.process_index]))\n"
         "accelerator.print(accelerator.distributed_type.value, ranks.tolist())\n"
     )
-    config = CONFIGS / "accelerate" / "cpu-2-processes.yaml"
+    config = ACCELERATE / "cpu-2-processes.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

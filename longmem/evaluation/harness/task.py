@@ -21,7 +21,7 @@ from longmem.errors import did_you_mean
 from longmem.evaluation.folder import RunFolder, digest, spread
 from longmem.evaluation.harness.model import LongMemLM, validate_tokenizer
 from longmem.evaluation.registry import CONFIGS
-from longmem.evaluation.settings import Count, EvaluationSettings, Number
+from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
 from longmem.evaluation.task import Axis, Case, Measure, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.quiet import without_warnings_of
@@ -67,13 +67,11 @@ class HarnessSettings(EvaluationSettings):
     Items without it stand for themselves."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         super().__post_init__()
         others = [name for name in self.systems if name not in SYSTEMS]
         if others:
             raise ValueError(f"`systems` must be among {', '.join(SYSTEMS)}, got {others[0]!r}.")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"`tasks` must be at least one, and none twice, got {list(self.tasks)}.")
+        validate_different("tasks", self.tasks)
 
 
 class Harness(Task):
@@ -94,7 +92,6 @@ class Harness(Task):
 
     @property
     def run_title(self) -> str:
-        """Return the title of a run, with its tasks."""
         return f"{self.settings.model_title} in {self.title}: {', '.join(self.settings.tasks)}"
 
     @property
@@ -113,7 +110,6 @@ class Harness(Task):
         return found
 
     def score(self, record: Record) -> Mapping[str, Any]:
-        """Return what lm-eval makes of an answer."""
         return {
             f"{record['task']}: {metric_title(metric, record['filter'])}": value
             for metric, value in record["metrics"].items()
@@ -148,7 +144,6 @@ class Harness(Task):
         return True
 
     def _items(self, task: Any) -> list[int]:
-        """Return the numbers of the items that are asked."""
         return spread(len(task.eval_docs), self.settings.limit)
 
     def _answers(self, lm: HFLM, name: str, task: Any, system: str, items: list[int]) -> list[dict[str, Any]]:

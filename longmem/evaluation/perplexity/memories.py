@@ -17,15 +17,9 @@ DOCUMENT = "document"  # the only one of a bank
 class GrowingMemory:
     """A bank of the tokens of a text before a place that only moves forward, the latest ones if there are more than fit.
 
-    Tokens are encoded as `memorize` does, in windows of `segment_length` counted from the text's start, and once; those
-    that would be evicted before anything reads them are not encoded.
-
-    Args:
-        model: writes.
-        token_ids: the text.
-        capacity_tokens: a multiple of the chunk size, at least a `segment_length`; None: no limit.
-        index: of the bank.
-        batch_size: windows encoded at once.
+    Tokens are encoded as `memorize` does, in windows of `segment_length` counted from the text's start, `batch_size` at a
+    time, and once; those that would be evicted before anything reads them are not encoded. `capacity_tokens` is a multiple of
+    the chunk size, at least a `segment_length`; None: no limit.
     """
 
     def __init__(
@@ -50,11 +44,8 @@ class GrowingMemory:
         stop = min(place, len(self.token_ids))
         if stop < self._stop:
             raise ValueError(f"`place` must not move back, got {place} after {self._stop}; take a new memory.")
-        if stop > self._stop:
-            self._grow(stop)
-        return self._bank
-
-    def _grow(self, stop: int) -> None:
+        if stop == self._stop:
+            return self._bank
         needed = 0 if self.capacity_tokens is None else max(0, stop - self.capacity_tokens)
         needed -= needed % self.model.config.segment_length  # whole windows, or their tokens would be encoded otherwise
         append = self._bank is not None and needed <= self._stop
@@ -64,6 +55,7 @@ class GrowingMemory:
         ids, options = self.token_ids[self._stop : stop], {"append": append, "batch_size": self.batch_size}
         self.model.memorize(self._bank, ids, DOCUMENT, **options)  # type: ignore[arg-type]
         self._stop = stop
+        return self._bank
 
 
 class Starts:

@@ -31,7 +31,7 @@ class WindowScores:
     @property
     def num_tokens(self) -> int:
         """Return the number of tokens that were scored."""
-        return sum(len(window) for window in self.losses)
+        return sum(map(len, self.losses))
 
     @property
     def loss(self) -> float:
@@ -48,7 +48,7 @@ class WindowScores:
 
     def _with(self, losses: tuple[Tensor, ...]) -> WindowScores:
         """Return the scores with fewer losses; the time of a scored token is taken as it was."""
-        share = sum(len(window) for window in losses) / self.num_tokens
+        share = sum(map(len, losses)) / self.num_tokens
         seconds = {name: getattr(self, name) * share for name in ("seconds", "preparing_seconds")}
         return dataclasses.replace(self, losses=losses, **seconds)
 
@@ -63,13 +63,10 @@ def token_losses(logits: Float[Tensor, "1 kept vocabulary"], ids: Int[Tensor, "1
 def score_windows(
     view: View, windows: Sequence[Window], *, with_reads: bool = False, progress: Callable[[int], None] | None = None
 ) -> WindowScores:
-    """Return the losses of a system on the scored tokens of some windows of a text.
+    """Return the losses of a system on the scored tokens of some windows of a text, in its order.
 
-    Args:
-        view: what the system sees; its model's mode is the caller's business.
-        windows: in the order of the text.
-        with_reads: find out how much of the attention memory gets.
-        progress: called after every window, with the number of its scored tokens.
+    The mode of the view's model is the caller's business. `with_reads` finds out how much of the attention memory gets;
+    `progress` is called after every window, with the number of its scored tokens.
     """
     losses, shares, seconds, preparing = [], [], 0.0, 0.0
     for window in windows:

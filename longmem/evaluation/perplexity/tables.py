@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from longmem.evaluation.systems.names import title_of_system
-from longmem.evaluation.tables import Rows, markdown_table
+from longmem.evaluation.tables import Rows, markdown_table, with_interval
 
 NOTES = {
     "documents": (
@@ -117,10 +117,5 @@ def distance_rows(metrics: Mapping[str, Any], *, brief: bool = False) -> Rows:
 
 
 def spelled(values: Mapping[str, Any], form: str) -> str:
-    """Return a value with its interval.
-
-    >>> spelled({"value": 12.345, "interval": [12, 13]}, ".1f")
-    '12.3 (12.0 to 13.0)'
-    """
-    low, high = values["interval"]
-    return f"{values['value']:{form}} ({low:{form}} to {high:{form}})"
+    """Return an estimate with its interval."""
+    return with_interval(values["value"], values["interval"], form)

@@ -30,7 +30,7 @@ class Text:
 
 
 def token_digest(token_ids: Int[Tensor, " tokens"]) -> str:
-    """Return a hash of token ids, by which a run knows its texts."""
+    """Return a hash of token ids."""
     return hashlib.blake2b(token_ids.numpy().tobytes(), digest_size=8).hexdigest()
 
 

@@ -32,12 +32,7 @@ class Passages:
     """
 
     def __init__(
-        self,
-        name: Any,
-        model: LongMemForCausalLM,
-        token_ids: Int[Tensor, " tokens"],
-        cut: Cut,
-        memory_tokens: int | None,
+        self, name: Any, model: LongMemForCausalLM, token_ids: Tensor, cut: Cut, memory_tokens: int | None
     ) -> None:
         self.token_ids, self.cut, self.memory_tokens = token_ids, cut, memory_tokens
         replaced = cut.lead // 2
@@ -59,10 +54,9 @@ class View:
     """What a system sees of the windows of a text, to be asked for in order.
 
     Args:
-        model: runs.
+        model: of which the backbone alone runs where `is_plain`.
         token_ids: the text that windows are counted in.
         memory: what is read; a `GrowingMemory` is asked for what stands before each window.
-        is_plain: the backbone runs, without side network.
         context: tokens up to the end of a window that are seen, or as many as there are; default: the window's.
         passages: seen before the scored tokens, but in windows at the start of the text.
         leaving: so many tokens at the start of a window go into `DOCUMENT` of the memory, a bank, when it was read. With

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longmem.evaluation.systems.memory import Banks, MemorySystem
-from longmem.evaluation.systems.names import context_size, validate_systems
+from longmem.evaluation.systems.names import TITLES, context_size, validate_systems
 from longmem.evaluation.systems.retrieval import RANKERS, RetrievalSystem
 from longmem.evaluation.systems.system import BackboneSystem, LongBackbone, System
 from longmem.model.modeling import LongMemForCausalLM
+from longmem.plugins import find
 
 
 def make_systems(
@@ -22,16 +23,14 @@ def make_systems(
     banks: Banks | None = None,
     retrieval: Mapping[str, Any] | None = None,
 ) -> list[System]:
-    """Return the systems with these names, in their order; those that read memory share banks.
+    """Return the systems with these names, in their order; those that read memory share banks, by default new ones.
 
     Args:
         names: "backbone", "context-N" for the backbone with N tokens in its window, "bm25" and "hidden" for passages
-            pasted into the backbone's window, "off", "on" and "wrong" for LongMem.
+            pasted into the backbone's window, "off", "on" and "wrong" for LongMem; or a "system" of `longmem.plugins`.
         model: all of them use it or its backbone.
         window: tokens seen at once by all but "context-N".
-        local_tokens: see `System`.
-        batch_size: see `System`.
-        banks: default: new ones.
+        local_tokens: as `batch_size`, see `System`.
         retrieval: further options of `RetrievalSystem`.
 
     Raises:
@@ -50,8 +49,10 @@ def make_systems(
             size = context_size(name)
             validate_context(model, size, window)
             systems.append(LongBackbone(name, model, window=size, batch_size=batch_size))
-        else:
+        elif name in TITLES:
             systems.append(MemorySystem(name, model, banks=banks, **common))
+        else:
+            systems.append(find("system", name)(name, model, **common))
     return systems
 
 

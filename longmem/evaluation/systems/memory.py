@@ -72,9 +72,7 @@ class MemorySystem(System):
 
     Args:
         name: "off" reads nothing, "on" the stream's memory, "wrong" what `read` was given instead; anything else is as "on".
-        model: see `System`.
         banks: shared with other systems on the same streams; None: its own.
-        options: of `System`.
     """
 
     def __init__(self, name: str, model: LongMemForCausalLM, *, banks: Banks | None = None, **options: Any) -> None:

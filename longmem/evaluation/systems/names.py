@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longmem.errors import did_you_mean
+from longmem.plugins import PLUGINS, import_plugins_of_packages
 
 TITLES = {
     "backbone": "backbone, same window",
@@ -28,11 +29,7 @@ def title_of_system(name: str) -> str:
 
 
 def context_size(name: str) -> int:
-    """Return the N of "context-N".
-
-    Raises:
-        ValueError: N is no number.
-    """
+    """Return the N of "context-N". Raises ValueError if it is no number."""
     size = name.partition("-")[2]
     if not size.isdecimal() or not int(size):
         raise ValueError(f"`systems` must write a longer window as context-N, such as context-4096, got {name!r}.")
@@ -47,6 +44,9 @@ def validate_systems(names: Sequence[str]) -> None:
         if name.startswith("context-"):
             context_size(name)
         elif name not in TITLES:
-            raise ValueError(
-                f"`systems` must be among {', '.join(SYSTEM_NAMES)}, got {name!r}.{did_you_mean(name, TITLES)}"
-            )
+            import_plugins_of_packages()
+            known = (*SYSTEM_NAMES, *PLUGINS["system"])
+            if name not in PLUGINS["system"]:
+                raise ValueError(
+                    f"`systems` must be among {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}"
+                )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longmem.evaluation.folder import spread
+from longmem.evaluation.tasks.files import in_format, read_text
 
 FORMAT = "{split: {work: [{ctx: text, pos: text, negs: [texts]}]}}"
 
@@ -62,9 +62,9 @@ def load_split(data: str, *, split: str | None = None, file: str | None = None, 
             f"`data` must be a JSON file of ChapterBreak's format, or a dataset on the Hub such as "
             f"simsun131/chapterbreak, got {data!r}, which is neither."
         )
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as stream:
-        name, works = pick_split(json.load(stream), split, str(path))
+    with in_format(FORMAT, path):
+        content = json.loads(read_text(path))
+    name, works = pick_split(content, split, str(path))
     return Split(name, examples_of(works, str(path)))
 
 
@@ -134,7 +134,7 @@ def download(repository: str, file: str | None, longest: int) -> Path:
         raise ValueError(
             f"`data` {repository!r} is no local file, and could not be had from the Hugging Face Hub: {error} "
             "Without the network, download its JSON elsewhere and give its path as `data`; with it, name the file with "
-            "`file`, such as file=chapterbreak_ctx_8192.json. eval/build_chapterbreak.py makes data from books of your own."
+            "`file`, such as file=chapterbreak_ctx_8192.json. experiments/chapterbreak makes data from books of your own."
         ) from error
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from longmem.evaluation.folder import digest, spread
-from longmem.evaluation.settings import Count, EvaluationSettings, Number
+from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
 from longmem.evaluation.systems import BackboneSystem, LongBackbone, Question, RetrievalSystem, System, title_of_system
-from longmem.evaluation.task import Case, Item, Record, Task
+from longmem.evaluation.task import Case, Item, Record, Task, tokenize
 from longmem.model.modeling import LongMemForCausalLM
 
 Line = Sequence[int]
@@ -39,9 +39,8 @@ class DemonstrationSettings(EvaluationSettings):
     every line, and eos behind every demonstration. Only for models that were trained with bos."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         super().__post_init__()
-        check_different("seeds", self.seeds)
+        validate_different("seeds", self.seeds)
 
 
 class Demonstration(NamedTuple):
@@ -116,7 +115,7 @@ class DemonstrationTask(Task):
             raise ValueError("`bos_per_line` must be false for a tokenizer without a bos token, got true.")
 
         def tokens(text: str) -> list[int]:
-            return [*start, *model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+            return [*start, *tokenize(model.tokenizer, text)]
 
         asked = {}
         for name, (_, examples) in self.examples.items():
@@ -195,12 +194,8 @@ class DemonstrationTask(Task):
 
     def tables(self, records: Sequence[Record]) -> dict[str, list[list[str]]]:
         """Return what each system had before a question; means over seeds."""
-        columns = {
-            "window_demonstrations": "in the window",
-            "read_demonstrations": "read",
-            "read_tokens": "tokens read",
-        }
-        rows = [["set, system", *columns.values()]]
+        columns = ("window_demonstrations", "read_demonstrations", "read_tokens")
+        rows = [["set, system", "in the window", "read", "tokens read"]]
         for name in self.sets:
             for system in self.settings.systems:
                 own = [each for each in records if (each["set"], each["system"]) == (name, system)]
@@ -225,9 +220,3 @@ def last_that_fit(lines: Sequence[Line], size: int) -> Sequence[Line]:
 def joined(lines: Iterable[Line]) -> list[int]:
     """Return the tokens of lines one after the other."""
     return [token for line in lines for token in line]
-
-
-def check_different(name: str, values: Sequence[Any]) -> None:
-    """Raise ValueError unless a setting is a list of different values, at least one."""
-    if not values or len(set(values)) < len(values):
-        raise ValueError(f"`{name}` must be at least one, and none twice, got {list(values)}.")

@@ -16,6 +16,7 @@ import torch
 
 from longmem.errors import did_you_mean
 from longmem.evaluation.folder import digest
+from longmem.evaluation.settings import validate_different
 from longmem.evaluation.systems import Answer, Question, System
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, best
 from longmem.evaluation.tasks import demonstrations
@@ -46,9 +47,8 @@ class LabelledSettings(demonstrations.DemonstrationSettings):
     the CSV format stay in the texts; false: read CSV as CSV."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         super().__post_init__()
-        demonstrations.check_different("sets", self.sets)
+        validate_different("sets", self.sets)
         for name in self.sources:
             self.source(name)
         from_files = [name for name in self.sets if name not in self.sources]
@@ -86,7 +86,6 @@ class Labelled(demonstrations.DemonstrationTask):
         super().__init__(settings, settings.sets)
 
     def score(self, record: Record) -> Mapping[str, float]:
-        """Return for each rule whether its choice is right."""
         gold = record["gold"]
         if "choice" in record:
             return dict.fromkeys(self.measures, float(record["choice"] == gold))
@@ -99,12 +98,10 @@ class Labelled(demonstrations.DemonstrationTask):
 
     @property
     def run_title(self) -> str:
-        """Return the title of a run: its model and sets."""
         return f"{self.settings.model_title}: {self.title}, {', '.join(self.sets)}"
 
     @property
     def notes(self) -> Sequence[str]:
-        """Return how to read the tables, and what the measures are."""
         return (
             *super().notes,
             "Prefix rule: the likeliest token, blanks aside, begins the label word (LongMem's released script). Label words: "
@@ -112,11 +109,7 @@ class Labelled(demonstrations.DemonstrationTask):
         )
 
     def load(self, name: str) -> tuple[list[Example], list[Example]]:
-        """Return the examples to draw from and those that are asked, in the order of the files.
-
-        Raises:
-            ValueError: a file or column is missing, a text has no known label, or there are too few to draw from.
-        """
+        """Return the examples to draw from and those that are asked, in the order of the files."""
         own, kind = self.settings, SETS[name]
         if name in own.sources:
             source = own.source(name)
@@ -154,7 +147,6 @@ class Labelled(demonstrations.DemonstrationTask):
         ]
 
     def content_free(self, name: str, tokens: Tokens) -> list[Item]:
-        """Return the inputs of contextual calibration."""
         words = label_words(SETS[name], tokens)
         return [Item(token_ids=tokens(SETS[name].prompt.format(text)), candidates=words) for text in CONTENT_FREE]
 
@@ -192,10 +184,6 @@ def calibrated_label(logprobs: Sequence[float], content_free: Sequence[Sequence[
     """Return the likeliest label after contextual calibration (Zhao et al. 2021, arXiv 2102.09690).
 
     Probabilities are restricted to the label words, and divided by their mean over inputs without content.
-
-    Args:
-        logprobs: of the label words.
-        content_free: of the label words after each input without content.
     """
     probabilities = torch.tensor(content_free, dtype=torch.float64).softmax(dim=1)
     # In logarithms, and above 0: a label that was never likely does not divide by 0.

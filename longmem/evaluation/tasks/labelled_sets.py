@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.data.rows import load_rows
+from longmem.data.sources import load_rows
 from longmem.errors import did_you_mean
 from longmem.evaluation.tasks.demonstrations import Demonstration
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longmem.evaluation.settings import Count
 from longmem.evaluation.task import Axis, Measure, Record
-from longmem.evaluation.tasks.reading import Asked, Document, ReadingSettings, ReadingTask, read_file
+from longmem.evaluation.tasks.files import in_format, read_text
+from longmem.evaluation.tasks.reading import Asked, Document, ReadingSettings, ReadingTask
 from longmem.evaluation.tasks.squad import exact_match, f1
 
 CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop", 5: "adversarial"}
@@ -47,7 +48,6 @@ class Locomo(ReadingTask):
         self.max_new_tokens = settings.max_new_tokens
 
     def score(self, record: Record) -> Mapping[str, float]:
-        """Return F1, exact match and, for records with likelihoods, nats per token of the answer."""
         answer, category = record["gold"], record["category"]
         found = {
             "f1": locomo_f1(record["prediction"], answer, category),
@@ -58,7 +58,6 @@ class Locomo(ReadingTask):
         return found
 
     def prompt(self, asked: Asked) -> str:
-        """Return what is asked after the conversation."""
         return f"\nQuestion: {asked.question}\nAnswer:"
 
     def candidates(self, asked: Asked) -> list[str]:
@@ -67,24 +66,12 @@ class Locomo(ReadingTask):
 
     @staticmethod
     def read(path: Path) -> list[Document]:
-        """Return the conversations of a file, a passage for each turn, with the questions about them.
-
-        Raises:
-            ValueError: the file is not LoCoMo's.
-        """
-        try:
-            return [conversation(row) for row in json.loads(read_file(path))]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"`data` must be a list of conversations with sample_id, conversation and qa, as in locomo10.json; {path} "
-                f"is none: {type(error).__name__} {error}."
-            ) from error
-
-
-def conversation(row: Mapping[str, Any]) -> Document:
-    """Return a conversation of the file."""
-    asked = (question(str(number), each) for number, each in enumerate(row["qa"], start=1))
-    return Document(row["sample_id"], tuple(turns(row["conversation"])), tuple(asked))
+        """Return the conversations of a file, a passage for each turn, with the questions about them."""
+        with in_format("a list of conversations with sample_id, conversation and qa, as in locomo10.json", path):
+            return [
+                Document(row["sample_id"], tuple(turns(row["conversation"])), tuple(questions(row["qa"])))
+                for row in json.loads(read_text(path))
+            ]
 
 
 def turns(sessions: Mapping[str, Any]) -> Iterator[str]:
@@ -97,14 +84,15 @@ def turns(sessions: Mapping[str, Any]) -> Iterator[str]:
             yield f"[{date}] {turn['speaker']}: {turn['text']}{photo}\n"
 
 
-def question(name: str, row: Mapping[str, Any]) -> Asked:
-    """Return a question of the file."""
-    category = CATEGORIES[row["category"]]
-    answer = REFUSAL if category == ADVERSARIAL else str(row["answer"])  # years are numbers
-    if category == CATEGORIES[3]:
-        answer = answer.partition(";")[0]  # what follows are reasons
-    trap = str(row.get("adversarial_answer", ""))
-    return Asked(name=name, question=row["question"], answer=answer.strip(), category=category, trap=trap)
+def questions(rows: Sequence[Mapping[str, Any]]) -> Iterator[Asked]:
+    """Yield the questions about a conversation."""
+    for number, row in enumerate(rows, start=1):
+        category = CATEGORIES[row["category"]]
+        answer = REFUSAL if category == ADVERSARIAL else str(row["answer"])  # years are numbers
+        if category == CATEGORIES[3]:
+            answer = answer.partition(";")[0]  # what follows are reasons
+        trap = str(row.get("adversarial_answer", ""))
+        yield Asked(name=str(number), question=row["question"], answer=answer.strip(), category=category, trap=trap)
 
 
 def is_refusal(text: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import random
 import re
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from longmem.evaluation.folder import spread
+from longmem.evaluation.settings import validate_different
 from longmem.evaluation.task import Axis, Case
 from longmem.evaluation.tasks.facts import ValueSettings, ValueTask, shuffled, value_item
+from longmem.evaluation.tasks.files import in_format, lines_of
 from longmem.memory.memorize import encodable
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -31,10 +32,8 @@ class LongEvalSettings(ValueSettings):
     """lines: a number among many, by its line; topics: the first of several conversations."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         super().__post_init__()
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"`tasks` must be at least one, and none twice, got {list(self.tasks)}.")
+        validate_different("tasks", self.tasks)
 
 
 class LongEval(ValueTask):
@@ -60,7 +59,7 @@ class LongEval(ValueTask):
             raise ValueError(
                 "`model` must have a fast tokenizer for LongEval: others do not say where in a text tokens are."
             )
-        size, distance = len(source.ids), int((source.char_ends > prompt.fact_end).sum())
+        size, distance = len(source.token_ids), int((source.char_ends > prompt.fact_end).sum())
         file = prompt.path.name.partition(".")[0]
         right, *others = prompt.values
         generator = random.Random(f"{self.settings.seed}/{prompt.path.name}/{prompt.number}")
@@ -72,7 +71,7 @@ class LongEval(ValueTask):
             name=f"{file}/{prompt.number}",
             group=f"{file}/{prompt.number}",
             items=[item] if is_asked else [],
-            memory=[source.ids.tolist()],
+            memory=[source.token_ids.tolist()],
             axes={"task": task, "file": file, "depth": round(QUARTERS * distance / size) / QUARTERS},
             max_new_tokens=self.max_new_tokens,
             stage=f"prompts of LongEval, {task}",
@@ -114,13 +113,9 @@ def read_longeval(folder: str | Path, task: str) -> list[Prompt]:
         raise ValueError(f"`data` must be a folder with files {task}_*.jsonl or .jsonl.gz, got {str(folder)!r}.")
     prompts = []
     for path in sorted(files, key=lambda path: ([int(part) for part in re.findall(r"\d+", path.name)], path)):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            rows = [line for line in file if line.strip()]
-        for number, row in enumerate(rows):
-            try:
-                prompts.append(Prompt(path, number, *TAKE_APART[task](json.loads(row))))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number + 1}, must be a prompt of LongEval: {error!r}.") from error
+        for number, line in enumerate(lines_of(path)):
+            with in_format("a prompt of LongEval", f"{path}, line {number + 1},"):
+                prompts.append(Prompt(path, number, *TAKE_APART[task](json.loads(line))))
     return prompts
 
 
@@ -132,7 +127,10 @@ def lines_apart(row: Mapping[str, Any]) -> tuple[str, int, str, str, Sequence[st
     # With their end, without which 1234 is the likelier the likelier 12345 is.
     values = [f"{number}>" for number in dict.fromkeys(numbers)]
     question = f"{question}\n{line.partition(':')[0]}: REGISTER_CONTENT is <"
-    return record, record.index(line) + len(line), question, "", values
+    before, found, _ = record.partition(line)
+    if not found:
+        raise LookupError("`prompt` must have its `correct_line`")
+    return record, len(before + line), question, "", values
 
 
 def topics_apart(row: Mapping[str, Any]) -> tuple[str, int, str, str, Sequence[str]]:
@@ -150,7 +148,7 @@ def at_end(prompt: str, end: str) -> tuple[str, str]:
     """Return the record and the question, which begins with `end`."""
     record, found, question = prompt.rpartition(end)
     if not found:
-        raise ValueError(f"`prompt` must have {end!r} before its question")
+        raise LookupError(f"`prompt` must have {end!r} before its question")
     return record, (found + question).strip()
 
 

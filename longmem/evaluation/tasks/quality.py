@@ -7,13 +7,15 @@ line for each set of questions about an article, and L-Eval's selection `quality
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from longmem.evaluation.task import Measure, Record, best, per_token
-from longmem.evaluation.tasks.reading import Asked, Document, ReadingSettings, ReadingTask, read_json_lines
+from longmem.evaluation.tasks.files import in_format, lines_of
+from longmem.evaluation.tasks.reading import Asked, Document, ReadingSettings, ReadingTask
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -43,7 +45,6 @@ class Quality(ReadingTask):
         return {rule: Measure(f"accuracy, {rule}", has_chance=True) for rule in rules}
 
     def score(self, record: Record) -> Mapping[str, float]:
-        """Return for each rule whether its choice is right."""
         if "choice" in record:
             choices = dict.fromkeys(self.measures, record["choice"])
         elif "prediction" in record:
@@ -52,10 +53,13 @@ class Quality(ReadingTask):
             choices = {"by letter": best(record["logprobs"])}
         else:
             choices = {"per token": best(per_token(record)), "summed": best(record["logprobs"])}
-        return {rule: is_right(record, choice) for rule, choice in choices.items()}
+        options = dict(enumerate(record["options"]))  # a letter may be beyond them
+        return {
+            rule: float(choice is not None and options.get(choice) == record["gold"])
+            for rule, choice in choices.items()
+        }
 
     def chance(self, record: Record) -> float:
-        """Return one by the number of options."""
         return 1 / len(record["options"])
 
     def prompt(self, asked: Asked) -> str:
@@ -79,7 +83,9 @@ class Quality(ReadingTask):
             ValueError: it has neither, or a question has no options or no right one.
         """
         documents: dict[str, Document] = {}
-        for number, row in enumerate(read_json_lines(path), start=1):
+        with in_format("JSON on each line", path):
+            rows = [json.loads(line) for line in lines_of(path)]
+        for number, row in enumerate(rows, start=1):
             if isinstance(row, dict) and {"article", "questions"} <= row.keys():
                 # Several lines, of different authors of questions, may share an article: it is read once.
                 name = str(row.get("article_id", number))
@@ -137,9 +143,3 @@ def chosen_letter(text: str) -> int | None:
     """
     found = _ANSWER.match(text)
     return LETTERS.index(found[1]) if found else None
-
-
-def is_right(record: Record, choice: int | None) -> float:
-    """Return 1 if a choice is the right option, else 0."""
-    options = record["options"]
-    return float(choice is not None and choice < len(options) and options[choice] == record["gold"])

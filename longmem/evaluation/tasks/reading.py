@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from longmem.evaluation.folder import spread
 from longmem.evaluation.runner import described, guessed, record_id
 from longmem.evaluation.settings import EvaluationSettings, Number
 from longmem.evaluation.systems import LongContextReader
-from longmem.evaluation.task import Case, Item, Task, best
+from longmem.evaluation.task import Case, Item, Task, best, tokenize
 from longmem.model.modeling import LongMemForCausalLM
 
 
@@ -58,7 +58,6 @@ class ReadingSettings(EvaluationSettings):
     longest question leaves less room."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         super().__post_init__()
         if self.local_tokens >= self.window:
             raise ValueError(
@@ -72,12 +71,7 @@ class ReadingSettings(EvaluationSettings):
 
 
 class ReadingTask(Task):
-    """A benchmark of questions about documents.
-
-    Args:
-        settings: of the run.
-        documents: default: those of the file that the settings name.
-    """
+    """A benchmark of questions about documents, by default those of the file that the settings name."""
 
     retrieval = {"query_tokens": None}  # passages for the question, whatever the document ends with
     max_new_tokens = 0
@@ -119,13 +113,16 @@ class ReadingTask(Task):
 
     def item(self, asked: Asked, tokens: Callable[[str], list[int]] = lambda text: []) -> Item:
         """Return a question in tokens."""
+        about: dict[str, Any] = {"question": asked.question, "gold": asked.answer}
+        guesses: dict[str, Any] = {}
+        if asked.options:
+            about["options"] = list(asked.options)
+            guesses["longest"] = {"choice": best([len(option) for option in asked.options])}
+        else:
+            about |= {"category": asked.category, "trap": asked.trap}
+        candidates = [tokens(candidate) for candidate in self.candidates(asked)]
         return Item(
-            name=asked.name,
-            token_ids=tokens(self.prompt(asked)),
-            candidates=[tokens(candidate) for candidate in self.candidates(asked)],
-            about={"question": asked.question, "gold": asked.answer}
-            | ({"options": list(asked.options)} if asked.options else {"category": asked.category, "trap": asked.trap}),
-            guesses={"longest": {"choice": best([len(option) for option in asked.options])}} if asked.options else {},
+            name=asked.name, token_ids=tokens(self.prompt(asked)), candidates=candidates, about=about, guesses=guesses
         )
 
     def _case(self, model: LongMemForCausalLM, document: Document, asked: Sequence[Asked]) -> Case:
@@ -134,10 +131,7 @@ class ReadingTask(Task):
         All its questions, asked or not, decide how much of its end stays in the window: a document is split between window
         and memory at one place, and encoded once.
         """
-
-        def tokens(text: str) -> list[int]:
-            return model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
+        tokens = functools.partial(tokenize, model.tokenizer)
         items = {each: self.item(each, tokens) for each in document.asked}
         case = Case(
             name=document.name,
@@ -147,16 +141,15 @@ class ReadingTask(Task):
             items=[items[each] for each in asked],
             max_new_tokens=self.max_new_tokens,
         )
-        left = self.settings.window
-        for item in items.values():
-            needed = len(case.prefix) + case.room(item)
-            left = min(left, self.settings.window - needed)
-            if left < 1:
-                raise ValueError(
-                    f"`window` must hold instruction, question, answer and one token before them, got "
-                    f"{self.settings.window} tokens for the {needed} of question {document.name}/{item.name}; choose a "
-                    "larger `window`."
-                )
+        rooms = {name: len(case.prefix) + case.room(item) for name, item in items.items()}
+        longest = max(rooms, key=rooms.__getitem__)
+        left = self.settings.window - rooms[longest]
+        if left < 1:
+            raise ValueError(
+                "`window` must hold instruction, question, answer and one token before them, got "
+                f"{self.settings.window} tokens for the {rooms[longest]} of question {document.name}/{longest.name}; choose "
+                "a larger `window`."
+            )
         return dataclasses.replace(case, local_tokens=min(self.settings.local_tokens, left))
 
 
@@ -171,16 +164,6 @@ def answer_documents(
 
     A document is fed piece by piece, once, then all its questions are asked. Any object with `reset`, `feed` and `answer` will
     do, such as a client of a service:
-
-        class Client:
-            def reset(self):
-                self.text = ""
-
-            def feed(self, chunk):
-                self.text += chunk
-
-            def answer(self, query):
-                return service.complete(self.text + query, max_tokens=32).partition("\\n")[0]
 
         task = Locomo(LocomoSettings(output="results/service", data="locomo10.json", limit=40))
         metrics = summarize(task, list(answer_documents(task, Client(), name="service")))
@@ -212,29 +195,3 @@ def answer_documents(
             done += 1
             if progress is not None:
                 progress(done, total)
-
-
-def read_file(path: Path) -> str:
-    """Return the text of a file that is not empty.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not path.is_file():
-        raise ValueError(f"`data` must be the file of the benchmark, got {str(path)!r}, which is none.")
-    text = path.read_text(encoding="utf-8")
-    if not text.strip():
-        raise ValueError(f"`data` must hold documents, {path} is empty.")
-    return text
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """Return what stands on the lines of a file.
-
-    Raises:
-        ValueError: it is missing, empty or not JSON.
-    """
-    try:
-        return [json.loads(line) for line in read_file(path).split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`data` must hold JSON on each line, {path} does not: {error}.") from error

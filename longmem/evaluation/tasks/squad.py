@@ -52,12 +52,10 @@ class Squad(demonstrations.DemonstrationTask):
         self.max_new_tokens = settings.max_new_tokens
 
     def score(self, record: Record) -> Mapping[str, float]:
-        """Return F1 and exact match with the gold answer that fits best."""
         prediction, golds = record["prediction"], record["golds"]
         return {"f1": f1(prediction, golds), "exact match": exact_match(prediction, golds)}
 
     def load(self, name: str) -> tuple[list[Passage], list[Asked]]:
-        """Return the passages to draw from, and all questions about the others."""
         own = self.settings
         shown, asked = load_parted(own.data, own.demonstrations_data, own.seed)
         if len(shown) < own.demonstrations + own.memory_demonstrations:
@@ -87,7 +85,6 @@ class Squad(demonstrations.DemonstrationTask):
         ]
 
     def room_before(self, case: Any, item: Item) -> int:
-        """Return the tokens of the question itself and its answer."""
         return case.room(item)
 
     def placed(self, system: System, case: Any, item: Item) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.data.rows import load_rows
+from longmem.data.sources import load_rows
 from longmem.evaluation.tasks.demonstrations import Demonstration
+from longmem.evaluation.tasks.files import in_format, read_text
 
 
 class Asked(NamedTuple):
@@ -79,23 +80,14 @@ def load_passages(name: str) -> list[Passage]:
 
 def from_json(path: Path) -> list[Passage]:
     """Return the passages of a file in the format of SQuAD v1.1."""
-    if not path.is_file():
-        raise ValueError(f"`data` must be a file in the format of SQuAD v1.1, got {str(path)!r}, which is no file.")
-    try:
-        return [
-            [
-                _asked(each, [answer["text"] for answer in each["answers"]], paragraph["context"], title, str(path))
-                for each in paragraph["qas"]
-            ]
-            for number, article in enumerate(json.loads(path.read_text(encoding="utf-8"))["data"])
-            for title in (article.get("title", str(number)),)
-            for paragraph in article["paragraphs"]
-            if paragraph["qas"]
-        ]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} must have the format of SQuAD v1.1: data, paragraphs, context, qas, answers; got {error!r}."
-        ) from error
+    found = []
+    with in_format("in the format of SQuAD v1.1 (data, paragraphs, context, qas, answers)", path):
+        for number, article in enumerate(json.loads(read_text(path))["data"]):
+            title = article.get("title", str(number))
+            for paragraph in article["paragraphs"]:
+                asked = [(each, [answer["text"] for answer in each["answers"]]) for each in paragraph["qas"]]
+                found.append([_asked(*each, paragraph["context"], title, str(path)) for each in asked])
+    return [passage for passage in found if passage]
 
 
 def from_rows(rows: Any, name: str) -> list[Passage]:

@@ -1,16 +1,10 @@
-"""Eviction policies by name; a new one is one class in one file, and one line here."""
+"""Eviction policies by name; a new one is one class in one file, registered by its name."""
 
 from longmem.memory.eviction.fifo import FirstInFirstOut
 from longmem.memory.eviction.lru import LeastRecentlyUsed
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.eviction.ttl import TimeToLive
 from longmem.plugins import parse_name
-
-EVICTION_POLICIES: dict[str, type[EvictionPolicy]] = {
-    "fifo": FirstInFirstOut,
-    "lru": LeastRecentlyUsed,
-    "ttl": TimeToLive,
-}
 
 
 def make_policy(eviction: object) -> EvictionPolicy:
@@ -19,8 +13,8 @@ def make_policy(eviction: object) -> EvictionPolicy:
     >>> make_policy("ttl:seconds=60").chosen
     {'seconds': 60.0}
     """
-    kind, chosen = parse_name("eviction", eviction, {name: each.settings for name, each in EVICTION_POLICIES.items()})
-    return EVICTION_POLICIES[kind](**chosen)
+    kind, chosen = parse_name("eviction", eviction)
+    return kind(**chosen)
 
 
-__all__ = ["EVICTION_POLICIES", "EvictionPolicy", "make_policy"]
+__all__ = ["EvictionPolicy", "FirstInFirstOut", "LeastRecentlyUsed", "TimeToLive", "make_policy"]

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.rows.documents import Run
+from longmem.plugins import register
 
 
+@register("eviction", "fifo")
 class FirstInFirstOut(EvictionPolicy):
     """Forget the chunks that were written first, whichever document owns them."""
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
-        """Return the runs as they were written."""
         return runs

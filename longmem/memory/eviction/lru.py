@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.rows.documents import Run
+from longmem.plugins import register
 
 
+@register("eviction", "lru")
 class LeastRecentlyUsed(EvictionPolicy):
     """Forget the document of which no chunk was found by a search, nor written, for the longest time.
 
@@ -15,5 +17,4 @@ class LeastRecentlyUsed(EvictionPolicy):
     """
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
-        """Return the runs by the last use of their document."""
         return sorted(runs, key=lambda run: max(run.document.last_read, run.document.written_at))

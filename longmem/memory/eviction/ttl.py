@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from longmem.memory.eviction.policy import EvictionPolicy
 from longmem.memory.rows.documents import Run
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 
+@register("eviction", "ttl")
 class TimeToLive(EvictionPolicy):
     """Forget chunks `seconds` after they were written; when the bank is full before, the oldest first.
 
@@ -22,7 +23,6 @@ class TimeToLive(EvictionPolicy):
     }
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
-        """Return the runs as they were written."""
         return runs
 
     def expired(self, runs: Iterable[Run], now: float) -> Iterator[Run]:

@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 
 from longmem.memory.folder import records
 from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
-from longmem.memory.folder.disk_storage import DiskStorage, open_segments, rewrite, segments_to_merge
+from longmem.memory.folder.disk_storage import DiskStorage, Segment, rewrite, segments_to_merge
 from longmem.memory.folder.saved_indexes import SavedIndexes
-from longmem.memory.folder.tensor_file import damaged, not_written, remove
+from longmem.memory.folder.tensor_file import TensorFile, damaged, not_written, remove
 from longmem.memory.rows.documents import Source
 from longmem.memory.rows.table import Table
 
@@ -33,7 +33,7 @@ ATTEMPTS_TO_READ = 10
 
 
 class BankFolder:
-    """Return the folder of a bank, open until `close`.
+    """The folder of a bank, open until `close`.
 
     A reader sees the commit that was the last when it opened the bank; files stay mapped when a writer removes them.
 
@@ -88,18 +88,15 @@ class BankFolder:
 
     @property
     def is_closed(self) -> bool:
-        """Return whether `close` was called."""
         return self.catalogue.is_closed
 
     def close(self) -> None:
-        """Let others write."""
         self.catalogue.close()
         self._release_lock()
 
     # Reading.
 
     def read_content(self) -> dict[str, Any]:
-        """Return what the last commit says about the bank as a whole."""
         with self.catalogue.snapshot():
             return self.catalogue.read_content()
 
@@ -144,8 +141,7 @@ class BankFolder:
                     f"{settings}; open it again."
                 )
             try:
-                files = [(*row[:4], json.loads(row[4])) for row in rows["segments"]]
-                segments = open_segments(self.path / SEGMENT_FOLDER, files, self.mapped)
+                segments = [self._open_segment(*row) for row in rows["segments"]]
                 break
             except ValueError:
                 # A writer may have merged or removed segments since the catalogue was read.
@@ -160,6 +156,10 @@ class BankFolder:
         if self.is_writable:
             self._remove_strangers()
             self.indexes.remove_strangers()
+
+    def _open_segment(self, first_slot: int, num_slots: int, name: str, num_bytes: int, digests: str) -> Segment:
+        file = TensorFile(self.path / SEGMENT_FOLDER / name, num_bytes, json.loads(digests), self.mapped)
+        return Segment(first_slot, num_slots, 0, file)
 
     @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
@@ -304,11 +304,6 @@ class BankFolder:
         assert isinstance(contents.storage, DiskStorage)
         return [self.catalogue.path, *contents.storage.verify()]
 
-    def num_dead_bytes(self, contents: Table) -> int:
-        """Return the bytes of chunks in segments that no row points to."""
-        assert isinstance(contents.storage, DiskStorage)
-        return contents.storage.num_dead_bytes
-
     # Inside.
 
     def _remove_strangers(self) -> None:
@@ -344,5 +339,4 @@ class BankFolder:
 
 
 def has_bank(path: str | PathLike[str]) -> bool:
-    """Return whether there is a bank in a folder."""
     return Catalogue.is_in(Path(path))

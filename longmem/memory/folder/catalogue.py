@@ -29,54 +29,37 @@ BUSY_SECONDS = 60  # how long to wait for another process's commit
 
 
 class Table(NamedTuple):
-    """Return what the code knows of a table: its columns, the first `num_keys` of them its primary key."""
+    """What the code knows of a table: its columns, the first `num_keys` of them its primary key."""
 
     name: str
     columns: tuple[str, ...]
     num_keys: int
-    # Columns that are only read when they are needed; they come last.
-    num_large: int = 0
+    num_large: int = 0  # columns that are only read when they are needed; they come last
+
+    @property
+    def names(self) -> list[str]:
+        return [column.split()[0] for column in self.columns]
+
+    @property
+    def num_small(self) -> int:
+        """Return the number of columns that are always read."""
+        return len(self.columns) - self.num_large
 
 
 DOCUMENTS = Table("documents", ("serial INTEGER", "content TEXT", "waiting BLOB"), 1)
 USAGE = Table("usage", ("serial INTEGER", "num_reads INTEGER", "last_read REAL"), 1)
-SPANS = Table(
-    "spans",
-    (
-        "serial INTEGER",
-        "first_chunk INTEGER",
-        "num_chunks INTEGER",
-        "slot INTEGER",
-        "write_order INTEGER",
-        "written_at REAL",
-    ),
-    2,
-)
-SOURCES = Table(
-    "sources",
-    (
-        "serial INTEGER",
-        "first_token INTEGER",
-        "num_tokens INTEGER",
-        "first_char INTEGER",
-        "token_ids BLOB",
-        "char_ends BLOB",
-        "text BLOB",
-    ),
-    2,
-    3,
-)
-SEGMENTS = Table(
-    "segments",
-    ("first_slot INTEGER", "num_slots INTEGER", "name TEXT", "num_bytes INTEGER", "digests TEXT"),
-    1,
-)
-INDEXES = Table("indexes", ("layer INTEGER", "name TEXT", "num_bytes INTEGER", "digests TEXT", "content TEXT"), 1)
+PLACES = ("serial INTEGER", "first_chunk INTEGER", "num_chunks INTEGER", "slot INTEGER", "write_order INTEGER")
+SPANS = Table("spans", (*PLACES, "written_at REAL"), 2)
+TOKENS = ("serial INTEGER", "first_token INTEGER", "num_tokens INTEGER", "first_char INTEGER")
+SOURCES = Table("sources", (*TOKENS, "token_ids BLOB", "char_ends BLOB", "text BLOB"), 2, num_large=3)
+FILES = ("name TEXT", "num_bytes INTEGER", "digests TEXT")
+SEGMENTS = Table("segments", ("first_slot INTEGER", "num_slots INTEGER", *FILES), 1)
+INDEXES = Table("indexes", ("layer INTEGER", *FILES, "content TEXT"), 1)
 TABLES = (DOCUMENTS, USAGE, SPANS, SOURCES, SEGMENTS, INDEXES)
 
 
 class Catalogue:
-    """Return the open catalogue in `folder`.
+    """The open catalogue in `folder`.
 
     Args:
         folder: of the bank.
@@ -143,13 +126,8 @@ class Catalogue:
         address = self.path.resolve().as_uri()
         for mode in modes:
             try:
-                connection = sqlite3.connect(
-                    f"{address}?mode={mode}",
-                    uri=True,
-                    timeout=BUSY_SECONDS,
-                    isolation_level=None,
-                    check_same_thread=False,
-                )
+                options: dict[str, Any] = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False}
+                connection = sqlite3.connect(f"{address}?mode={mode}", uri=True, **options)
                 connection.execute("PRAGMA schema_version")
                 break
             except sqlite3.OperationalError:
@@ -165,10 +143,10 @@ class Catalogue:
         self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         self._connection.execute("CREATE TABLE bank (id INTEGER PRIMARY KEY, content TEXT, checksum INTEGER)")
         for table in TABLES:
-            keys = ", ".join(column.split()[0] for column in table.columns[: table.num_keys])
+            keys = ", ".join(table.names[: table.num_keys])
             # The checksum stands before the large columns: reading it does not read them.
-            small = table.columns[: len(table.columns) - table.num_large]
-            columns = ", ".join((*small, "checksum INTEGER", *table.columns[len(small) :]))
+            small = table.num_small
+            columns = ", ".join((*table.columns[:small], "checksum INTEGER", *table.columns[small:]))
             self._connection.execute(f"CREATE TABLE {table.name} ({columns}, PRIMARY KEY ({keys})) WITHOUT ROWID")
 
     def _check_kind(self) -> None:
@@ -209,18 +187,16 @@ class Catalogue:
         """Write a row, in place of the one with its keys."""
         self.remove(table, row[: table.num_keys])
         checksum = row_checksum(table, row)
-        small = len(table.columns) - table.num_large
-        marks = ", ".join("?" * (len(row) + 1))
+        small, marks = table.num_small, ", ".join("?" * (len(row) + 1))
         self._connection.execute(f"INSERT INTO {table.name} VALUES ({marks})", (*row[:small], checksum, *row[small:]))
         self._count(table, 1, checksum)
 
     def remove(self, table: Table, keys: Sequence[int], *, below: int | None = None) -> None:
         """Remove the rows that start with these keys; `below`: those whose next key is less than that."""
-        names = [column.split()[0] for column in table.columns]
-        condition = " AND ".join(f"{name} = ?" for name in names[: len(keys)]) or "1"
+        condition = " AND ".join(f"{name} = ?" for name in table.names[: len(keys)]) or "1"
         values = list(keys)
         if below is not None:
-            condition += f" AND {names[len(keys)]} < ?"
+            condition += f" AND {table.names[len(keys)]} < ?"
             values.append(below)
         for (checksum,) in self._connection.execute(f"SELECT checksum FROM {table.name} WHERE {condition}", values):
             self._count(table, -1, -checksum)
@@ -264,9 +240,8 @@ class Catalogue:
 
     def read_table(self, table: Table) -> list[tuple[Any, ...]]:
         """Return all rows, without their large columns, in the order of their keys, after a check of all checksums."""
-        small = len(table.columns) - table.num_large
-        names = [column.split()[0] for column in table.columns[:small]]
-        rows = self._connection.execute(f"SELECT {', '.join(names)}, checksum FROM {table.name}").fetchall()
+        names = ", ".join(table.names[: table.num_small])
+        rows = self._connection.execute(f"SELECT {names}, checksum FROM {table.name}").fetchall()
         if not table.num_large:
             for row in rows:
                 self._check_row(table, row[:-1], row[-1])
@@ -277,8 +252,8 @@ class Catalogue:
 
     def read_large(self, table: Table, *keys: int) -> list[tuple[Any, ...]]:
         """Return the rows that start with these keys, with their large columns, in the order of their keys."""
-        small = len(table.columns) - table.num_large
-        condition = " AND ".join(f"{column.split()[0]} = ?" for column in table.columns[: len(keys)]) or "1"
+        small = table.num_small
+        condition = " AND ".join(f"{name} = ?" for name in table.names[: len(keys)]) or "1"
         rows = self._connection.execute(f"SELECT * FROM {table.name} WHERE {condition}", keys).fetchall()
         for row in rows:
             self._check_row(table, (*row[:small], *row[small + 1 :]), row[small])
@@ -286,7 +261,7 @@ class Catalogue:
 
     def floor(self, table: Table, key: int, at_most: int) -> int:
         """Return the largest second key, at most `at_most`, of the rows with this first key; 0 if there is none."""
-        first, second = (column.split()[0] for column in table.columns[:2])
+        first, second = table.names[:2]
         query = f"SELECT max({second}) FROM {table.name} WHERE {first} = ? AND {second} <= ?"
         return self._connection.execute(query, (key, at_most)).fetchone()[0] or 0
 
@@ -307,7 +282,6 @@ class Catalogue:
         self._connection.execute("VACUUM")
 
     def close(self) -> None:
-        """Close the file."""
         self.is_closed = True
         self._connection.close()
 

@@ -11,7 +11,7 @@ import bisect
 import math
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from longmem.memory.folder.tensor_file import TensorFile, not_written, sync, write_tensor_file
 from longmem.memory.rows.codec import decode
 from longmem.memory.rows.documents import Run
-from longmem.memory.rows.storage import Chunks, LayerShape, bytes_of_chunk, shape_of, with_rows
+from longmem.memory.rows.storage import Chunks, KeysValues, LayerShape, bytes_of_chunk, shape_of, with_rows
 from longmem.memory.rows.table import Table
 
 # Chunks of so many bytes wait in memory at most, and make one file.
@@ -33,7 +33,7 @@ SEGMENTS_TO_MERGE = 8
 
 @dataclass
 class Segment:
-    """Return chunks of consecutive slots: a file or, while they wait, tensors (`waiting`)."""
+    """Chunks of consecutive slots: a file or, while they wait, tensors (`waiting`)."""
 
     first_slot: int
     num_slots: int
@@ -65,53 +65,8 @@ class Segment:
             torch.index_select(self.tensor(position, name).flatten(0, 1), 0, places, out=into)
 
 
-def open_segments(
-    folder: Path, rows: Sequence[tuple[int, int, str, int, Mapping[str, str]]], mapped: bool
-) -> list[Segment]:
-    """Return the segments that the catalogue lists: (first slot, slots, file name, bytes, digests)."""
-    return [
-        Segment(first_slot, num_slots, 0, file=TensorFile(folder / name, num_bytes, digests, mapped))
-        for first_slot, num_slots, name, num_bytes, digests in rows
-    ]
-
-
-class ResidentKeys:
-    """Return the search keys of one layer, in memory: `num_rows` rows for each head, dense."""
-
-    def __init__(self, keys: Float[Tensor, "kv_heads rows key_dim"]) -> None:
-        self._keys = keys
-        self.num_rows = keys.shape[1]
-
-    @property
-    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return a view of the live rows."""
-        return self._keys[:, : self.num_rows]
-
-    @property
-    def device(self) -> torch.device:
-        """Return where they are."""
-        return self._keys.device
-
-    @property
-    def nbytes(self) -> int:
-        """Return their bytes, with the room that growth has reserved."""
-        return self._keys.nbytes
-
-    def write(self, rows: Int[Tensor, " chunks"], keys: Float[Tensor, "kv_heads chunks key_dim"]) -> None:
-        """Write the search keys of new rows."""
-        num_rows = max(self.num_rows, int(rows.max()) + 1)
-        if num_rows > self._keys.shape[1]:
-            self._keys = with_rows(self._keys, max(num_rows, 2 * self._keys.shape[1]), self.num_rows)
-        self._keys.index_copy_(1, rows.to(self.device), keys.to(self.device))
-        self.num_rows = num_rows
-
-    def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
-        """Copy rows onto other rows."""
-        self._keys.index_copy_(1, destinations.to(self.device), self._keys.index_select(1, sources.to(self.device)))
-
-
 class DiskStorage:
-    """Return the storage of a bank in a folder; `commit` of the folder makes what was written here count.
+    """The storage of a bank in a folder; `commit` of the folder makes what was written here count.
 
     Args:
         folder: of the segments.
@@ -139,7 +94,7 @@ class DiskStorage:
         self.segments: list[Segment] = []  # by slot
         self._before_write = before_write
         self._slots = torch.empty(0, dtype=torch.int64)  # of each row
-        self._keys: dict[int, ResidentKeys] = {}
+        self._keys: dict[int, Tensor] = {}  # search keys of layers that were searched, with room for rows to come
 
     # What the bank's contents ask of a storage.
 
@@ -159,12 +114,10 @@ class DiskStorage:
             if segment.file is not None
         )
 
-    def layer(self, position: int) -> LazyLayer:
-        """Return what an index sees of one layer."""
-        return LazyLayer(self, position)
+    def layer(self, position: int) -> DiskLayer:
+        return DiskLayer(self, position)
 
     def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None:
-        """Make room for the pointers of `num_rows` rows in all."""
         self._before_write()
         if not self.shapes:
             self.shapes = [shape_of(layer) for layer in layers]
@@ -175,10 +128,12 @@ class DiskStorage:
 
     def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         """Write one chunk of every layer into each row; return the slot of the first, the others follow it."""
-        first_slot = self._append(rows, layers)
-        self.num_rows = max(self.num_rows, int(rows.max()) + 1)
+        first_slot, live = self._append(rows, layers), self.num_rows
+        self.num_rows = max(live, int(rows.max()) + 1)
         for position, keys in self._keys.items():
-            keys.write(rows, layers[position].search_keys)
+            if self.num_rows > keys.shape[1]:
+                keys = self._keys[position] = with_rows(keys, max(self.num_rows, 2 * keys.shape[1]), live)
+            keys.index_copy_(1, rows.to(self.device), layers[position].search_keys.to(self.device))
         return first_slot
 
     def rewrite(self, rows: Int[Tensor, " chunks"]) -> int:
@@ -188,7 +143,6 @@ class DiskStorage:
         return self._append(rows, layers)
 
     def drop(self, rows: Int[Tensor, " rows"]) -> None:
-        """Give up the slots of these rows."""
         for segment, which in self._by_segment(self._slots[rows]):
             segment.num_live -= len(which)
 
@@ -197,26 +151,17 @@ class DiskStorage:
         if len(sources):
             self._slots[destinations] = self._slots[sources]
             for keys in self._keys.values():
-                keys.move(sources, destinations)
+                keys.index_copy_(1, destinations.to(self.device), keys.index_select(1, sources.to(self.device)))
 
     def truncate(self, num_rows: int) -> None:
-        """Forget the rows from `num_rows` on."""
         self.num_rows = num_rows
-        for keys in self._keys.values():
-            keys.num_rows = num_rows
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
         """Return copies of these rows, of every layer, in this order, on the CPU."""
         slots = self._slots[rows]
         return [Chunks(*self._take(position, Chunks._fields, slots)) for position in range(len(self.shapes))]
 
-    def gather(
-        self, position: int, rows: Int[Tensor, "kv_heads chunks"]
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
-        """Return copies of keys and values of one layer, other rows for each head; row -1 is read as some row."""
+    def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         slots = self._slots[rows.detach().cpu().clamp(min=0)]
         keys, values = (decode(each.to(self.device)) for each in self._take(position, ("keys", "values"), slots))
         return keys, values
@@ -224,7 +169,6 @@ class DiskStorage:
     # Slots and segments.
 
     def slots_of(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-        """Return the slot of each row."""
         return self._slots[rows]
 
     def rows_of(self, slots: Int[Tensor, " slots"]) -> Int[Tensor, " slots"]:
@@ -250,12 +194,12 @@ class DiskStorage:
             segment.num_live += len(which)
 
     @torch.inference_mode(False)  # a first search while the model runs must not keep later ones from being written
-    def resident_keys(self, position: int) -> ResidentKeys:
-        """Return the search keys of one layer, read from the segments, and checked, the first time."""
+    def search_keys(self, position: int) -> Float[Tensor, "kv_heads rows key_dim"]:
+        """Return the search keys of the live rows of one layer, read from the segments, and checked, the first time."""
         if position not in self._keys:
             (keys,) = self._take(position, ("search_keys",), self._slots[: self.num_rows], check=True)
-            self._keys[position] = ResidentKeys(keys.to(self.device))
-        return self._keys[position]
+            self._keys[position] = keys.to(self.device)
+        return self._keys[position][:, : self.num_rows]
 
     def flush(self) -> None:
         """Write what waits to a file, and to the disk itself.
@@ -349,7 +293,7 @@ class DiskStorage:
                 yield self.segments[low + number], positions
 
 
-class LazyLayer:
+class DiskLayer:
     """What an index sees of one layer: search keys that are read from the segments when they are first asked for."""
 
     def __init__(self, storage: DiskStorage, position: int) -> None:
@@ -357,22 +301,18 @@ class LazyLayer:
 
     @property
     def shape(self) -> LayerShape:
-        """Return the sizes of its chunks."""
         return self._storage.shapes[self._position]
 
     @property
     def num_rows(self) -> int:
-        """Return the number of live rows."""
         return self._storage.num_rows
 
     @property
     def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return the search keys of the live rows, dense for each head."""
-        return self._storage.resident_keys(self._position).search_keys
+        return self._storage.search_keys(self._position)
 
     @property
     def device(self) -> torch.device:
-        """Return where they are."""
         return self._storage.device
 
 

@@ -20,8 +20,6 @@ from longmem.memory.rows.segments import Segments
 from longmem.memory.rows.table import Table
 
 DATES = ("dated", "valid_until", "is_superseded", "superseded_by")
-
-
 CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
 
 
@@ -129,12 +127,6 @@ def read_document(
     return document
 
 
-def read_run(document: Document, row: Sequence[Any]) -> Run:
-    """Return a run of chunks, from a row of the table of spans."""
-    _, first_chunk, num_chunks, slot, order, written_at = row
-    return Run(document, num_chunks, written_at, order, slot, stored=(first_chunk, num_chunks, slot))
-
-
 def restore(
     contents: Table,
     content: dict[str, Any],
@@ -150,7 +142,7 @@ def restore(
         content: what is said about the bank as a whole.
         segments: open files.
         rows: of all tables, by their names.
-        read_source_of: given the serial of a document and a range of tokens, read their source when it is asked for.
+        read_source_of: given a document's serial and a range of tokens, returns their source.
         device: for the tails.
     """
     storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
@@ -164,11 +156,11 @@ def restore(
         if fields.pop("has_source"):
             with_source.append(serial)
         ledger.open(read_document(serial, fields, waiting, usage[serial], device))
-    for row in sorted(rows["spans"], key=lambda row: row[4]):
-        run = ledger.enter_run(read_run(ledger.by_serial[row[0]], row))
-        new_rows = ledger.num_rows + torch.arange(run.num_chunks)
-        ledger.place(run.document, new_rows, row[1])
-        storage.point(new_rows, run.slot)
+    for serial, first, count, slot, order, written_at in sorted(rows["spans"], key=lambda row: row[4]):
+        document, new_rows = ledger.by_serial[serial], ledger.num_rows + torch.arange(count)
+        ledger.enter_run(Run(document, count, written_at, order, slot, stored=(first, count, slot)))
+        ledger.place(document, new_rows, first)
+        storage.point(new_rows, slot)
     for serial in with_source:
         document = ledger.by_serial[serial]
         start = document.first_chunk(chunk_size) * chunk_size

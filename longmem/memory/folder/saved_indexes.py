@@ -26,7 +26,7 @@ COVERED_SHARE = 0.9
 
 
 class SavedIndexes:
-    """Return the saved indexes in a folder, of the layers (counted by position) that the catalogue lists."""
+    """The saved indexes in a folder, of the layers (counted by position) that the catalogue lists."""
 
     def __init__(self, folder: Path, catalogue: Catalogue) -> None:
         self.folder = folder

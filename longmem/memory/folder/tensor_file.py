@@ -102,7 +102,7 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, st
 
 
 class TensorFile:
-    """Return a file of tensors that is read piece by piece, as pieces are asked for.
+    """A file of tensors that is read piece by piece, as pieces are asked for.
 
     A mapped file is read by touching its pages, which costs nothing where the system has them already; pages that were
     touched count as memory of this process until the system wants them for something else. Without mapping the system is

@@ -35,7 +35,7 @@ CANDIDATES_PER_STEP = 2**18  # keys gathered at a time to rank candidates again
 
 
 class ApproximateIndex(FlatIndex):
-    """Return an index that misses some of the best chunks, and searches exactly while the store is small.
+    """An index that misses some of the best chunks, and searches exactly while the store is small.
 
     Subclasses name a FAISS index and its search parameters. Two things make keys of attention fit such an index, which
     by itself finds few of their best (`docs/experiments.md`):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from longmem.memory.index.saved import SavedIndex
 from longmem.memory.rows.storage import LayerRows
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 Ranked = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
 
@@ -52,7 +52,7 @@ def top_of_most_rows(
     subset: Int[Tensor, " subset"],
     bonus: Float[Tensor, " rows"] | None = None,
 ) -> Ranked:
-    """Return what `exact_top_chunks` finds in a subset of the rows, which are not copied; it holds at least `num_chunks`."""
+    """Return the `num_chunks` largest inner products with a `subset` of the rows, which is not copied and not smaller."""
     scores = queries @ search_keys.transpose(1, 2)
     if bonus is not None:
         scores = scores + bonus
@@ -66,33 +66,17 @@ def top_of_most_rows(
 def faiss_top_chunks(
     queries: Float[Tensor, "kv_heads queries dim"], search_keys: Float[Tensor, "kv_heads rows dim"], num_chunks: int
 ) -> Ranked:
-    """Return what `exact_top_chunks` returns, by FAISS over these very vectors, without a copy of them.
-
-    On a GPU this needs faiss-gpu; where it is missing, torch does the same search.
-    """
-    if not search_keys.is_cuda:
-        heads = zip(queries.numpy(), search_keys.numpy(), strict=True)
-        found = [faiss.knn(query, keys, num_chunks, faiss.METRIC_INNER_PRODUCT) for query, keys in heads]
-        return _stack([(torch.from_numpy(scores), torch.from_numpy(rows)) for scores, rows in found])
-    if not hasattr(faiss, "StandardGpuResources"):
+    """Return the `num_chunks` largest inner products and their rows, by FAISS over these very vectors, on a GPU by torch."""
+    if search_keys.device.type != "cpu":
         return exact_top_chunks(queries, search_keys, num_chunks)
-    from faiss.contrib import torch_utils  # noqa: F401  lets faiss read torch tensors where they are
-
-    resources = faiss.StandardGpuResources()
-    metric = faiss.METRIC_INNER_PRODUCT
-    found = [
-        faiss.knn_gpu(resources, query, keys, num_chunks, metric=metric)
-        for query, keys in zip(queries, search_keys, strict=True)
-    ]
-    return _stack(found)
-
-
-def _stack(heads: list[tuple[Tensor, Tensor]]) -> Ranked:
-    return torch.stack([scores for scores, _ in heads]), torch.stack([rows for _, rows in heads])
+    heads = zip(queries.numpy(), search_keys.numpy(), strict=True)
+    found = [faiss.knn(query, keys, num_chunks, faiss.METRIC_INNER_PRODUCT) for query, keys in heads]
+    scores, rows = (torch.stack([torch.from_numpy(each) for each in part]) for part in zip(*found, strict=True))
+    return scores, rows
 
 
 class ChunkIndex:
-    """Return an index over the live rows of one store; subclasses say how `best_rows` finds them.
+    """An index over the live rows of one store; subclasses say how `best_rows` finds them.
 
     The bank tells the index about every change of the rows. A kind that keeps data of its own notes it in the three
     `rows_*` methods, in O(changed rows) and without a look at the store's keys, and carries it out at the next search.
@@ -159,8 +143,9 @@ class ChunkIndex:
         return False
 
 
+@register("index", "exact")
 class ExactIndex(ChunkIndex):
-    """Return the reference: a matrix product and `topk`, on whatever device the store is."""
+    """The reference: a matrix product and `topk`, on whatever device the store is."""
 
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return the best rows by `top_chunks` over the store's rows, or over a copy of a subset of them."""
@@ -179,13 +164,12 @@ class ExactIndex(ChunkIndex):
         return scores, torch.where(found < 0, -1, rows[found.clamp(min=0)])
 
     def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Ranked:
-        """Return the best `num_chunks` of `search_keys` by torch."""
         return exact_top_chunks(queries, search_keys, num_chunks)
 
 
+@register("index", "flat")
 class FlatIndex(ExactIndex):
-    """Return exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
+    """Exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
 
     def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Ranked:
-        """Return the best `num_chunks` of `search_keys` by FAISS."""
         return faiss_top_chunks(queries, search_keys, num_chunks)

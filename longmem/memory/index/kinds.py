@@ -1,4 +1,4 @@
-"""The kinds of chunk index by name; a new kind is one class and one line here."""
+"""The kinds of chunk index that do not compare a query with every key; a new kind is one class, registered by its name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import faiss
 
 from longmem.memory.index import approximate
 from longmem.memory.index.approximate import ApproximateIndex
-from longmem.memory.index.exact import ChunkIndex, ExactIndex, FlatIndex
+from longmem.memory.index.exact import ChunkIndex
 from longmem.memory.rows.storage import LayerRows
-from longmem.plugins import Setting, parse_name
+from longmem.plugins import Setting, parse_name, register
 
 STORAGE = {"float32": "Flat", "float16": "SQfp16"}
 
 
+@register("index", "ivf")
 class InvertedFileIndex(ApproximateIndex):
-    """Return search by clusters (FAISS IVF): a query looks only into those whose centres have its largest products.
+    """Search by clusters (FAISS IVF): a query looks only into those whose centres have its largest products.
 
     Half precision is the default: it is as good, takes half the memory and is read in less time. What is found is
     ranked again by the store's search keys, so scores are exact. For keys beyond 65,504 choose float32.
@@ -37,7 +38,6 @@ class InvertedFileIndex(ApproximateIndex):
 
     @property
     def is_exact_in_scores(self) -> bool:
-        """Return whether vectors are kept as they are."""
         return self.chosen["storage"] == "float32"
 
     def clusters(self, num_rows: int) -> int:
@@ -64,13 +64,13 @@ class InvertedFileIndex(ApproximateIndex):
         file.quantizer.metric_type = metric
 
     def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
-        """Return how many clusters to look into."""
         probes = max(self.chosen["least_probes"], round(self.chosen["probed_share"] * file.nlist))
         return faiss.SearchParametersIVF(sel=selector, nprobe=probes)  # type: ignore[call-arg]
 
 
+@register("index", "auto")
 class AutoIndex(InvertedFileIndex):
-    """Return exact search while the store is small and an inverted file beyond, with settings that need no choice."""
+    """Exact search while the store is small and an inverted file beyond, with settings that need no choice."""
 
     settings: ClassVar[Mapping[str, Setting]] = {}
 
@@ -79,8 +79,9 @@ class AutoIndex(InvertedFileIndex):
         self.chosen = {name: setting.default for name, setting in InvertedFileIndex.settings.items()}
 
 
+@register("index", "hnsw")
 class GraphIndex(ApproximateIndex):
-    """Return search along a graph of neighbours (FAISS HNSW), for comparison: on keys of attention clusters do better.
+    """Search along a graph of neighbours (FAISS HNSW), for comparison: on keys of attention clusters do better.
 
     The graph is linked by inner product, like the search; linked by distance it found half as much. It knows no filter:
     it walks as before and leaves out what it may not return, so a filtered search goes deeper by as much, and below
@@ -97,7 +98,6 @@ class GraphIndex(ApproximateIndex):
 
     @property
     def is_exact_in_scores(self) -> bool:
-        """Return whether vectors are kept as they are."""
         return self.chosen["storage"] == "float32"
 
     def layout(self, dim: int, num_rows: int) -> str:
@@ -113,7 +113,6 @@ class GraphIndex(ApproximateIndex):
         file.hnsw.efConstruction = self.chosen["build_depth"]
 
     def parameters(self, file: Any, selector: faiss.IDSelector | None, share: float) -> Any:
-        """Return how deep to search."""
         depth = math.ceil(self.chosen["search_depth"] / share)
         return faiss.SearchParametersHNSW(sel=selector, efSearch=depth)  # type: ignore[attr-defined]
 
@@ -121,8 +120,9 @@ class GraphIndex(ApproximateIndex):
 ROWS_FOR_MEAN = 16_384
 
 
+@register("index", "pq")
 class CodeIndex(InvertedFileIndex):
-    """Return search by clusters over product-quantised keys: the least memory, and scores that are only near.
+    """Search by clusters over product-quantised keys: the least memory, and scores that are only near.
 
     So more chunks are looked for than are wanted, and these are ranked again with the store's search keys.
     """
@@ -143,7 +143,6 @@ class CodeIndex(InvertedFileIndex):
 
     @property
     def is_exact_in_scores(self) -> bool:
-        """Return False: a code is never the key."""
         return False
 
     def exact_below(self) -> int:
@@ -167,19 +166,9 @@ class CodeIndex(InvertedFileIndex):
         return self.chosen["candidates"] * num_chunks
 
 
-INDEXES: dict[str, type[ChunkIndex]] = {
-    "auto": AutoIndex,
-    "flat": FlatIndex,
-    "exact": ExactIndex,
-    "ivf": InvertedFileIndex,
-    "hnsw": GraphIndex,
-    "pq": CodeIndex,
-}
-
-
 def validate_index(index: object) -> None:
     """Raise ValueError unless `index` names a kind, and settings of it with values that they can have."""
-    parse_name("index", index, {kind: each.settings for kind, each in INDEXES.items()})
+    parse_name("index", index)
 
 
 def make_index(index: str, store: LayerRows) -> ChunkIndex:
@@ -191,5 +180,5 @@ def make_index(index: str, store: LayerRows) -> ChunkIndex:
     >>> make_index("ivf:probed_share=0.5", store).chosen["probed_share"]
     0.5
     """
-    kind, chosen = parse_name("index", index, {kind: each.settings for kind, each in INDEXES.items()})
-    return INDEXES[kind](store, **chosen)
+    kind, chosen = parse_name("index", index)
+    return kind(store, **chosen)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int, UInt8
 
 
 class LabelTable:
-    """Return an empty table between labels and rows; every change costs O(changed rows), amortised.
+    """A table between labels and rows, empty at first; every change costs O(changed rows), amortised.
 
     FAISS numbers the vectors of an index as they are added: 0, 1, 2, ... Such a label never changes, so a row that is
     moved only gets another label in this table, and the label of a dropped row stays behind as a tombstone.

@@ -16,7 +16,7 @@ MAX_HEADS = 4_096  # more than any model has: a larger number was not written by
 
 @dataclass(frozen=True)
 class SavedIndex:
-    """Return the state of an index: derived data, that can be built anew from the store at any time.
+    """The state of an index: derived data, that can be built anew from the store at any time.
 
     `files`: one FAISS index for each key-value head. `rows`: the row of each label, -1 for one that is dead.
     `trained_rows`: live rows when it was trained. `layout`: what was built, so that other settings do not adopt it.

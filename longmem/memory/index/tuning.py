@@ -32,7 +32,7 @@ SPECS = (
 
 @dataclass(frozen=True)
 class Tuned:
-    """Return what one setting is worth.
+    """What one setting is worth.
 
     `recall`: share of the chunks of exact search that are found. `milliseconds`: per 1,000 queries, each a vector of
     one head. `speed_ratio`: time of exact search over time of this one. `build_seconds`: training and adding all rows.
@@ -96,7 +96,9 @@ def tune(
                 milliseconds=1000 * seconds / thousands,
                 speed_ratio=ratio,
                 build_seconds=build_seconds if saved is not None else 0.0,
-                num_bytes=0 if saved is None else sum(map(_num_bytes, saved.files)) + saved.rows.nbytes,
+                num_bytes=0
+                if saved is None
+                else sum(faiss.serialize_index(each).nbytes for each in saved.files) + saved.rows.nbytes,
             )
         )
     return results
@@ -124,20 +126,3 @@ def _store_of(search_keys: Float[Tensor, "kv_heads rows dim"]) -> ChunkStore:
     heads, rows, dim = search_keys.shape
     keys = torch.empty(heads, rows, 0, dim)
     return ChunkStore.of(Chunks(keys, keys, search_keys), capacity=rows)
-
-
-def _num_bytes(file: faiss.Index) -> int:
-    writer = _CountingWriter()
-    faiss.write_index(file, faiss.PyCallbackIOWriter(writer.write))  # type: ignore[attr-defined]
-    return writer.count
-
-
-class _CountingWriter:
-    """Return a file that keeps nothing but its length."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def write(self, data: bytes) -> None:
-        """Take note of some bytes."""
-        self.count += len(data)

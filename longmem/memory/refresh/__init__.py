@@ -4,7 +4,6 @@ frozen    the encoder never changes, and that is proved (the default)
 eager     everything is encoded again when it changes
 bounded   entries may be so far behind and no further
 lazy      what is read is encoded again, and a sweep takes the rest
-mapped    old vectors are moved by a map fitted on a sample, where a hold-out says that this wins
 """
 
 from longmem.memory.refresh.bounded import UNBOUNDED, Bounded
@@ -12,8 +11,7 @@ from longmem.memory.refresh.eager import Eager
 from longmem.memory.refresh.frozen import Frozen
 from longmem.memory.refresh.lags import CLOCKS, Lags
 from longmem.memory.refresh.lazy import Lazy
-from longmem.memory.refresh.mapped import Mapped
-from longmem.memory.refresh.policy import POLICIES, RefreshPolicy, make_policy, refresh_name, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy, make_policy, refresh_name
 from longmem.memory.refresh.refresher import Refresher, RefreshReport, RefreshState
 from longmem.memory.refresh.report import (
     DocumentStaleness,
@@ -24,7 +22,6 @@ from longmem.memory.refresh.report import (
 
 __all__ = [
     "CLOCKS",
-    "POLICIES",
     "UNBOUNDED",
     "Bounded",
     "DocumentStaleness",
@@ -32,7 +29,6 @@ __all__ = [
     "Frozen",
     "Lags",
     "Lazy",
-    "Mapped",
     "RefreshPolicy",
     "RefreshReport",
     "RefreshState",
@@ -41,6 +37,5 @@ __all__ = [
     "VersionStaleness",
     "make_policy",
     "refresh_name",
-    "register_policy",
     "report_staleness",
 ]

@@ -12,20 +12,20 @@ from torch import Tensor
 from longmem.errors import StaleMemoryError
 from longmem.memory.index import Ranked
 from longmem.memory.refresh.lags import CLOCKS, Lags
-from longmem.memory.refresh.policy import RefreshPolicy, Search, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy, Search
 from longmem.memory.refresh.refresher import Refresher
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 UNBOUNDED = "bounded:max_lag=1e12"  # everything is read as it is, however old, as in Memorizing Transformers
 
 
-@register_policy("bounded")
+@register("refresh", "bounded")
 class Bounded(RefreshPolicy):
     """Allow a lag of `max_lag`, by `clock`; encode what exceeds it again, mask it, or refuse to read.
 
     `budget_tokens`: encode so many tokens again before a read, oldest entries first, and mask what is left; 0: all. A lag of 4
     encoder changes is AReaL's documented bound; on the clock "gap" 0.001 cost SmolLM2 about 8 % of recall@16
-    (`calibrate_gap` finds the number for a model and a wanted recall).
+    (`experiments/staleness/calibration.py` finds the number for a model and a wanted recall).
     """
 
     settings: ClassVar[Mapping[str, Setting]] = {
@@ -37,7 +37,6 @@ class Bounded(RefreshPolicy):
 
     @property
     def needs_sketch(self) -> bool:  # type: ignore[override]
-        """Return whether the clock reads sketches."""
         return self.chosen["clock"] == "gap"
 
     def on_encoder_change(self, refresher: Refresher) -> None:

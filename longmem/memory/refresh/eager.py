@@ -9,12 +9,12 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.policy import RefreshPolicy, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy
 from longmem.memory.refresh.refresher import Refresher
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 
-@register_policy("eager")
+@register("refresh", "eager")
 class Eager(RefreshPolicy):
     """Encode everything again after every `every`-th change of the encoder; in between, older entries are read as they are."""
 

@@ -8,11 +8,12 @@ from torch import Tensor
 from longmem.encoder.checks import refuse_stale
 from longmem.encoder.stamp import EncoderStamp
 from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.policy import RefreshPolicy, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy
 from longmem.memory.refresh.refresher import Refresher
+from longmem.plugins import register
 
 
-@register_policy("frozen")
+@register("refresh", "frozen")
 class Frozen(RefreshPolicy):
     """Refuse a bank whose entries another encoder wrote; nothing is ever encoded again.
 
@@ -21,7 +22,6 @@ class Frozen(RefreshPolicy):
     """
 
     def admit(self, known: EncoderStamp, stamp: EncoderStamp) -> None:
-        """Raise StaleMemoryError, with what differs and the ways out."""
         refuse_stale(known, stamp)
 
     def on_idle(self, refresher: Refresher, budget_tokens: int | None) -> None:

@@ -21,7 +21,7 @@ CLOCKS = ("version", "gap", "probe")
 
 @dataclass(frozen=True)
 class Lags:
-    """Return the lag of each version of a bank's encoders on a clock; the last entry is that of the unknown encoder.
+    """The lag of each version of a bank's encoders on a clock; the last entry is that of the unknown encoder.
 
     `values`: 0 for what is fresh, inf where a clock can't tell. `probed`: what the clock "probe" has measured, by version.
     """

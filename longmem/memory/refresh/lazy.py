@@ -14,16 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.index import Ranked
-from longmem.memory.refresh.policy import RefreshPolicy, Search, readable_rows, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy, Search, readable_rows
 from longmem.memory.refresh.refresher import Refresher
 from longmem.memory.refresh.samples import Targets
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
 from longmem.memory.rows.table import Table
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 
-@register_policy("lazy")
+@register("refresh", "lazy")
 class Lazy(RefreshPolicy):
     """Encode again the stale segments that a read finds, and search once more among what is fresh.
 

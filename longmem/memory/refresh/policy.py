@@ -15,20 +15,28 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from longmem.encoder.stamp import EncoderStamp
+from longmem.errors import name_known
 from longmem.memory.index import Ranked
 from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.refresher import Refresher, RefreshState
-from longmem.plugins import Setting, parse_name
+from longmem.plugins import PLUGINS, Setting, parse_name
 
 Search = Callable[[Tensor | None], Ranked]
-
-POLICIES: dict[str, type[RefreshPolicy]] = {}
 
 
 class RefreshPolicy:
     """Decide what a bank does with entries of an earlier encoder; a new policy is one class, registered by its name.
 
     The default reads what the current encoder wrote and masks the rest.
+
+    >>> from longmem.plugins import register
+    >>> @register("refresh", "skip-unknown")
+    ... class SkipUnknown(RefreshPolicy):
+    ...     def readable(self, lags):
+    ...         return torch.cat([torch.ones(len(lags.is_fresh) - 1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)])
+    >>> refresh_name({"name": "skip-unknown"})
+    'skip-unknown'
+    >>> del PLUGINS["refresh"]["skip-unknown"]
     """
 
     # Settings that may follow the name, as in "bounded:max_lag=4,clock=gap"; `chosen` holds their values.
@@ -103,29 +111,6 @@ def readable_rows(rows: Tensor | None, readable: Bool[Tensor, " live"]) -> Tenso
     return readable.nonzero().flatten() if rows is None else rows[readable[rows]]
 
 
-def register_policy(name: str) -> Callable[[type[RefreshPolicy]], type[RefreshPolicy]]:
-    """Return a decorator that makes a class reachable by a name. Raises ValueError if the name is taken.
-
-    >>> @register_policy("skip-unknown")
-    ... class SkipUnknown(RefreshPolicy):
-    ...     def readable(self, lags):
-    ...         return torch.cat([torch.ones(len(lags.is_fresh) - 1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)])
-    >>> refresh_name({"name": "skip-unknown"})
-    'skip-unknown'
-    >>> del POLICIES["skip-unknown"]
-    """
-
-    def register(kind: type[RefreshPolicy]) -> type[RefreshPolicy]:
-        if name in POLICIES:
-            raise ValueError(
-                f"`name` must be new, got {name!r}, which is {POLICIES[name].__name__}; choose another one."
-            )
-        POLICIES[name] = kind
-        return kind
-
-    return register
-
-
 def refresh_name(refresh: object) -> str:
     """Return a policy's name with its settings, as a bank keeps it. Raises ValueError for what is not known.
 
@@ -134,7 +119,8 @@ def refresh_name(refresh: object) -> str:
     """
     if isinstance(refresh, Mapping):
         if "name" not in refresh:
-            raise ValueError(f"`refresh` must have a `name`, got {dict(refresh)!r}; known: {', '.join(POLICIES)}.")
+            known = name_known("", PLUGINS["refresh"])
+            raise ValueError(f"`refresh` must have a `name`, got {dict(refresh)!r}; {known}")
         settings = ",".join(f"{name}={value}" for name, value in refresh.items() if name != "name")
         refresh = f"{refresh['name']}:{settings}" if settings else refresh["name"]
     make_policy(refresh)
@@ -147,5 +133,5 @@ def make_policy(refresh: object) -> RefreshPolicy:
     >>> make_policy("bounded:max_lag=2").chosen["max_lag"]
     2.0
     """
-    kind, chosen = parse_name("refresh", refresh, {name: each.settings for name, each in POLICIES.items()})
-    return POLICIES[kind](**chosen)
+    kind, chosen = parse_name("refresh", refresh)
+    return kind(**chosen)

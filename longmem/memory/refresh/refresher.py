@@ -27,7 +27,7 @@ from longmem.memory.rows.table import Table
 
 @dataclasses.dataclass
 class RefreshReport:
-    """Return what a refresh did: tokens and segments encoded again, documents rewritten, seconds it took.
+    """What a refresh did: tokens and segments encoded again, documents rewritten, seconds it took.
 
     `failed`: segments whose new numbers were not finite, which stay as they were. `mapped`: segments moved by a map.
     `probed_tokens`: encoded to measure how far keys have moved, and thrown away.

@@ -23,21 +23,15 @@ from longmem.memory.rows.table import Table
 
 @dataclass(frozen=True)
 class VersionStaleness:
-    """Return what one encoder has written that is still in the bank; version -1: nobody knows which encoder.
+    """What one encoder has written that is still in the bank."""
 
-    `digest`: its fingerprint. `tokens`: in whole chunks. `lag`: changes of the encoder since, 0 for the one that is compared
-    with; None for the unknown one. `gap`: how far the weights have moved since, relative to their norm; None if not known.
-    `drift`: how far keys have moved, relative to their length, on a sample; None unless probed. `differs`: in what that
-    encoder and the one compared with differ (`EncoderStamp.diff`).
-    """
-
-    version: int
-    digest: str | None
-    tokens: int
-    lag: int | None
-    gap: float | None
-    drift: float | None
-    differs: tuple[str, ...]
+    version: int  # -1: nobody knows which encoder
+    digest: str | None  # its fingerprint
+    tokens: int  # in whole chunks
+    lag: int | None  # changes of the encoder since, 0 for the one compared with; None for the unknown one
+    gap: float | None  # how far the weights have moved since, relative to their norm; None if not known
+    drift: float | None  # how far keys have moved, relative to their length, on a sample; None unless probed
+    differs: tuple[str, ...]  # in what that encoder and the one compared with differ (`EncoderStamp.diff`)
 
     @property
     def is_fresh(self) -> bool:
@@ -47,73 +41,44 @@ class VersionStaleness:
 
 @dataclass(frozen=True)
 class DocumentStaleness:
-    """Return how stale one document is.
-
-    `tokens`: in whole chunks; `tokens_of`: of them, by version of the encoder that wrote them. `lag_max`: of the versions
-    that are known. `age`: seconds since it was written, the mean of its chunks. `masked` and `mapped`: chunks, as in
-    `StalenessReport`. `is_unreachable`: some of it is stale and can't be encoded again: its token ids, or the tokens that
-    stood before, are not known.
-    """
+    """How stale one document is."""
 
     document_id: str
     entries: int
-    tokens: int
-    tokens_of: Mapping[int, int]
+    tokens: int  # in whole chunks
+    tokens_of: Mapping[int, int]  # of them, by version of the encoder that wrote them
     stale_share: float
-    lag_max: int
-    age: float
+    lag_max: int  # of the versions that are known
+    age: float  # seconds since it was written, the mean of its chunks
     masked: int
     mapped: int
-    is_unreachable: bool
+    is_unreachable: bool  # some of it is stale and can't be encoded again: ids, or the tokens before, are not known
 
 
 @dataclass(frozen=True)
 class StalenessReport:
-    """Return how stale a bank is, for a model or for its own current encoder.
-
-    Args:
-        entries: resident chunks.
-        tokens: in them.
-        stale_share: of the entries, those that another, known encoder wrote.
-        unknown_share: those that nobody knows the encoder of.
-        masked: entries that the refresh policy does not let be read as they are; all, if it would refuse the bank.
-        mapped: entries that a map has moved to the encoder compared with.
-        unreachable: documents of which something is stale and can't be encoded again.
-        tokens_to_encode: what bringing the bank up to date would encode; not what a map has moved, if the policy reads that.
-        lag_mean: changes of the encoder since, over the entries whose encoder is known.
-        lag_max: the largest.
-        gap_max: how far the weights have moved since the oldest entries; None if that is not known of all entries.
-        age_mean: seconds since an entry was written.
-        probe_drift: relative distance of stored keys to those encoded now, the largest of all versions; None unless probed.
-        tokens_reencoded: since the bank was made or opened.
-        seconds: that this took.
-        map_gain: the least share of the distance that a map of the policy "mapped" takes away; None for others.
-        differs: in what the encoders of stale entries differ from the one compared with.
-        differs_for_good: what no encoding again would put right.
-        versions: the encoders that wrote what is there, oldest first.
-        documents: in the order in which they were added.
-    """
+    """How stale a bank is, for a model or for its own current encoder; entries are resident chunks."""
 
     entries: int
-    tokens: int
-    stale_share: float
-    unknown_share: float
-    masked: int
-    mapped: int
-    unreachable: int
-    tokens_to_encode: int
-    lag_mean: float
+    tokens: int  # in the entries
+    stale_share: float  # of the entries, those that another, known encoder wrote
+    unknown_share: float  # those that nobody knows the encoder of
+    masked: int  # entries that the policy does not let be read as they are; all, if it would refuse the bank
+    mapped: int  # entries that a map has moved to the encoder compared with
+    unreachable: int  # documents of which something is stale and can't be encoded again
+    tokens_to_encode: int  # to bring the bank up to date; without what a map has moved, if the policy reads that
+    lag_mean: float  # changes of the encoder since, over the entries whose encoder is known
     lag_max: int
-    gap_max: float | None
-    age_mean: float
-    probe_drift: float | None
-    tokens_reencoded: int
-    seconds: float
-    map_gain: float | None
-    differs: tuple[str, ...]
-    differs_for_good: tuple[str, ...]
-    versions: tuple[VersionStaleness, ...]
-    documents: tuple[DocumentStaleness, ...]
+    gap_max: float | None  # how far the weights have moved since the oldest entries; None if not known of all
+    age_mean: float  # seconds since an entry was written
+    probe_drift: float | None  # relative distance of stored keys to those encoded now, the largest; None unless probed
+    tokens_reencoded: int  # since the bank was made or opened
+    seconds: float  # that this took
+    map_gain: float | None  # the least share of the distance that a map of the policy takes away; None if it fits none
+    differs: tuple[str, ...]  # in what the encoders of stale entries differ from the one compared with
+    differs_for_good: tuple[str, ...]  # what no encoding again would put right
+    versions: tuple[VersionStaleness, ...]  # the encoders that wrote what is there, oldest first
+    documents: tuple[DocumentStaleness, ...]  # in the order in which they were added
 
     @property
     def is_fresh(self) -> bool:

@@ -18,7 +18,7 @@ Targets = list[tuple[Document, list[Segment]]]
 
 
 class Stored(NamedTuple):
-    """Return the whole chunks of a segment: the first of them, counted in the document, and their numbers of each layer."""
+    """The whole chunks of a segment: the first of them, counted in the document, and their numbers of each layer."""
 
     first: int
     chunks: list[Chunks]

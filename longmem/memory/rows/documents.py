@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ Tail = tuple[Float[Tensor, "_kv_heads _waiting _key_dim"], Float[Tensor, "_kv_he
 
 @dataclass(frozen=True)
 class DocumentInfo:
-    """Return what a bank knows about one document; lengths and offsets in tokens of the document.
+    """What a bank knows about one document; lengths and offsets in tokens of the document.
 
     `num_tokens`: written so far, also those since evicted. `num_chunks`: resident, so found by search, unless hidden.
     `num_waiting_tokens`: the tail that is shorter than a chunk and waits for more. `first_resident_token`: where the
@@ -46,8 +46,12 @@ class DocumentInfo:
     written_at: float = field(default=0.0, compare=False, repr=False)
 
 
+# What a summary takes from a document as it is.
+KEPT_AND_SHOWN = [each.name for each in fields(DocumentInfo) if each.name not in ("num_chunks", "first_resident_token")]
+
+
 class IntQueue:
-    """Return a queue of integers in one tensor; pushing and popping cost O(what is pushed or popped), amortised.
+    """A queue of integers in one tensor; pushing and popping cost O(what is pushed or popped), amortised.
 
     >>> queue = IntQueue()
     >>> queue.push(torch.tensor([1, 2, 3])); queue.pop(2), queue.values
@@ -67,7 +71,6 @@ class IntQueue:
         return self._data[self._start : self._stop]
 
     def push(self, values: Int[Tensor, " values"]) -> None:
-        """Add values at the end."""
         if self._stop + len(values) > len(self._data):
             data = torch.empty(2 * (len(self) + len(values)), dtype=self._data.dtype)
             data[: len(self)] = self.values
@@ -82,7 +85,6 @@ class IntQueue:
         return values
 
     def cut(self, count: int) -> None:
-        """Drop all but the oldest `count` values."""
         self._stop = min(self._stop, self._start + count)
 
 
@@ -97,7 +99,7 @@ def code_points(text: str) -> Int[Tensor, " characters"]:
 
 @dataclass(frozen=True)
 class SourcePart:
-    """Return the source of some consecutive tokens: their ids and, if known, the text that they came from.
+    """The source of some consecutive tokens: their ids and, if known, the text that they came from.
 
     `char_ends`: for each token the character after its last, counted in `text`; the last token takes what follows it.
     Both are None if the writer gave ids alone.
@@ -107,9 +109,18 @@ class SourcePart:
     text: str | None = None
     char_ends: Int[Tensor, " tokens"] | None = None
 
+    def part(self, start: int, stop: int) -> SourcePart:
+        """Return the source of tokens from `start` to `stop`."""
+        ids = self.token_ids[start:stop]
+        if self.text is None or self.char_ends is None:
+            return SourcePart(ids)
+        first = int(self.char_ends[start - 1]) if start else 0
+        last = len(self.text) if stop == len(self.token_ids) else int(self.char_ends[stop - 1])
+        return SourcePart(ids, self.text[first:last], self.char_ends[start:stop] - first)
+
 
 class Source:
-    """Return an empty source of a document: the tokens that are resident or wait, and the text from which they came.
+    """The source of a document, empty at first: the tokens that are resident or wait, and the text from which they came.
 
     Characters are counted from the start of the document, also when its first tokens have been dropped.
 
@@ -126,7 +137,6 @@ class Source:
 
     @property
     def token_ids(self) -> Int[Tensor, " tokens"]:
-        """Return a view of the ids; it is valid until the next push."""
         return self._ids.values
 
     @property
@@ -135,7 +145,6 @@ class Source:
         return self._string(self.first_char, self.first_char + len(self._text))
 
     def push(self, part: SourcePart) -> None:
-        """Add what follows."""
         self._ids.push(part.token_ids)
         if part.text is not None and part.char_ends is not None:
             self._ends.push(part.char_ends + self.first_char + len(self._text))
@@ -177,7 +186,7 @@ class Source:
 
 @dataclass(eq=False)
 class Run:
-    """Return a run of consecutive chunks of one document, written together.
+    """A run of consecutive chunks of one document, written together.
 
     For banks in a folder: `slot` is where the first of them is on disk, `stored` what the catalogue holds of the run:
     its first chunk, its number of chunks, its slot.
@@ -193,7 +202,7 @@ class Run:
 
 @dataclass(eq=False)
 class Document:
-    """Return the record of one document.
+    """The record of one document.
 
     `serial` is its number in the ledger, -1 before it is entered; it is never used again, so that a document that
     replaces another of the same name cannot inherit rows.
@@ -234,7 +243,6 @@ class Document:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Return the length of the tail that is shorter than a chunk."""
         return self.waiting[0][0].shape[1] if self.waiting else 0
 
     def num_whole_chunks(self, chunk_size: int) -> int:
@@ -253,20 +261,6 @@ class Document:
         self.source.push(part)
 
     def info(self, chunk_size: int) -> DocumentInfo:
-        """Return the public summary."""
-        return DocumentInfo(
-            document_id=self.document_id,
-            num_tokens=self.num_tokens,
-            num_chunks=len(self.rows),
-            num_waiting_tokens=self.num_waiting_tokens,
-            first_resident_token=self.first_chunk(chunk_size) * chunk_size,
-            tags=self.tags,
-            is_pinned=self.is_pinned,
-            dated=self.dated,
-            valid_until=self.valid_until,
-            is_superseded=self.is_superseded,
-            superseded_by=self.superseded_by,
-            num_reads=self.num_reads,
-            last_read=self.last_read,
-            written_at=self.written_at,
-        )
+        said = {name: getattr(self, name) for name in KEPT_AND_SHOWN}
+        first = self.first_chunk(chunk_size) * chunk_size
+        return DocumentInfo(**said, num_chunks=len(self.rows), first_resident_token=first)

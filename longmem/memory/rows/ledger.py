@@ -27,7 +27,7 @@ SECONDS_OF_A_RUN = 1.0
 
 
 class ChunkPlace(NamedTuple):
-    """Return where a chunk is from: tokens and characters of its document, and its text.
+    """Where a chunk is from: tokens and characters of its document, and its text.
 
     Characters and text are None where the writer gave no text.
     """
@@ -41,7 +41,7 @@ class ChunkPlace(NamedTuple):
 
 
 class Ledger:
-    """Return an empty ledger; live rows are always `[0, num_rows)`, each owned by one chunk of one document."""
+    """The ledger of a bank; live rows are always `[0, num_rows)`, each owned by one chunk of one document."""
 
     def __init__(self, chunk_size: int, policy: EvictionPolicy) -> None:
         self.chunk_size = chunk_size
@@ -125,7 +125,6 @@ class Ledger:
         self._table[2:, rows] = document.segments.of_chunks(first, len(rows), self.chunk_size)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a document another id; its place in the order of documents stays."""
         self._touch(self.documents[old])
         self.documents[old].document_id = new
         for document in self.documents.values():
@@ -135,7 +134,6 @@ class Ledger:
         self.documents = {document.document_id: document for document in self.documents.values()}
 
     def label(self, document: Document, tags: tuple[str, ...]) -> None:
-        """Give a document other tags."""
         self._touch(document)
         document.tags = tags
 

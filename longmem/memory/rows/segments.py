@@ -22,10 +22,10 @@ Joins = Literal["new", "same"] | None
 
 @dataclass
 class Segment:
-    """Return one segment: tokens `start` to `stop` of the document, encoded together by encoder `version`.
+    """One segment: tokens `start` to `stop` of the document, encoded together by encoder `version`.
 
     `is_known`: the encoder saw these tokens and no others, so the segment can be encoded again. `mapped_to`: the version of
-    the encoder for which a map has moved the vectors since (`longmem/memory/refresh/mapped.py`); -1: none has.
+    the encoder for which a map has moved the vectors since (a plug-in's work); -1: none has.
     """
 
     start: int
@@ -36,7 +36,7 @@ class Segment:
 
 
 class Segments:
-    """Return the segments of a document, none at first.
+    """The segments of a document, none at first.
 
     >>> segments = Segments()
     >>> segments.push(8, "new", version=0); segments.push(3, "new", version=1); segments.push(5, "same", version=1)

@@ -13,7 +13,7 @@ from longmem.memory.rows.codec import decode, encode, stored_width, vector_width
 
 
 class LayerShape(NamedTuple):
-    """Return the sizes that all chunks of one memory layer share; key and value heads may have different widths."""
+    """The sizes that all chunks of one memory layer share; key and value heads may have different widths."""
 
     kv_heads: int
     key_dim: int
@@ -21,11 +21,17 @@ class LayerShape(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Return the chunks of one memory layer, ready to be written: keys and values encoded, search keys not."""
+    """The chunks of one memory layer, ready to be written: keys and values encoded, search keys not."""
 
     keys: Num[Tensor, "kv_heads chunks chunk_size stored_key_dim"]
     values: Num[Tensor, "kv_heads chunks chunk_size stored_value_dim"]
     search_keys: Float[Tensor, "kv_heads chunks key_dim"]
+
+
+# Keys and values that were gathered, other chunks for each head.
+KeysValues = tuple[
+    Float[Tensor, "kv_heads chunks chunk_size key_dim"], Float[Tensor, "kv_heads chunks chunk_size value_dim"]
+]
 
 
 @runtime_checkable
@@ -83,7 +89,7 @@ def cut_into_chunks(
 
 
 class ChunkStore:
-    """Return an empty store for the chunks of one memory layer: at most `capacity` rows (None: no limit), one chunk in each.
+    """A store for the chunks of one memory layer: at most `capacity` rows (None: no limit), one chunk in each.
 
     Live rows are always `[0, num_rows)`: whoever frees a row in the middle moves the last live row into it. So exact
     search runs over one dense tensor without a mask. Memory grows by doubling, up to `capacity` rows.
@@ -135,7 +141,6 @@ class ChunkStore:
 
     @property
     def device(self) -> torch.device:
-        """Return where the tensors are."""
         return self._tensors.keys.device
 
     @property
@@ -185,12 +190,7 @@ class ChunkStore:
         rows = rows.to(self.device)
         return Chunks(*(tensor.index_select(1, rows) for tensor in self._tensors))
 
-    def gather(
-        self, rows: Int[Tensor, "kv_heads chunks"]
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
+    def gather(self, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         """Return copies of the keys and values of these rows, decoded, other rows for each head; row -1 is read as row 0."""
         keys, values, _ = self._tensors
         heads, allocated = keys.shape[:2]
@@ -240,16 +240,11 @@ class Storage(Protocol):
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]: ...
 
-    def gather(
-        self, position: int, rows: Int[Tensor, "kv_heads chunks"]
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]: ...
+    def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
 
 
 class MemoryStorage:
-    """Return an empty storage in memory, or on a GPU; it grows by doubling, up to `capacity` rows (None: no limit)."""
+    """A storage in memory, or on a GPU, empty at first; it grows by doubling, up to `capacity` rows (None: no limit)."""
 
     def __init__(self, capacity: int | None = None) -> None:
         self.capacity = capacity
@@ -258,15 +253,12 @@ class MemoryStorage:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the tensors, with the room that growth has reserved."""
         return sum(store.nbytes for store in self.stores)
 
     def layer(self, position: int) -> ChunkStore:
-        """Return the store of one layer."""
         return self.stores[position]
 
     def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None:
-        """Make room for `num_rows` rows in all."""
         if not self.stores:
             empty = [Chunks(*(tensor[:, :0].clone() for tensor in layer)) for layer in layers]
             self.stores = [ChunkStore.of(layer, capacity=self.capacity) for layer in empty]
@@ -284,24 +276,15 @@ class MemoryStorage:
         """Give up rows: nothing to do here."""
 
     def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
-        """Copy rows onto other rows."""
         for store in self.stores:
             store.move(sources, destinations)
 
     def truncate(self, num_rows: int) -> None:
-        """Forget the rows from `num_rows` on."""
         for store in self.stores:
             store.truncate(num_rows)
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
-        """Return copies of these rows, of every layer, in this order."""
         return [store.select(rows) for store in self.stores]
 
-    def gather(
-        self, position: int, rows: Int[Tensor, "kv_heads chunks"]
-    ) -> tuple[
-        Float[Tensor, "kv_heads chunks chunk_size key_dim"],
-        Float[Tensor, "kv_heads chunks chunk_size value_dim"],
-    ]:
-        """Return copies of keys and values of one layer, other rows for each head; row -1 is read as some row."""
+    def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         return self.stores[position].gather(rows)

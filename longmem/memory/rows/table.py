@@ -108,18 +108,15 @@ class Table:
         return contextlib.nullcontext() if self.journal is None else self.journal.transaction()
 
     def refuse_reader(self) -> None:
-        """Raise ValueError if the bank was opened to be read, or is closed."""
         if self.journal is not None:
             self.journal.refuse_reader()
 
     @property
     def shapes(self) -> list[LayerShape] | None:
-        """Return the sizes of each layer, None before the first write has fixed them."""
         return self.storage.shapes or None
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all keys, values and search keys, with the room that growth has reserved."""
         tails = (tensor for document in self.ledger.documents.values() for pair in document.waiting for tensor in pair)
         return self.storage.nbytes + sum(tensor.nbytes for tensor in tails)
 

@@ -4,28 +4,14 @@ from longmem.settings import save_settings
 from longmem.training.settings.checks import validate_settings
 from longmem.training.settings.files import load_settings, refuse_changed_settings
 from longmem.training.settings.sections import (
-    CheckpointSettings,
     DataSettings,
-    ExchangeSettings,
-    FeatureSettings,
-    LoggingSettings,
-    LossSettings,
-    MemorySettings,
-    ModelSettings,
     OptimizationSettings,
     TrainingSettings,
     ValidationSettings,
 )
 
 __all__ = [
-    "CheckpointSettings",
     "DataSettings",
-    "ExchangeSettings",
-    "FeatureSettings",
-    "LoggingSettings",
-    "LossSettings",
-    "MemorySettings",
-    "ModelSettings",
     "OptimizationSettings",
     "TrainingSettings",
     "ValidationSettings",

@@ -21,9 +21,8 @@ class ModelSettings:
     """The frozen backbone and the side network that is trained beside it."""
 
     backbone: str = "smollm2-135m"
-    """Packaged name, hub name or folder of a causal LM, for a new side network; or folder of a saved LongMem model, to
-    go on from. The default needs no download; its name stands for the backbone alone, not for the trained side network
-    that comes with this package."""
+    """Name of a model (`longmem.model.names`). A side network that was saved is trained on; else the backbone gets a new one,
+    also the packaged backbone of the default, which needs no download."""
 
     backbone_dtype: Dtype = "float32"
     """Dtype of the backbone's weights. float32 is right on a CPU; bfloat16 halves a GPU's memory, and the side network

@@ -15,31 +15,31 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from experiments.mapped_refresh.drift_map import DriftMap, fit_map, neighbours_kept, relative_error
 from longmem.memory.index import Ranked
-from longmem.memory.refresh.drift_map import DriftMap, fit_map, neighbours_kept, relative_error
 from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.policy import RefreshPolicy, Search, make_policy, register_policy
+from longmem.memory.refresh.policy import RefreshPolicy, Search, make_policy
 from longmem.memory.refresh.refresher import Refresher
 from longmem.memory.refresh.samples import Targets, draw_segments, stored_chunks, vectors
 from longmem.memory.rows.codec import decode, encode
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
 from longmem.memory.rows.storage import Chunks
-from longmem.plugins import Setting
+from longmem.plugins import Setting, register
 
 # Old and new vectors of segments, for each (layer, 0 for keys or 1 for values).
 Pairs = dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
 
 
-@register_policy("mapped")
+@register("refresh", "mapped")
 class Mapped(RefreshPolicy):
     """Encode a sample of each old version again, fit a map of keys and one of values on it, and move the rest by them.
 
     Maps are used if held-out segments of the sample say two things: of the distance between old and new vectors the maps take
     `min_gain` or more away, for keys and for values; and among moved keys a search finds `min_recall` or more of what it finds
-    among new ones. Both were needed where it was measured (`docs/staleness.md`): after moderate fine-tuning maps that took a
-    third of the distance away did harm, and after a swap, maps that took two thirds away kept a tenth of the neighbours. A
-    layer's map is fitted for each head. Only vectors as they were encoded are moved: a moved segment keeps its version,
+    among new ones. Both were needed where it was measured: after moderate fine-tuning maps that took a third of the distance
+    away did harm, and after a swap, maps that took two thirds away kept a tenth of the neighbours. A layer's map is fitted
+    for each head. Only vectors as they were encoded are moved: a moved segment keeps its version,
     and at the next change of the encoder it falls to the fallback policy, as does all where no map wins.
     """
 
@@ -105,7 +105,7 @@ class Mapped(RefreshPolicy):
         total = sum(each.stop - each.start for _, segments in targets for each in segments)
         sample = draw_segments(targets, self.chosen["sample_share"] * total)
         pairs = encode_pairs(refresher, sample)
-        maps, gain, recall = self._fit(pairs)
+        maps, gain, recall = self.fit(pairs)
         self.gains[version], self.recalls[version] = gain, recall
         if not (gain >= self.chosen["min_gain"] and recall >= self.chosen["min_recall"]):  # NaN is no gain
             warnings.warn(
@@ -119,7 +119,7 @@ class Mapped(RefreshPolicy):
             # Without those that are fresh by now: the sample, and what shares its chunks.
             move_segments(refresher, document, [each for each in segments if each.version == version], maps)
 
-    def _fit(self, pairs: Pairs) -> tuple[dict[tuple[int, int], DriftMap], float, float]:
+    def fit(self, pairs: Pairs) -> tuple[dict[tuple[int, int], DriftMap], float, float]:
         """Return maps for each layer's keys and values, fitted on all pairs, and what held-out ones say of them."""
         maps: dict[tuple[int, int], DriftMap] = {}
         gains, recalls = [], []

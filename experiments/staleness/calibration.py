@@ -95,7 +95,7 @@ def calibrate_gap(
         ValueError: an argument breaks these rules, the models differ in more than weights, or the text is too short.
     """
     length = old_model.config.segment_length
-    ids = encodable(old_model, text_or_ids).ids
+    ids = encodable(old_model, text_or_ids).token_ids
     validate(old_model, new_model, len(ids), target_recall, num_chunks, steps, num_windows)
     memorized, read = ids[: -num_windows * length], ids[-num_windows * length :]
     moved = copy.deepcopy(old_model).float().eval()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from changed_encoder import changed, tiny_longmem
 
-from longmem.evaluation.calibration import GapPoint, calibrate_gap, largest_gap
+from experiments.staleness.calibration import GapPoint, calibrate_gap, largest_gap
 from longmem.memory import MemoryBank
 from longmem.memory.refresh import make_policy
 from longmem.model.index_queries import recorded_queries

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from longmem.evaluation.tasks.chapterbreak_building import (
+from experiments.chapterbreak.building import (
     BuildRules,
     Chapter,
     build,

@@ -1,18 +1,21 @@
 """Make the data of the tasks in longmem/evaluation/configs/harness_tasks from files of the published sets.
 
-    python eval/make_harness_data.py quality LEval-data/quality.jsonl --output data/harness
-    python eval/make_harness_data.py babi qa1_single-supporting-fact_test.txt --output data/harness
-    python eval/make_harness_data.py babi qa1_single-supporting-fact_test.txt --filler book.txt --filler-words 3000 \\
-        --output data/harness
+    make="python experiments/harness_data/make_harness_data.py --output data/harness"
+    $make quality LEval-data/quality.jsonl
+    $make babi qa1_single-supporting-fact_test.txt
+    $make babi qa1_single-supporting-fact_test.txt --filler book.txt --filler-words 3000
 
 QuALITY as in L-Eval (github.com/OpenLMLab/LEval), bAbI as in Facebook's tasks_1-20_v1-2/en. A filler is spread between the
 sentences of each story, so that it no longer fits the window.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from longmem.evaluation.harness.data import babi_items, quality_items, write_items
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, which is not installed
+
+from experiments.harness_data.data import babi_items, quality_items, write_items
 
 
 def main() -> None:

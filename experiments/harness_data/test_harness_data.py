@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from longmem.evaluation.harness.data import babi_items, quality_items, spread_between, write_items
+from experiments.harness_data.data import babi_items, quality_items, spread_between, write_items
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "make_harness_data.py"
+SCRIPT = Path(__file__).with_name("make_harness_data.py")
 STORY = """1 Mary left.
 2 John came.
 3 Where is Mary?\taway\t1

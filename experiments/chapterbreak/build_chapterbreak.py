@@ -1,22 +1,26 @@
 """Make examples in ChapterBreak's format from books, whose chapters begin with a line that says so.
 
-    python eval/build_chapterbreak.py my-books --output my.json
-    python eval/build_chapterbreak.py my-books/manifest.json --split test --output my-test.json.gz
-    python eval/build_chapterbreak.py my-books --output my.json "chapter=^(Chapter|BOOK)\\b.*" context_words=3000
+    build="python experiments/chapterbreak/build_chapterbreak.py"
+    $build my-books --output my.json
+    $build my-books/manifest.json --split test --output my-test.json.gz
+    $build my-books --output my.json "chapter=^(Chapter|BOOK)\\b.*" context_words=3000
 
 A folder is searched for .txt files with its subfolders; a manifest is a JSON list of {"file": ..., "split": ...} whose
-files lie beside it. The rules, as key=value, are the fields of `BuildRules`. The output is what eval_chapterbreak.py
+files lie beside it. The rules, as key=value, are the fields of `BuildRules`. The output is what `longmem eval chapterbreak`
 reads as `data`.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, which is not installed
+
+from experiments.chapterbreak.building import BuildRules, build, save_split
 from longmem.cli.common import console_for, parse_settings
 from longmem.console import plain_table
 from longmem.data.sources import files_of_split
 from longmem.evaluation.tasks.chapterbreak import ChapterBreak, baseline_values, credit
-from longmem.evaluation.tasks.chapterbreak_building import BuildRules, build, save_split
 from longmem.evaluation.tasks.chapterbreak_data import load_split
 
 

@@ -1,0 +1,1 @@
+"""Examples in ChapterBreak's format from books of one's own."""

@@ -1,0 +1,73 @@
+"""`longmem eval`: ask several systems the questions of an evaluation, and leave a folder of results."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from longmem.cli import common
+from longmem.cli.parsing import add_command
+from longmem.evaluation.registry import CONFIGS, known_tasks, refuse_unknown_task, run_task
+
+EXAMPLES = """\
+examples:
+  longmem eval --list                                            what can be asked
+  longmem eval recall output=results/recall                      facts far back; nothing to download
+  longmem eval quality data=quality.jsonl limit=40               an estimate with its interval
+  longmem eval quality data=quality.jsonl model=runs/books/side-network "systems=[backbone,off,on]"
+  longmem eval quality --config my-settings.yaml                 a file of your own
+
+Every evaluation has its settings in a file; each can be replaced behind its name, with values in YAML. The folder gets
+settings, versions, raw answers, metrics, tables and figures. The same command goes on with a run that was stopped, and
+`longmem report FOLDER ...` puts finished ones on a page. The files that come with the package are in
+{folder}.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command `eval`."""
+    summary = "compare memory with other systems on an evaluation"
+    evaluate = add_command(commands, "eval", run, summary, EXAMPLES.format(folder=CONFIGS))
+    evaluate.add_argument("task", nargs="?", metavar="TASK", help="name of an evaluation; `--list` shows all")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    evaluate.add_argument(
+        "--config", type=Path, metavar="FILE", help="file with settings; default: the evaluation's own"
+    )
+    evaluate.add_argument("--list", action="store_true", help="list the evaluations, and ask nothing")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run an evaluation to its end, or list all of them.
+
+    Raises:
+        ValueError: the evaluation is not known, or settings, model and data do not go together.
+    """
+    if arguments.list:
+        list_tasks(known_tasks(), as_json=arguments.json)
+        return
+    if arguments.task is None:
+        raise ValueError("`longmem eval` needs the name of an evaluation; `longmem eval --list` shows all.")
+    refuse_unknown_task(arguments.task)  # a wrong name is told before anything slow is imported
+
+    from longmem.plots import plot_finished, require_matplotlib
+
+    require_matplotlib()
+    console = common.console_for(arguments.json)
+    finished = run_task(arguments.task, arguments.overrides, console, arguments.config)
+    plot_finished(finished)
+    if arguments.json:
+        values = {"task": arguments.task, "output": str(finished.folder), "title": finished.title}
+        common.print_json({**values, "metrics": finished.metrics})
+    else:
+        console.print(f"\nIn {finished.folder}: settings, raw answers, metrics, tables and figures.")
+
+
+def list_tasks(tasks: dict[str, str], *, as_json: bool) -> None:
+    """Print the evaluations, each with what it asks."""
+    if as_json:
+        common.print_json({"tasks": tasks})
+        return
+    width = max(map(len, tasks))
+    for name, summary in tasks.items():
+        print(f"{name:{width}}  {summary}")
