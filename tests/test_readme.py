@@ -20,7 +20,9 @@ CODE = ("longmem", "experiments", "train", "eval", "benchmarks", "tests", "docs/
 HISTORY = {"CHANGELOG.md"}
 FOREIGN = {"docs/milvus_lite.md", "docs/limitations.md"}
 
-A_PATH = re.compile(r"(?<![\w./-])(?:longmem|experiments|train|eval|benchmarks|tests|configs|docs)/[\w./-]*\.(?:py|yaml|md)\b")
+A_PATH = re.compile(
+    r"(?<![\w./-])(?:longmem|experiments|train|eval|benchmarks|tests|configs|docs)/[\w./-]*\.(?:py|yaml|md)\b"
+)
 A_MODULE = re.compile(r"(?<![\w./])longmem((?:\.\w+)+)")
 A_LINK = re.compile(r"\]\(([^)\s]+)\)")
 A_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -122,10 +124,28 @@ def test_no_page_uses_an_old_name_of_a_bank() -> None:
     assert [line for line in used if not line.startswith("tests/")] == []  # which also test the old names
 
 
+def test_every_evaluation_and_run_that_a_page_names_can_be_started() -> None:
+    from longmem.evaluation import TASKS
+    from longmem.settings.shipped import shipped_settings
+
+    known = {"eval": {*TASKS, "TASK", "NAME"}, "train": {*shipped_settings("train"), "CONFIG"}}
+    named = [
+        (place, *found)
+        for path in pages()
+        for place, line in lines_of(path)
+        for found in re.findall(r"longmem (eval|train) ([\w-]+)", line)
+        if not found[1].startswith("-")
+    ]
+    assert {"eval", "train"} == {command for _, command, _ in named}
+    assert [each for each in named if each[2] not in known[each[1]]] == []
+
+
 def test_a_wrong_path_or_module_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = "longmem/memory/" + "nothing.py", "longmem.memory." + "nothing"
     page = tmp_path / "page.md"
-    page.write_text(f"`longmem/memory/bank.py` and `{gone[0]}`;\n`longmem.memory.bank` and `{gone[1]}`\n", encoding="utf-8")
+    page.write_text(
+        f"`longmem/memory/bank.py` and `{gone[0]}`;\n`longmem.memory.bank` and `{gone[1]}`\n", encoding="utf-8"
+    )
     (tmp_path / "longmem" / "memory").mkdir(parents=True)
     for name in ("bank.py", "__init__.py"):
         (tmp_path / "longmem" / "memory" / name).touch()
