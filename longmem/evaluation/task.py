@@ -118,7 +118,7 @@ class Task(ABC):
     """One evaluation, with settings of the type `kind`."""
 
     name: ClassVar[str]
-    """In `longmem.evaluation.TASKS`; that of its default settings, `configs/NAME.yaml`."""
+    """In `longmem.evaluation.TASKS`; that of its default settings, `NAME.yaml` in the folder `configs`."""
 
     title: ClassVar[str]
     """In titles of tables and figures."""

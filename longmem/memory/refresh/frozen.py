@@ -17,8 +17,8 @@ from longmem.plugins import register
 class Frozen(RefreshPolicy):
     """The policy that refuses a bank whose entries another encoder wrote; nothing is ever encoded again.
 
-    Where `bank.reencode` has brought a part of a bank up to date, for a budget's sake or because the rest can't be encoded
-    again, the rest is masked.
+    Where `bank.freshness.reencode` has brought a part of a bank up to date, for a budget's sake or because the rest can't
+    be encoded again, the rest is masked.
     """
 
     def admit(self, known: EncoderStamp, stamp: EncoderStamp) -> None:

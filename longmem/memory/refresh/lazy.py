@@ -1,7 +1,7 @@
 """Lazy: what a read finds and is stale is encoded again there and then, and a sweep takes the rest, oldest first.
 
 By itself it would leave entries hidden whose old keys no query finds any more, so pair it with a sweep (`sweep_tokens`, or
-`bank.sweep` in idle time).
+`bank.freshness.sweep` in idle time).
 """
 
 from __future__ import annotations

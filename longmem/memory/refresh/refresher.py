@@ -200,7 +200,7 @@ class Refresher:
     def probe_versions(self, num_tokens: int = 64, *, is_readable: Sequence[bool] | None = None) -> dict[int, float]:
         """Return for each old version how far its keys have moved: relative distance of stored keys to those encoded now.
 
-        About `num_tokens` tokens of each are encoded, and counted as probed in `bank.refreshed`; nothing is written.
+        About `num_tokens` tokens of each are encoded, and counted as probed in `bank.freshness.refreshed`; nothing is written.
         `is_readable`: as for `stale`. Raises StaleMemoryError if the writer makes other sizes than the bank holds.
         """
         by_version: dict[int, Targets] = {}
