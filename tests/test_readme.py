@@ -126,9 +126,10 @@ def test_no_page_uses_an_old_name_of_a_bank() -> None:
 
 def test_every_evaluation_and_run_that_a_page_names_can_be_started() -> None:
     from longmem.evaluation import TASKS
+    from longmem.cli.train import CONFIGS
     from longmem.settings.shipped import shipped_settings
 
-    known = {"eval": {*TASKS, "TASK", "NAME"}, "train": {*shipped_settings("train"), "CONFIG"}}
+    known = {"eval": {*TASKS, "TASK", "NAME"}, "train": {*shipped_settings(CONFIGS), "CONFIG"}}
     named = [
         (place, *found)
         for path in pages()
