@@ -125,8 +125,8 @@ def test_no_page_uses_an_old_name_of_a_bank() -> None:
 
 
 def test_every_evaluation_and_run_that_a_page_names_can_be_started() -> None:
-    from longmem.evaluation import TASKS
     from longmem.cli.train import CONFIGS
+    from longmem.evaluation import TASKS
     from longmem.settings.shipped import shipped_settings
 
     known = {"eval": {*TASKS, "TASK", "NAME"}, "train": {*shipped_settings(CONFIGS), "CONFIG"}}
