@@ -5,8 +5,7 @@ from __future__ import annotations
 from longmem.encoder.stamp import TOKENIZER, EncoderStamp
 from longmem.errors import StaleMemoryError
 
-# Of these a bank has one value for life: what it holds can't be encoded again to fit another.
-FOR_LIFE = ("memory_layers", "chunk_size", TOKENIZER)
+FOR_LIFE = ("memory_layers", "chunk_size", TOKENIZER)  # what a bank holds can't be encoded again to fit another
 
 
 def refuse_stale(known: EncoderStamp, stamp: EncoderStamp) -> None:

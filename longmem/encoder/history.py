@@ -17,10 +17,10 @@ UNKNOWN = -1  # version of what was written by nobody knows which encoder
 
 @dataclass
 class EncoderVersion:
-    """One encoder of a bank; the sketch of its weights is None where none was made."""
+    """One encoder of a bank."""
 
     stamp: EncoderStamp
-    sketch: Sketch | None = None
+    sketch: Sketch | None = None  # of its weights, where one was made
 
 
 class Encoders:
@@ -33,8 +33,7 @@ class Encoders:
     """
 
     def __init__(self, fingerprints: Sequence[str | EncoderStamp] = ()) -> None:
-        stamps = [EncoderStamp(each) if isinstance(each, str) else each for each in fingerprints]
-        self.versions = [EncoderVersion(stamp) for stamp in stamps]
+        self.versions = [EncoderVersion(EncoderStamp(each) if isinstance(each, str) else each) for each in fingerprints]
         self._json: list[dict[str, Any]] = []  # of these versions, empty where one has changed
 
     @property
@@ -61,10 +60,8 @@ class Encoders:
         """Return for each version by how many changes of the encoder it is behind; 0 for an encoder that has come back."""
         if not self.versions:
             return []
-        last = self.versions[-1].stamp.digest
-        return [
-            0 if version.stamp.digest == last else self.current - number for number, version in enumerate(self.versions)
-        ]
+        last, current = self.versions[-1].stamp.digest, self.current
+        return [0 if each.stamp.digest == last else current - number for number, each in enumerate(self.versions)]
 
     def gaps(self) -> list[float | None]:
         """Return for each version how far the weights have moved since, relative to their norm; None if not known."""

@@ -50,7 +50,7 @@ def sketch(tensors: Iterable[tuple[str, Tensor]]) -> Sketch:
             squares += float(values.square().sum(dtype=torch.float64))
             # Turned by a number that no other block of a model this size has: equal blocks do not cancel or add up.
             values = values * torch.roll(signs, (place * 40_503) % BLOCK)[: len(values)]
-            missing = -len(values) % SIZE
-            sums += torch.nn.functional.pad(values, (0, missing)).view(-1, SIZE).sum(dim=0, dtype=torch.float64)
+            whole = torch.nn.functional.pad(values, (0, -len(values) % SIZE)).view(-1, SIZE)
+            sums += whole.sum(dim=0, dtype=torch.float64)
             place += 1
     return Sketch(sums.float(), math.sqrt(squares))

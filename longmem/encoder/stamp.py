@@ -25,8 +25,8 @@ from longmem.backbone.structure import probe_ids
 # Fields of a configuration that change nothing that is stored: names, versions, how it is run, what is generated.
 WITHOUT_EFFECT = frozenset(
     ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "auto_map")
-    + ("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id")
-    + ("tie_word_embeddings", "quantization_config")
+    + ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "id2label", "label2id")
+    + ("quantization_config",)
 )
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
 

@@ -42,14 +42,13 @@ class Tripwire:
 
     def __init__(self, path: EncoderPath) -> None:
         self._leaves = [_leaf(*each) for each in path.leaves]
-        self._modules = [module for _, module in path.modules]
-        self._names = [name for name, _ in path.modules]
-        self._children = [(module._modules, dict(module._modules)) for module in self._modules]
+        self._modules = path.modules
+        self._children = [(name, module._modules, dict(module._modules)) for name, module in path.modules]
         self._samples = _samples(self._leaves)
 
     def changed(self) -> str | None:
         """Return what was written to or replaced since, in words; None if nothing was."""
-        for (children, known), name in zip(self._children, self._names, strict=True):
+        for name, children, known in self._children:
             if children != known:
                 return f"a module inside `{name}` was replaced"
         for name, held_in, key, tensor, version, address in self._leaves:
@@ -70,7 +69,7 @@ class Tripwire:
         for leaf in self._leaves:
             if leaf.tensor.requires_grad:
                 return f"`{leaf.name}` requires a gradient"
-        for module, name in zip(self._modules, self._names, strict=True):
+        for name, module in self._modules:
             if module.training:
                 return f"`{name or 'the backbone'}` is in training mode"
         return None
@@ -78,8 +77,7 @@ class Tripwire:
 
 def _leaf(name: str, module: nn.Module, key: str) -> _Leaf:
     held_in: dict[str, Tensor | None] = module._parameters if key in module._parameters else module._buffers  # type: ignore[assignment]
-    tensor = held_in[key]
-    assert tensor is not None
+    tensor: Tensor = getattr(module, key)
     version = -1 if tensor.is_inference() else tensor._version
     return _Leaf(name, held_in, key, tensor, version, tensor.data_ptr())
 
