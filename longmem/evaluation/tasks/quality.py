@@ -53,7 +53,7 @@ class Quality(ReadingTask):
             choices = {"by letter": best(record["logprobs"])}
         else:
             choices = {"per token": best(per_token(record)), "summed": best(record["logprobs"])}
-        options = dict(enumerate(record["options"]))  # a letter may be beyond them
+        options: dict[int | None, str] = dict(enumerate(record["options"]))  # a letter may be beyond them
         return {rule: float(options.get(choice) == record["gold"]) for rule, choice in choices.items()}
 
     def chance(self, record: Record) -> float:
@@ -74,11 +74,7 @@ class Quality(ReadingTask):
 
     @staticmethod
     def read(path: Path) -> list[Document]:
-        """Return the articles of a file with their questions; its lines say which of the two formats it has.
-
-        Raises:
-            ValueError: it has neither, or a question has no options or no right one.
-        """
+        """Return the articles of a file with their questions; its lines say which of the two formats it has."""
         documents: dict[str, Document] = {}
         with in_format("JSON on each line", path):
             rows = [json.loads(line) for line in lines_of(path)]
