@@ -53,8 +53,11 @@ class Quality(ReadingTask):
             choices = {"by letter": best(record["logprobs"])}
         else:
             choices = {"per token": best(per_token(record)), "summed": best(record["logprobs"])}
-        options: dict[int | None, str] = dict(enumerate(record["options"]))  # a letter may be beyond them
-        return {rule: float(options.get(choice) == record["gold"]) for rule, choice in choices.items()}
+        options = dict(enumerate(record["options"]))  # a letter may be beyond them
+        return {
+            rule: float(choice is not None and options.get(choice) == record["gold"])
+            for rule, choice in choices.items()
+        }
 
     def chance(self, record: Record) -> float:
         return 1 / len(record["options"])
