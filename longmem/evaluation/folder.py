@@ -80,12 +80,8 @@ class RunFolder:
     def finish(self, *, title: str, metrics: Mapping[str, Any], table: str, seed: int) -> None:
         """Write `metrics.json`, `table.md` and `environment.json`, from which a report is made.
 
-        Args:
-            title: of the run, for people.
-            metrics: for programs. `summary`, if there is one, has `measure`, a word for what is measured, and `systems`:
-                for each the `value` and its `interval`; reports draw it.
-            table: Markdown.
-            seed: of what was drawn.
+        `metrics` may have a `summary`, which reports draw: `measure`, a word for what is measured, and `systems`: for each the
+        `value` and its `interval`. `table` is Markdown.
         """
         seconds = self._seconds() + sum(session["seconds"] for session in self._sessions())
         found = {"title": title, **environment(), "seed": seed, "wall_seconds": round(seconds, 1)}

@@ -40,11 +40,7 @@ def tables_of(metrics: Mapping[str, Any], *, brief: bool = False) -> list[tuple[
     """Return headings and tables, the head of each first, with systems in rows.
 
     Columns are measures or, where results have an axis of kind "column", its values. There is a table of means, then one of
-    how far they are above the baseline.
-
-    Args:
-        metrics: what `summarize` returns.
-        brief: leave out intervals and differences, so that a terminal of 80 columns holds most tables.
+    how far they are above the baseline. Brief ones leave out intervals and differences, so that most fit 80 columns.
     """
     panels: Sequence[Any] = next((axis["values"] for axis in metrics["axes"] if axis["kind"] == "panel"), [])
     column = next((axis for axis in metrics["axes"] if axis["kind"] == "column"), None)
@@ -81,11 +77,7 @@ def tables_of_cells(
 ) -> Iterator[tuple[str, Rows]]:
     """Yield the table of means with 95 % intervals and that of differences.
 
-    Args:
-        systems: titles by name.
-        heading: of both.
-        cells: by the head of their column, what `summary.compare` returns (None: no column) and its unit.
-        brief: means alone.
+    `cells` has by the head of its column what `summary.compare` returns (None: no column) and its unit; `systems` titles.
     """
     there = {head: (cell, unit) for head, (cell, unit) in cells.items() if cell is not None}
     if not there:

@@ -17,13 +17,8 @@ from longmem.model.modeling import LongMemForCausalLM
 class Banks:
     """Banks of streams: each is encoded once, and a longer stream continues the bank of its start.
 
-    The last `keep` are kept, so that the wrong memory of one text can be the right memory of the next.
-
-    Args:
-        model: writes them.
-        keep: banks to keep.
-        batch_size: windows encoded at once.
-        options: of `MemoryBank.for_model`; without a capacity nothing is ever evicted.
+    The last `keep` are kept, so that the wrong memory of one text can be the right memory of the next; `batch_size` windows
+    are encoded at once. Options are those of `MemoryBank.for_model`; without a capacity nothing is ever evicted.
     """
 
     def __init__(self, model: LongMemForCausalLM, keep: int = 2, batch_size: int = 1, **options: Any) -> None:

@@ -20,10 +20,7 @@ Passage = list[int]
 class Bm25Ranker:
     """Ranks passages by the words they share with a query (BM25, the library bm25s).
 
-    Args:
-        model: its tokenizer gives the words.
-        passages: to rank.
-        earlier: not needed: the weight of a word depends on all passages.
+    An `earlier` ranker is of no use: the weight of a word depends on all passages.
     """
 
     def __init__(
@@ -53,10 +50,7 @@ class Bm25Ranker:
 class HiddenStateRanker:
     """Ranks passages by the cosine between mean hidden states of the backbone's last layer.
 
-    Args:
-        model: its backbone is run on every passage, by itself.
-        passages: to rank.
-        earlier: a ranker whose passages need not be run again.
+    The backbone is run on every passage, by itself, unless an `earlier` ranker had it.
     """
 
     def __init__(

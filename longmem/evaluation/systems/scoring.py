@@ -33,14 +33,10 @@ def answer_questions(
     question. Rows of about equal length are run together, padded on the right, where causal models do not look.
 
     Args:
-        forward: a causal LM; it may read memory.
-        context: tokens before every question, at least one unless no question is empty.
-        questions: each with its own tokens and candidates.
+        forward: a causal LM on `device`; it may read memory.
+        context: tokens before every question, at least one unless no question is empty (else ValueError: there is nothing
+            from which the first token of a candidate could be predicted).
         batch_size: rows that are run at once; each has a copy of the context's cache.
-        device: where token ids are expected.
-
-    Raises:
-        ValueError: there is no token from which the first one of a candidate could be predicted.
     """
     if not context and not all(len(question.token_ids) for question in questions):
         raise ValueError("`context` must hold at least one token where a question has none, got none.")

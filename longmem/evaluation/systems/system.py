@@ -89,13 +89,7 @@ class System(ABC):
         self.passages.append(self.tokens(chunk) if isinstance(chunk, str) else as_ids(chunk))
 
     def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
-        """Forget everything and feed these passages.
-
-        Args:
-            passages: the stream, in pieces.
-            instead: what a wrong memory holds.
-            local_tokens: from now on; None: as before.
-        """
+        """Forget everything and feed these passages. `instead`: what a wrong memory holds. `local_tokens`: None: as before."""
         self.reset()
         self.instead = [token for passage in instead for token in passage]
         if local_tokens is not None:
@@ -118,8 +112,7 @@ class System(ABC):
     def score(self, questions: Sequence[Question], prefix: Sequence[int] = ()) -> list[Answer]:
         """Return how likely the candidates of each question are after the stream and a common prefix.
 
-        Raises:
-            ValueError: a question with its longest candidate does not fit the window.
+        As `generate`, raises ValueError where a question with its longest answer does not fit the window.
         """
         room = max(question.room for question in questions)
         local, context = self._timed_context(prefix, room, questions)
@@ -139,11 +132,7 @@ class System(ABC):
         max_new_tokens: int = 32,
         stop: Sequence[str] = ("\n",),
     ) -> list[list[int]]:
-        """Return the greedy continuation of each query after the stream and a common prefix, up to a stop string.
-
-        Raises:
-            ValueError: a query with its continuation does not fit the window.
-        """
+        """Return the greedy continuation of each query after the stream and a common prefix, up to a stop string."""
         room = max(map(len, queries)) + max_new_tokens
         local, context = self._timed_context(prefix, room, [Question(ids, [[0]]) for ids in queries])
         start = time.perf_counter()
@@ -177,10 +166,8 @@ class System(ABC):
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
         """Return what runs in the window, and the tokens before every question.
 
-        Args:
-            prefix: tokens that the questions share.
-            room: tokens to leave free for the longest question and what follows it.
-            questions: what will be asked; a system that looks for passages needs them.
+        They end with `prefix` and leave `room` tokens free for the longest question and what follows it. A system that looks
+        for passages needs the questions.
         """
 
     def local(self, tokens: Sequence[int], room: int, window: int | None = None) -> list[int]:

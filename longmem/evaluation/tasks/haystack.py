@@ -101,10 +101,7 @@ class HaystackBanks(Banks):
         self.bank = self._open(folder)
 
     def encode(self, size: int, progress: Callable[[int, int], None] | None = None) -> int:
-        """Encode what is missing of the first `size` tokens; return how many tokens that were.
-
-        `progress`: called with (tokens done, tokens to encode) after every document.
-        """
+        """Encode what is missing of the first `size` tokens; return how many. `progress` gets (tokens done, to encode)."""
         jobs = [(self.bank, self._names[part], part) for part in self._parts_of(size)]
         jobs += [(self._aside, str(number), (number, number + 1)) for number in self._aside_of(size)]
         jobs = [(bank, name, part) for bank, name, part in jobs if name not in bank]
@@ -179,11 +176,7 @@ class HaystackBanks(Banks):
 def plan_parts(counts: Collection[int], replaceable: Collection[int]) -> list[tuple[int, int]]:
     """Return runs of windows, (first, one after the last), to be encoded as documents.
 
-    None holds a window that may be replaced, or reaches over the end of a size.
-
-    Args:
-        counts: windows of every size.
-        replaceable: numbers of windows.
+    None holds a window that may be replaced, or reaches over the end of a size; `counts` are the windows of every size.
 
     >>> plan_parts([4, 40], {0, 3, 20})
     [(1, 3), (4, 20), (21, 37), (37, 40)]

@@ -103,11 +103,7 @@ class Prompt(NamedTuple):
 
 
 def read_longeval(folder: str | Path, task: str) -> list[Prompt]:
-    """Return the prompts of a task, file by file, from `lines_*.jsonl` or `topics_*.jsonl`, which may be gzipped.
-
-    Raises:
-        ValueError: there are none, or a line is no prompt of LongEval.
-    """
+    """Return the prompts of a task, file by file, from `lines_*.jsonl` or `topics_*.jsonl`, which may be gzipped."""
     files = [path for path in Path(folder).glob(f"{task}_*") if path.name.endswith((".jsonl", ".jsonl.gz"))]
     if not files:
         raise ValueError(f"`data` must be a folder with files {task}_*.jsonl or .jsonl.gz, got {str(folder)!r}.")

@@ -77,11 +77,7 @@ class Quality(ReadingTask):
 
     @staticmethod
     def read(path: Path) -> list[Document]:
-        """Return the articles of a file with their questions; its lines say which of the two formats it has.
-
-        Raises:
-            ValueError: it has neither, or a question has no options or no right one.
-        """
+        """Return the articles of a file with their questions; its lines say which of the two formats it has."""
         documents: dict[str, Document] = {}
         with in_format("JSON on each line", path):
             rows = [json.loads(line) for line in lines_of(path)]

@@ -58,11 +58,7 @@ def load_parted(data: str, demonstrations_data: str | None, seed: int) -> tuple[
 
 
 def load_passages(name: str) -> list[Passage]:
-    """Return the passages of a JSON file, or of a data set on the Hub whose split stands behind a colon.
-
-    Raises:
-        ValueError: there is no such file or data set, or it has another format.
-    """
+    """Return the passages of a JSON file, or of a data set on the Hub whose split stands behind a colon."""
     if name.endswith(".json"):
         found = from_json(Path(name).expanduser())
     else:
