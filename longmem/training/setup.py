@@ -53,9 +53,9 @@ def open_corpus(
     accelerator: Accelerator,
 ) -> Dataset:
     """Return tokenised documents; the first process of a machine tokenises, the others read what it kept."""
-    options = {"text_column": data.text_column, "num_documents": data.num_documents, "cache_dir": data.cache}
+    options: dict[str, Any] = {"text_column": data.text_column, "cache_dir": data.cache}
     with accelerator.local_main_process_first():
-        return load_corpus(source, tokenizer, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+        return load_corpus(source, tokenizer, max_tokens=max_tokens, num_documents=data.num_documents, **options)
 
 
 def make_lanes(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Lanes:
@@ -87,8 +87,12 @@ def make_optimizer(
     trained: dict[str, nn.Parameter], wanted: OptimizationSettings, further_groups: Sequence[dict[str, Any]] = ()
 ) -> torch.optim.AdamW:
     """Return AdamW over what is trained of the side network, and over further groups of parameters."""
-    rates = {"learning_rate": wanted.learning_rate, "gate_learning_rate": wanted.gate_learning_rate}
-    groups = parameter_groups(trained, weight_decay=wanted.weight_decay, **rates)
+    groups = parameter_groups(
+        trained,
+        learning_rate=wanted.learning_rate,
+        gate_learning_rate=wanted.gate_learning_rate,
+        weight_decay=wanted.weight_decay,
+    )
     return torch.optim.AdamW([*groups, *further_groups], betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
 
 
