@@ -81,10 +81,7 @@ class LaneMemories:
         return sum(bank.num_tokens for bank in self.banks) / len(self.banks)
 
     def prepare(self, batch: LaneBatch, step: int, capacity: int, batch_at: BatchAt, states_of: StatesOf) -> None:
-        """Make the banks what they are before a step: rebuilt if their capacity changes, emptied at document borders.
-
-        `batch` is what this process's lanes read at `step`; the others give earlier batches and the backbone's states.
-        """
+        """Make the banks what they are before `batch`, of a step: rebuilt for a new capacity, emptied at document borders."""
         if capacity != self.capacity:
             self.capacity = capacity
             self.banks = [self._new_bank(capacity) for _ in self.banks]

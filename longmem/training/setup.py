@@ -55,9 +55,9 @@ def open_corpus(
     accelerator: Accelerator,
 ) -> Dataset:
     """Return tokenised documents; the first process of a machine tokenises, the others read what it kept."""
-    options = {"text_column": data.text_column, "num_documents": data.num_documents, "cache_dir": data.cache}
+    options: dict[str, Any] = {"text_column": data.text_column, "cache_dir": data.cache}
     with accelerator.local_main_process_first():
-        return load_corpus(source, tokenizer, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+        return load_corpus(source, tokenizer, max_tokens=max_tokens, num_documents=data.num_documents, **options)
 
 
 def make_lanes(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Lanes:

@@ -64,8 +64,7 @@ def evaluate_texts(
     files = [file_of(run.path, number, each.name) for number, each in enumerate(texts)]
     left = [(each, file) for each, file in zip(texts, files, strict=True) if each.name not in run]
     if left:
-        most = max(map(settings.memorized, settings.cuts))
-        starts = Starts(model, most, index=settings.index, batch_size=settings.batch_size)
+        starts = Starts(model, max(map(settings.memorized, settings.cuts)), **bank_options(settings))
         with token_progress("scored", console) as report:
             progress = counting(report, sum(tokens_to_score(len(each.token_ids), settings) for each, _ in left))
             for each, file in left:
@@ -120,14 +119,15 @@ def memories_of(
     texts = {"on": text.token_ids, "wrong": text.wrong_ids}
     wanted = {name: ids for name, ids in texts.items() if name in settings.systems}
     if settings.plan == "documents":
-        options = {
-            "capacity_tokens": settings.memory_tokens,
-            "index": settings.index,
-            "batch_size": settings.batch_size,
-        }
-        return {name: GrowingMemory(model, ids, **options) for name, ids in wanted.items()}, {}  # type: ignore[arg-type]
+        options = {"capacity_tokens": settings.memory_tokens, **bank_options(settings)}
+        return {name: GrowingMemory(model, ids, **options) for name, ids in wanted.items()}, {}
     banks = {name: starts.bank(ids, settings.memorized(cut)) for name, ids in wanted.items()}
     return {name: bank for name, (bank, _) in banks.items()}, {name: seconds for name, (_, seconds) in banks.items()}
+
+
+def bank_options(settings: PerplexitySettings) -> dict[str, Any]:
+    """Return what all memories have in common."""
+    return {"index": settings.index, "batch_size": settings.batch_size}
 
 
 def record_of(scores: Mapping[Cut, TextScores], file: str) -> dict[str, Any]:

@@ -32,7 +32,12 @@ class Passages:
     """
 
     def __init__(
-        self, name: Any, model: LongMemForCausalLM, token_ids: Tensor, cut: Cut, memory_tokens: int | None
+        self,
+        name: Any,
+        model: LongMemForCausalLM,
+        token_ids: Int[Tensor, " tokens"],
+        cut: Cut,
+        memory_tokens: int | None,
     ) -> None:
         self.token_ids, self.cut, self.memory_tokens = token_ids, cut, memory_tokens
         replaced = cut.lead // 2

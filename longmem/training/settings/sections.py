@@ -180,9 +180,8 @@ class ExchangeSettings:
     """0: gradients are averaged in every step, and the number of processes changes no result. More: each process takes so
     many optimizer steps on its own lanes, with the mean loss and the clipping of its own gradient, then side network and
     what AdamW remembers are averaged (local SGD, arXiv 1805.09767), also after the last step. In between, only the numbers of
-    the log are sent. A run stops, validates and writes checkpoints at averages alone. For slow connections; every_steps=1 is
-    no substitute for 0: the mean of AdamW's steps is not AdamW's step with the mean gradient (for SGD without clipping and
-    with as many targets in each process they are the same)."""
+    the log are sent. A run stops, validates and writes checkpoints at averages alone. For slow connections; 1 is no
+    substitute for 0: the mean of AdamW's steps is not AdamW's step with the mean gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
