@@ -15,6 +15,7 @@ from tiny_models import save_tiny_backbone, some_text
 
 from longmem.cli.main import main
 from longmem.cli.texts import read_texts
+from longmem.encoder.watch import Encoder
 from longmem.memory import MemoryBank
 from longmem.memory.index import approximate
 from longmem.model.modeling import LongMemForCausalLM
@@ -110,7 +111,7 @@ def test_memorize_is_add(model_folder, files, tmp_path, bank, run):
 
 
 def test_an_interrupted_run_keeps_the_documents_that_were_whole(model_folder, files, tmp_path, run, monkeypatch):
-    folder, encode, calls = tmp_path / "new", LongMemForCausalLM.encode, []
+    folder, encode, calls = tmp_path / "new", Encoder.encode, []
 
     def stop_in_the_second_document(self, input_ids, **inputs):
         calls.append(input_ids)
@@ -118,7 +119,7 @@ def test_an_interrupted_run_keeps_the_documents_that_were_whole(model_folder, fi
             raise KeyboardInterrupt
         return encode(self, input_ids, **inputs)
 
-    monkeypatch.setattr(LongMemForCausalLM, "encode", stop_in_the_second_document)
+    monkeypatch.setattr(Encoder, "encode", stop_in_the_second_document)
     code, _, error = run("memorize", *files, "--bank", folder, "--model", model_folder)
     assert code == 130
     assert "what was finished is on the disk" in error
@@ -154,9 +155,9 @@ def test_half_an_append_is_none(bank, files, tmp_path, run, monkeypatch):
         calls_before.extend(calls)
         return encode(self, input_ids, **inputs)
 
-    calls_before, encode, before = [], LongMemForCausalLM.encode, contents(bank)
+    calls_before, encode, before = [], Encoder.encode, contents(bank)
     (tmp_path / "more.txt").write_text("more")
-    monkeypatch.setattr(LongMemForCausalLM, "encode", fail)
+    monkeypatch.setattr(Encoder, "encode", fail)
     more = (tmp_path / "more.txt", tmp_path / "more.txt")
     code, _, error = run("bank", "append", *more, "--id", "one.txt", "--bank", bank)
     assert (code, error.splitlines()[-1]) == (2, "longmem: no more")

@@ -12,6 +12,7 @@ from changed_encoder import changed, tiny_longmem
 from tiny_models import some_text
 
 from longmem.cli.main import main
+from longmem.encoder.watch import Encoder
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -141,7 +142,7 @@ def test_a_budget_is_kept_and_the_next_run_goes_on(folders, bank, tokens, run, a
 
 
 def test_an_interrupted_refresh_keeps_whole_documents_and_goes_on(folders, bank, tokens, run, answer, monkeypatch):
-    encode, calls = LongMemForCausalLM.encode, []
+    encode, calls = Encoder.encode, []
     of_first = -(-len((folders / "one.txt").read_bytes()) // 32)
 
     def stop_in_the_second_document(self, input_ids, **inputs):
@@ -150,7 +151,7 @@ def test_an_interrupted_refresh_keeps_whole_documents_and_goes_on(folders, bank,
             raise KeyboardInterrupt
         return encode(self, input_ids, **inputs)
 
-    monkeypatch.setattr(LongMemForCausalLM, "encode", stop_in_the_second_document)
+    monkeypatch.setattr(Encoder, "encode", stop_in_the_second_document)
     code, _, error = run("bank", "refresh", "--bank", bank, "--model", folders / "new")
     assert code == 130
     assert "what was finished is on the disk" in error

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_backbone, some_text
 from tiny_trained import NAME, save_tiny_trained
 
-from longmem.cli import demo
+from longmem.cli import demonstration
 from longmem.cli.main import main
 from longmem.data.sample_texts import docstrings_of, python_manual, split_texts, standard_library_docstrings
 from longmem.evaluation import WindowScores
@@ -94,19 +94,19 @@ def scores_of(**losses: float) -> dict[str, WindowScores]:
 
 
 def test_the_table_has_a_row_for_each_system():
-    summary = demo.summarize(scores_of(off=3.0, on=2.5), seed=0)
+    summary = demonstration.summarize(scores_of(off=3.0, on=2.5), seed=0)
     assert summary["on"]["gain_over_off"] == pytest.approx(0.5)
     assert summary["on"]["tokens_per_second"] == 70
-    rows = demo.table_rows(summary)
+    rows = demonstration.table_rows(summary)
     assert [row[0] for row in rows] == ["", "LongMem, memory off", "LongMem, memory on"]
     assert {len(row) for row in rows} == {5}
     assert rows[2][4].startswith("+0.5000 (")
 
 
 def test_the_verdict_says_what_is_true():
-    assert "lowers the loss by 0.500 nats; " in demo.verdict(scores_of(off=3.0, on=2.5, wrong=3.1), seed=0)
-    assert "may be chance" in demo.verdict(scores_of(off=3.0, on=2.5, wrong=2.5), seed=0)
-    assert "does not help" in demo.verdict(scores_of(off=3.0, on=3.1, wrong=3.2), seed=0)
+    assert "lowers the loss by 0.500 nats; " in demonstration.verdict(scores_of(off=3.0, on=2.5, wrong=3.1), seed=0)
+    assert "may be chance" in demonstration.verdict(scores_of(off=3.0, on=2.5, wrong=2.5), seed=0)
+    assert "does not help" in demonstration.verdict(scores_of(off=3.0, on=3.1, wrong=3.2), seed=0)
 
 
 @pytest.mark.parametrize(

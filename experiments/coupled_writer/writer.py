@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from longmem.backbone.cache_names import CACHE_NAMES
 from longmem.backbone.capture import Backbone, BackboneStates
 from longmem.encoder.stamp import EncoderStamp
 from longmem.encoder.tripwire import Tripwire
@@ -104,9 +105,9 @@ class CoupledWriter(Backbone):
         return super().encode(input_ids, memory_layers, **inputs)
 
     def _let_average_write(self, states: BackboneStates, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-        if inputs.get("past_key_values") is not None:
+        if any(inputs.get(name) is not None for name in CACHE_NAMES):
             raise ValueError(
-                "`past_key_values` must be None while a moving average of the backbone writes memory, got a cache; pass "
+                "`cache` must be None while a moving average of the backbone writes memory, got a cache; pass "
                 "`use_cache=False` or, when training is over, call `decouple`."
             )
         assert self.average is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class DriftMap(NamedTuple):
-    """Return a map x -> x @ matrix + offset for each head."""
+    """A map x -> x @ matrix + offset for each head."""
 
     matrix: Float[Tensor, "heads dim dim"]
     offset: Float[Tensor, "heads 1 dim"]

@@ -33,7 +33,7 @@ Pairs = dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
 
 @register("refresh", "mapped")
 class Mapped(RefreshPolicy):
-    """Encode a sample of each old version again, fit a map of keys and one of values on it, and move the rest by them.
+    """The policy that encodes a sample of each old version again, fits maps of keys and values on it, and moves the rest.
 
     Maps are used if held-out segments of the sample say two things: of the distance between old and new vectors the maps take
     `min_gain` or more away, for keys and for values; and among moved keys a search finds `min_recall` or more of what it finds

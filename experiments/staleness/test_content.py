@@ -61,10 +61,11 @@ def test_the_lower_control_counts_age_the_wrong_way_round():
     keys = torch.ones(1, 1, 4)
     bank.add("old", [keys], [keys], dated=0)
     bank.add("new", [keys * 1.01], [keys], dated=3 * DAY)
-    wrong, rows = GrowingWeights(bank), torch.tensor([[0, 1]])
-    torch.testing.assert_close(wrong.log_weights(rows), torch.tensor([[2.0, 1.0]]).log())  # (3 + 1)^0.5, 1
+    wrong = GrowingWeights(bank)
+    found = wrong.search(1, keys, 2, scaling=0.5)
+    torch.testing.assert_close(found.log_weights, torch.tensor([[[2.0, 1.0]]]).log())  # (3 + 1)^0.5, 1
     assert bank.search(1, keys, 2, scaling=0.5).rows.tolist() == [[[1, 0]]]
-    assert wrong.search(1, keys, 2, scaling=0.5).rows.tolist() == [[[0, 1]]]
+    assert found.rows.tolist() == [[[0, 1]]]
     assert wrong.chunk_size == 1  # whatever else is asked, the bank answers
 
 

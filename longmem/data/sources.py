@@ -182,10 +182,12 @@ def _opened(place: str | Path, configuration: str | None, split: str, *, streami
         return datasets.load_dataset(str(place), configuration, split=split, streaming=streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         given = f"`configuration` {configuration!r} and `split` {split!r}" if configuration else f"`split` {split!r}"
-        what = "a folder without .txt or .jsonl files" if isinstance(place, Path) else "neither a file nor a folder"
+        what = "holds no .txt or .jsonl files, and `datasets.load_dataset` cannot open it"
+        if isinstance(place, str):
+            what = "is neither a file nor a folder, and cannot be opened as a dataset's name"
         raise ValueError(
-            f"{str(place)!r} is {what}, and cannot be opened by `datasets.load_dataset` with {given}: {error}. Of a name, "
-            "check the spelling and the network, and that HF_HUB_OFFLINE is not set."
+            f"{str(place)!r} {what} with {given}: {error}. Of a name, check the spelling and the network, and that "
+            "HF_HUB_OFFLINE is not set."
         ) from error
 
 

@@ -50,11 +50,9 @@ class RunFolder:
     ) -> None:
         seconds = self._seconds()
         self._start = None
-        line = json.dumps(
-            {"seconds": round(seconds, 1), "predictions": len(self._records), "stopped": kind is not None}
-        )
+        session = {"seconds": round(seconds, 1), "predictions": len(self._records), "stopped": kind is not None}
         with (self.path / SESSIONS).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(session) + "\n")
 
     def __contains__(self, record_id: str) -> bool:
         return record_id in self._records
@@ -124,22 +122,12 @@ def describe(
     *,
     may_change: Collection[str] = MAY_CHANGE,
 ) -> dict[str, Any]:
-    """Return the configuration of a run: settings, model and weights, and what identifies the data.
-
-    Args:
-        settings: of the run.
-        model: that is evaluated.
-        data: digests of what is asked (`digest`), so that a run does not go on with other data.
-        may_change: settings that change no number, and are left out.
-    """
+    """Return the configuration of a run: settings but for those that change no number, model, weights, digests of the data."""
     values = dataclasses.asdict(settings)
     kept = {name: value for name, value in values.items() if name not in may_change}
-    return {"settings": kept, "data": dict(data or {}), **describe_model(model)}
-
-
-def describe_model(model: LongMemForCausalLM) -> dict[str, Any]:
-    """Return what identifies a model: configuration, dtypes, encoder and a hash of the side network."""
     return {
+        "settings": kept,
+        "data": dict(data or {}),
         "dtype": {"backbone": str(model.backbone.dtype), "side_network": str(model.side_network.dtype)},
         "encoder": model.encoder_fingerprint(),
         "side_network": weights_digest(model.side_network),

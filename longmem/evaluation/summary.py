@@ -148,9 +148,7 @@ def compare(
     Intervals hold 95 % and are over groups, whose items are not independent; where there is one group, over its items.
 
     Args:
-        task: whose rows these are.
-        measure: of the rows.
-        rows: of all systems.
+        task: as `measure` and `rows`, of all systems.
         strata: an axis whose values count the same, however many items they have.
         repeat: an axis of draws: values of each draw, and their standard deviation as numpy's `std` computes it.
         with_intervals: False: means alone.

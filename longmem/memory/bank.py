@@ -346,13 +346,7 @@ class MemoryBank:
 
     @torch.inference_mode(False)
     def copy_tokens(
-        self,
-        document_id: str,
-        bank: MemoryBank,
-        origin_id: str,
-        origin: int,
-        part: SourcePart,
-        **said: Any,
+        self, document_id: str, bank: MemoryBank, origin_id: str, origin: int, part: SourcePart, **said: Any
     ) -> None:
         """Add, or append, a segment as it is stored in a document of another bank with the same settings and encoder.
 
@@ -557,7 +551,7 @@ class MemoryBank:
 
     def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> BankView:
         """Return a view that reads these documents, and those with one of these tags. Raises ValueError for an unknown id."""
-        return BankView(self, document_ids, tags)
+        return BankView(self, self._table, self._visibility, document_ids, tags)
 
     def search(
         self,

@@ -198,10 +198,7 @@ class Freshness:
         return report_staleness(self.state, self.policy, None if model is None else model.encoder, probe=probe)
 
     def search(
-        self,
-        search: Callable[[Tensor | None], Ranked],
-        rows: Tensor | None,
-        readable: Bool[Tensor, " rows"],
+        self, search: Callable[[Tensor | None], Ranked], rows: Tensor | None, readable: Bool[Tensor, " rows"]
     ) -> Ranked:
         """Return what a search of some rows finds where some may not be read as they are: the policy's business."""
         writer = None if self._reader is None else self._reader()

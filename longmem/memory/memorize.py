@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from longmem.memory.checks import validate_count
-from longmem.memory.protocols import EncodingModel
+from longmem.memory.protocols import EncodingModel, WritableBank
 from longmem.memory.rows.documents import SourcePart
 from longmem.memory.rows.segments import Joins
-
-if TYPE_CHECKING:
-    from longmem.memory.bank import MemoryBank
 
 
 def to_token_ids(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
@@ -73,7 +70,7 @@ def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -
 
 def memorize(
     model: EncodingModel,
-    bank: MemoryBank,
+    bank: WritableBank,
     text_or_ids: str | Sequence[int] | Tensor,
     document_id: str,
     *,
@@ -81,7 +78,7 @@ def memorize(
     tags: Sequence[str] = (),
     dated: float | None = None,
     valid_until: float | None = None,
-    reuse: tuple[MemoryBank, str] | None = None,
+    reuse: tuple[WritableBank, str] | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
@@ -170,7 +167,7 @@ def window_key(ids: Int[Tensor, " tokens"]) -> bytes:
     return ids.numpy().tobytes()
 
 
-def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes, int]:
+def known_windows(bank: WritableBank, document_id: str, length: int) -> dict[bytes, int]:
     """Return the first token of every whole window of a document that can be copied, by its tokens.
 
     Those can't be that were encoded in another way, by an earlier encoder, or that begin or end inside a chunk.
@@ -192,12 +189,12 @@ def known_windows(bank: MemoryBank, document_id: str, length: int) -> dict[bytes
     }
 
 
-def is_resident(bank: MemoryBank, document_id: str, token: int) -> bool:
+def is_resident(bank: WritableBank, document_id: str, token: int) -> bool:
     """Return whether a token is still there: what is written meanwhile may evict it from the same bank."""
     return document_id in bank and bank.info(document_id).first_resident_token <= token
 
 
-def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, batch_size: int) -> None:
+def validate_options(bank: WritableBank, reuse: tuple[WritableBank, str] | None, batch_size: int) -> None:
     """Raise ValueError unless windows can be copied from `reuse` as they are stored, and `batch_size` is a count."""
     validate_count("batch_size", batch_size)
     if reuse is None:
@@ -213,7 +210,7 @@ def validate_options(bank: MemoryBank, reuse: tuple[MemoryBank, str] | None, bat
             )
 
 
-def open_window(bank: MemoryBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
+def open_window(bank: WritableBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
     """Return the tokens of the window that a document ends in, None if they are not known."""
     ids, last = bank.token_ids(document_id), bank.segments(document_id)[-1]
     if ids is None or not last.is_known or last.stop - last.start > length:

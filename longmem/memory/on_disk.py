@@ -112,7 +112,7 @@ class OnDisk:
     def compact(self) -> None:
         """Give back the space of what was deleted or evicted: afterwards no byte of it is in the folder.
 
-        Files that hold some of it are written anew, one after the other, so there must be room for one more of them.
+        Files that hold some of it are written anew, one after the other: there must be room for one more.
         """
         self.refuse_reader()
         if self._in_transaction:

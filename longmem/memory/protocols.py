@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.encoder.history import Encoders
 from longmem.encoder.sketch import Sketch
 from longmem.encoder.stamp import EncoderStamp
+from longmem.memory.rows.documents import DocumentInfo
 from longmem.memory.rows.ledger import ChunkPlace
+from longmem.memory.rows.segments import Segment
 
 # Keys or values of each memory layer: `lanes kv_heads tokens dim`.
 Layers = Sequence[Float[Tensor, "_lanes _kv_heads _tokens _dim"]]
@@ -104,3 +108,31 @@ class EncodingModel(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
+
+
+class WritableBank(Protocol):
+    """What `memorize` needs of a bank; arguments are those of `MemoryBank`."""
+
+    @property
+    def chunk_size(self) -> int: ...
+
+    @property
+    def encoders(self) -> Encoders: ...
+
+    def __contains__(self, document_id: object) -> bool: ...
+
+    def transaction(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def info(self, document_id: str) -> DocumentInfo: ...
+
+    def segments(self, document_id: str) -> list[Segment]: ...
+
+    def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None: ...
+
+    def add(self, *given: Any, **options: Any) -> None: ...
+
+    def append(self, *given: Any, **options: Any) -> None: ...
+
+    def copy_tokens(self, *given: Any, **options: Any) -> None: ...
+
+    def delete(self, document_id: str) -> None: ...

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.checks import validate_known, validate_tags
-from longmem.memory.protocols import EncodingModel, Found
+from longmem.memory.protocols import EncodingModel, Found, Memory
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.storage import KeysValues
-from longmem.memory.visibility import Selection
+from longmem.memory.rows.table import Table
+from longmem.memory.visibility import Selection, Visibility
 
-if TYPE_CHECKING:
-    from longmem.memory.bank import MemoryBank
+
+class Selectable(Memory, Protocol):
+    """A memory of which some documents can be read by themselves."""
+
+    @property
+    def fingerprint(self) -> str | None: ...
+
+    def search(
+        self,
+        layer: int,
+        queries: Tensor,
+        num_chunks: int,
+        *,
+        scaling: float | None = None,
+        newest: float | None = None,
+        selection: Selection | None = None,
+    ) -> Found: ...
+
+    def log_weights(
+        self, rows: Tensor, *, newest: float | None = None, selection: Selection | None = None
+    ) -> Tensor: ...
 
 
 class BankView:
@@ -26,9 +46,15 @@ class BankView:
     """
 
     def __init__(
-        self, bank: MemoryBank, document_ids: str | Iterable[str] | None, tags: str | Iterable[str] = ()
+        self,
+        bank: Selectable,
+        table: Table,
+        visibility: Visibility,
+        document_ids: str | Iterable[str] | None = None,
+        tags: str | Iterable[str] = (),
     ) -> None:
         self.bank, self.memory_layers, self.chunk_size = bank, bank.memory_layers, bank.chunk_size
+        self._table, self._visibility = table, visibility
         document_ids = (document_ids,) if isinstance(document_ids, str) else document_ids or ()
         self.document_ids = tuple(dict.fromkeys(document_ids))
         self.tags = validate_tags((tags,) if isinstance(tags, str) else tags)
@@ -38,7 +64,7 @@ class BankView:
                 "`document_ids` or `tags` must name at least one document or tag, got none; read the bank itself for all."
             )
         for document_id in self.document_ids:
-            validate_known("document_ids", document_id, bank._table.ledger.documents)
+            validate_known("document_ids", document_id, table.ledger.documents)
 
     @property
     def fingerprint(self) -> str | None:
@@ -46,16 +72,16 @@ class BankView:
 
     @property
     def generation(self) -> int:
-        return self.bank.generation
+        return self._table.ledger.generation
 
     @property
     def version(self) -> int:
-        return self.bank.version
+        return self._table.ledger.version
 
     @property
     def num_chunks(self) -> int:
         """Return the number of resident chunks of these documents."""
-        return len(self.selection.rows(self.bank._table.ledger))
+        return len(self.selection.rows(self._table.ledger))
 
     @property
     def num_tokens(self) -> int:
@@ -69,12 +95,12 @@ class BankView:
     @property
     def newest_date(self) -> float:
         """Return the date of the newest of these documents that a search can find; -inf if there is none."""
-        with self.bank._table.lock:
-            return self.bank._visibility.newest(self.selection)
+        with self._table.lock:
+            return self._visibility.newest(self.selection)
 
     def documents(self) -> list[str]:
         """Return the ids of these documents that are there."""
-        return [document.document_id for document in self.selection.documents(self.bank._table.ledger)]
+        return [document.document_id for document in self.selection.documents(self._table.ledger)]
 
     def ready_for(self, model: EncodingModel) -> None:
         self.bank.ready_for(model)

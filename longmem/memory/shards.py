@@ -21,16 +21,12 @@ from longmem.memory.rows.storage import KeysValues
 class BankShards:
     """One read-only bank over several: a library in parts, or a shared library and a private bank.
 
-    It holds the banks, not their chunks: it sees what is later written to them, and writing is done there. Any reader
-    of a bank takes it: `model(input_ids, memory=BankShards([library, mine]))`. Search asks every shard and keeps the
-    best, so with exact shards it finds what one bank with all documents would find.
+    It holds the banks, or views on them, each of another bank, and sees what is later written there. Search asks every shard
+    and keeps the best, so with exact shards it finds what one bank with all documents would find. Shards of shards are taken
+    apart.
 
     Row r of shard s is row `r * len(shards) + s` here, so rows found before stay good when a shard grows. Names of
     documents are a matter of each shard and may repeat; `shard_of` tells which one a row is from.
-
-    Args:
-        banks: `MemoryBank`s or views on them (`MemoryBank.select`), each of another bank. Shards of shards are taken
-            apart.
 
     >>> library, mine = (MemoryBank(memory_layers=[5], chunk_size=4) for _ in range(2))
     >>> keys = torch.eye(10).unsqueeze(0)  # one head, ten tokens, each with a direction of its own
@@ -109,7 +105,7 @@ class BankShards:
         for document_id in wanted:
             validate_known("document_ids", document_id, names)
         chosen = [[document_id for document_id in wanted if document_id in each] for each in known]
-        return BankShards(BankView(_bank_of(shard), ids) for shard, ids in zip(self.shards, chosen, strict=True) if ids)
+        return BankShards(_bank_of(shard).select(ids) for shard, ids in zip(self.shards, chosen, strict=True) if ids)
 
     def search(
         self,
@@ -120,7 +116,7 @@ class BankShards:
         scaling: float | None = None,
         newest: float | None = None,
     ) -> Found:
-        """Return what `MemoryBank.search` returns, of all shards; of equal scores the earlier shard's comes first.
+        """Return the best chunks of all shards; of equal scores the earlier shard's comes first.
 
         Each shard weighs by its own age prior, if it has one; ages count from the newest document of all shards.
         """
@@ -147,10 +143,7 @@ class BankShards:
         return Found(rows.gather(2, order), scores, ages, None if is_empty else states)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
-        """Return copies of the keys and values of these rows, where `rows` are; the caller masks rows of -1.
-
-        The dtype is the storage dtype of the shards that are read, or one that holds all of them where they differ.
-        """
+        """Return copies of the keys and values of these rows, in a dtype that holds those of all shards that are read."""
         # Not `shard.is_empty`: rows found through a view stay good when its document is renamed, as in `BankView.gather`.
         with_chunks = [shard for shard in self.shards if _bank_of(shard).num_chunks]
         if not with_chunks:
@@ -183,7 +176,7 @@ class BankShards:
         return keys, values
 
     def log_weights(self, rows: Int[Tensor, "*shape"], *, newest: float | None = None) -> Float[Tensor, "*shape"]:
-        """Return what `MemoryBank.log_weights` returns, of all shards."""
+        """Return log w(age) of these rows, with ages from the newest document of all shards."""
         newest = self.newest_date if newest is None else newest
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
         weights = torch.zeros(rows.shape, device=rows.device)
@@ -215,7 +208,9 @@ class BankShards:
 
 
 def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
-    return shard.bank if isinstance(shard, BankView) else shard
+    bank = shard.bank if isinstance(shard, BankView) else shard
+    assert isinstance(bank, MemoryBank)  # nothing else has views
+    return bank
 
 
 def _known_documents(shard: MemoryBank | BankView) -> list[str]:

@@ -66,13 +66,8 @@ class Visibility:
     """Which rows of a table may be read now, and what they weigh by their age.
 
     Three things decide: whether a text still holds (superseded, expired), which documents were selected, and whether the
-    refresh policy lets a row be read as it is. What was found out is kept until the table changes or time hides a text.
-    Whoever asks holds the table's lock.
-
-    Args:
-        table: whose rows these are.
-        prior: how age counts; None: it does not.
-        readable: returns for each live row whether the refresh policy lets it be read as it is, None for all.
+    refresh policy lets a row be read as it is (`readable`; None for all rows). What was found out is kept until the table
+    changes or time hides a text. Whoever asks holds the table's lock.
     """
 
     def __init__(
@@ -100,7 +95,7 @@ class Visibility:
     def now(self) -> Standing:
         """Return which rows may be read now."""
         known, ledger = self._standing, self._table.ledger
-        moment = time.time() if self._moment is None else self._moment
+        moment = self.moment
         if known is not None and known.version == ledger.version and moment < known.ends:
             return known
         if known is not None and known.version == ledger.version:

@@ -326,7 +326,7 @@ def test_baselines_see_the_whole_context_or_its_end():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"contexts": ()}, "at least one length"),
+        ({"contexts": ()}, "at least one, and none twice"),
         ({"contexts": (16, 16)}, "none twice"),
         ({"suffix_tokens": WINDOW}, "`suffix_tokens` must be less"),
     ],

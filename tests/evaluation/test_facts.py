@@ -16,9 +16,9 @@ from longmem.evaluation.runner import answers_of, described
 from longmem.evaluation.summary import summarize
 from longmem.evaluation.systems import Banks, make_systems
 from longmem.evaluation.tables import tables_of
-from longmem.evaluation.task import Case, best, per_token
+from longmem.evaluation.task import Case, best, per_token, tokenize
 from longmem.evaluation.tasks.facts import FactMaker, Facts, FactsSettings, is_exact, validate_sizes, value_item
-from longmem.evaluation.tasks.haystack import HaystackBanks, cut, plan_parts, read_haystack, tokenize
+from longmem.evaluation.tasks.haystack import HaystackBanks, cut, plan_parts, read_haystack
 
 LENGTH = 128  # bytes are tokens: facts need room
 SETTINGS = FactsSettings(output="unused", sizes=(512, 1024), items=2, num_choices=4, pairs=2, depths=(0.0, 0.5, 1.0))
@@ -64,8 +64,8 @@ def facts_of(case: Case, settings: FactsSettings = SETTINGS, text: str = "") -> 
 def search(memory: Any, layer: int, count: int = 6) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the scores of the best chunks for some queries, and the keys and values of these chunks."""
     queries = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    scores, rows = memory.search(layer, queries, count)
-    return scores, list(memory.gather(layer, rows.flatten(1)))
+    found = memory.search(layer, queries, count)
+    return found.scores, list(memory.gather(layer, found.rows.flatten(1), found.generation))
 
 
 def assert_same_memory(one: Any, other: Any) -> None:
@@ -233,12 +233,12 @@ def test_nothing_of_the_window_that_a_fact_replaces_is_read(model, haystack):
     layer = banks.bank.memory_layers[0]
     own = bank_of(model, haystack[7 * LENGTH :])
     queries = own.search_keys(layer)  # every chunk of the window asks for itself
-    own_best = own.search(layer, queries, 1)[0]
+    own_best = own.search(layer, queries, 1).scores
     with_fact = [*haystack[: 7 * LENGTH], *fact]
-    clean, replaced = (banks.of(each).search(layer, queries, 1)[0] for each in (haystack, with_fact))
+    clean, replaced = (banks.of(each).search(layer, queries, 1).scores for each in (haystack, with_fact))
     assert (clean >= own_best - 1e-4).all()
     read = banks.of(with_fact)
-    _, rows = read.search(layer, queries[:, :1], 1000)
+    rows = read.search(layer, queries[:, :1], 1000).rows
     rows = rows[0, 0][rows[0, 0] >= 0]
     assert len(rows.unique()) == 1024 // 4
     texts = [banks.bank, banks._aside, banks._encoded({7: fact})]  # the banks that the shards look into
@@ -380,8 +380,8 @@ def test_accuracies_are_those_counted_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ()}, "at least one each"),
-        ({"sizes": (512, 512)}, "`sizes` must name each once"),
+        ({"tasks": ()}, "at least one, and none twice"),
+        ({"sizes": (512, 512)}, "`sizes` must be at least one, and none twice"),
         ({"distances": (1024,)}, "smaller than the largest of `sizes`"),
         ({"needles": "together"}, "`needles` must be alone for the task passkey"),
         ({"num_choices": 39}, "`num_choices` must leave a value for every depth"),

@@ -155,9 +155,9 @@ def test_requests_in_any_order_and_company_have_the_same_scores(model):
 
 def test_options_share_the_encoding_of_their_context(model, monkeypatch):
     encoded = []
-    encode = type(model).encode
+    encode = type(model.encoder).encode
     monkeypatch.setattr(
-        type(model), "encode", lambda self, ids, **o: encoded.append(ids.numel()) or encode(self, ids, **o)
+        type(model.encoder), "encode", lambda self, ids, **o: encoded.append(ids.numel()) or encode(self, ids, **o)
     )
     pairs = requests("loglikelihood", [(TEXT, option) for option in (" cat", " dog", " old mat")])
     lm(model, local_tokens=4).loglikelihood(pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -115,16 +115,14 @@ class LongMemLM(HFLM):
         )
 
     def _score_with_memory(self, requests: Sequence[Any], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        same_past = self._by_past((context, len(continuation)) for _, context, continuation in requests)
-        system, found = self._system(), {}
-        for (past, local), members in tqdm(same_past, desc="Scoring with memory", disable=disable_tqdm):
-            system.read([past, local])
+        found = {}
+        contexts = [(context, len(continuation)) for _, context, continuation in requests]
+        for system, members in self._readers(contexts, "Scoring with memory", disable_tqdm):
             (answer,) = system.score([Question([], [requests[number][2] for number in members])])
             for number, continuation in zip(members, answer.candidates, strict=True):
                 found[number] = continuation.total, continuation.is_greedy
                 if requests[number][0] is not None:  # a window of a longer text is no request
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
-        self.encoded_tokens += system.banks.encoded_tokens
         return [found[number] for number in range(len(requests))]
 
     # Generation --------------------------------------------------------------------------------------------------------
@@ -143,17 +141,14 @@ class LongMemLM(HFLM):
     def _generate_with_memory(self, requests: Sequence[Any], disable_tqdm: bool) -> list[str]:
         # The window keeps what `hf` keeps: it leaves room for all new tokens, though the last one is never read.
         rooms = [self._room(request) + 1 for request in requests]
-        contexts = [self.tok_encode(request.args[0]) for request in requests]
-        same_past = self._by_past(zip(contexts, rooms, strict=True))
-        system, found = self._system(), {}
-        for (past, local), members in tqdm(same_past, desc="Generating with memory", disable=disable_tqdm):
-            system.read([past, local])
+        contexts = [(self.tok_encode(request.args[0]), room) for request, room in zip(requests, rooms, strict=True)]
+        found = {}
+        for system, members in self._readers(contexts, "Generating with memory", disable_tqdm):
             for number in members:
                 reader, ids = system.context((), rooms[number], ())
                 context, options = requests[number].args
                 found[number] = self._continue(ids, options, reader.memory)
                 self.cache_hook.add_partial("generate_until", (context, options), found[number])
-        self.encoded_tokens += system.banks.encoded_tokens
         return [found[number] for number in range(len(requests))]
 
     @torch.no_grad()
@@ -178,21 +173,17 @@ class LongMemLM(HFLM):
 
     # Memory ------------------------------------------------------------------------------------------------------------
 
-    def _system(self) -> MemorySystem:
-        """Return what splits contexts into memory and window; it has the only reference to the banks."""
-        rows = self.batch_size if isinstance(self.batch_size, int) else 1
-        banks = Banks(self.model, keep=1, batch_size=rows)
-        # One more than the model sees: the last token of a continuation is predicted and never read.
-        options = {"window": self.max_length + 1, "local_tokens": self.local_tokens, "batch_size": rows}
-        return MemorySystem("on", self.model, banks=banks, **options)
+    def _readers(
+        self, requests: Sequence[tuple[Sequence[int], int]], title: str, disable_tqdm: bool
+    ) -> Iterator[tuple[MemorySystem, list[int]]]:
+        """Yield a system that has read a past and what stays in the window, and the numbers of the requests that have these.
 
-    def _by_past(self, requests: Iterable[tuple[Sequence[int], int]]) -> list[tuple[tuple[Tokens, Tokens], list[int]]]:
-        """Return (what goes into memory, what stays in the window) of all contexts, and the requests that have these.
-
-        Sorted, so that a past comes right before those that begin with it, and a bank goes on instead of beginning anew.
+        Sorted, so that a past comes right before those that begin with it, and a bank goes on instead of beginning anew. The
+        banks are the system's alone.
 
         Args:
             requests: context and the tokens after it to leave room for, of each request.
+            title: of the progress bar, which `disable_tqdm` hides.
         """
         groups: dict[tuple[Tokens, Tokens], list[int]] = {}
         for number, (context, room) in enumerate(requests):
@@ -203,7 +194,15 @@ class LongMemLM(HFLM):
                 )
             stop = max(0, len(context) - min(self.local_tokens, self.max_length + 1 - room))
             groups.setdefault((tuple(context[:stop]), tuple(context[stop:])), []).append(number)
-        return sorted(groups.items())
+        rows = self.batch_size if isinstance(self.batch_size, int) else 1
+        banks = Banks(self.model, keep=1, batch_size=rows)
+        # One more than the model sees: the last token of a continuation is predicted and never read.
+        options = {"window": self.max_length + 1, "local_tokens": self.local_tokens, "batch_size": rows}
+        system = MemorySystem("on", self.model, banks=banks, **options)
+        for past_and_local, members in tqdm(sorted(groups.items()), desc=title, disable=disable_tqdm):
+            system.read(past_and_local)
+            yield system, members
+        self.encoded_tokens += banks.encoded_tokens
 
 
 def in_two_parts(
@@ -223,7 +222,7 @@ def in_two_parts(
 
 
 def validate(*, window: int | None, memory: str | bool, local_tokens: int | None) -> None:
-    """Raise ValueError if a setting is out of its range."""
+    """Raise ValueError for a setting out of its range."""
     if window is not None and window < 2:
         raise ValueError(f"`window` must be at least 2 tokens, got {window}.")
     if local_tokens is not None and local_tokens < 1:

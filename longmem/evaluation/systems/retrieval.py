@@ -88,12 +88,10 @@ class RetrievalSystem(System):
 
     Args:
         name: "bm25" or "hidden", what ranks.
-        model: see `System`.
         passage_tokens: tokens of a passage at most; what is fed in one piece is cut into passages, never joined.
         pasted_share: of the window that pasted passages may take; the local context has the rest.
         query_tokens: the query is the last so many tokens before the candidates; None: the question's own tokens, which
             what stands before it does not blur.
-        options: of `System`.
     """
 
     def __init__(
@@ -114,18 +112,17 @@ class RetrievalSystem(System):
         self._ranker: Any = None  # of the last index; it outlives a reset, since the next stream may share passages
 
     def reset(self) -> None:
-        """Forget everything that was fed."""
         super().reset()
         self._indexed = None
 
     def score(self, questions: Sequence[Question], prefix: Sequence[int] = ()) -> list[Any]:
-        """Return what `System.score` does; each question has its own passages, so each is asked alone."""
+        """Ask each question alone, because each has its own passages."""
         if len(questions) == 1:
             return super().score(questions, prefix)
         return [answer for question in questions for answer in self.score([question], prefix)]
 
     def generate(self, queries: Sequence[Sequence[int]], prefix: Sequence[int] = (), **options: Any) -> list[list[int]]:
-        """Return what `System.generate` does; each query has its own passages, so each is asked alone."""
+        """Answer each query alone, because each has its own passages."""
         if len(queries) == 1:
             return super().generate(queries, prefix, **options)
         return [answer for query in queries for answer in self.generate([query], prefix, **options)]

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from longmem.evaluation.settings import Count, EvaluationSettings
+from longmem.evaluation.settings import Count, EvaluationSettings, validate_different
 from longmem.evaluation.systems.names import context_size
-from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, per_token
+from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, per_token, tokenize
 from longmem.evaluation.tasks.chapterbreak_data import Example, Split, choose, load_split
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -48,10 +48,8 @@ class ChapterBreakSettings(EvaluationSettings):
     """Which log-likelihood the summary and the figure are of; the tables have both."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         super().__post_init__()
-        if not self.contexts or len(set(self.contexts)) < len(self.contexts):
-            raise ValueError(f"`contexts` must be at least one length, and none twice, got {list(self.contexts)}.")
+        validate_different("contexts", self.contexts)
         if self.suffix_tokens >= self.window:
             raise ValueError(
                 f"`suffix_tokens` must be less than `window`, which holds a suffix and what comes before it, got "
@@ -60,12 +58,7 @@ class ChapterBreakSettings(EvaluationSettings):
 
 
 class ChapterBreak(Task):
-    """Suffix identification: accuracies of both scorings, and by how much the right suffix stands out.
-
-    Args:
-        settings: of the run.
-        split: default: the one that the settings name.
-    """
+    """Suffix identification: accuracies of both scorings, and by how much the right suffix stands out."""
 
     name, title, kind = "chapterbreak", "ChapterBreak", ChapterBreakSettings
     axes = (Axis("context", title="tokens of context"),)
@@ -88,7 +81,6 @@ class ChapterBreak(Task):
 
     @property
     def measures(self) -> Mapping[str, Measure]:
-        """Return both accuracies and the margin."""
         titles = {"per_token": "accuracy, per token", "sum": "accuracy, summed"}
         first = self.settings.scoring
         accuracies = {name: Measure(titles[name], has_chance=True) for name in sorted(titles, key=lambda n: n != first)}
@@ -96,18 +88,15 @@ class ChapterBreak(Task):
 
     @property
     def run_title(self) -> str:
-        """Return the title of a run, with the number of examples."""
         works = len({example.work for example in self.examples})
         return f"{super().run_title} {self.split.name}: {len(self.examples)} examples of {works} works"
 
     @property
     def notes(self) -> Sequence[str]:
-        """Return what lengths of context are not there."""
         missing = [length for length in self.settings.contexts if length > self.longest]
         return [f"The longest context has {self.longest:,} tokens; that is what is told at {missing}."] * bool(missing)
 
     def score(self, record: Record) -> Mapping[str, float]:
-        """Return credit by both scorings and, of a model, the margin."""
         if "values" in record:
             return dict.fromkeys(("per_token", "sum"), credit(record["values"]))
         means = per_token(record)
@@ -167,18 +156,12 @@ class ChapterBreak(Task):
 class Encoder:
     """Makes tokens of examples: the context, then the joiner, then each suffix.
 
-    Whitespace where context and suffix meet is the joiner's, so that no suffix is known by it.
-
-    Args:
-        tokenizer: of the model.
-        joiner: text between context and suffix.
-        suffix_tokens: tokens of a suffix at most, from its beginning.
+    Whitespace where context and suffix meet is the joiner's, so that no suffix is known by it. Of a suffix the first
+    `suffix_tokens` are kept.
     """
 
     def __init__(self, tokenizer: Any, joiner: str, suffix_tokens: int) -> None:
-        self.tokenizer = tokenizer
-        self.joiner = joiner
-        self.suffix_tokens = suffix_tokens
+        self.tokenizer, self.joiner, self.suffix_tokens = tokenizer, joiner, suffix_tokens
         self.joiner_ids = self._joiner_ids()
 
     @property
@@ -188,33 +171,29 @@ class Encoder:
 
     def context(self, example: Example) -> list[int]:
         """Return all tokens of a context."""
-        return self._tokens(example.context.rstrip())
+        return tokenize(self.tokenizer, example.context.rstrip())
 
     def item(self, example: Example) -> Item:
         """Return the joiner as the question and the beginnings of the suffixes as its candidates, the right one first."""
-        suffixes = [self._suffix(text.lstrip()) for text in example.suffixes]
-        return Item(token_ids=self.joiner_ids, candidates=suffixes)
+        return Item(token_ids=self.joiner_ids, candidates=[self._suffix(text.lstrip()) for text in example.suffixes])
 
     def _suffix(self, text: str) -> list[int]:
-        ids = self._tokens(self.joiner + text)
+        ids = tokenize(self.tokenizer, self.joiner + text)
         count = len(self.joiner_ids)
         # Where the joiner has other tokens before this suffix (digits, say), its usual ones are read nevertheless.
-        own = ids[count:] if ids[:count] == self.joiner_ids else self._tokens(text)
+        own = ids[count:] if ids[:count] == self.joiner_ids else tokenize(self.tokenizer, text)
         return own[: self.suffix_tokens]
 
     def _joiner_ids(self) -> list[int]:
         """Return the joiner's tokens as they are before a word: two line ends at the end of a text may be one token."""
-        ids = self._tokens(self.joiner + "The")
-        count = 0
-        while count < len(ids) and len(self._text(ids[: count + 1])) <= len(self.joiner):
+        ids, count = tokenize(self.tokenizer, self.joiner + "The"), 0
+
+        def text(length: int) -> str:
+            return str(self.tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False))
+
+        while count < len(ids) and len(text(count + 1)) <= len(self.joiner):
             count += 1
         return ids[:count]
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def views(systems: Sequence[str], contexts: Sequence[int], *, window: int, room: int) -> dict[int, dict[str, int]]:
@@ -259,13 +238,10 @@ def views(systems: Sequence[str], contexts: Sequence[int], *, window: int, room:
 def credit(values: Sequence[float]) -> float:
     """Return 1 where the first value, that of the right suffix, is the highest, 1/n where it is one of n highest, else 0.
 
-    So a scorer that cannot tell suffixes apart is right by chance, and not always.
+    So a scorer that cannot tell suffixes apart is right by chance, and not always. Raises ValueError for what is not finite.
 
     >>> [credit(values) for values in ([3, 1, 2], [1, 3, 2], [3, 3, 1])]
     [1.0, 0.0, 0.5]
-
-    Raises:
-        ValueError: a value is no finite number.
     """
     if not all(map(math.isfinite, values)):
         raise ValueError(
@@ -312,12 +288,8 @@ def baseline_values(
 ) -> Iterator[tuple[Example, dict[str, list[float]]]]:
     """Yield each chosen example with the values that every baseline gives to its suffixes.
 
-    Words are weighted by how few contexts of the whole split have them. All words of a suffix count, also those beyond the
-    tokens that models are asked about.
-
-    Args:
-        examples: of the split.
-        chosen: those to score.
+    Words are weighted by how few contexts of the whole split, `examples`, have them. All words of a suffix count, also those
+    beyond the tokens that models are asked about.
     """
     weights = rarity([words_of(example.context) for example in examples])
     for example in chosen:

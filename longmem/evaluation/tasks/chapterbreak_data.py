@@ -38,11 +38,11 @@ class Split(NamedTuple):
 
 
 def load_split(data: str, *, split: str | None = None, file: str | None = None, longest: int = 8192) -> Split:
-    """Return the examples of a split.
+    """Return the examples of a split, by default the only one.
 
     Args:
         data: JSON file, plain or .json.gz; or name of a dataset on the Hub.
-        split: name; None: the only one.
+        split: its name.
         file: of a dataset on the Hub.
         longest: tokens of context that are needed, which choose the file where none is named.
 
@@ -119,11 +119,7 @@ def choose(examples: Sequence[Example], limit: int | None) -> list[Example]:
 
 
 def download(repository: str, file: str | None, longest: int) -> Path:
-    """Return a file of a dataset on the Hub, from the local cache if it is there.
-
-    Raises:
-        ValueError: the Hub cannot be reached, or has no such file.
-    """
+    """Return a file of a dataset on the Hub, or of the local cache. Raises ValueError where it cannot be had."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
     try:

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.console import token_progress
 from longmem.evaluation.folder import MAY_CHANGE, digest, spread
-from longmem.evaluation.settings import Count, EvaluationSettings, Number
+from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
 from longmem.evaluation.systems import Banks
-from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, best, per_token
-from longmem.evaluation.tasks.haystack import HaystackBanks, Window, cut, hide, read_haystack, tokenize
+from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, best, per_token, tokenize
+from longmem.evaluation.tasks.haystack import HaystackBanks, Window, cut, hide, read_haystack
 from longmem.memory.index import validate_index
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings import From, UpTo
@@ -58,7 +58,6 @@ class ValueSettings(EvaluationSettings):
     """Of stored keys and values; int8 takes about half the bytes of float16."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         super().__post_init__()
         validate_index(self.index)
 
@@ -75,14 +74,12 @@ class ValueTask(Task):
         return self.settings.max_new_tokens if self.settings.generate else 0
 
     def score(self, record: Record) -> Mapping[str, float]:
-        """Return whether the choice is right and, if there is a written answer, whether that is."""
         found = {"accuracy": float(best(per_token(record)) == record["right"])}
         if "prediction" in record:
             found["exact"] = float(is_exact(record["prediction"], record["values"][record["right"]]))
         return found
 
     def banks(self, model: LongMemForCausalLM) -> Banks:
-        """Return what keeps memories, stored and searched as the settings say."""
         return Banks(model, index=self.settings.index, storage_dtype=self.settings.storage_dtype)
 
 
@@ -160,14 +157,9 @@ class FactsSettings(ValueSettings):
     """Keep the bank of the haystack in this folder and not in memory; encoding that was stopped then goes on."""
 
     def __post_init__(self) -> None:
-        """Check what is beyond types and ranges."""
         super().__post_init__()
-        for name in ("tasks", "sizes", "depths", "distances"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"`{name}` must name each once, got {list(values)}.")
-        if not self.tasks or not self.sizes or not (self.depths or self.distances):
-            raise ValueError("`tasks`, `sizes` and `depths` must name at least one each, got an empty list.")
+        for name in ("tasks", "sizes", "distances" if self.distances else "depths"):
+            validate_different(name, getattr(self, name))
         if self.distances and min(self.distances) >= max(self.sizes):
             raise ValueError(
                 f"`distances` must be smaller than the largest of `sizes`, {max(self.sizes):,} tokens, got "
@@ -179,10 +171,9 @@ class FactsSettings(ValueSettings):
                 "question; take key-value or needle."
             )
         places = len(self.distances or self.depths)
-        limits = {"pairs": len(KEYS) // places, "depths": len(CITIES)}
-        for name, value in (("pairs", self.pairs), ("depths", places)):
-            if value > limits[name]:
-                raise ValueError(f"`{name}` must be at most {limits[name]} so that all keys differ, got {value}.")
+        for name, value, limit in (("pairs", self.pairs, len(KEYS) // places), ("depths", places, len(CITIES))):
+            if value > limit:
+                raise ValueError(f"`{name}` must be at most {limit} so that all keys differ, got {value}.")
         if "needle" in self.tasks and self.needed_activities > len(ACTIVITIES):
             raise ValueError(
                 f"`num_choices` must leave a value for every depth: the task needle has {len(ACTIVITIES)} values, "
@@ -240,7 +231,6 @@ class Facts(ValueTask):
     def _hidden(
         self, task: str, size: int, item: int, maker: FactMaker, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[Case]:
-        """Yield the cases of the facts of all depths, which may stand together."""
         settings, length = self.settings, len(self.windows[0])
         generator = random.Random(f"{settings.seed}/{task}/{size}/{item}")
         places = settings.windows(size, length)
@@ -270,7 +260,6 @@ class Facts(ValueTask):
         return Case(name="haystack", group="haystack", items=(), memory=self.windows[: len(case.memory)])
 
     def identity(self, cases: Sequence[Case]) -> dict[str, Any]:
-        """Return digests of the text, of what is put into it and of the questions."""
         asked = []
         for case in cases:
             hidden = [own for own, plain in zip(case.memory, self.windows, strict=False) if own is not plain]
@@ -278,7 +267,6 @@ class Facts(ValueTask):
         return {"haystack": digest(self.windows), "asked": digest(asked)}
 
     def banks(self, model: LongMemForCausalLM) -> Banks:
-        """Return what keeps the memory of the text."""
         settings, length = self.settings, len(self.windows[0])
         self._banks = HaystackBanks(
             model,
@@ -299,7 +287,6 @@ class Facts(ValueTask):
                 self._banks.encode(size, report)
 
     def close(self) -> None:
-        """Give back the folder of the bank."""
         if self._banks is not None:
             self._banks.bank.close()
 
@@ -402,7 +389,6 @@ class FactMaker:
             yield Fact(f"\n{sentence} {right}.", "\n", question, *shuffled(generator, right, wrong))
 
     def _numbers(self, generator: random.Random, count: int) -> list[str]:
-        """Return different numbers of five digits."""
         drawn: dict[int, None] = {}
         while len(drawn) < count:
             number = generator.choice(NUMBERS)

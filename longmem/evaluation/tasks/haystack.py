@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from longmem.data.sources import find_source
 from longmem.evaluation.folder import digest
 from longmem.evaluation.systems import Banks
+from longmem.evaluation.task import tokenize
 from longmem.memory import BankShards, MemoryBank, has_bank
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -23,17 +24,8 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 Window = list[int]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text, without special tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def read_haystack(tokenizer: PreTrainedTokenizerBase, source: str, count: int) -> list[int]:
-    """Return the first `count` tokens of the texts of a source, one after the other.
-
-    Raises:
-        ValueError: there is no such source, or it has fewer tokens.
-    """
+    """Return the first `count` tokens of the texts of a source. Raises ValueError if it has fewer, or there is none."""
     ids: list[int] = []
     if source == "filler":
         sentences = tokenize(tokenizer, FILLER)
@@ -57,10 +49,7 @@ def cut(token_ids: Sequence[int], length: int) -> list[Window]:
 def hide(window: Window, before: Window, after: Window, generator: random.Random) -> tuple[Window, int]:
     """Return a window with other tokens somewhere in it, and where in it `before` ends, which `after` follows.
 
-    What is pushed out is the end of the window, so that all others stay as they are.
-
-    Raises:
-        ValueError: the window is too short.
+    What is pushed out is the end of the window, so that all others stay as they are. Raises ValueError if it is too short.
     """
     room = len(window) - len(before) - len(after)
     if room < 0:
@@ -76,9 +65,8 @@ class HaystackBanks(Banks):
     """Memories of the first tokens of a haystack, in which a few windows may be others.
 
     The bank of the haystack lacks the windows that some fact replaces. Those are in a small bank of their own, a document
-    each, and windows with facts in a third, so a memory is these three read as one: nothing is deleted or written
-    again, and no search is filtered but that of the small one. A window is encoded by itself, as the windows of every
-    document are, so the memory is the one that the whole text, with the fact in it, would have given.
+    each, and windows with facts in a third, so a memory is these three read as one: nothing is deleted or written again. Each
+    window is encoded by itself, as in every document, so the memory is that of the whole text with the fact in it.
 
     Args:
         model: encodes.

@@ -43,7 +43,7 @@ class LongEval(ValueTask):
     axes = (Axis("task", "panel"), Axis("file"), Axis("depth", "detail", "distance, share of the record"))
 
     def cases(self, model: LongMemForCausalLM) -> list[Case]:
-        """Return a case for each prompt that is asked, and for those without questions that are in a wrong memory."""
+        """Return a case for each prompt that is asked, and for those that are only a wrong memory."""
         found = []
         for task in self.settings.tasks:
             prompts = read_longeval(self.settings.data, task)

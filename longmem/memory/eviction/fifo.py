@@ -11,7 +11,7 @@ from longmem.plugins import register
 
 @register("eviction", "fifo")
 class FirstInFirstOut(EvictionPolicy):
-    """Forget the chunks that were written first, whichever document owns them."""
+    """The policy by which the chunks go that were written first, whichever document owns them."""
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
         return runs

@@ -11,7 +11,7 @@ from longmem.plugins import register
 
 @register("eviction", "lru")
 class LeastRecentlyUsed(EvictionPolicy):
-    """Forget the document of which no chunk was found by a search, nor written, for the longest time.
+    """The policy by which the document goes of which no chunk was found by a search, nor written, for the longest time.
 
     Sorting the runs makes an eviction cost O(runs).
     """

@@ -10,7 +10,7 @@ from longmem.plugins import Setting
 
 
 class EvictionPolicy:
-    """Choose what a full bank forgets; a new policy is one class in one file.
+    """What a full bank forgets; a new policy is one class in one file.
 
     A policy is asked for runs: chunks of one document that were written together. Inside a document chunks go from its
     oldest end, whichever of its runs is named, so that what stays of a document is its end, without holes. Runs of

@@ -13,14 +13,12 @@ from longmem.plugins import Setting, register
 
 @register("eviction", "ttl")
 class TimeToLive(EvictionPolicy):
-    """Forget chunks `seconds` after they were written; when the bank is full before, the oldest first.
+    """The policy by which chunks go `seconds` after they were written; when the bank is full before, the oldest first.
 
     Time passes for a bank when it is searched, listed or written to.
     """
 
-    settings: ClassVar[Mapping[str, Setting]] = {
-        "seconds": Setting(86_400.0, "how long a chunk lives", 0.001, 1e10),
-    }
+    settings: ClassVar[Mapping[str, Setting]] = {"seconds": Setting(86_400.0, "how long a chunk lives", 0.001, 1e10)}
 
     def order(self, runs: Iterable[Run]) -> Iterable[Run]:
         return runs

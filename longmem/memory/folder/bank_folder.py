@@ -33,9 +33,7 @@ ATTEMPTS_TO_READ = 10
 
 
 class BankFolder:
-    """The folder of a bank, open until `close`.
-
-    A reader sees the commit that was the last when it opened the bank; files stay mapped when a writer removes them.
+    """The folder of a bank, open until `close`; a reader sees the commit that was the last when it opened the bank.
 
     Args:
         path: of the folder.
@@ -45,8 +43,7 @@ class BankFolder:
         device: where search keys are, and gathered chunks go.
         mapped: whether chunks are read by mapping files (`TensorFile`).
 
-    Raises ValueError if there is no bank to read, it is damaged or of another version, another process is writing it, or
-    the folder cannot be written.
+    Raises ValueError if there is no bank, or it is damaged, of another version, or written by another process.
     """
 
     def __init__(
@@ -101,7 +98,7 @@ class BankFolder:
             return self.catalogue.read_content()
 
     def newest_content(self) -> dict[str, Any]:
-        """Return what `read_content` does, and stay with the commit that was read before."""
+        """Return what the last commit says about the bank, and stay with the commit that was read before."""
         before = self.content
         try:
             return self.read_content()
@@ -120,8 +117,7 @@ class BankFolder:
     def fill(self, contents: Table, settings: dict[str, Any]) -> None:
         """Read the last commit into empty contents over a `new_storage`.
 
-        Raises ValueError if the folder is damaged: the catalogue, or the length or header of a segment; or if the bank
-        there no longer has these settings.
+        Raises ValueError if the folder is damaged, or the bank there no longer has these settings.
         """
         before = self.content
         try:
@@ -258,10 +254,7 @@ class BankFolder:
             remove(self.path / SEGMENT_FOLDER / name)
 
     def compact(self, contents: Table, settings: dict[str, Any]) -> None:
-        """Give back the space of what was deleted or evicted: afterwards no byte of it is in the folder.
-
-        Segments that hold some of it are written anew, one after the other, and the catalogue without its free pages.
-        """
+        """Write segments with deleted or evicted chunks anew, one by one, and the catalogue without its free pages."""
         storage = contents.storage
         assert isinstance(storage, DiskStorage)
         self.commit(contents, settings)

@@ -61,13 +61,8 @@ TABLES = (DOCUMENTS, USAGE, SPANS, SOURCES, SEGMENTS, INDEXES)
 class Catalogue:
     """The open catalogue in `folder`.
 
-    Args:
-        folder: of the bank.
-        write: whether changes are meant; without, a folder that cannot be written to will do.
-        create: description of a new bank, to be made where there is none.
-        with_first_commit: make it then, so that what is cut short before leaves no bank.
-
-    Raises ValueError if there is none, or it is damaged, or of another version.
+    `write`: changes are meant. `create`: description of a new bank, to be made where there is none; `with_first_commit`: only
+    then, so that what is cut short before leaves no bank. Raises ValueError if there is none, or it is damaged.
     """
 
     def __init__(

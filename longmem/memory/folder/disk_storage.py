@@ -68,12 +68,7 @@ class Segment:
 class DiskStorage:
     """The storage of a bank in a folder; `commit` of the folder makes what was written here count.
 
-    Args:
-        folder: of the segments.
-        storage_dtype: of keys and values.
-        device: where search keys are, and gathered chunks go.
-        mapped: whether chunks are read by mapping files (`TensorFile`).
-        before_write: called before a file is written; raises where the bank may not be changed.
+    `before_write` is called before a file is written, and raises where the bank may not be changed.
     """
 
     def __init__(

@@ -104,18 +104,10 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, st
 class TensorFile:
     """A file of tensors that is read piece by piece, as pieces are asked for.
 
-    A mapped file is read by touching its pages, which costs nothing where the system has them already; pages that were
-    touched count as memory of this process until the system wants them for something else. Without mapping the system is
-    asked for each piece, which takes longer, leaves nothing behind, and keeps the file open. Either way the file can be read
-    on when somebody has removed it.
-
-    Opening checks its length and its header. Raises ValueError, which names the file, if these are not as written.
-
-    Args:
-        path: of the file.
-        num_bytes: its length.
-        digests: of its tensors and its header, by name.
-        mapped: whether pieces are read by a mapping; always where the system knows no other way.
+    A mapped file is read by touching its pages, which then count as memory of this process until the system wants them for
+    something else. Without mapping the system is asked for each piece, which takes longer, leaves nothing behind, and keeps the
+    file open. Either way the file can be read on when somebody has removed it. Opening it checks its length (`num_bytes`) and
+    its header by `digests`, and raises ValueError, which names the file, if these are not as written.
     """
 
     def __init__(self, path: Path, num_bytes: int, digests: Mapping[str, str], mapped: bool = True) -> None:

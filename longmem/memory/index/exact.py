@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import faiss
@@ -66,12 +66,24 @@ def top_of_most_rows(
 def faiss_top_chunks(
     queries: Float[Tensor, "kv_heads queries dim"], search_keys: Float[Tensor, "kv_heads rows dim"], num_chunks: int
 ) -> Ranked:
-    """Return the `num_chunks` largest inner products and their rows, by FAISS over these very vectors, on a GPU by torch."""
-    if search_keys.device.type != "cpu":
+    """Return the `num_chunks` largest inner products and their rows, by FAISS over these very vectors, without a copy.
+
+    On a GPU this needs faiss-gpu; where it is missing, torch does the same search.
+    """
+    metric = faiss.METRIC_INNER_PRODUCT
+    if not search_keys.is_cuda:
+        heads = zip(queries.numpy(), search_keys.numpy(), strict=True)
+        found: list[Iterable[Tensor]] = [
+            map(torch.from_numpy, faiss.knn(query, keys, num_chunks, metric)) for query, keys in heads
+        ]
+    elif not hasattr(faiss, "StandardGpuResources"):
         return exact_top_chunks(queries, search_keys, num_chunks)
-    heads = zip(queries.numpy(), search_keys.numpy(), strict=True)
-    found = [faiss.knn(query, keys, num_chunks, faiss.METRIC_INNER_PRODUCT) for query, keys in heads]
-    scores, rows = (torch.stack([torch.from_numpy(each) for each in part]) for part in zip(*found, strict=True))
+    else:
+        from faiss.contrib import torch_utils  # noqa: F401  lets faiss read torch tensors where they are
+
+        resources, pairs = faiss.StandardGpuResources(), zip(queries, search_keys, strict=True)
+        found = [faiss.knn_gpu(resources, query, keys, num_chunks, metric=metric) for query, keys in pairs]
+    scores, rows = (torch.stack(part) for part in zip(*found, strict=True))
     return scores, rows
 
 

@@ -16,18 +16,13 @@ MAX_HEADS = 4_096  # more than any model has: a larger number was not written by
 
 @dataclass(frozen=True)
 class SavedIndex:
-    """The state of an index: derived data, that can be built anew from the store at any time.
+    """The state of an index: derived data, that can be built anew from the store at any time."""
 
-    `files`: one FAISS index for each key-value head. `rows`: the row of each label, -1 for one that is dead.
-    `trained_rows`: live rows when it was trained. `layout`: what was built, so that other settings do not adopt it.
-    `centres`: for each head the mean key that was subtracted from all keys.
-    """
-
-    files: list[faiss.Index]
-    rows: Int[np.ndarray, " labels"]
-    trained_rows: int
-    layout: str
-    centres: Float[np.ndarray, "kv_heads dim"]
+    files: list[faiss.Index]  # one for each key-value head
+    rows: Int[np.ndarray, " labels"]  # the row of each label, -1 for one that is dead
+    trained_rows: int  # live rows when it was trained
+    layout: str  # what was built, so that other settings do not adopt it
+    centres: Float[np.ndarray, "kv_heads dim"]  # for each head the mean key that was subtracted from all keys
 
 
 def write_index(path: str | PathLike[str], files: list[faiss.Index]) -> None:

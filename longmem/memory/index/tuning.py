@@ -32,19 +32,14 @@ SPECS = (
 
 @dataclass(frozen=True)
 class Tuned:
-    """What one setting is worth.
-
-    `recall`: share of the chunks of exact search that are found. `milliseconds`: per 1,000 queries, each a vector of
-    one head. `speed_ratio`: time of exact search over time of this one. `build_seconds`: training and adding all rows.
-    `num_bytes`: of the index alone, without the store's search keys, which every kind needs.
-    """
+    """What one setting is worth."""
 
     index: str
-    recall: float
-    milliseconds: float
-    speed_ratio: float
-    build_seconds: float
-    num_bytes: int
+    recall: float  # share of the chunks of exact search that are found
+    milliseconds: float  # per 1,000 queries, each a vector of one head
+    speed_ratio: float  # time of exact search over time of this one
+    build_seconds: float  # training and adding all rows
+    num_bytes: int  # of the index alone, without the store's search keys, which every kind needs
 
 
 def recall(found: Int[Tensor, "kv_heads queries chunks"], best: Int[Tensor, "kv_heads queries chunks"]) -> float:

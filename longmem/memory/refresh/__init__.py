@@ -13,12 +13,7 @@ from longmem.memory.refresh.lags import CLOCKS, Lags
 from longmem.memory.refresh.lazy import Lazy
 from longmem.memory.refresh.policy import RefreshPolicy, make_policy, refresh_name
 from longmem.memory.refresh.refresher import Refresher, RefreshReport, RefreshState
-from longmem.memory.refresh.report import (
-    DocumentStaleness,
-    StalenessReport,
-    VersionStaleness,
-    report_staleness,
-)
+from longmem.memory.refresh.report import DocumentStaleness, StalenessReport, VersionStaleness, report_staleness
 
 __all__ = [
     "CLOCKS",

@@ -21,7 +21,7 @@ UNBOUNDED = "bounded:max_lag=1e12"  # everything is read as it is, however old, 
 
 @register("refresh", "bounded")
 class Bounded(RefreshPolicy):
-    """Allow a lag of `max_lag`, by `clock`; encode what exceeds it again, mask it, or refuse to read.
+    """The policy that allows a lag of `max_lag`, by `clock`; what exceeds it is encoded again, masked, or not read.
 
     `budget_tokens`: encode so many tokens again before a read, oldest entries first, and mask what is left; 0: all. A lag of 4
     encoder changes is AReaL's documented bound; on the clock "gap" 0.001 cost SmolLM2 about 8 % of recall@16

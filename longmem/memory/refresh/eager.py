@@ -16,10 +16,10 @@ from longmem.plugins import Setting, register
 
 @register("refresh", "eager")
 class Eager(RefreshPolicy):
-    """Encode everything again after every `every`-th change of the encoder; in between, older entries are read as they are."""
+    """The policy that encodes all again after every `every`-th change of the encoder; in between, it is read as it is."""
 
     settings: ClassVar[Mapping[str, Setting]] = {
-        "every": Setting(1, "the number of encoder changes from one refresh to the next", 1, 1e9),
+        "every": Setting(1, "the number of encoder changes from one refresh to the next", 1, 1e9)
     }
 
     def on_encoder_change(self, refresher: Refresher) -> None:

@@ -15,7 +15,7 @@ from longmem.plugins import register
 
 @register("refresh", "frozen")
 class Frozen(RefreshPolicy):
-    """Refuse a bank whose entries another encoder wrote; nothing is ever encoded again.
+    """The policy that refuses a bank whose entries another encoder wrote; nothing is ever encoded again.
 
     Where `bank.freshness.reencode` has brought a part of a bank up to date, for a budget's sake or because the rest can't
     be encoded again, the rest is masked.

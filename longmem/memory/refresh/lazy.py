@@ -25,7 +25,7 @@ from longmem.plugins import Setting, register
 
 @register("refresh", "lazy")
 class Lazy(RefreshPolicy):
-    """Encode again the stale segments that a read finds, and search once more among what is fresh.
+    """The policy that encodes again the stale segments that a read finds, and then searches among what is fresh.
 
     Every token of a window searches, so a window finds something in most segments of a small bank, though it attends to few.
     What is encoded again is what some query attends to most (estimated from scores of search keys, scaled by the root of their

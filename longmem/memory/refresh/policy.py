@@ -25,7 +25,7 @@ Search = Callable[[Tensor | None], Ranked]
 
 
 class RefreshPolicy:
-    """Decide what a bank does with entries of an earlier encoder; a new policy is one class, registered by its name.
+    """What a bank does with entries of an earlier encoder; a new policy is one class, registered by its name.
 
     The default reads what the current encoder wrote and masks the rest.
 
@@ -71,12 +71,7 @@ class RefreshPolicy:
         return False
 
     def readable_as_is(self, lags: Lags, versions: Int[Tensor, "2 _rows"]) -> Bool[Tensor, " _rows"]:
-        """Return for each row whether it may be read as it is.
-
-        Args:
-            lags: of the encoders.
-            versions: of each row, and what a map has moved it to (`Ledger.versions`).
-        """
+        """Return for each row whether it may be read as it is; `versions` as of `Ledger.versions`."""
         readable = self.readable(lags)[versions[0]]
         # What a map has moved is no longer what any encoder wrote, also when the encoder that once wrote it comes back.
         good = (versions[1] == lags.encoders.current) & self.reads_mapped()
@@ -91,13 +86,9 @@ class RefreshPolicy:
         return None if readable.all() else readable
 
     def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Ranked:
-        """Return what a search finds where some rows are not readable.
+        """Return what a `search` of `rows` (None: all) finds, where not every live row is `readable`.
 
-        Args:
-            refresher: what encodes again; None where no encoder is known, or the bank can't be written to.
-            search: of the given rows (None: all).
-            rows: that were asked for, None for all.
-            readable: of each live row.
+        `refresher`: None where no encoder is known, or the bank can't be written to.
         """
         return search(readable_rows(rows, readable))
 

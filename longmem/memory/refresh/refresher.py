@@ -53,18 +53,12 @@ class RefreshReport:
 
 @dataclasses.dataclass
 class RefreshState:
-    """The table of a bank, and what its refresh policy has found and done.
-
-    Args:
-        table: of the bank.
-        reads_mapped: whether the policy reads what a map has moved to the current encoder.
-        refreshed: all that was encoded again since the bank was made or opened.
-        probed: what the clock "probe" has measured, by version.
-        wanted: the stale rows that a read has found and could not have encoded again there and then.
-    """
+    """The table of a bank, and what its refresh policy has found and done."""
 
     table: Table
-    reads_mapped: bool = False
+    reads_mapped: bool = False  # whether the policy reads what a map has moved to the current encoder
+    # All that was encoded again since the bank was made or opened; what the clock "probe" has measured, by version; stale rows
+    # that a read has found and could not have encoded again there and then.
     refreshed: RefreshReport = dataclasses.field(default_factory=RefreshReport)
     probed: dict[int, float] = dataclasses.field(default_factory=dict)
     wanted: set[int] = dataclasses.field(default_factory=set)
@@ -93,9 +87,7 @@ class RefreshState:
 class Refresher:
     """What brings a bank up to date with an encoder, and all that a refresh policy gets to work with.
 
-    Args:
-        state: of the bank; `state.refreshed` counts what is done.
-        writers: encoders, equal ones: with several, each encodes on a thread of its own (one for each device).
+    `writers`: equal encoders; with several, each encodes on a thread of its own (one for each device).
     """
 
     def __init__(self, state: RefreshState, writers: Sequence[Writer]) -> None:
@@ -104,11 +96,8 @@ class Refresher:
     def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool | None = None) -> Targets:
         """Return the segments of each document that can be encoded again and are not readable, oldest versions first.
 
-        Two that share a chunk and are of different versions are not readable there.
-
-        Args:
-            is_readable: for each version; None: only the current encoder's are.
-            mapped_is_fresh: what a map has moved to the current encoder is readable; None: as the policy says.
+        Two that share a chunk and are of different versions are not readable there. `is_readable`: for each version; None: only
+        the current encoder's are. `mapped_is_fresh`: what a map has moved to it is; None: as the policy says.
         """
         lags = self.table.encoders.lags()
         readable = [lag == 0 for lag in lags] + [False] if is_readable is None else list(is_readable)
@@ -163,10 +152,7 @@ class Refresher:
         return sum(each.stop - each.start for target in targets for each in self._closure(*target))
 
     def reencode(
-        self,
-        targets: Targets,
-        budget_tokens: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        self, targets: Targets, budget_tokens: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> RefreshReport:
         """Encode segments again and write them, each document in one transaction; return what was done.
 
@@ -174,9 +160,6 @@ class Refresher:
             targets: documents with segments of them.
             budget_tokens: encode no more whole segments than fit, but one at least; None: all.
             progress: called with (tokens done, tokens in all) after each segment.
-
-        Raises:
-            ValueError: the bank can't be written to.
         """
         self.table.refuse_reader()
         begin = time.perf_counter()

@@ -20,12 +20,7 @@ def encode_all(jobs: Iterable[Job], writers: Sequence[Writer], note: Callable[[i
     """Yield documents with their encoded segments, each once all of its segments are there.
 
     With one writer all is done here, segment after segment. With several, each has a thread, and whoever is free takes the
-    next segment, so that a slow one holds up nothing but its last one; no speed has to be known.
-
-    Args:
-        jobs: documents with segments and their token ids.
-        writers: equal encoders.
-        note: called with the number of tokens of each segment when it is done.
+    next segment, so that a slow one holds up nothing but its last one. `note` is called with the tokens of each segment done.
     """
     if len(writers) > 1:
         yield from _shared(jobs, writers, note)

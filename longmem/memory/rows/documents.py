@@ -20,29 +20,21 @@ Tail = tuple[Float[Tensor, "_kv_heads _waiting _key_dim"], Float[Tensor, "_kv_he
 
 @dataclass(frozen=True)
 class DocumentInfo:
-    """What a bank knows about one document; lengths and offsets in tokens of the document.
-
-    `num_tokens`: written so far, also those since evicted. `num_chunks`: resident, so found by search, unless hidden.
-    `num_waiting_tokens`: the tail that is shorter than a chunk and waits for more. `first_resident_token`: where the
-    first resident chunk starts (where the next chunk will start, if none is resident). `num_reads`: how often a search
-    returned one of its chunks, counted for each query; `last_read` and `written_at` in seconds since 1970, 0 for never.
-    `dated`: when the content was true, None: when it was written; `valid_until`: when it ceases to be, None: never.
-    `is_superseded`: it no longer holds, and no search finds it; `superseded_by` names what took its place, if anything did.
-    """
+    """What a bank knows about one document; lengths and offsets in tokens of the document, times in seconds since 1970."""
 
     document_id: str
-    num_tokens: int
-    num_chunks: int
-    num_waiting_tokens: int
-    first_resident_token: int
+    num_tokens: int  # written so far, also those since evicted
+    num_chunks: int  # resident, so found by search, unless hidden
+    num_waiting_tokens: int  # the tail that is shorter than a chunk and waits for more
+    first_resident_token: int  # where the first resident chunk starts, or will, if none is resident
     tags: tuple[str, ...] = ()
     is_pinned: bool = False
-    dated: float | None = None
-    valid_until: float | None = None
-    is_superseded: bool = False
-    superseded_by: str | None = None
-    num_reads: int = field(default=0, compare=False)
-    last_read: float = field(default=0.0, compare=False, repr=False)
+    dated: float | None = None  # when the content was true; None: when it was written
+    valid_until: float | None = None  # when it ceases to be; None: never
+    is_superseded: bool = False  # it no longer holds, and no search finds it
+    superseded_by: str | None = None  # what took its place, if anything did
+    num_reads: int = field(default=0, compare=False)  # how often a search returned a chunk of it, for each query
+    last_read: float = field(default=0.0, compare=False, repr=False)  # 0: never
     written_at: float = field(default=0.0, compare=False, repr=False)
 
 
@@ -186,18 +178,14 @@ class Source:
 
 @dataclass(eq=False)
 class Run:
-    """A run of consecutive chunks of one document, written together.
-
-    For banks in a folder: `slot` is where the first of them is on disk, `stored` what the catalogue holds of the run:
-    its first chunk, its number of chunks, its slot.
-    """
+    """A run of consecutive chunks of one document, written together."""
 
     document: Document
     num_chunks: int
     written_at: float
     order: int
-    slot: int = -1
-    stored: tuple[int, int, int] | None = None
+    slot: int = -1  # where the first of them is on disk
+    stored: tuple[int, int, int] | None = None  # what the catalogue holds: first chunk, number of chunks, slot
 
 
 @dataclass(eq=False)

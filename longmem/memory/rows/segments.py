@@ -22,17 +22,13 @@ Joins = Literal["new", "same"] | None
 
 @dataclass
 class Segment:
-    """One segment: tokens `start` to `stop` of the document, encoded together by encoder `version`.
-
-    `is_known`: the encoder saw these tokens and no others, so the segment can be encoded again. `mapped_to`: the version of
-    the encoder for which a map has moved the vectors since (a plug-in's work); -1: none has.
-    """
+    """One segment: tokens `start` to `stop` of the document, encoded together by encoder `version`."""
 
     start: int
     stop: int
     version: int
-    is_known: bool = True
-    mapped_to: int = -1
+    is_known: bool = True  # the encoder saw these tokens and no others, so the segment can be encoded again
+    mapped_to: int = -1  # the version of the encoder for which a map (of a plug-in) has moved the vectors since
 
 
 class Segments:

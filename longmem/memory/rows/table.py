@@ -38,14 +38,8 @@ class Journal(Protocol):
 class Table:
     """The rows of a bank: ledger, storage and indexes, which change together; layers are counted by position here.
 
-    Arguments have been checked by the bank. A write allocates all it needs before it changes anything. Who changes the table,
-    or reads more than one thing of it, holds its `lock`.
-
-    Args:
-        storage: where rows are kept; None: in memory.
-        eviction: the policy, by name, that says what goes when `capacity` is reached.
-        capacity_tokens: None: no limit.
-        capacity_bytes: None: no limit; both: the lower one.
+    Arguments are those of the bank, which has checked them; without a `storage` rows are kept in memory. A write allocates all
+    it needs before it changes anything. Who changes the table, or reads more than one thing of it, holds its `lock`.
     """
 
     def __init__(
@@ -201,10 +195,9 @@ class Table:
         self._write(twin, chunks)
 
     def overwrite(self, document: Document, start: int, tokens: Sequence[Tail]) -> None:
-        """Put other keys and values of tokens from `start` on in the place of those that are there.
+        """Put other keys and values in the place of those from token `start` on: in chunks that they fill, and what waits.
 
-        Only chunks that these tokens fill are written, and what waits of them. Rows, order of eviction and source stay. On disk
-        a run of chunks is written anew as a whole, because it has consecutive places.
+        Rows, order of eviction and source stay. On disk a run is written anew as a whole: its places are consecutive.
         """
         stop = start + tokens[0][0].shape[1]
         whole = document.num_whole_chunks(self.chunk_size)
@@ -303,11 +296,7 @@ class Table:
     def search(
         self, position: int, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None
     ) -> Ranked:
-        """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written.
-
-        Raises:
-            ValueError: queries do not fit the layer, or `num_chunks` is no count.
-        """
+        """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written."""
         shape = self.storage.shapes[position] if self.storage.shapes else None
         fits = queries.ndim == 3 and (shape is None or (queries.shape[0], queries.shape[2]) == shape[:2])
         if not fits or type(num_chunks) is not int or num_chunks < 1:
