@@ -204,9 +204,6 @@ def views(systems: Sequence[str], contexts: Sequence[int], *, window: int, room:
 
     >>> views(["backbone", "context-4096", "on"], [512, 8192], window=1024, room=130)
     {512: {'backbone': 512}, 8192: {'backbone': 894, 'context-4096': 3966, 'on': 8192}}
-
-    Raises:
-        ValueError: the window has no room for a context, or no context is so long that a system has anything to use.
     """
     local = window - room
     if local < 1:

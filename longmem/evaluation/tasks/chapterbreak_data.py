@@ -38,16 +38,10 @@ class Split(NamedTuple):
 
 
 def load_split(data: str, *, split: str | None = None, file: str | None = None, longest: int = 8192) -> Split:
-    """Return the examples of a split, by default the only one.
+    """Return the examples of a split, by default the only one, of a JSON file or of a dataset on the Hub.
 
-    Args:
-        data: JSON file, plain or .json.gz; or name of a dataset on the Hub.
-        split: its name.
-        file: of a dataset on the Hub.
-        longest: tokens of context that are needed, which choose the file where none is named.
-
-    Raises:
-        ValueError: there is no such file or split, or it has another format.
+    `longest` tokens of context are needed, which choose the dataset's `file` where none is named. Raises ValueError if there is
+    no such file or split, or it has another format.
     """
     path = Path(data)
     if path.is_file():

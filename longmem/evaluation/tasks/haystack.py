@@ -69,15 +69,11 @@ class HaystackBanks(Banks):
     window is encoded by itself, as in every document, so the memory is that of the whole text with the fact in it.
 
     Args:
-        model: encodes.
         windows: the text, cut into the model's segments.
         sizes: in tokens, that will be read.
         replaceable: numbers of the windows that may be replaced.
-        folder: of the bank of the haystack, made or continued; None: in memory.
+        folder: of the bank of the haystack, made or continued (ValueError if it is another's); None: in memory.
         options: of `MemoryBank`: `index` of the haystack's bank, `storage_dtype`.
-
-    Raises:
-        ValueError: the folder holds a bank with other settings, or of another text.
     """
 
     def __init__(

@@ -77,13 +77,10 @@ class Source:
 
 
 def from_file(path: Path, kind: LabelledSet, *, official: bool) -> list[Example]:
-    """Return the examples in a file of LongMem's layout.
+    """Return the examples in a file of LongMem's layout: .tsv with a head, text and label; any other without, label and text.
 
-    Args:
-        path: .tsv with a head, text and label; .csv or any other without, label and text.
-        kind: what its labels mean.
-        official: read .csv line by line, as the released script does: the label is the first character, the text
-            begins at the third, and quotation marks stay, but for those at the ends of a set that strips them.
+    With `official` .csv is read line by line, as the released script does: the label is the first character, the text begins
+    at the third, and quotation marks stay, but for those at the ends of a set that strips them.
     """
     if not path.is_file():
         raise ValueError(
