@@ -103,14 +103,19 @@ def plot_scores(
 def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
     """Draw the perplexities of systems in that of the baseline, a panel for each part: means with intervals, and all texts."""
     baseline, parts, is_books = metrics["baseline"], metrics["parts"], metrics["plan"] == "books"
-    kind, shown = "book" if is_books else "document", list(parts.items())
+    shown = list(parts.items())
     if is_books:  # a column for each cut, a row for each number of windows
         shown.sort(key=lambda each: -each[1]["windows"])
         columns = len({part["cut"] for part in parts.values()})
+        cuts = [Cut.parse(part["cut"]) for _, part in shown]
+        heads = [
+            f"windows of {cut.window}, stride {cut.stride}; {part['windows']} of each book"
+            for cut, (_, part) in zip(cuts, shown, strict=True)
+        ]
     else:
         shown = shown[:1] if len(shown) == 2 else shown  # one group is all documents
         columns = min(3, len(shown))
-    heads = [f"{name}: {part['documents']} {kind}{'s' * (part['documents'] > 1)}" for name, part in shown]
+        heads = [f"{name}: {part['documents']} document{'s' * (part['documents'] > 1)}" for name, part in shown]
     panels = [part for _, part in shown]
     rows = -(-len(panels) // columns)
     heights = [max(1, len(panels[row * columns]["systems"]) - 1) for row in range(rows)]
@@ -130,12 +135,14 @@ def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title:
         axes.set_yticks(range(len(others)), [title_of_system(system) for system in others], fontsize=9)
         axes.set_ylim(len(others) - 0.5, -0.7)
         axes.set_title(head, fontsize=10)
-        axes.set_xlabel(
-            f"perplexity / {title_of_system(baseline)}" if number + columns >= len(panels) else "", fontsize=9
-        )
+        label = f"perplexity / {title_of_system(baseline)}"
+        if is_books:
+            label = f"perplexity / {baseline}'s; left is better\nlarge: mean and 95 % interval, small: books"
+        axes.set_xlabel(label if number + columns >= len(panels) else "", fontsize=9)
         axes.margins(x=0.12)
         tidy(axes, "x")
-    figure.supxlabel(f"left is better; large: mean and 95 % interval, small: {kind}s", fontsize=9)
+    if not is_books:
+        figure.supxlabel("left is better; large: mean and 95 % interval, small: documents", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

@@ -147,7 +147,8 @@ def test_only_whole_demonstrations_stand_in_a_window(tmp_path, model, window):
     task = task_of("mr", tmp_path, window=window, systems=names, memory_demonstrations=8)
     (case,) = cases = task.cases(model)
     wrong, room = wrong_cases(task, cases)[case.name], case.longest
-    for system in task.systems(model, Banks(model)):
+    options = {"batch_size": task.settings.batch_size, "banks": Banks(model), "retrieval": task.retrieval}
+    for system in make_systems(names, model, window=window, **options):
         counts = task.prepare(system, case, wrong if system.name == "wrong" else None)
         lines = task.shown(system, case, room)
         own = 400 if system.name == "context-400" else window
