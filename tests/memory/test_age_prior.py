@@ -77,8 +77,8 @@ def test_a_kind_of_ones_own_is_one_function(new_names):
     weights = {f"day {number}": (day - 10) * math.log(2) for number, day in enumerate((0, 3, 4, 10))}
     scores, rows = naive_search(bank, weights, 5)
     found = bank.search(LAYER, QUERIES, 5, scaling=SCALING)
-    torch.testing.assert_close(found[0], scores, rtol=1e-5, atol=1e-5)
-    assert torch.equal(found[1], rows)
+    torch.testing.assert_close(found.scores, scores, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.rows, rows)
     with pytest.raises(ValueError, match="`a` must be left out for the kind 'halves'"):
         AgePrior("halves", a=3)
 
