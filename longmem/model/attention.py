@@ -181,7 +181,8 @@ def search_and_attend(
         found = memory.search(layer, queries.detach(), num_chunks, scaling=scaling)
         rows = found.rows.to(queries.device)
         try:
-            # Stored keys are converted to the dtype of what meets them, so that of products is cheaper than autocast's own.
+            # The search has the queries as they are. Here they take the dtype of products, and stored keys follow them: under
+            # autocast, queries in float32 would have every key converted to it.
             meeting = queries.to(product_dtype(queries))
             return attend_found(meeting, found._replace(rows=rows), memory, layer, scaling, softcap)
         except ChangedMemoryError:
