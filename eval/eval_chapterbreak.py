@@ -9,13 +9,7 @@ experiments/chapterbreak makes such data from books of your own. A run that was 
 
 import sys
 
-from longmem.evaluation import run_task
-from longmem.plots import plot_finished, require_matplotlib
+from longmem.cli.eval import run_script
 
 if __name__ == "__main__":
-    require_matplotlib()
-    try:
-        finished = run_task("chapterbreak", sys.argv[1:])
-    except ValueError as error:
-        raise SystemExit(f"{error}\n{__doc__}") from error
-    plot_finished(finished)
+    run_script("chapterbreak", sys.argv[1:], __doc__)

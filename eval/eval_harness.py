@@ -11,13 +11,7 @@ the rest in a memory that holds nothing else. lm-eval's own command line has the
 
 import sys
 
-from longmem.evaluation import run_task
-from longmem.plots import plot_finished, require_matplotlib
+from longmem.cli.eval import run_script
 
 if __name__ == "__main__":
-    require_matplotlib()
-    try:
-        finished = run_task("harness", sys.argv[1:])
-    except ValueError as error:
-        raise SystemExit(f"{error}\n{__doc__}") from error
-    plot_finished(finished)
+    run_script("harness", sys.argv[1:], __doc__)

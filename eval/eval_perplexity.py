@@ -16,14 +16,8 @@ Python's manual. The losses of every token are in OUTPUT/documents. A stopped ru
 
 import sys
 
-from longmem.evaluation import run_task
-from longmem.plots import plot_finished, require_matplotlib
+from longmem.cli.eval import run_script
 
 if __name__ == "__main__":
-    require_matplotlib()
-    name, *overrides = sys.argv[1:] or ["--help"]
-    try:
-        finished = run_task(name, overrides)
-    except ValueError as error:
-        raise SystemExit(f"{error}\n{__doc__}") from error
-    plot_finished(finished)
+    task, *overrides = sys.argv[1:] or ["--help"]
+    run_script(task, overrides, __doc__)

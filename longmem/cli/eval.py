@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,22 @@ def run(arguments: argparse.Namespace) -> None:
         common.print_json({**values, "metrics": finished.metrics})
     else:
         console.print(f"\nIn {finished.folder}: settings, raw answers, metrics, tables and figures.")
+
+
+def run_script(task: str, overrides: Sequence[str], usage: str | None) -> None:
+    """Run an evaluation and draw its figures: all that the scripts in `eval/` do.
+
+    Raises:
+        SystemExit: settings, model and data do not go together; says why, and then `usage`.
+    """
+    from longmem.plots import plot_finished, require_matplotlib
+
+    require_matplotlib()
+    try:
+        finished = run_task(task, overrides)
+    except ValueError as error:
+        raise SystemExit(f"{error}\n{usage}") from error
+    plot_finished(finished)
 
 
 def list_tasks(tasks: dict[str, str], *, as_json: bool) -> None:
