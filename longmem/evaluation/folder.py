@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from longmem.encoder.stamp import hash_tensors
 from longmem.evaluation.settings import EvaluationSettings
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings.environment import environment
@@ -139,12 +139,7 @@ def digest(content: Any) -> str:
 
 def weights_digest(module: nn.Module) -> str:
     """Return a hash of the names, shapes, dtypes and values of a module's parameters."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, parameter in module.named_parameters():
-        values: Tensor = parameter.detach().cpu().contiguous()
-        found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        found.update(values.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return hash_tensors((name, each.detach().cpu().contiguous()) for name, each in module.named_parameters())
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:

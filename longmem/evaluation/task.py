@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from longmem.evaluation.folder import MAY_CHANGE, RunFolder, digest
 from longmem.evaluation.settings import EvaluationSettings
@@ -250,11 +249,6 @@ class Task(ABC):
 
     def close(self) -> None:  # noqa: B027  a hook
         """Give back what `begin` has opened."""
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text, without special tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def per_token(record: Record) -> list[float]:

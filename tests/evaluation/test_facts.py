@@ -14,9 +14,9 @@ from tiny_models import some_text
 from longmem import MemoryBank
 from longmem.evaluation.runner import answers_of, described
 from longmem.evaluation.summary import summarize
-from longmem.evaluation.systems import Banks, make_systems
+from longmem.evaluation.systems import Banks, make_systems, tokenize
 from longmem.evaluation.tables import tables_of
-from longmem.evaluation.task import Case, best, per_token, tokenize
+from longmem.evaluation.task import Case, best, per_token
 from longmem.evaluation.tasks.facts import FactMaker, Facts, FactsSettings, is_exact, validate_sizes, value_item
 from longmem.evaluation.tasks.haystack import HaystackBanks, cut, plan_parts, read_haystack
 

@@ -17,6 +17,7 @@ from longmem.data import load_corpus
 from longmem.data.sources import unrelated_text
 from longmem.evaluation.folder import digest, spread
 from longmem.evaluation.perplexity.settings import PerplexitySettings
+from longmem.evaluation.systems import tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PerplexitySettings)
     others = [*texts[1:], texts[0]]
     if len(texts) == 1:
         name, text = unrelated_text(settings.data)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenize(tokenizer, text)
         others = [read_part(name, ids, settings, settings.first_scored)]
     return [Text(*text, *other) for text, other in zip(texts, others, strict=True)]
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from transformers import PreTrainedTokenizerBase
+
 Passages = Sequence[Sequence[int]]  # pieces of a stream of tokens
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @dataclasses.dataclass(frozen=True)

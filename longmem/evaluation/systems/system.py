@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.backbone.cache_names import as_keyword, named_for
-from longmem.evaluation.systems.questions import Answer, Passages, Question
+from longmem.evaluation.systems.questions import Answer, Passages, Question, tokenize
 from longmem.evaluation.systems.scoring import answer_questions, as_ids, repeated, run_context
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -99,7 +99,7 @@ class System(ABC):
 
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens."""
-        return self.model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokenize(self.model.tokenizer, text)
 
     @property
     def stream(self) -> list[int]:

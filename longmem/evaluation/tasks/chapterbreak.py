@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from longmem.evaluation.settings import Count, EvaluationSettings, validate_different
+from longmem.evaluation.systems import tokenize
 from longmem.evaluation.systems.names import context_size
-from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, per_token, tokenize
+from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, per_token
 from longmem.evaluation.tasks.chapterbreak_data import Example, Split, choose, load_split
 from longmem.model.modeling import LongMemForCausalLM
 

@@ -13,8 +13,16 @@ from typing import Any, NamedTuple
 
 from longmem.evaluation.folder import digest, spread
 from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
-from longmem.evaluation.systems import BackboneSystem, LongBackbone, Question, RetrievalSystem, System, title_of_system
-from longmem.evaluation.task import Case, Item, Record, Task, tokenize
+from longmem.evaluation.systems import (
+    BackboneSystem,
+    LongBackbone,
+    Question,
+    RetrievalSystem,
+    System,
+    title_of_system,
+    tokenize,
+)
+from longmem.evaluation.task import Case, Item, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
 
 Line = Sequence[int]

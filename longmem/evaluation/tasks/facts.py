@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from longmem.console import token_progress
 from longmem.evaluation.folder import MAY_CHANGE, digest, spread
 from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
-from longmem.evaluation.systems import Banks
-from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, best, per_token, tokenize
+from longmem.evaluation.systems import Banks, tokenize
+from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, best, per_token
 from longmem.evaluation.tasks.haystack import HaystackBanks, Window, cut, hide, read_haystack
 from longmem.memory.index import validate_index
 from longmem.model.modeling import LongMemForCausalLM

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.data.sources import find_source
 from longmem.evaluation.folder import digest
-from longmem.evaluation.systems import Banks
-from longmem.evaluation.task import tokenize
+from longmem.evaluation.systems import Banks, tokenize
 from longmem.memory import BankShards, MemoryBank, has_bank
 from longmem.model.modeling import LongMemForCausalLM
 

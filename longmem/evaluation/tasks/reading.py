@@ -13,8 +13,8 @@ from typing import Any
 from longmem.evaluation.folder import spread
 from longmem.evaluation.runner import described, guessed, record_id
 from longmem.evaluation.settings import EvaluationSettings, Number
-from longmem.evaluation.systems import LongContextReader
-from longmem.evaluation.task import Case, Item, Task, best, tokenize
+from longmem.evaluation.systems import LongContextReader, tokenize
+from longmem.evaluation.task import Case, Item, Task, best
 from longmem.model.modeling import LongMemForCausalLM
 
 
