@@ -47,9 +47,8 @@ def convert_checkpoints(arguments: argparse.Namespace) -> None:
 
 def compare_with_recording(arguments: argparse.Namespace) -> int:
     """Replay a recording; return 1 if this package is off."""
-    from longmem.official.comparison import compare
+    from longmem.official.comparison import compare, print_comparison
     from longmem.official.recording import Recording
-    from longmem.official.report import print_comparison
 
     result = compare(Recording(arguments.recording))
     if arguments.json:

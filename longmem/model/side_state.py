@@ -16,20 +16,12 @@ from longmem.model.side_network import SideNetwork
 
 
 def side_state(side_network: SideNetwork, backbone: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the tensors that `saved_names` lists, each with memory of its own.
-
-    Raises:
-        ValueError: one of them is the backbone's, or lies in the same memory.
-    """
+    """Return copies of the tensors that `saved_names` lists, each with memory of its own."""
     return {name: tensor.clone() for name, tensor in own_tensors(side_network, backbone).items()}
 
 
 def load_side_state(side_network: SideNetwork, backbone: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put the tensors of `side_state` into the side network: all of them and nothing else, or nothing at all.
-
-    Raises:
-        ValueError: a tensor is missing, left over, no tensor, of another shape, or holds NaN or infinity.
-    """
+    """Put the tensors of `side_state` into the side network: all of them and nothing else, or nothing at all."""
     current = own_tensors(side_network, backbone)
     refuse_other_names(current, state)
     for name, tensor in state.items():
