@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common, memorize, staleness, tune
-from longmem.cli.parsing import add_command, add_group, bank_folder, tag_filter
+from longmem.cli.parsing import add_command, add_group, bank_folder, option
 from longmem.cli.texts import export_line
 
 if TYPE_CHECKING:
@@ -81,23 +81,34 @@ first_resident_token, and token_ids and text from there on:
 datasets.load_dataset("json", data_files="documents.jsonl").
 """
 
+# What an action has done, and how it changes one document.
+CHANGES: dict[str, tuple[str, Callable[[MemoryBank, str, argparse.Namespace], None]]] = {
+    "delete": ("deleted", lambda bank, name, _: bank.delete(name)),
+    "tag": ("tagged", lambda bank, name, arguments: bank.tag(name, arguments.tag)),
+    "pin": ("pinned", lambda bank, name, _: bank.pin(name)),
+    "unpin": ("unpinned", lambda bank, name, _: bank.pin(name, False)),
+    "supersede": ("superseded", lambda bank, name, arguments: bank.supersede(name, by=arguments.by)),
+    "restore": ("restored", lambda bank, name, _: bank.restore(name)),
+}
+
 
 def add(commands: Any) -> None:
     """Add the group `bank` and all its actions."""
-    bank, by_tag = bank_folder(), tag_filter()
+    bank = bank_folder()
+    by_tag = option("--tag", action="append", default=[], help="only documents with one of these tags")
     actions = add_group(commands, "bank", "change a bank, look into it, check it, tune it", BANK_EXAMPLES)
     memorize.add_actions(actions)
     add_command(actions, "list", list_documents, "list the documents of a bank", LIST_EXAMPLES, bank, by_tag)
     add_command(actions, "info", show_info, "show sizes and settings of a bank", INFO_EXAMPLES, bank)
-    for name, run, summary, epilog in (
-        ("delete", delete_documents, "delete documents", DELETE_EXAMPLES),
-        ("tag", tag_documents, "give documents tags instead of those they had", TAG_EXAMPLES),
-        ("pin", pin_documents, "keep documents from eviction", PIN_EXAMPLES),
-        ("unpin", unpin_documents, "let documents be evicted again", PIN_EXAMPLES),
-        ("supersede", supersede_documents, "hide documents that no longer hold", SUPERSEDE_EXAMPLES),
-        ("restore", restore_documents, "let documents be found again", SUPERSEDE_EXAMPLES),
+    for name, summary, epilog in (
+        ("delete", "delete documents", DELETE_EXAMPLES),
+        ("tag", "give documents tags instead of those they had", TAG_EXAMPLES),
+        ("pin", "keep documents from eviction", PIN_EXAMPLES),
+        ("unpin", "let documents be evicted again", PIN_EXAMPLES),
+        ("supersede", "hide documents that no longer hold", SUPERSEDE_EXAMPLES),
+        ("restore", "let documents be found again", SUPERSEDE_EXAMPLES),
     ):
-        command = add_command(actions, name, run, summary, epilog, bank)
+        command = add_command(actions, name, change_documents, summary, epilog, bank)
         command.add_argument(
             "documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them"
         )
@@ -185,36 +196,6 @@ def show_info(arguments: argparse.Namespace) -> None:
     common.console_for(False).print(table)
 
 
-def delete_documents(arguments: argparse.Namespace) -> None:
-    """Delete documents; all of them or, if one is unknown, none."""
-    change_documents(arguments, "deleted", lambda bank, name: bank.delete(name))
-
-
-def tag_documents(arguments: argparse.Namespace) -> None:
-    """Give documents tags, instead of those that they had."""
-    change_documents(arguments, "tagged", lambda bank, name: bank.tag(name, arguments.tag))
-
-
-def pin_documents(arguments: argparse.Namespace) -> None:
-    """Keep documents from eviction."""
-    change_documents(arguments, "pinned", lambda bank, name: bank.pin(name))
-
-
-def unpin_documents(arguments: argparse.Namespace) -> None:
-    """Let documents be evicted again."""
-    change_documents(arguments, "unpinned", lambda bank, name: bank.pin(name, False))
-
-
-def supersede_documents(arguments: argparse.Namespace) -> None:
-    """Hide documents from searches; they are kept."""
-    change_documents(arguments, "superseded", lambda bank, name: bank.supersede(name, by=arguments.by))
-
-
-def restore_documents(arguments: argparse.Namespace) -> None:
-    """Let searches find documents again that were superseded or have expired."""
-    change_documents(arguments, "restored", lambda bank, name: bank.restore(name))
-
-
 def standing(info: DocumentInfo, now: float) -> str:
     """Return whether and until when a document holds, empty if nothing was said."""
     if info.is_superseded:
@@ -233,18 +214,17 @@ def day(date: float) -> str:
     return datetime.datetime.fromtimestamp(date, datetime.UTC).date().isoformat()
 
 
-def change_documents(arguments: argparse.Namespace, done: str, change: Callable[[MemoryBank, str], None]) -> None:
-    """Change the named documents in one commit, and say what was done."""
+def change_documents(arguments: argparse.Namespace) -> None:
+    """Change the named documents in one commit, all of them or none, and say what was done."""
+    done, change = CHANGES[arguments.action]
     with common.open_bank(arguments.bank, write=True) as bank:
         with bank.transaction():
             for document_id in dict.fromkeys(arguments.documents):
-                change(bank, document_id)
+                change(bank, document_id, arguments)
         tokens = bank.num_tokens
-    if arguments.json:
-        common.print_json({done: arguments.documents, "bank_tokens": tokens})
-    else:
-        names = ", ".join(arguments.documents)
-        common.console_for(False).print(f"{arguments.bank}: {done} {names}; {tokens:,} tokens in memory.", markup=False)
+    names = ", ".join(arguments.documents)
+    told = {done: arguments.documents, "bank_tokens": tokens}
+    common.tell(arguments, told, f"{arguments.bank}: {done} {names}; {tokens:,} tokens in memory.")
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -252,12 +232,8 @@ def verify(arguments: argparse.Namespace) -> None:
     with common.open_bank(arguments.bank) as bank:
         files = bank.folder.verify()
         num_bytes = sum(path.stat().st_size for path in files)
-    if arguments.json:
-        common.print_json({"files": len(files), "bytes": num_bytes, "is_whole": True})
-    else:
-        common.console_for(False).print(
-            f"{len(files)} files, {num_bytes / 1e6:,.1f} MB: every byte is as it was written."
-        )
+    told = {"files": len(files), "bytes": num_bytes, "is_whole": True}
+    common.tell(arguments, told, f"{len(files)} files, {num_bytes / 1e6:,.1f} MB: every byte is as it was written.")
 
 
 def compact(arguments: argparse.Namespace) -> None:
@@ -266,10 +242,8 @@ def compact(arguments: argparse.Namespace) -> None:
         before = common.bytes_on_disk(arguments.bank)
         bank.folder.compact()
         after = common.bytes_on_disk(arguments.bank)
-    if arguments.json:
-        common.print_json({"bytes_before": before, "bytes_after": after})
-    else:
-        common.console_for(False).print(f"{arguments.bank}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now.")
+    told = {"bytes_before": before, "bytes_after": after}
+    common.tell(arguments, told, f"{arguments.bank}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now.")
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -283,10 +257,8 @@ def export(arguments: argparse.Namespace) -> None:
             unfinished.replace(arguments.output)
         finally:
             unfinished.unlink(missing_ok=True)
-    if arguments.json:
-        common.print_json({"output": str(arguments.output), "documents": len(documents)})
-    else:
-        common.console_for(False).print(f"{arguments.output}: {len(documents)} documents.")
+    told = {"output": str(arguments.output), "documents": len(documents)}
+    common.tell(arguments, told, f"{arguments.output}: {len(documents)} documents.")
 
 
 def chosen_documents(bank: MemoryBank, tags: list[str]) -> list[DocumentInfo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import sys
@@ -34,6 +35,14 @@ def console_for(as_json: bool, *, markup: bool = False) -> Console:
 def print_json(values: dict[str, Any]) -> None:
     """Print what a program reads."""
     print(json.dumps(values, indent=2, ensure_ascii=False))
+
+
+def tell(arguments: argparse.Namespace, values: dict[str, Any], sentence: str) -> None:
+    """Print what a command has done: the values for a program, or a sentence for people."""
+    if arguments.json:
+        print_json(values)
+    else:
+        console_for(False).print(sentence, markup=False)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:

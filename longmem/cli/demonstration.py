@@ -42,18 +42,7 @@ Scores = dict[str, WindowScores]
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """What a demonstration is told.
-
-    Args:
-        output: folder for results, figure, bank and side network.
-        file: text to read; default: Python's reference manual.
-        model: name of a model (`longmem.model.names`).
-        memory_tokens: tokens of the first part, which is memorized.
-        windows: windows of the rest, which are scored.
-        window: tokens the model sees at once.
-        seed: of torch and of the bootstrap.
-        new_tokens: tokens of the continuation.
-    """
+    """What a demonstration is told: the options of `longmem demo`, and `new_tokens`, those of the continuation."""
 
     output: Path
     file: Path | None

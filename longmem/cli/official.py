@@ -36,20 +36,18 @@ def convert_checkpoints(arguments: argparse.Namespace) -> None:
     from longmem.official.checkpoint import convert
 
     memory_size = convert(arguments.checkpoint, arguments.backbone, arguments.folder)
-    if arguments.json:
-        common.print_json({"model": str(arguments.folder), "memory_size": memory_size})
-    else:
-        common.console_for(False).print(
-            f"{arguments.folder}: LongMemForCausalLM.from_pretrained opens it. It was trained with a memory of "
-            f"{memory_size:,} tokens; the tokenizer is not converted."
-        )
+    common.tell(
+        arguments,
+        {"model": str(arguments.folder), "memory_size": memory_size},
+        f"{arguments.folder}: LongMemForCausalLM.from_pretrained opens it. It was trained with a memory of "
+        f"{memory_size:,} tokens; the tokenizer is not converted.",
+    )
 
 
 def compare_with_recording(arguments: argparse.Namespace) -> int:
     """Replay a recording; return 1 if this package is off."""
-    from longmem.official.comparison import compare
+    from longmem.official.comparison import compare, print_comparison
     from longmem.official.recording import Recording
-    from longmem.official.report import print_comparison
 
     result = compare(Recording(arguments.recording))
     if arguments.json:

@@ -48,33 +48,28 @@ def add_group(to: Any, name: str, summary: str, epilog: str) -> Any:
     return group.add_subparsers(dest="action", required=True, metavar="ACTION")
 
 
+def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
+    """Return a parser with one option, to be a parent of the commands that have it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(*names, **settings)
+    return parser
+
+
 def bank_folder() -> argparse.ArgumentParser:
-    """Return the argument of all commands that use a bank."""
-    bank = argparse.ArgumentParser(add_help=False)
-    bank.add_argument("--bank", required=True, type=Path, metavar="DIR", help="folder of the bank")
-    return bank
+    """Return the option of all commands that use a bank."""
+    return option("--bank", required=True, type=Path, metavar="DIR", help="folder of the bank")
 
 
 def labels() -> argparse.ArgumentParser:
     """Return the options that label a document."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--tag", action="append", default=[], help="tag of the documents; may be given several times")
+    parser = option("--tag", action="append", default=[], help="tag of the documents; may be given several times")
     parser.add_argument("--pin", action="store_true", help="keep the documents from eviction")
-    return parser
-
-
-def tag_filter() -> argparse.ArgumentParser:
-    """Return the option that chooses documents."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--tag", action="append", default=[], help="only documents with one of these tags")
     return parser
 
 
 def model_option(default: str = "the model that wrote the bank") -> argparse.ArgumentParser:
     """Return the option that names a model."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", help=f"default: {default}")
-    return parser
+    return option("--model", help=f"default: {default}")
 
 
 def sentence(summary: str) -> str:

@@ -204,7 +204,4 @@ def run(arguments: argparse.Namespace) -> None:
     """Write a page over results of evaluations."""
     folder = write_report(arguments.folders, arguments.output, arguments.title)
     files = {name: str(folder / f"report.{ending}") for name, ending in (("markdown", "md"), ("html", "html"))}
-    if arguments.json:
-        common.print_json(files)
-    else:
-        common.console_for(False).print(f"{files['markdown']} and {files['html']}: {len(arguments.folders)} runs.")
+    common.tell(arguments, files, f"{files['markdown']} and {files['html']}: {len(arguments.folders)} runs.")

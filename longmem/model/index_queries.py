@@ -2,71 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.protocols import EncodingModel, Found, Memory
-from longmem.memory.rows.ledger import ChunkPlace
+from longmem.memory import BankShards, BankView, MemoryBank
+from longmem.memory.protocols import Found
 from longmem.model.modeling import LongMemForCausalLM
 
 
-class QueryRecorder:
-    """Return a memory that answers as `bank` does, and keeps the queries of every layer.
+class QueryRecorder(BankShards):
+    """A memory that answers as `bank` does, and keeps the queries of every layer.
 
     It is the bank that answers, because what a layer asks depends on what the layers below it have read.
     """
 
-    def __init__(self, bank: Memory) -> None:
-        self._bank = bank
+    def __init__(self, bank: MemoryBank | BankView | BankShards) -> None:
+        super().__init__([bank])
         self.queries: dict[int, list[Float[Tensor, "_kv_heads _queries _dim"]]] = {}
 
-    @property
-    def memory_layers(self) -> tuple[int, ...]:
-        """Return the bank's."""
-        return self._bank.memory_layers
-
-    @property
-    def chunk_size(self) -> int:
-        """Return the bank's."""
-        return self._bank.chunk_size
-
-    @property
-    def is_empty(self) -> bool:
-        """Return whether a search can find nothing."""
-        return self._bank.is_empty
-
-    def ready_for(self, model: EncodingModel) -> None:
-        """Make the bank ready."""
-        self._bank.ready_for(model)
-
-    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
-        """Return where rows are from."""
-        return self._bank.locate(rows)
-
     def search(
-        self,
-        layer: int,
-        queries: Float[Tensor, "kv_heads queries dim"],
-        num_chunks: int,
-        *,
-        scaling: float | None = None,
+        self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int, **options: Any
     ) -> Found:
-        """Return what the bank finds."""
         self.queries.setdefault(layer, []).append(queries.detach().to("cpu", torch.float32))
-        return self._bank.search(layer, queries, num_chunks, scaling=scaling)
-
-    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
-        """Return what the bank holds."""
-        return self._bank.gather(layer, rows, generation)
+        return super().search(layer, queries, num_chunks, **options)
 
 
 @torch.no_grad()
 def recorded_queries(
     model: LongMemForCausalLM,
-    bank: Memory,
+    bank: MemoryBank | BankView | BankShards,
     token_ids: Int[Tensor, " tokens"],
     layer: int,
     *,

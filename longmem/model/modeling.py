@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import TransformersKwargs
 
 from longmem.backbone.cache_names import as_keyword, one_cache
 from longmem.backbone.capture import BackboneStates
@@ -26,7 +28,6 @@ from longmem.memory import MemoryBank
 from longmem.memory.memorize import memorize
 from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
-from longmem.model.inputs import refuse_unknown_inputs
 from longmem.model.memory_attention import banks_per_lane, refuse_other_encoder
 from longmem.model.pretrained import LongMemPreTrainedModel
 from longmem.model.side_network import add_side_slots
@@ -114,9 +115,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         if cache is not None:
             sources = (layer.source_layer for layer in self.side_network.layers)
             add_side_slots(cache, self._backbone.num_layers, sources)  # type: ignore[arg-type]
-        inputs: dict[str, Any] = {"use_cache": cache is not None}
-        for name, value in (("attention_mask", attention_mask), ("cache", cache)):
-            inputs[name] = value
+        inputs: dict[str, Any] = {"use_cache": cache is not None, "attention_mask": attention_mask, "cache": cache}
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         states = self.run_backbone(input_ids, **inputs)
@@ -249,6 +248,23 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
                 f"{type(self.backbone).__name__}: copies of its upper layers give logits that differ from its own by "
                 f"{(found - expected).abs().max():.3g}; its layers do more than their arguments say."
             )
+
+
+def refuse_unknown_inputs(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of `forward` that would be ignored; what transformers hands to every model is let through.
+
+    That is: a name of transformers' own, or of the backbone's `forward`, with a value that asks for nothing.
+    """
+    theirs = {*TransformersKwargs.__annotations__, *signature(type(backbone).forward).parameters}
+    for name, value in kwargs.items():
+        if name in ("output_attentions", "output_hidden_states") and value:
+            raise ValueError(
+                f"`{name}={value}` is not available: two networks run. Use `output_memory_reads=True` to see what was read."
+            )
+        # `generate` reads stop strings with the tokenizer and, in transformers 5, hands it on.
+        asks_for_nothing = value is None or (value is False and name.startswith("output_"))
+        if name not in ("tokenizer", "return_dict") and not (name in theirs and asks_for_nothing):
+            raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")
 
 
 AutoConfig.register("longmem", LongMemConfig, exist_ok=True)

@@ -14,12 +14,11 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.loading import tokenizer_fingerprint
-from longmem.backbone.structure import input_device
+from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
 from longmem.configuration import LongMemConfig
 from longmem.encoder.stamp import EncoderStamp, configuration_recipe
 from longmem.encoder.watch import Encoder
 from longmem.model import saving, side_state
-from longmem.model.inputs import refuse_unstorable_layers
 from longmem.model.names import backbone_location, look_up
 from longmem.model.side_network import SideNetwork
 from longmem.quiet import without_transformers_bars
@@ -352,3 +351,13 @@ class LongMemPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
+
+
+def refuse_unstorable_layers(config: LongMemConfig, structure: BackboneStructure) -> None:
+    """Raise UnsupportedBackboneError if a memory layer has no keys that can be stored."""
+    for layer in config.memory_layers or ():
+        if (obstacle := structure.layers[layer].obstacle) is not None:
+            raise UnsupportedBackboneError(
+                f"`memory_layers` must be layers whose keys can be stored, {structure.storable_layers} of this backbone, "
+                f"got {config.memory_layers}: {obstacle}."
+            )

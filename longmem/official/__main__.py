@@ -7,24 +7,26 @@ from pathlib import Path
 
 from rich.console import Console
 
-from longmem.official.report import show_comparison
+from longmem.official.comparison import compare, print_comparison
+from longmem.official.recording import Recording
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return 0 if this package agrees with the recording, 1 if it does not, 2 if it can't be read."""
     parser = argparse.ArgumentParser(prog="python -m longmem.official", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    compare = commands.add_parser("compare", help="replay a recording and print the differences")
-    compare.add_argument(
+    command = commands.add_parser("compare", help="replay a recording and print the differences")
+    command.add_argument(
         "recording", type=Path, metavar="RECORDING", help="safetensors file; its settings are beside it"
     )
     arguments = parser.parse_args(argv)
     try:
-        agrees = show_comparison(arguments.recording, Console(highlight=False, soft_wrap=True))
+        result = compare(Recording(arguments.recording))
     except (ValueError, OSError) as error:
         print(f"longmem.official: {error}", file=sys.stderr)
         return 2
-    return 0 if agrees else 1
+    print_comparison(result, Console(highlight=False, soft_wrap=True))
+    return 0 if result.agrees else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longmem.model.modeling import LongMemForCausalLM
 from longmem.official.weights import OWN_BACKBONE, backbone_weights, build_backbone, build_model, side_weights
 from longmem.quiet import without_transformers_bars
 
@@ -100,7 +99,11 @@ def convert(checkpoint: str | PathLike[str], backbone: str | PathLike[str], fold
         },
         segment_length=int(side.setting("tokens_per_sample")),
     )
-    save(model, Path(folder))
+    base_folder = Path(folder) / BACKBONE_FOLDER
+    with without_transformers_bars():
+        model.backbone.save_pretrained(base_folder)
+    model.config.backbone_name_or_path = str(base_folder)
+    model.save_pretrained(folder)
     return int(side.setting("memory_size"))
 
 
@@ -113,11 +116,3 @@ def refuse_another_backbone(side: Checkpoint, weights: Mapping[str, Tensor]) -> 
                 f"{side.path} was trained on another backbone than the one given: `{name}` differs; "
                 "pass the checkpoint that its `pretrained_model_path` names."
             )
-
-
-def save(model: LongMemForCausalLM, folder: Path) -> None:
-    """Write a model and, inside its folder, its backbone, which it names by that relative path."""
-    with without_transformers_bars():
-        model.backbone.save_pretrained(folder / BACKBONE_FOLDER)
-    model.config.backbone_name_or_path = str(folder / BACKBONE_FOLDER)
-    model.save_pretrained(folder)

@@ -1,16 +1,17 @@
-"""Replaying a recording of the released code and measuring how far this package is from it."""
+"""Replaying a recording of the released code, measuring how far this package is from it, and showing that."""
 
 import dataclasses
 import math
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from longmem.console import plain_table
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.official.memory import ReleasedCodeError
 from longmem.official.recording import Recording
-from longmem.official.replay import COUNTED, STORED, UNKNOWN, distance, replay
-from longmem.official.trace import Values
+from longmem.official.replay import COUNTED, FAMILIES, STORED, UNKNOWN, Values, distance, replay
 from longmem.official.weights import side_weights
 
 # Independent recomputations are within 3e-6 of the released code's float32; a wrong epsilon is off by 1e-5.
@@ -135,3 +136,30 @@ def compare_fresh_copy(
         result.add("weights copied at start", FLOAT32, distance(tensor, recorded[name]))
     fresh.side_network.load_state_dict(recorded)
     return fresh
+
+
+def print_comparison(result: Comparison, console: Console) -> None:
+    """Print the table, the notes and, last, `worst <figure> over <n> runs`."""
+    columns = (FLOAT32, ROUNDED, FED)
+    rows = [["largest difference", *columns]]
+    for family in (*FAMILIES, UNKNOWN):
+        found = [result.largest.get((family, column)) for column in columns]
+        if any(value is not None for value in found):
+            rows.append([family, *("" if value is None else figure(family, value) for value in found)])
+    console.print(plain_table(rows))
+    console.print(f"\nReplayed: {', '.join(result.replayed) or 'nothing'}.")
+    for run, reason in result.skipped.items():
+        console.print(f"Skipped {run}: {reason}.", markup=False)
+    console.print(
+        "Differences are absolute; of scores relative to the largest one, of the loss per token. The last lines of the table "
+        "are counts. Where there is padding, outputs are compared at tokens: the released memory layer lets padding see "
+        "padding, this package does not. For the last column the runs with float16 rows are replayed again while the "
+        "recorded float32 keys and values are written, so that no rounding of a row can fall another way. That column and "
+        f"the first must be within {TOLERANCE:g}, and make the figure below."
+    )
+    console.print(f"worst {result.worst:.3g} over {len(result.replayed)} runs")
+
+
+def figure(family: str, value: float) -> str:
+    """Return a count or a difference as text."""
+    return f"{value:.0f}" if family in (*COUNTED, UNKNOWN) else f"{value:.1e}"

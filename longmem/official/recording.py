@@ -65,8 +65,7 @@ class Recording:
 
     def step(self, run: str, number: int) -> dict[str, Tensor]:
         """Return everything that was recorded in one step, by the last part of its name."""
-        prefix = f"{run}/s{number:02d}/"
-        return {name[len(prefix) :]: self._file.get_tensor(name) for name in self._names if name.startswith(prefix)}
+        return self.weights(f"{run}/s{number:02d}/")
 
     def weights(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors under a prefix, by the rest of their names."""

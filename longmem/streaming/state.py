@@ -7,13 +7,34 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from transformers import GenerationConfig
+
+from longmem.memory.protocols import EncodingModel
 
 STATE_FILE = "stream.json"
 BANK_NAME = "bank-[0-9a-f]{16}"  # a new name for every save, so that no bank is overwritten
+
+
+class StreamingModel(EncodingModel, Protocol):
+    """What a stream needs of a model."""
+
+    training: bool
+    generation_config: GenerationConfig
+
+    @property
+    def input_device(self) -> torch.device: ...
+
+    @property
+    def generate(self) -> Callable[..., Any]: ...
+
+    @property
+    def __call__(self) -> Callable[..., Any]: ...
 
 
 @dataclasses.dataclass
@@ -32,8 +53,9 @@ class StreamState:
     local_ids: list[int] = dataclasses.field(default_factory=list)
     is_written: bool = False
 
-    def validate(self, *, chunk_size: int, segment_length: int, vocab_size: int, device: torch.device) -> None:
-        """Raise ValueError if a size breaks a rule or a value can't be right; the last three come from the model."""
+    def validate(self, model: StreamingModel, chunk_size: int) -> None:
+        """Raise ValueError if the state is not one of a stream of this model."""
+        segment_length, vocab_size = model.config.segment_length, model.config.get_text_config().vocab_size
         if not chunk_size < self.window <= segment_length:
             raise ValueError(
                 f"`window` must be more than one chunk of {chunk_size} tokens and at most the model's `segment_length`, "
@@ -51,8 +73,8 @@ class StreamState:
                 f"`local_ids` must be at most {self.window} ids from 0 to {vocab_size - 1}, got {len(self.local_ids)}."
             )
         try:
-            with own_random_numbers(device):
-                set_random_state(self.random, device)
+            with own_random_numbers(model.input_device):
+                set_random_state(self.random, model.input_device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"`random` must hold states of random number generators, got {error!r}.") from error
 

@@ -7,10 +7,10 @@ import copy
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig
 
 from longmem.backbone.cache_names import as_keyword, cache_of
+from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
 from longmem.memory.memorize import to_token_ids
-from longmem.memory.protocols import EncodingModel
-from longmem.streaming.choosing import end_tokens, one_token_config
 from longmem.streaming.state import (
     STATE_FILE,
+    StreamingModel,
     StreamState,
     own_random_numbers,
     random_state,
@@ -33,21 +33,12 @@ from longmem.streaming.state import (
     write_state,
 )
 
-
-class StreamingModel(EncodingModel, Protocol):
-    """What a stream needs of a model."""
-
-    training: bool
-    generation_config: GenerationConfig
-
-    @property
-    def input_device(self) -> torch.device: ...
-
-    @property
-    def generate(self) -> Callable[..., Any]: ...
-
-    @property
-    def __call__(self) -> Callable[..., Any]: ...
+# Fields of transformers' generation configuration that say how one token is chosen.
+CHOICE = (
+    *("do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
+    *("renormalize_logits", "remove_invalid_values", "eos_token_id", "pad_token_id"),
+)
 
 
 class MemoryStream:
@@ -260,7 +251,7 @@ class MemoryStream:
         folder = Path(folder)
         bank, state = read_state(folder)
         memory = MemoryBank.load(folder / bank, model=model, device=device)
-        validate(state, model, memory)
+        state.validate(model, memory.chunk_size)
         return cls(model, memory, state)
 
 
@@ -280,18 +271,32 @@ def start_stream(
     if keep is None:
         keep = window - max(window // 2 // memory.chunk_size, 1) * memory.chunk_size
     state = StreamState(document_id, window, keep, seeded_random_state(seed, model.input_device))
-    validate(state, model, memory)
+    state.validate(model, memory.chunk_size)
     return MemoryStream(model, memory, state)
 
 
-def validate(state: StreamState, model: StreamingModel, memory: MemoryBank) -> None:
-    """Raise ValueError if the state is not one of a stream of this model."""
-    state.validate(
-        chunk_size=memory.chunk_size,
-        segment_length=model.config.segment_length,
-        vocab_size=model.config.get_text_config().vocab_size,
-        device=model.input_device,
-    )
+def one_token_config(defaults: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
+    """Return the generation configuration for one token: the model's defaults, with the caller's options instead.
+
+    Raises:
+        ValueError: an option says something else than how one token is chosen.
+    """
+    for name in options:
+        if name not in CHOICE:
+            raise ValueError(
+                f"`{name}` has no meaning for a stream, whose tokens come one at a time.{did_you_mean(name, CHOICE)} "
+                f"Options: {', '.join(CHOICE)}."
+            )
+    given = {name: value for name in CHOICE if (value := getattr(defaults, name, None)) is not None}
+    return GenerationConfig(**{**given, **options}, max_new_tokens=1, return_dict_in_generate=True)
+
+
+def end_tokens(config: GenerationConfig) -> set[int]:
+    """Return the ids that end a text."""
+    ends: Any = config.eos_token_id
+    if isinstance(ends, Tensor):
+        ends = ends.flatten().tolist()
+    return set(ends) if isinstance(ends, Iterable) else set() if ends is None else {ends}
 
 
 def refuse_training(model: StreamingModel) -> None:
