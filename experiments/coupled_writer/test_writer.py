@@ -86,7 +86,7 @@ def test_gradients_are_those_of_a_finite_difference(input_ids, document):
 def test_what_is_stored_has_no_gradient(average, input_ids):
     model = make()
     couple(model, average=average)
-    output = model(input_ids)
+    output = model(input_ids, output_memory_keys=True)
     assert output.logits.requires_grad
     keys, values = model.encode(input_ids)
     assert len(keys) == len(output.memory_keys) > 0
@@ -100,13 +100,13 @@ def test_what_is_stored_has_no_gradient(average, input_ids):
 def test_coupling_changes_no_number_until_the_writer_moves(input_ids, document):
     model = make()
     bank = memorized(model, document)
-    expected = model(input_ids, memory=bank)
+    expected = model(input_ids, memory=bank, output_memory_keys=True)
     couple(model)
-    again = model(input_ids, memory=memorized(model, document))
+    again = model(input_ids, memory=memorized(model, document), output_memory_keys=True)
     assert torch.equal(again.logits, expected.logits)
     assert all(map(torch.equal, again.memory_keys, expected.memory_keys))
     move(model)
-    moved = model(input_ids, memory=memorized(model, document))
+    moved = model(input_ids, memory=memorized(model, document), output_memory_keys=True)
     assert not torch.equal(moved.logits, expected.logits)
     assert not torch.equal(moved.memory_keys[0], expected.memory_keys[0])
 
@@ -152,7 +152,7 @@ def test_the_average_is_the_naive_one_and_it_alone_writes(input_ids):
     expected, _ = LongMemForCausalLM.from_backbone(naive, **SETTINGS).encode(input_ids)
     own, _ = Backbone.encode(model.backbone_view, input_ids, model.config.memory_layers)
     for found, written, averaged, trained in zip(
-        model.encode(input_ids)[0], model(input_ids).memory_keys, expected, own, strict=True
+        model.encode(input_ids)[0], model(input_ids, output_memory_keys=True).memory_keys, expected, own, strict=True
     ):
         assert torch.equal(found, written)
         torch.testing.assert_close(found, averaged, rtol=1e-4, atol=1e-4)
@@ -163,7 +163,7 @@ def test_with_an_average_a_cache_is_refused(input_ids):
     model = make()
     couple(model, average=0.9)
     with pytest.raises(ValueError, match=r"`cache` must be None .* `decouple`"):
-        model(input_ids, use_cache=True)
+        model(input_ids, use_cache=True, output_memory_keys=True)
     decouple(model)
     assert cache_of(model(input_ids, use_cache=True)) is not None
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -47,6 +48,7 @@ class _Recording:
     numbers: Mapping[nn.Module, int]
     states: BackboneStates
     hidden_layers: Collection[int]
+    passed_from: int  # layers from here on only say how they were called, and pass on what enters them
 
 
 _recording: ContextVar[_Recording | None] = ContextVar("longmem_backbone_recording", default=None)
@@ -66,6 +68,7 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.may_pass_layers = True  # False where layers do more than their calls say
         self._cache_name = cache_argument(model)
         self.freeze()
         try:
@@ -112,6 +115,8 @@ class Backbone:
     ) -> BackboneStates:
         """Return hidden states of `hidden_layers`, layer calls, and keys and values of `memory_layers`; no LM head runs.
 
+        Layers above all that is asked for are not computed: they only say how they were called.
+
         Args:
             input_ids: tokens to read.
             hidden_layers: layers whose input is kept; L means the output of the last one, before the final norm.
@@ -134,7 +139,12 @@ class Backbone:
         handlers = {
             self.structure.layers[layer].attention: self._keep_keys(states, layer, None) for layer in memory_layers
         }
-        self._record(states, hidden_layers, handlers, input_ids, inputs)
+        passed_from = self.num_layers
+        if self.may_pass_layers:
+            first_slots = first_of_each_kind(inputs.get("cache"), self.num_layers)
+            passed_from = max([*hidden_layers, *(number + 1 for number in [*memory_layers, *first_slots]), 0])
+            refuse_gaps(inputs.get("cache"), passed_from)
+        self._record(states, hidden_layers, handlers, input_ids, inputs, passed_from)
         if with_final_states:
             states.final_states = self.final_norm(states.hidden_states[self.num_layers])
         return states
@@ -185,6 +195,7 @@ class Backbone:
         handlers: Mapping[nn.Module, Callable[..., Any]],
         input_ids: Tensor,
         inputs: dict[str, Any],
+        passed_from: int | None = None,
     ) -> None:
         self.make_ready()
         if self.model.config._attn_implementation != self._implementation:
@@ -194,7 +205,8 @@ class Backbone:
                 "load the backbone with the one you want and make the model anew."
             )
         named = {self._cache_name if name in CACHE_NAMES else name: value for name, value in inputs.items()}
-        token = _recording.set(_Recording(self._numbers, states, hidden_layers))
+        passed_from = self.num_layers if passed_from is None else passed_from
+        token = _recording.set(_Recording(self._numbers, states, hidden_layers, passed_from))
         try:
             with handled_by(handlers), contextlib.suppress(EnoughSeen):
                 self.model(input_ids, **named)
@@ -246,6 +258,8 @@ def watch_layers(structure: BackboneStructure) -> None:
     The hooks are plain functions that know no model, so that a copied or reopened model records its own layers.
     """
     for layer in structure.layers:
+        if not isinstance(layer.layer.forward, PassableForward):
+            layer.layer.forward = PassableForward(layer.layer, layer.layer.forward)
         if _record_input not in layer.layer._forward_pre_hooks.values():
             layer.layer.register_forward_pre_hook(_record_input, with_kwargs=True)
     last = structure.layers[-1].layer
@@ -271,6 +285,50 @@ def _record_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None
     if number in recording.hidden_layers:
         recording.states.hidden_states[number] = first(output)
     raise EnoughSeen
+
+
+class PassableForward:
+    """The `forward` of a decoder layer, which a run of the backbone may pass by: the layer then returns what enters it.
+
+    Args:
+        layer: the decoder layer.
+        compute: its `forward` as it was.
+    """
+
+    def __init__(self, layer: nn.Module, compute: Callable[..., Any]) -> None:
+        self.layer, self.compute = layer, compute
+        self._others: int | None = None  # values that it returns beside the hidden states; None: no tuple
+        functools.update_wrapper(self, compute)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recording = _recording.get()
+        if recording is not None and recording.numbers.get(self.layer, -1) >= recording.passed_from:
+            hidden_states, _ = split_call(args, kwargs)
+            return hidden_states if self._others is None else (hidden_states, *[None] * self._others)
+        output = self.compute(*args, **kwargs)
+        self._others = len(output) - 1 if isinstance(output, tuple) else None
+        return output
+
+
+def first_of_each_kind(cache: Any, num_layers: int) -> list[int]:
+    """Return the first layer of each kind of cache slot: a cache says by these how much it holds, so they must be filled."""
+    if cache is None:
+        return []
+    kinds: dict[type, int] = {}
+    for number, slot in enumerate(cache.layers[:num_layers]):
+        kinds.setdefault(type(slot), number)
+    return list(kinds.values()) or [0]
+
+
+def refuse_gaps(cache: Any, num_layers: int) -> None:
+    """Raise ValueError if some of the first layers have less in the cache than others: they were passed by before."""
+    slots = [] if cache is None else [slot for slot in cache.layers[:num_layers] if hasattr(slot, "get_seq_length")]
+    lengths = [int(slot.get_seq_length()) for slot in slots]
+    if lengths and min(lengths) < max(lengths):
+        raise ValueError(
+            "`output_memory_keys` must be True from the first call with a cache on, got it later: layers that were not "
+            "computed for the tokens before have nothing in the cache; pass a new cache and the whole text."
+        )
 
 
 class _DecoderOutput(BaseModelOutputWithPast):

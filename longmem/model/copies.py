@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from longmem.backbone.capture import PassableForward
 from longmem.backbone.interception import calls_registry, intercept, intercept_direct_calls
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 
@@ -45,6 +46,10 @@ class ModuleCopier:
         # Hooks of the backbone came along with the copy; they record the backbone, not this layer.
         layer._forward_pre_hooks.clear()
         layer._forward_hooks.clear()
+        if isinstance(layer.forward, PassableForward):
+            compute = layer.__dict__.pop("forward").compute
+            if getattr(compute, "__func__", None) is not type(layer).forward:  # accelerate has put its own there
+                layer.forward = compute
         for module in filter(calls_registry, layer.modules()):
             intercept(module)
         for module in layer.modules():

@@ -71,17 +71,40 @@ def test_at_factor_one_reading_all_is_attending_to_more_context(llama):
 
 
 @by_form
+@pytest.mark.parametrize("with_keys", [True, False])
 @torch.no_grad()
-def test_a_cached_step_equals_the_full_forward(backbone, input_ids, document, form):
+def test_a_cached_step_equals_the_full_forward(backbone, input_ids, document, form, with_keys):
     model, bank = make(backbone, document, **form)
     full = model(input_ids, memory=bank).logits
     cache, logits = None, []
     for part in (input_ids[:, :10], input_ids[:, 10:11], input_ids[:, 11:15], *input_ids[:, 15:].split(1, dim=1)):
-        output = model(part, memory=bank, cache=cache, use_cache=True)
+        output = model(part, memory=bank, cache=cache, use_cache=True, output_memory_keys=with_keys)
         cache = cache_of(output)
         logits.append(output.logits)
-        assert output.memory_keys[0].shape[2] == part.shape[1]  # only the new tokens' keys
+        if with_keys:
+            assert output.memory_keys[0].shape[2] == part.shape[1]  # only the new tokens' keys
     torch.testing.assert_close(torch.cat(logits, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_keys_cannot_be_asked_for_behind_tokens_for_which_their_layers_did_not_run(llama, input_ids, document):
+    model, _ = make(llama, document)
+    cache = cache_of(model(input_ids[:, :10], use_cache=True))
+    with pytest.raises(ValueError, match="`output_memory_keys` must be True from the first call"):
+        model(input_ids[:, 10:], cache=cache, output_memory_keys=True)
+
+
+@torch.no_grad()
+def test_only_layers_run_whose_output_is_needed(llama, input_ids, document):
+    model, bank = make(llama, document)
+    ran = []
+    for number, layer in enumerate(model.backbone.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    model(input_ids, memory=bank)
+    assert ran == list(range(model.side_network.entry))
+    ran.clear()
+    model(input_ids, memory=bank, output_memory_keys=True)
+    assert ran == list(range(max(model.config.memory_layers) + 1))
 
 
 @torch.no_grad()
@@ -169,7 +192,7 @@ def test_a_selection_of_documents_reads_as_a_bank_of_these_alone(llama, input_id
 def test_forward_reads_and_never_writes(llama, input_ids, document):
     model, bank = make(llama, document)
     before = bank.documents()
-    output = model(input_ids, memory=bank, labels=input_ids, output_memory_reads=True)
+    output = model(input_ids, memory=bank, labels=input_ids, output_memory_reads=True, output_memory_keys=True)
     assert bank.documents() == before
     keys, values = model.encode(input_ids)
     for returned, encoded in zip([*output.memory_keys, *output.memory_values], [*keys, *values], strict=True):

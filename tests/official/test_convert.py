@@ -51,7 +51,7 @@ def largest_error(folder, recording):
     memory = OfficialMemory(memory_layer=3, chunk_size=4, memory_size=64, storage_dtype="float32")
     errors = []
     for step in range(5):
-        output = model(tensors[f"seq_f32/s{step:02d}/input_ids"], memory=memory)
+        output = model(tensors[f"seq_f32/s{step:02d}/input_ids"], memory=memory, output_memory_keys=True)
         memory.write(output.memory_keys, output.memory_values)
         errors.append((output.logits - tensors[f"seq_f32/s{step:02d}/logits"]).abs().max())
     return max(errors)

@@ -70,7 +70,7 @@ class NaiveLoop:
     def window(self, batch, lane):
         """Return the summed loss of a lane's window, and what the backbone made of it."""
         ids = batch.input_ids[lane : lane + 1, : batch.lengths[lane]]
-        output = self.model(ids, memory=self.readable(lane, batch.document_ids[lane]))
+        output = self.model(ids, memory=self.readable(lane, batch.document_ids[lane]), output_memory_keys=True)
         return nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:], reduction="sum"), output
 
     def step(self, step):

@@ -74,9 +74,10 @@ def score_windows(
         local, tokens = view.of(window)
         prepared = time.perf_counter()
         options = {"output_memory_reads": True} if with_reads and local.memory is not None else {}
+        options |= {"output_memory_keys": True} if view.leaving else {}
         output = local(tokens, use_cache=False, logits_to_keep=window.num_scored + 1, **options)
         losses.append(token_losses(output.logits, tokens))  # waits for the device
-        if options and output.memory_reads:
+        if with_reads and local.memory is not None and output.memory_reads:
             shares.append(torch.stack([read.memory_share[0].mean(dim=-1) for read in output.memory_reads]).cpu())
         view.leave(window, output)
         preparing += prepared - start
