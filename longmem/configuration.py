@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
-from typing import Any, ClassVar, Literal
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from longmem.errors import did_you_mean
@@ -23,9 +26,33 @@ SHARED_WITH_BACKBONE = frozenset(
 )
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("rank", "alpha", "target_modules", "dropout")
+Config = TypeVar("Config", bound=PreTrainedConfig)
 DEFAULT_BIAS = {"joint": -1.0, "gated": 0.0}
 
 
+def with_plain_errors(config_class: type[Config]) -> type[Config]:
+    """Let a configuration say what it refuses by a ValueError with the rule's own sentence, and nothing around it."""
+    make, assign = config_class.__init__, config_class.__setattr__
+
+    def plainly(call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from None
+
+    @functools.wraps(make)
+    def init(self: Config, *args: Any, **kwargs: Any) -> None:
+        plainly(make, self, *args, **kwargs)
+
+    @functools.wraps(assign)
+    def setattr_(self: Config, name: str, value: Any) -> None:
+        plainly(assign, self, name, value)
+
+    config_class.__init__, config_class.__setattr__ = init, setattr_  # type: ignore[method-assign, assignment]
+    return config_class
+
+
+@with_plain_errors
 @strict
 class LongMemConfig(PreTrainedConfig):
     """Configuration of a frozen backbone, its side network and how the side network reads memory.
@@ -41,6 +68,9 @@ class LongMemConfig(PreTrainedConfig):
         memory_layers: backbone layers whose keys and values are stored; side layer `layer // R` reads them. Multiples of
             R, or with `residual="paper"` any that have readers of their own. The paper stores one (the 18th of 24).
             Default: all multiples of R from 8/15 to 4/5 of the stack.
+        memory_heads: for each memory layer, in their order, the key-value heads that are stored, searched and read; None: all.
+            Few heads of a model look back far, and bytes and search time fall with their number
+            (`longmem.calibrate_heads` finds them).
         chunk_size: tokens of a chunk, the unit of retrieval (paper: 4).
         num_retrieved_tokens: K, tokens read by every query and head, a multiple of `chunk_size`. The paper reads 64; the
             default is 32, which halves the cost of reading and keeps most of the gain (`docs/experiments.md`).
@@ -64,6 +94,8 @@ class LongMemConfig(PreTrainedConfig):
             "float16"; None for the backbone's. Train a half-precision backbone's side network in float32.
         memory_bias_init: start of the learned bias per head: added to retrieved scores (joint, default -1), or the
             gate before its sigmoid (gated, default 0 as in the paper).
+        memory_null_init: start of a learned score per head of a null slot: what was found counts by the share that it has
+            beside this score, so that weak finds count for little; None: no null slot. Only with joint fusion.
         lora: None to train every weight of the side network, or settings of LoRA (`longmem.model.lora`), such as
             `{"rank": 32}`: the copied weights are frozen, and trained are `rank`-wide adapters of the linear layers named by
             `target_modules` (default: all), scaled by `alpha / rank` (default 2), with `dropout` (default 0), beside
@@ -77,6 +109,7 @@ class LongMemConfig(PreTrainedConfig):
     backbone_config: Any = None
     layer_reduction_factor: int = 1
     memory_layers: list[int] | None = None
+    memory_heads: list[list[int]] | None = None
     chunk_size: int = 4
     num_retrieved_tokens: int = 32
     segment_length: int = 1024
@@ -91,6 +124,7 @@ class LongMemConfig(PreTrainedConfig):
     side_layer_options: dict[str, Any] | None = None
     side_network_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     memory_bias_init: float | int | None = None
+    memory_null_init: float | int | None = None
     lora: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -140,6 +174,12 @@ class LongMemConfig(PreTrainedConfig):
         read = (layer for layer in self.memory_layers or () if layer // self.layer_reduction_factor == number)
         return next(read, None)
 
+    def heads_of(self, memory_layer: int) -> list[int] | None:
+        """Return the key-value heads of a memory layer that are stored and read, None for all."""
+        if self.memory_heads is None or self.memory_layers is None:
+            return None
+        return self.memory_heads[self.memory_layers.index(memory_layer)]
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the backbone's text configuration: `generate` sizes its cache from it."""
         if self.backbone_config is None:
@@ -186,6 +226,11 @@ class LongMemConfig(PreTrainedConfig):
                 '`init="identity"` belongs to `residual="paper"`, got residual="substitute", which starts as the '
                 'backbone by itself; use `init="backbone"`.'
             )
+        if self.memory_null_init is not None and self.fusion != "joint":
+            raise ValueError(
+                f'`memory_null_init` belongs to `fusion="joint"`, got {self.memory_null_init} with fusion="{self.fusion}", '
+                "whose share of memory does not depend on scores; leave it at None."
+            )
         if self.lora is not None and self.side_layer_options:
             raise ValueError(
                 "`lora` trains beside copies of the backbone's weights and saves none of them, got `side_layer_options` "
@@ -223,12 +268,29 @@ class LongMemConfig(PreTrainedConfig):
                 f"{layers}; side layer m // {factor} of {self.side_layers.stop} reads layer m; "
                 f"the default would be {default_memory_layers(self.get_text_config(), factor, depth)}."
             )
+        self._validate_memory_heads(layers)
         self._validate_side_layer_options()
         window = getattr(self.get_text_config(), "max_position_embeddings", None)
         if window and self.segment_length > window:
             raise ValueError(
                 f"`segment_length` must fit the backbone's window of {window} tokens "
                 f"(`max_position_embeddings`), got {self.segment_length}."
+            )
+
+    def _validate_memory_heads(self, layers: list[int]) -> None:
+        if self.memory_heads is None:
+            return
+        text = self.get_text_config()
+        count = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+        are_heads = len(self.memory_heads) == len(layers) and all(
+            own and list(own) == sorted(set(own)) and own[0] >= 0 and (count is None or own[-1] < count)
+            for own in self.memory_heads
+        )
+        if not are_heads:
+            raise ValueError(
+                f"`memory_heads` must have a list for each of the {len(layers)} `memory_layers`, of ascending, different "
+                f"key-value heads from 0 to {'the last' if count is None else count - 1}, none of them empty, got "
+                f"{self.memory_heads}; leave a layer without heads out of `memory_layers`."
             )
 
     def _refuse_beside_substitute(self, name: str, is_usual: bool, usual: Any) -> None:

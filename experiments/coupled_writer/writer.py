@@ -56,7 +56,7 @@ class CoupledWriter(Backbone):
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         before = model.encoder
-        self.encoder = MovingEncoder(self.average or self, before.memory_layers, before.recipe)
+        self.encoder = MovingEncoder(self.average or self, before.memory_layers, before.recipe, before.memory_heads)
 
     # What a backbone does, with gradients ------------------------------------------------------------------------------
 

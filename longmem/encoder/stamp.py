@@ -29,6 +29,7 @@ WITHOUT_EFFECT = frozenset(
     + ("quantization_config",)
 )
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
+ALL_HEADS = "all"  # what stamps made before heads could be chosen mean, so it is no part of a digest
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class EncoderStamp:
         """Return one hash of weights and recipe, the encoder's fingerprint; without a recipe, that of the weights."""
         if not self.recipe:
             return self.weights
-        numbers = sorted((name, value) for name, value in self.recipe.items() if name != TOKENIZER)
+        numbers = sorted(
+            (name, value) for name, value in self.recipe.items() if name != TOKENIZER and value != ALL_HEADS
+        )
         text = json.dumps([self.weights, numbers], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

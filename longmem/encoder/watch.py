@@ -17,12 +17,26 @@ from longmem.errors import StaleMemoryError
 
 
 class Encoder:
-    """The encoder that a backbone is for some memory layers; `recipe` returns what else determines what is stored."""
+    """The encoder that a backbone is for some memory layers.
+
+    Args:
+        backbone: what encodes.
+        memory_layers: whose keys and values are stored.
+        recipe: returns what else determines what is stored.
+        memory_heads: for each memory layer the key-value heads that are stored; None: all.
+    """
 
     is_moving = False  # one that moves at every step, a subclass, is sketched only where a refresh policy asks for it
 
-    def __init__(self, backbone: Backbone, memory_layers: Sequence[int], recipe: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        memory_layers: Sequence[int],
+        recipe: Callable[[], dict[str, Any]],
+        memory_heads: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.backbone, self.memory_layers, self.recipe = backbone, tuple(memory_layers), recipe
+        self.memory_heads = memory_heads
         self._tripwire: Tripwire | None = None
         self._stamp: EncoderStamp | None = None
         self._sketch: Sketch | None = None
@@ -39,7 +53,15 @@ class Encoder:
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
     ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
         """Return position-free keys and values of the tokens for each memory layer; `inputs`: of the backbone's forward."""
-        return self.backbone.encode(input_ids.to(input_device(self.backbone.model)), self.memory_layers, **inputs)
+        ids = input_ids.to(input_device(self.backbone.model))
+        keys, values = self.backbone.encode(ids, self.memory_layers, **inputs)
+        return self.stored(keys), self.stored(values)
+
+    def stored(self, layers: Sequence[Float[Tensor, "_ kv_heads tokens dim"]]) -> list[Tensor]:
+        """Return of each memory layer's keys, or values, the heads that are stored."""
+        if self.memory_heads is None:
+            return list(layers)
+        return [layer[:, heads] for layer, heads in zip(layers, self.memory_heads, strict=True)]
 
     def stamp(self, *, exact: bool = False) -> EncoderStamp:
         """Return the encoder's stamp, made anew (1.4 s per GB of weights) if the tripwire sees a change, or if `exact`."""

@@ -54,6 +54,30 @@ class Retrieved:
         """Return the score with which memory as a whole stands beside the local scores, in float32."""
         return (self.logsumexp + bias.float()[:, None]).clamp_min(NO_MEMORY)
 
+    def beside_null(self, null: Float[Tensor, " heads"]) -> "Retrieved":
+        """Return what counts beside a null slot of this score, which has no value and leaves its share to the local context.
+
+        With retrieved scores m_k, memory counts `sum exp(m_k)` times its share of the softmax over the m_k and the null score.
+        """
+        share = nn.functional.logsigmoid(self.logsumexp - null.float()[:, None])
+        return Retrieved(self.output, (self.logsumexp + share).clamp_min(NO_MEMORY), self.read)
+
+    def of_heads(self, heads: Int[Tensor, " reading"], num_heads: int) -> "Retrieved":
+        """Return the same for all query heads of a layer, of which only `heads` have read; the others found nothing."""
+
+        def spread(part: Tensor, fill: float) -> Tensor:
+            whole = part.new_full((part.shape[0], num_heads, *part.shape[2:]), fill)
+            return whole.index_copy(1, heads, part)
+
+        read = self.read
+        read = dataclasses.replace(
+            read,
+            rows=spread(read.rows, -1),
+            chunk_weights=spread(read.chunk_weights, 0),
+            log_weights=None if read.log_weights is None else spread(read.log_weights, 0),
+        )
+        return Retrieved(spread(self.output, 0), spread(self.logsumexp, NO_MEMORY), read)
+
 
 def attend_block(
     queries: Float[Tensor, "kv_heads queries dim"],

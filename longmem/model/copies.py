@@ -22,10 +22,19 @@ class ModuleCopier:
         backbone: the causal LM; nothing of it is changed.
         options: fields of its configuration that the copies have differently; empty for plain copies.
         dtype: of the copies, None for the backbone's.
+        share_matrices: let plain copies have the backbone's own matrices where the dtype is the same: they take no memory,
+            and must stay frozen. Vectors are copied.
     """
 
-    def __init__(self, backbone: PreTrainedModel, options: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        options: dict[str, Any],
+        dtype: torch.dtype | None = None,
+        share_matrices: bool = False,
+    ) -> None:
         self._dtype = dtype
+        self._share_matrices = share_matrices
         self._backbone_dtype = backbone.dtype
         self._paths = {module: path for path, module in backbone.named_modules()}
         self._changed: PreTrainedModel | None = None
@@ -74,14 +83,18 @@ class ModuleCopier:
         refuse_offloaded(source)
         made = self._plain(source) if self._changed is None else self._with_options(source, self._changed)
         made = made.to(self._dtype)
+        shared = set(source.parameters())
         for parameter in made.parameters():  # what is still quantized, such as packed experts, stays as it is
-            parameter.requires_grad_(parameter.is_floating_point())
+            parameter.requires_grad_(parameter.is_floating_point() and parameter not in shared)
         return made
 
     def _plain(self, source: nn.Module) -> nn.Module:
         quantized = {module for module in source.modules() if is_quantized_linear(module)}
         # A copy takes what its memo holds for a module, here a linear layer that can be trained.
         memo: dict[int, Any] = {id(module): plain_linear(module, self._backbone_dtype) for module in quantized}
+        if self._share_matrices:
+            shared = [weight for weight in source.parameters() if weight.ndim > 1]
+            memo |= {id(weight): weight for weight in shared if self._dtype in (None, weight.dtype)}
         return copy.deepcopy(source, memo)
 
     def _with_options(self, source: nn.Module, changed: PreTrainedModel) -> nn.Module:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from longmem.backbone.interception import LocalAttention
@@ -30,6 +31,7 @@ class MemoryReader:
         memory_layer: whose stored keys and values are read.
         source: the layer that was copied; it says how queries are turned.
         bias: bias or gate, `heads`.
+        null: score of the null slot, `heads`; None: there is none.
         memory: one bank for each lane.
         position_embeddings: cosines and sines that the layer is called with, None for models without.
     """
@@ -42,9 +44,10 @@ class MemoryReader:
         bias: Tensor,
         memory: Sequence[Memory],
         position_embeddings: CosSin | None,
+        null: Tensor | None = None,
     ) -> None:
         self._config, self._memory_layer, self._source = config, memory_layer, source
-        self._bias, self._memory = bias, memory
+        self._bias, self._null, self._memory = bias, null, memory
         self._position_embeddings = position_embeddings
         self.read: MemoryRead | None = None
 
@@ -62,16 +65,26 @@ class MemoryReader:
     ) -> tuple[Tensor, None]:
         """Return the fused output, `lanes tokens heads dim`."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        memory_query, heads = self._memory_query(query), self._config.heads_of(self._memory_layer)
+        num_heads, num_kv_heads = query.shape[1], key.shape[1]
+        reading = None
+        if heads is not None:  # the query heads of a key-value head stand side by side
+            reading = torch.arange(num_heads, device=query.device).unflatten(0, (num_kv_heads, -1))[heads].flatten()
+            memory_query, num_kv_heads = memory_query[:, reading], len(heads)
         retrieved = read_memory(
-            self._memory_query(query),
+            memory_query,
             self._memory,
             self._memory_layer,
-            num_kv_heads=key.shape[1],
+            num_kv_heads=num_kv_heads,
             num_chunks=self._config.num_retrieved_tokens // self._config.chunk_size,
             scaling=scaling,
             softcap=softcap,
             found=() if self.read is None else self.read.found,
         )
+        if reading is not None:
+            retrieved = retrieved.of_heads(reading, num_heads)
+        if self._null is not None:
+            retrieved = retrieved.beside_null(self._null)
         self.read = retrieved.read
         arguments = query, key, value, attention_mask
         if self._config.fusion == "gated":

@@ -156,13 +156,16 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         """
         hidden_layers = self.side_network.hidden_layers
         with_final_states = self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
-        return self._backbone.run(
+        states = self._backbone.run(
             input_ids,
             hidden_layers=hidden_layers.union(extra_hidden_layers),
             memory_layers=(self.config.memory_layers or ()) if with_keys else (),
             with_final_states=with_final_states,
             **inputs,
         )
+        for part in (states.keys, states.values):
+            part.update(zip(part, self.encoder.stored(list(part.values())) if part else (), strict=True))
+        return states
 
     # Writing -----------------------------------------------------------------------------------------------------------
 

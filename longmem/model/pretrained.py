@@ -16,7 +16,7 @@ from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.loading import tokenizer_fingerprint
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
 from longmem.configuration import LongMemConfig
-from longmem.encoder.stamp import EncoderStamp, configuration_recipe
+from longmem.encoder.stamp import ALL_HEADS, EncoderStamp, configuration_recipe
 from longmem.encoder.watch import Encoder
 from longmem.model import saving, side_state
 from longmem.model.names import backbone_location, look_up
@@ -268,6 +268,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def _encoder_recipe(self) -> dict[str, Any]:
         names = ("memory_layers", "chunk_size", "segment_length")
         recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        recipe["memory_heads"] = self.config.memory_heads or ALL_HEADS
         try:
             tokenizer = tokenizer_fingerprint(self.tokenizer)
         except (OSError, ValueError, ImportError):
@@ -277,7 +278,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return recipe | stored | configuration_recipe(self.backbone)
 
     def _encoder_of(self, backbone: Backbone) -> Encoder:
-        return Encoder(backbone, self.config.memory_layers or [0], self._encoder_recipe)
+        config = self.config
+        return Encoder(backbone, config.memory_layers or [0], self._encoder_recipe, config.memory_heads)
 
     @property
     def backbone_view(self) -> Backbone:

@@ -45,10 +45,13 @@ class SideLayer(nn.Module):
         self._attention = [attention]  # in a list: it is registered once, inside `layer`
         self._source = source
         self.memory_bias: nn.Parameter | None = None
+        self.memory_null: nn.Parameter | None = None
         if self.memory_layer is not None:
             refuse_local_implementation(config, attention)
             start = torch.full((source.num_heads,), float(config.memory_bias_init or 0.0))
             self.memory_bias = nn.Parameter(start.to(next(self.layer.parameters()).device))
+            if config.memory_null_init is not None:
+                self.memory_null = nn.Parameter(torch.full_like(self.memory_bias, float(config.memory_null_init)))
         self.output_scale: nn.Parameter | None = None
         if config.init == "identity":
             self.output_scale = nn.Parameter(
@@ -76,7 +79,9 @@ class SideLayer(nn.Module):
         reader = None
         if memory is not None and self.memory_bias is not None and self.memory_layer is not None:
             positions = call.position_embeddings if self._source.rotation is not None else None
-            reader = MemoryReader(self.config, self.memory_layer, self._source, self.memory_bias, memory, positions)
+            reader = MemoryReader(
+                self.config, self.memory_layer, self._source, self.memory_bias, memory, positions, self.memory_null
+            )
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # Around all of it: in the backward pass, the handler would no longer be there for a layer that recomputes
             # itself alone.
@@ -109,7 +114,9 @@ class SideNetwork(nn.Module):
         self.config = config
         layers = backbone.structure.layers
         dtype = None if config.side_network_dtype is None else getattr(torch, config.side_network_dtype)
-        copier = ModuleCopier(backbone.model, config.side_layer_options or {}, dtype)
+        copier = ModuleCopier(
+            backbone.model, config.side_layer_options or {}, dtype, share_matrices=config.lora is not None
+        )
         self.layers = nn.ModuleList(
             SideLayer(config, number, layers[config.source_layer(number)], copier, cache_slot=len(layers) + slot)
             for slot, number in enumerate(config.side_layers)
@@ -131,7 +138,7 @@ class SideNetwork(nn.Module):
         if self.config.lora is None:
             return floating
         adapters = adapter_names(self)
-        own = ("memory_bias", "output_scale")
+        own = ("memory_bias", "memory_null", "output_scale")
         return {name: weight for name, weight in floating.items() if name in adapters or name.endswith(own)}
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -150,6 +157,9 @@ class SideNetwork(nn.Module):
         """
         if self.config.lora is None:
             raise ValueError("`merge_lora` needs a model with LoRA, got `config.lora` None: there is nothing to merge.")
+        for module in self.modules():  # the backbone's own matrices must stay as they are
+            for name, weight in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
         merge_adapters(self)
         self.config.lora = None
         self.requires_grad_(True)
@@ -197,7 +207,7 @@ class SideNetwork(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the side network computes: that of its weights."""
-        return next(parameter.dtype for name, parameter in self.named_parameters() if "memory_bias" not in name)
+        return next(parameter.dtype for name, parameter in self.named_parameters() if "memory_" not in name)
 
     def _upper_state(self, states: BackboneStates, number: int) -> Tensor:
         if states.final_states is not None and number == self.num_backbone_layers:

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from longmem.model.modeling import LongMemForCausalLM
@@ -167,7 +166,7 @@ def build_model(
             side_layer_options=options,
             **fields,
         )
-    except StrictDataclassError as error:
-        raise ValueError(f"the released settings have no form here: {error.__cause__ or error}") from error
+    except ValueError as error:
+        raise ValueError(f"the released settings have no form here: {error}") from error
     load_strictly(model.side_network, weights, "the side network's checkpoint")
     return model.eval()

@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import Tensor, nn
 
 from longmem.training.extension import Extension
 
 
+def leave_frozen_out(models: Sequence[nn.Module], weights: Sequence[dict[str, Tensor]], folder: str) -> None:
+    """Take out of the weights that accelerate is about to save those that training leaves as they are."""
+    for model, state in zip(models, weights, strict=False):  # FSDP writes its own files, and lists no weights
+        for name, weight in model.named_parameters():
+            if not weight.requires_grad:
+                state.pop(name, None)
+
+
 class Checkpoints:
-    """The checkpoints of a run: side network, optimizer, schedule, random states, number of steps done, extensions.
+    """The checkpoints of a run: what is trained of the side network, optimizer, schedule, random states, number of steps done, extensions.
 
     Neither backbone nor memory is in them: the backbone is named in the configuration, and memory is written anew from the
     text before the step, which gives the same numbers because the backbone is frozen. The newest `keep` of them stay in the
@@ -57,7 +66,7 @@ class Checkpoints:
         if not steps:
             return 0
         folder = self.folder / f"step-{steps[-1]}"
-        accelerator.load_state(str(folder))
+        accelerator.load_state(str(folder), strict=False)  # frozen weights are not there
         for number, extension in enumerate(self.extensions):
             extension.load(folder / f"extension-{number}")
         return int(json.loads((folder / "progress.json").read_text(encoding="utf-8"))["step"])

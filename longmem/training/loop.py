@@ -30,7 +30,7 @@ from longmem.data.lanes import NO_LABEL
 from longmem.plots import require_matplotlib
 from longmem.settings.environment import environment
 from longmem.training import setup
-from longmem.training.checkpoints import Checkpoints
+from longmem.training.checkpoints import Checkpoints, leave_frozen_out
 from longmem.training.curve import plot_training
 from longmem.training.encode_ahead import EncodeAhead, FeatureSource
 from longmem.training.extension import Extension
@@ -122,6 +122,7 @@ class Trainer:
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
         self.local_updates = LocalUpdates(self.accelerator, settings.exchange.every_steps, self.steps)
         self.accelerator.register_for_checkpointing(self.schedule)
+        self.accelerator.register_save_state_pre_hook(leave_frozen_out)
         self.step = self.checkpoints.restore(self.accelerator)
 
     def run(self) -> list[StepRecord]:

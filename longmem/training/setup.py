@@ -27,7 +27,8 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
     """Return the model to train, on a device, in training mode.
 
     A new side network is later used with segments as long as the windows it is trained on, and on a half-precision backbone
-    it is float32: small updates would be lost in its weights. Both unless `model.config` says otherwise.
+    it is float32, because small updates would be lost in its weights; with LoRA frozen weights are the backbone's own, and
+    adapters are always float32. Both unless `model.config` says otherwise.
     """
     wanted = settings.model
     fields = dict(wanted.config)
@@ -38,7 +39,7 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
         model = LongMemForCausalLM.from_pretrained(wanted.backbone, backbone_options=options)
     else:
         fields.setdefault("segment_length", settings.data.window)
-        if wanted.backbone_dtype != "float32":
+        if wanted.backbone_dtype != "float32" and fields.get("lora") is None:
             fields.setdefault("side_network_dtype", "float32")
         model = LongMemForCausalLM.from_backbone(wanted.backbone, backbone_options=options, **fields)
     model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides the signature

@@ -10,7 +10,11 @@ from torch import nn
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.side_network import SideLayer
 
-GATES = ("memory_bias", "output_scale")  # open or close a whole path; they may learn at a rate of their own
+GATES = (
+    "memory_bias",
+    "memory_null",
+    "output_scale",
+)  # open or close a whole path; they may learn at a rate of their own
 
 
 def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: bool) -> dict[str, nn.Parameter]:
@@ -24,10 +28,12 @@ def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: boo
     """
     model.requires_grad_(True)  # freezes the backbone, and what LoRA leaves frozen
     reading = [layer for layer in side_layers(model) if layer.memory_bias is not None]
-    wanted = {id(each) for layer in reading for each in (layer.memory_bias, *layer.attention.parameters())}
+    wanted = {
+        id(each) for layer in reading for each in (layer.memory_bias, layer.memory_null, *layer.attention.parameters())
+    }
     chosen = {}
     for name, parameter in model.side_network.named_parameters():
-        is_bias = name.endswith("memory_bias")
+        is_bias = name.endswith(("memory_bias", "memory_null"))
         keep = parameter.requires_grad and (trained == "all" or id(parameter) in wanted)
         parameter.requires_grad_(keep and (reads_memory or not is_bias))
         if parameter.requires_grad:

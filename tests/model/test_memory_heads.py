@@ -1,0 +1,99 @@
+"""Memory heads: which key-value heads are stored, searched and read; and the null slot beside what was found."""
+
+import pytest
+import torch
+from model.conftest import SETTINGS, build_backbone
+
+from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
+
+LAYERS = [1, 3]
+
+
+def make(document, **fields):
+    torch.manual_seed(0)
+    settings = {**SETTINGS, "memory_layers": LAYERS, "layer_reduction_factor": 1, **fields}
+    model = LongMemForCausalLM.from_backbone(build_backbone("llama"), **settings).eval()
+    bank = MemoryBank.for_model(model)
+    model.memorize(bank, document, document_id="a")
+    return model, bank
+
+
+@torch.no_grad()
+def test_all_heads_named_are_all_heads(input_ids, document):
+    plain, bank = make(document)
+    named, other = make(document, memory_heads=[[0, 1], [0, 1]])
+    assert torch.equal(named(input_ids, memory=other).logits, plain(input_ids, memory=bank).logits)
+
+
+@torch.no_grad()
+def test_heads_that_are_left_out_are_neither_stored_nor_read(input_ids, document):
+    few, small = make(document, memory_heads=[[1], [0]])
+    every, bank = make(document)
+    for layer, closed in zip(every.side_network.layers, (slice(0, 2), None, slice(2, 4)), strict=True):
+        if layer.memory_bias is not None:
+            layer.memory_bias[closed] = -1e9
+    output = few(input_ids, memory=small, output_memory_reads=True, output_memory_keys=True)
+    torch.testing.assert_close(output.logits, every(input_ids, memory=bank).logits, rtol=1e-5, atol=1e-5)
+    assert [tensor.shape[1] for tensor in (*output.memory_keys, *output.memory_values)] == [1, 1, 1, 1]
+    assert [tuple(place.rows.shape[:2]) for place in output.memory_reads] == [(2, 4), (2, 4)]
+    assert (output.memory_reads[0].rows[:, :2] == -1).all()
+    assert (output.memory_reads[0].rows[:, 2:] >= 0).any()
+    assert small.nbytes < 0.6 * bank.nbytes
+
+
+def test_other_heads_are_another_encoder(document):
+    few, small = make(document, memory_heads=[[1], [0]])
+    every, bank = make(document)
+    assert few.encoder_fingerprint() != every.encoder_fingerprint()
+    with pytest.raises(ValueError, match="memory_heads"):
+        MemoryBank.for_model(every).ready_for(few)
+
+
+def test_heads_and_null_slot_are_saved_and_trained(input_ids, document, tmp_path):
+    backbone = build_backbone("llama")
+    backbone.save_pretrained(tmp_path / "backbone")
+    settings = {**SETTINGS, "memory_layers": LAYERS, "layer_reduction_factor": 1}
+    model = LongMemForCausalLM.from_backbone(
+        str(tmp_path / "backbone"), **settings, memory_heads=[[1], [0]], memory_null_init=0.5, lora={"rank": 2}
+    )
+    bank = MemoryBank.for_model(model)
+    model.memorize(bank, document, document_id="a")
+    model(input_ids, memory=bank, labels=input_ids).loss.backward()
+    first = model.side_network.layers[0]
+    reads = torch.tensor([False, False, True, True])
+    assert torch.equal(first.memory_null.grad != 0, reads)
+    assert torch.equal(first.memory_bias.grad != 0, reads)
+    with torch.no_grad():
+        first.memory_null.fill_(-0.25)
+    model.save_pretrained(tmp_path / "saved")
+    again = LongMemForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.config.memory_heads == [[1], [0]]
+    assert torch.equal(again.eval()(input_ids, memory=bank).logits, model.eval()(input_ids, memory=bank).logits)
+
+
+@torch.no_grad()
+def test_a_null_slot_far_below_changes_nothing_and_one_far_above_closes_memory(input_ids, document):
+    plain, bank = make(document)
+    expected, off = plain(input_ids, memory=bank).logits, plain(input_ids).logits
+    for start, logits in ((-1e4, expected), (1e4, off)):
+        model, other = make(document, memory_null_init=start)
+        torch.testing.assert_close(model(input_ids, memory=other).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"memory_heads": [[0]]}, "a list for each of the 2 `memory_layers`"),
+        ({"memory_heads": [[0], []]}, "none of them empty"),
+        ({"memory_heads": [[0], [2]]}, "from 0 to 1"),
+        ({"memory_heads": [[1, 0], [0]]}, "ascending"),
+        ({"memory_null_init": 0.0, "fusion": "gated"}, '`memory_null_init` belongs to `fusion="joint"`'),
+    ],
+)
+def test_settings_that_break_a_rule(fields, words):
+    backbone = build_backbone("llama")
+    with pytest.raises(ValueError, match=words):
+        LongMemConfig(
+            backbone_config=backbone.config,
+            **{**SETTINGS, "memory_layers": LAYERS, "layer_reduction_factor": 1, **fields},
+        )
