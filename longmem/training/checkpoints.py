@@ -22,7 +22,7 @@ def leave_frozen_out(models: Sequence[nn.Module], weights: Sequence[dict[str, Te
 
 
 class Checkpoints:
-    """The checkpoints of a run: what is trained of the side network, optimizer, schedule, random states, number of steps done, extensions.
+    """The checkpoints of a run: what is trained of the side network, optimizer, schedule, random states, steps, extensions.
 
     Neither backbone nor memory is in them: the backbone is named in the configuration, and memory is written anew from the
     text before the step, which gives the same numbers because the backbone is frozen. The newest `keep` of them stay in the
