@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from longmem.memory import MemoryBank
     from longmem.model.modeling import LongMemForCausalLM
     from longmem.streaming import MemoryStream
+    from longmem.training.heads import calibrate_heads
 
 __version__ = "0.1.0"
-__all__ = ["LongMemConfig", "LongMemForCausalLM", "MemoryBank", "MemoryStream", "StaleMemoryError"]
+__all__ = [
+    "LongMemConfig",
+    "LongMemForCausalLM",
+    "MemoryBank",
+    "MemoryStream",
+    "StaleMemoryError",
+    "calibrate_heads",
+]
 
 # torch and transformers take seconds to import, so each name is fetched when it is first used: `longmem --help` needs none.
 _HOMES = {
@@ -27,6 +35,7 @@ _HOMES = {
     "MemoryBank": "longmem.memory",
     "MemoryStream": "longmem.streaming",
     "StaleMemoryError": "longmem.errors",
+    "calibrate_heads": "longmem.training.heads",
 }
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import shutil
 import warnings
@@ -17,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.backbone.loading import digest, tokenizer_fingerprint
 from longmem.backbone.packaged import cache_folder, convert_once, is_complete
+from longmem.data.recall import FORMAT as RECALL_FORMAT
+from longmem.data.recall import Turns, hide_and_ask
 from longmem.data.sources import Document, Source, find_source
 
 # Part of the fingerprint. Raise it when other tokens come out of the same text, so that no old result is used.
@@ -37,6 +40,7 @@ def load_corpus(
     split: str = "train",
     max_tokens: int | None = None,
     num_documents: int | None = None,
+    recall_share: float = 0.0,
     cache_dir: str | Path | None = None,
 ) -> Dataset:
     """Return a dataset with columns `document_id` (unique) and `input_ids` (int32), a row for each document.
@@ -63,6 +67,8 @@ def load_corpus(
         split: the split to read; for sources with splits.
         max_tokens: stop after so many tokens; the last document is cut.
         num_documents: stop after so many documents.
+        recall_share: hide facts in the texts, and let about this share of the result be questions about them, further on
+            (`longmem/data/recall.py`), partly in the chat format of a tokenizer that has one.
         cache_dir: where to keep the result; default `corpora` in `$LONGMEM_CACHE`, else `~/.cache/longmem`.
 
     Raises:
@@ -72,8 +78,12 @@ def load_corpus(
     for name, value in (("max_tokens", max_tokens), ("num_documents", num_documents)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}; leave it out to read everything.")
+    if not 0 <= recall_share < 1:
+        raise ValueError(f"`recall_share` must be from 0 to below 1, got {recall_share}; 0.25 is usual.")
     is_bounded = max_tokens is not None or num_documents is not None
     found = find_source(source, text_column=text_column, split=split, is_bounded=is_bounded)
+    if recall_share:
+        found = with_recall(found, recall_share, tokenizer)
     folder = _corpora_folder(cache_dir) / _folder_name(found, tokenizer, [max_tokens, num_documents])
 
     def write(_: Path, target: Path) -> None:
@@ -86,6 +96,26 @@ def load_corpus(
     if not is_complete(folder):
         convert_once(Path(found.name), folder, write)
     return Dataset.from_file(str(folder / FILE))
+
+
+def with_recall(source: Source, share: float, tokenizer: PreTrainedTokenizerBase) -> Source:
+    """Return the same texts with facts hidden in them and asked for; which ones depends on a text's id alone."""
+    template = getattr(tokenizer, "chat_template", None)
+
+    def chat(turns: Turns) -> str:
+        messages = [
+            {"role": role, "content": said}
+            for turn in turns
+            for role, said in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def documents() -> Iterator[Document]:
+        for document_id, text in source.documents():
+            generator = random.Random(document_id)
+            yield Document(document_id, hide_and_ask(text, share, generator, chat if template else None))
+
+    return Source(source.name, [source.identity, RECALL_FORMAT, share, template], documents)
 
 
 def _corpora_folder(cache_dir: str | Path | None) -> Path:

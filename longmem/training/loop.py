@@ -223,7 +223,10 @@ class Trainer:
         sums.batches += 1
         if self.settings.loss.long_context_weight:
             weights = weights * self._long_context_weights(number, batch, features.losses)
-        self.accelerator.backward((losses * weights).sum() * scale)
+        loss = (losses * weights).sum() * scale
+        if not loss.requires_grad:  # gates alone are trained, and memory holds nothing yet
+            loss = loss + 0 * sum(weight.sum() for weight in self.trained.values())
+        self.accelerator.backward(loss)
         if memory.enabled:
             self.memories.write(batch, features.states)
 

@@ -54,18 +54,26 @@ def open_corpus(
     data: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
+    recall_share: float = 0.0,
 ) -> Dataset:
     """Return tokenised documents; the first process of a machine tokenises, the others read what it kept."""
     options: dict[str, Any] = {"text_column": data.text_column, "cache_dir": data.cache}
     with accelerator.local_main_process_first():
-        return load_corpus(source, tokenizer, max_tokens=max_tokens, num_documents=data.num_documents, **options)
+        return load_corpus(
+            source,
+            tokenizer,
+            max_tokens=max_tokens,
+            num_documents=data.num_documents,
+            recall_share=recall_share,
+            **options,
+        )
 
 
 def make_lanes(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Lanes:
     """Return the lanes of text of all processes."""
     data = settings.data
     return Lanes(
-        open_corpus(data.train, data.max_train_tokens, data, tokenizer, accelerator),
+        open_corpus(data.train, data.max_train_tokens, data, tokenizer, accelerator, data.recall_share),
         num_lanes=data.lanes,
         window=data.window,
         seed=settings.seed,

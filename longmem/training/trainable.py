@@ -22,8 +22,9 @@ def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: boo
 
     Args:
         model: changed in its `requires_grad` flags alone.
-        trained: "all" that the side network lets be trained (with LoRA, its adapters and biases), or "reading_attention":
-            the attention modules of the layers that read memory, and their biases.
+        trained: "all" that the side network lets be trained (with LoRA, its adapters and biases); "reading_attention": the
+            attention modules of the layers that read memory, and their biases; "gates": memory biases, null slots and output
+            scales.
         reads_memory: without it the memory biases are left as they are: nothing passes through them.
     """
     model.requires_grad_(True)  # freezes the backbone, and what LoRA leaves frozen
@@ -31,6 +32,8 @@ def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: boo
     wanted = {
         id(each) for layer in reading for each in (layer.memory_bias, layer.memory_null, *layer.attention.parameters())
     }
+    if trained == "gates":
+        wanted = {id(each) for name, each in model.side_network.named_parameters() if name.endswith(GATES)}
     chosen = {}
     for name, parameter in model.side_network.named_parameters():
         is_bias = name.endswith(("memory_bias", "memory_null"))

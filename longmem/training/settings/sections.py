@@ -57,6 +57,10 @@ class DataSettings:
     document_tokens: Count | None = None
     """Read so many tokens of a document at most, from its start, so that a short run sees many documents; None: all."""
 
+    recall_share: Annotated[float, From(0), Below(1)] = 0.0
+    """Hide facts in the training texts, and let about this share of them be questions about these, further on: what teaches a
+    side network to find (`longmem/data/recall.py`). 0: the texts as they are."""
+
     window: Annotated[int, From(2)] = 1024
     """Tokens of a segment: what a lane reads in one forward pass, beside its memory (paper: 1,024)."""
 
@@ -164,8 +168,9 @@ class OptimizationSettings:
     gradient_checkpointing: bool = False
     """Recompute side layers in the backward pass instead of keeping what they computed: less memory, more time."""
 
-    trained: Literal["all", "reading_attention"] = "all"
-    """What moves: the whole side network, as in the paper, or only attention and memory bias of the layers that read.
+    trained: Literal["all", "reading_attention", "gates"] = "all"
+    """What moves: the whole side network, as in the paper; only attention and memory bias of the layers that read; or only
+    gates, a few numbers per head: memory biases, null slots and output scales.
     With LoRA, `all` is all that LoRA leaves trainable."""
 
     max_minutes: Annotated[float, Above(0)] | None = None

@@ -1,0 +1,57 @@
+"""`longmem heads`: which heads of a model look back far, and a model that reads by them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from longmem.cli import common
+from longmem.cli.parsing import add_command
+
+EXAMPLES = """\
+examples:
+  longmem heads smollm2-135m --texts my-books --output runs/heads
+  longmem heads smollm2-135m steps=120 pull=0.4 dtype=bfloat16 --texts my-books --output runs/heads
+  longmem eval recall model=runs/heads output=runs/heads-recall
+
+Texts are named as for `longmem train`: a folder of .txt files, a .jsonl file, a dataset. The output opens like any model, and
+`longmem train CONFIG model.backbone=runs/heads` trains it further. Settings behind MODEL are those of `HeadSettings`.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command `heads`."""
+    heads = add_command(commands, "heads", run, "find the heads that look back far, and let them alone read", EXAMPLES)
+    heads.add_argument("model", metavar="MODEL", help="name of a model, of which the backbone is taken")
+    heads.add_argument("--texts", required=True, help="what to look at while reading: a source of texts")
+    heads.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the model that is made")
+    heads.add_argument("settings", nargs="*", metavar="key=value", help="how to look, such as steps=120")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Choose heads, save the model that reads by them, and say which they are.
+
+    Raises:
+        ValueError: a setting, the texts or the model do not fit, or the folder is there.
+    """
+    if arguments.output.exists():
+        raise ValueError(f"`--output` must be a new folder, got {arguments.output}, which is there.")
+    given = common.parse_settings(arguments.settings)
+
+    from longmem.errors import did_you_mean
+    from longmem.training.heads import HeadSettings, calibrate_heads
+
+    known = [field.name for field in dataclasses.fields(HeadSettings)]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"`{name}` is no setting.{did_you_mean(name, known)} Settings: {', '.join(known)}.")
+    console = common.console_for(arguments.json)
+    model = calibrate_heads(arguments.model, arguments.texts, settings=HeadSettings(**given), console=console)
+    model.save_pretrained(arguments.output)
+    layers, heads = model.config.memory_layers or [], model.config.memory_heads or []
+    chosen = dict(zip(map(str, layers), heads, strict=True))
+    named = ", ".join(f"{layer}.{head}" for layer, own in chosen.items() for head in own)
+    sentence = f"{arguments.output}: {sum(map(len, heads))} key-value heads read, as layer.head: {named}."
+    common.tell(arguments, {"output": str(arguments.output), "memory_heads": chosen}, sentence)

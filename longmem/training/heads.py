@@ -1,0 +1,220 @@
+"""Memory heads: which key-value heads of a backbone look back far, learned in minutes on any text.
+
+Retrieval is a circuit of several heads, so they are chosen together: memory biases and null slots are trained on texts with
+hidden facts and questions (`longmem/data/recall.py`), beside memories that do not fit, while every bias is pulled down at a
+constant rate. Heads whose gradient does not hold against the pull help nothing and are left out; what remains is trained
+without it. (DuoAttention, arXiv 2410.10819, finds heads by gates with a penalty in a like way.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from longmem.backbone.structure import UnsupportedBackboneError
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.model.side_network import SideLayer
+from longmem.training.extension import Extension, Run
+from longmem.training.loop import Trainer
+from longmem.training.settings.sections import (
+    DataSettings,
+    MemorySettings,
+    ModelSettings,
+    OptimizationSettings,
+    TrainingSettings,
+)
+from longmem.training.trainable import side_layers
+
+RATE = 0.2  # of biases and null slots; it falls to 0
+RATE_AFTER_CHOICE = 0.1
+START_BIAS, START_NULL = -1.0, 0.0
+FIRST_SHARE = 2 / 15  # of the stack: layers below look at their neighbours
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSettings:
+    """How memory heads are looked for.
+
+    Args:
+        steps: optimizer steps in which all candidates read, and as many again in which the chosen ones do.
+        pull: constant rate at which biases fall, as a share of the learning rate; more of it leaves fewer heads.
+        allowed_fall: a head stays whose bias has fallen by less, in nats.
+        memory_tokens: tokens in memory, of the text itself and as many of another one.
+        window: tokens that are read beside them.
+        num_retrieved_tokens: tokens that each head reads.
+        recall_share: of the text that is questions about hidden facts.
+        lora_rank: of the adapters of the model that is returned, which start without effect.
+        dtype: of the backbone while it is looked at and afterwards.
+        seed: of order and facts.
+    """
+
+    steps: int = 60
+    pull: float = 0.3
+    allowed_fall: float = 1.5
+    memory_tokens: int = 4096
+    window: int = 512
+    num_retrieved_tokens: int = 16
+    recall_share: float = 0.3
+    lora_rank: int = 16
+    dtype: str = "float32"
+    seed: int = 0
+
+
+class PullDown(Extension):
+    """An extension of training that lowers every memory bias a little after every step, at a share of the learning rate."""
+
+    def __init__(self, pull: float) -> None:
+        self.pull = pull
+
+    def start(self, run: Run) -> None:
+        self.run = run
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        steps = self.run.settings.optimization.steps or 1
+        for layer in reading_layers(self.run.model):
+            assert layer.memory_bias is not None
+            layer.memory_bias.sub_(self.pull * RATE * (1 - self.run.step / steps))
+
+
+def calibrate_heads(
+    backbone: str,
+    texts: str | Path | Sequence[str],
+    *,
+    settings: HeadSettings | None = None,
+    console: Console | None = None,
+) -> LongMemForCausalLM:
+    """Return a model with a new side network whose memory heads, biases and null slots fit its backbone.
+
+    It searches by single tokens (`chunk_size` 1). All that was trained are two numbers per head, so it computes exactly what
+    the backbone does where nothing is in memory.
+
+    Args:
+        backbone: name of a model (`longmem.model.names`), of which the backbone alone is opened.
+        texts: at least two texts, or where `longmem train` would find some; documents of several thousand tokens are best.
+        settings: how to look; the defaults take some minutes on two cores for a model of 135M parameters.
+        console: told how training goes; None: silent.
+
+    Raises:
+        ValueError: fewer than two texts, texts that are too short, or no head that helps.
+    """
+    settings = HeadSettings() if settings is None else settings
+    with tempfile.TemporaryDirectory(prefix="longmem-heads-") as folder:
+        source = Path(folder, "texts.jsonl")
+        if isinstance(texts, str | Path):
+            source = Path(texts)
+        else:
+            lines = (json.dumps({"id": str(number), "text": text}) for number, text in enumerate(texts))
+            source.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        fields = candidate_fields(backbone, settings)
+        first = train_gates(
+            Path(folder, "all"), backbone, source, fields, settings, RATE, [PullDown(settings.pull)], console
+        )
+        fields |= chosen_heads(first, settings.allowed_fall)
+        rest = (source, fields, settings, RATE_AFTER_CHOICE)
+        second = train_gates(Path(folder, "chosen"), backbone, *rest, [], console, start=first)
+    return second.eval()
+
+
+def candidate_fields(backbone: str, settings: HeadSettings) -> dict[str, Any]:
+    """Return the configuration in which all heads of the upper layers may read."""
+    probe = LongMemForCausalLM.from_backbone(backbone, lora={"rank": 1})
+    storable = probe.backbone_view.structure.storable_layers
+    first = int(FIRST_SHARE * probe.config.num_backbone_layers)
+    layers = [layer for layer in storable if layer >= first] or storable[-1:]
+    return {
+        "memory_layers": layers,
+        "chunk_size": 1,
+        "num_retrieved_tokens": settings.num_retrieved_tokens,
+        "memory_bias_init": START_BIAS,
+        "memory_null_init": START_NULL,
+        "lora": {"rank": settings.lora_rank},
+    }
+
+
+def train_gates(
+    folder: Path,
+    backbone: str,
+    source: Path,
+    fields: dict[str, Any],
+    settings: HeadSettings,
+    rate: float,
+    extensions: Sequence[Extension],
+    console: Console | None,
+    start: LongMemForCausalLM | None = None,
+) -> LongMemForCausalLM:
+    """Return a model whose memory biases and null slots were trained, from those of `start` on."""
+    run = TrainingSettings(
+        output=str(folder),
+        seed=settings.seed,
+        model=ModelSettings(backbone=backbone, backbone_dtype=settings.dtype, config=fields),  # type: ignore[arg-type]
+        data=DataSettings(
+            train=str(source),
+            recall_share=settings.recall_share,
+            window=settings.window,
+            lanes=2,
+            document_tokens=3 * settings.memory_tokens,
+            cache=str(folder / "texts"),
+        ),
+        memory=MemorySettings(tokens=settings.memory_tokens, foreign_lanes=1),
+        optimization=OptimizationSettings(
+            steps=settings.steps,
+            learning_rate=rate,
+            warmup_steps=min(2, settings.steps - 1),
+            trained="gates",
+            weight_decay=0.0,
+            beta2=0.95,
+        ),
+    )
+    trainer = Trainer(run, console, extensions)
+    if start is not None:
+        take_gates(trainer.model, start)
+    trainer.run()
+    return trainer.model
+
+
+def reading_layers(model: LongMemForCausalLM) -> list[SideLayer]:
+    """Return the side layers that read memory."""
+    return [layer for layer in side_layers(model) if layer.memory_bias is not None]
+
+
+def chosen_heads(model: LongMemForCausalLM, allowed_fall: float) -> dict[str, list[Any]]:
+    """Return `memory_layers` and `memory_heads` of the key-value heads of which a query head held its bias.
+
+    Raises ValueError if there is none.
+    """
+    layers, heads = [], []
+    for layer in reading_layers(model):
+        assert layer.memory_bias is not None
+        assert layer.memory_layer is not None
+        groups = model.backbone_view.structure.layers[layer.memory_layer].num_kv_heads
+        held = layer.memory_bias.detach().unflatten(0, (groups, -1)).amax(dim=1) > START_BIAS - allowed_fall
+        if held.any():
+            layers.append(layer.memory_layer)
+            heads.append(held.nonzero().flatten().tolist())
+    if not layers:
+        raise UnsupportedBackboneError(
+            "no head of the backbone held its memory bias, so none would read; train for more `steps`, with less `pull`, or on "
+            "texts that are longer."
+        )
+    return {"memory_layers": layers, "memory_heads": heads}
+
+
+@torch.no_grad()
+def take_gates(model: LongMemForCausalLM, start: LongMemForCausalLM) -> None:
+    """Put memory biases and null slots of another model into the layers that read the same memory layer."""
+    known = {layer.memory_layer: layer for layer in reading_layers(start)}
+    for layer in reading_layers(model):
+        for mine, theirs in (
+            (layer.memory_bias, known[layer.memory_layer].memory_bias),
+            (layer.memory_null, known[layer.memory_layer].memory_null),
+        ):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)

@@ -1,0 +1,77 @@
+"""Memory heads that are chosen by learning, and the model that reads by them."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import save_tiny_backbone, some_text
+
+from longmem import LongMemForCausalLM, MemoryBank, calibrate_heads
+from longmem.cli.main import main
+from longmem.training.heads import HeadSettings, chosen_heads, reading_layers
+
+QUICK = HeadSettings(steps=3, memory_tokens=64, window=32, num_retrieved_tokens=4, lora_rank=2)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return str(save_tiny_backbone(tmp_path_factory.mktemp("heads") / "backbone"))
+
+
+@pytest.fixture(scope="module")
+def model(backbone):
+    return calibrate_heads(backbone, [some_text(2000, seed) for seed in range(3)], settings=QUICK)
+
+
+def test_what_comes_back_reads_by_the_chosen_heads_and_is_the_backbone_without_memory(model):
+    config = model.config
+    assert config.chunk_size == 1
+    assert len(config.memory_heads) == len(config.memory_layers) > 0
+    ids = model.tokenizer(some_text(40), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :24]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, model.backbone(ids).logits, rtol=1e-4, atol=1e-4)
+        bank = MemoryBank.for_model(model)
+        model.memorize(bank, some_text(60, seed=9), document_id="a")
+        assert (model(ids, memory=bank).logits - model(ids).logits).abs().max() > 0
+
+
+def test_biases_and_null_slots_moved_and_nothing_else(model, backbone):
+    fields = ("memory_layers", "memory_heads", "chunk_size", "num_retrieved_tokens", "lora", "memory_null_init")
+    new = LongMemForCausalLM.from_backbone(backbone, **{name: getattr(model.config, name) for name in fields})
+    moved = {
+        name.rpartition(".")[2]
+        for (name, one), other in zip(model.side_network.named_parameters(), new.side_network.parameters(), strict=True)
+        if ".lora_A." not in name and not torch.equal(one, other)
+    }
+    assert moved == {"memory_bias", "memory_null"}
+
+
+@torch.no_grad()
+def test_heads_that_lost_their_bias_are_left_out(backbone):
+    model = LongMemForCausalLM.from_backbone(backbone, memory_layers=[1, 2], chunk_size=1, lora={"rank": 1})
+    first, second = reading_layers(model)
+    group = len(first.memory_bias) // model.backbone_view.structure.layers[1].num_kv_heads
+    first.memory_bias.fill_(-9)
+    second.memory_bias[1:] = -9
+    assert chosen_heads(model, 1.5) == {"memory_layers": [2], "memory_heads": [[0]]}
+    second.memory_bias[:] = -9
+    with pytest.raises(ValueError, match="no head of the backbone held its memory bias"):
+        chosen_heads(model, 1.5)
+    assert group >= 1
+
+
+def test_the_command_saves_a_model_that_opens(backbone, tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(some_text(2000, number), encoding="utf-8")
+    quick = ["steps=2", "memory_tokens=64", "window=32", "num_retrieved_tokens=4", "pull=0.1"]
+    command = ["heads", backbone, *quick, "--texts", str(texts), "--json", "--output"]
+    assert main([*command, str(tmp_path / "made")]) == 0
+    chosen = json.loads(capsys.readouterr().out)["memory_heads"]
+    model = LongMemForCausalLM.from_pretrained(tmp_path / "made")
+    assert dict(zip(map(str, model.config.memory_layers), model.config.memory_heads, strict=True)) == chosen
+    assert main([*command, str(tmp_path / "made")]) == 2
+    assert "must be a new folder" in capsys.readouterr().err
+    assert main(["heads", backbone, "step=2", *command[2 + len(quick) :], str(tmp_path / "other")]) == 2
+    assert "Did you mean `steps`?" in capsys.readouterr().err
