@@ -72,6 +72,9 @@ class LongMemConfig(PreTrainedConfig):
             Few heads of a model look back far, and bytes and search time fall with their number
             (`longmem.calibrate_heads` finds them).
         chunk_size: tokens of a chunk, the unit of retrieval (paper: 4).
+        search: what a query is compared with to find chunks: their mean keys (`"chunk_mean"`, the paper's form) or the key of
+            each token (`"token"`), the best of which finds its chunk. A mean of keys hardly finds a single token; tokens take
+            `chunk_size` times the search.
         num_retrieved_tokens: K, tokens read by every query and head, a multiple of `chunk_size`. The paper reads 64; the
             default is 32, which halves the cost of reading and keeps most of the gain (`docs/experiments.md`).
         segment_length: tokens of one window of text, in encoding and in training (paper: 1,024).
@@ -111,6 +114,7 @@ class LongMemConfig(PreTrainedConfig):
     memory_layers: list[int] | None = None
     memory_heads: list[list[int]] | None = None
     chunk_size: int = 4
+    search: Literal["chunk_mean", "token"] = "chunk_mean"
     num_retrieved_tokens: int = 32
     segment_length: int = 1024
     memory_distance: int = 64

@@ -57,6 +57,8 @@ class MemoryBank:
         chunk_size: tokens in a chunk, the unit of search.
         capacity_tokens: tokens that can be resident, a multiple of `chunk_size`; None: no limit; the default is the paper's.
         capacity_bytes: bytes of keys, values and search keys that can be resident; a limit beside the other one.
+        search: what a query is compared with, the mean key of each chunk ("chunk_mean") or the key of each token ("token"), by
+            the best of which its chunk is found; then keys are searched themselves, and no mean keys are stored.
         index: "auto" (exact search by FAISS up to 8,192 chunks, clusters beyond), "flat" (exact at any size), "exact"
             (the same by torch), or "ivf", "hnsw" and "pq", whose settings follow a colon: "ivf:probed_share=0.06"
             (`longmem/memory/index/kinds.py`).
@@ -87,6 +89,7 @@ class MemoryBank:
         chunk_size: int,
         capacity_tokens: int | None = 65_536,
         capacity_bytes: int | None = None,
+        search: Literal["chunk_mean", "token"] = "chunk_mean",
         index: str = "auto",
         eviction: str = "fifo",
         storage_dtype: torch.dtype | str = "float16",
@@ -110,6 +113,7 @@ class MemoryBank:
             index=index,
             storage_dtype=self.storage_dtype,
             device=self.device,
+            by_token=checks.validate_search(search) == "token",
         )
         self._table.encoders = Encoders([] if fingerprint is None else [fingerprint])
         self._on_disk: OnDisk | None = None
@@ -126,6 +130,7 @@ class MemoryBank:
         own = {
             "memory_layers": model.config.memory_layers or (),
             "chunk_size": model.config.chunk_size,
+            "search": model.config.search,
             "fingerprint": model.encoder.stamp(),
         }
         return cls(**own, **options) if folder is None else cls.create(folder, **own, **options)
@@ -473,6 +478,11 @@ class MemoryBank:
         return source.text if source is not None and source.has_text else None
 
     @property
+    def by_token(self) -> bool:
+        """Return whether chunks are found by their best token, and not by their mean key."""
+        return self._table.by_token
+
+    @property
     def index(self) -> str:
         """Return the index that searches, by name."""
         return self._table.index
@@ -611,7 +621,7 @@ class MemoryBank:
         return weights[rows.clamp(min=0).cpu()].to(rows.device)
 
     def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
-        """Return a copy of the mean keys of all resident chunks of a layer, in float32: what a search compares."""
+        """Return a copy of what a search of a layer compares, in float32: mean keys of all resident chunks, or all keys."""
         position = self._position(layer)
         if not self.num_chunks:
             raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
@@ -700,6 +710,7 @@ class MemoryBank:
             "storage_dtype": str(self.storage_dtype).removeprefix("torch."),
             "refresh": self.refresh,
             "fingerprint": self.fingerprint,
+            **({"search": "token"} if self.by_token else {}),
         } | ({} if self.age_prior is None else {"age_prior": self.age_prior.name})
 
     def _take_settings(self, settings: Mapping[str, Any]) -> None:

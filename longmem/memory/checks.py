@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.errors import name_known
+from longmem.errors import did_you_mean, name_known
 from longmem.memory.rows.codec import STORAGE_DTYPES, largest_number
 from longmem.memory.rows.documents import Document, SourcePart
 from longmem.memory.rows.storage import LayerShape
 
 FIRST_DATE, LAST_DATE = -62_135_596_800, 253_402_300_799  # those that a calendar shows
+SEARCHES = ("chunk_mean", "token")
 LARGEST_TOKEN_ID = 2**31 - 1  # a bank on disk keeps ids in four bytes
 
 
@@ -40,6 +41,15 @@ def validate_count(argument: str, value: object) -> None:
     """Raise ValueError unless `value` is an integer of at least one."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{argument}` must be an integer of at least 1, got {value!r}.")
+
+
+def validate_search(search: str) -> str:
+    """Return what a search compares; raise ValueError if there is no such thing."""
+    if search not in SEARCHES:
+        raise ValueError(
+            f"`search` must be one of {', '.join(SEARCHES)}, got {search!r}.{did_you_mean(str(search), SEARCHES)}"
+        )
+    return search
 
 
 def validate_sizes(
@@ -133,11 +143,11 @@ def validate_key_values(
                 f"{tuple(key.shape)} and {tuple(value.shape)} for layer {layer}, with {num_tokens} tokens in layer "
                 f"{memory_layers[0]}; pass the keys and values of one forward pass."
             )
-        shape = LayerShape(key.shape[0], key.shape[2], value.shape[2])
-        if known_shapes is not None and shape != known_shapes[position]:
+        sizes = (key.shape[0], key.shape[2], value.shape[2])
+        if known_shapes is not None and sizes != known_shapes[position].sizes:
             raise ValueError(
-                f"`keys` and `values` of layer {layer} must fit what the bank holds, {known_shapes[position]}, got "
-                f"{shape}; use one bank for each model, or `clear()` this one."
+                f"`keys` and `values` of layer {layer} must fit what the bank holds, {known_shapes[position].sizes} heads and "
+                f"widths, got {sizes}; use one bank for each model, or `clear()` this one."
             )
     _validate_numbers(keys, values, memory_layers, storage_dtype)
     return num_tokens

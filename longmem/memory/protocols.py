@@ -45,6 +45,11 @@ class Memory(Protocol):
     def chunk_size(self) -> int: ...
 
     @property
+    def by_token(self) -> bool:
+        """Return whether chunks are found by their best token, and not by their mean key."""
+        ...
+
+    @property
     def is_empty(self) -> bool:
         """Return whether a search can find nothing."""
         ...

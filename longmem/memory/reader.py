@@ -54,6 +54,7 @@ class BankView:
         tags: str | Iterable[str] = (),
     ) -> None:
         self.bank, self.memory_layers, self.chunk_size = bank, bank.memory_layers, bank.chunk_size
+        self.by_token = table.by_token
         self._table, self._visibility = table, visibility
         document_ids = (document_ids,) if isinstance(document_ids, str) else document_ids or ()
         self.document_ids = tuple(dict.fromkeys(document_ids))

@@ -46,7 +46,7 @@ class BankShards:
         )
         _validate_shards(self.shards)
         self.memory_layers = self.shards[0].memory_layers
-        self.chunk_size = self.shards[0].chunk_size
+        self.chunk_size, self.by_token = self.shards[0].chunk_size, self.shards[0].by_token
 
     def __repr__(self) -> str:
         return f"BankShards({len(self.shards)} shards, {self.num_tokens} tokens, memory_layers={self.memory_layers})"
@@ -249,6 +249,7 @@ def _validate_shards(shards: Sequence[Any]) -> None:
     for name, advice in (
         ("memory_layers", "banks of one model agree, made by `MemoryBank.for_model(model)`"),
         ("chunk_size", "banks of one model agree, made by `MemoryBank.for_model(model)`"),
+        ("by_token", "banks of one model agree, made by `MemoryBank.for_model(model)`"),
         ("fingerprint", "memorize the documents of one of them again with the other's model"),
         ("shapes", "one model writes one size of heads; memorize the documents of one of them again"),
     ):

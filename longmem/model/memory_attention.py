@@ -128,10 +128,12 @@ def refuse_other_encoder(model: EncodingModel, bank: Any) -> None:
             f"`memory` must be a MemoryBank or a list with one for each row, got {type(bank).__name__}; a row reads "
             "several banks through `BankShards([...])`."
         )
-    if list(bank.memory_layers) != list(config.memory_layers or ()) or bank.chunk_size != config.chunk_size:
+    stored = (list(bank.memory_layers), bank.chunk_size, bank.by_token)
+    if stored != (list(config.memory_layers or ()), config.chunk_size, config.search == "token"):
         raise ValueError(
-            f"`memory` was made for memory layers {list(bank.memory_layers)} in chunks of {bank.chunk_size}, this "
-            f"model reads {config.memory_layers} in chunks of {config.chunk_size}; "
+            f"`memory` was made for memory layers {stored[0]} in chunks of {stored[1]}, found by "
+            f"{'token' if stored[2] else 'chunk_mean'}; this model reads {config.memory_layers} in chunks of "
+            f"{config.chunk_size}, found by {config.search}; "
             "make one with `MemoryBank.for_model(model)`."
         )
     bank.ready_for(model)

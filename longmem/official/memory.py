@@ -41,6 +41,7 @@ class OfficialMemory:
     2
     """
 
+    by_token = False
     fingerprint = None  # nothing of the encoder is kept, so nothing can be checked
 
     def __init__(

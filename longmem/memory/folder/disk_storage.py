@@ -109,6 +109,10 @@ class DiskStorage:
             if segment.file is not None
         )
 
+    def searched(self, position: int) -> str:
+        """Return which tensor of a layer is searched."""
+        return "keys" if self.shapes[position].by_token else "search_keys"
+
     def layer(self, position: int) -> DiskLayer:
         return DiskLayer(self, position)
 
@@ -128,7 +132,8 @@ class DiskStorage:
         for position, keys in self._keys.items():
             if self.num_rows > keys.shape[1]:
                 keys = self._keys[position] = with_rows(keys, max(self.num_rows, 2 * keys.shape[1]), live)
-            keys.index_copy_(1, rows.to(self.device), layers[position].search_keys.to(self.device))
+            written = getattr(layers[position], self.searched(position))
+            keys.index_copy_(1, rows.to(self.device), written.to(self.device))
         return first_slot
 
     def rewrite(self, rows: Int[Tensor, " chunks"]) -> int:
@@ -177,7 +182,7 @@ class DiskStorage:
     def restore(self, segments: Sequence[Segment], next_slot: int, shapes: Sequence[Sequence[int]]) -> None:
         """Take over what the catalogue says; rows follow by `point`."""
         self.segments, self.next_slot = list(segments), next_slot
-        self.shapes = [LayerShape(*shape) for shape in shapes]
+        self.shapes = [LayerShape(shape[0], shape[1], shape[2], *map(bool, shape[3:])) for shape in shapes]
 
     def point(self, rows: Int[Tensor, " chunks"], slot: int) -> None:
         """Let rows point to consecutive slots."""
@@ -192,9 +197,10 @@ class DiskStorage:
     def search_keys(self, position: int) -> Float[Tensor, "kv_heads rows key_dim"]:
         """Return the search keys of the live rows of one layer, read from the segments, and checked, the first time."""
         if position not in self._keys:
-            (keys,) = self._take(position, ("search_keys",), self._slots[: self.num_rows], check=True)
+            (keys,) = self._take(position, (self.searched(position),), self._slots[: self.num_rows], check=True)
             self._keys[position] = keys.to(self.device)
-        return self._keys[position][:, : self.num_rows]
+        keys = self._keys[position][:, : self.num_rows]
+        return decode(keys).float().flatten(1, 2) if self.shapes[position].by_token else keys
 
     def flush(self) -> None:
         """Write what waits to a file, and to the disk itself.

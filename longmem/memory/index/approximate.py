@@ -231,7 +231,7 @@ class ApproximateIndex(FlatIndex):
 
     def adopt(self, saved: SavedIndex) -> bool:
         """Take over saved FAISS indexes if they are what these settings would build."""
-        heads, dim, _ = self.store.shape
+        heads, dim = self.store.shape[:2]
         fits = (
             saved.centres.shape == (heads, dim)
             and len(saved.files) == heads

@@ -13,15 +13,27 @@ from longmem.memory.rows.codec import decode, encode, stored_width, vector_width
 
 
 class LayerShape(NamedTuple):
-    """The sizes that all chunks of one memory layer share; key and value heads may have different widths."""
+    """What all chunks of one memory layer share: sizes, where key and value heads may have different widths, and search.
+
+    `by_token`: a chunk is found by its best key, so the keys themselves are searched and no search keys are stored.
+    """
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    by_token: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Return the number of heads, and the widths of keys and values."""
+        return self.kv_heads, self.key_dim, self.value_dim
 
 
 class Chunks(NamedTuple):
-    """The chunks of one memory layer, ready to be written: keys and values encoded, search keys not."""
+    """The chunks of one memory layer, ready to be written: keys and values encoded, search keys not.
+
+    Where chunks are found by their best token, search keys have no width.
+    """
 
     keys: Num[Tensor, "kv_heads chunks chunk_size stored_key_dim"]
     values: Num[Tensor, "kv_heads chunks chunk_size stored_value_dim"]
@@ -36,7 +48,10 @@ KeysValues = tuple[
 
 @runtime_checkable
 class LayerRows(Protocol):
-    """What an index sees of one layer: `num_rows` live rows and their search keys, dense for each head."""
+    """What an index sees of one layer: `num_rows` live rows and their search keys, dense for each head.
+
+    Where chunks are found by their best token, search keys are those of all tokens, row by row.
+    """
 
     @property
     def shape(self) -> LayerShape: ...
@@ -53,20 +68,23 @@ class LayerRows(Protocol):
 
 def shape_of(chunks: Chunks) -> LayerShape:
     """Return the sizes of chunks."""
-    width = vector_width(chunks.values.shape[3], chunks.values.dtype)
-    return LayerShape(chunks.keys.shape[0], chunks.search_keys.shape[2], width)
+    key_dim, value_dim = (vector_width(each.shape[3], each.dtype) for each in chunks[:2])
+    return LayerShape(chunks.keys.shape[0], key_dim, value_dim, by_token=chunks.search_keys.shape[2] == 0)
 
 
 def bytes_of_chunk(shapes: Sequence[LayerShape], chunk_size: int, storage_dtype: torch.dtype) -> int:
-    """Return the bytes of one chunk in all layers: keys, values and the search key.
+    """Return the bytes of one chunk in all layers: keys, values and the search key, if there is one.
 
     >>> bytes_of_chunk([LayerShape(2, 64, 64)], 4, torch.float16)
     2560
+    >>> bytes_of_chunk([LayerShape(2, 64, 64, by_token=True)], 4, torch.float16)
+    2048
     """
     total = 0
-    for heads, key_dim, value_dim in shapes:
+    for heads, key_dim, value_dim, by_token in shapes:
         stored = stored_width(key_dim, storage_dtype) + stored_width(value_dim, storage_dtype)
-        total += heads * (chunk_size * stored * storage_dtype.itemsize + key_dim * torch.float32.itemsize)
+        search_bytes = 0 if by_token else key_dim * torch.float32.itemsize
+        total += heads * (chunk_size * stored * storage_dtype.itemsize + search_bytes)
     return total
 
 
@@ -75,17 +93,19 @@ def cut_into_chunks(
     values: Float[Tensor, "kv_heads tokens value_dim"],
     chunk_size: int,
     storage_dtype: torch.dtype,
+    by_token: bool = False,
 ) -> Chunks:
     """Return the tokens as chunks; the search key is the float32 mean of the keys before they are rounded.
 
-    `tokens` must be a multiple of `chunk_size`.
+    `tokens` must be a multiple of `chunk_size`. `by_token`: there are no search keys.
 
     >>> chunks = cut_into_chunks(torch.ones(2, 8, 3), torch.ones(2, 8, 5), 4, torch.float16)
     >>> [tuple(tensor.shape) for tensor in chunks]
     [(2, 2, 4, 3), (2, 2, 4, 5), (2, 2, 3)]
     """
     keys, values = (tensor.unflatten(1, (-1, chunk_size)) for tensor in (keys, values))
-    return Chunks(encode(keys, storage_dtype), encode(values, storage_dtype), keys.float().mean(dim=2))
+    search_keys = keys.new_empty(*keys.shape[:2], 0).float() if by_token else keys.float().mean(dim=2)
+    return Chunks(encode(keys, storage_dtype), encode(values, storage_dtype), search_keys)
 
 
 class ChunkStore:
@@ -112,11 +132,11 @@ class ChunkStore:
         self.shape = shape
         self.capacity = capacity
         self.num_rows = 0
-        heads, key_dim, value_dim = shape
+        heads, key_dim, value_dim, by_token = shape
         self._tensors = Chunks(
             torch.empty(heads, 0, chunk_size, stored_width(key_dim, dtype), dtype=dtype, device=device),
             torch.empty(heads, 0, chunk_size, stored_width(value_dim, dtype), dtype=dtype, device=device),
-            torch.empty(heads, 0, key_dim, dtype=torch.float32, device=device),
+            torch.empty(heads, 0, 0 if by_token else key_dim, dtype=torch.float32, device=device),
         )
 
     @classmethod
@@ -136,7 +156,9 @@ class ChunkStore:
 
     @property
     def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return a view of the float32 search keys of the live rows, dense for each head."""
+        """Return the float32 search keys of the live rows, dense for each head: a view, or the keys of all tokens."""
+        if self.shape.by_token:
+            return decode(self._tensors.keys[:, : self.num_rows]).float().flatten(1, 2)
         return self._tensors.search_keys[:, : self.num_rows]
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor
 from longmem.encoder.history import Encoders
 from longmem.memory.checks import refuse_search
 from longmem.memory.eviction import EvictionPolicy, make_policy
-from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, make_index
+from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, TokenIndex, make_index
 from longmem.memory.rows.documents import Document, IntQueue, Run, Source, SourcePart, Tail
 from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.segments import Joins
@@ -53,6 +53,7 @@ class Table:
         index: str,
         storage_dtype: torch.dtype,
         device: torch.device,
+        by_token: bool = False,
     ) -> None:
         if storage is None:
             storage = MemoryStorage(None if capacity_tokens is None else capacity_tokens // chunk_size)
@@ -63,6 +64,7 @@ class Table:
         self.index, self.eviction = index, eviction
         self.storage_dtype = storage_dtype
         self.device = device
+        self.by_token = by_token
         self.ledger = Ledger(chunk_size, make_policy(eviction))
         # Whether anything goes by itself; then the policy is asked before every read and write.
         self._has_time = type(self.ledger.policy).expired is not EvictionPolicy.expired
@@ -90,6 +92,7 @@ class Table:
             index=self.index,
             storage_dtype=self.storage_dtype,
             device=self.device,
+            by_token=self.by_token,
         )
 
     def become(self, other: Table) -> None:
@@ -150,10 +153,7 @@ class Table:
             self.fix_sizes(tokens)
         skipped = self._chunks_without_room(document, num_chunks)
         start, stop = skipped * self.chunk_size, num_chunks * self.chunk_size
-        chunks = [
-            cut_into_chunks(key[:, start:stop], value[:, start:stop], self.chunk_size, self.storage_dtype)
-            for key, value in tokens
-        ]
+        chunks = [self._cut(key[:, start:stop], value[:, start:stop]) for key, value in tokens]
         # Tails stay in float32, so that a chunk is the same however its tokens arrive; `copy` lets go of the rest.
         tails = [
             (key[:, stop:].to(torch.float32, copy=True), value[:, stop:].to(torch.float32, copy=True))
@@ -169,7 +169,7 @@ class Table:
     def fix_sizes(self, tokens: Sequence[Tail]) -> None:
         """Take over the sizes of heads from the keys and values of each layer, without writing any."""
         none = [(key[:, :0], value[:, :0]) for key, value in tokens]
-        self.storage.reserve([cut_into_chunks(*pair, self.chunk_size, self.storage_dtype) for pair in none], 0)
+        self.storage.reserve([self._cut(*pair) for pair in none], 0)
 
     def extend_with_chunks(self, document: Document, chunks: list[Chunks], source: SourcePart | None) -> None:
         """Write whole chunks, as they are stored, to the end of a document without a tail: a segment of this encoder."""
@@ -205,12 +205,7 @@ class Table:
         first, last = max(-(-start // self.chunk_size), resident), min(stop // self.chunk_size, whole)
         if last > first:
             cut = slice(first * self.chunk_size - start, last * self.chunk_size - start)
-            chunks = [
-                cut_into_chunks(
-                    key[:, cut].to(self.device), value[:, cut].to(self.device), self.chunk_size, self.storage_dtype
-                )
-                for key, value in tokens
-            ]
+            chunks = [self._cut(key[:, cut].to(self.device), value[:, cut].to(self.device)) for key, value in tokens]
             self.overwrite_chunks(document, first, chunks)
         if document.waiting and stop > whole * self.chunk_size:
             place = max(start - whole * self.chunk_size, 0)
@@ -309,7 +304,10 @@ class Table:
     def index_of(self, position: int) -> ChunkIndex:
         """Return the index of one layer, made when it is first needed."""
         if position not in self.indexes:
-            index = make_index(self.index, self.storage.layer(position))
+            store = self.storage.layer(position)
+            index = (
+                make_index(self.index, store) if not self.by_token else TokenIndex(self.index, store, self.chunk_size)
+            )
             saved = None if self.find_saved is None else self.find_saved(position)
             if saved is None or not index.adopt(saved):
                 index.rows_written(torch.arange(self.ledger.num_rows))
@@ -317,6 +315,9 @@ class Table:
         return self.indexes[position]
 
     # Inside.
+
+    def _cut(self, keys: Tensor, values: Tensor) -> Chunks:
+        return cut_into_chunks(keys, values, self.chunk_size, self.storage_dtype, self.by_token)
 
     def _chunks_without_room(self, document: Document, num_chunks: int) -> int:
         """Return how many of so many new chunks can't be kept even if all that is not pinned is evicted.
