@@ -34,7 +34,7 @@ from longmem.training.trainable import side_layers
 
 RATE = 0.2  # of biases and null slots; it falls to 0
 RATE_AFTER_CHOICE = 0.1
-START_BIAS, START_NULL = -1.0, 0.0
+START_BIAS, START_NULL = -2.0, 4.0
 FIRST_SHARE = 2 / 15  # of the stack: layers below look at their neighbours
 
 
@@ -43,11 +43,12 @@ class HeadSettings:
     """How memory heads are looked for.
 
     Args:
-        steps: optimizer steps in which all candidates read, and as many again in which the chosen ones do.
+        steps: optimizer steps in which all candidates read; half as many follow in which the chosen ones do.
         pull: constant rate at which biases fall, as a share of the learning rate; more of it leaves fewer heads.
         allowed_fall: a head stays whose bias has fallen by less, in nats.
         memory_tokens: tokens in memory, of the text itself and as many of another one.
         window: tokens that are read beside them.
+        chunk_size: tokens that are read together; a chunk is found by the best of them.
         num_retrieved_tokens: tokens that each head reads.
         recall_share: of the text that is questions about hidden facts.
         lora_rank: of the adapters of the model that is returned, which start without effect.
@@ -55,12 +56,13 @@ class HeadSettings:
         seed: of order and facts.
     """
 
-    steps: int = 60
+    steps: int = 40
     pull: float = 0.3
     allowed_fall: float = 1.5
     memory_tokens: int = 4096
-    window: int = 512
-    num_retrieved_tokens: int = 16
+    window: int = 1024
+    chunk_size: int = 4
+    num_retrieved_tokens: int = 32
     recall_share: float = 0.3
     lora_rank: int = 16
     dtype: str = "float32"
@@ -93,7 +95,7 @@ def calibrate_heads(
 ) -> LongMemForCausalLM:
     """Return a model with a new side network whose memory heads, biases and null slots fit its backbone.
 
-    It searches by single tokens (`chunk_size` 1). All that was trained are two numbers per head, so it computes exactly what
+    Chunks are found by their best token. All that was trained are two numbers per head, so it computes exactly what
     the backbone does where nothing is in memory.
 
     Args:
@@ -114,12 +116,11 @@ def calibrate_heads(
             lines = (json.dumps({"id": str(number), "text": text}) for number, text in enumerate(texts))
             source.write_text("\n".join(lines) + "\n", encoding="utf-8")
         fields = candidate_fields(backbone, settings)
-        first = train_gates(
-            Path(folder, "all"), backbone, source, fields, settings, RATE, [PullDown(settings.pull)], console
-        )
+        given = (backbone, source, fields, settings)
+        first = train_gates(Path(folder, "all"), *given, RATE, settings.steps, [PullDown(settings.pull)], console)
         fields |= chosen_heads(first, settings.allowed_fall)
-        rest = (source, fields, settings, RATE_AFTER_CHOICE)
-        second = train_gates(Path(folder, "chosen"), backbone, *rest, [], console, start=first)
+        steps = max(settings.steps // 2, 1)
+        second = train_gates(Path(folder, "chosen"), *given, RATE_AFTER_CHOICE, steps, [], console, start=first)
     return second.eval()
 
 
@@ -131,7 +132,8 @@ def candidate_fields(backbone: str, settings: HeadSettings) -> dict[str, Any]:
     layers = [layer for layer in storable if layer >= first] or storable[-1:]
     return {
         "memory_layers": layers,
-        "chunk_size": 1,
+        "search": "token",
+        "chunk_size": settings.chunk_size,
         "num_retrieved_tokens": settings.num_retrieved_tokens,
         "memory_bias_init": START_BIAS,
         "memory_null_init": START_NULL,
@@ -146,6 +148,7 @@ def train_gates(
     fields: dict[str, Any],
     settings: HeadSettings,
     rate: float,
+    steps: int,
     extensions: Sequence[Extension],
     console: Console | None,
     start: LongMemForCausalLM | None = None,
@@ -165,9 +168,9 @@ def train_gates(
         ),
         memory=MemorySettings(tokens=settings.memory_tokens, foreign_lanes=1),
         optimization=OptimizationSettings(
-            steps=settings.steps,
+            steps=steps,
             learning_rate=rate,
-            warmup_steps=min(2, settings.steps - 1),
+            warmup_steps=min(2, steps - 1),
             trained="gates",
             weight_decay=0.0,
             beta2=0.95,

@@ -330,8 +330,8 @@ def fits(tokens: Sequence[Tail], shapes: Sequence[Any] | None, largest: float) -
     for position, (key, value) in enumerate(tokens):
         if shapes is not None and (sizes := (key.shape[0], key.shape[2], value.shape[2])) != shapes[position].sizes:
             raise StaleMemoryError(
-                f"the bank holds {shapes[position].sizes}, and this model writes {sizes} (heads, widths of keys and values): another "
-                "architecture. Memorize the documents again from their texts, in `MemoryBank.for_model(model)`."
+                f"the bank holds {shapes[position].sizes}, and this model writes {sizes} (heads, widths of keys and values): "
+                "another architecture. Memorize the documents again from their texts, in `MemoryBank.for_model(model)`."
             )
         if not all(bool((each.abs() <= largest).all()) for each in (key, value)):  # NaN is not, either
             return False
