@@ -97,9 +97,7 @@ class ApproximateIndex(FlatIndex):
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return the best rows that FAISS finds, and the exact answer to queries for which it finds too few."""
         num_rows = self.store.num_rows
-        if self.store.device.type != "cpu" or num_rows < self.exact_below():
-            return super().best_rows(queries, num_chunks, rows, bonus)
-        if rows is not None and len(rows) < max(EXACT_BELOW, self.exact_share * num_rows):
+        if self.is_exact(rows):
             return super().best_rows(queries, num_chunks, rows, bonus)
         if bonus is not None:
             count = min(CANDIDATES_WITH_BONUS * num_chunks, num_rows if rows is None else len(rows))
@@ -115,6 +113,13 @@ class ApproximateIndex(FlatIndex):
         if len(short):
             scores[:, short], found[:, short] = super().best_rows(queries[:, short].contiguous(), num_chunks, rows)
         return scores, found
+
+    def is_exact(self, rows: Tensor | None) -> bool:
+        """Return whether the store, or the subset, is so small that all of it is compared; on a GPU all is, always."""
+        num_rows = self.store.num_rows
+        if self.store.device.type != "cpu" or num_rows < self.exact_below():
+            return True
+        return rows is not None and len(rows) < max(EXACT_BELOW, self.exact_share * num_rows)
 
     def _look_up(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Ranked:
         mask = self._table.mask(None if rows is None else rows.numpy())

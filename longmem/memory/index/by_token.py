@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.index.exact import ChunkIndex, Ranked
+from longmem.memory.index.exact import SCORES_PER_STEP, ChunkIndex, Ranked
 from longmem.memory.index.kinds import make_index
 from longmem.memory.index.saved import SavedIndex
 from longmem.memory.rows.storage import LayerRows, LayerShape
@@ -50,9 +50,11 @@ class TokenIndex(ChunkIndex):
         self.tokens = make_index(index, TokenRows(store, chunk_size))
 
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
-        """Return the chunks of the best tokens: among so many tokens there are chunks enough."""
+        """Return the chunks of the best tokens: all are compared or, approximately, so many that there are chunks enough."""
         size = self.chunk_size
         tokens = None if rows is None else self._tokens_of(rows)
+        if self.tokens.is_exact(tokens):
+            return self._best_of_all(queries, num_chunks, rows, bonus)
         added = None if bonus is None else bonus.repeat_interleave(size)
         wanted = (num_chunks - 1) * size + 1
         scores, found = self.tokens.best_rows(queries, wanted, tokens, added)
@@ -62,6 +64,27 @@ class TokenIndex(ChunkIndex):
         is_repeated = (found.unsqueeze(-1) == found.unsqueeze(-2)).tril(-1).any(dim=-1)
         scores, slots = scores.masked_fill(is_repeated | (found < 0), -torch.inf).topk(num_chunks, dim=2)
         return scores, found.gather(2, slots).masked_fill(scores == -torch.inf, -1)
+
+    def _best_of_all(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None) -> Ranked:
+        keys = self.store.search_keys
+        is_left_out = None
+        if rows is not None and 2 * len(rows) > self.store.num_rows:  # a mask costs less than a copy
+            is_left_out = torch.ones(self.store.num_rows, dtype=torch.bool, device=keys.device)
+            is_left_out[rows] = False
+        elif rows is not None:
+            keys = keys.index_select(1, self._tokens_of(rows))
+            bonus = None if bonus is None else bonus[rows]
+        keys = keys.transpose(1, 2)
+        found = []
+        for block in queries.split(max(1, SCORES_PER_STEP // (keys.shape[0] * keys.shape[2])), dim=1):
+            scores = (block @ keys).unflatten(2, (-1, self.chunk_size)).amax(dim=3)
+            if bonus is not None:
+                scores += bonus
+            if is_left_out is not None:
+                scores.masked_fill_(is_left_out, -torch.inf)
+            found.append(scores.topk(num_chunks, dim=2))
+        best, places = (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+        return best, places if rows is None or is_left_out is not None else rows[places]
 
     def rows_written(self, rows: Int[Tensor, " rows"]) -> None:
         self.tokens.rows_written(self._tokens_of(rows))

@@ -103,6 +103,10 @@ class ChunkIndex:
         """Return scores and rows of the best chunks, best first; there are at least `num_chunks`, and a query."""
         raise NotImplementedError
 
+    def is_exact(self, rows: Tensor | None) -> bool:
+        """Return whether a search of these rows, None for all, compares every one of them."""
+        return True
+
     def search(
         self,
         queries: Float[Tensor, "kv_heads queries dim"],
