@@ -9,13 +9,13 @@ from longmem.evaluation.registry import TASKS, run_task
 
 # What needs torch is fetched when it is first used: listing the tasks needs none.
 _HOMES = {
-    "Cut": "perplexity.windows",
-    "View": "perplexity.views",
-    "Window": "perplexity.windows",
+    "Cut": "perplexity.scoring",
+    "View": "perplexity.scoring",
+    "Window": "perplexity.scoring",
     "WindowScores": "perplexity.scoring",
     "bootstrap_interval": "intervals",
     "loss_difference": "perplexity.scoring",
-    "make_views": "perplexity.views",
+    "make_views": "perplexity.scoring",
     "perplexity_ratio": "intervals",
     "ratio_of_means": "intervals",
     "score_windows": "perplexity.scoring",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 
 from longmem.configuration import LongMemConfig
-from longmem.evaluation.systems.names import validate_systems
+from longmem.evaluation.systems.making import validate_systems
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.opening import open_model
 from longmem.settings import From, read_settings

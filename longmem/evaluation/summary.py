@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longmem.evaluation.intervals import Estimate, clustered_mean, stratified_mean
-from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.systems.making import title_of_system
 from longmem.evaluation.task import Axis, Measure, Record, Task
 
 

@@ -10,19 +10,23 @@ from rich.console import Console
 
 from longmem.console import counting, plain_table, token_progress
 from longmem.evaluation.folder import RunFolder, describe
-from longmem.evaluation.perplexity.memories import GrowingMemory, Starts
-from longmem.evaluation.perplexity.scores import TextScores, file_of, load_scores, save_scores
-from longmem.evaluation.perplexity.scoring import WindowScores, score_windows
+from longmem.evaluation.perplexity.scoring import Cut, GrowingMemory, Starts, WindowScores, make_views, score_windows
 from longmem.evaluation.perplexity.settings import PerplexitySettings
-from longmem.evaluation.perplexity.summary import length_group, summarize_texts
-from longmem.evaluation.perplexity.tables import markdown, sections
-from longmem.evaluation.perplexity.texts import Text, digest_of, read_texts
-from longmem.evaluation.perplexity.tokens import last_distances, scored_bytes
-from longmem.evaluation.perplexity.views import make_views
-from longmem.evaluation.perplexity.windows import Cut
+from longmem.evaluation.perplexity.summary import length_group, markdown, sections, summarize_texts
+from longmem.evaluation.perplexity.texts import (
+    Text,
+    TextScores,
+    digest_of,
+    file_of,
+    last_distances,
+    load_scores,
+    read_texts,
+    save_scores,
+    scored_bytes,
+)
 from longmem.evaluation.runner import Finished
 from longmem.evaluation.settings import open_evaluated
-from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.systems.making import title_of_system
 from longmem.model.modeling import LongMemForCausalLM
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from longmem.evaluation.systems.questions import Question
+from longmem.evaluation.systems.scoring import Question
 from longmem.evaluation.systems.system import LocalModel, System
 from longmem.model.modeling import LongMemForCausalLM
 
