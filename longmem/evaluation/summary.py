@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from longmem.evaluation.intervals import Estimate, clustered_mean, stratified_mean
+from longmem.evaluation.intervals import Estimate, stratified_mean
 from longmem.evaluation.systems.making import title_of_system
 from longmem.evaluation.task import Axis, Measure, Record, Task
 
@@ -29,10 +29,8 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
 
     `measures` has for each measure its title, unit and `cells`: by the values of axes, such as "passkey, 4096", and "all",
     what `compare` returns. `axes` has the values of each axis, `tables` what the task adds, `costs` what systems cost.
-    `summary` is the main figure, the first with intervals, if there is one.
-
-    Raises:
-        ValueError: systems have not answered the same questions.
+    `summary` is the main figure, the first with intervals, if there is one. Raises ValueError if systems have not answered the
+    same questions.
     """
     scored = scored_records(task, records)
     measures: dict[str, dict[str, Any]] = {}
@@ -102,8 +100,7 @@ def title_of(task: Task, system: str) -> str:
 
 def values_of(record: Record, axis: Axis) -> Sequence[Any]:
     """Return the values of an axis that a record stands for."""
-    value = record[axis.name]
-    return value if isinstance(value, list | tuple) else [value]
+    return value if isinstance(value := record[axis.name], list | tuple) else [value]
 
 
 def ordered(axis: Axis, values: Iterable[Any]) -> list[Any]:
@@ -145,13 +142,9 @@ def compare(
 ) -> dict[str, Any]:
     """Return for each system the mean, or what the measure makes of all scores, and how far it is above the baseline.
 
-    Intervals hold 95 % and are over groups, whose items are not independent; where there is one group, over its items.
-
-    Args:
-        task: as `measure` and `rows`, of all systems.
-        strata: an axis whose values count the same, however many items they have.
-        repeat: an axis of draws: values of each draw, and their standard deviation as numpy's `std` computes it.
-        with_intervals: False: means alone.
+    Intervals hold 95 % and are over groups, whose items are not independent; where there is one group, over its items. Of
+    `strata`, an axis, all values count the same, however many items they have. Of `repeat`, an axis of draws, there are the
+    values of each draw, and their standard deviation as numpy's `std` computes it.
     """
     with_intervals = with_intervals and measure.aggregate is None
     systems = aligned(rows)
@@ -159,13 +152,11 @@ def compare(
     baseline = measure.baseline if measure.baseline in systems else next(iter(systems))
     groups = [row.group for row in first]
     groups = groups if len(set(groups)) > 1 else [row.item for row in first]
-    parts = None if strata is None else [str(row.axes[strata]) for row in first]
+    parts = ["" if strata is None else str(row.axes[strata]) for row in first]
 
     def estimate(values: Sequence[float]) -> Estimate:
         if not with_intervals:
             return (statistics.fmean(values),) * 3
-        if parts is None:
-            return clustered_mean(values, groups, seed=task.settings.seed)
         return stratified_mean(values, groups, parts, seed=task.settings.seed)
 
     found: dict[str, Any] = {}
@@ -210,14 +201,11 @@ def aligned(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def means_of_repeats(rows: Sequence[Row], repeat: Axis, strata: str | None) -> dict[str, float]:
     """Return the mean of each draw; with strata, the mean of their means."""
-    found = {}
-    for value in dict.fromkeys(row.axes[repeat.name] for row in rows):
-        parts: dict[Any, list[float]] = {}
-        for row in rows:
-            if row.axes[repeat.name] == value:
-                parts.setdefault(None if strata is None else row.axes[strata], []).append(row.value)
-        found[str(value)] = statistics.fmean(map(statistics.fmean, parts.values()))
-    return found
+    found: dict[str, dict[Any, list[float]]] = {}
+    for row in rows:
+        parts = found.setdefault(str(row.axes[repeat.name]), {})
+        parts.setdefault(None if strata is None else row.axes[strata], []).append(row.value)
+    return {draw: statistics.fmean(map(statistics.fmean, parts.values())) for draw, parts in found.items()}
 
 
 def costs_of(records: Sequence[Record]) -> dict[str, Any]:

@@ -69,20 +69,15 @@ def evaluate_texts(
     left = [(each, file) for each, file in zip(texts, files, strict=True) if each.name not in run]
     if left:
         starts = Starts(model, max(map(settings.memorized, settings.cuts)), **bank_options(settings))
+        runs = {(system, settings.run_on(cut, system)) for cut in settings.cuts for system in settings.systems}
+        windows = [settings.windows(cut, len(each.token_ids), system) for each, _ in left for system, cut in runs]
         with token_progress("scored", console) as report:
-            progress = counting(report, sum(tokens_to_score(len(each.token_ids), settings) for each, _ in left))
+            progress = counting(report, sum(window.num_scored for own in windows for window in own))
             for each, file in left:
                 scores = score_text(model, each, settings, starts, progress)
                 save_scores(file, each, scores)
                 run.write([record_of(scores, file.name)])
     return [load_scores(file) for file in files]
-
-
-def tokens_to_score(num_tokens: int, settings: PerplexitySettings) -> int:
-    """Return how many tokens of a text are scored, each system counting by itself."""
-    runs = {(system, settings.run_on(cut, system)) for cut in settings.cuts for system in settings.systems}
-    windows = [settings.windows(cut, num_tokens, system) for system, cut in runs]
-    return sum(window.num_scored for own in windows for window in own)
 
 
 def score_text(
@@ -138,8 +133,11 @@ def record_of(scores: Mapping[Cut, TextScores], file: str) -> dict[str, Any]:
     """Return the line of a text in the predictions; what else there is stands in its file."""
     cuts: dict[str, Any] = {}
     for cut, one in scores.items():
-        counts = len(one.windows), sum(map(len, one.distances)), int(one.num_bytes.sum())
-        cuts[str(cut)] = dict(zip(("windows", "scored_tokens", "scored_bytes"), counts, strict=True))
+        cuts[str(cut)] = {
+            "windows": len(one.windows),
+            "scored_tokens": sum(map(len, one.distances)),
+            "scored_bytes": int(one.num_bytes.sum()),
+        }
         for name in ("loss", "seconds", "preparing_seconds"):
             cuts[str(cut)][name] = {system: getattr(each, name) for system, each in one.systems.items()}
     return {"id": one.name, "tokens": one.num_tokens, "group": length_group(one.num_tokens), "cuts": cuts, "file": file}

@@ -153,10 +153,10 @@ class GrowingMemory:
 
 
 class Starts:
-    """Banks of the starts of texts. Each text is encoded once; what is handed out is a copy, which may grow.
+    """Banks of the starts of texts, of at most `num_tokens`; `options` are those of `GrowingMemory`.
 
-    The last two texts are kept: the wrong memory of one is the right memory of the next. No bank gets more than `num_tokens`;
-    `options` are those of `GrowingMemory`.
+    Each text is encoded once; what is handed out is a copy, which may grow. The last two texts are kept: the wrong memory of
+    one is the right memory of the next.
     """
 
     def __init__(self, model: LongMemForCausalLM, num_tokens: int, **options: Any) -> None:
@@ -312,7 +312,7 @@ class WindowScores:
         return torch.cat(self.losses).double().mean().item()
 
     def part(self, windows: slice) -> WindowScores:
-        """Return the scores of some windows."""
+        """Return the scores of some windows; as in `last`, the time of a scored token is taken as it was."""
         return self._with(self.losses[windows])
 
     def last(self, scored: int) -> WindowScores:
@@ -320,7 +320,6 @@ class WindowScores:
         return self._with(tuple(window[len(window) - scored :] for window in self.losses))
 
     def _with(self, losses: tuple[Tensor, ...]) -> WindowScores:
-        """Return the scores with fewer losses; the time of a scored token is taken as it was."""
         share = sum(map(len, losses)) / self.num_tokens
         seconds = {name: getattr(self, name) * share for name in ("seconds", "preparing_seconds")}
         return dataclasses.replace(self, losses=losses, **seconds)

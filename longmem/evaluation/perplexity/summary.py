@@ -36,8 +36,6 @@ ALL = "all documents"
 # Each pair: by how much is the perplexity of the first below that of the second.
 COMPARISONS = (("on", "backbone"), ("on", "off"), ("on", "wrong"), ("wrong", "off"))
 
-Masked = tuple[TextScores, Bool[Tensor, " _scored"]]  # a document or a window, and some of its tokens
-
 
 def length_group(num_tokens: int) -> str:
     """Return the group of documents of this length.
@@ -60,23 +58,19 @@ def summarize_texts(texts: Sequence[Mapping[Cut, TextScores]], settings: Perplex
     """
     if settings.plan == "books":
         parts, distances = book_parts(texts, settings), None
+        shown = next(iter(parts.values()))
     else:
         documents = [next(iter(each.values())) for each in texts]
-        parts, distances = document_parts(documents, settings), gains_by_distance(documents, settings)
-    shown = parts[ALL] if ALL in parts else next(iter(parts.values()))
+        groups = {name: [each for each in documents if length_group(each.num_tokens) == name] for name in LENGTHS}
+        groups[ALL] = documents
+        parts = {name: compare_texts(own, settings.systems, settings) for name, own in groups.items() if own}
+        shown, distances = parts[ALL], gains_by_distance(documents, settings)
     systems = {
         name: {"title": title_of_system(name), **values["perplexity"]} for name, values in shown["systems"].items()
     }
     summary = {"measure": "perplexity", "systems": systems}
     about = {"plan": settings.plan, "baseline": settings.baseline}
     return {**about, "parts": parts, "distances": distances, "summary": summary}
-
-
-def document_parts(documents: Sequence[TextScores], settings: PerplexitySettings) -> dict[str, Any]:
-    """Return the comparisons of documents, by group of lengths and of all of them."""
-    groups = {name: [each for each in documents if length_group(each.num_tokens) == name] for name in LENGTHS}
-    parts = {name: own for name, own in groups.items() if own} | {ALL: documents}
-    return {name: compare_texts(own, settings.systems, settings) for name, own in parts.items()}
 
 
 def book_parts(texts: Sequence[Mapping[Cut, TextScores]], settings: PerplexitySettings) -> dict[str, Any]:
@@ -135,7 +129,8 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
 def gains_by_distance(documents: Sequence[TextScores], settings: PerplexitySettings) -> dict[str, Any] | None:
     """Return what systems save against memory off, in nats per token, by the distance of what is needed.
 
-    None where there is neither "off" nor "backbone" to compare with.
+    The mean is over tokens, its interval over documents, or windows of a single one. None where there is neither "off" nor
+    "backbone" to compare with.
     """
     against = next((system for system in ("off", "backbone") if system in settings.systems), None)
     others = [system for system in settings.systems if system not in ("off", "backbone")]
@@ -146,26 +141,21 @@ def gains_by_distance(documents: Sequence[TextScores], settings: PerplexitySetti
         own = having(documents, number, settings.ngram)
         if len(own) == 1:
             own = having(own[0][0].by_window(), number, settings.ngram)
-        gains = {system: mean_gain(own, against, system, settings.seed) for system in others} if own else {}
-        count = sum(int(mask.sum()) for _, mask in own)
-        found[name] = {"tokens": count, "units": len(own), "systems": gains}
+        counts, gains = torch.tensor([float(mask.sum()) for _, mask in own]), {}
+        for system in others if own else ():
+            losses = [[torch.cat(unit.systems[each].losses)[mask] for each in (against, system)] for unit, mask in own]
+            saved = torch.stack([(worse - better).double().sum() for worse, better in losses])
+            gain = ratio_of_means(saved, counts, seed=settings.seed)
+            assert gain is not None  # every unit has tokens of the group
+            gains[system] = as_values(gain)
+        found[name] = {"tokens": int(counts.sum()), "units": len(own), "systems": gains}
     return {"against": against, "ngram": settings.ngram, "groups": found}
 
 
-def having(units: Sequence[TextScores], group: int, ngram: int) -> list[Masked]:
+def having(units: Sequence[TextScores], group: int, ngram: int) -> list[tuple[TextScores, Bool[Tensor, " _scored"]]]:
     """Return the documents, or windows of one, that have tokens of a group of distances, and which tokens these are."""
     masks = [distance_groups(torch.cat(each.distances), *each.places, ngram) == group for each in units]
     return [(each, mask) for each, mask in zip(units, masks, strict=True) if mask.any()]
-
-
-def mean_gain(units: Sequence[Masked], against: str, system: str, seed: int) -> dict[str, Any]:
-    """Return the mean over tokens of what a system saves, and its interval over units."""
-    losses = [[torch.cat(unit.systems[name].losses) for name in (against, system)] for unit, _ in units]
-    masks = [mask for _, mask in units]
-    sums = [(worse - better)[mask].double().sum() for (worse, better), mask in zip(losses, masks, strict=True)]
-    gain = ratio_of_means(torch.stack(sums), torch.stack([mask.double().sum() for mask in masks]), seed=seed)
-    assert gain is not None  # every unit has tokens of the group
-    return as_values(gain)
 
 
 NOTES = {

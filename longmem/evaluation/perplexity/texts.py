@@ -70,21 +70,18 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PerplexitySettings)
     others = [*texts[1:], texts[0]]
     if len(texts) == 1:
         name, text = unrelated_text(settings.data)
-        ids = tokenize(tokenizer, text)
-        others = [read_part(name, ids, settings, settings.first_scored)]
+        others = [read_part(name, tokenize(tokenizer, text), settings, settings.first_scored)]
     return [Text(*text, *other) for text, other in zip(texts, others, strict=True)]
 
 
 def read_part(name: str, token_ids: Sequence[int], settings: PerplexitySettings, needed: int) -> tuple[str, Tensor]:
     """Return the name and tokens of a document, or of so much of a book as is needed. Raises ValueError if it has less."""
-    if settings.plan == "documents":
-        return name, torch.tensor(token_ids)
-    if len(token_ids) < needed:
+    if settings.plan == "books" and len(token_ids) < needed:
         raise ValueError(
             f"{name} must have {needed:,} tokens, the scored ones and those before them, got {len(token_ids):,}; take a "
             "longer text, or fewer `windows_per_document` or `memory_tokens`."
         )
-    return name, torch.tensor(token_ids[:needed])
+    return name, torch.tensor(token_ids if settings.plan == "documents" else token_ids[:needed])
 
 
 def digest_of(texts: Sequence[Text]) -> str:

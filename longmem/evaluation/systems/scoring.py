@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,21 +111,20 @@ def answer_questions(
             wanted.setdefault((*last, *question.token_ids, *ids[:-1]), []).append((number, candidate))
     found: dict[tuple[int, int], Continuation] = {}
     likeliest: dict[int, int] = {}
-    for rows in batches(sorted(wanted, key=len), batch_size):
+    ordered = sorted(wanted, key=len)
+    for start in range(0, len(ordered), batch_size):
+        rows = ordered[start : start + batch_size]
         needed = max(len(questions[n].candidates[c]) for row in rows for n, c in wanted[row])
         # Rows are padded on the right: what is needed of the shortest begins before what is needed of the longest.
         keep = needed + len(rows[-1]) - len(rows[0])
-        logits = run_rows(forward, cache, rows, keep, device)
-        for row, own in zip(rows, logits, strict=True):
+        for row, own in zip(rows, run_rows(forward, cache, rows, keep, device), strict=True):
             end = own.shape[0] - (len(rows[-1]) - len(row))  # one past the prediction after the row
             for number, candidate in wanted[row]:
                 ids = questions[number].candidates[candidate]
-                predictions = own[end - len(ids) : end].float()
-                logprobs = predictions.log_softmax(dim=-1).gather(1, torch.tensor(ids, device=own.device)[:, None])[
-                    :, 0
-                ]
+                predictions, places = own[end - len(ids) : end].float(), torch.tensor(ids, device=own.device)
+                logprobs = predictions.log_softmax(dim=-1).gather(1, places[:, None])[:, 0].tolist()
                 best = predictions.argmax(dim=-1).tolist()
-                found[number, candidate] = Continuation(tuple(logprobs.tolist()), best == list(ids))
+                found[number, candidate] = Continuation(tuple(logprobs), best == list(ids))
                 likeliest[number] = best[0]
     return [
         Answer(tuple(found[number, candidate] for candidate in range(len(question.candidates))), likeliest[number])
@@ -158,12 +157,6 @@ def repeated(cache: Cache, count: int) -> Cache:
     if count > 1:  # as beams do: `batch_repeat_interleave` is missing where layers are recurrent (transformers 5.23)
         copied.reorder_cache(torch.LongTensor([0] * count))
     return copied
-
-
-def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    """Yield `size` rows at a time, the rest at the end."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def as_ids(token_ids: Sequence[int] | Int[Tensor, " tokens"]) -> list[int]:

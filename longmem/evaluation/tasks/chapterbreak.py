@@ -285,24 +285,24 @@ class ChapterBreak(Task):
         return cases
 
 
-# Tokens ---------------------------------------------------------------------------------------------------------------
-
-
 class Encoder:
     """Makes tokens of examples: the context, then the joiner, then each suffix.
 
     Whitespace where context and suffix meet is the joiner's, so that no suffix is known by it. Of a suffix the first
-    `suffix_tokens` are kept.
+    `suffix_tokens` are kept. `room` is what joiner and suffix take in a window.
     """
 
     def __init__(self, tokenizer: Any, joiner: str, suffix_tokens: int) -> None:
         self.tokenizer, self.joiner, self.suffix_tokens = tokenizer, joiner, suffix_tokens
-        self.joiner_ids = self._joiner_ids()
-
-    @property
-    def room(self) -> int:
-        """Return the tokens that joiner and suffix take in a window."""
-        return len(self.joiner_ids) + self.suffix_tokens
+        # The joiner's tokens as they are before a word: two line ends at the end of a text may be one token.
+        ids, count = tokenize(tokenizer, joiner + "The"), 0
+        while count < len(ids):
+            text = str(tokenizer.decode(ids[: count + 1], clean_up_tokenization_spaces=False))
+            if len(text) > len(joiner):
+                break
+            count += 1
+        self.joiner_ids = ids[:count]
+        self.room = count + suffix_tokens
 
     def context(self, example: Example) -> list[int]:
         """Return all tokens of a context."""
@@ -318,17 +318,6 @@ class Encoder:
         # Where the joiner has other tokens before this suffix (digits, say), its usual ones are read nevertheless.
         own = ids[count:] if ids[:count] == self.joiner_ids else tokenize(self.tokenizer, text)
         return own[: self.suffix_tokens]
-
-    def _joiner_ids(self) -> list[int]:
-        """Return the joiner's tokens as they are before a word: two line ends at the end of a text may be one token."""
-        ids, count = tokenize(self.tokenizer, self.joiner + "The"), 0
-
-        def text(length: int) -> str:
-            return str(self.tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False))
-
-        while count < len(ids) and len(text(count + 1)) <= len(self.joiner):
-            count += 1
-        return ids[:count]
 
 
 def views(systems: Sequence[str], contexts: Sequence[int], *, window: int, room: int) -> dict[int, dict[str, int]]:
@@ -362,9 +351,6 @@ def views(systems: Sequence[str], contexts: Sequence[int], *, window: int, room:
         length: {name: used(name, length) for name in systems if name in LOCAL_SYSTEMS or length > local}
         for length in sorted(contexts)
     }
-
-
-# What counts as right, and what is right without a model --------------------------------------------------------------
 
 
 def credit(values: Sequence[float]) -> float:

@@ -35,9 +35,6 @@ KEYS = [f"{adjective}-{noun}" for adjective in _WORDS["adjectives"].split() for 
 NUMBERS = range(10_000, 100_000)
 
 
-# Values to choose from -------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValueSettings(EvaluationSettings):
     """Questions whose answer is a value: the right one is compared with wrong ones, and may also be written."""
@@ -311,9 +308,6 @@ def validate_sizes(settings: FactsSettings, model: LongMemForCausalLM) -> None:
                 f"`sizes` must have a window of {length} tokens for every depth where needles are together, got {size} "
                 f"with {len(windows)} depths in windows {windows}; choose fewer depths, or larger sizes."
             )
-
-
-# Facts, drawn from a seed ----------------------------------------------------------------------------------------------
 
 
 class Fact(NamedTuple):

@@ -208,7 +208,13 @@ def f1(prediction: str, golds: Sequence[str]) -> float:
     >>> f1("in the year 1066", ["1066"])
     0.5
     """
-    return max(_word_overlap(normalized(prediction).split(), normalized(gold).split()) for gold in some(golds))
+    said, best = normalized(prediction).split(), 0.0
+    for gold in some(golds):
+        words = normalized(gold).split()
+        if shared := (Counter(said) & Counter(words)).total():
+            precision, recall = shared / len(said), shared / len(words)
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return best
 
 
 def normalized(answer: str) -> str:
@@ -226,11 +232,3 @@ def some(golds: Sequence[str]) -> Sequence[str]:
     if isinstance(golds, str) or not golds:
         raise ValueError(f"`golds` must be a list of at least one answer, got {golds!r}.")
     return golds
-
-
-def _word_overlap(prediction: Sequence[str], gold: Sequence[str]) -> float:
-    shared = (Counter(prediction) & Counter(gold)).total()
-    if not shared:
-        return 0.0
-    precision, recall = shared / len(prediction), shared / len(gold)
-    return 2 * precision * recall / (precision + recall)
