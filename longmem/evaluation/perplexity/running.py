@@ -36,7 +36,6 @@ class Perplexity:
 
     settings: PerplexitySettings
 
-    name: ClassVar[str] = "perplexity"
     kind: ClassVar[type[PerplexitySettings]] = PerplexitySettings
 
     def run(self, console: Console) -> Finished:
@@ -53,12 +52,6 @@ class Perplexity:
         for heading, tables in sections(metrics, brief=True):
             console.print(f"\n[bold]{heading}[/]\n", *(plain_table(rows, title_of_system("on")) for rows in tables))
         return Finished(run.path, title, metrics)
-
-
-class PerplexityOfBooks(Perplexity):
-    """The same with the default settings of books."""
-
-    name: ClassVar[str] = "perplexity-books"
 
 
 def evaluate_texts(
@@ -115,13 +108,15 @@ def memories_of(
     model: LongMemForCausalLM, text: Text, settings: PerplexitySettings, starts: Starts, cut: Cut
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return what systems read, and the seconds that this took already; memories of documents are written as they grow."""
-    texts = {"on": text.token_ids, "wrong": text.wrong_ids}
-    wanted = {name: ids for name, ids in texts.items() if name in settings.systems}
-    if settings.plan == "documents":
-        options = {"capacity_tokens": settings.memory_tokens, **bank_options(settings)}
-        return {name: GrowingMemory(model, ids, **options) for name, ids in wanted.items()}, {}
-    banks = {name: starts.bank(ids, settings.memorized(cut)) for name, ids in wanted.items()}
-    return {name: bank for name, (bank, _) in banks.items()}, {name: seconds for name, (_, seconds) in banks.items()}
+    memories: dict[str, Any] = {}
+    seconds = {}
+    for name, ids in (("on", text.token_ids), ("wrong", text.wrong_ids)):
+        if name in settings.systems and settings.plan == "books":
+            memories[name], seconds[name] = starts.bank(ids, settings.memorized(cut))
+        elif name in settings.systems:
+            options = {"capacity_tokens": settings.memory_tokens, **bank_options(settings)}
+            memories[name] = GrowingMemory(model, ids, **options)
+    return memories, seconds
 
 
 def bank_options(settings: PerplexitySettings) -> dict[str, Any]:

@@ -201,8 +201,8 @@ def sections(metrics: Mapping[str, Any], *, brief: bool = False) -> Iterator[tup
 
 def document_heading(name: str, part: Mapping[str, Any]) -> str:
     """Return a group of lengths with what was scored of it."""
-    documents = f"{part['documents']} document" + ("s" if part["documents"] > 1 else "")
-    return f"{name}: {documents}, {part['scored_tokens']:,} tokens scored"
+    plural = "s" if part["documents"] > 1 else ""
+    return f"{name}: {part['documents']} document{plural}, {part['scored_tokens']:,} tokens scored"
 
 
 def book_heading(part: Mapping[str, Any]) -> str:
