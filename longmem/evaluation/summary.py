@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longmem.evaluation.intervals import Estimate, stratified_mean
-from longmem.evaluation.systems.making import title_of_system
 from longmem.evaluation.task import Axis, Measure, Record, Task
 
 
@@ -48,7 +47,7 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
     return {
         "task": task.name,
         **summary_of([each for name, each in measures.items() if task.measures[name].aggregate is None]),
-        "systems": {name: title_of(task, name) for name in dict.fromkeys(record["system"] for record, _ in scored)},
+        "systems": {name: task.title_of(name) for name in dict.fromkeys(record["system"] for record, _ in scored)},
         "measures": measures,
         "axes": axes,
         "baselines": list(task.baselines),
@@ -91,11 +90,6 @@ def rows_of(task: Task, measure: Measure, record: Record, score: float) -> Itera
     common = (record["system"], record["item"], record["group"], value, chance, record.get("seconds"))
     for values in itertools.product(*(values_of(record, axis) for axis in task.axes)):
         yield Row(*common, {axis.name: value for axis, value in zip(task.axes, values, strict=True)})
-
-
-def title_of(task: Task, system: str) -> str:
-    """Return what a system or a baseline of the task is called."""
-    return task.baselines.get(system) or title_of_system(system)
 
 
 def values_of(record: Record, axis: Axis) -> Sequence[Any]:
@@ -168,7 +162,7 @@ def compare(
         else:
             value, ends, above_ends = float(measure.aggregate(values)), [], []
             above = value - float(measure.aggregate(others))
-        found[name] = {"title": title_of(task, name), "value": value, "interval": ends}
+        found[name] = {"title": task.title_of(name), "value": value, "interval": ends}
         found[name] |= {"above_baseline": above, "above_baseline_interval": above_ends}
         if not with_intervals:
             del found[name]["interval"], found[name]["above_baseline_interval"]

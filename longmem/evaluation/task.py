@@ -14,7 +14,7 @@ from rich.console import Console
 
 from longmem.evaluation.folder import MAY_CHANGE, RunFolder, digest
 from longmem.evaluation.settings import EvaluationSettings
-from longmem.evaluation.systems import Answer, Banks, System
+from longmem.evaluation.systems import Answer, Banks, System, title_of_system
 from longmem.model.modeling import LongMemForCausalLM
 
 Record = Mapping[str, Any]
@@ -182,6 +182,10 @@ class Task(ABC):
     def notes(self) -> Sequence[str]:
         """Return what a reader of the tables must know, a paragraph each."""
         return ()
+
+    def title_of(self, system: str) -> str:
+        """Return what a system or a baseline of the task is called."""
+        return self.baselines.get(system) or title_of_system(system)
 
     def chance(self, record: Record) -> float:
         """Return how probable it is that a guess is right."""

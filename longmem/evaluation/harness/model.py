@@ -173,11 +173,8 @@ class LongMemLM(HFLM):
         """Yield a system that has read a past and what stays in the window, and the numbers of the requests that have these.
 
         Sorted, so that a past comes right before those that begin with it, and a bank goes on instead of beginning anew. The
-        banks are the system's alone.
-
-        Args:
-            requests: context and the tokens after it to leave room for, of each request.
-            title: of the progress bar, which `disable_tqdm` hides.
+        banks are the system's alone. `requests` are contexts, each with the tokens after it to leave room for; `title` is of
+        the progress bar.
         """
         groups: dict[tuple[Tokens, Tokens], list[int]] = {}
         for number, (context, room) in enumerate(requests):
