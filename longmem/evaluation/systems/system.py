@@ -120,8 +120,8 @@ class System(ABC):
         """
         room = max(question.room for question in questions)
         with self._answering(prefix, room, questions) as (local, context):
-            options = {"batch_size": self.batch_size, "device": self.model.input_device}
-            return answer_questions(local, context, questions, **options)
+            device = self.model.input_device
+            return answer_questions(local, context, questions, batch_size=self.batch_size, device=device)
 
     @torch.no_grad()
     def generate(
