@@ -144,9 +144,6 @@ class Task(ABC):
     wrong_shares: ClassVar[tuple[str, ...] | None] = None
     """Axes that a case and the one in its wrong memory have in common; None: all."""
 
-    max_new_tokens: int = 0
-    """Of written answers; 0: none are written."""
-
     may_change: ClassVar[tuple[str, ...]] = MAY_CHANGE
     """Settings that change no number."""
 

@@ -5,7 +5,7 @@ needed. Of books one stretch is read, cut into windows in several ways, beside t
 the demonstration score their texts by the same functions.
 """
 
-from longmem.evaluation.perplexity.running import Perplexity
+from longmem.evaluation.perplexity.running import Perplexity, PerplexityOfBooks
 from longmem.evaluation.perplexity.settings import PerplexitySettings
 
-__all__ = ["Perplexity", "PerplexitySettings"]
+__all__ = ["Perplexity", "PerplexityOfBooks", "PerplexitySettings"]

@@ -36,6 +36,7 @@ class Perplexity:
 
     settings: PerplexitySettings
 
+    name: ClassVar[str] = "perplexity"
     kind: ClassVar[type[PerplexitySettings]] = PerplexitySettings
 
     def run(self, console: Console) -> Finished:
@@ -52,6 +53,12 @@ class Perplexity:
         for heading, tables in sections(metrics, brief=True):
             console.print(f"\n[bold]{heading}[/]\n", *(plain_table(rows, title_of_system("on")) for rows in tables))
         return Finished(run.path, title, metrics)
+
+
+class PerplexityOfBooks(Perplexity):
+    """The same with the default settings of books."""
+
+    name: ClassVar[str] = "perplexity-books"
 
 
 def evaluate_texts(

@@ -81,6 +81,7 @@ class DemonstrationTask(Task):
     sort_by = ("seed", "number")
     retrieval = {"passage_tokens": sys.maxsize, "query_tokens": None}  # whole lines, looked up with the question alone
     wrong_shares = ("seed",)
+    max_new_tokens = 0
 
     def __init__(self, settings: Any, sets: Sequence[str]) -> None:
         super().__init__(settings)

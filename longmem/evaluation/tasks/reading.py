@@ -74,6 +74,7 @@ class ReadingTask(Task):
     """A benchmark of questions about documents, by default those of the file that the settings name."""
 
     retrieval = {"query_tokens": None}  # passages for the question, whatever the document ends with
+    max_new_tokens = 0
 
     def __init__(self, settings: Any, documents: Sequence[Document] | None = None) -> None:
         super().__init__(settings)
