@@ -129,11 +129,16 @@ class HaystackBanks(Banks):
             shards.append(self.bank if len(names) == len(self.bank.documents()) else self.bank.select(names))
         if aside:
             shards.append(self._aside.select(aside))
-        if replaced and self._facts[0] != replaced:
+        if replaced:
+            shards.append(self._encoded(replaced))
+        return BankShards(shards)
+
+    def _encoded(self, replaced: Mapping[int, Window]) -> MemoryBank:
+        if self._facts[0] != replaced:
             self._facts = replaced, self.new(index="flat")
             for number, ids in replaced.items():
                 self.memorize(self._facts[1], ids, str(number))
-        return BankShards([*shards, *([self._facts[1]] if replaced else [])])
+        return self._facts[1]
 
     def _parts_of(self, size: int) -> list[tuple[int, int]]:
         return [part for part in self._names if part[1] * self.length <= size]
