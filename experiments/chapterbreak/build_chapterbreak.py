@@ -20,8 +20,7 @@ from experiments.chapterbreak.building import BuildRules, build, save_split
 from longmem.cli.common import console_for, parse_settings
 from longmem.console import plain_table
 from longmem.data.sources import files_of_split
-from longmem.evaluation.tasks.chapterbreak import ChapterBreak, baseline_values, credit
-from longmem.evaluation.tasks.chapterbreak_data import load_split
+from longmem.evaluation.tasks.chapterbreak import ChapterBreak, baseline_values, credit, load_split
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from experiments.chapterbreak.building import (
     save_split,
     suffix_of,
 )
-from longmem.evaluation.tasks.chapterbreak_data import load_split
+from longmem.evaluation.tasks.chapterbreak import load_split
 
 RULES = BuildRules(
     context_words=40, slack_words=10, suffix_words=10, shortest_suffix=7, longest_suffix=13, negatives=2, boundaries=3

@@ -22,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 
 from experiments.staleness.figures import plot_experiment
 from experiments.staleness.running import evaluate_staleness, markdown, sections, summarize_staleness, title_of
-from experiments.staleness.settings import StalenessSettings
+from experiments.staleness.settings import StalenessSettings, read_arguments
 from longmem.cli.common import console_for
 from longmem.console import plain_table
-from longmem.evaluation.settings import read_arguments
 from longmem.plots import require_matplotlib
 
 

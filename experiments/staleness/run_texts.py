@@ -14,11 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, which is not installed
 
 from experiments.staleness.figures import plot_stale_texts
+from experiments.staleness.settings import read_arguments
 from experiments.staleness.text_tables import summarize_stale_texts, text_markdown, text_sections
 from experiments.staleness.texts import StaleTextSettings, evaluate_stale_texts
 from longmem.cli.common import console_for
 from longmem.console import plain_table
-from longmem.evaluation.settings import open_evaluated, read_arguments
+from longmem.evaluation.settings import open_evaluated
 from longmem.plots import require_matplotlib
 
 

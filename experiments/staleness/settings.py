@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from experiments.learned_recall.check import NUM_PAIRS
 from experiments.learned_recall.task import RecallTask
 from experiments.staleness.learning import SYSTEMS as LEARNING_SYSTEMS
 from experiments.staleness.learning import LearningSettings
 from experiments.staleness.systems import SYSTEMS
+from longmem.evaluation.settings import load_evaluation
 from longmem.settings import Above, From, UpTo
 
 Count = Annotated[int, From(1)]
@@ -156,3 +158,20 @@ class StalenessSettings:
     def task(self) -> RecallTask:
         """Return the recall task."""
         return RecallTask(num_keys=self.num_keys)
+
+
+Settings = TypeVar("Settings")
+
+
+def read_arguments(kind: type[Settings], description: str | None) -> Settings:
+    """Return the settings that the command line names: a YAML file, and changes to it; ends the program if one is wrong."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file with settings")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file (values in YAML)"
+    )
+    arguments = parser.parse_args()
+    try:
+        return load_evaluation(kind, arguments.config, arguments.overrides)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")

@@ -23,9 +23,7 @@ from torch import Tensor
 from longmem.console import Headings, counting, plain_table, token_progress
 from longmem.data.sample_texts import split_texts
 from longmem.evaluation.folder import as_json
-from longmem.evaluation.perplexity.scoring import WindowScores, loss_difference, score_windows
-from longmem.evaluation.perplexity.views import View, make_views
-from longmem.evaluation.perplexity.windows import Cut
+from longmem.evaluation.perplexity.scoring import Cut, View, WindowScores, loss_difference, make_views, score_windows
 from longmem.evaluation.systems import title_of_system
 from longmem.evaluation.tables import markdown_table
 from longmem.memory import MemoryBank

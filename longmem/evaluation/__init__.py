@@ -8,18 +8,9 @@ from typing import Any
 from longmem.evaluation.registry import TASKS, run_task
 
 # What needs torch is fetched when it is first used: listing the tasks needs none.
-_HOMES = {
-    "Cut": "perplexity.windows",
-    "View": "perplexity.views",
-    "Window": "perplexity.windows",
-    "WindowScores": "perplexity.scoring",
-    "bootstrap_interval": "intervals",
-    "loss_difference": "perplexity.scoring",
-    "make_views": "perplexity.views",
-    "perplexity_ratio": "intervals",
-    "ratio_of_means": "intervals",
-    "score_windows": "perplexity.scoring",
-}
+_OF_WINDOWS = ("Cut", "View", "Window", "WindowScores", "loss_difference", "make_views", "score_windows")
+_OF_INTERVALS = ("bootstrap_interval", "perplexity_ratio", "ratio_of_means")
+_HOMES = dict.fromkeys(_OF_WINDOWS, "perplexity.scoring") | dict.fromkeys(_OF_INTERVALS, "intervals")
 __all__ = ["TASKS", "run_task", *_HOMES]
 
 

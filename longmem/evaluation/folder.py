@@ -8,10 +8,7 @@ import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
-
-from torch import nn
 
 from longmem.encoder.stamp import hash_tensors
 from longmem.evaluation.settings import EvaluationSettings
@@ -26,14 +23,8 @@ MAY_CHANGE = ("output", "batch_size")  # settings that change no number: a run t
 class RunFolder:
     """A run that can be stopped at any time and goes on where it was: what `predictions.jsonl` has is not asked again.
 
-    Used as a context manager, which records how long each session took.
-
-    Args:
-        folder: made if missing.
-        config: all that the predictions depend on, but for versions and hardware (`describe`).
-
-    Raises:
-        ValueError: the folder holds a run with another configuration.
+    Used as a context manager, which records how long each session took. The folder is made if missing; `config` is all that the
+    predictions depend on, but for versions and hardware (`describe`). Raises ValueError if the folder holds a run with another.
     """
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -45,9 +36,7 @@ class RunFolder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         seconds = self._seconds()
         self._start = None
         session = {"seconds": round(seconds, 1), "predictions": len(self._records), "stopped": kind is not None}
@@ -65,8 +54,7 @@ class RunFolder:
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append predictions, each with an "id" of its own; they are on the disk when the call returns.
 
-        Raises:
-            ValueError: an id was written before.
+        Raises ValueError if an id was written before.
         """
         lines = []
         for record in records:
@@ -83,19 +71,17 @@ class RunFolder:
         `metrics` may have a `summary`, which reports draw: `measure`, a word for what is measured, and `systems`: for each the
         `value` and its `interval`. `table` is Markdown.
         """
-        seconds = self._seconds() + sum(session["seconds"] for session in self._sessions())
+        path, seconds = self.path / SESSIONS, self._seconds()
+        if path.exists():
+            seconds += sum(json.loads(line)["seconds"] for line in path.read_text(encoding="utf-8").splitlines())
         found = {"title": title, **environment(), "seed": seed, "wall_seconds": round(seconds, 1)}
-        (self.path / "metrics.json").write_text(as_json(metrics), encoding="utf-8")
-        (self.path / "table.md").write_text(table, encoding="utf-8")
-        (self.path / "environment.json").write_text(as_json(found), encoding="utf-8")
+        contents = {"metrics.json": as_json(metrics), "table.md": table, "environment.json": as_json(found)}
+        for name, content in contents.items():
+            (self.path / name).write_text(content, encoding="utf-8")
 
     def _seconds(self) -> float:
         """Return the seconds of this session that are not on record."""
         return 0.0 if self._start is None else time.perf_counter() - self._start
-
-    def _sessions(self) -> list[dict[str, Any]]:
-        path = self.path / SESSIONS
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the predictions on the disk; what a killed process left of a last line is cut off."""
@@ -119,14 +105,13 @@ def describe(
     may_change: Collection[str] = MAY_CHANGE,
 ) -> dict[str, Any]:
     """Return the configuration of a run: settings but for those that change no number, model, weights, digests of the data."""
-    values = dataclasses.asdict(settings)
-    kept = {name: value for name, value in values.items() if name not in may_change}
+    weights = ((name, each.detach().cpu().contiguous()) for name, each in model.side_network.named_parameters())
     return {
-        "settings": kept,
+        "settings": {name: each for name, each in dataclasses.asdict(settings).items() if name not in may_change},
         "data": dict(data or {}),
         "dtype": {"backbone": str(model.backbone.dtype), "side_network": str(model.side_network.dtype)},
         "encoder": model.encoder_fingerprint(),
-        "side_network": weights_digest(model.side_network),
+        "side_network": hash_tensors(weights),
         "model": model.config.to_dict(),
     }
 
@@ -137,16 +122,10 @@ def digest(content: Any) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Return a hash of the names, shapes, dtypes and values of a module's parameters."""
-    return hash_tensors((name, each.detach().cpu().contiguous()) for name, each in module.named_parameters())
-
-
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.json` to a new folder; a folder that has one goes on only with the same settings.
 
-    Raises:
-        ValueError: the folder belongs to a run with other settings, whose results would be mixed with these.
+    Raises ValueError if it belongs to a run with other settings, whose results would be mixed with these.
     """
     text = as_json(config)
     path = folder / CONFIG

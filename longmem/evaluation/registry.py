@@ -79,13 +79,9 @@ def run_task(
 ) -> Finished:
     """Run an evaluation to its end, or go on with a stopped one; return folder, title and metrics.
 
-    Tables are shown on the console and written to the folder. The figures are another layer's:
-    `longmem.plots.plot_finished(finished)`.
-
     Settings come from a YAML file, by default the task's own, and from overrides, each `name=value` with the value in YAML.
-
-    Raises:
-        ValueError: a setting is wrong, or settings, model and data do not go together.
+    Tables are shown and written; figures are another layer's: `longmem.plots.plot_finished(finished)`. Raises ValueError if a
+    setting is wrong, or settings, model and data do not go together.
     """
     from rich.console import Console
 

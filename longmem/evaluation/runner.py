@@ -79,24 +79,24 @@ def ask_all(
     A record has `seconds` of answering; `preparing_seconds` and `encoded_tokens` are a question's share of what its case
     cost. LongMem's systems share banks, so the one that first needs a memory pays for it.
     """
+    jobs: list[tuple[Case, str, list[Item]]] = []
     for case in cases:
         run.write(record for record in guessed(case) if record["id"] not in run)
-    waiting = {case.name: left_of(task, case, run) for case in cases}
-    asked = [case for case in cases if waiting[case.name]]
-    if not asked:
+        for name in asked_systems(task, case):
+            left = [item for item in case.items if record_id(case, item, name) not in run]
+            jobs += [(case, name, left)] * bool(left)
+    if not jobs:
         return
     try:
-        banks = task.banks(model)
-        settings = task.settings
+        banks, settings = task.banks(model), task.settings
         options = {"window": settings.window, "batch_size": settings.batch_size, "retrieval": task.retrieval}
         systems = {system.name: system for system in make_systems(settings.systems, model, banks=banks, **options)}
-        for stage, group in itertools.groupby(asked, key=lambda case: case.stage):
+        for stage, group in itertools.groupby(jobs, key=lambda job: job[0].stage):
             own = list(group)
-            task.begin(own, console)
-            jobs = [(case, name, items) for case in own for name, items in waiting[case.name].items()]
-            total, done = sum(len(items) for _, _, items in jobs), 0
+            task.begin(list({case.name: case for case, _, _ in own}.values()), console)
+            total, done = sum(len(items) for _, _, items in own), 0
             with item_progress(stage, console) as report:
-                for case, name, items in jobs:
+                for case, name, items in own:
                     other = wrong.get(case.name) if name == "wrong" else None
                     for records in ask(task, systems[name], case, items, other, banks):
                         run.write(record for record in records if record["id"] not in run)
@@ -104,15 +104,6 @@ def ask_all(
                         report(done, total)
     finally:
         task.close()
-
-
-def left_of(task: Task, case: Case, run: RunFolder) -> dict[str, list[Item]]:
-    """Return the items of a case that the folder does not have, by system."""
-    found = {
-        name: [item for item in case.items if record_id(case, item, name) not in run]
-        for name in asked_systems(task, case)
-    }
-    return {name: items for name, items in found.items() if items}
 
 
 def described(case: Case, item: Item) -> dict[str, Any]:
@@ -183,11 +174,10 @@ class Costs:
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
         """Count all seconds of the block, but for those of answering, as preparing."""
-        start, (answering, _, _) = time.perf_counter(), self._now()
-        before = self.system.preparing_seconds
+        start, (answering, preparing, _) = time.perf_counter(), self._now()
         yield
         seconds = time.perf_counter() - start - (self.system.answering_seconds - answering)
-        self.system.preparing_seconds = before + seconds
+        self.system.preparing_seconds = preparing + seconds
 
     def shares(self, count: int) -> dict[str, float]:
         """Return the costs since the last call, divided by a count of questions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 
 from longmem.configuration import LongMemConfig
-from longmem.evaluation.systems.names import validate_systems
+from longmem.evaluation.systems.making import validate_systems
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.opening import open_model
 from longmem.settings import From, read_settings
@@ -70,20 +69,6 @@ def validate_different(name: str, values: Sequence[Any]) -> None:
     """Raise ValueError unless a setting is a list of different values, at least one."""
     if not values or len(set(values)) < len(values):
         raise ValueError(f"`{name}` must be at least one, and none twice, got {list(values)}.")
-
-
-def read_arguments(kind: type[Settings], description: str | None) -> Settings:
-    """Return the settings that the command line names: a YAML file, and changes to it; ends the program if one is wrong."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file with settings")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace those of the file (values in YAML)"
-    )
-    arguments = parser.parse_args()
-    try:
-        return load_evaluation(kind, arguments.config, arguments.overrides)
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def load_evaluation(kind: type[Settings], path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:

@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from longmem.evaluation.intervals import Estimate, clustered_mean, stratified_mean
-from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.intervals import Estimate, stratified_mean
 from longmem.evaluation.task import Axis, Measure, Record, Task
 
 
@@ -29,10 +28,8 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
 
     `measures` has for each measure its title, unit and `cells`: by the values of axes, such as "passkey, 4096", and "all",
     what `compare` returns. `axes` has the values of each axis, `tables` what the task adds, `costs` what systems cost.
-    `summary` is the main figure, the first with intervals, if there is one.
-
-    Raises:
-        ValueError: systems have not answered the same questions.
+    `summary` is the main figure, the first with intervals, if there is one. Raises ValueError if systems have not answered the
+    same questions.
     """
     scored = scored_records(task, records)
     measures: dict[str, dict[str, Any]] = {}
@@ -50,7 +47,7 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
     return {
         "task": task.name,
         **summary_of([each for name, each in measures.items() if task.measures[name].aggregate is None]),
-        "systems": {name: title_of(task, name) for name in dict.fromkeys(record["system"] for record, _ in scored)},
+        "systems": {name: task.title_of(name) for name in dict.fromkeys(record["system"] for record, _ in scored)},
         "measures": measures,
         "axes": axes,
         "baselines": list(task.baselines),
@@ -95,15 +92,9 @@ def rows_of(task: Task, measure: Measure, record: Record, score: float) -> Itera
         yield Row(*common, {axis.name: value for axis, value in zip(task.axes, values, strict=True)})
 
 
-def title_of(task: Task, system: str) -> str:
-    """Return what a system or a baseline of the task is called."""
-    return task.baselines.get(system) or title_of_system(system)
-
-
 def values_of(record: Record, axis: Axis) -> Sequence[Any]:
     """Return the values of an axis that a record stands for."""
-    value = record[axis.name]
-    return value if isinstance(value, list | tuple) else [value]
+    return value if isinstance(value := record[axis.name], list | tuple) else [value]
 
 
 def ordered(axis: Axis, values: Iterable[Any]) -> list[Any]:
@@ -145,13 +136,9 @@ def compare(
 ) -> dict[str, Any]:
     """Return for each system the mean, or what the measure makes of all scores, and how far it is above the baseline.
 
-    Intervals hold 95 % and are over groups, whose items are not independent; where there is one group, over its items.
-
-    Args:
-        task: as `measure` and `rows`, of all systems.
-        strata: an axis whose values count the same, however many items they have.
-        repeat: an axis of draws: values of each draw, and their standard deviation as numpy's `std` computes it.
-        with_intervals: False: means alone.
+    Intervals hold 95 % and are over groups, whose items are not independent; where there is one group, over its items. Of
+    `strata`, an axis, all values count the same, however many items they have. Of `repeat`, an axis of draws, there are the
+    values of each draw, and their standard deviation as numpy's `std` computes it.
     """
     with_intervals = with_intervals and measure.aggregate is None
     systems = aligned(rows)
@@ -159,13 +146,11 @@ def compare(
     baseline = measure.baseline if measure.baseline in systems else next(iter(systems))
     groups = [row.group for row in first]
     groups = groups if len(set(groups)) > 1 else [row.item for row in first]
-    parts = None if strata is None else [str(row.axes[strata]) for row in first]
+    parts = ["" if strata is None else str(row.axes[strata]) for row in first]
 
     def estimate(values: Sequence[float]) -> Estimate:
         if not with_intervals:
             return (statistics.fmean(values),) * 3
-        if parts is None:
-            return clustered_mean(values, groups, seed=task.settings.seed)
         return stratified_mean(values, groups, parts, seed=task.settings.seed)
 
     found: dict[str, Any] = {}
@@ -177,7 +162,7 @@ def compare(
         else:
             value, ends, above_ends = float(measure.aggregate(values)), [], []
             above = value - float(measure.aggregate(others))
-        found[name] = {"title": title_of(task, name), "value": value, "interval": ends}
+        found[name] = {"title": task.title_of(name), "value": value, "interval": ends}
         found[name] |= {"above_baseline": above, "above_baseline_interval": above_ends}
         if not with_intervals:
             del found[name]["interval"], found[name]["above_baseline_interval"]
@@ -210,14 +195,11 @@ def aligned(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def means_of_repeats(rows: Sequence[Row], repeat: Axis, strata: str | None) -> dict[str, float]:
     """Return the mean of each draw; with strata, the mean of their means."""
-    found = {}
-    for value in dict.fromkeys(row.axes[repeat.name] for row in rows):
-        parts: dict[Any, list[float]] = {}
-        for row in rows:
-            if row.axes[repeat.name] == value:
-                parts.setdefault(None if strata is None else row.axes[strata], []).append(row.value)
-        found[str(value)] = statistics.fmean(map(statistics.fmean, parts.values()))
-    return found
+    found: dict[str, dict[Any, list[float]]] = {}
+    for row in rows:
+        parts = found.setdefault(str(row.axes[repeat.name]), {})
+        parts.setdefault(None if strata is None else row.axes[strata], []).append(row.value)
+    return {draw: statistics.fmean(map(statistics.fmean, parts.values())) for draw, parts in found.items()}
 
 
 def costs_of(records: Sequence[Record]) -> dict[str, Any]:

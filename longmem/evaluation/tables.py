@@ -86,7 +86,15 @@ def tables_of_cells(
     chance = f", chance {first['chance']:.1f} %" if "chance" in first else ""
     for end in (chance,) if brief else (chance, f", above {systems[first['baseline']]}"):
         is_above = end != chance
-        rows = [["", *(head if brief else f"{head} ({items_of(cell):,} items)" for head, (cell, _) in there.items())]]
+        rows = [
+            [
+                "",
+                *(
+                    head if brief else f"{head} ({next(iter(cell['systems'].values()))['items']:,} items)"
+                    for head, (cell, _) in there.items()
+                ),
+            ]
+        ]
         for name, title in systems.items():
             found = [(cell["systems"].get(name), unit) for cell, unit in there.values()]
             if any(own for own, _ in found) and not (is_above and name == first["baseline"]):
@@ -96,17 +104,10 @@ def tables_of_cells(
             yield f"{heading}{end}", rows
 
 
-def items_of(cell: Mapping[str, Any]) -> int:
-    """Return the items of a comparison."""
-    return next(iter(cell["systems"].values()))["items"]
-
-
 def spelled(own: Mapping[str, Any], unit: str, is_above: bool = False) -> str:
     """Return a mean with its deviation and interval, as far as it has them, or how far it is above the baseline."""
-    name, sign = ("above_baseline", "+") if is_above else ("value", "")
-    digits = 1 if unit == "%" else 3
-    text = f"{own[name]:{sign}.{digits}f}"
-    if "deviation" in own and not is_above:
-        text += f" ± {own['deviation']:.{digits}f}"
-    ends = [f"{end:{sign}.{digits}f}" for end in own.get(f"{name}_interval" if is_above else "interval", ())]
-    return f"{text} ({' to '.join(ends)})" if ends else text
+    name, ends, sign = ("above_baseline", "above_baseline_interval", "+") if is_above else ("value", "interval", "")
+    form = f"{sign}.{1 if unit == '%' else 3}f"
+    deviation = f" ± {own['deviation']:{form}}" if "deviation" in own and not is_above else ""
+    value, *interval = with_interval(own[name], own.get(ends, ()), form).partition(" (")
+    return value + deviation + "".join(interval)

@@ -1,7 +1,6 @@
 """What an evaluation is: cases that are put into memory, what is asked about each, and what an answer counts.
 
-A task is one class: `cases` says what is asked, `score` what a record counts; runner, summary, tables and figure follow. Where
-a task needs more, it overrides a hook of `Task`.
+A task is one class: `cases` says what is asked, `score` what a record counts; all else are hooks with defaults.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from longmem.evaluation.folder import MAY_CHANGE, RunFolder, digest
 from longmem.evaluation.settings import EvaluationSettings
-from longmem.evaluation.systems import Answer, Banks, System
+from longmem.evaluation.systems import Answer, Banks, System, title_of_system
 from longmem.model.modeling import LongMemForCausalLM
 
 Record = Mapping[str, Any]
@@ -142,13 +141,14 @@ class Task(ABC):
     asked_at_once: ClassVar[int] = 32
     """Questions that share one run of what stands before them, and are written down together."""
 
+    wrong_shares: ClassVar[tuple[str, ...] | None] = None
+    """Axes that a case and the one in its wrong memory have in common; None: all."""
+
     may_change: ClassVar[tuple[str, ...]] = MAY_CHANGE
     """Settings that change no number."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
-
-    # What every task says -------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -159,20 +159,16 @@ class Task(ABC):
     def cases(self, model: LongMemForCausalLM) -> Sequence[Case]:
         """Return the cases in the order in which they are asked.
 
-        Raises:
-            ValueError: settings, model and data do not go together. Nothing has been written then.
+        Raises ValueError if settings, model and data do not go together; nothing has been written then.
         """
 
     @abstractmethod
     def score(self, record: Record) -> Mapping[str, float]:
         """Return what an answer counts by each measure; a measure that is left out does not count this record.
 
-        Args:
-            record: `case`, `item`, `system`, `group`, the axes, what `Item.about` says, then `logprobs` and `tokens` of the
-                candidates, `prediction` if an answer was written, and what `prepare` recorded; of a guess, its fields.
+        A record has `case`, `item`, `system`, `group`, the axes, what `Item.about` says, then `logprobs` and `tokens` of the
+        candidates, `prediction` if an answer was written, and what `prepare` recorded; of a guess, its fields.
         """
-
-    # Hooks ----------------------------------------------------------------------------------------------------------------
 
     @property
     def run_title(self) -> str:
@@ -183,6 +179,10 @@ class Task(ABC):
     def notes(self) -> Sequence[str]:
         """Return what a reader of the tables must know, a paragraph each."""
         return ()
+
+    def title_of(self, system: str) -> str:
+        """Return what a system or a baseline of the task is called."""
+        return self.baselines.get(system) or title_of_system(system)
 
     def chance(self, record: Record) -> float:
         """Return how probable it is that a guess is right."""
@@ -202,13 +202,14 @@ class Task(ABC):
         return Banks(model)
 
     def wrong(self, case: Case, cases: Sequence[Case]) -> Case | None:
-        """Return the case whose memory is the wrong one: the next of another group, alike in axes and systems, with a memory.
+        """Return the case in the wrong memory: the next of another group, alike in `wrong_shares` and systems, with a memory.
 
         After the last case comes the first. None where no case is needed (`prepare`).
         """
         place = next(number for number, each in enumerate(cases) if each is case)
+        shared = case.axes.keys() if self.wrong_shares is None else self.wrong_shares
         for other in (*cases[place + 1 :], *cases[:place]):
-            is_alike = (other.axes, other.systems) == (case.axes, case.systems)
+            is_alike = other.systems == case.systems and all(other.axes[name] == case.axes[name] for name in shared)
             if other.group != case.group and is_alike and other.memorized:
                 return other
         raise ValueError(

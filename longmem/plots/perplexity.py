@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from longmem.evaluation.perplexity.scores import load_scores
-from longmem.evaluation.perplexity.scoring import WindowScores
-from longmem.evaluation.perplexity.tables import distance_heading
-from longmem.evaluation.perplexity.windows import Cut
-from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.perplexity.scoring import Cut, WindowScores
+from longmem.evaluation.perplexity.summary import distance_heading
+from longmem.evaluation.perplexity.texts import load_scores
+from longmem.evaluation.systems.making import title_of_system
 from longmem.plots.style import STYLES, color_of, draw_estimates, draw_interval, new_figure, panels_of, tidy
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longmem.evaluation.systems.names import TITLES
+from longmem.evaluation.systems.making import TITLES
 from longmem.plots.style import COLORS, STYLES, new_figure, short_count, tidy
 from longmem.training.records import StepRecord, ValidationRecord
 

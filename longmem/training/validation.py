@@ -10,9 +10,7 @@ from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.evaluation.perplexity.scoring import score_windows
-from longmem.evaluation.perplexity.views import make_views
-from longmem.evaluation.perplexity.windows import Cut, Window
+from longmem.evaluation.perplexity.scoring import Cut, Window, make_views, score_windows
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.training.settings import ValidationSettings

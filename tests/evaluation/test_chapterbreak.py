@@ -22,13 +22,14 @@ from longmem.evaluation.tasks.chapterbreak import (
     ChapterBreak,
     ChapterBreakSettings,
     Encoder,
+    Example,
+    Split,
     baseline_values,
     credit,
     overlap,
     rarity,
     views,
 )
-from longmem.evaluation.tasks.chapterbreak_data import Example, Split
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 WINDOW, SUFFIX, LOCAL = 32, 8, 22  # two tokens are the joiner's

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_chapterbreak import examples
 
-from longmem.evaluation.tasks.chapterbreak_data import Example, choose, file_for, load_split
+from longmem.evaluation.tasks.chapterbreak import Example, choose, file_for, load_split
 
 
 def as_works(own: list[Example]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def facts_of(case: Case, settings: FactsSettings = SETTINGS, text: str = "") -> 
     task, size, _, item = case.name.split("/")
     places = settings.windows(int(size), LENGTH)
     generator = random.Random(f"{settings.seed}/{task}/{size}/{item}")
-    facts = FactMaker.absent_from(text, settings).draw(task, generator, len(places))
+    facts = FactMaker(text, settings).draw(task, generator, len(places))
     return dict(zip(places, facts, strict=True))
 
 
@@ -103,7 +103,7 @@ def test_facts_are_drawn_from_a_seed_and_hold_the_right_value_alone(task, wrong_
         tasks=(task,),
         needles="alone" if task == "passkey" else "together",
     )
-    maker = FactMaker.absent_from("", settings)
+    maker = FactMaker("", settings)
     draw = [list(maker.draw(task, random.Random(seed), 5)) for seed in (1, 1, 2)]
     assert draw[0] == draw[1] != draw[2]
     whole = "".join(fact.text + fact.after for fact in draw[0])
@@ -122,14 +122,14 @@ def test_facts_are_drawn_from_a_seed_and_hold_the_right_value_alone(task, wrong_
 def test_values_that_the_haystack_holds_are_not_drawn():
     numbers = set(range(10_000, 100_000)) - set(range(50_000, 50_004))
     text = " ".join(map(str, numbers)) + " fly a kite from the western city wall, said he"
-    maker = FactMaker.absent_from(text, SETTINGS)
+    maker = FactMaker(text, SETTINGS)
     assert "fly a kite from the western city wall" not in maker.activities
-    assert len(maker.activities) == len(FactMaker.absent_from("", SETTINGS).activities) - 1
+    assert len(maker.activities) == len(FactMaker("", SETTINGS).activities) - 1
     (fact,) = maker.draw("passkey", random.Random(0), 1)
     assert set(fact.values) == {str(number) for number in range(50_000, 50_004)}
     most = " ".join(maker.activities[:36])
     with pytest.raises(ValueError, match="`haystack` must leave 6 values for the task needle, got 4"):
-        FactMaker.absent_from(most, SETTINGS)
+        FactMaker(most, SETTINGS)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -9,10 +9,8 @@ import datasets
 import pytest
 from in_context_data import save_sets, save_squad
 
-from longmem.evaluation.tasks.labelled import Labelled, LabelledSettings
-from longmem.evaluation.tasks.labelled_sets import SETS
-from longmem.evaluation.tasks.squad import Squad, SquadSettings
-from longmem.evaluation.tasks.squad_files import load_parted, load_passages
+from longmem.evaluation.tasks.labelled import SETS, Labelled, LabelledSettings
+from longmem.evaluation.tasks.squad import Squad, SquadSettings, load_parted, load_passages
 
 
 def examples_of(name, **values):

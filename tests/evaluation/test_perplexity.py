@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longmem.evaluation import Cut, View, Window, bootstrap_interval, loss_difference, make_views, score_windows
-from longmem.evaluation.perplexity.memories import DOCUMENT, GrowingMemory
+from longmem.evaluation.perplexity.scoring import DOCUMENT, GrowingMemory
 from longmem.evaluation.systems.making import validate_context
 from longmem.memory import MemoryBank
 

@@ -10,11 +10,9 @@ import torch
 
 from longmem.evaluation.intervals import resamples
 from longmem.evaluation.perplexity import PerplexitySettings
-from longmem.evaluation.perplexity.scores import TextScores
-from longmem.evaluation.perplexity.scoring import WindowScores
-from longmem.evaluation.perplexity.summary import summarize_texts
-from longmem.evaluation.perplexity.tables import markdown, sections
-from longmem.evaluation.perplexity.windows import Cut
+from longmem.evaluation.perplexity.scoring import Cut, WindowScores
+from longmem.evaluation.perplexity.summary import markdown, sections, summarize_texts
+from longmem.evaluation.perplexity.texts import TextScores
 from longmem.plots import plot_ratios
 
 LOSSES = {"backbone": 3.0, "off": 2.9, "on": 2.8, "wrong": 2.95, "context-32": 2.5}

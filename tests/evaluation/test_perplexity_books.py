@@ -13,13 +13,9 @@ from rich.console import Console
 
 from longmem.evaluation.folder import RunFolder, describe
 from longmem.evaluation.perplexity import PerplexitySettings, running, scoring
-from longmem.evaluation.perplexity.memories import DOCUMENT, Starts
 from longmem.evaluation.perplexity.running import evaluate_texts, score_text
-from longmem.evaluation.perplexity.scores import TextScores, load_scores, save_scores
-from longmem.evaluation.perplexity.scoring import score_windows
-from longmem.evaluation.perplexity.texts import Text, digest_of
-from longmem.evaluation.perplexity.views import View, make_views
-from longmem.evaluation.perplexity.windows import Cut
+from longmem.evaluation.perplexity.scoring import DOCUMENT, Cut, Starts, View, make_views, score_windows
+from longmem.evaluation.perplexity.texts import Text, TextScores, digest_of, load_scores, save_scores
 from longmem.memory import MemoryBank
 
 CUTS = (Cut(16, 16), Cut(32, 16))

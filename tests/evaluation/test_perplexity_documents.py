@@ -11,15 +11,10 @@ from safetensors.torch import load_file
 
 from longmem import MemoryBank
 from longmem.evaluation.perplexity import PerplexitySettings
-from longmem.evaluation.perplexity.memories import GrowingMemory, Starts
 from longmem.evaluation.perplexity.running import memories_of, score_text
-from longmem.evaluation.perplexity.scores import TextScores, load_scores, save_scores
-from longmem.evaluation.perplexity.scoring import score_windows
-from longmem.evaluation.perplexity.summary import summarize_texts
-from longmem.evaluation.perplexity.tables import markdown
-from longmem.evaluation.perplexity.texts import Text
-from longmem.evaluation.perplexity.views import View, make_views
-from longmem.evaluation.perplexity.windows import Cut, Window
+from longmem.evaluation.perplexity.scoring import Cut, GrowingMemory, Starts, View, Window, make_views, score_windows
+from longmem.evaluation.perplexity.summary import markdown, summarize_texts
+from longmem.evaluation.perplexity.texts import Text, TextScores, load_scores, save_scores
 from longmem.evaluation.systems import RetrievalSystem
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -8,8 +8,8 @@ import pytest
 from tiny_models import some_text
 
 from longmem.evaluation.perplexity import PerplexitySettings
+from longmem.evaluation.perplexity.scoring import Cut, Window
 from longmem.evaluation.perplexity.texts import digest_of, read_texts
-from longmem.evaluation.perplexity.windows import Cut, Window
 
 CUTS = (Cut(16, 16), Cut(32, 16))
 

@@ -10,18 +10,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longmem.evaluation.perplexity import PerplexitySettings
-from longmem.evaluation.perplexity.scores import TextScores
-from longmem.evaluation.perplexity.scoring import WindowScores
+from longmem.evaluation.perplexity.scoring import Cut, Window, WindowScores
 from longmem.evaluation.perplexity.summary import summarize_texts
-from longmem.evaluation.perplexity.tokens import (
+from longmem.evaluation.perplexity.texts import (
     DISTANCES,
+    TextScores,
     bits_per_byte,
     byte_ends,
     distance_groups,
     last_distances,
     scored_bytes,
 )
-from longmem.evaluation.perplexity.windows import Cut, Window
 
 
 def naive_distances(ids: list[int], ngram: int) -> list[int]:

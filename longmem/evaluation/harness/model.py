@@ -84,8 +84,6 @@ class LongMemLM(HFLM):
         self.local_tokens = self.max_length if local_tokens is None else local_tokens
         self.encoded_tokens = 0  # in all memories so far
 
-    # Log-likelihoods ---------------------------------------------------------------------------------------------------
-
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, in the windows of `hf`; each reads all that stands before it."""
         if not self.memory:
@@ -124,8 +122,6 @@ class LongMemLM(HFLM):
                 if requests[number][0] is not None:  # a window of a longer text is no request
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
         return [found[number] for number in range(len(requests))]
-
-    # Generation --------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return what follows each context, up to a stop string; those that fit the window in batches."""
@@ -171,19 +167,14 @@ class LongMemLM(HFLM):
     def _room(self, request: Any) -> int:
         return normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
 
-    # Memory ------------------------------------------------------------------------------------------------------------
-
     def _readers(
         self, requests: Sequence[tuple[Sequence[int], int]], title: str, disable_tqdm: bool
     ) -> Iterator[tuple[MemorySystem, list[int]]]:
         """Yield a system that has read a past and what stays in the window, and the numbers of the requests that have these.
 
         Sorted, so that a past comes right before those that begin with it, and a bank goes on instead of beginning anew. The
-        banks are the system's alone.
-
-        Args:
-            requests: context and the tokens after it to leave room for, of each request.
-            title: of the progress bar, which `disable_tqdm` hides.
+        banks are the system's alone. `requests` are contexts, each with the tokens after it to leave room for; `title` is of
+        the progress bar.
         """
         groups: dict[tuple[Tokens, Tokens], list[int]] = {}
         for number, (context, room) in enumerate(requests):

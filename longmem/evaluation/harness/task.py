@@ -148,7 +148,11 @@ class Harness(Task):
 
     def _answers(self, lm: HFLM, name: str, task: Any, system: str, items: list[int]) -> list[dict[str, Any]]:
         """Return the records of a system's answers to a task; each has an even share of what they cost."""
-        settings, before = self.settings, costs_of(lm)
+        settings, start, encoded = (
+            self.settings,
+            time.perf_counter(),
+            lm.encoded_tokens if isinstance(lm, LongMemLM) else 0,
+        )
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         with without_warnings_of("lm_eval"):  # of every context that is cut off
             results = lm_eval.simple_evaluate(
@@ -162,14 +166,9 @@ class Harness(Task):
                 **dict.fromkeys(seeds, settings.seed),
             )
         samples = results["samples"][name]  # one for each item and filter
-        seconds, tokens = (now - then for now, then in zip(costs_of(lm), before, strict=True))
-        costs = {"seconds": seconds / len(items), "encoded_tokens": tokens / len(samples)}
+        tokens = (lm.encoded_tokens if isinstance(lm, LongMemLM) else 0) - encoded
+        costs = {"seconds": (time.perf_counter() - start) / len(items), "encoded_tokens": tokens / len(samples)}
         return [{**record_of(sample, name, system, settings.group), **costs} for sample in samples]
-
-
-def costs_of(lm: HFLM) -> tuple[float, int]:
-    """Return the seconds of a clock, and how many tokens a model has encoded."""
-    return time.perf_counter(), lm.encoded_tokens if isinstance(lm, LongMemLM) else 0
 
 
 def metric_title(metric: str, kind: str) -> str:
@@ -219,8 +218,7 @@ def record_of(sample: dict[str, Any], task: str, system: str, group: str) -> dic
 def load_tasks(settings: HarnessSettings) -> tuple[TaskManager, dict[str, Any]]:
     """Return lm-eval's index of tasks, and those of a run by name; groups and tags are taken apart.
 
-    Raises:
-        ValueError: there is no folder, or no task of a name.
+    Raises ValueError if there is no folder, or no task of a name.
     """
     for name in ("include_path", "data"):
         folder = getattr(settings, name)

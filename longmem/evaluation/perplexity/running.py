@@ -10,19 +10,23 @@ from rich.console import Console
 
 from longmem.console import counting, plain_table, token_progress
 from longmem.evaluation.folder import RunFolder, describe
-from longmem.evaluation.perplexity.memories import GrowingMemory, Starts
-from longmem.evaluation.perplexity.scores import TextScores, file_of, load_scores, save_scores
-from longmem.evaluation.perplexity.scoring import WindowScores, score_windows
+from longmem.evaluation.perplexity.scoring import Cut, GrowingMemory, Starts, WindowScores, make_views, score_windows
 from longmem.evaluation.perplexity.settings import PerplexitySettings
-from longmem.evaluation.perplexity.summary import length_group, summarize_texts
-from longmem.evaluation.perplexity.tables import markdown, sections
-from longmem.evaluation.perplexity.texts import Text, digest_of, read_texts
-from longmem.evaluation.perplexity.tokens import last_distances, scored_bytes
-from longmem.evaluation.perplexity.views import make_views
-from longmem.evaluation.perplexity.windows import Cut
+from longmem.evaluation.perplexity.summary import length_group, markdown, sections, summarize_texts
+from longmem.evaluation.perplexity.texts import (
+    Text,
+    TextScores,
+    digest_of,
+    file_of,
+    last_distances,
+    load_scores,
+    read_texts,
+    save_scores,
+    scored_bytes,
+)
 from longmem.evaluation.runner import Finished
 from longmem.evaluation.settings import open_evaluated
-from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.systems.making import title_of_system
 from longmem.model.modeling import LongMemForCausalLM
 
 
@@ -65,20 +69,15 @@ def evaluate_texts(
     left = [(each, file) for each, file in zip(texts, files, strict=True) if each.name not in run]
     if left:
         starts = Starts(model, max(map(settings.memorized, settings.cuts)), **bank_options(settings))
+        runs = {(system, settings.run_on(cut, system)) for cut in settings.cuts for system in settings.systems}
+        windows = [settings.windows(cut, len(each.token_ids), system) for each, _ in left for system, cut in runs]
         with token_progress("scored", console) as report:
-            progress = counting(report, sum(tokens_to_score(len(each.token_ids), settings) for each, _ in left))
+            progress = counting(report, sum(window.num_scored for own in windows for window in own))
             for each, file in left:
                 scores = score_text(model, each, settings, starts, progress)
                 save_scores(file, each, scores)
                 run.write([record_of(scores, file.name)])
     return [load_scores(file) for file in files]
-
-
-def tokens_to_score(num_tokens: int, settings: PerplexitySettings) -> int:
-    """Return how many tokens of a text are scored, each system counting by itself."""
-    runs = {(system, settings.run_on(cut, system)) for cut in settings.cuts for system in settings.systems}
-    windows = [settings.windows(cut, num_tokens, system) for system, cut in runs]
-    return sum(window.num_scored for own in windows for window in own)
 
 
 def score_text(
@@ -116,13 +115,15 @@ def memories_of(
     model: LongMemForCausalLM, text: Text, settings: PerplexitySettings, starts: Starts, cut: Cut
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return what systems read, and the seconds that this took already; memories of documents are written as they grow."""
-    texts = {"on": text.token_ids, "wrong": text.wrong_ids}
-    wanted = {name: ids for name, ids in texts.items() if name in settings.systems}
-    if settings.plan == "documents":
-        options = {"capacity_tokens": settings.memory_tokens, **bank_options(settings)}
-        return {name: GrowingMemory(model, ids, **options) for name, ids in wanted.items()}, {}
-    banks = {name: starts.bank(ids, settings.memorized(cut)) for name, ids in wanted.items()}
-    return {name: bank for name, (bank, _) in banks.items()}, {name: seconds for name, (_, seconds) in banks.items()}
+    memories: dict[str, Any] = {}
+    seconds = {}
+    for name, ids in (("on", text.token_ids), ("wrong", text.wrong_ids)):
+        if name in settings.systems and settings.plan == "books":
+            memories[name], seconds[name] = starts.bank(ids, settings.memorized(cut))
+        elif name in settings.systems:
+            options = {"capacity_tokens": settings.memory_tokens, **bank_options(settings)}
+            memories[name] = GrowingMemory(model, ids, **options)
+    return memories, seconds
 
 
 def bank_options(settings: PerplexitySettings) -> dict[str, Any]:
@@ -134,8 +135,11 @@ def record_of(scores: Mapping[Cut, TextScores], file: str) -> dict[str, Any]:
     """Return the line of a text in the predictions; what else there is stands in its file."""
     cuts: dict[str, Any] = {}
     for cut, one in scores.items():
-        counts = len(one.windows), sum(map(len, one.distances)), int(one.num_bytes.sum())
-        cuts[str(cut)] = dict(zip(("windows", "scored_tokens", "scored_bytes"), counts, strict=True))
+        cuts[str(cut)] = {
+            "windows": len(one.windows),
+            "scored_tokens": sum(map(len, one.distances)),
+            "scored_bytes": int(one.num_bytes.sum()),
+        }
         for name in ("loss", "seconds", "preparing_seconds"):
             cuts[str(cut)][name] = {system: getattr(each, name) for system, each in one.systems.items()}
     return {"id": one.name, "tokens": one.num_tokens, "group": length_group(one.num_tokens), "cuts": cuts, "file": file}

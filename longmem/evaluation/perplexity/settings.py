@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from longmem.evaluation.perplexity.windows import Cut, Window
+from longmem.evaluation.perplexity.scoring import Cut, Window
 from longmem.evaluation.settings import Count, EvaluationSettings
-from longmem.evaluation.systems.making import validate_context
-from longmem.evaluation.systems.names import context_size
+from longmem.evaluation.systems.making import context_size, validate_context
 from longmem.evaluation.systems.retrieval import RANKERS
 from longmem.memory.index import validate_index
 from longmem.model.modeling import LongMemForCausalLM

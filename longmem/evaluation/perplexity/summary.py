@@ -1,9 +1,9 @@
-"""What losses say: perplexities by part, reductions, cost, and what memory saves by the distance of what is needed."""
+"""What losses say: perplexities by part, reductions, cost, savings by the distance of what is needed; and their tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from longmem.evaluation.intervals import (
     perplexity_reduction,
     ratio_of_means,
 )
-from longmem.evaluation.perplexity.scores import TextScores
+from longmem.evaluation.perplexity.scoring import Cut
 from longmem.evaluation.perplexity.settings import PerplexitySettings
-from longmem.evaluation.perplexity.tokens import DISTANCES, bits_per_byte, distance_groups
-from longmem.evaluation.perplexity.windows import Cut
-from longmem.evaluation.systems.names import title_of_system
+from longmem.evaluation.perplexity.texts import DISTANCES, TextScores, bits_per_byte, distance_groups
+from longmem.evaluation.systems.making import title_of_system
+from longmem.evaluation.tables import Rows, markdown_table, with_interval
 
 # The groups of the paper's table, and documents that are shorter than its shortest; each ends before so many tokens.
 LENGTHS = {
@@ -35,8 +35,6 @@ LENGTHS = {
 ALL = "all documents"
 # Each pair: by how much is the perplexity of the first below that of the second.
 COMPARISONS = (("on", "backbone"), ("on", "off"), ("on", "wrong"), ("wrong", "off"))
-
-Masked = tuple[TextScores, Bool[Tensor, " _scored"]]  # a document or a window, and some of its tokens
 
 
 def length_group(num_tokens: int) -> str:
@@ -60,23 +58,19 @@ def summarize_texts(texts: Sequence[Mapping[Cut, TextScores]], settings: Perplex
     """
     if settings.plan == "books":
         parts, distances = book_parts(texts, settings), None
+        shown = next(iter(parts.values()))
     else:
         documents = [next(iter(each.values())) for each in texts]
-        parts, distances = document_parts(documents, settings), gains_by_distance(documents, settings)
-    shown = parts[ALL] if ALL in parts else next(iter(parts.values()))
+        groups = {name: [each for each in documents if length_group(each.num_tokens) == name] for name in LENGTHS}
+        groups[ALL] = documents
+        parts = {name: compare_texts(own, settings.systems, settings) for name, own in groups.items() if own}
+        shown, distances = parts[ALL], gains_by_distance(documents, settings)
     systems = {
         name: {"title": title_of_system(name), **values["perplexity"]} for name, values in shown["systems"].items()
     }
     summary = {"measure": "perplexity", "systems": systems}
     about = {"plan": settings.plan, "baseline": settings.baseline}
     return {**about, "parts": parts, "distances": distances, "summary": summary}
-
-
-def document_parts(documents: Sequence[TextScores], settings: PerplexitySettings) -> dict[str, Any]:
-    """Return the comparisons of documents, by group of lengths and of all of them."""
-    groups = {name: [each for each in documents if length_group(each.num_tokens) == name] for name in LENGTHS}
-    parts = {name: own for name, own in groups.items() if own} | {ALL: documents}
-    return {name: compare_texts(own, settings.systems, settings) for name, own in parts.items()}
 
 
 def book_parts(texts: Sequence[Mapping[Cut, TextScores]], settings: PerplexitySettings) -> dict[str, Any]:
@@ -135,7 +129,8 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
 def gains_by_distance(documents: Sequence[TextScores], settings: PerplexitySettings) -> dict[str, Any] | None:
     """Return what systems save against memory off, in nats per token, by the distance of what is needed.
 
-    None where there is neither "off" nor "backbone" to compare with.
+    The mean is over tokens, its interval over documents, or windows of a single one. None where there is neither "off" nor
+    "backbone" to compare with.
     """
     against = next((system for system in ("off", "backbone") if system in settings.systems), None)
     others = [system for system in settings.systems if system not in ("off", "backbone")]
@@ -146,23 +141,131 @@ def gains_by_distance(documents: Sequence[TextScores], settings: PerplexitySetti
         own = having(documents, number, settings.ngram)
         if len(own) == 1:
             own = having(own[0][0].by_window(), number, settings.ngram)
-        gains = {system: mean_gain(own, against, system, settings.seed) for system in others} if own else {}
-        count = sum(int(mask.sum()) for _, mask in own)
-        found[name] = {"tokens": count, "units": len(own), "systems": gains}
+        counts, gains = torch.tensor([float(mask.sum()) for _, mask in own]), {}
+        for system in others if own else ():
+            losses = [[torch.cat(unit.systems[each].losses)[mask] for each in (against, system)] for unit, mask in own]
+            saved = torch.stack([(worse - better).double().sum() for worse, better in losses])
+            gain = ratio_of_means(saved, counts, seed=settings.seed)
+            assert gain is not None  # every unit has tokens of the group
+            gains[system] = as_values(gain)
+        found[name] = {"tokens": int(counts.sum()), "units": len(own), "systems": gains}
     return {"against": against, "ngram": settings.ngram, "groups": found}
 
 
-def having(units: Sequence[TextScores], group: int, ngram: int) -> list[Masked]:
+def having(units: Sequence[TextScores], group: int, ngram: int) -> list[tuple[TextScores, Bool[Tensor, " _scored"]]]:
     """Return the documents, or windows of one, that have tokens of a group of distances, and which tokens these are."""
     masks = [distance_groups(torch.cat(each.distances), *each.places, ngram) == group for each in units]
     return [(each, mask) for each, mask in zip(units, masks, strict=True) if mask.any()]
 
 
-def mean_gain(units: Sequence[Masked], against: str, system: str, seed: int) -> dict[str, Any]:
-    """Return the mean over tokens of what a system saves, and its interval over units."""
-    losses = [[torch.cat(unit.systems[name].losses) for name in (against, system)] for unit, _ in units]
-    masks = [mask for _, mask in units]
-    sums = [(worse - better)[mask].double().sum() for (worse, better), mask in zip(losses, masks, strict=True)]
-    gain = ratio_of_means(torch.stack(sums), torch.stack([mask.double().sum() for mask in masks]), seed=seed)
-    assert gain is not None  # every unit has tokens of the group
-    return as_values(gain)
+NOTES = {
+    "documents": (
+        "Every document counts the same: perplexity is e to the mean, over documents, of the mean loss of their scored tokens. "
+        "Intervals hold 95 % and are over documents (of a single document, over its windows). Bits per byte are of the scored "
+        "text, in UTF-8. Seconds: of running the window, per scored token; in brackets with what was memorized or indexed for "
+        "it, where that is more. In the table of distances every token counts the same.\n"
+    ),
+    "books": (
+        "Intervals hold 95 % and are over books (of a single book, over its windows). Cost: seconds per scored token, in "
+        "times of the backbone with the same window, every window being read anew; in brackets with the time to memorize, "
+        "shared out among the tokens scored here.\n"
+    ),
+}
+
+
+def markdown(metrics: Mapping[str, Any]) -> str:
+    """Return all tables, and what their columns mean."""
+    parts = []
+    for heading, tables in sections(metrics):
+        parts += [f"## {heading}\n"] * bool(heading) + [f"{markdown_table(rows)}\n" for rows in tables]
+    return "\n".join([*parts, NOTES[metrics["plan"]]])
+
+
+def sections(metrics: Mapping[str, Any], *, brief: bool = False) -> Iterator[tuple[str, list[Rows]]]:
+    """Yield headings and the tables below them; `brief` leaves out what does not fit a terminal."""
+    head = ["", "perplexity (95 %)", f"below {metrics['baseline']}, % (95 %)", "cost"]
+    for name, part in metrics["parts"].items():
+        if metrics["plan"] == "books":
+            yield book_heading(part), [[head, *system_rows(part, metrics)], comparison_rows(part)]
+        elif brief:
+            yield document_heading(name, part), [[[*head[:-1], "s per token"], *system_rows(part, metrics)]]
+    if metrics["plan"] == "documents" and not brief:
+        below = f"below {title_of_system(metrics['baseline'])}, % (95 %)"
+        rows = [["", "perplexity (95 %)", below, "bits per byte (95 %)", "s per token"]]
+        for name, part in metrics["parts"].items():
+            rows += [[document_heading(name, part), "", "", "", ""], *system_rows(part, metrics, with_bits=True)]
+        yield "", [rows]
+    if metrics["distances"] is not None:
+        yield distance_heading(metrics), [distance_rows(metrics, brief=brief)]
+
+
+def document_heading(name: str, part: Mapping[str, Any]) -> str:
+    """Return a group of lengths with what was scored of it."""
+    plural = "s" if part["documents"] > 1 else ""
+    return f"{name}: {part['documents']} document{plural}, {part['scored_tokens']:,} tokens scored"
+
+
+def book_heading(part: Mapping[str, Any]) -> str:
+    """Return how windows were cut, and what was scored of them."""
+    window, stride = part["cut"].split("/")
+    what = "all scored but the first token" if window == stride else f"the last {stride} of each scored"
+    return (
+        f"Windows of {window} tokens, {what}: {part['documents']} books, the first {part['windows']} windows of each, after "
+        f"{part['memorized_tokens']:,} memorized tokens"
+    )
+
+
+def system_rows(part: Mapping[str, Any], metrics: Mapping[str, Any], *, with_bits: bool = False) -> Rows:
+    """Return a row for each system: perplexity, how far it is below the baseline's, perhaps bits per byte, and the cost.
+
+    That is in seconds per token, of books in times of the baseline's; in brackets, where it is more, with what was prepared.
+    """
+    rows, baseline, is_books = [], metrics["baseline"], metrics["plan"] == "books"
+    unit, form = (part["systems"][baseline]["seconds_per_token"], ".2f") if is_books else (1, ".2g")
+    for system, values in part["systems"].items():
+        running = values["seconds_per_token"]
+        alone, both = (f"{cost / unit:{form}}" for cost in (running, running + values["preparing_seconds_per_token"]))
+        below = "" if system == baseline else spelled(values["reduction_percent"], "+.2f")
+        bits = [spelled(values["bits_per_byte"], ".3f")] if with_bits else []
+        cost = alone if alone == both else f"{alone} ({both})"
+        rows.append([title_of_system(system), spelled(values["perplexity"], ".2f"), below, *bits, cost])
+    return rows
+
+
+def comparison_rows(part: Mapping[str, Any]) -> Rows:
+    """Return the table of comparisons, its head first: reductions of perplexity and shares of a gain, in percent."""
+    rows = [["", "% (95 %)"]]
+    for pair, values in part["reductions_percent"].items():
+        better, worse = (title_of_system(system).removeprefix("LongMem, ") for system in pair.split("/"))
+        rows.append([f"perplexity: {better} below {worse}", spelled(values, "+.2f")])
+    for system, share in part["share_of_gain_percent"].items():
+        size = f"{int(system.partition('-')[2]):,}"
+        said = "the longer window may gain nothing" if share is None else spelled(share, ".1f")
+        rows.append([f"gain of memory on, as a share of the gain of a window of {size}", said])
+    return rows
+
+
+def distance_heading(metrics: Mapping[str, Any]) -> str:
+    """Return what the table of distances shows."""
+    against, ngram = title_of_system(metrics["distances"]["against"]), metrics["distances"]["ngram"]
+    return (
+        f"Nats per token saved against {against}, by how far back the same {ngram} tokens (the scored one and those before "
+        "it) last ended"
+    )
+
+
+def distance_rows(metrics: Mapping[str, Any], *, brief: bool = False) -> Rows:
+    """Return the table of what is saved by distance, its head first; `brief` without intervals, and with short names."""
+    groups = metrics["distances"]["groups"]
+    systems = next(group["systems"] for group in groups.values() if group["systems"])
+    rows = [["tokens back", "tokens", *(system if brief else title_of_system(system) for system in systems)]]
+    for name, group in groups.items():
+        short = brief or group["units"] == 1  # one window has no interval
+        gains = [f"{gain['value']:+.3f}" if short else spelled(gain, "+.3f") for gain in group["systems"].values()]
+        rows.append([name, f"{group['tokens']:,}", *(gains or [""] * len(systems))])
+    return rows
+
+
+def spelled(values: Mapping[str, Any], form: str) -> str:
+    """Return an estimate with its interval."""
+    return with_interval(values["value"], values["interval"], form)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from longmem.evaluation.systems.questions import Question
+from longmem.evaluation.systems.scoring import Question
 from longmem.evaluation.systems.system import LocalModel, System
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -28,9 +28,7 @@ class Bm25Ranker:
     ) -> None:
         import bm25s  # an extra: only this system needs it
 
-        self.model = model
-        self._count = len(passages)
-        self._ranker = bm25s.BM25()
+        self.model, self._count, self._ranker = model, len(passages), bm25s.BM25()
         words = [self._words(passage) for passage in passages]
         self._known = {word for passage in words for word in passage}
         if self._known:  # bm25s cannot index passages without any words
@@ -99,9 +97,7 @@ class RetrievalSystem(System):
         **options: Any,
     ) -> None:
         super().__init__(name, model, **options)
-        self.passage_tokens = passage_tokens
-        self.pasted_share = pasted_share
-        self.query_tokens = query_tokens
+        self.passage_tokens, self.pasted_share, self.query_tokens = passage_tokens, pasted_share, query_tokens
         self._indexed: tuple[int, list[Passage]] | None = None  # tokens that were indexed, and their passages
         self._ranker: Any = None  # of the last index; it outlives a reset, since the next stream may share passages
 
@@ -111,15 +107,13 @@ class RetrievalSystem(System):
 
     def score(self, questions: Sequence[Question], prefix: Sequence[int] = ()) -> list[Any]:
         """Ask each question alone, because each has its own passages."""
-        if len(questions) == 1:
-            return super().score(questions, prefix)
-        return [answer for question in questions for answer in self.score([question], prefix)]
+        alone = super().score
+        return [answer for question in questions for answer in alone([question], prefix)]
 
     def generate(self, queries: Sequence[Sequence[int]], prefix: Sequence[int] = (), **options: Any) -> list[list[int]]:
         """Answer each query alone, because each has its own passages."""
-        if len(queries) == 1:
-            return super().generate(queries, prefix, **options)
-        return [answer for query in queries for answer in self.generate([query], prefix, **options)]
+        alone = super().generate
+        return [answer for query in queries for answer in alone([query], prefix, **options)]
 
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
         """Return the backbone, and the best passages followed by the end of stream and prefix."""
@@ -133,8 +127,7 @@ class RetrievalSystem(System):
         budget = max(int(self.pasted_share * self.window), self.window - room - len(local))
         budget = max(0, min(budget, self.window - room - 1))
         pasted = self._best(stop, query, budget)
-        context = [*pasted, *self.local(local, room + len(pasted))]
-        return LocalModel(self.model.backbone), context
+        return LocalModel(self.model.backbone), [*pasted, *self.local(local, room + len(pasted))]
 
     def _best(self, stop: int, query: Sequence[int], budget: int) -> list[int]:
         """Return the best passages that fit `budget` tokens, in the order of the stream."""

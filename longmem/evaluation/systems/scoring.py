@@ -1,18 +1,80 @@
-"""Log-likelihoods of continuations that share a context: the context is run once, its cache serves every continuation."""
+"""What a system is asked, and how likely it finds continuations: a common context is run once, its cache serves them all."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedTokenizerBase
 
 from longmem.backbone.cache_names import as_keyword, cache_of
-from longmem.evaluation.systems.questions import Answer, Continuation, Question
+
+Passages = Sequence[Sequence[int]]  # pieces of a stream of tokens
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Token ids that end the local context, and the continuations to compare after them.
+
+    `token_ids` may be empty where the context itself is the question; every candidate has at least one token.
+    """
+
+    token_ids: Sequence[int]
+    candidates: Sequence[Sequence[int]]
+
+    def __post_init__(self) -> None:
+        if not self.candidates or not all(len(candidate) for candidate in self.candidates):
+            raise ValueError(
+                "`candidates` must be at least one continuation of at least one token, got lengths "
+                f"{[len(candidate) for candidate in self.candidates]}; an empty one has no likelihood."
+            )
+
+    @property
+    def room(self) -> int:
+        """Return the tokens that the question and its longest candidate take in the window."""
+        return len(self.token_ids) + max(map(len, self.candidates))
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Log-probabilities, in nats, of the tokens of one candidate, and whether each of them was the likeliest token."""
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        """Return the log-likelihood of the candidate."""
+        return sum(self.logprobs)
+
+    @property
+    def mean(self) -> float:
+        """Return the log-likelihood per token."""
+        return self.total / len(self.logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The candidates of one question in their order, and the likeliest single token after the question."""
+
+    candidates: tuple[Continuation, ...]
+    likeliest: int
+
+    def best(self, *, per_token: bool = False) -> int:
+        """Return the number of the likeliest candidate, the first of equals; by the mean of its tokens or their sum."""
+        values = [each.mean if per_token else each.total for each in self.candidates]
+        return values.index(max(values))
+
 
 Forward = Callable[..., Any]  # input_ids, cache, use_cache, logits_to_keep -> output with logits and cache
 Row = tuple[int, ...]
@@ -49,21 +111,20 @@ def answer_questions(
             wanted.setdefault((*last, *question.token_ids, *ids[:-1]), []).append((number, candidate))
     found: dict[tuple[int, int], Continuation] = {}
     likeliest: dict[int, int] = {}
-    for rows in batches(sorted(wanted, key=len), batch_size):
+    ordered = sorted(wanted, key=len)
+    for start in range(0, len(ordered), batch_size):
+        rows = ordered[start : start + batch_size]
         needed = max(len(questions[n].candidates[c]) for row in rows for n, c in wanted[row])
         # Rows are padded on the right: what is needed of the shortest begins before what is needed of the longest.
         keep = needed + len(rows[-1]) - len(rows[0])
-        logits = run_rows(forward, cache, rows, keep, device)
-        for row, own in zip(rows, logits, strict=True):
+        for row, own in zip(rows, run_rows(forward, cache, rows, keep, device), strict=True):
             end = own.shape[0] - (len(rows[-1]) - len(row))  # one past the prediction after the row
             for number, candidate in wanted[row]:
                 ids = questions[number].candidates[candidate]
-                predictions = own[end - len(ids) : end].float()
-                logprobs = predictions.log_softmax(dim=-1).gather(1, torch.tensor(ids, device=own.device)[:, None])[
-                    :, 0
-                ]
+                predictions, places = own[end - len(ids) : end].float(), torch.tensor(ids, device=own.device)
+                logprobs = predictions.log_softmax(dim=-1).gather(1, places[:, None])[:, 0].tolist()
                 best = predictions.argmax(dim=-1).tolist()
-                found[number, candidate] = Continuation(tuple(logprobs.tolist()), best == list(ids))
+                found[number, candidate] = Continuation(tuple(logprobs), best == list(ids))
                 likeliest[number] = best[0]
     return [
         Answer(tuple(found[number, candidate] for candidate in range(len(question.candidates))), likeliest[number])
@@ -96,12 +157,6 @@ def repeated(cache: Cache, count: int) -> Cache:
     if count > 1:  # as beams do: `batch_repeat_interleave` is missing where layers are recurrent (transformers 5.23)
         copied.reorder_cache(torch.LongTensor([0] * count))
     return copied
-
-
-def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    """Yield `size` rows at a time, the rest at the end."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def as_ids(token_ids: Sequence[int] | Int[Tensor, " tokens"]) -> list[int]:

@@ -1,11 +1,12 @@
-"""The protocol of everything that is compared: reset, feed, then score candidates or answer."""
+"""Everything that is compared: reset, feed, then score candidates or answer; the backbone, and LongMem with its memory."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +14,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.backbone.cache_names import as_keyword, named_for
-from longmem.evaluation.systems.questions import Answer, Passages, Question, tokenize
-from longmem.evaluation.systems.scoring import answer_questions, as_ids, repeated, run_context
+from longmem.evaluation.systems.scoring import (
+    Answer,
+    Passages,
+    Question,
+    answer_questions,
+    as_ids,
+    repeated,
+    run_context,
+    tokenize,
+)
+from longmem.memory import MemoryBank
+from longmem.memory.protocols import Memory
 from longmem.model.modeling import LongMemForCausalLM
 
 
@@ -68,17 +79,12 @@ class System(ABC):
     def __init__(
         self, name: str, model: LongMemForCausalLM, *, window: int, local_tokens: int = 0, batch_size: int = 16
     ) -> None:
-        self.name = name
-        self.model = model
-        self.window = window
-        self.local_tokens = local_tokens
-        self.batch_size = batch_size
+        self.name, self.model, self.window = name, model, window
+        self.local_tokens, self.batch_size = local_tokens, batch_size
         self.passages: list[list[int]] = []
         self.instead: list[int] = []  # what a wrong memory holds
         self.preparing_seconds = 0.0  # what depends on the stream alone, such as encoding it
         self.answering_seconds = 0.0
-
-    # In --------------------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget everything that was fed."""
@@ -106,8 +112,6 @@ class System(ABC):
         """Return all tokens that were fed."""
         return [token for passage in self.passages for token in passage]
 
-    # Out -------------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def score(self, questions: Sequence[Question], prefix: Sequence[int] = ()) -> list[Answer]:
         """Return how likely the candidates of each question are after the stream and a common prefix.
@@ -115,13 +119,9 @@ class System(ABC):
         As `generate`, raises ValueError where a question with its longest answer does not fit the window.
         """
         room = max(question.room for question in questions)
-        local, context = self._timed_context(prefix, room, questions)
-        start = time.perf_counter()
-        answers = answer_questions(
-            local, context, questions, batch_size=self.batch_size, device=self.model.input_device
-        )
-        self.answering_seconds += time.perf_counter() - start
-        return answers
+        with self._answering(prefix, room, questions) as (local, context):
+            device = self.model.input_device
+            return answer_questions(local, context, questions, batch_size=self.batch_size, device=device)
 
     @torch.no_grad()
     def generate(
@@ -133,34 +133,29 @@ class System(ABC):
         stop: Sequence[str] = ("\n",),
     ) -> list[list[int]]:
         """Return the greedy continuation of each query after the stream and a common prefix, up to a stop string."""
-        room = max(map(len, queries)) + max_new_tokens
-        local, context = self._timed_context(prefix, room, [Question(ids, [[0]]) for ids in queries])
-        start = time.perf_counter()
-        head = context[:-1]
-        cache = run_context(local, head, self.model.input_device) if head else None
+        room, questions = max(map(len, queries)) + max_new_tokens, [Question(ids, [[0]]) for ids in queries]
+        options = {"stop_strings": list(stop), "tokenizer": self.model.tokenizer} if stop else {}
         answers = []
-        for query in queries:
-            ids = torch.tensor([[*context, *query]], device=self.model.input_device)
-            options = {"stop_strings": list(stop), "tokenizer": self.model.tokenizer} if stop else {}
-            output = local.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.model.generation_config.pad_token_id or 0,
-                **as_keyword(None if cache is None else repeated(cache, 1)),
-                **options,
-            )
-            answers.append(output[0, ids.shape[1] :].tolist())
-        self.answering_seconds += time.perf_counter() - start
+        with self._answering(prefix, room, questions) as (local, context):
+            cache = run_context(local, context[:-1], self.model.input_device) if context[:-1] else None
+            for query in queries:
+                ids = torch.tensor([[*context, *query]], device=self.model.input_device)
+                output = local.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=self.model.generation_config.pad_token_id or 0,
+                    **as_keyword(None if cache is None else repeated(cache, 1)),
+                    **options,
+                )
+                answers.append(output[0, ids.shape[1] :].tolist())
         return answers
 
     def answer(self, query: str, *, max_new_tokens: int = 32, stop: Sequence[str] = ("\n",)) -> str:
         """Return the greedy answer to a query about what was fed, up to a stop string; the query is not remembered."""
         (ids,) = self.generate([self.tokens(query)], max_new_tokens=max_new_tokens, stop=stop)
         return text_before(str(self.model.tokenizer.decode(ids, skip_special_tokens=True)), stop)
-
-    # What systems differ in --------------------------------------------------------------------------------------------
 
     @abstractmethod
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
@@ -170,23 +165,26 @@ class System(ABC):
         for passages needs the questions.
         """
 
-    def local(self, tokens: Sequence[int], room: int, window: int | None = None) -> list[int]:
+    def local(self, tokens: Sequence[int], room: int) -> list[int]:
         """Return the end of some tokens, as much as the window holds beside `room`."""
-        window = self.window if window is None else window
-        if room >= window:
+        if room >= self.window:
             raise ValueError(
-                f"`window` must hold a question, its longest answer and one token before them, got {window} tokens for "
-                f"{room}; choose a larger `window`, or shorter questions."
+                f"`window` must hold a question, its longest answer and one token before them, got {self.window} tokens "
+                f"for {room}; choose a larger `window`, or shorter questions."
             )
-        return list(tokens)[max(0, len(tokens) - (window - room)) :]
+        return list(tokens)[max(0, len(tokens) - (self.window - room)) :]
 
-    def _timed_context(
+    @contextlib.contextmanager
+    def _answering(
         self, prefix: Sequence[int], room: int, questions: Sequence[Question]
-    ) -> tuple[LocalModel, list[int]]:
+    ) -> Iterator[tuple[LocalModel, list[int]]]:
+        """Give the block what runs in the window and the context; its seconds are those of answering, others of preparing."""
         start = time.perf_counter()
         found = self.context(as_ids(prefix), room, questions)
-        self.preparing_seconds += time.perf_counter() - start
-        return found
+        prepared = time.perf_counter()
+        self.preparing_seconds += prepared - start
+        yield found
+        self.answering_seconds += time.perf_counter() - prepared
 
 
 class BackboneSystem(System):
@@ -217,3 +215,82 @@ def text_before(text: str, stop: Sequence[str]) -> str:
     """
     places = [place for each in stop if (place := text.find(each)) >= 0]
     return text[: min(places, default=len(text))].strip()
+
+
+class Banks:
+    """Banks of streams: each is encoded once, and a longer stream continues the bank of its start.
+
+    The last `keep` are kept, so that the wrong memory of one text can be the right memory of the next; `batch_size` windows
+    are encoded at once. Options are those of `MemoryBank.for_model`; without a capacity nothing is ever evicted.
+    """
+
+    def __init__(self, model: LongMemForCausalLM, keep: int = 2, batch_size: int = 1, **options: Any) -> None:
+        self.model, self.keep, self.batch_size = model, keep, batch_size
+        self.options = {"capacity_tokens": None, **options}
+        self.encoded_tokens = 0
+        self._kept: list[tuple[list[int], MemoryBank]] = []
+
+    def of(self, token_ids: Sequence[int]) -> Memory:
+        """Return a bank with one document, "stream", of these tokens, at least one; it belongs to this object."""
+        ids = list(token_ids)
+        for number, (known, bank) in enumerate(self._kept):
+            if ids[: len(known)] == known:
+                if len(ids) > len(known):
+                    self.memorize(bank, ids[len(known) :], append=True)
+                del self._kept[number]
+                break
+        else:
+            bank = self.new()
+            self.memorize(bank, ids)
+        self._kept = [*self._kept, (ids, bank)][-self.keep :]
+        return bank
+
+    def new(self, **changes: Any) -> MemoryBank:
+        """Return an empty bank that belongs to the caller, with changes to the options of all."""
+        return MemoryBank.for_model(self.model, **{**self.options, **changes})
+
+    def memorize(
+        self, bank: MemoryBank, token_ids: Sequence[int], name: str = "stream", *, append: bool = False
+    ) -> int:
+        """Write a document into a bank, or what follows it; return how many tokens were encoded, which are counted."""
+        options: dict[str, Any] = {"append": append, "batch_size": self.batch_size}
+        encoded = self.model.memorize(bank, torch.tensor(list(token_ids)), name, **options)
+        self.encoded_tokens += encoded
+        return encoded
+
+
+class MemorySystem(System):
+    """LongMem: the end of the stream in the window, everything before it in memory, so that no token is in both.
+
+    All systems with one window have the same tokens in it. Therefore up to `chunk_size - 1` tokens at the border may wait in
+    the bank for their chunk to be full, where no search finds them.
+
+    Args:
+        name: "off" reads nothing, "on" the stream's memory, "wrong" what `read` was given instead; anything else is as "on".
+        banks: shared with other systems on the same streams; None: its own.
+    """
+
+    def __init__(self, name: str, model: LongMemForCausalLM, *, banks: Banks | None = None, **options: Any) -> None:
+        super().__init__(name, model, **options)
+        self.banks = Banks(model) if banks is None else banks
+
+    def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
+        """Return the model that reads memory, and the end of stream and prefix.
+
+        What the questions push out of the window is in memory. So that a bank serves several calls, give them questions of
+        one length, or a `local_tokens` that leaves room for the longest.
+        """
+        stream = self.stream
+        kept = max(0, min(self.local_tokens, self.window - room - len(prefix)))
+        stop = max(0, len(stream) - kept)
+        local = LocalModel(self.model, self._memory(stream[:stop]))
+        return local, self.local([*stream[stop:], *prefix], room)
+
+    def _memory(self, ids: Sequence[int]) -> Memory | None:
+        if self.name == "off":
+            return None
+        if self.name == "wrong":
+            if not self.instead:
+                raise ValueError("`instead` must hold the text of the wrong memory, got none; give it to `read`.")
+            ids = self.instead
+        return self.banks.of(ids) if ids else None

@@ -80,6 +80,7 @@ class DemonstrationTask(Task):
 
     sort_by = ("seed", "number")
     retrieval = {"passage_tokens": sys.maxsize, "query_tokens": None}  # whole lines, looked up with the question alone
+    wrong_shares = ("seed",)
     max_new_tokens = 0
 
     def __init__(self, settings: Any, sets: Sequence[str]) -> None:
@@ -159,12 +160,9 @@ class DemonstrationTask(Task):
         """Return a digest of the examples of each set."""
         return {name: digest(examples) for name, examples in self.examples.items()}
 
-    def wrong(self, case: Any, cases: Sequence[Case]) -> Case:
+    def wrong(self, case: Any, cases: Sequence[Case]) -> Case | None:
         """Return the draw of the same seed from the next set, or of a single set its own, answers exchanged."""
-        if len(self.sets) == 1:
-            return dataclasses.replace(case, memory=case.exchanged)
-        after = self.sets[(self.sets.index(case.axes["set"]) + 1) % len(self.sets)]
-        return next(other for other in cases if other.axes == {**case.axes, "set": after})
+        return dataclasses.replace(case, memory=case.exchanged) if len(self.sets) == 1 else super().wrong(case, cases)
 
     def prepare(self, system: System, case: Any, wrong: Case | None) -> dict[str, Any]:
         """Have a system read and encode demonstrations, and return how many.

@@ -35,9 +35,6 @@ KEYS = [f"{adjective}-{noun}" for adjective in _WORDS["adjectives"].split() for 
 NUMBERS = range(10_000, 100_000)
 
 
-# Values to choose from -------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValueSettings(EvaluationSettings):
     """Questions whose answer is a value: the right one is compared with wrong ones, and may also be written."""
@@ -220,7 +217,7 @@ class Facts(ValueTask):
         validate_sizes(settings, model)
         ids = read_haystack(tokenizer, settings.haystack, max(settings.sizes))
         self.windows = cut(ids, model.config.segment_length)
-        maker = FactMaker.absent_from(str(tokenizer.decode(ids)), settings)
+        maker = FactMaker(str(tokenizer.decode(ids)), settings)
         found: list[Case] = []
         for task in settings.tasks:
             places = [(size, item) for size in settings.sizes for item in range(settings.items)]
@@ -313,9 +310,6 @@ def validate_sizes(settings: FactsSettings, model: LongMemForCausalLM) -> None:
             )
 
 
-# Facts, drawn from a seed ----------------------------------------------------------------------------------------------
-
-
 class Fact(NamedTuple):
     """Lines to hide, the one that is asked for between others, the question, and the values to choose from.
 
@@ -329,25 +323,21 @@ class Fact(NamedTuple):
     right: int
 
 
-@dataclasses.dataclass(frozen=True)
 class FactMaker:
-    """Draws facts whose values do not occur in a text, so that only a fact can be where they come from."""
+    """Draws facts whose values do not occur in a text, so that only a fact can be where they come from.
 
-    settings: FactsSettings
-    activities: tuple[str, ...]
-    taken_numbers: frozenset[int]
+    Raises ValueError if the text leaves too few values.
+    """
 
-    @classmethod
-    def absent_from(cls, text: str, settings: FactsSettings) -> FactMaker:
-        """Return one with the values that a text leaves. Raises ValueError if these are too few."""
-        taken = frozenset(int(number) for number in re.findall(r"(?<!\d)\d{5}(?!\d)", text))
-        left = tuple(activity for activity in ACTIVITIES if activity not in text)
-        if "needle" in settings.tasks and len(left) < settings.needed_activities:
+    def __init__(self, text: str, settings: FactsSettings) -> None:
+        self.settings = settings
+        self.taken_numbers = {int(number) for number in re.findall(r"(?<!\d)\d{5}(?!\d)", text)}
+        self.activities = [activity for activity in ACTIVITIES if activity not in text]
+        if "needle" in settings.tasks and len(self.activities) < settings.needed_activities:
             raise ValueError(
-                f"`haystack` must leave {settings.needed_activities} values for the task needle, got {len(left)} that do not "
-                "occur in it; choose another text, or fewer `num_choices`."
+                f"`haystack` must leave {settings.needed_activities} values for the task needle, got "
+                f"{len(self.activities)} that do not occur in it; choose another text, or fewer `num_choices`."
             )
-        return cls(settings, left, taken)
 
     def draw(self, task: str, generator: random.Random, count: int) -> Iterator[Fact]:
         """Return `count` facts that may stand in memory together: each has a key and a value of its own."""

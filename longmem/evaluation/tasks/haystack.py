@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,10 @@ class HaystackBanks(Banks):
         self.length = len(windows[0])
         self.replaceable = sorted(replaceable)
         parts = plan_parts([size // self.length for size in sizes], self.replaceable)
-        self._names = {part: self._name(*part) for part in parts}  # in the order of the text
+        self._names = {  # in the order of the text
+            (first, end): f"tokens {first * self.length} to {end * self.length}, {digest(self._tokens(first, end))}"
+            for first, end in parts
+        }
         self._aside = self.new(index="flat")
         self._facts: tuple[Mapping[int, Window], MemoryBank] = {}, self._aside
         self.bank = self._open(folder)
@@ -131,10 +135,9 @@ class HaystackBanks(Banks):
 
     def _encoded(self, replaced: Mapping[int, Window]) -> MemoryBank:
         if self._facts[0] != replaced:
-            bank = self.new(index="flat")
+            self._facts = replaced, self.new(index="flat")
             for number, ids in replaced.items():
-                self.memorize(bank, ids, str(number))
-            self._facts = replaced, bank
+                self.memorize(self._facts[1], ids, str(number))
         return self._facts[1]
 
     def _parts_of(self, size: int) -> list[tuple[int, int]]:
@@ -145,9 +148,6 @@ class HaystackBanks(Banks):
 
     def _tokens(self, first: int, end: int) -> list[int]:
         return [token for window in self.windows[first:end] for token in window]
-
-    def _name(self, first: int, end: int) -> str:
-        return f"tokens {first * self.length} to {end * self.length}, {digest(self._tokens(first, end))}"
 
     def _open(self, folder: str | None) -> MemoryBank:
         if folder is None or not has_bank(Path(folder)):
@@ -176,12 +176,10 @@ def plan_parts(counts: Collection[int], replaceable: Collection[int]) -> list[tu
     >>> plan_parts([4, 40], {0, 3, 20})
     [(1, 3), (4, 20), (21, 37), (37, 40)]
     """
-    ends = sorted({*counts, *replaceable, *(number + 1 for number in replaceable)})
-    parts = []
-    start = 0
-    for end in ends:
-        for first in range(start, end, WINDOWS_OF_DOCUMENT):
-            if first not in replaceable:
-                parts.append((first, min(end, first + WINDOWS_OF_DOCUMENT)))
-        start = max(start, end)
-    return parts
+    ends = sorted({0, *counts, *replaceable, *(number + 1 for number in replaceable)})
+    return [
+        (first, min(end, first + WINDOWS_OF_DOCUMENT))
+        for start, end in itertools.pairwise(ends)
+        for first in range(start, end, WINDOWS_OF_DOCUMENT)
+        if first not in replaceable
+    ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.evaluation.settings import Count
-from longmem.evaluation.task import Axis, Measure, Record
+from longmem.evaluation.task import Axis, Measure, Record, per_token
 from longmem.evaluation.tasks.files import in_format, read_text
 from longmem.evaluation.tasks.reading import Asked, Document, ReadingSettings, ReadingTask
 from longmem.evaluation.tasks.squad import exact_match, f1
@@ -48,13 +48,10 @@ class Locomo(ReadingTask):
         self.max_new_tokens = settings.max_new_tokens
 
     def score(self, record: Record) -> Mapping[str, float]:
-        answer, category = record["gold"], record["category"]
-        found = {
-            "f1": locomo_f1(record["prediction"], answer, category),
-            "exact match": locomo_exact_match(record["prediction"], answer, category),
-        }
-        if "logprobs" in record and category != ADVERSARIAL:
-            found["likelihood"] = record["logprobs"][0] / record["tokens"][0]
+        said = record["prediction"], record["gold"], record["category"]
+        found = {"f1": locomo_f1(*said), "exact match": locomo_exact_match(*said)}
+        if "logprobs" in record and record["category"] != ADVERSARIAL:
+            found["likelihood"] = per_token(record)[0]
         return found
 
     def prompt(self, asked: Asked) -> str:

@@ -41,6 +41,7 @@ class LongEval(ValueTask):
 
     name, title, kind = "longeval", "LongEval", LongEvalSettings
     axes = (Axis("task", "panel"), Axis("file"), Axis("depth", "detail", "distance, share of the record"))
+    wrong_shares = ("task",)
 
     def cases(self, model: LongMemForCausalLM) -> list[Case]:
         """Return a case for each prompt that is asked, and for those that are only a wrong memory."""
@@ -76,14 +77,6 @@ class LongEval(ValueTask):
             max_new_tokens=self.max_new_tokens,
             stage=f"prompts of LongEval, {task}",
         )
-
-    def wrong(self, case: Case, cases: Sequence[Case]) -> Case | None:
-        """Return the next case of the same task. Raises ValueError if there is no other."""
-        own = [each for each in cases if each.axes["task"] == case.axes["task"]]
-        return own[(own.index(case) + 1) % len(own)] if len(own) > 1 else super().wrong(case, own)
-
-
-# Prompts ---------------------------------------------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):

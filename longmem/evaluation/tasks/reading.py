@@ -120,10 +120,8 @@ class ReadingTask(Task):
             guesses["longest"] = {"choice": best([len(option) for option in asked.options])}
         else:
             about |= {"category": asked.category, "trap": asked.trap}
-        candidates = [tokens(candidate) for candidate in self.candidates(asked)]
-        return Item(
-            name=asked.name, token_ids=tokens(self.prompt(asked)), candidates=candidates, about=about, guesses=guesses
-        )
+        ids, candidates = tokens(self.prompt(asked)), [tokens(candidate) for candidate in self.candidates(asked)]
+        return Item(name=asked.name, token_ids=ids, candidates=candidates, about=about, guesses=guesses)
 
     def _case(self, model: LongMemForCausalLM, document: Document, asked: Sequence[Asked]) -> Case:
         """Return a document in tokens.
