@@ -42,7 +42,7 @@ def tell(arguments: argparse.Namespace, values: dict[str, Any], sentence: str) -
     if arguments.json:
         print_json(values)
     else:
-        console_for(False).print(sentence, markup=False)
+        console_for(False).print(sentence)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -68,9 +68,8 @@ def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: b
 
     Where something is stale and its refresh policy has work to do, also a bank that is only read is opened for writing.
 
-    Raises:
-        ValueError: there is none.
-        StaleMemoryError: another encoder wrote it, and its policy is "frozen", or encoding again would not help.
+    Raises ValueError if there is none; StaleMemoryError if another encoder wrote it and its policy is "frozen", or encoding
+    again would not help.
     """
     from longmem.memory import MemoryBank, has_bank
 
@@ -86,7 +85,7 @@ def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: b
 
 def refuse_stale(folder: Path, bank: MemoryBank, model: LongMemForCausalLM) -> None:
     """Raise StaleMemoryError, which names the commands that help, if a frozen bank is another encoder's."""
-    from longmem.encoder.checks import refuse_other_recipe
+    from longmem.encoder.stamp import refuse_other_recipe
 
     known, stamp = bank.encoders.stamp, model.encoder_stamp()
     if known is None or known.digest == stamp.digest or bank.refresh != "frozen":

@@ -4,8 +4,6 @@ One recipe, top to bottom: open a model, memorize the first part of a long text,
 continue a prompt, save, reopen, check. No number is stored in the package.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time
@@ -42,7 +40,10 @@ Scores = dict[str, WindowScores]
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """What a demonstration is told: the options of `longmem demo`, and `new_tokens`, those of the continuation."""
+    """What a demonstration is told: the options of `longmem demo`, and `new_tokens`, those of the continuation.
+
+    Raises ValueError for numbers that leave nothing to memorize or to score.
+    """
 
     output: Path
     file: Path | None
@@ -53,6 +54,13 @@ class DemoSettings:
     seed: int
     new_tokens: int = 40
 
+    def __post_init__(self) -> None:
+        for name, least in (("windows", 1), ("window", 2), ("new_tokens", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.memory_tokens < self.window:
+            raise ValueError(f"`memory_tokens` must be at least `window`, {self.window}, got {self.memory_tokens}.")
+
     @property
     def cut(self) -> Cut:
         """How the rest is cut into windows: one after the other."""
@@ -62,13 +70,11 @@ class DemoSettings:
 def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     """Run the demonstration, tell it on the console and return its metrics; files are in `settings.output`.
 
-    Raises:
-        ValueError: the text is too short, or a number is out of range.
-        RuntimeError: the reopened model does not compute the same numbers.
+    Raises ValueError if the text is too short or a number out of range, RuntimeError if the reopened model computes other
+    numbers.
     """
     began = time.perf_counter()
     require_matplotlib()
-    validate_settings(settings)
     settings.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     step = Headings(console)
@@ -118,9 +124,17 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         "continuations": continuations,
         "seconds": (seconds := time.perf_counter() - began),
     }
-    config = {"demo": dataclasses.asdict(settings), "model": model.config.to_dict()}
+    # Files of an earlier demonstration in the same folder are replaced.
+    files = {
+        "config.json": as_json({"demo": dataclasses.asdict(settings), "model": model.config.to_dict()}),
+        "metrics.json": as_json(metrics),
+        "environment.json": as_json({**environment(), "seed": settings.seed}),
+        "table.md": markdown_table(table_rows(summary)) + "\n",
+    }
+    for file, text in files.items():
+        (settings.output / file).write_text(text, encoding="utf-8")
     tensors = {f"{name}/{system}": torch.stack(own.losses) for system, own in scores.items()}
-    write_results(settings, config, tensors, metrics, markdown_table(table_rows(summary)) + "\n")
+    save_file(tensors, settings.output / "losses.safetensors")
     plot_scores(
         settings.output / "demo.png",
         scores,
@@ -133,23 +147,12 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     return metrics
 
 
-def validate_settings(settings: DemoSettings) -> None:
-    """Raise ValueError for numbers that leave nothing to memorize or to score."""
-    for name, least in (("windows", 1), ("window", 2), ("new_tokens", 1)):
-        if (value := getattr(settings, name)) < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    if settings.memory_tokens < settings.window:
-        raise ValueError(f"`memory_tokens` must be at least `window`, {settings.window}, got {settings.memory_tokens}.")
-
-
 def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
     """Return the model, and say whether its side network is a trained one.
 
-    Raises:
-        ValueError: the side network was made for shorter windows than the demonstration's.
+    Raises ValueError if the side network was made for shorter windows than the demonstration's.
     """
-    origin = look_up(settings.model).origin
-    name, window = settings.model, settings.window
+    name, window, origin = settings.model, settings.window, look_up(settings.model).origin
     # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
     model = open_model(name, segment_length=window) if origin == "new" else open_model(name)
     if window > (longest := model.config.segment_length):
@@ -280,21 +283,6 @@ def reopened_difference(
     with MemoryBank.open(settings.output / "bank", reopened, read_only=True) as reopened_bank:
         again = score_windows(View(reopened, rest, reopened_bank), settings.cut.row(0, 1))
     return (again.losses[0] - scores["on"].losses[0]).abs().max().item()
-
-
-def write_results(
-    settings: DemoSettings, config: Mapping[str, Any], losses: dict[str, Tensor], metrics: Mapping[str, Any], table: str
-) -> None:
-    """Write the files of the results; those of an earlier demonstration in the same folder are replaced."""
-    files = {
-        "config.json": config,
-        "metrics.json": metrics,
-        "environment.json": {**environment(), "seed": settings.seed},
-    }
-    texts = {name: as_json(content) for name, content in files.items()} | {"table.md": table}
-    for name, text in texts.items():
-        (settings.output / name).write_text(text, encoding="utf-8")
-    save_file(losses, settings.output / "losses.safetensors")
 
 
 def closing(output: Path, seconds: float) -> str:

@@ -1,7 +1,5 @@
 """`longmem eval`: ask several systems the questions of an evaluation, and leave a folder of results."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +10,6 @@ from longmem.cli.parsing import add_command
 from longmem.evaluation.registry import CONFIGS, known_tasks, refuse_unknown_task, run_task
 
 EXAMPLES = """\
-examples:
   longmem eval --list                                            what can be asked
   longmem eval recall output=results/recall                      facts far back; nothing to download
   longmem eval quality data=quality.jsonl limit=40               an estimate with its interval
@@ -41,8 +38,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run an evaluation to its end, or list all of them.
 
-    Raises:
-        ValueError: the evaluation is not known, or settings, model and data do not go together.
+    Raises ValueError if the evaluation is not known, or settings, model and data do not go together.
     """
     if arguments.list:
         list_tasks(known_tasks(), as_json=arguments.json)
@@ -67,8 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 def run_script(task: str, overrides: Sequence[str], usage: str | None) -> None:
     """Run an evaluation and draw its figures: all that the scripts in `eval/` do.
 
-    Raises:
-        SystemExit: settings, model and data do not go together; says why, and then `usage`.
+    Raises SystemExit if settings, model and data do not go together: it says why, and then `usage`.
     """
     from longmem.plots import plot_finished, require_matplotlib
 

@@ -1,7 +1,5 @@
 """The command line `longmem`: its commands, and what becomes of an error."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

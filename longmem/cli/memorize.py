@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from longmem.model.modeling import LongMemForCausalLM
 
 MEMORIZE_EXAMPLES = """\
-examples:
   longmem memorize book.txt --bank memory                       a new bank, or one more document in it
   longmem memorize draft.txt --bank memory --replace            a new version of a document that is there
   longmem memorize a.txt --id "meeting, May 2" --bank memory    a name of your own
@@ -28,11 +27,9 @@ progress. A bank belongs to the model that wrote it, and remembers its name. `lo
 also reads what `longmem bank export` wrote.
 """
 APPEND_EXAMPLES = """\
-examples:
   longmem bank append monday.txt tuesday.txt --id diary --bank memory    in this order, all or none
 """
 UPDATE_EXAMPLES = """\
-examples:
   longmem bank update notes.txt --bank memory
   longmem bank update second-draft.txt --id draft.txt --bank memory
 
@@ -94,8 +91,7 @@ class Written(NamedTuple):
 def run(arguments: argparse.Namespace) -> None:
     """Add documents or, with `--replace`, new versions of them; each is on the disk once it is whole.
 
-    Raises:
-        ValueError: a name that is there or given twice, an empty or unreadable file, or a bank of another model.
+    Raises ValueError for a name that is there or given twice, an empty or unreadable file, or a bank of another model.
     """
     from longmem.memory import MemoryBank, has_bank
     from longmem.model.opening import open_model

@@ -1,7 +1,5 @@
 """`longmem official`: checkpoints of the released code, and recordings of its runs."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ from longmem.cli import common
 from longmem.cli.parsing import add_command, add_group
 
 EXAMPLES = """\
-examples:
   longmem official convert checkpoint.pt newgpt.pt longmem-released   then: LongMemForCausalLM.from_pretrained
   longmem official compare recording.safetensors                      exit code 1 if a float32 run is off
 

@@ -1,7 +1,5 @@
 """What the parsers of `longmem` share: commands and groups of commands whose help teaches, and options of several."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path
@@ -22,30 +20,26 @@ class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDesc
 
 
 def add_command(
-    to: Any, name: str, run: Run, summary: str, epilog: str, *parents: argparse.ArgumentParser
+    to: Any, name: str, run: Run, summary: str, examples: str, *parents: argparse.ArgumentParser
 ) -> argparse.ArgumentParser:
     """Return the parser of a new command; `run` does its work and returns an exit code, None for 0."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print one JSON object on standard output, for a program")
+    common = option("--json", action="store_true", help="print one JSON object on standard output, for a program")
     common.add_argument("--debug", action="store_true", help="show where an error came from")
-    command = to.add_parser(
-        name,
-        help=summary,
-        description=sentence(summary),
-        epilog=epilog,
-        parents=[common, *parents],
-        formatter_class=TeachingFormatter,
-    )
+    command = _add_parser(to, name, summary, examples, parents=[common, *parents])
     command.set_defaults(run=run)
     return command
 
 
-def add_group(to: Any, name: str, summary: str, epilog: str) -> Any:
+def add_group(to: Any, name: str, summary: str, examples: str) -> Any:
     """Return what commands of a new group are added to."""
-    group = to.add_parser(
-        name, help=summary, description=sentence(summary), epilog=epilog, formatter_class=TeachingFormatter
-    )
+    group = _add_parser(to, name, summary, examples)
     return group.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+
+def _add_parser(to: Any, name: str, summary: str, examples: str, **options: Any) -> argparse.ArgumentParser:
+    description, epilog = summary[0].upper() + summary[1:] + ".", f"examples:\n{examples}" if examples else None
+    options |= {"description": description, "epilog": epilog, "formatter_class": TeachingFormatter}
+    return to.add_parser(name, help=summary, **options)
 
 
 def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
@@ -70,8 +64,3 @@ def labels() -> argparse.ArgumentParser:
 def model_option(default: str = "the model that wrote the bank") -> argparse.ArgumentParser:
     """Return the option that names a model."""
     return option("--model", help=f"default: {default}")
-
-
-def sentence(summary: str) -> str:
-    """Return a summary as a sentence."""
-    return summary[0].upper() + summary[1:] + "."

@@ -42,8 +42,7 @@ def read_text(path: Path) -> str:
 def read_texts(files: Iterable[Path], name: str | None = None) -> list[Text]:
     """Return the texts of files, those of an export (`export_line`) one by one; `name` is for a single one.
 
-    Raises:
-        ValueError: a file without text or not in UTF-8, or a name that is given twice.
+    Raises ValueError for a file without text or not in UTF-8, or a name that is given twice.
     """
     texts = [text for path in files for text in _texts_of(path)]
     if name is not None:

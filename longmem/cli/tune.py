@@ -13,15 +13,10 @@ from longmem.cli.parsing import add_command, bank_folder, model_option
 from longmem.cli.texts import read_text
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
-
     from longmem.memory import MemoryBank
     from longmem.memory.index.tuning import Tuned
-    from longmem.model.modeling import LongMemForCausalLM
 
 TUNE_EXAMPLES = """\
-examples:
   longmem bank tune --bank memory --queries new.txt                      a table, and the setting to use
   longmem bank tune --bank memory --queries new.txt --output tuning      also as Markdown, JSON and figure
   longmem bank tune --bank memory --queries new.txt --recall 0.9 --apply
@@ -46,11 +41,11 @@ def add(actions: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure index settings, recommend one and, if asked, put it into the bank.
 
-    Raises:
-        ValueError: an empty bank, a layer that it does not store, a number out of range, or another model.
+    Raises ValueError for an empty bank, a layer that it does not store, a number out of range, or another model.
     """
     from longmem.console import plain_table
     from longmem.memory.index.tuning import recommended_index, tune
+    from longmem.memory.memorize import to_token_ids
     from longmem.model.index_queries import recorded_queries
 
     validate(arguments)
@@ -63,15 +58,16 @@ def run(arguments: argparse.Namespace) -> None:
     console = common.console_for(arguments.json)
     model_name, model = common.open_model_of(arguments.bank, arguments.model)
     with common.open_bank(arguments.bank, model) as bank:
-        token_ids = query_tokens(model, bank, text, own)
+        asking = text if own is None else bank.token_ids(own)
+        assert asking is not None
+        token_ids = to_token_ids(model, asking)
         queries = recorded_queries(model, bank, token_ids, layer, num_queries=arguments.num_queries)
         num_chunks = model.config.num_retrieved_tokens // model.config.chunk_size
         source = str(arguments.queries) if own is None else own
         console.print(
             f"{bank.num_chunks:,} chunks of layer {layer}, {queries.shape[1]:,} queries for each of {queries.shape[0]} "
             f"heads, recall of the {num_chunks} best, milliseconds for 1,000 queries. The queries are what {model_name} asks "
-            f"as it reads {source}.",
-            markup=False,
+            f"as it reads {source}."
         )
         results = tune(bank.search_keys(layer), queries, num_chunks=num_chunks)
     if own is not None:
@@ -99,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     exact = not any(each.num_bytes for each in results)
     reason = "the bank is so small that all search exactly" if exact else f"recall of at least {arguments.recall:g}"
     end = "; the bank uses it now" if arguments.apply else ", or `--apply` for this bank"
-    console.print(f'Recommended: index="{recommended}" ({reason}){end}.', markup=False)
+    console.print(f'Recommended: index="{recommended}" ({reason}){end}.')
 
 
 def validate(arguments: argparse.Namespace) -> None:
@@ -127,20 +123,6 @@ def longest_document(bank: MemoryBank) -> str:
     if not known:
         raise ValueError("the bank knows no token ids of its documents; give a text to read with `--queries FILE`.")
     return max(known, key=lambda info: info.num_chunks).document_id
-
-
-def query_tokens(
-    model: LongMemForCausalLM, bank: MemoryBank, text: str | None, document_id: str | None
-) -> Int[Tensor, " tokens"]:
-    """Return the tokens to read: of a text or, without one, of a document of the bank."""
-    from longmem.memory.memorize import to_token_ids
-
-    if text is not None:
-        return to_token_ids(model, text)
-    assert document_id is not None
-    token_ids = bank.token_ids(document_id)
-    assert token_ids is not None
-    return token_ids
 
 
 def table_rows(results: list[Tuned]) -> list[list[str]]:

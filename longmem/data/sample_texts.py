@@ -1,7 +1,5 @@
 """Long real texts that come with every Python: for demonstrations without a download."""
 
-from __future__ import annotations
-
 import ast
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -28,8 +26,7 @@ def split_texts(
 ) -> SplitTexts:
     """Return the start of a text file and of Python's manual; without a file, of the manual and the library's docstrings.
 
-    Raises:
-        ValueError: a text is too short.
+    Raises ValueError if a text is too short.
     """
     manual_name, library_name = "Python's reference manual", "docstrings of its standard library"
     if file is None:

@@ -176,11 +176,7 @@ class MemoryBank:
         opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
         try:
             bank = cls(**opened.read_content()["settings"], device=device)
-        except BaseException:
-            opened.close()
-            raise
-        bank._live_in(opened)
-        try:
+            bank._live_in(opened)
             bank._open_for(model, refresh, strict)
         except BaseException:
             opened.close()
@@ -447,7 +443,7 @@ class MemoryBank:
 
     def documents(self) -> list[DocumentInfo]:
         """Return a summary of each document, in the order in which they were added."""
-        self._drop_expired()
+        self._table.drop_expired()
         return [document.info(self.chunk_size) for document in self._table.ledger.documents.values()]
 
     def info(self, document_id: str) -> DocumentInfo:
@@ -459,7 +455,7 @@ class MemoryBank:
         return list(self._document("document_id", document_id).segments.copy())
 
     def __contains__(self, document_id: object) -> bool:
-        self._drop_expired()
+        self._table.drop_expired()
         return document_id in self._table.ledger.documents
 
     def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
@@ -717,23 +713,16 @@ class MemoryBank:
             raise ValueError(f"`layer` must be one of the memory layers {self.memory_layers}, got {layer!r}.")
         return self.memory_layers.index(layer)
 
-    def _drop_expired(self) -> None:
-        with self._table.lock:
-            self._table.drop_expired()
-
     def _refuse_circle(self, document_id: str, by: str) -> None:
-        documents = self._table.ledger.documents
+        documents, chain = self._table.ledger.documents, [by]
         checks.validate_known("by", by, documents)
-        follower: str | None = by
-        seen: set[str] = set()
-        while follower in documents and follower not in seen:
-            if follower == document_id:
-                raise ValueError(
-                    f"`by` must be another document, which {document_id!r} has not superseded itself, got {by!r}; "
-                    f"`restore({by!r})` first."
-                )
-            seen.add(follower)
-            follower = documents[follower].superseded_by
+        while (follower := documents[chain[-1]].superseded_by) in documents and follower not in chain:
+            chain.append(follower)
+        if document_id in chain:
+            raise ValueError(
+                f"`by` must be another document, which {document_id!r} has not superseded itself, got {by!r}; "
+                f"`restore({by!r})` first."
+            )
 
     @torch.inference_mode(False)  # whatever the caller's mode: what is made inside it can never be written to again
     def _extend(

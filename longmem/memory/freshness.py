@@ -1,7 +1,5 @@
 """A bank and the encoder that reads it: what is stale is refused, encoded again or masked, as its refresh policy says."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,9 +7,8 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.encoder.checks import refuse_other_recipe, refuse_unknown_encoder
 from longmem.encoder.history import UNKNOWN, Encoders
-from longmem.encoder.stamp import EncoderStamp
+from longmem.encoder.stamp import EncoderStamp, refuse_other_recipe, refuse_unknown_encoder
 from longmem.memory.index import Ranked
 from longmem.memory.protocols import EncodingModel, Writer
 from longmem.memory.refresh import (
@@ -82,9 +79,8 @@ class Freshness:
     def ready_for(self, model: EncodingModel) -> None:
         """Make ready to be read by a model, as the refresh policy says if its encoder is not the one that wrote the bank.
 
-        Raises:
-            StaleMemoryError: the encoder is another one and the policy is "frozen", its tokenizer or its sizes are others, a
-                bound is exceeded, or the encoder is not frozen.
+        Raises StaleMemoryError if the encoder is another one and the policy is "frozen", its tokenizer or its sizes are
+        others, a bound is exceeded, or the encoder is not frozen.
         """
         versions = self._table.encoders.versions
         if not versions:

@@ -1,7 +1,5 @@
 """A bank's place on disk: its changes are committed there, and can be read again, checked and compacted."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator

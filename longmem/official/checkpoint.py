@@ -28,8 +28,7 @@ class Checkpoint:
         path: the `.pt` file. It is read without running any code that it may hold.
         needs: settings that must have these values, where the checkpoint tells them.
 
-    Raises:
-        ValueError: it can't be read, or is no checkpoint of a model.
+    Raises ValueError if it can't be read, or is no checkpoint of a model.
     """
 
     def __init__(self, path: str | PathLike[str], needs: Mapping[str, Any]) -> None:
@@ -69,15 +68,10 @@ class Checkpoint:
 def convert(checkpoint: str | PathLike[str], backbone: str | PathLike[str], folder: str | PathLike[str]) -> int:
     """Write a model that `LongMemForCausalLM.from_pretrained` opens, with its backbone inside; return its `memory_size`.
 
-    `memory_size` is a property of the memory here, not of the model: the capacity to give a `MemoryBank`.
+    `memory_size` is a property of the memory here, not of the model: the capacity to give a `MemoryBank`. `checkpoint` is of
+    the side network, `backbone` of the NewGPT model it was trained on, which is written to `backbone` inside the folder.
 
-    Args:
-        checkpoint: of the side network.
-        backbone: of the NewGPT model it was trained on.
-        folder: where to write; the backbone is written to `backbone` inside it.
-
-    Raises:
-        ValueError: a file can't be read, a setting is missing, weights do not fit, or the two do not belong together.
+    Raises ValueError if a file can't be read, a setting is missing, weights do not fit, or the two do not belong together.
     """
     side, base = Checkpoint(checkpoint, SIDE_NEEDS), Checkpoint(backbone, BACKBONE_NEEDS)
     weights = backbone_weights(base.weights)

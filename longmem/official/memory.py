@@ -6,8 +6,6 @@ a last slot that is never filled, and missing slots that are read as zeros. Wher
 silence, this raises `ReleasedCodeError`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 
 import faiss
@@ -78,7 +76,7 @@ class OfficialMemory:
     def ready_for(self, model: EncodingModel) -> None:
         """Be read by any model: nothing of the encoder is known."""
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[None]:
+    def locate(self, rows: Int[Tensor, "..."]) -> list[None]:
         """Return None for every row: nothing is known of documents."""
         return [None] * rows.numel()
 
@@ -117,16 +115,13 @@ class OfficialMemory:
 
         Arguments as `LongMemForCausalLM.forward` returns them: one tensor each, for the one memory layer.
 
-        Raises:
-            ReleasedCodeError: the batch is more than the released eviction can make room for (nothing is written), or a
-                number does not fit the storage dtype.
+        Raises ReleasedCodeError if the batch is more than the released eviction can make room for (nothing is written), or a
+        number does not fit the storage dtype.
         """
         (batch_keys,), (batch_values,) = keys, values
         num_tokens = batch_keys.shape[0] * batch_keys.shape[2]
         num_new = num_tokens // self.chunk_size
-        evicted = 0
-        if self.num_chunks + num_new >= self.capacity:
-            evicted = 2 * num_tokens // self.chunk_size
+        evicted = 2 * num_tokens // self.chunk_size if self.num_chunks + num_new >= self.capacity else 0
         if evicted > self.num_chunks:
             raise ReleasedCodeError(
                 f"a batch of {num_tokens} tokens ({num_new} chunks) makes the released code evict {evicted} chunks where "

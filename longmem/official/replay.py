@@ -173,16 +173,10 @@ def memory_values(memory: OfficialMemory, when: str) -> Values:
 
 
 def replay(recording: Recording, model: LongMemForCausalLM, run: str, *, is_fed: bool) -> Iterator[tuple[str, float]]:
-    """Yield (family, difference) for every recorded tensor of a run.
+    """Yield (family, difference) for every recorded tensor of a run of the recorded model.
 
-    Args:
-        recording: what to compare with.
-        model: the recorded model.
-        run: its name.
-        is_fed: write the recorded keys and values to the memory, not the model's own.
-
-    Raises:
-        ReleasedCodeError: the run needs what the released code gets wrong.
+    `is_fed`: write the recorded keys and values to the memory, not the model's own.
+    Raises ReleasedCodeError if the run needs what the released code gets wrong.
     """
     memory = recording.new_memory(run, WatchedMemory)
     for number in recording.runs[run]:

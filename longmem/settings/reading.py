@@ -1,7 +1,5 @@
 """Plain values, as YAML gives them, into dataclasses: every key known, every value of its type and in its range."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -48,8 +46,7 @@ def read_section(section: type[Section], values: object, *, place: str = "", kno
         place: dotted name of the section, empty for the whole.
         known: dotted names to offer when a key is unknown.
 
-    Raises:
-        ValueError: a key is unknown, a required one is missing, or a value has another type or is out of its range.
+    Raises ValueError if a key is unknown, a required one is missing, or a value has another type or is out of its range.
     """
     known = list(known) or list(dotted_names(section))
     fields = {field.name: field for field in dataclasses.fields(section)}  # type: ignore[arg-type]

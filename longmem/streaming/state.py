@@ -1,7 +1,5 @@
 """What a stream is beside its model and its bank, and the file that holds it."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import json

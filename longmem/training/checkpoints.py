@@ -1,7 +1,5 @@
 """Checkpoints of a run: written whole or not at all, the last few kept, the newest found again."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

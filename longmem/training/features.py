@@ -5,8 +5,6 @@ One file a window (safetensors), named by a hash of the tokens, in a folder name
 numbers: backbone, layers, dtype. Any run with the same backbone and layers may share it, also at the same time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os

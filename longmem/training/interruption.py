@@ -1,11 +1,10 @@
 """Stopping between two steps: at a signal (Ctrl-C, or a cluster that wants its machine back) or when time is up."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time
 from types import FrameType
+from typing import Self
 
 
 class Interruption:
@@ -19,7 +18,7 @@ class Interruption:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.reason: str | None = None
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> Self:
         self._previous = {}
         if threading.current_thread() is threading.main_thread():  # signals are the main thread's business
             for number in (signal.SIGINT, signal.SIGTERM):

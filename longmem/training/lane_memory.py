@@ -5,8 +5,6 @@ When a run goes on from a checkpoint, or when the curriculum allows more memory,
 before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -98,8 +96,7 @@ class LaneMemories:
         has moved, each bank takes note and does what its refresh policy says: here, and nowhere else in training. Where that
         is to refuse (`frozen`), one bank is asked: all of them have one writer.
 
-        Raises:
-            StaleMemoryError: the backbone has moved, or is about to, and the policy is to refuse.
+        Raises StaleMemoryError if the backbone has moved, or is about to, and the policy is to refuse.
         """
         for bank in self.banks[:1] if self.banks[0].refresh == "frozen" else self.banks:
             bank.ready_for(self.model)

@@ -9,8 +9,6 @@ processes that are not there. Neither averages what AdamW remembers, without whi
 (torch 2.13, accelerate 1.15.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,8 +24,7 @@ class LocalUpdates:
 
     With 0 instead gradients are averaged in every step.
 
-    Raises:
-        ValueError: processes hold parts of the network, not all of it.
+    Raises ValueError if processes hold parts of the network, not all of it.
     """
 
     def __init__(self, accelerator: Accelerator, every_steps: int, last_step: int) -> None:

@@ -1,7 +1,5 @@
 """First in, first out: what was written first goes first (the released code of the paper)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from longmem.memory.eviction.policy import EvictionPolicy

@@ -1,7 +1,5 @@
 """Least recently used: the document that was not read for longest goes first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from longmem.memory.eviction.policy import EvictionPolicy

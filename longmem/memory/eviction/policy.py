@@ -1,7 +1,5 @@
 """What an eviction policy is: the order in which chunks go when a bank is full."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Time to live: what was written too long ago goes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar

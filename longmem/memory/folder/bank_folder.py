@@ -6,8 +6,6 @@ indexes/            FAISS indexes, derived from the search keys; rebuilt where t
 lock                held by the one process that may write
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import sqlite3
@@ -61,7 +59,7 @@ class BankFolder:
         self.is_writable = write
         self.device = torch.device("cpu") if device is None else device
         self.mapped = mapped
-        self._lock: FileLock | None = None
+        self._lock = FileLock(self.path / LOCK, thread_local=False)
         # What the catalogue holds: names of segments by first slot, tokens of each document whose source is there.
         self._segments: dict[int, str] = {}
         self._source_tokens: dict[int, int] = {}
@@ -74,9 +72,9 @@ class BankFolder:
             if self.catalogue.is_new and content is not None:
                 self.catalogue.content = content
         except BaseException:
-            self._release_lock()
+            self._lock.release()
             raise
-        self.indexes = SavedIndexes(self.path / INDEX_FOLDER, self.catalogue)
+        self.indexes = SavedIndexes(self.path / INDEX_FOLDER)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -89,7 +87,7 @@ class BankFolder:
 
     def close(self) -> None:
         self.catalogue.close()
-        self._release_lock()
+        self._lock.release()
 
     # Reading.
 
@@ -287,7 +285,8 @@ class BankFolder:
     def _save_indexes(self, contents: Table, *, again: bool = False) -> None:
         if rows := self.indexes.write(contents, again=again):
             with self.catalogue.transaction():
-                self.indexes.put(rows)
+                for row in rows:
+                    self.catalogue.put(INDEXES, row)
                 self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
             self.indexes.keep(rows)
 
@@ -316,7 +315,6 @@ class BankFolder:
     def _acquire_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / LOCK, thread_local=False)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
@@ -325,10 +323,6 @@ class BankFolder:
             ) from error
         except OSError as error:
             raise not_written(self.path, error) from error
-
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
 
 
 def has_bank(path: str | PathLike[str]) -> bool:

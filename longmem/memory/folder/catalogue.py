@@ -6,8 +6,6 @@ opened, whatever SQLite itself makes of the damaged file. Large texts are checke
 Tables have integer keys and no further index, so there is nothing else that could disagree with the rows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

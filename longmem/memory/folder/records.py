@@ -1,7 +1,5 @@
 """Documents as rows of the catalogue, and back."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Approximate search: FAISS indexes, one for each key-value head, that follow the rows of a store."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The kinds of chunk index that do not compare a query with every key; a new kind is one class, registered by its name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Which row of a store each vector of a FAISS index stands for, while rows are written, moved and dropped."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 

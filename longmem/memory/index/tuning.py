@@ -1,7 +1,5 @@
 """Recall and latency of index settings on keys and queries of one's own: how to choose `index=`."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Sequence

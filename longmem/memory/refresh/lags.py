@@ -5,8 +5,6 @@ gap         how far its weights have moved, relative to their norm, from sketche
 probe       how far its keys have moved: relative distance between stored keys and the same tokens encoded now
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -5,8 +5,6 @@ return (`readable`, `on_read`), and what is done between reads (`on_idle`). What
 chunks instead, and nothing where there are none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The staleness report: what in a bank another encoder wrote, how far that is behind, and what can be done about it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from longmem.encoder.checks import differs_for_life, refuse_other_recipe
 from longmem.encoder.history import UNKNOWN, Encoders
+from longmem.encoder.stamp import differs_for_life, refuse_other_recipe
 from longmem.errors import StaleMemoryError
 from longmem.memory.protocols import Writer
 from longmem.memory.refresh.lags import Lags

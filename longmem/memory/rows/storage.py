@@ -153,11 +153,8 @@ class ChunkStore:
         assert self.capacity is None or num_rows <= self.capacity
         allocated = self._tensors.keys.shape[1]
         if num_rows > allocated:
-            rows = (
-                max(num_rows, 2 * allocated)
-                if self.capacity is None
-                else min(self.capacity, max(num_rows, 2 * allocated))
-            )
+            rows = max(num_rows, 2 * allocated)
+            rows = rows if self.capacity is None else min(self.capacity, rows)
             self._tensors = Chunks(*(with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
 
     def write(self, rows: Int[Tensor, " chunks"], chunks: Chunks) -> None:
