@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common, memorize, staleness, tune
-from longmem.cli.parsing import add_command, add_group, bank_folder, option
+from longmem.cli.common import add_command, add_group, bank_folder, option
 from longmem.cli.texts import export_line
 
 if TYPE_CHECKING:
@@ -97,9 +97,7 @@ def add(commands: Any) -> None:
         ("restore", "let documents be found again", SUPERSEDE_EXAMPLES),
     ):
         command = add_command(actions, name, change_documents, summary, epilog, bank)
-        command.add_argument(
-            "documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them"
-        )
+        command.add_argument("documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` has them")
         if name == "supersede":
             command.add_argument("--by", metavar="DOCUMENT", help="what took their place; default: nothing did")
         if name == "tag":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import DEFAULT_MODEL, add_command
+from longmem.cli.common import DEFAULT_MODEL, add_command
 
 EXAMPLES = """\
   longmem demo

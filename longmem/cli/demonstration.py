@@ -90,7 +90,11 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     wrong_bank = memorize(model, texts.wrong, "wrong memory", console)
 
     step(f"Score the {len(rest):,} tokens that follow, in windows of {settings.window}")
-    scores = score_aloud(model, rest, bank, wrong_bank, settings, console)
+    views = make_views(SYSTEMS, model, rest, settings.cut, {"on": bank, "wrong": wrong_bank})
+    windows = settings.cut.row(0, settings.windows)
+    with token_progress("four systems", console) as report:
+        progress = counting(report, len(views) * settings.windows * settings.cut.scored)
+        scores = {key: score_windows(view, windows, with_reads=True, progress=progress) for key, view in views.items()}
     summary = summarize(scores, settings.seed)
     console.print(plain_table(table_rows(summary), emphasized=title_of_system("on")))
     console.print(f"  {verdict(scores, settings.seed)}")
@@ -98,11 +102,13 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     number = int(torch.stack([(off - on).mean() for off, on in losses_of_windows(scores)]).argmax())
     window = rest[number * settings.window : (number + 1) * settings.window]
     step(f"What was read where memory helped most, in window {number + 1}")
-    tokens = helped_tokens(scores, number)
+    # The tokens of it whose loss memory lowered most, in order of the text.
+    off, on = losses_of_windows(scores)[number]
+    tokens = sorted(((off - on).topk(min(5, len(off))).indices + 1).tolist())
     reads = read_passages(model, bank, window, [slice(token, token + 1) for token in tokens])
     for token, (passage,) in zip(tokens, reads, strict=True):
         place = len(past) + number * settings.window + token
-        losses = [each[token - 1].item() for each in losses_of_windows(scores)[number]]
+        losses = [each[token - 1].item() for each in (off, on)]
         console.print(describe(str(model.tokenizer.decode(window[token])), place, losses, passage))
 
     step("Continue a prompt from that window, with and without memory")
@@ -143,7 +149,13 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         cut=settings.cut,
         reading_layers=bank.memory_layers,
     )
-    console.print(closing(settings.output, seconds))
+    folder = escape(str(settings.output))
+    console.print(
+        f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
+        "  demo.png, table.md, metrics.json, losses.safetensors, config.json, environment.json,\n"
+        "  bank (the memory) and side-network (the model). Try them:\n"
+        f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
+    )
     return metrics
 
 
@@ -175,24 +187,6 @@ def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id
     with token_progress(document_id, console) as report:
         model.memorize(bank, ids, document_id, progress=report)
     return bank
-
-
-def score_aloud(
-    model: LongMemForCausalLM,
-    rest: Int[Tensor, " tokens"],
-    bank: MemoryBank,
-    wrong_bank: MemoryBank,
-    settings: DemoSettings,
-    console: Console,
-) -> Scores:
-    """Return the scores of all systems, with one progress bar over them."""
-    views = make_views(SYSTEMS, model, rest, settings.cut, {"on": bank, "wrong": wrong_bank})
-    windows = settings.cut.row(0, settings.windows)
-    with token_progress("four systems", console) as report:
-        progress = counting(report, len(views) * settings.windows * settings.cut.scored)
-        return {
-            system: score_windows(view, windows, with_reads=True, progress=progress) for system, view in views.items()
-        }
 
 
 def summarize(scores: Scores, seed: int) -> dict[str, dict[str, Any]]:
@@ -239,12 +233,6 @@ def losses_of_windows(scores: Scores) -> list[tuple[Tensor, Tensor]]:
     return list(zip(scores["off"].losses, scores["on"].losses, strict=True))
 
 
-def helped_tokens(scores: Scores, number: int, count: int = 5) -> list[int]:
-    """Return the tokens of a window whose loss memory lowered most, in order of the text."""
-    off, on = losses_of_windows(scores)[number]
-    return sorted(((off - on).topk(min(count, len(off))).indices + 1).tolist())
-
-
 def describe(token: str, place: int, losses: list[float], passage: Passage) -> str:
     """Return two lines on what was read for one token."""
     before, chunk, after = (escape(" ".join(part.split())) for part in (passage.before, passage.chunk, passage.after))
@@ -283,14 +271,3 @@ def reopened_difference(
     with MemoryBank.open(settings.output / "bank", reopened, read_only=True) as reopened_bank:
         again = score_windows(View(reopened, rest, reopened_bank), settings.cut.row(0, 1))
     return (again.losses[0] - scores["on"].losses[0]).abs().max().item()
-
-
-def closing(output: Path, seconds: float) -> str:
-    """Return the last lines: where the files are, and what to do next."""
-    folder = escape(str(output))
-    return (
-        f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
-        "  demo.png, table.md, metrics.json, losses.safetensors, config.json, environment.json,\n"
-        "  bank (the memory) and side-network (the model). Try them:\n"
-        f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
-    )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command
+from longmem.cli.common import add_command
 from longmem.evaluation.registry import CONFIGS, known_tasks, refuse_unknown_task, run_task
 
 EXAMPLES = """\
@@ -29,19 +29,16 @@ def add(commands: Any) -> None:
     evaluate = add_command(commands, "eval", run, summary, EXAMPLES.format(folder=CONFIGS))
     evaluate.add_argument("task", nargs="?", metavar="TASK", help="name of an evaluation; `--list` shows all")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    evaluate.add_argument(
-        "--config", type=Path, metavar="FILE", help="file with settings; default: the evaluation's own"
-    )
+    evaluate.add_argument("--config", type=Path, metavar="FILE", help="file of settings; default: the package's own")
     evaluate.add_argument("--list", action="store_true", help="list the evaluations, and ask nothing")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run an evaluation to its end, or list all of them.
-
-    Raises ValueError if the evaluation is not known, or settings, model and data do not go together.
-    """
+    """Run an evaluation to its end, or list all of them."""
     if arguments.list:
-        list_tasks(known_tasks(), as_json=arguments.json)
+        tasks = known_tasks()
+        lines = (f"{name:{max(map(len, tasks))}}  {summary}" for name, summary in tasks.items())
+        common.tell(arguments, {"tasks": tasks}, "\n".join(lines))
         return
     if arguments.task is None:
         raise ValueError("`longmem eval` needs the name of an evaluation; `longmem eval --list` shows all.")
@@ -73,13 +70,3 @@ def run_script(task: str, overrides: Sequence[str], usage: str | None) -> None:
     except ValueError as error:
         raise SystemExit(f"{error}\n{usage}") from error
     plot_finished(finished)
-
-
-def list_tasks(tasks: dict[str, str], *, as_json: bool) -> None:
-    """Print the evaluations, each with what it asks."""
-    if as_json:
-        common.print_json({"tasks": tasks})
-        return
-    width = max(map(len, tasks))
-    for name, summary in tasks.items():
-        print(f"{name:{width}}  {summary}")

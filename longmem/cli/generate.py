@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command, bank_folder
+from longmem.cli.common import add_command, bank_folder
 from longmem.cli.texts import read_text
 
 if TYPE_CHECKING:
@@ -39,12 +39,14 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the continuation as it comes, then, if asked, the passages that were read most.
-
-    Raises ValueError for no bank, a bank of another model, an empty prompt, or a number out of range.
-    """
+    """Write the continuation as it comes, then, if asked, the passages that were read most."""
     prompt = arguments.prompt if arguments.prompt_file is None else read_text(arguments.prompt_file)
-    validate(prompt, arguments)
+    if not prompt.strip():
+        raise ValueError("the prompt must hold some text, got an empty one.")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
+    if arguments.temperature < 0:
+        raise ValueError(f"`--temperature` must be 0 or more, got {arguments.temperature}.")
     common.open_bank(arguments.bank).close()  # says what is wrong with it before a model is opened
     model_name, model = common.open_model_of(arguments.bank, arguments.model)
     with common.open_bank(arguments.bank, model) as bank:
@@ -95,13 +97,3 @@ def answer(
     for read in reads:
         text = f"{read.before}[{read.chunk}]{read.after}".replace("\n", "\\n")
         console.print(f"  {read.share:6.2%}  {read.document_id}, tokens {read.start:,} to {read.stop:,}: …{text}…")
-
-
-def validate(prompt: str, arguments: argparse.Namespace) -> None:
-    """Raise ValueError for what no model could continue."""
-    if not prompt.strip():
-        raise ValueError("the prompt must hold some text, got an empty one.")
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
-    if arguments.temperature < 0:
-        raise ValueError(f"`--temperature` must be 0 or more, got {arguments.temperature}.")

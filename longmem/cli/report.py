@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command
+from longmem.cli.common import add_command
 
 EXAMPLES = """\
   longmem report results/chapterbreak results/recall --output report
@@ -95,19 +95,12 @@ def read_run(folder: str | Path) -> FinishedRun:
     config, environment, metrics = (
         json.loads((folder / name).read_text(encoding="utf-8")) for name in NEEDED if name.endswith(".json")
     )
-    table = (folder / "table.md").read_text(encoding="utf-8")
-    return FinishedRun(
-        folder, folder.resolve().name, config, environment, metrics, table, tuple(sorted(folder.glob("*.png")))
-    )
+    table, figures = (folder / "table.md").read_text(encoding="utf-8"), tuple(sorted(folder.glob("*.png")))
+    return FinishedRun(folder, folder.resolve().name, config, environment, metrics, table, figures)
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path, title: str = "Results") -> Path:
-    """Write `report.md`, its figures and `report.html` for finished runs; return the folder.
-
-    Args:
-        folders: results of evaluations, each of another name; their order is that of the page.
-        output: folder, made if missing.
-        title: of the page.
+    """Write `report.md`, its figures and `report.html` for finished runs, in their order; return the folder, made if missing.
 
     Raises ValueError if there is no folder, two have one name, or one is not of a finished run; nothing is written.
     """

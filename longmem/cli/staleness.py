@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
-from longmem.cli.parsing import POLICIES, add_command, bank_folder, model_option
+from longmem.cli.common import POLICIES, add_command, bank_folder, model_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,11 +42,9 @@ def add(actions: Any) -> None:
     """Add `bank staleness` and `bank refresh`."""
     bank = bank_folder()
     reader = model_option("the bank's own encoder, and no model is opened; with --probe, the model that wrote the bank")
-    staleness = add_command(
-        actions, "staleness", show, "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader
-    )
-    staleness.add_argument("--probe", action="store_true", help="measure how far keys have moved")
-    staleness.add_argument("--plot", type=Path, metavar="FILE", help="figure to write (.png)")
+    report = add_command(actions, "staleness", show, "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader)
+    report.add_argument("--probe", action="store_true", help="measure how far keys have moved")
+    report.add_argument("--plot", type=Path, metavar="FILE", help="figure to write (.png)")
     encoder = model_option("the model that wrote the bank, as it is now")
     again = add_command(actions, "refresh", refresh, "encode again what is stale", REFRESH_EXAMPLES, bank, encoder)
     again.add_argument("--budget-tokens", type=int, metavar="N", help="encode no more than that; default: all")
@@ -54,10 +52,7 @@ def add(actions: Any) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Say in words whether a bank is fresh, then print the figures, in total, by encoder and by document.
-
-    Raises ValueError for no bank, or no model that could probe it.
-    """
+    """Say in words whether a bank is fresh, then print the figures, in total, by encoder and by document."""
     from longmem.console import plain_table
     from longmem.plots import plot_staleness, require_matplotlib
 
@@ -86,10 +81,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def refresh(arguments: argparse.Namespace) -> None:
-    """Bring a bank up to date with a model: what a map of its policy does not move is encoded again.
-
-    Raises ValueError for no bank, an unknown policy, a budget below 1, or a model that can't encode what the bank holds.
-    """
+    """Bring a bank up to date with a model: what a map of its policy does not move is encoded again."""
     from longmem.encoder.stamp import refuse_other_recipe
     from longmem.memory import MemoryBank
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from longmem.memory import DocumentInfo, MemoryBank
 
 SAID = ("dated", "valid_until", "is_superseded", "superseded_by")  # of a document, in an export
+EXPORTED = ("document_id", "tags", "is_pinned", *SAID, "num_tokens", "first_resident_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +64,9 @@ def export_line(bank: MemoryBank, info: DocumentInfo) -> str:
     Token ids and text are those from `first_resident_token` on; None where the bank does not know them.
     """
     token_ids = bank.token_ids(info.document_id)
-    document = {
-        "document_id": info.document_id,
-        "tags": info.tags,
-        "is_pinned": info.is_pinned,
-        "dated": info.dated,
-        "valid_until": info.valid_until,
-        "is_superseded": info.is_superseded,
-        "superseded_by": info.superseded_by,
-        "num_tokens": info.num_tokens,
-        "first_resident_token": info.first_resident_token,
-        "token_ids": None if token_ids is None else token_ids.tolist(),
-        "text": bank.text(info.document_id),
-    }
-    return json.dumps(document) + "\n"
+    document = {name: getattr(info, name) for name in EXPORTED}
+    ids = None if token_ids is None else token_ids.tolist()
+    return json.dumps({**document, "token_ids": ids, "text": bank.text(info.document_id)}) + "\n"
 
 
 def _texts_of(path: Path) -> list[Text]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command, bank_folder, model_option
+from longmem.cli.common import add_command, bank_folder, model_option
 from longmem.cli.texts import read_text
 
 if TYPE_CHECKING:
@@ -39,10 +40,7 @@ def add(actions: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure index settings, recommend one and, if asked, put it into the bank.
-
-    Raises ValueError for an empty bank, a layer that it does not store, a number out of range, or another model.
-    """
+    """Measure index settings, recommend one and, if asked, put it into the bank."""
     from longmem.console import plain_table
     from longmem.memory.index.tuning import recommended_index, tune
     from longmem.memory.memorize import to_token_ids
@@ -51,7 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
     validate(arguments)
     text = None if arguments.queries is None else read_text(arguments.queries)
     with common.open_bank(arguments.bank) as bank:  # says what is wrong with it before a model is opened
-        layer = memory_layer(bank, arguments.layer)
+        # By default the first one, whose queries depend on nothing that was read before.
+        layer = bank.memory_layers[0] if arguments.layer is None else arguments.layer
+        if layer not in bank.memory_layers:
+            raise ValueError(f"`--layer` must be a memory layer of the bank, one of {bank.memory_layers}, got {layer}.")
         if bank.is_empty:
             raise ValueError(f"`tune` needs a bank that holds chunks, {arguments.bank} holds none; memorize something.")
         own = None if text is not None else longest_document(bank)
@@ -71,9 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
         )
         results = tune(bank.search_keys(layer), queries, num_chunks=num_chunks)
     if own is not None:
-        common.say(
+        print(
             "longmem: queries from stored text find themselves, so recall looks better than for new text; give a text "
-            "that the bank does not hold with `--queries FILE`."
+            "that the bank does not hold with `--queries FILE`.",
+            file=sys.stderr,
         )
     recommended = recommended_index(results, arguments.recall)
     console.print(plain_table(rows := table_rows(results), emphasized=recommended))
@@ -108,13 +110,6 @@ def validate(arguments: argparse.Namespace) -> None:
         from longmem.plots import require_matplotlib
 
         require_matplotlib()
-
-
-def memory_layer(bank: MemoryBank, layer: int | None) -> int:
-    """Return the layer to measure: by default the first one, whose queries depend on nothing that was read before."""
-    if layer is not None and layer not in bank.memory_layers:
-        raise ValueError(f"`--layer` must be a memory layer of the bank, one of {bank.memory_layers}, got {layer}.")
-    return bank.memory_layers[0] if layer is None else layer
 
 
 def longest_document(bank: MemoryBank) -> str:

@@ -18,11 +18,10 @@ from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError
 from longmem.memory import checks
 from longmem.memory.age_prior import AgePrior, make_age_prior
-from longmem.memory.folder.bank_folder import BankFolder, has_bank
+from longmem.memory.folder.bank_folder import BankFolder, OnDisk, has_bank
 from longmem.memory.freshness import Freshness
 from longmem.memory.index import Ranked, validate_index
 from longmem.memory.memorize import memorize
-from longmem.memory.on_disk import OnDisk
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.reader import BankView
 from longmem.memory.rows.documents import Document, DocumentInfo, SourcePart
@@ -657,8 +656,6 @@ class MemoryBank:
             f"`bank.{name}` is `bank.{place}` now; the old name goes with the next release.", DeprecationWarning, 2
         )
         return getattr(getattr(self, part) if part else self, new)
-
-    # Inside.
 
     def _empty(self, device: torch.device | str) -> Self:
         bank = type(self)(**self._settings(), device=device)

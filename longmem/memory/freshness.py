@@ -26,12 +26,7 @@ from longmem.memory.rows.table import Table
 
 
 class Freshness:
-    """What a bank knows of its encoders, and what it does when they change.
-
-    Args:
-        table: of the bank.
-        refresh: name of the policy, with its settings.
-    """
+    """What a bank knows of its encoders, and what it does when they change; `refresh` names the policy, with its settings."""
 
     def __init__(self, table: Table, refresh: str | Mapping[str, Any]) -> None:
         self._table = table
@@ -203,8 +198,6 @@ class Freshness:
         can_encode = writer is not None and self.may_write and known is not None
         can_encode = can_encode and writer.stamp().digest == known.digest  # type: ignore[union-attr]
         return self.policy.on_read(self.refresher(writer) if can_encode else None, search, rows, readable)  # type: ignore[arg-type]
-
-    # Inside.
 
     def _enter(self, writer: Writer) -> None:
         """Make an encoder the current one, and say nothing to the policy."""

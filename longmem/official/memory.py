@@ -26,11 +26,8 @@ class ReleasedCodeError(ValueError):
 class OfficialMemory:
     """One store of chunks for one memory layer; `LongMemForCausalLM` reads it as it reads a `MemoryBank`.
 
-    Args:
-        memory_layer: backbone layer whose keys and values are stored.
-        chunk_size: tokens of a chunk.
-        memory_size: capacity in tokens; a rest shorter than a chunk is not used.
-        storage_dtype: of stored keys and values; the released code has float16. Search keys are float32.
+    `memory_layer`: backbone layer whose keys and values are stored. `memory_size`: capacity in tokens; a rest shorter than a
+    chunk is not used. The released code stores keys and values in float16. Search keys are float32.
 
     >>> memory = OfficialMemory(memory_layer=3, chunk_size=2, memory_size=16)
     >>> states = [torch.ones(1, 4, 5, 8)]  # a batch of one, 4 heads, 5 tokens

@@ -95,9 +95,8 @@ class NewGPTAttention(nn.Module):
         )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        kind = self.config._attn_implementation
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         scaling = self.head_dim**-0.5
         output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -116,7 +115,6 @@ class NewGPTMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: Float[Tensor, "lanes tokens hidden"]) -> Float[Tensor, "lanes tokens hidden"]:
-        """Return the MLP's output."""
         return self.dropout(self.fc_out(self.activation(self.fc_in(hidden_states))))
 
 
@@ -132,7 +130,6 @@ class NewGPTLayer(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "lanes tokens hidden"], attention_mask: Tensor, **kwargs: Any
     ) -> Float[Tensor, "lanes tokens hidden"]:
-        """Return the block's output."""
         normed = self.ln_1(hidden_states)
         attended, _ = self.attn(normed, attention_mask, **kwargs)
         return attended + self.mlp(normed) + hidden_states

@@ -25,10 +25,7 @@ INPUT = re.compile(r"(.+)/s(\d+)/input_ids")
 
 
 class Recording:
-    """Runs and weights of the released code.
-
-    Args:
-        path: the safetensors file; its settings are beside it, with the ending `.json`.
+    """Runs and weights of the released code, in a safetensors file; settings are beside it, with the ending `.json`.
 
     Raises ValueError if it can't be read, or holds no runs or no weights.
     """
@@ -58,8 +55,6 @@ class Recording:
             raise ValueError(f"{path} is no JSON: {error}") from error
         return settings if isinstance(settings, dict) else {}
 
-    # Tensors.
-
     def step(self, run: str, number: int) -> dict[str, Tensor]:
         """Return everything that was recorded in one step, by the last part of its name."""
         return self.weights(f"{run}/s{number:02d}/")
@@ -72,8 +67,6 @@ class Recording:
         """Return the shape of a tensor that some step recorded, None if none did."""
         name = next((name for name in sorted(self._names) if name.startswith(run) and name.endswith(ending)), None)
         return None if name is None else self._file.get_slice(name).get_shape()
-
-    # Settings.
 
     def setting(self, name: str) -> Any:
         """Return a setting from `config` or, failing that, from the recorded command lines; None if neither has it."""
@@ -137,8 +130,6 @@ class Recording:
         raise ValueError(
             f"run {run} must end in `_f16` or `_f32`, or record `memory/keys`, so that the dtype of its rows is known."
         )
-
-    # The model.
 
     def build_model(self) -> LongMemForCausalLM:
         """Return the recorded model.

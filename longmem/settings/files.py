@@ -39,10 +39,9 @@ class SettingsDumper(yaml.SafeDumper):
     """Put quotes around text that `SettingsLoader` would take for a number."""
 
 
+NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 for each in (SettingsLoader, SettingsDumper):
-    each.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+    each.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 # Only of the loader: what is saved keeps the quotes that other programs need.
 BOOLEAN = "tag:yaml.org,2002:bool"
@@ -62,11 +61,9 @@ def read_settings(
 ) -> Section:
     """Return the settings in a YAML file, changed by overrides; types and ranges are checked.
 
-    Relative paths in it are taken from the current directory, as those on a command line are.
-
     Args:
         kind: dataclass whose fields are the keys of the file; what it leaves out has its default.
-        path: YAML file; None: there are the overrides alone.
+        path: YAML file, whose relative paths are taken from the current directory; None: there are the overrides alone.
         overrides: each `section.key=value`, the value in YAML, as in `data.lanes=8`; the last of the same name counts.
         free: dotted names of free sections, such as `model.config`, with the names that an override may set in them.
 

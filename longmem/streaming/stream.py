@@ -67,8 +67,6 @@ class MemoryStream:
         local = f"{len(self._state.local_ids)} of {self._state.window} local"
         return f"MemoryStream({self.num_tokens} tokens, {local}, {self.memory!r})"
 
-    # In and out.
-
     def read(self, text_or_ids: str | Sequence[int] | Tensor) -> int:
         """Take in text or token ids, as many as there are; return how many tokens these were.
 
@@ -139,8 +137,6 @@ class MemoryStream:
         self._cache, self._cached = cache_of(output), len(self._state.local_ids)
         return int(output.sequences[0, -1])
 
-    # The window.
-
     @torch.no_grad()
     def _take_in(self, ids: list[int], logits_to_keep: int) -> Iterator[Float[Tensor, "tokens vocabulary"]]:
         """Append ids to the window and make room as needed; yield the logits of what is computed meanwhile.
@@ -184,9 +180,8 @@ class MemoryStream:
         """Return the logits of the window's tokens from the first that is not cached to `stop`, and cache them."""
         ids = self.local_ids[None, self._cached : stop].to(self.model.input_device)
         with self._forgetting_cache_on_error():
-            output = self.model(
-                ids, memory=self.memory, cache=self._cache, use_cache=True, logits_to_keep=logits_to_keep
-            )
+            options = {"memory": self.memory, "cache": self._cache, "logits_to_keep": logits_to_keep}
+            output = self.model(ids, use_cache=True, **options)
         self._cache, self._cached = cache_of(output), stop
         return output.logits[0]
 
@@ -206,8 +201,6 @@ class MemoryStream:
     def _forget_cache(self) -> None:
         self._cache, self._cached = None, 0
         self._bank_version = self.memory.version
-
-    # Saving.
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write stream and bank to a folder; a process killed meanwhile leaves the stream before, or this one.

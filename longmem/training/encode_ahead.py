@@ -38,8 +38,6 @@ class EncodeAhead:
     backbone at a time: architectures may change their rotary frequencies with the length of what they read.
 
     Args:
-        source: what computes, or reads, features.
-        batch_at: the batch of a number.
         first, last: the number of the batch that is asked for first in the block, and that behind the last of the run.
         ahead: batches that may be computed, or wait, beside the one that is asked for; at least 1.
         lock: held while the source computes; whoever else runs the backbone holds it, too.

@@ -74,9 +74,7 @@ class FrozenFeatures:
     def of(self, input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) -> Features:
         """Return the features of a batch of windows, computing those that are not kept yet and keeping them.
 
-        Args:
-            input_ids: windows, each from position 0 on, padded on the right.
-            lengths: real tokens of each.
+        Windows begin at position 0 and are padded on the right; `lengths` are the real tokens of each.
         """
         if self.folder is None:
             return self._computed(input_ids, lengths)

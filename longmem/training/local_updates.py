@@ -22,9 +22,7 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 class LocalUpdates:
     """What a process does on its own, and the average of all after every `every_steps` steps and the last one.
 
-    With 0 instead gradients are averaged in every step.
-
-    Raises ValueError if processes hold parts of the network, not all of it.
+    With 0 instead gradients are averaged in every step. Raises ValueError if processes hold parts of the network, not all.
     """
 
     def __init__(self, accelerator: Accelerator, every_steps: int, last_step: int) -> None:

@@ -26,20 +26,20 @@ from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.data.lanes import NO_LABEL
 from longmem.plots import require_matplotlib
+from longmem.settings import save_settings
 from longmem.settings.environment import environment
 from longmem.training import setup
-from longmem.training.checkpoints import Checkpoints
+from longmem.training.checkpoints import Checkpoints, Interruption
 from longmem.training.curve import plot_training
 from longmem.training.encode_ahead import EncodeAhead, FeatureSource
 from longmem.training.extension import Extension
 from longmem.training.features import FrozenFeatures
-from longmem.training.interruption import Interruption
 from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
 from longmem.training.local_updates import LocalUpdates, num_targets
 from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
-from longmem.training.settings import TrainingSettings, refuse_changed_settings, save_settings, validate_settings
+from longmem.training.settings import TrainingSettings, refuse_changed_settings, validate_settings
 
 
 @dataclasses.dataclass

@@ -66,13 +66,9 @@ class TrainingLog(NamedTuple):
 class RunLog:
     """Write the records of one run, each as a line that is complete when `write` returns.
 
-    Only one process of a run may have one, in a `with` block, at whose end files are closed.
-
-    Args:
-        folder: of the run; made if missing.
-        tensorboard: write the same numbers into `tensorboard/` there.
-        resume_at: the step that will be run next; records of this step and later ones are dropped, with a last line that
-            was cut off. None: a new run.
+    Only one process of a run may have one, in a `with` block, at whose end files are closed. The run's folder is made if
+    missing. `tensorboard`: write the same numbers into `tensorboard/` there. `resume_at`: the step that will be run next, from
+    which on records are dropped, with a last line that was cut off; None: a new run.
 
     Raises ValueError if the folder has a log and this is a new run, or if that log is damaged; ImportError if there is no
     tensorboard to write for.

@@ -15,19 +15,8 @@ from transformers import PreTrainedConfig
 from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
 from longmem.memory.index.kinds import validate_index
-from longmem.settings import Above, Below, From, UpTo, read_section, read_settings, save_settings
+from longmem.settings import Above, Below, From, UpTo, read_section, read_settings
 from longmem.settings.nested import leaves
-
-__all__ = [
-    "DataSettings",
-    "OptimizationSettings",
-    "TrainingSettings",
-    "ValidationSettings",
-    "load_settings",
-    "refuse_changed_settings",
-    "save_settings",
-    "validate_settings",
-]
 
 # Of `LongMemConfig`, these are the backbone's: `model.backbone` names it.
 NOT_FOR_CONFIG = ("backbone_name_or_path", "backbone_config")
@@ -339,9 +328,8 @@ def validate_settings(settings: TrainingSettings) -> None:
     A setting that would be ignored is an error as well. What depends on the backbone is checked when it is loaded.
     """
     if not isinstance(settings, TrainingSettings):
-        raise ValueError(
-            f"`settings` must be TrainingSettings, got {type(settings).__name__}; `load_settings` reads them from a file."
-        )
+        got = type(settings).__name__
+        raise ValueError(f"`settings` must be TrainingSettings, got {got}; `load_settings` reads them from a file.")
     read_section(type(settings), dataclasses.asdict(settings))
     for contradiction in contradictions(settings):
         raise ValueError(contradiction)

@@ -104,9 +104,7 @@ def introduction(
     """Return lines on what a run is about to do, and on the room that its feature cache will take."""
     data, memory = settings.data, settings.memory
     batch = f"{settings.optimization.gradient_accumulation * data.lanes} x {data.window:,} tokens"
-    reads = (
-        f"lanes read memories of up to {memory.tokens:,} tokens" if memory.enabled else "nothing is read from memory"
-    )
+    reads = f"lanes read memories of up to {memory.tokens:,} tokens" if memory.enabled else "no memory is read"
     lines = [
         f"{num_trained:,} weights are trained beside {settings.model.backbone}: {steps:,} steps of {batch}, "
         f"an epoch being {lanes.num_tokens:,} tokens; {reads}."

@@ -119,9 +119,8 @@ def read_document(
     fields = fields | {"tags": tuple(fields["tags"]), "segments": Segments.from_json(fields["segments"])}
     document = Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
     tails = load(waiting) if waiting else {}
-    document.waiting = [
-        (tails[f"{layer}.keys"].to(device), tails[f"{layer}.values"].to(device)) for layer in range(len(tails) // 2)
-    ]
+    layers = range(len(tails) // 2)
+    document.waiting = [(tails[f"{each}.keys"].to(device), tails[f"{each}.values"].to(device)) for each in layers]
     return document
 
 

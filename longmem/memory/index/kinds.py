@@ -34,10 +34,6 @@ class InvertedFileIndex(ApproximateIndex):
     # thinner the filter the more of its best chunks lie in clusters that nobody looks into.
     exact_share = 1 / 8
 
-    @property
-    def is_exact_in_scores(self) -> bool:
-        return self.chosen["storage"] == "float32"
-
     def clusters(self, num_rows: int) -> int:
         """Return the number of clusters: no more than there are enough points to train."""
         wanted = int(self.chosen["clusters_per_root"] * math.sqrt(num_rows))
@@ -94,10 +90,6 @@ class GraphIndex(ApproximateIndex):
     }
     exact_share = 1 / 2
 
-    @property
-    def is_exact_in_scores(self) -> bool:
-        return self.chosen["storage"] == "float32"
-
     def layout(self, dim: int, num_rows: int) -> str:
         """Return a graph over whole vectors."""
         return f"HNSW{self.chosen['neighbors']},{STORAGE[self.chosen['storage']]}"
@@ -138,10 +130,6 @@ class CodeIndex(InvertedFileIndex):
         """Return an inverted file of codes; the number of codes has to divide the width of a key."""
         codes = next(count for count in range(max(1, dim // self.chosen["dims_per_code"]), 0, -1) if dim % count == 0)
         return f"IVF{self.clusters(num_rows)},PQ{codes}x{self.chosen['bits']}"
-
-    @property
-    def is_exact_in_scores(self) -> bool:
-        return False
 
     def exact_below(self) -> int:
         """Return a size at which the codes can be trained as well."""

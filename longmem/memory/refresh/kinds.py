@@ -17,9 +17,8 @@ from torch import Tensor
 from longmem.encoder.stamp import EncoderStamp, refuse_stale
 from longmem.errors import StaleMemoryError
 from longmem.memory.index import Ranked
-from longmem.memory.refresh.lags import CLOCKS, Lags
 from longmem.memory.refresh.policy import RefreshPolicy, Search, readable_rows
-from longmem.memory.refresh.refresher import Refresher, Targets
+from longmem.memory.refresh.refresher import CLOCKS, Lags, Refresher, Targets
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
 from longmem.memory.rows.table import Table

@@ -15,8 +15,7 @@ from torch import Tensor
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import name_known
 from longmem.memory.index import Ranked
-from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.refresher import Refresher, RefreshState
+from longmem.memory.refresh.refresher import Lags, Refresher, RefreshState
 from longmem.plugins import PLUGINS, Setting, parse_name
 
 Search = Callable[[Tensor | None], Ranked]

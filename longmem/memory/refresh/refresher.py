@@ -9,27 +9,62 @@ import math
 import queue
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from longmem.encoder.history import UNKNOWN
+from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.errors import StaleMemoryError
 from longmem.memory.protocols import Writer
-from longmem.memory.refresh.lags import Lags
 from longmem.memory.rows.codec import decode, largest_number
 from longmem.memory.rows.documents import Document, Tail
 from longmem.memory.rows.segments import Segment
 from longmem.memory.rows.storage import Chunks
 from longmem.memory.rows.table import Table
 
+CLOCKS = ("version", "gap", "probe")
 # Documents with some of their segments; and these with the ids of each, or with what they were encoded to.
 Targets = list[tuple[Document, list[Segment]]]
 Job = tuple[Document, list[tuple[Segment, Tensor]]]
 Encoded = tuple[Document, list[tuple[Segment, list[Tail]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lags:
+    """The lag of each version of a bank's encoders on a clock; the last entry is that of the unknown encoder.
+
+    The clocks agree only in what is fresh: "version", how often the encoder has changed since, is cheap, and blind to how much;
+    "gap", how far its weights have moved, relative to their norm, from sketches (`longmem/encoder/sketch.py`); "probe", how far
+    its keys have moved: relative distance between stored keys and the same tokens encoded now.
+
+    `values`: 0 for what is fresh, inf where a clock can't tell. `probed`: what the clock "probe" has measured, by version.
+    """
+
+    encoders: Encoders
+    clock: str = "version"
+    probed: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def values(self) -> Float[Tensor, " versions"]:
+        """Return the lags, as float64."""
+        counts = self.encoders.lags()
+        if self.clock == "gap":
+            found = [torch.inf if gap is None else gap for gap in self.encoders.gaps()]
+        elif self.clock == "probe":
+            found = [self.probed.get(version, torch.inf) if count else 0.0 for version, count in enumerate(counts)]
+        else:
+            found = [float(count) for count in counts]
+        return torch.tensor([*found, torch.inf], dtype=torch.float64)
+
+    @property
+    def is_fresh(self) -> Bool[Tensor, " versions"]:
+        """Return for each version whether the current encoder is the one; where no encoder was ever named, all are."""
+        counts = self.encoders.lags()
+        return torch.tensor([*(count == 0 for count in counts), not counts])
 
 
 @dataclasses.dataclass
@@ -161,10 +196,8 @@ class Refresher:
     ) -> RefreshReport:
         """Encode segments again and write them, each document in one transaction; return what was done.
 
-        Args:
-            targets: documents with segments of them.
-            budget_tokens: encode no more whole segments than fit, but one at least; None: all.
-            progress: called with (tokens done, tokens in all) after each segment.
+        `budget_tokens`: encode no more whole segments than fit, but one at least; None: all. `progress` is called with (tokens
+        done, tokens in all) after each segment.
         """
         self.table.refuse_reader()
         begin = time.perf_counter()
@@ -348,12 +381,11 @@ def stretches(encoded: Sequence[tuple[Segment, list[Tail]]]) -> list[tuple[int, 
             found.append((start, segment.stop, [*parts, tokens]))
         else:
             found.append((segment.start, segment.stop, [tokens]))
-    return [(start, [_joined(layer) for layer in zip(*parts, strict=True)]) for start, _, parts in found]
 
+    def joined(layer: Sequence[Tail]) -> Tail:
+        return torch.cat([key for key, _ in layer], dim=1), torch.cat([value for _, value in layer], dim=1)
 
-def _joined(parts: Sequence[Tail]) -> Tail:
-    keys, values = zip(*parts, strict=True)
-    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+    return [(start, [joined(layer) for layer in zip(*parts, strict=True)]) for start, _, parts in found]
 
 
 def encode_all(jobs: Iterable[Job], writers: Sequence[Writer], note: Callable[[int], None]) -> Iterator[Encoded]:

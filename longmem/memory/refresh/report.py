@@ -12,9 +12,8 @@ from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.encoder.stamp import differs_for_life, refuse_other_recipe
 from longmem.errors import StaleMemoryError
 from longmem.memory.protocols import Writer
-from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy
-from longmem.memory.refresh.refresher import Refresher, RefreshState
+from longmem.memory.refresh.refresher import Lags, Refresher, RefreshState
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.table import Table
 

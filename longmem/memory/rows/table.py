@@ -33,7 +33,6 @@ class Journal(Protocol):
     """What makes changes of a table durable."""
 
     def transaction(self) -> contextlib.AbstractContextManager[None]: ...
-
     def refuse_reader(self) -> None: ...
 
 
@@ -298,8 +297,6 @@ class Table:
                 index.rows_written(torch.arange(self.ledger.num_rows))
             self.indexes[position] = index
         return self.indexes[position]
-
-    # Inside.
 
     def _chunks_of(self, tokens: Sequence[Tail], part: slice) -> list[Chunks]:
         """Return some tokens of each layer as chunks; there are whole chunks of them."""
