@@ -14,7 +14,6 @@ from longmem.cli.common import add_command, bank_folder, model_option
 from longmem.cli.texts import read_text
 
 if TYPE_CHECKING:
-    from longmem.memory import MemoryBank
     from longmem.memory.index.tuning import Tuned
 
 TUNE_EXAMPLES = """\
@@ -45,8 +44,14 @@ def run(arguments: argparse.Namespace) -> None:
     from longmem.memory.index.tuning import recommended_index, tune
     from longmem.memory.memorize import to_token_ids
     from longmem.model.index_queries import recorded_queries
+    from longmem.plots import require_matplotlib
 
-    validate(arguments)
+    if arguments.num_queries < 1:
+        raise ValueError(f"`--num-queries` must be at least 1, got {arguments.num_queries}.")
+    if not 0 < arguments.recall <= 1:
+        raise ValueError(f"`--recall` must be above 0 and at most 1, got {arguments.recall}.")
+    if arguments.output is not None:  # before long work
+        require_matplotlib()
     text = None if arguments.queries is None else read_text(arguments.queries)
     with common.open_bank(arguments.bank) as bank:  # says what is wrong with it before a model is opened
         # By default the first one, whose queries depend on nothing that was read before.
@@ -55,7 +60,14 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"`--layer` must be a memory layer of the bank, one of {bank.memory_layers}, got {layer}.")
         if bank.is_empty:
             raise ValueError(f"`tune` needs a bank that holds chunks, {arguments.bank} holds none; memorize something.")
-        own = None if text is not None else longest_document(bank)
+        own = None
+        if text is None:  # the document of which most is resident, among those whose token ids are known
+            known = [info for info in bank.documents() if bank.token_ids(info.document_id) is not None]
+            if not known:
+                raise ValueError(
+                    "the bank knows no token ids of its documents; give a text to read with `--queries FILE`."
+                )
+            own = max(known, key=lambda info: info.num_chunks).document_id
     console = common.console_for(arguments.json)
     model_name, model = common.open_model_of(arguments.bank, arguments.model)
     with common.open_bank(arguments.bank, model) as bank:
@@ -98,26 +110,6 @@ def run(arguments: argparse.Namespace) -> None:
     reason = "the bank is so small that all search exactly" if exact else f"recall of at least {arguments.recall:g}"
     end = "; the bank uses it now" if arguments.apply else ", or `--apply` for this bank"
     console.print(f'Recommended: index="{recommended}" ({reason}){end}.')
-
-
-def validate(arguments: argparse.Namespace) -> None:
-    """Raise for numbers out of range and for figures that could not be drawn, before long work."""
-    if arguments.num_queries < 1:
-        raise ValueError(f"`--num-queries` must be at least 1, got {arguments.num_queries}.")
-    if not 0 < arguments.recall <= 1:
-        raise ValueError(f"`--recall` must be above 0 and at most 1, got {arguments.recall}.")
-    if arguments.output is not None:
-        from longmem.plots import require_matplotlib
-
-        require_matplotlib()
-
-
-def longest_document(bank: MemoryBank) -> str:
-    """Return the document of which most is resident, among those whose token ids are known."""
-    known = [info for info in bank.documents() if bank.token_ids(info.document_id) is not None]
-    if not known:
-        raise ValueError("the bank knows no token ids of its documents; give a text to read with `--queries FILE`.")
-    return max(known, key=lambda info: info.num_chunks).document_id
 
 
 def table_rows(results: list[Tuned]) -> list[list[str]]:

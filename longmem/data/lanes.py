@@ -150,10 +150,8 @@ class Lanes:
         shared, readable = self.lanes_per_document, len(schedule.readable)
         if readable * shared < self.num_lanes:
             parts = [parts for parts in range(shared + 1, self.num_lanes + 1) if self.num_lanes % parts == 0]
-            enough = next((each for each in parts if readable * each >= self.num_lanes), None)
-            sharing = (
-                "" if enough is None else f", or `lanes_per_document={enough}`, so that lanes share long documents"
-            )
+            fit = next((each for each in parts if readable * each >= self.num_lanes), None)
+            sharing = "" if fit is None else f", or `lanes_per_document={fit}`, so that lanes share long documents"
             raise ValueError(
                 f"`num_lanes` must be at most the number of documents of two tokens or more times "
                 f"`lanes_per_document`, got {self.num_lanes} lanes for {readable} * {shared}; take more documents, "

@@ -221,12 +221,3 @@ def refuse_other_recipe(known: EncoderStamp | None, stamp: EncoderStamp) -> None
 def differs_for_life(known: EncoderStamp, stamp: EncoderStamp) -> list[str]:
     """Return in what the encoders differ that no encoding again would put right."""
     return [name for name in known.diff(stamp) if name in FOR_LIFE]
-
-
-def refuse_unknown_encoder(known: EncoderStamp | None) -> None:
-    """Raise StaleMemoryError if nobody knows which encoder wrote a bank that is opened for a model."""
-    if known is None:
-        raise StaleMemoryError(
-            "the bank names no encoder, so nobody knows whether this model can read it; open it without `model`, or make one "
-            "with `MemoryBank.for_model(model)`."
-        )

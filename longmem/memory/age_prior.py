@@ -99,9 +99,8 @@ def log_exp(prior: AgePrior, age: float) -> float:
     return min(0.0, math.log(prior.floor + (1 - prior.floor) * math.exp(-prior.a * age)))
 
 
-_HINGE_AGE = Setting(4.0, "the age up to which nothing is lost", 0.0, 1e12)
 _FLOOR = Setting(0.0, "the weight that is never undercut", 0.0, 1.0)
-_HINGE = {"a": _STRENGTH, "b": _HINGE_AGE, "unit": _UNIT}
+_HINGE = {"a": _STRENGTH, "b": Setting(4.0, "the age up to which nothing is lost", 0.0, 1e12), "unit": _UNIT}
 register("age_prior", "constant")(AgeKind({}, lambda prior, age: 0.0))
 register("age_prior", "hinge")(AgeKind(_HINGE, lambda prior, age: -math.log1p(prior.a * max(0.0, age - prior.b))))
 register("age_prior", "poly")(AgeKind({"a": _STRENGTH, "unit": _UNIT}, lambda prior, age: -prior.a * math.log1p(age)))

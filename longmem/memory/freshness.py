@@ -8,7 +8,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from longmem.encoder.history import UNKNOWN, Encoders
-from longmem.encoder.stamp import EncoderStamp, refuse_other_recipe, refuse_unknown_encoder
+from longmem.encoder.stamp import EncoderStamp, refuse_other_recipe
+from longmem.errors import StaleMemoryError
 from longmem.memory.index import Ranked
 from longmem.memory.protocols import EncodingModel, Writer
 from longmem.memory.refresh import (
@@ -99,7 +100,11 @@ class Freshness:
 
         Raises StaleMemoryError if the bank names no encoder, or as `ready_for` does.
         """
-        refuse_unknown_encoder(self.encoders.stamp)
+        if self.encoders.stamp is None:
+            raise StaleMemoryError(
+                "the bank names no encoder, so nobody knows whether this model can read it; open it without `model`, or make "
+                "one with `MemoryBank.for_model(model)`."
+            )
         if strict:
             self.ready_for(model)
         else:
@@ -181,10 +186,9 @@ class Freshness:
     def report(self, model: EncodingModel | None = None, *, probe: bool = False) -> StalenessReport:
         """Return how much of the bank is stale, in total, for each encoder and for each document; nothing changes.
 
-        Args:
-            model: say what would be stale if this model read the bank; None: compare with the bank's current encoder.
-            probe: also measure how far keys have moved, by encoding about 64 tokens of each earlier encoder with `model`.
-                Raises ValueError without one, StaleMemoryError for one that can't encode what the bank holds.
+        `model`: say what would be stale if this model read the bank; None: compare with the bank's current encoder. `probe`:
+        also measure how far keys have moved, by encoding about 64 tokens of each earlier encoder with `model`; raises
+        ValueError without one, StaleMemoryError for one that can't encode what the bank holds.
         """
         return report_staleness(self.state, self.policy, None if model is None else model.encoder, probe=probe)
 

@@ -72,9 +72,8 @@ class EncodeAhead:
 
         Raises what went wrong in the thread with this batch.
         """
-        next_batch = self._queue[0][0] if self._queue else None
-        is_next = next_batch is not None and next_batch.lengths == tuple(lengths)
-        if next_batch is None or not is_next or not torch.equal(next_batch.input_ids, input_ids):
+        batch = self._queue[0][0] if self._queue else None
+        if batch is None or batch.lengths != tuple(lengths) or not torch.equal(batch.input_ids, input_ids):
             return self._computed(input_ids, lengths)
         self._hand_over()
         return self._queue.popleft()[1].result()

@@ -57,12 +57,9 @@ class StepSums:
 class Trainer:
     """A training run, ready to start, or to go on from its newest checkpoint.
 
-    Args:
-        settings: all that determines the run; written to `settings.output` as `config.yaml`.
-        console: what the first process tells the run on; None is silent.
-        extensions: what the run does beside training the side network.
-
-    Raises ValueError if the folder holds a run with other settings, or data and settings do not fit each other.
+    `settings` are all that determines the run, written to `settings.output` as `config.yaml`; `extensions`, what it does beside
+    training the side network. The first process tells the run on `console`; None is silent. Raises ValueError if the folder
+    holds a run with other settings, or data and settings do not fit each other.
     """
 
     def __init__(

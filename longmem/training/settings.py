@@ -26,6 +26,7 @@ MAY_CHANGE = (
     *("features.ahead", "features.max_gigabytes", "optimization.max_minutes"),
 )
 
+Settings = TypeVar("Settings", bound="TrainingSettings")
 Count = Annotated[int, From(1)]
 Number = Annotated[int, From(0)]  # 0 switches something off
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -281,9 +282,6 @@ class TrainingSettings:
     validation: ValidationSettings = ValidationSettings()
     logging: LoggingSettings = LoggingSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
-
-
-Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 def load_settings(

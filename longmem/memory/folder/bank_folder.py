@@ -124,6 +124,7 @@ class BankFolder:
             raise
 
     def _fill(self, contents: Table, settings: dict[str, Any]) -> None:
+        place = self.path / SEGMENT_FOLDER
         for attempt in range(ATTEMPTS_TO_READ):
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
@@ -134,7 +135,10 @@ class BankFolder:
                     f"{settings}; open it again."
                 )
             try:
-                segments = [self._open_segment(*row) for row in rows["segments"]]
+                segments = [
+                    Segment(first, count, 0, TensorFile(place / name, num_bytes, json.loads(digests), self.mapped))
+                    for first, count, name, num_bytes, digests in rows["segments"]
+                ]
                 break
             except ValueError:
                 # A writer may have merged or removed segments since the catalogue was read.
@@ -148,10 +152,6 @@ class BankFolder:
         if self.is_writable:
             self._remove_strangers()
             self.indexes.remove_strangers()
-
-    def _open_segment(self, first_slot: int, num_slots: int, name: str, num_bytes: int, digests: str) -> Segment:
-        file = TensorFile(self.path / SEGMENT_FOLDER / name, num_bytes, json.loads(digests), self.mapped)
-        return Segment(first_slot, num_slots, 0, file)
 
     @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:

@@ -118,9 +118,7 @@ class CodeIndex(InvertedFileIndex):
     """
 
     settings: ClassVar[Mapping[str, Setting]] = {
-        "clusters_per_root": InvertedFileIndex.settings["clusters_per_root"],
-        "probed_share": InvertedFileIndex.settings["probed_share"],
-        "least_probes": InvertedFileIndex.settings["least_probes"],
+        **{name: InvertedFileIndex.settings[name] for name in ("clusters_per_root", "probed_share", "least_probes")},
         "dims_per_code": Setting(2, "the numbers of a key that share a code", 1, 64),
         "bits": Setting(8, "the bits of a code", 4, 8),
         "candidates": Setting(4, "the candidates that are ranked again, for each chunk that is wanted", 1, 1024),
