@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 from longmem.plots import plot_staleness
-from longmem.plots.staleness import BEHIND, FRESH, MOST_DOCUMENTS, UNKNOWN, color_of_version
+from longmem.plots.banks import BEHIND, FRESH, MOST_DOCUMENTS, UNKNOWN, color_of_version
 
 
 @pytest.fixture(scope="module")

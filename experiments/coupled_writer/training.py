@@ -15,7 +15,7 @@ from longmem.memory.refresh import UNBOUNDED, make_policy
 from longmem.settings import Above, Below
 from longmem.training.extension import Extension, Run
 from longmem.training.settings import TrainingSettings
-from longmem.training.trainable import parameter_groups
+from longmem.training.setup import parameter_groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from experiments.mapped_refresh.drift_map import DriftMap, fit_map, neighbours_kept, relative_error
 from longmem.memory.index import Ranked
-from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy, Search, make_policy
-from longmem.memory.refresh.refresher import Refresher
-from longmem.memory.refresh.samples import Targets, draw_segments, stored_chunks, vectors
+from longmem.memory.refresh.refresher import Lags, Refresher, Targets, draw_segments, stored_chunks, vectors
 from longmem.memory.rows.codec import decode, encode
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment

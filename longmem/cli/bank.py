@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common, memorize, staleness, tune
-from longmem.cli.parsing import add_command, add_group, bank_folder, option
+from longmem.cli.common import add_command, add_group, bank_folder, option
 from longmem.cli.texts import export_line
 
 if TYPE_CHECKING:
     from longmem.memory import DocumentInfo, MemoryBank
 
 BANK_EXAMPLES = """\
-examples:
   longmem bank add notes.txt --bank memory --tag notes     read documents into a bank (`longmem memorize`)
   longmem bank list --bank memory --tag notes              documents, their tokens, what is still there
   longmem bank update notes.txt --bank memory              a new version: what did not change is copied
@@ -31,47 +30,36 @@ examples:
 Each change is on the disk, as a whole, when the command ends. One process may change a bank while any number read it.
 """
 LIST_EXAMPLES = """\
-examples:
   longmem bank list --bank memory
   longmem bank list --bank memory --tag notes --json | jq -r .documents[].document_id
 """
 INFO_EXAMPLES = """\
-examples:
   longmem bank info --bank memory
   longmem bank info --bank memory --json     for a program
 """
 DELETE_EXAMPLES = """\
-examples:
   longmem bank delete book.txt notes.txt --bank memory    all of them or, if one is unknown, none
 
 What is deleted is never found again; `longmem bank compact` removes its bytes from the disk.
 """
 TAG_EXAMPLES = """\
-examples:
   longmem bank tag a.txt b.txt --tag novel --tag english --bank memory    instead of the tags they had
   longmem bank tag a.txt --bank memory                                    none
 """
 PIN_EXAMPLES = """\
-examples:
   longmem bank pin handbook.txt --bank memory      never evicted, however full the bank is
   longmem bank unpin handbook.txt --bank memory
 """
 SUPERSEDE_EXAMPLES = """\
-examples:
   longmem bank supersede plan-v1.txt --by plan-v2.txt --bank memory    kept, listed, and found by no search
   longmem bank supersede rumour.txt --bank memory                      withdrawn: nothing took its place
   longmem bank restore plan-v1.txt --bank memory                       found again, also if it had expired
 """
-VERIFY_EXAMPLES = """\
-examples:
-  longmem bank verify --bank memory && cp -r memory backup    exit code 2 if a byte is not as it was written
-"""
-COMPACT_EXAMPLES = """\
-examples:
-  longmem bank compact --bank memory    afterwards no byte of what was deleted is in the folder
-"""
+VERIFY_EXAMPLE = (
+    "  longmem bank verify --bank memory && cp -r memory backup    exit code 2 if a byte is not as it was written"
+)
+COMPACT_EXAMPLE = "  longmem bank compact --bank memory    afterwards no byte of what was deleted is in the folder"
 EXPORT_EXAMPLES = """\
-examples:
   longmem bank export documents.jsonl --bank memory
   longmem bank export notes.jsonl --tag notes --bank memory
   longmem bank add notes.jsonl --bank another --model Qwen/Qwen3-0.6B    memorize the texts with another model
@@ -109,15 +97,13 @@ def add(commands: Any) -> None:
         ("restore", "let documents be found again", SUPERSEDE_EXAMPLES),
     ):
         command = add_command(actions, name, change_documents, summary, epilog, bank)
-        command.add_argument(
-            "documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` shows them"
-        )
+        command.add_argument("documents", nargs="+", metavar="DOCUMENT", help="names, as `longmem bank list` has them")
         if name == "supersede":
             command.add_argument("--by", metavar="DOCUMENT", help="what took their place; default: nothing did")
         if name == "tag":
             command.add_argument("--tag", action="append", default=[], help="may be given several times; none: no tags")
-    add_command(actions, "verify", verify, "compare every byte with its checksum", VERIFY_EXAMPLES, bank)
-    add_command(actions, "compact", compact, "give back the space of what was deleted", COMPACT_EXAMPLES, bank)
+    add_command(actions, "verify", verify, "compare every byte with its checksum", VERIFY_EXAMPLE, bank)
+    add_command(actions, "compact", compact, "give back the space of what was deleted", COMPACT_EXAMPLE, bank)
     written = add_command(actions, "export", export, "write documents as lines of JSON", EXPORT_EXAMPLES, bank, by_tag)
     written.add_argument("output", type=Path, metavar="OUT", help="file to write (.jsonl)")
     tune.add(actions)
@@ -159,7 +145,7 @@ def show_info(arguments: argparse.Namespace) -> None:
     from rich.table import Table
 
     with common.open_bank(arguments.bank) as bank:
-        documents = bank.documents()
+        documents, versions = bank.documents(), bank.freshness.report().versions
         values = {
             "model": common.model_of_bank(arguments.bank),
             "documents": len(documents),
@@ -180,9 +166,7 @@ def show_info(arguments: argparse.Namespace) -> None:
             "refresh": bank.refresh,
             "fingerprint": bank.fingerprint,
             "encoders": [version.stamp.digest for version in bank.encoders.versions],
-            "tokens_of_other_encoders": sum(
-                each.tokens for each in bank.freshness.report().versions if not each.is_fresh
-            ),
+            "tokens_of_other_encoders": sum(each.tokens for each in versions if not each.is_fresh),
         }
     if arguments.json:
         common.print_json(values)

@@ -1,12 +1,11 @@
-"""What the commands share: opening models and banks by name, consoles, JSON."""
+"""What the commands share: parsers whose help teaches, opening models and banks by name, consoles, JSON."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,65 @@ if TYPE_CHECKING:
 
 # Beside the bank's own files; it says which model to open when none is named. Whether that model fits, the bank checks.
 MODEL_FILE = "model.json"
+# With the trained side network that comes with this package, if there is one.
+DEFAULT_MODEL = "smollm2-135m"
+POLICIES = '"frozen", "eager", "lazy", "bounded:max_lag=4", ...'
+Run = Callable[[argparse.Namespace], int | None]
+
+
+class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and keep the lines of examples."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # None, False and an empty list say nothing as a default.
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def add_command(
+    to: Any, name: str, run: Run, summary: str, examples: str, *parents: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """Return the parser of a new command; `run` does its work and returns an exit code, None for 0."""
+    common = option("--json", action="store_true", help="print one JSON object on standard output, for a program")
+    common.add_argument("--debug", action="store_true", help="show where an error came from")
+    command = _add_parser(to, name, summary, examples, parents=[common, *parents])
+    command.set_defaults(run=run)
+    return command
+
+
+def add_group(to: Any, name: str, summary: str, examples: str) -> Any:
+    """Return what commands of a new group are added to."""
+    group = _add_parser(to, name, summary, examples)
+    return group.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+
+def _add_parser(to: Any, name: str, summary: str, examples: str, **options: Any) -> argparse.ArgumentParser:
+    description, epilog = summary[0].upper() + summary[1:] + ".", f"examples:\n{examples}" if examples else None
+    options |= {"description": description, "epilog": epilog, "formatter_class": TeachingFormatter}
+    return to.add_parser(name, help=summary, **options)
+
+
+def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
+    """Return a parser with one option, to be a parent of the commands that have it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(*names, **settings)
+    return parser
+
+
+def bank_folder() -> argparse.ArgumentParser:
+    """Return the option of all commands that use a bank."""
+    return option("--bank", required=True, type=Path, metavar="DIR", help="folder of the bank")
+
+
+def labels() -> argparse.ArgumentParser:
+    """Return the options that label a document."""
+    parser = option("--tag", action="append", default=[], help="tag of the documents; may be given several times")
+    parser.add_argument("--pin", action="store_true", help="keep the documents from eviction")
+    return parser
+
+
+def model_option(default: str = "the model that wrote the bank") -> argparse.ArgumentParser:
+    """Return the option that names a model."""
+    return option("--model", help=f"default: {default}")
 
 
 def console_for(as_json: bool, *, markup: bool = False) -> Console:
@@ -42,7 +100,7 @@ def tell(arguments: argparse.Namespace, values: dict[str, Any], sentence: str) -
     if arguments.json:
         print_json(values)
     else:
-        console_for(False).print(sentence, markup=False)
+        console_for(False).print(sentence)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -68,9 +126,8 @@ def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: b
 
     Where something is stale and its refresh policy has work to do, also a bank that is only read is opened for writing.
 
-    Raises:
-        ValueError: there is none.
-        StaleMemoryError: another encoder wrote it, and its policy is "frozen", or encoding again would not help.
+    Raises ValueError if there is none; StaleMemoryError if another encoder wrote it and its policy is "frozen", or encoding
+    again would not help.
     """
     from longmem.memory import MemoryBank, has_bank
 
@@ -86,7 +143,7 @@ def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: b
 
 def refuse_stale(folder: Path, bank: MemoryBank, model: LongMemForCausalLM) -> None:
     """Raise StaleMemoryError, which names the commands that help, if a frozen bank is another encoder's."""
-    from longmem.encoder.checks import refuse_other_recipe
+    from longmem.encoder.stamp import refuse_other_recipe
 
     known, stamp = bank.encoders.stamp, model.encoder_stamp()
     if known is None or known.digest == stamp.digest or bank.refresh != "frozen":
@@ -129,8 +186,3 @@ def remember_model(folder: Path, name: str) -> None:
 
     name = lasting_name(name)
     (folder / MODEL_FILE).write_text(json.dumps({"model": name}, indent=2) + "\n", encoding="utf-8")
-
-
-def say(message: str) -> None:
-    """Print a remark where it disturbs no program."""
-    print(message, file=sys.stderr)

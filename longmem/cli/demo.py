@@ -1,25 +1,22 @@
 """`longmem demo`: what it can be told. The recipe that it follows is `longmem.cli.demonstration`."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import DEFAULT_MODEL, add_command
+from longmem.cli.common import DEFAULT_MODEL, add_command
 
 EXAMPLES = """\
-Opens a small model and its trained side network, memorizes the first part of a long text, scores the rest with four
-systems on the same tokens, shows what was read, continues a prompt, saves, reopens and compares. All numbers are computed
-in the run. Two cores need a few minutes.
-
-examples:
   longmem demo
   longmem demo --file book.txt --output book-demo
   longmem demo --windows 4                          quicker, rougher
   longmem demo --model runs/books/side-network      a side network of your own
+
+Opens a small model and its trained side network, memorizes the first part of a long text, scores the rest with four
+systems on the same tokens, shows what was read, continues a prompt, saves, reopens and compares. All numbers are computed
+in the run. Two cores need a few minutes.
 """
 
 

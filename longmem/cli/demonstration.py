@@ -4,8 +4,6 @@ One recipe, top to bottom: open a model, memorize the first part of a long text,
 continue a prompt, save, reopen, check. No number is stored in the package.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time
@@ -40,7 +38,10 @@ Scores = dict[str, WindowScores]
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """What a demonstration is told: the options of `longmem demo`, and `new_tokens`, those of the continuation."""
+    """What a demonstration is told: the options of `longmem demo`, and `new_tokens`, those of the continuation.
+
+    Raises ValueError for numbers that leave nothing to memorize or to score.
+    """
 
     output: Path
     file: Path | None
@@ -51,6 +52,13 @@ class DemoSettings:
     seed: int
     new_tokens: int = 40
 
+    def __post_init__(self) -> None:
+        for name, least in (("windows", 1), ("window", 2), ("new_tokens", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.memory_tokens < self.window:
+            raise ValueError(f"`memory_tokens` must be at least `window`, {self.window}, got {self.memory_tokens}.")
+
     @property
     def cut(self) -> Cut:
         """How the rest is cut into windows: one after the other."""
@@ -60,13 +68,11 @@ class DemoSettings:
 def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     """Run the demonstration, tell it on the console and return its metrics; files are in `settings.output`.
 
-    Raises:
-        ValueError: the text is too short, or a number is out of range.
-        RuntimeError: the reopened model does not compute the same numbers.
+    Raises ValueError if the text is too short or a number out of range, RuntimeError if the reopened model computes other
+    numbers.
     """
     began = time.perf_counter()
     require_matplotlib()
-    validate_settings(settings)
     settings.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
     step = Headings(console)
@@ -82,7 +88,11 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     wrong_bank = memorize(model, texts.wrong, "wrong memory", console)
 
     step(f"Score the {len(rest):,} tokens that follow, in windows of {settings.window}")
-    scores = score_aloud(model, rest, bank, wrong_bank, settings, console)
+    views = make_views(SYSTEMS, model, rest, settings.cut, {"on": bank, "wrong": wrong_bank})
+    windows = settings.cut.row(0, settings.windows)
+    with token_progress("four systems", console) as report:
+        progress = counting(report, len(views) * settings.windows * settings.cut.scored)
+        scores = {key: score_windows(view, windows, with_reads=True, progress=progress) for key, view in views.items()}
     summary = summarize(scores, settings.seed)
     console.print(plain_table(table_rows(summary), emphasized=title_of_system("on")))
     console.print(f"  {verdict(scores, settings.seed)}")
@@ -90,11 +100,13 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     number = int(torch.stack([(off - on).mean() for off, on in losses_of_windows(scores)]).argmax())
     window = rest[number * settings.window : (number + 1) * settings.window]
     step(f"What was read where memory helped most, in window {number + 1}")
-    tokens = helped_tokens(scores, number)
+    # The tokens of it whose loss memory lowered most, in order of the text.
+    off, on = losses_of_windows(scores)[number]
+    tokens = sorted(((off - on).topk(min(5, len(off))).indices + 1).tolist())
     reads = read_passages(model, bank, window, [slice(token, token + 1) for token in tokens])
     for token, (passage,) in zip(tokens, reads, strict=True):
         place = len(past) + number * settings.window + token
-        losses = [each[token - 1].item() for each in losses_of_windows(scores)[number]]
+        losses = [each[token - 1].item() for each in (off, on)]
         console.print(describe(str(model.tokenizer.decode(window[token])), place, losses, passage))
 
     step("Continue a prompt from that window, with and without memory")
@@ -116,9 +128,17 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         "continuations": continuations,
         "seconds": (seconds := time.perf_counter() - began),
     }
-    config = {"demo": dataclasses.asdict(settings), "model": model.config.to_dict()}
+    # Files of an earlier demonstration in the same folder are replaced.
+    files = {
+        "config.json": as_json({"demo": dataclasses.asdict(settings), "model": model.config.to_dict()}),
+        "metrics.json": as_json(metrics),
+        "environment.json": as_json({**environment(), "seed": settings.seed}),
+        "table.md": markdown_table(table_rows(summary)) + "\n",
+    }
+    for file, text in files.items():
+        (settings.output / file).write_text(text, encoding="utf-8")
     tensors = {f"{name}/{system}": torch.stack(own.losses) for system, own in scores.items()}
-    write_results(settings, config, tensors, metrics, markdown_table(table_rows(summary)) + "\n")
+    save_file(tensors, settings.output / "losses.safetensors")
     plot_scores(
         settings.output / "demo.png",
         scores,
@@ -127,27 +147,22 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         cut=settings.cut,
         reading_layers=bank.memory_layers,
     )
-    console.print(closing(settings.output, seconds))
+    folder = escape(str(settings.output))
+    console.print(
+        f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
+        "  demo.png, table.md, metrics.json, losses.safetensors, config.json, environment.json,\n"
+        "  bank (the memory) and side-network (the model). Try them:\n"
+        f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
+    )
     return metrics
-
-
-def validate_settings(settings: DemoSettings) -> None:
-    """Raise ValueError for numbers that leave nothing to memorize or to score."""
-    for name, least in (("windows", 1), ("window", 2), ("new_tokens", 1)):
-        if (value := getattr(settings, name)) < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    if settings.memory_tokens < settings.window:
-        raise ValueError(f"`memory_tokens` must be at least `window`, {settings.window}, got {settings.memory_tokens}.")
 
 
 def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
     """Return the model, and say whether its side network is a trained one.
 
-    Raises:
-        ValueError: the side network was made for shorter windows than the demonstration's.
+    Raises ValueError if the side network was made for shorter windows than the demonstration's.
     """
-    origin = look_up(settings.model).origin
-    name, window = settings.model, settings.window
+    name, window, origin = settings.model, settings.window, look_up(settings.model).origin
     # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
     model = open_model(name, segment_length=window) if origin == "new" else open_model(name)
     if window > (longest := model.config.segment_length):
@@ -170,24 +185,6 @@ def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id
     with token_progress(document_id, console) as report:
         model.memorize(bank, ids, document_id, progress=report)
     return bank
-
-
-def score_aloud(
-    model: LongMemForCausalLM,
-    rest: Int[Tensor, " tokens"],
-    bank: MemoryBank,
-    wrong_bank: MemoryBank,
-    settings: DemoSettings,
-    console: Console,
-) -> Scores:
-    """Return the scores of all systems, with one progress bar over them."""
-    views = make_views(SYSTEMS, model, rest, settings.cut, {"on": bank, "wrong": wrong_bank})
-    windows = settings.cut.row(0, settings.windows)
-    with token_progress("four systems", console) as report:
-        progress = counting(report, len(views) * settings.windows * settings.cut.scored)
-        return {
-            system: score_windows(view, windows, with_reads=True, progress=progress) for system, view in views.items()
-        }
 
 
 def summarize(scores: Scores, seed: int) -> dict[str, dict[str, Any]]:
@@ -234,12 +231,6 @@ def losses_of_windows(scores: Scores) -> list[tuple[Tensor, Tensor]]:
     return list(zip(scores["off"].losses, scores["on"].losses, strict=True))
 
 
-def helped_tokens(scores: Scores, number: int, count: int = 5) -> list[int]:
-    """Return the tokens of a window whose loss memory lowered most, in order of the text."""
-    off, on = losses_of_windows(scores)[number]
-    return sorted(((off - on).topk(min(count, len(off))).indices + 1).tolist())
-
-
 def describe(token: str, place: int, losses: list[float], passage: Passage) -> str:
     """Return two lines on what was read for one token."""
     before, chunk, after = (escape(" ".join(part.split())) for part in (passage.before, passage.chunk, passage.after))
@@ -278,29 +269,3 @@ def reopened_difference(
     with MemoryBank.open(settings.output / "bank", reopened, read_only=True) as reopened_bank:
         again = score_windows(View(reopened, rest, reopened_bank), settings.cut.row(0, 1))
     return (again.losses[0] - scores["on"].losses[0]).abs().max().item()
-
-
-def write_results(
-    settings: DemoSettings, config: Mapping[str, Any], losses: dict[str, Tensor], metrics: Mapping[str, Any], table: str
-) -> None:
-    """Write the files of the results; those of an earlier demonstration in the same folder are replaced."""
-    files = {
-        "config.json": config,
-        "metrics.json": metrics,
-        "environment.json": {**environment(), "seed": settings.seed},
-    }
-    texts = {name: as_json(content) for name, content in files.items()} | {"table.md": table}
-    for name, text in texts.items():
-        (settings.output / name).write_text(text, encoding="utf-8")
-    save_file(losses, settings.output / "losses.safetensors")
-
-
-def closing(output: Path, seconds: float) -> str:
-    """Return the last lines: where the files are, and what to do next."""
-    folder = escape(str(output))
-    return (
-        f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
-        "  demo.png, table.md, metrics.json, losses.safetensors, config.json, environment.json,\n"
-        "  bank (the memory) and side-network (the model). Try them:\n"
-        f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
-    )

@@ -1,18 +1,15 @@
 """`longmem eval`: ask several systems the questions of an evaluation, and leave a folder of results."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command
+from longmem.cli.common import add_command
 from longmem.evaluation.registry import CONFIGS, known_tasks, refuse_unknown_task, run_task
 
 EXAMPLES = """\
-examples:
   longmem eval --list                                            what can be asked
   longmem eval recall output=results/recall                      facts far back; nothing to download
   longmem eval quality data=quality.jsonl limit=40               an estimate with its interval
@@ -32,20 +29,16 @@ def add(commands: Any) -> None:
     evaluate = add_command(commands, "eval", run, summary, EXAMPLES.format(folder=CONFIGS))
     evaluate.add_argument("task", nargs="?", metavar="TASK", help="name of an evaluation; `--list` shows all")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    evaluate.add_argument(
-        "--config", type=Path, metavar="FILE", help="file with settings; default: the evaluation's own"
-    )
+    evaluate.add_argument("--config", type=Path, metavar="FILE", help="file of settings; default: the package's own")
     evaluate.add_argument("--list", action="store_true", help="list the evaluations, and ask nothing")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run an evaluation to its end, or list all of them.
-
-    Raises:
-        ValueError: the evaluation is not known, or settings, model and data do not go together.
-    """
+    """Run an evaluation to its end, or list all of them."""
     if arguments.list:
-        list_tasks(known_tasks(), as_json=arguments.json)
+        tasks = known_tasks()
+        lines = (f"{name:{max(map(len, tasks))}}  {summary}" for name, summary in tasks.items())
+        common.tell(arguments, {"tasks": tasks}, "\n".join(lines))
         return
     if arguments.task is None:
         raise ValueError("`longmem eval` needs the name of an evaluation; `longmem eval --list` shows all.")
@@ -67,8 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 def run_script(task: str, overrides: Sequence[str], usage: str | None) -> None:
     """Run an evaluation and draw its figures: all that the scripts in `eval/` do.
 
-    Raises:
-        SystemExit: settings, model and data do not go together; says why, and then `usage`.
+    Raises SystemExit if settings, model and data do not go together: it says why, and then `usage`.
     """
     from longmem.plots import plot_finished, require_matplotlib
 
@@ -78,13 +70,3 @@ def run_script(task: str, overrides: Sequence[str], usage: str | None) -> None:
     except ValueError as error:
         raise SystemExit(f"{error}\n{usage}") from error
     plot_finished(finished)
-
-
-def list_tasks(tasks: dict[str, str], *, as_json: bool) -> None:
-    """Print the evaluations, each with what it asks."""
-    if as_json:
-        common.print_json({"tasks": tasks})
-        return
-    width = max(map(len, tasks))
-    for name, summary in tasks.items():
-        print(f"{name:{width}}  {summary}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command, bank_folder
+from longmem.cli.common import add_command, bank_folder
 from longmem.cli.texts import read_text
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from longmem.model.modeling import LongMemForCausalLM
 
 EXAMPLES = """\
-examples:
   longmem generate --bank memory --prompt "The white whale"
   longmem generate --bank memory --prompt-file question.txt --show-reads
   longmem generate --bank memory --prompt "Call me" --json | jq -r .text
@@ -40,13 +39,14 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the continuation as it comes, then, if asked, the passages that were read most.
-
-    Raises:
-        ValueError: no bank, a bank of another model, an empty prompt, or a number out of range.
-    """
+    """Write the continuation as it comes, then, if asked, the passages that were read most."""
     prompt = arguments.prompt if arguments.prompt_file is None else read_text(arguments.prompt_file)
-    validate(prompt, arguments)
+    if not prompt.strip():
+        raise ValueError("the prompt must hold some text, got an empty one.")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
+    if arguments.temperature < 0:
+        raise ValueError(f"`--temperature` must be 0 or more, got {arguments.temperature}.")
     common.open_bank(arguments.bank).close()  # says what is wrong with it before a model is opened
     model_name, model = common.open_model_of(arguments.bank, arguments.model)
     with common.open_bank(arguments.bank, model) as bank:
@@ -79,32 +79,21 @@ def answer(
     if arguments.show_reads and len(window) > 1:
         (reads,) = read_passages(model, bank, window, [slice(1, len(window))], count=5)
     if arguments.json:
-        result = {
+        result: dict[str, Any] = {
             "prompt": prompt,
             "text": model.tokenizer.decode(new, skip_special_tokens=True),
             "new_tokens": len(new),
             "tokens_per_second": round(len(new) / seconds, 2),
             "model": model_name,
         }
-        reads_found = {"reads": [dataclasses.asdict(read) for read in reads]} if arguments.show_reads else {}
-        common.print_json({**result, **reads_found})
+        if arguments.show_reads:
+            result["reads"] = [dataclasses.asdict(read) for read in reads]
+        common.print_json(result)
         return
-    console = common.console_for(arguments.json)
+    console = common.console_for(False)
     console.print(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", style="dim")
     if arguments.show_reads:
         console.print("\nRead most, with the share of attention:")
     for read in reads:
         text = f"{read.before}[{read.chunk}]{read.after}".replace("\n", "\\n")
-        console.print(
-            f"  {read.share:6.2%}  {read.document_id}, tokens {read.start:,} to {read.stop:,}: …{text}…", markup=False
-        )
-
-
-def validate(prompt: str, arguments: argparse.Namespace) -> None:
-    """Raise ValueError for what no model could continue."""
-    if not prompt.strip():
-        raise ValueError("the prompt must hold some text, got an empty one.")
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
-    if arguments.temperature < 0:
-        raise ValueError(f"`--temperature` must be 0 or more, got {arguments.temperature}.")
+        console.print(f"  {read.share:6.2%}  {read.document_id}, tokens {read.start:,} to {read.stop:,}: …{text}…")

@@ -1,16 +1,15 @@
 """The command line `longmem`: its commands, and what becomes of an error."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from longmem import __version__
 from longmem.cli import bank, demo, generate, heads, memorize, official, report, train
 from longmem.cli import eval as evaluation
-from longmem.cli.parsing import TeachingFormatter
+from longmem.cli.common import TeachingFormatter
 
 # In the order of `longmem --help`. Each adds itself to the parser and names the function that runs.
 COMMANDS = (demo, memorize, generate, bank, heads, train, evaluation, report, official)
@@ -36,9 +35,8 @@ folder of any other Hugging Face causal LM, which gets a new, untrained side net
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; what it makes of a command line has `run`, the function that does the work."""
-    parser = argparse.ArgumentParser(
-        prog="longmem", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=TeachingFormatter
-    )
+    look: dict[str, Any] = {"description": DESCRIPTION, "epilog": EXAMPLES, "formatter_class": TeachingFormatter}
+    parser = argparse.ArgumentParser(prog="longmem", **look)
     parser.add_argument("--version", action="version", version=f"longmem {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -61,10 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"longmem: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "longmem: interrupted; what was finished is on the disk, and nothing of what was in progress.",
-            file=sys.stderr,
-        )
+        told = "longmem: interrupted; what was finished is on the disk, and nothing of what was in progress."
+        print(told, file=sys.stderr)
         return 130
     return code or 0
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longmem.cli import common
-from longmem.cli.parsing import DEFAULT_MODEL, POLICIES, add_command, bank_folder, labels, model_option
+from longmem.cli.common import DEFAULT_MODEL, POLICIES, add_command, bank_folder, labels, model_option
 from longmem.cli.texts import Text, read_text, read_texts
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from longmem.model.modeling import LongMemForCausalLM
 
 MEMORIZE_EXAMPLES = """\
-examples:
   longmem memorize book.txt --bank memory                       a new bank, or one more document in it
   longmem memorize draft.txt --bank memory --replace            a new version of a document that is there
   longmem memorize a.txt --id "meeting, May 2" --bank memory    a name of your own
@@ -28,24 +28,16 @@ progress. A bank belongs to the model that wrote it, and remembers its name. `lo
 also reads what `longmem bank export` wrote.
 """
 APPEND_EXAMPLES = """\
-examples:
   longmem bank append monday.txt tuesday.txt --id diary --bank memory    in this order, all or none
 """
 UPDATE_EXAMPLES = """\
-examples:
   longmem bank update notes.txt --bank memory
   longmem bank update second-draft.txt --id draft.txt --bank memory
 
 Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
 """
-# What is chosen when a bank is made: the argument of the command, and that of `MemoryBank`.
-OPTIONS_OF_A_NEW_BANK = {
-    "capacity": "capacity_tokens",
-    "index": "index",
-    "eviction": "eviction",
-    "storage_dtype": "storage_dtype",
-    "refresh": "refresh",
-}
+# What is chosen when a bank is made, by the arguments of `MemoryBank`.
+OPTIONS_OF_A_NEW_BANK = ("capacity_tokens", "index", "eviction", "storage_dtype", "refresh")
 
 
 def add(commands: Any) -> None:
@@ -58,13 +50,12 @@ def add_actions(actions: Any) -> None:
     bank, writer = bank_folder(), model_option()
     add_memorize(actions, "add")
     append = add_command(
-        actions, "append", append_files, "continue a document with text files", APPEND_EXAMPLES, bank, writer
+        actions, "append", append_files, "continue a document with files", APPEND_EXAMPLES, bank, writer
     )
     append.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text files, UTF-8")
     append.add_argument("--id", required=True, metavar="NAME", help="name of the document")
-    update = add_command(
-        actions, "update", update_document, "replace a document", UPDATE_EXAMPLES, bank, labels(), writer
-    )
+    parents = (bank, labels(), writer)
+    update = add_command(actions, "update", update_document, "replace a document", UPDATE_EXAMPLES, *parents)
     update.add_argument("file", type=Path, metavar="FILE", help="text file, UTF-8")
     update.add_argument("--id", metavar="NAME", help="name of the document; default: the file's name")
 
@@ -77,7 +68,7 @@ def add_memorize(to: Any, name: str) -> None:
     command.add_argument("--id", metavar="NAME", help="name of the document (one FILE only); default: the file's name")
     command.add_argument("--replace", action="store_true", help="replace documents that are there under that name")
     new = command.add_argument_group("options of a new bank")
-    new.add_argument("--capacity", type=int, metavar="TOKENS", help="default: no limit")
+    new.add_argument("--capacity", dest="capacity_tokens", type=int, metavar="TOKENS", help="default: no limit")
     new.add_argument("--index", help='"auto", "flat", "ivf:probed_share=0.06", ...; default: auto')
     new.add_argument("--eviction", help='what goes when it is full: "fifo", "lru", "ttl:seconds=3600"; default: fifo')
     new.add_argument("--storage-dtype", metavar="DTYPE", help="float16, bfloat16, float32 or int8; default: float16")
@@ -92,11 +83,7 @@ class Written(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Add documents or, with `--replace`, new versions of them; each is on the disk once it is whole.
-
-    Raises:
-        ValueError: a name that is there or given twice, an empty or unreadable file, or a bank of another model.
-    """
+    """Add documents or, with `--replace`, new versions of them; each is on the disk once it is whole."""
     from longmem.memory import MemoryBank, has_bank
     from longmem.model.opening import open_model
 
@@ -105,11 +92,10 @@ def run(arguments: argparse.Namespace) -> None:
     options = {name: vars(arguments)[name] for name in OPTIONS_OF_A_NEW_BANK if vars(arguments)[name] is not None}
     # All that can be said before a model is opened is said before.
     if is_new:
-        options = {OPTIONS_OF_A_NEW_BANK[name]: value for name, value in options.items()}
         MemoryBank(**{"memory_layers": [0], "chunk_size": 1, **options})
     else:
         if options:
-            option = next(iter(options)).replace("_", "-")
+            option = next(iter(options)).removesuffix("_tokens").replace("_", "-")
             raise ValueError(f"`--{option}` is set when a bank is made; leave it out for the one that is there.")
         with common.open_bank(folder) as bank:
             refuse_known(bank, texts, arguments.replace)
@@ -192,26 +178,23 @@ def report(
     infos = {info.document_id: info for info in bank.documents()}
     if any(info.first_resident_token for info in infos.values()) or written.keys() - infos.keys():
         full = "" if bank.capacity_tokens is None else f" at {bank.capacity_tokens:,} tokens"
-        common.say(f"longmem: the bank is full{full}; the oldest made room for the newest.")
-    if arguments.json:
-        common.print_json(
-            {
-                "bank": str(arguments.bank),
-                "model": model_name,
-                "written_tokens": {name: sum(counts) for name, counts in written.items()},
-                "copied_tokens": {name: counts.copied for name, counts in written.items()},
-                "seconds": round(seconds, 3),
-                "bank_tokens": bank.num_tokens,
-                "capacity_tokens": bank.capacity_tokens,
-            }
-        )
-        return
+        print(f"longmem: the bank is full{full}; the oldest made room for the newest.", file=sys.stderr)
+    values = {
+        "bank": str(arguments.bank),
+        "model": model_name,
+        "written_tokens": {name: sum(counts) for name, counts in written.items()},
+        "copied_tokens": {name: counts.copied for name, counts in written.items()},
+        "seconds": round(seconds, 3),
+        "bank_tokens": bank.num_tokens,
+        "capacity_tokens": bank.capacity_tokens,
+    }
     encoded, copied = (sum(column) for column in zip(*written.values(), strict=True))
     limit = "" if bank.capacity_tokens is None else f" of {bank.capacity_tokens:,}"
-    common.console_for(False).print(
+    sentence = (
         f"{arguments.bank}: {encoded:,} tokens encoded ({encoded / seconds:,.0f} tokens/s), {copied:,} copied; "
         f"{bank.num_tokens:,}{limit} tokens in memory, {common.bytes_on_disk(arguments.bank) / 1e6:,.1f} MB on disk."
     )
+    common.tell(arguments, values, sentence)
 
 
 def refuse_known(bank: MemoryBank, texts: list[Text], replace: bool) -> None:

@@ -1,16 +1,13 @@
 """`longmem official`: checkpoints of the released code, and recordings of its runs."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command, add_group
+from longmem.cli.common import add_command, add_group
 
 EXAMPLES = """\
-examples:
   longmem official convert checkpoint.pt newgpt.pt longmem-released   then: LongMemForCausalLM.from_pretrained
   longmem official compare recording.safetensors                      exit code 1 if a float32 run is off
 
@@ -26,9 +23,7 @@ def add(commands: Any) -> None:
     convert.add_argument("backbone", type=Path, metavar="BACKBONE_CHECKPOINT", help="of its NewGPT backbone (.pt)")
     convert.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
     compare = add_command(uses, "compare", compare_with_recording, "replay a recording, print the differences", "")
-    compare.add_argument(
-        "recording", type=Path, metavar="RECORDING", help="safetensors file; settings (.json) beside it"
-    )
+    compare.add_argument("recording", type=Path, metavar="RECORDING", help="safetensors file; settings are beside it")
 
 
 def convert_checkpoints(arguments: argparse.Namespace) -> None:

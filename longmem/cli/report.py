@@ -1,7 +1,5 @@
 """Finished runs as one page: facts, tables and figures, in Markdown and in one HTML file that needs no other."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import dataclasses
@@ -14,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command
+from longmem.cli.common import add_command
 
 EXAMPLES = """\
-examples:
   longmem report results/chapterbreak results/recall --output report
   longmem report results/* --title "SmolLM2-135M, trained on novels"
 
@@ -87,11 +84,7 @@ class FinishedRun:
 
 
 def read_run(folder: str | Path) -> FinishedRun:
-    """Return a finished run.
-
-    Raises:
-        ValueError: the folder is not one of a run that came to its end.
-    """
+    """Return a finished run. Raises ValueError if the folder is not one of a run that came to its end."""
     folder = Path(folder)
     missing = [name for name in NEEDED if not (folder / name).is_file()]
     if missing:
@@ -102,22 +95,14 @@ def read_run(folder: str | Path) -> FinishedRun:
     config, environment, metrics = (
         json.loads((folder / name).read_text(encoding="utf-8")) for name in NEEDED if name.endswith(".json")
     )
-    table = (folder / "table.md").read_text(encoding="utf-8")
-    return FinishedRun(
-        folder, folder.resolve().name, config, environment, metrics, table, tuple(sorted(folder.glob("*.png")))
-    )
+    table, figures = (folder / "table.md").read_text(encoding="utf-8"), tuple(sorted(folder.glob("*.png")))
+    return FinishedRun(folder, folder.resolve().name, config, environment, metrics, table, figures)
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path, title: str = "Results") -> Path:
-    """Write `report.md`, its figures and `report.html` for finished runs; return the folder.
+    """Write `report.md`, its figures and `report.html` for finished runs, in their order; return the folder, made if missing.
 
-    Args:
-        folders: results of evaluations, each of another name; their order is that of the page.
-        output: folder, made if missing.
-        title: of the page.
-
-    Raises:
-        ValueError: there is no folder, two have one name, or one is not of a finished run; nothing is written.
+    Raises ValueError if there is no folder, two have one name, or one is not of a finished run; nothing is written.
     """
     from longmem.evaluation.tables import markdown_table
     from longmem.plots import plot_summaries

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
-from longmem.cli.parsing import POLICIES, add_command, bank_folder, model_option
+from longmem.cli.common import POLICIES, add_command, bank_folder, model_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from longmem.memory.refresh import RefreshReport, StalenessReport
 
 STALENESS_EXAMPLES = """\
-examples:
   longmem bank staleness --bank memory                       which encoders wrote what is there
   longmem bank staleness --bank memory --model tuned         what would be stale if this model read it
   longmem bank staleness --bank memory --model tuned --probe --plot staleness.png
@@ -31,7 +30,6 @@ have moved since, relative to their norm. drift: the same of stored keys, which 
 earlier encoder. masked: chunks that the refresh policy does not let be read as they are. moved: by a map, to this encoder.
 """
 REFRESH_EXAMPLES = """\
-examples:
   longmem bank refresh --bank memory --model tuned                    everything that another encoder wrote
   longmem bank refresh --bank memory --budget-tokens 100000           so much for now; the next run goes on
 
@@ -44,11 +42,9 @@ def add(actions: Any) -> None:
     """Add `bank staleness` and `bank refresh`."""
     bank = bank_folder()
     reader = model_option("the bank's own encoder, and no model is opened; with --probe, the model that wrote the bank")
-    staleness = add_command(
-        actions, "staleness", show, "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader
-    )
-    staleness.add_argument("--probe", action="store_true", help="measure how far keys have moved")
-    staleness.add_argument("--plot", type=Path, metavar="FILE", help="figure to write (.png)")
+    report = add_command(actions, "staleness", show, "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader)
+    report.add_argument("--probe", action="store_true", help="measure how far keys have moved")
+    report.add_argument("--plot", type=Path, metavar="FILE", help="figure to write (.png)")
     encoder = model_option("the model that wrote the bank, as it is now")
     again = add_command(actions, "refresh", refresh, "encode again what is stale", REFRESH_EXAMPLES, bank, encoder)
     again.add_argument("--budget-tokens", type=int, metavar="N", help="encode no more than that; default: all")
@@ -56,11 +52,7 @@ def add(actions: Any) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Say in words whether a bank is fresh, then print the figures, in total, by encoder and by document.
-
-    Raises:
-        ValueError: no bank, or no model that could probe it.
-    """
+    """Say in words whether a bank is fresh, then print the figures, in total, by encoder and by document."""
     from longmem.console import plain_table
     from longmem.plots import plot_staleness, require_matplotlib
 
@@ -81,20 +73,16 @@ def show(arguments: argparse.Namespace) -> None:
         common.print_json(finite({**values, "summary": summary, **dataclasses.asdict(report)}))
         return
     console = common.console_for(False)
-    console.print(summary, markup=False)
-    for rows in (total_rows(report), version_rows(report), document_rows(report)):
+    console.print(summary)
+    for rows in tables(report):
         if len(rows) > 1:
             console.print("")
             console.print(plain_table(rows))
 
 
 def refresh(arguments: argparse.Namespace) -> None:
-    """Bring a bank up to date with a model: what a map of its policy does not move is encoded again.
-
-    Raises:
-        ValueError: no bank, an unknown policy, a budget below 1, or a model that can't encode what the bank holds.
-    """
-    from longmem.encoder.checks import refuse_other_recipe
+    """Bring a bank up to date with a model: what a map of its policy does not move is encoded again."""
+    from longmem.encoder.stamp import refuse_other_recipe
     from longmem.memory import MemoryBank
 
     if arguments.budget_tokens is not None and arguments.budget_tokens < 1:
@@ -125,7 +113,8 @@ def refresh(arguments: argparse.Namespace) -> None:
         }
         common.print_json({**values, **dataclasses.asdict(done), "tokens_per_second": speed, **counts})
         return
-    moved = f", {tokens_moved(after):,} tokens moved by a map" if after.mapped else ""
+    tokens_moved = after.mapped * after.tokens // max(1, after.entries)
+    moved = f", {tokens_moved:,} tokens moved by a map" if after.mapped else ""
     speed_text = f" ({done.tokens / seconds:,.0f} tokens/s)" if done.tokens else ""
     console.print(f"{arguments.bank}: {done.tokens:,} tokens encoded again in {seconds:,.1f} s{speed_text}{moved}.")
     if after.tokens_to_encode:
@@ -208,14 +197,11 @@ def command(arguments: argparse.Namespace, model_name: str | None) -> str:
     return shlex.join([*words, *(["--model", model_name] if arguments.model and model_name else [])])
 
 
-def tokens_moved(report: StalenessReport) -> int:
-    """Return the tokens in chunks that a map has moved."""
-    return report.mapped * report.tokens // max(1, report.entries)
+def tables(report: StalenessReport) -> tuple[list[list[str]], ...]:
+    """Return the tables of the whole bank, of the encoders that wrote what is there, and of documents, their heads first."""
+    from longmem.plots.banks import short_digest
 
-
-def total_rows(report: StalenessReport) -> list[list[str]]:
-    """Return the table of the whole bank."""
-    values = {
+    totals = {
         "tokens": f"{report.tokens:,}",
         "stale": f"{report.stale_share:.1%}",
         "of an unknown encoder": f"{report.unknown_share:.1%}",
@@ -229,15 +215,7 @@ def total_rows(report: StalenessReport) -> list[list[str]]:
         "drift, most": number(report.probe_drift),
         "age, mean": f"{report.age_mean / 3600:,.1f} h",
     }
-    return [["in total", ""], *([name, value] for name, value in values.items())]
-
-
-def version_rows(report: StalenessReport) -> list[list[str]]:
-    """Return the table of the encoders that wrote what is there."""
-    from longmem.plots.staleness import short_digest
-
-    head = ["encoder", "tokens", "behind", "gap", "drift", "differs in"]
-    rows = [
+    versions = [
         [
             short_digest(each),
             f"{each.tokens:,}",
@@ -248,13 +226,7 @@ def version_rows(report: StalenessReport) -> list[list[str]]:
         ]
         for each in report.versions
     ]
-    return [head, *rows]
-
-
-def document_rows(report: StalenessReport) -> list[list[str]]:
-    """Return the table of documents."""
-    head = ["document", "tokens", "stale", "behind", "masked", "moved", "age", "refresh"]
-    rows = [
+    documents = [
         [
             each.document_id,
             f"{each.tokens:,}",
@@ -267,7 +239,11 @@ def document_rows(report: StalenessReport) -> list[list[str]]:
         ]
         for each in report.documents
     ]
-    return [head, *rows]
+    return (
+        [["in total", ""], *map(list, totals.items())],
+        [["encoder", "tokens", "behind", "gap", "drift", "differs in"], *versions],
+        [["document", "tokens", "stale", "behind", "masked", "moved", "age", "refresh"], *documents],
+    )
 
 
 def number(value: float | None) -> str:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from longmem.memory import DocumentInfo, MemoryBank
 
 SAID = ("dated", "valid_until", "is_superseded", "superseded_by")  # of a document, in an export
+EXPORTED = ("document_id", "tags", "is_pinned", *SAID, "num_tokens", "first_resident_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,7 @@ def read_text(path: Path) -> str:
 def read_texts(files: Iterable[Path], name: str | None = None) -> list[Text]:
     """Return the texts of files, those of an export (`export_line`) one by one; `name` is for a single one.
 
-    Raises:
-        ValueError: a file without text or not in UTF-8, or a name that is given twice.
+    Raises ValueError for a file without text or not in UTF-8, or a name that is given twice.
     """
     texts = [text for path in files for text in _texts_of(path)]
     if name is not None:
@@ -64,20 +64,9 @@ def export_line(bank: MemoryBank, info: DocumentInfo) -> str:
     Token ids and text are those from `first_resident_token` on; None where the bank does not know them.
     """
     token_ids = bank.token_ids(info.document_id)
-    document = {
-        "document_id": info.document_id,
-        "tags": info.tags,
-        "is_pinned": info.is_pinned,
-        "dated": info.dated,
-        "valid_until": info.valid_until,
-        "is_superseded": info.is_superseded,
-        "superseded_by": info.superseded_by,
-        "num_tokens": info.num_tokens,
-        "first_resident_token": info.first_resident_token,
-        "token_ids": None if token_ids is None else token_ids.tolist(),
-        "text": bank.text(info.document_id),
-    }
-    return json.dumps(document) + "\n"
+    document = {name: getattr(info, name) for name in EXPORTED}
+    ids = None if token_ids is None else token_ids.tolist()
+    return json.dumps({**document, "token_ids": ids, "text": bank.text(info.document_id)}) + "\n"
 
 
 def _texts_of(path: Path) -> list[Text]:

@@ -1,20 +1,17 @@
 """`longmem train`: train a side network; a YAML file says how, and settings on the command line change it."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command
-from longmem.settings.shipped import settings_file, shipped_settings
+from longmem.cli.common import add_command
+from longmem.settings.files import settings_file, shipped_settings
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 
 EXAMPLES = """\
-examples:
   longmem train python-manual                                       a first run: minutes on two cores
   longmem train python-manual output=runs/mine optimization.steps=200
   longmem train books data.train=my-books data.validation=my-other-books
@@ -33,16 +30,12 @@ def add(commands: Any) -> None:
     names = ", ".join(shipped_settings(CONFIGS))
     train.add_argument("config", metavar="CONFIG", help=f"file with settings (.yaml) or, of the package: {names}")
     train.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
+        "overrides", nargs="*", metavar="section.key=value", help="settings to replace those of the file"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, or go on with a run that was stopped, and say where it is.
-
-    Raises:
-        ValueError: settings, texts or an earlier run do not fit.
-    """
+    """Train, or go on with a run that was stopped, and say where it is."""
     settings = settings_file(CONFIGS, arguments.config)  # a wrong name is told before anything slow is imported
 
     from longmem.training import Trainer, load_settings

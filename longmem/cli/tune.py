@@ -5,23 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command, bank_folder, model_option
+from longmem.cli.common import add_command, bank_folder, model_option
 from longmem.cli.texts import read_text
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
-
-    from longmem.memory import MemoryBank
     from longmem.memory.index.tuning import Tuned
-    from longmem.model.modeling import LongMemForCausalLM
 
 TUNE_EXAMPLES = """\
-examples:
   longmem bank tune --bank memory --queries new.txt                      a table, and the setting to use
   longmem bank tune --bank memory --queries new.txt --output tuning      also as Markdown, JSON and figure
   longmem bank tune --bank memory --queries new.txt --recall 0.9 --apply
@@ -44,40 +39,55 @@ def add(actions: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure index settings, recommend one and, if asked, put it into the bank.
-
-    Raises:
-        ValueError: an empty bank, a layer that it does not store, a number out of range, or another model.
-    """
+    """Measure index settings, recommend one and, if asked, put it into the bank."""
     from longmem.console import plain_table
     from longmem.memory.index.tuning import recommended_index, tune
+    from longmem.memory.memorize import to_token_ids
     from longmem.model.index_queries import recorded_queries
+    from longmem.plots import require_matplotlib
 
-    validate(arguments)
+    if arguments.num_queries < 1:
+        raise ValueError(f"`--num-queries` must be at least 1, got {arguments.num_queries}.")
+    if not 0 < arguments.recall <= 1:
+        raise ValueError(f"`--recall` must be above 0 and at most 1, got {arguments.recall}.")
+    if arguments.output is not None:  # before long work
+        require_matplotlib()
     text = None if arguments.queries is None else read_text(arguments.queries)
     with common.open_bank(arguments.bank) as bank:  # says what is wrong with it before a model is opened
-        layer = memory_layer(bank, arguments.layer)
+        # By default the first one, whose queries depend on nothing that was read before.
+        layer = bank.memory_layers[0] if arguments.layer is None else arguments.layer
+        if layer not in bank.memory_layers:
+            raise ValueError(f"`--layer` must be a memory layer of the bank, one of {bank.memory_layers}, got {layer}.")
         if bank.is_empty:
             raise ValueError(f"`tune` needs a bank that holds chunks, {arguments.bank} holds none; memorize something.")
-        own = None if text is not None else longest_document(bank)
+        own = None
+        if text is None:  # the document of which most is resident, among those whose token ids are known
+            known = [info for info in bank.documents() if bank.token_ids(info.document_id) is not None]
+            if not known:
+                raise ValueError(
+                    "the bank knows no token ids of its documents; give a text to read with `--queries FILE`."
+                )
+            own = max(known, key=lambda info: info.num_chunks).document_id
     console = common.console_for(arguments.json)
     model_name, model = common.open_model_of(arguments.bank, arguments.model)
     with common.open_bank(arguments.bank, model) as bank:
-        token_ids = query_tokens(model, bank, text, own)
+        asking = text if own is None else bank.token_ids(own)
+        assert asking is not None
+        token_ids = to_token_ids(model, asking)
         queries = recorded_queries(model, bank, token_ids, layer, num_queries=arguments.num_queries)
         num_chunks = model.config.num_retrieved_tokens // model.config.chunk_size
         source = str(arguments.queries) if own is None else own
         console.print(
             f"{bank.num_chunks:,} chunks of layer {layer}, {queries.shape[1]:,} queries for each of {queries.shape[0]} "
             f"heads, recall of the {num_chunks} best, milliseconds for 1,000 queries. The queries are what {model_name} asks "
-            f"as it reads {source}.",
-            markup=False,
+            f"as it reads {source}."
         )
         results = tune(bank.search_keys(layer), queries, num_chunks=num_chunks)
     if own is not None:
-        common.say(
+        print(
             "longmem: queries from stored text find themselves, so recall looks better than for new text; give a text "
-            "that the bank does not hold with `--queries FILE`."
+            "that the bank does not hold with `--queries FILE`.",
+            file=sys.stderr,
         )
     recommended = recommended_index(results, arguments.recall)
     console.print(plain_table(rows := table_rows(results), emphasized=recommended))
@@ -99,48 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
     exact = not any(each.num_bytes for each in results)
     reason = "the bank is so small that all search exactly" if exact else f"recall of at least {arguments.recall:g}"
     end = "; the bank uses it now" if arguments.apply else ", or `--apply` for this bank"
-    console.print(f'Recommended: index="{recommended}" ({reason}){end}.', markup=False)
-
-
-def validate(arguments: argparse.Namespace) -> None:
-    """Raise for numbers out of range and for figures that could not be drawn, before long work."""
-    if arguments.num_queries < 1:
-        raise ValueError(f"`--num-queries` must be at least 1, got {arguments.num_queries}.")
-    if not 0 < arguments.recall <= 1:
-        raise ValueError(f"`--recall` must be above 0 and at most 1, got {arguments.recall}.")
-    if arguments.output is not None:
-        from longmem.plots import require_matplotlib
-
-        require_matplotlib()
-
-
-def memory_layer(bank: MemoryBank, layer: int | None) -> int:
-    """Return the layer to measure: by default the first one, whose queries depend on nothing that was read before."""
-    if layer is not None and layer not in bank.memory_layers:
-        raise ValueError(f"`--layer` must be a memory layer of the bank, one of {bank.memory_layers}, got {layer}.")
-    return bank.memory_layers[0] if layer is None else layer
-
-
-def longest_document(bank: MemoryBank) -> str:
-    """Return the document of which most is resident, among those whose token ids are known."""
-    known = [info for info in bank.documents() if bank.token_ids(info.document_id) is not None]
-    if not known:
-        raise ValueError("the bank knows no token ids of its documents; give a text to read with `--queries FILE`.")
-    return max(known, key=lambda info: info.num_chunks).document_id
-
-
-def query_tokens(
-    model: LongMemForCausalLM, bank: MemoryBank, text: str | None, document_id: str | None
-) -> Int[Tensor, " tokens"]:
-    """Return the tokens to read: of a text or, without one, of a document of the bank."""
-    from longmem.memory.memorize import to_token_ids
-
-    if text is not None:
-        return to_token_ids(model, text)
-    assert document_id is not None
-    token_ids = bank.token_ids(document_id)
-    assert token_ids is not None
-    return token_ids
+    console.print(f'Recommended: index="{recommended}" ({reason}){end}.')
 
 
 def table_rows(results: list[Tuned]) -> list[list[str]]:

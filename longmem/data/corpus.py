@@ -1,7 +1,5 @@
 """Corpora: documents as token ids in an Arrow file that is written once and memory-mapped from then on."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -65,15 +63,13 @@ def load_corpus(
         tokenizer: what makes the tokens.
         text_column: the column that holds the text; for sources with columns.
         split: the split to read; for sources with splits.
-        max_tokens: stop after so many tokens; the last document is cut.
-        num_documents: stop after so many documents.
+        max_tokens, num_documents: stop after so many; the last document is cut.
         recall_share: hide facts in the texts, and let about this share of the result be questions about them, further on
             (`longmem/data/recall.py`), partly in the chat format of a tokenizer that has one.
         cache_dir: where to keep the result; default `corpora` in `$LONGMEM_CACHE`, else `~/.cache/longmem`.
 
-    Raises:
-        ValueError: there is no such source, or it cannot be read as text; a Hub dataset is neither bounded by
-            `max_tokens` nor by `num_documents`.
+    Raises ValueError if there is no such source, or it cannot be read as text; a Hub dataset is neither bounded by
+    `max_tokens` nor by `num_documents`.
     """
     for name, value in (("max_tokens", max_tokens), ("num_documents", num_documents)):
         if value is not None and value < 1:
@@ -84,7 +80,9 @@ def load_corpus(
     found = find_source(source, text_column=text_column, split=split, is_bounded=is_bounded)
     if recall_share:
         found = with_recall(found, recall_share, tokenizer)
-    folder = _corpora_folder(cache_dir) / _folder_name(found, tokenizer, [max_tokens, num_documents])
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", found.name)[:40].strip(".-") or "corpus"
+    identity = [FORMAT, found.identity, tokenizer_fingerprint(tokenizer), [max_tokens, num_documents]]
+    folder = _corpora_folder(cache_dir) / f"{readable}-{digest(identity)}"
 
     def write(_: Path, target: Path) -> None:
         try:
@@ -130,17 +128,11 @@ def _corpora_folder(cache_dir: str | Path | None) -> Path:
     return folder
 
 
-def _folder_name(source: Source, tokenizer: PreTrainedTokenizerBase, options: list[int | None]) -> str:
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name)[:40].strip(".-") or "corpus"
-    return f"{readable}-{digest([FORMAT, source.identity, tokenizer_fingerprint(tokenizer), options])}"
-
-
 def _write(batches: Iterable[dict[str, list[Any]]], path: Path) -> None:
     schema = FEATURES.arrow_schema
     with pa.ipc.new_stream(str(path), schema) as writer:
         for batch in batches:
-            arrays = [pa.array(batch[field.name], type=field.type) for field in schema]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
 
 
 def _batches(
@@ -152,8 +144,15 @@ def _batches(
     num_tokens = 0
     # A small corpus shall not fetch a large batch; few texts have more than eight characters per token.
     max_characters = BATCH_CHARACTERS if max_tokens is None else min(BATCH_CHARACTERS, 8 * max_tokens)
-    documents = itertools.islice(_with_text(source.documents(), left_out), num_documents)
-    for batch in _in_batches(documents, max_characters):
+
+    def with_text() -> Iterator[Document]:
+        for document in source.documents():
+            if document.text.strip():
+                yield document
+            else:
+                left_out.append(document.document_id)
+
+    for batch in _in_batches(itertools.islice(with_text(), num_documents), max_characters):
         names, ids = [], []
         texts = [document.text for document in batch]
         tokenised = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -176,15 +175,6 @@ def _batches(
             f"documents of {source.name!r} without text were left out: {len(left_out)}, the first is {left_out[0]!r}.",
             stacklevel=2,
         )
-
-
-def _with_text(documents: Iterable[Document], left_out: list[str]) -> Iterator[Document]:
-    """Yield documents with text, and add the ids of the others to `left_out`."""
-    for document in documents:
-        if document.text.strip():
-            yield document
-        else:
-            left_out.append(document.document_id)
 
 
 def _in_batches(documents: Iterable[Document], max_characters: int) -> Iterator[list[Document]]:

@@ -1,17 +1,18 @@
 """Lanes: which window of which document each batch row reads at each step, as a pure function of the step's number."""
 
-from __future__ import annotations
-
+import bisect
 import dataclasses
+import functools
+from typing import Self
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.data.schedule import Schedule
 from longmem.errors import did_you_mean
 
 COLUMNS = ("document_id", "input_ids")
@@ -22,27 +23,21 @@ NO_LABEL = -100  # of what is no target, as in transformers
 class LaneBatch:
     """What some lanes read at one step; the shape is the same at every step.
 
-    Attributes:
-        input_ids: tokens, on the left; zeros fill up a document's last window.
-        labels: the same tokens, to be shifted by the model as Hugging Face's models do; -100 where `input_ids` is filled
-            up. So the first token of a window is not predicted.
-        lengths: tokens of each row without what fills it up, at least 2.
-        document_ids: the document of each row.
-        offsets: the token of its document at which each row begins.
-        is_new: whether a row begins a document, or its part of one. A memory that is to hold one document at a time
-            must be cleared before it.
-        epochs: how often the lane has read its share of the corpus before; lanes differ, since documents do.
+    The model shifts labels, as Hugging Face's models do, so the first token of a window is not predicted.
     """
 
-    input_ids: Int[Tensor, "lanes tokens"]
-    labels: Int[Tensor, "lanes tokens"]
-    lengths: tuple[int, ...]
+    input_ids: Int[Tensor, "lanes tokens"]  # on the left; zeros fill up a document's last window
+    labels: Int[Tensor, "lanes tokens"]  # the same tokens; -100 where `input_ids` is filled up
+    lengths: tuple[int, ...]  # tokens of each row without what fills it up, at least 2
     document_ids: tuple[str, ...]
-    offsets: tuple[int, ...]
+    offsets: tuple[int, ...]  # the token of its document at which each row begins
+    # Whether a row begins a document, or its part of one: a memory of one document at a time must be cleared before it.
     is_new: tuple[bool, ...]
-    epochs: tuple[int, ...]
+    epochs: tuple[
+        int, ...
+    ]  # how often the lane has read its share of the corpus before; lanes differ, since documents do
 
-    def to(self, device: torch.device) -> LaneBatch:
+    def to(self, device: torch.device) -> Self:
         """Return the batch with its tensors on a device."""
         return dataclasses.replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
 
@@ -71,9 +66,8 @@ class Lanes:
         lanes_per_document: lanes that share a document; a divisor of `num_lanes`. Every document must have as many
             windows.
 
-    Raises:
-        ValueError: an argument is out of its range, or there are fewer documents than `num_lanes / lanes_per_document`,
-            so that a lane would have nothing to read.
+    Raises ValueError if an argument is out of its range, or there are fewer documents than `num_lanes / lanes_per_document`,
+    so that a lane would have nothing to read.
 
     >>> corpus = Dataset.from_dict({"document_id": ["a", "b"], "input_ids": [[1, 2, 3, 4, 5], [6, 7]]})
     >>> lanes = Lanes(corpus, num_lanes=2, window=3, shuffle=False)
@@ -123,8 +117,7 @@ class Lanes:
     def batch(self, step: int, own: range | None = None) -> LaneBatch:
         """Return what the lanes in `own` (default: all) read at `step`, which counts from 0.
 
-        Raises:
-            ValueError: there is no such step or lane.
+        Raises ValueError if there is no such step or lane.
         """
         own = range(self.num_lanes) if own is None else own
         places = [self._schedule.place(step, lane) for lane in own]
@@ -135,9 +128,8 @@ class Lanes:
             document = self._corpus[place.document]
             # `flatten` follows a list's offsets into the mapped file, and copies nothing.
             tokens = document["input_ids"].chunk(0).flatten().slice(place.offset, place.length)
-            input_ids[row, : place.length] = labels[row, : place.length] = torch.from_numpy(
-                tokens.to_numpy(zero_copy_only=False).astype(np.int64)
-            )
+            ids = torch.from_numpy(tokens.to_numpy(zero_copy_only=False).astype(np.int64))
+            input_ids[row, : place.length] = labels[row, : place.length] = ids
             document_ids.append(document["document_id"][0].as_py())
         return LaneBatch(
             input_ids,
@@ -157,9 +149,9 @@ class Lanes:
         schedule = self._schedule
         shared, readable = self.lanes_per_document, len(schedule.readable)
         if readable * shared < self.num_lanes:
-            enough = [g for g in range(shared + 1, self.num_lanes + 1) if self.num_lanes % g == 0]
-            fitting = [g for g in enough if readable * g >= self.num_lanes]
-            sharing = f", or `lanes_per_document={fitting[0]}`, so that lanes share long documents" if fitting else ""
+            parts = [parts for parts in range(shared + 1, self.num_lanes + 1) if self.num_lanes % parts == 0]
+            fit = next((each for each in parts if readable * each >= self.num_lanes), None)
+            sharing = "" if fit is None else f", or `lanes_per_document={fit}`, so that lanes share long documents"
             raise ValueError(
                 f"`num_lanes` must be at most the number of documents of two tokens or more times "
                 f"`lanes_per_document`, got {self.num_lanes} lanes for {readable} * {shared}; take more documents, "
@@ -180,8 +172,7 @@ class Lanes:
 def process_lanes(num_lanes: int, process_index: int, num_processes: int) -> range:
     """Return the lanes of one process: neighbours, as many as every other process has.
 
-    Raises:
-        ValueError: processes cannot have equal numbers of lanes, or there is no such process.
+    Raises ValueError if processes cannot have equal numbers of lanes, or there is no such process.
 
     >>> process_lanes(8, process_index=1, num_processes=4)
     range(2, 4)
@@ -219,3 +210,110 @@ def _token_counts(corpus: Dataset) -> Int[np.ndarray, " documents"]:
     """Return the tokens of each document of a corpus in Arrow's format, without reading any token."""
     counts = [pc.list_value_length(rows["input_ids"]).to_numpy() for rows in corpus.iter(batch_size=1_000)]
     return np.concatenate([np.zeros(0, dtype=np.int64), *counts]).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A window of a document."""
+
+    document: int  # its row in the corpus
+    offset: int  # first token there
+    length: int  # in tokens
+    windows_before: int  # of the same document, or part of it, that the lane read before it
+    epoch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one lane reads in one epoch, a document after the other."""
+
+    documents: Int[np.ndarray, " documents"]
+    first_windows: Int[np.ndarray, " documents"]  # where the lane's part begins, in windows of the document
+    ends: Int[np.ndarray, " documents"]  # windows from the start of the epoch up to the end of each part
+
+
+class Schedule:
+    """The place of every step and lane, from the tokens of each document; `Lanes` explains and checks the arguments."""
+
+    def __init__(
+        self,
+        token_counts: Int[np.ndarray, " documents"],
+        *,
+        num_lanes: int,
+        window: int,
+        seed: int,
+        shuffle: bool,
+        lanes_per_document: int,
+    ) -> None:
+        self.token_counts, self.num_lanes, self.window = token_counts, num_lanes, window
+        self.seed, self.shuffle, self.lanes_per_document = seed, shuffle, lanes_per_document
+        self.num_windows = (token_counts + window - 2) // window  # a rest of one token is no window
+        self.readable = np.flatnonzero(self.num_windows)
+        # Steps of each lane up to the end of each epoch; grows with the steps asked for.
+        self._epoch_ends: list[Int[np.ndarray, " lanes"]] = []
+        # The last answers of `_order` and, for each lane, of `_share`: most steps are near the last one.
+        self._last_order: tuple[int, Int[np.ndarray, " documents"]] = (-1, self.readable)
+        self._shares: dict[int, tuple[int, Share]] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the tokens of all windows of an epoch."""
+        return int(np.minimum(self.token_counts, self.num_windows * self.window).sum())
+
+    @property
+    def num_steps(self) -> int:
+        """Return the windows of the longest lane in its first epoch."""
+        return int(self._ends_of(0).max())
+
+    def place(self, step: int, lane: int) -> Place:
+        """Return what a lane reads at a step. Raises ValueError if there is no such step or lane."""
+        if step < 0:
+            raise ValueError(f"`step` must be 0 or more, got {step}.")
+        if not 0 <= lane < self.num_lanes:
+            raise ValueError(f"lanes must be from 0 to {self.num_lanes - 1} (`num_lanes` - 1), got {lane}.")
+        epoch = bisect.bisect_right(self._epoch_ends, step, key=lambda ends: ends[lane])
+        while self._ends_of(epoch)[lane] <= step:
+            epoch += 1
+        share = self._share(lane, epoch)
+        step_of_epoch = step - (int(self._ends_of(epoch - 1)[lane]) if epoch else 0)
+        row = int(np.searchsorted(share.ends, step_of_epoch, side="right"))
+        windows_before = step_of_epoch - (int(share.ends[row - 1]) if row else 0)
+        document = int(share.documents[row])
+        offset = (int(share.first_windows[row]) + windows_before) * self.window
+        length = min(self.window, int(self.token_counts[document]) - offset)
+        return Place(document, offset, length, windows_before, epoch)
+
+    def _ends_of(self, epoch: int) -> Int[np.ndarray, " lanes"]:
+        while len(self._epoch_ends) <= epoch:
+            new = len(self._epoch_ends)
+            counts = np.array([self._divide(lane, new).ends[-1] for lane in range(self.num_lanes)])
+            self._epoch_ends.append(counts + (self._epoch_ends[-1] if new else 0))
+        return self._epoch_ends[epoch]
+
+    def _share(self, lane: int, epoch: int) -> Share:
+        if lane not in self._shares or self._shares[lane][0] != epoch:
+            self._shares[lane] = (epoch, self._divide(lane, epoch))
+        return self._shares[lane][1]
+
+    def _divide(self, lane: int, epoch: int) -> Share:
+        """Return the lane's part of each document that its group of lanes reads in this epoch."""
+        group, part = divmod(lane, self.lanes_per_document)
+        documents = self._order(epoch)[self._dealt[group]]
+        starts, ends = (self.num_windows[documents] * each // self.lanes_per_document for each in (part, part + 1))
+        return Share(documents, starts, np.cumsum(ends - starts))
+
+    @functools.cached_property
+    def _dealt(self) -> list[Int[np.ndarray, " documents"]]:
+        """The places in an epoch's order that each group of lanes gets; the same in every epoch."""
+        numbers = Dataset.from_dict({"place": np.arange(len(self.readable))}).with_format("numpy")
+        num_groups = self.num_lanes // self.lanes_per_document
+        shares = (split_dataset_by_node(numbers, rank=group, world_size=num_groups) for group in range(num_groups))
+        return [share["place"][:] for share in shares]
+
+    def _order(self, epoch: int) -> Int[np.ndarray, " documents"]:
+        if not self.shuffle:
+            return self.readable
+        if self._last_order[0] != epoch:
+            generator = np.random.default_rng((self.seed, epoch))
+            self._last_order = (epoch, generator.permutation(self.readable))
+        return self._last_order[1]

@@ -1,7 +1,5 @@
 """Long real texts that come with every Python: for demonstrations without a download."""
 
-from __future__ import annotations
-
 import ast
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -28,19 +26,16 @@ def split_texts(
 ) -> SplitTexts:
     """Return the start of a text file and of Python's manual; without a file, of the manual and the library's docstrings.
 
-    Raises:
-        ValueError: a text is too short.
+    Raises ValueError if a text is too short.
     """
-    manual_name, library_name = "Python's reference manual", "docstrings of its standard library"
+    manual = python_manual(), "Python's reference manual"
     if file is None:
-        past, rest = first_tokens(tokenizer, python_manual(), manual_name, past_tokens, rest_tokens)
-        library = standard_library_docstrings(8 * past_tokens)
-        wrong, _ = first_tokens(tokenizer, library, library_name, past_tokens, 0)
-        return SplitTexts(past, rest, wrong, manual_name, library_name)
-    text = file.read_text(encoding="utf-8")
-    past, rest = first_tokens(tokenizer, text, file.name, past_tokens, rest_tokens)
-    wrong, _ = first_tokens(tokenizer, python_manual(), manual_name, past_tokens, 0)
-    return SplitTexts(past, rest, wrong, file.name, manual_name)
+        right, other = manual, (standard_library_docstrings(8 * past_tokens), "docstrings of its standard library")
+    else:
+        right, other = (file.read_text(encoding="utf-8"), file.name), manual
+    past, rest = first_tokens(tokenizer, *right, past_tokens, rest_tokens)
+    wrong, _ = first_tokens(tokenizer, *other, past_tokens, 0)
+    return SplitTexts(past, rest, wrong, right[1], other[1])
 
 
 def first_tokens(
@@ -49,9 +44,8 @@ def first_tokens(
     """Return the ids of the first `past_tokens` of a text and of the `rest_tokens` that follow."""
     needed = past_tokens + rest_tokens
     for num_characters in (8 * needed, len(text)):  # most texts have fewer characters per token; then the rest can wait
-        ids = tokenizer(text[:num_characters], return_tensors="pt", add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ][0]
+        options = {"return_tensors": "pt", "add_special_tokens": False, "verbose": False}
+        ids = tokenizer(text[:num_characters], **options)["input_ids"][0]
         if len(ids) >= needed:
             return ids[:past_tokens], ids[past_tokens:needed]
     more = f" and score {rest_tokens:,} more" if rest_tokens else ""

@@ -1,7 +1,5 @@
 """Where texts come from: files, folders, saved datasets and Hugging Face's Hub, all as a series of documents."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -40,14 +38,8 @@ class Source(NamedTuple):
 def find_source(source: str | Path, *, text_column: str, split: str, is_bounded: bool) -> Source:
     """Return the source that `load_corpus` describes under `source`; files are hashed, but no document is read.
 
-    Args:
-        source: a path, a dataset's name, or `"python-manual"`.
-        text_column: the column that holds the text, where there are columns.
-        split: the split to read, where there are splits.
-        is_bounded: whether the caller stops after so many documents or tokens.
-
-    Raises:
-        ValueError: there is nothing to read under this name, or an option does not apply to it.
+    `is_bounded`: whether the caller stops after so many documents or tokens; the other arguments are those of `load_corpus`.
+    Raises ValueError if there is nothing to read under this name, or an option does not apply to it.
     """
     if not str(source).strip():
         raise ValueError(f"`source` must name a file, a folder, a dataset or {PYTHON_MANUAL!r}, got {source!r}.")
@@ -90,8 +82,7 @@ def unrelated_text(source: str | Path) -> tuple[str, str]:
 def files_of_split(manifest: str | Path, split: str) -> list[Path]:
     """Return the files of a split, from a JSON list of objects with `file` (beside the manifest) and `split`.
 
-    Raises:
-        ValueError: the manifest is no such list, or has no such split.
+    Raises ValueError if the manifest is no such list, or has no such split.
     """
     entries = json.loads(Path(manifest).read_text(encoding="utf-8"))
     if not isinstance(entries, list) or not all({"file", "split"} <= set(entry) for entry in entries):
@@ -122,13 +113,9 @@ def _folder_source(folder: Path, text_column: str, split: str) -> Source:
 def load_rows(path: str, configuration: str | None, split: str) -> Iterable[dict[str, Any]]:
     """Return the rows of one split of a dataset.
 
-    Args:
-        path: name on the Hub, folder of `save_to_disk`, or folder of files that `datasets.load_dataset` reads.
-        configuration: where the dataset has several.
-        split: its name.
-
-    Raises:
-        ValueError: there is no such dataset or split, or no network to get it.
+    `path`: name on the Hub, folder of `save_to_disk`, or folder of files that `datasets.load_dataset` reads.
+    `configuration`: where the dataset has several.
+    Raises ValueError if there is no such dataset or split, or no network to get it.
     """
     folder = Path(path).expanduser()
     if _is_saved(folder):
@@ -229,19 +216,16 @@ def _lines(folder: Path, files: list[Path], text_column: str) -> Iterator[Docume
         # Not by `datasets`: its reader does not say which line is wrong, and wants the same columns in every line.
         with _utf8(path), path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield _document(_object(line, where), text_column, f"{prefix}{number}", where)
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}, must be one JSON object, got {line[:40]!r} ({error}).") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}, must be one JSON object, got {line[:40].strip()!r}.")
-    return row
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{where}, must be one JSON object, got {line[:40]!r} ({error}).") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}, must be one JSON object, got {line[:40].strip()!r}.")
+                yield _document(row, text_column, f"{prefix}{number}", where)
 
 
 def _rows(dataset: Iterable[Mapping[str, Any]], text_column: str, title: str) -> Iterator[Document]:

@@ -86,9 +86,8 @@ class Encoders:
     @classmethod
     def from_json(cls, content: Sequence[dict[str, Any]]) -> Encoders:
         encoders = cls()
-        encoders.versions = [
-            EncoderVersion(EncoderStamp.from_json(each), _from_text(each["sketch"])) for each in content
-        ]
+        pairs = ((EncoderStamp.from_json(each), _from_text(each["sketch"])) for each in content)
+        encoders.versions = [EncoderVersion(*pair) for pair in pairs]
         return encoders
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from longmem.backbone.capture import Backbone
 from longmem.backbone.structure import probe_ids
+from longmem.errors import StaleMemoryError
 
 # Fields of a configuration that change nothing that is stored: names, versions, how it is run, what is generated.
 WITHOUT_EFFECT = frozenset(
@@ -30,6 +31,7 @@ WITHOUT_EFFECT = frozenset(
 )
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
 ALL_HEADS = "all"  # what stamps made before heads could be chosen mean, so it is no part of a digest
+FOR_LIFE = ("memory_layers", "chunk_size", TOKENIZER)  # what a bank holds can't be encoded again to fit another
 
 
 @dataclass(frozen=True)
@@ -192,3 +194,33 @@ def on_cpu(module: nn.Module, leaf: str) -> Tensor:
         return (values if type(values) is Tensor else values.dequantize()).contiguous()
     with align_module_device(module, torch.device("cpu")):
         return getattr(module, leaf).detach().clone()
+
+
+def refuse_stale(known: EncoderStamp, stamp: EncoderStamp) -> None:
+    """Raise StaleMemoryError: the bank was written by the encoder `known`, and is to be read with `stamp`'s."""
+    refuse_other_recipe(known, stamp)
+    raise StaleMemoryError(
+        f"the memory bank was written by encoder {known.digest}, this model's encoder is {stamp.digest}; they differ in "
+        f"{', '.join(known.diff(stamp)) or 'weights'}, so what is stored is not what this model would store. Ways out: "
+        'encode the bank again, all at once (`refresh="eager"`) or when it is read (`refresh="lazy"`); read it as it is '
+        "(`strict=False`): arguments of `MemoryBank.open` and `load`. `longmem bank refresh` does the first for a folder."
+    )
+
+
+def refuse_other_recipe(known: EncoderStamp | None, stamp: EncoderStamp) -> None:
+    """Raise StaleMemoryError if the encoders differ in something that no encoding again would put right."""
+    if known is None:
+        return
+    differing = differs_for_life(known, stamp)
+    if differing:
+        values = "; ".join(f"`{name}` {known.recipe[name]} and {stamp.recipe[name]}" for name in differing)
+        raise StaleMemoryError(
+            f"the memory bank (encoder {known.digest}) and this model (encoder {stamp.digest}) differ for good: {values}. "
+            "Memorize the documents again from their texts, in `MemoryBank.for_model(model)`, or with `longmem bank export` "
+            "and `longmem bank add`; without `model` a bank opens for inspection."
+        )
+
+
+def differs_for_life(known: EncoderStamp, stamp: EncoderStamp) -> list[str]:
+    """Return in what the encoders differ that no encoding again would put right."""
+    return [name for name in known.diff(stamp) if name in FOR_LIFE]

@@ -5,8 +5,6 @@ a tensor's version counter and, because that sees neither fused optimizers nor w
 It can't see a write past the counter that spares all those numbers; the exact stamp does.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The encoder of a model: its stamp and its sketch, computed when something has changed and not before."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

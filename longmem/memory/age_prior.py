@@ -91,21 +91,6 @@ class AgePrior:
         return find("age_prior", self.kind).log_weight(self, age)
 
 
-def log_constant(prior: AgePrior, age: float) -> float:
-    """Return log 1."""
-    return 0.0
-
-
-def log_hinge(prior: AgePrior, age: float) -> float:
-    """Return the logarithm of 1 up to age `b`, then of 1 / (a (age - b) + 1)."""
-    return -math.log1p(prior.a * max(0.0, age - prior.b))
-
-
-def log_poly(prior: AgePrior, age: float) -> float:
-    """Return the logarithm of (age + 1)^-a."""
-    return -prior.a * math.log1p(age)
-
-
 def log_exp(prior: AgePrior, age: float) -> float:
     """Return the logarithm of floor + (1 - floor) exp(-a age)."""
     if not prior.floor or not prior.a * age:
@@ -114,11 +99,11 @@ def log_exp(prior: AgePrior, age: float) -> float:
     return min(0.0, math.log(prior.floor + (1 - prior.floor) * math.exp(-prior.a * age)))
 
 
-_HINGE_AGE = Setting(4.0, "the age up to which nothing is lost", 0.0, 1e12)
 _FLOOR = Setting(0.0, "the weight that is never undercut", 0.0, 1.0)
-register("age_prior", "constant")(AgeKind({}, log_constant))
-register("age_prior", "hinge")(AgeKind({"a": _STRENGTH, "b": _HINGE_AGE, "unit": _UNIT}, log_hinge))
-register("age_prior", "poly")(AgeKind({"a": _STRENGTH, "unit": _UNIT}, log_poly))
+_HINGE = {"a": _STRENGTH, "b": Setting(4.0, "the age up to which nothing is lost", 0.0, 1e12), "unit": _UNIT}
+register("age_prior", "constant")(AgeKind({}, lambda prior, age: 0.0))
+register("age_prior", "hinge")(AgeKind(_HINGE, lambda prior, age: -math.log1p(prior.a * max(0.0, age - prior.b))))
+register("age_prior", "poly")(AgeKind({"a": _STRENGTH, "unit": _UNIT}, lambda prior, age: -prior.a * math.log1p(age)))
 register("age_prior", "exp")(AgeKind({"a": _STRENGTH, "floor": _FLOOR, "unit": _UNIT}, log_exp))
 
 

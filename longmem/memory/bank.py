@@ -18,11 +18,10 @@ from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError
 from longmem.memory import checks
 from longmem.memory.age_prior import AgePrior, make_age_prior
-from longmem.memory.folder.bank_folder import BankFolder, has_bank
+from longmem.memory.folder.bank_folder import BankFolder, OnDisk, has_bank
 from longmem.memory.freshness import Freshness
 from longmem.memory.index import Ranked, validate_index
 from longmem.memory.memorize import memorize
-from longmem.memory.on_disk import OnDisk
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.reader import BankView
 from longmem.memory.rows.documents import Document, DocumentInfo, SourcePart
@@ -181,11 +180,7 @@ class MemoryBank:
         opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
         try:
             bank = cls(**opened.read_content()["settings"], device=device)
-        except BaseException:
-            opened.close()
-            raise
-        bank._live_in(opened)
-        try:
+            bank._live_in(opened)
             bank._open_for(model, refresh, strict)
         except BaseException:
             opened.close()
@@ -452,7 +447,7 @@ class MemoryBank:
 
     def documents(self) -> list[DocumentInfo]:
         """Return a summary of each document, in the order in which they were added."""
-        self._drop_expired()
+        self._table.drop_expired()
         return [document.info(self.chunk_size) for document in self._table.ledger.documents.values()]
 
     def info(self, document_id: str) -> DocumentInfo:
@@ -464,7 +459,7 @@ class MemoryBank:
         return list(self._document("document_id", document_id).segments.copy())
 
     def __contains__(self, document_id: object) -> bool:
-        self._drop_expired()
+        self._table.drop_expired()
         return document_id in self._table.ledger.documents
 
     def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
@@ -672,8 +667,6 @@ class MemoryBank:
         )
         return getattr(getattr(self, part) if part else self, new)
 
-    # Inside.
-
     def _empty(self, device: torch.device | str) -> Self:
         bank = type(self)(**self._settings(), device=device)
         bank._table.encoders = self.encoders.copy()
@@ -728,23 +721,16 @@ class MemoryBank:
             raise ValueError(f"`layer` must be one of the memory layers {self.memory_layers}, got {layer!r}.")
         return self.memory_layers.index(layer)
 
-    def _drop_expired(self) -> None:
-        with self._table.lock:
-            self._table.drop_expired()
-
     def _refuse_circle(self, document_id: str, by: str) -> None:
-        documents = self._table.ledger.documents
+        documents, chain = self._table.ledger.documents, [by]
         checks.validate_known("by", by, documents)
-        follower: str | None = by
-        seen: set[str] = set()
-        while follower in documents and follower not in seen:
-            if follower == document_id:
-                raise ValueError(
-                    f"`by` must be another document, which {document_id!r} has not superseded itself, got {by!r}; "
-                    f"`restore({by!r})` first."
-                )
-            seen.add(follower)
-            follower = documents[follower].superseded_by
+        while (follower := documents[chain[-1]].superseded_by) in documents and follower not in chain:
+            chain.append(follower)
+        if document_id in chain:
+            raise ValueError(
+                f"`by` must be another document, which {document_id!r} has not superseded itself, got {by!r}; "
+                f"`restore({by!r})` first."
+            )
 
     @torch.inference_mode(False)  # whatever the caller's mode: what is made inside it can never be written to again
     def _extend(

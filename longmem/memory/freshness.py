@@ -1,7 +1,5 @@
 """A bank and the encoder that reads it: what is stale is refused, encoded again or masked, as its refresh policy says."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,9 +7,9 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.encoder.checks import refuse_other_recipe, refuse_unknown_encoder
 from longmem.encoder.history import UNKNOWN, Encoders
-from longmem.encoder.stamp import EncoderStamp
+from longmem.encoder.stamp import EncoderStamp, refuse_other_recipe
+from longmem.errors import StaleMemoryError
 from longmem.memory.index import Ranked
 from longmem.memory.protocols import EncodingModel, Writer
 from longmem.memory.refresh import (
@@ -29,12 +27,7 @@ from longmem.memory.rows.table import Table
 
 
 class Freshness:
-    """What a bank knows of its encoders, and what it does when they change.
-
-    Args:
-        table: of the bank.
-        refresh: name of the policy, with its settings.
-    """
+    """What a bank knows of its encoders, and what it does when they change; `refresh` names the policy, with its settings."""
 
     def __init__(self, table: Table, refresh: str | Mapping[str, Any]) -> None:
         self._table = table
@@ -82,9 +75,8 @@ class Freshness:
     def ready_for(self, model: EncodingModel) -> None:
         """Make ready to be read by a model, as the refresh policy says if its encoder is not the one that wrote the bank.
 
-        Raises:
-            StaleMemoryError: the encoder is another one and the policy is "frozen", its tokenizer or its sizes are others, a
-                bound is exceeded, or the encoder is not frozen.
+        Raises StaleMemoryError if the encoder is another one and the policy is "frozen", its tokenizer or its sizes are
+        others, a bound is exceeded, or the encoder is not frozen.
         """
         versions = self._table.encoders.versions
         if not versions:
@@ -108,7 +100,11 @@ class Freshness:
 
         Raises StaleMemoryError if the bank names no encoder, or as `ready_for` does.
         """
-        refuse_unknown_encoder(self.encoders.stamp)
+        if self.encoders.stamp is None:
+            raise StaleMemoryError(
+                "the bank names no encoder, so nobody knows whether this model can read it; open it without `model`, or make "
+                "one with `MemoryBank.for_model(model)`."
+            )
         if strict:
             self.ready_for(model)
         else:
@@ -190,10 +186,9 @@ class Freshness:
     def report(self, model: EncodingModel | None = None, *, probe: bool = False) -> StalenessReport:
         """Return how much of the bank is stale, in total, for each encoder and for each document; nothing changes.
 
-        Args:
-            model: say what would be stale if this model read the bank; None: compare with the bank's current encoder.
-            probe: also measure how far keys have moved, by encoding about 64 tokens of each earlier encoder with `model`.
-                Raises ValueError without one, StaleMemoryError for one that can't encode what the bank holds.
+        `model`: say what would be stale if this model read the bank; None: compare with the bank's current encoder. `probe`:
+        also measure how far keys have moved, by encoding about 64 tokens of each earlier encoder with `model`; raises
+        ValueError without one, StaleMemoryError for one that can't encode what the bank holds.
         """
         return report_staleness(self.state, self.policy, None if model is None else model.encoder, probe=probe)
 
@@ -207,8 +202,6 @@ class Freshness:
         can_encode = writer is not None and self.may_write and known is not None
         can_encode = can_encode and writer.stamp().digest == known.digest  # type: ignore[union-attr]
         return self.policy.on_read(self.refresher(writer) if can_encode else None, search, rows, readable)  # type: ignore[arg-type]
-
-    # Inside.
 
     def _enter(self, writer: Writer) -> None:
         """Make an encoder the current one, and say nothing to the policy."""

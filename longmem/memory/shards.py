@@ -100,7 +100,8 @@ class BankShards:
         wanted = (document_ids,) if isinstance(document_ids, str) else tuple(dict.fromkeys(document_ids))
         if not wanted:
             raise ValueError("`document_ids` must name at least one document, got none; read the shards for all.")
-        known = [_known_documents(shard) for shard in self.shards]
+        listed = (shard.documents() for shard in self.shards)
+        known = [[each if isinstance(each, str) else each.document_id for each in documents] for documents in listed]
         names = dict.fromkeys(document_id for each in known for document_id in each)
         for document_id in wanted:
             validate_known("document_ids", document_id, names)
@@ -124,10 +125,8 @@ class BankShards:
             newest = self.newest_date
         found = [shard.search(layer, queries, num_chunks, scaling=scaling, newest=newest) for shard in self.shards]
         scores = torch.cat([each.scores for each in found], dim=2)
-        rows = torch.cat(
-            [torch.where(each.rows < 0, -1, each.rows * len(found) + number) for number, each in enumerate(found)],
-            dim=2,
-        )
+        own = [torch.where(each.rows < 0, -1, each.rows * len(found) + number) for number, each in enumerate(found)]
+        rows = torch.cat(own, dim=2)
         scores, order = scores.sort(dim=2, descending=True, stable=True)
         scores, order = scores[..., :num_chunks], order[..., :num_chunks]
         ages: Tensor | None = None
@@ -211,12 +210,6 @@ def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
     bank = shard.bank if isinstance(shard, BankView) else shard
     assert isinstance(bank, MemoryBank)  # nothing else has views
     return bank
-
-
-def _known_documents(shard: MemoryBank | BankView) -> list[str]:
-    if isinstance(shard, BankView):
-        return shard.documents()
-    return [document.document_id for document in shard.documents()]
 
 
 def _in_order(

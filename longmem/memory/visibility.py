@@ -4,8 +4,6 @@ The content clock has nothing to do with the encoder: a text can be out of date 
 other way round. Hidden documents are kept, and no search finds them.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable

@@ -16,9 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m longmem.official", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser("compare", help="replay a recording and print the differences")
-    command.add_argument(
-        "recording", type=Path, metavar="RECORDING", help="safetensors file; its settings are beside it"
-    )
+    command.add_argument("recording", type=Path, metavar="RECORDING", help="safetensors file; settings are beside it")
     arguments = parser.parse_args(argv)
     try:
         result = compare(Recording(arguments.recording))

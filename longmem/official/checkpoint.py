@@ -22,14 +22,10 @@ BACKBONE_FOLDER = "backbone"
 
 
 class Checkpoint:
-    """A fairseq checkpoint: weights, and the settings of its model.
+    """A fairseq checkpoint: weights, and the settings of its model; read without running any code that it may hold.
 
-    Args:
-        path: the `.pt` file. It is read without running any code that it may hold.
-        needs: settings that must have these values, where the checkpoint tells them.
-
-    Raises:
-        ValueError: it can't be read, or is no checkpoint of a model.
+    `needs`: settings that must have these values, where the checkpoint tells them. Raises ValueError if it can't be read, or
+    is no checkpoint of a model.
     """
 
     def __init__(self, path: str | PathLike[str], needs: Mapping[str, Any]) -> None:
@@ -52,10 +48,8 @@ class Checkpoint:
         settings = (content.get("cfg") or {}).get("model") or content.get("args") or {}
         self.settings: dict[str, Any] = vars(settings) if isinstance(settings, argparse.Namespace) else dict(settings)
         for name, value in needs.items():
-            if name in self.settings and self.settings[name] != value:
-                raise ValueError(
-                    f"{self.path} was made with `{name}` {self.settings[name]!r}; only {value!r} can be converted."
-                )
+            if (found := self.settings.get(name, value)) != value:
+                raise ValueError(f"{self.path} was made with `{name}` {found!r}; only {value!r} can be converted.")
 
     def setting(self, name: str) -> Any:
         """Return a setting. Raises ValueError if the checkpoint does not tell it."""
@@ -69,15 +63,10 @@ class Checkpoint:
 def convert(checkpoint: str | PathLike[str], backbone: str | PathLike[str], folder: str | PathLike[str]) -> int:
     """Write a model that `LongMemForCausalLM.from_pretrained` opens, with its backbone inside; return its `memory_size`.
 
-    `memory_size` is a property of the memory here, not of the model: the capacity to give a `MemoryBank`.
+    `memory_size` is a property of the memory here, not of the model: the capacity to give a `MemoryBank`. `checkpoint` is of
+    the side network, `backbone` of the NewGPT model it was trained on, which is written to `backbone` inside the folder.
 
-    Args:
-        checkpoint: of the side network.
-        backbone: of the NewGPT model it was trained on.
-        folder: where to write; the backbone is written to `backbone` inside it.
-
-    Raises:
-        ValueError: a file can't be read, a setting is missing, weights do not fit, or the two do not belong together.
+    Raises ValueError if a file can't be read, a setting is missing, weights do not fit, or the two do not belong together.
     """
     side, base = Checkpoint(checkpoint, SIDE_NEEDS), Checkpoint(backbone, BACKBONE_NEEDS)
     weights = backbone_weights(base.weights)

@@ -18,16 +18,14 @@ from longmem.official.weights import side_weights
 TOLERANCE = 5e-6
 # Rows stored in float16: one rounding that falls the other way, for a difference of 1e-7, moves logits by up to 2e-4.
 ROUNDED_TOLERANCE = 5e-4
+NUMBERS = (*COUNTED, UNKNOWN)  # families that are counts
 # How the runs of a column were replayed.
 FLOAT32, ROUNDED, FED = "float32 rows", "float16 rows", "recorded k, v"
 
 
 @dataclasses.dataclass
 class Comparison:
-    """The largest absolute difference for each family and column, and what was left out.
-
-    Entries of `COUNTED` families are counts; `skipped` maps runs to reasons.
-    """
+    """The largest absolute difference for each family and column, a count for some; `skipped` maps runs to reasons."""
 
     largest: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     replayed: list[str] = dataclasses.field(default_factory=list)
@@ -35,11 +33,8 @@ class Comparison:
 
     def add(self, family: str, column: str, value: float) -> None:
         """Take in one difference."""
-        value = math.inf if math.isnan(value) else value
-        if family in (*COUNTED, UNKNOWN):
-            self.largest[family, column] = self.largest.get((family, column), 0.0) + value
-        else:
-            self.largest[family, column] = max(self.largest.get((family, column), 0.0), value)
+        value, before = math.inf if math.isnan(value) else value, self.largest.get((family, column), 0.0)
+        self.largest[family, column] = before + value if family in NUMBERS else max(before, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, for a program."""
@@ -52,12 +47,8 @@ class Comparison:
     @property
     def worst(self) -> float:
         """The largest difference where none is owed to rounding of stored rows: float32 runs, and recorded rows."""
-        found = [
-            value
-            for (family, column), value in self.largest.items()
-            if family not in (*COUNTED, UNKNOWN) and column != ROUNDED
-        ]
-        return max(found, default=0.0)
+        exact = {key: value for key, value in self.largest.items() if key[1] != ROUNDED}
+        return max((value for (family, _), value in exact.items() if family not in NUMBERS), default=0.0)
 
     @property
     def agrees(self) -> bool:
@@ -93,11 +84,12 @@ def compare(recording: Recording) -> Comparison:
         is_rounded = recording.row_dtype(run) == torch.float16
         first = recording.step(run, recording.runs[run][0])
         columns = [ROUNDED, FED] if is_rounded and "backbone_qkv/k" in first else [ROUNDED] if is_rounded else [FLOAT32]
-        differences: list[tuple[str, str, float]] = []
         try:
-            for column in columns:
-                found = replay(recording, used, run, is_fed=column == FED)
-                differences += [(family, column, value) for family, value in found]
+            differences = [
+                (family, column, value)
+                for column in columns
+                for family, value in replay(recording, used, run, is_fed=column == FED)
+            ]
         except ReleasedCodeError as error:
             result.skipped[run] = str(error)
             continue
@@ -162,4 +154,4 @@ def print_comparison(result: Comparison, console: Console) -> None:
 
 def figure(family: str, value: float) -> str:
     """Return a count or a difference as text."""
-    return f"{value:.0f}" if family in (*COUNTED, UNKNOWN) else f"{value:.1e}"
+    return f"{value:.0f}" if family in NUMBERS else f"{value:.1e}"

@@ -16,15 +16,11 @@ class NewGPTConfig(PreTrainedConfig):
     """Configuration of a NewGPT model; the defaults are the released backbone's, as far as its code fixes them.
 
     Args:
-        vocab_size: V.
-        hidden_size: width; a multiple of `num_attention_heads`.
-        num_hidden_layers: L.
-        num_attention_heads: heads; ALiBi gives each a slope of its own.
+        hidden_size: width; a multiple of `num_attention_heads`, of which ALiBi gives each a slope of its own.
         intermediate_size: width of the MLP; None for four times `hidden_size`.
         hidden_act: activation of the MLP; "gelu_new" is the tanh form.
         layer_norm_eps: of every layer norm.
-        attention_dropout: on local attention weights, in training mode.
-        hidden_dropout: on the MLP's output, in training mode.
+        attention_dropout, hidden_dropout: on local attention weights and on the MLP's output, in training mode.
         initializer_range: standard deviation of new weights.
     """
 

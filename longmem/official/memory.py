@@ -6,8 +6,6 @@ a last slot that is never filled, and missing slots that are read as zeros. Wher
 silence, this raises `ReleasedCodeError`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 
 import faiss
@@ -28,11 +26,8 @@ class ReleasedCodeError(ValueError):
 class OfficialMemory:
     """One store of chunks for one memory layer; `LongMemForCausalLM` reads it as it reads a `MemoryBank`.
 
-    Args:
-        memory_layer: backbone layer whose keys and values are stored.
-        chunk_size: tokens of a chunk.
-        memory_size: capacity in tokens; a rest shorter than a chunk is not used.
-        storage_dtype: of stored keys and values; the released code has float16. Search keys are float32.
+    `memory_layer`: backbone layer whose keys and values are stored. `memory_size`: capacity in tokens; a rest shorter than a
+    chunk is not used. The released code stores keys and values in float16. Search keys are float32.
 
     >>> memory = OfficialMemory(memory_layer=3, chunk_size=2, memory_size=16)
     >>> states = [torch.ones(1, 4, 5, 8)]  # a batch of one, 4 heads, 5 tokens
@@ -79,7 +74,7 @@ class OfficialMemory:
     def ready_for(self, model: EncodingModel) -> None:
         """Be read by any model: nothing of the encoder is known."""
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[None]:
+    def locate(self, rows: Int[Tensor, "..."]) -> list[None]:
         """Return None for every row: nothing is known of documents."""
         return [None] * rows.numel()
 
@@ -118,16 +113,13 @@ class OfficialMemory:
 
         Arguments as `LongMemForCausalLM.forward` returns them: one tensor each, for the one memory layer.
 
-        Raises:
-            ReleasedCodeError: the batch is more than the released eviction can make room for (nothing is written), or a
-                number does not fit the storage dtype.
+        Raises ReleasedCodeError if the batch is more than the released eviction can make room for (nothing is written), or a
+        number does not fit the storage dtype.
         """
         (batch_keys,), (batch_values,) = keys, values
         num_tokens = batch_keys.shape[0] * batch_keys.shape[2]
         num_new = num_tokens // self.chunk_size
-        evicted = 0
-        if self.num_chunks + num_new >= self.capacity:
-            evicted = 2 * num_tokens // self.chunk_size
+        evicted = 2 * num_tokens // self.chunk_size if self.num_chunks + num_new >= self.capacity else 0
         if evicted > self.num_chunks:
             raise ReleasedCodeError(
                 f"a batch of {num_tokens} tokens ({num_new} chunks) makes the released code evict {evicted} chunks where "

@@ -11,14 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -59,11 +52,8 @@ def alibi_causal_mask(
 ) -> Float[Tensor, "#lanes heads queries keys"]:
     """Return what is added to the scores, in float32: the ALiBi bias where a key may be seen, the lowest number elsewhere.
 
-    Args:
-        slopes: of the heads.
-        attention_mask: 1 for tokens and 0 for padding, `lanes keys`, cached tokens included; None for no padding.
-        num_queries: tokens of this call, the last of the keys.
-        num_keys: cached and new tokens.
+    `attention_mask`: 1 for tokens and 0 for padding, `lanes keys`, cached tokens included; None for no padding. Queries are
+    the last of the keys.
     """
     if attention_mask is None:
         attention_mask = slopes.new_ones(1, num_keys)
@@ -99,16 +89,14 @@ class NewGPTAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], Tensor | None]:
         """Return the attention's output, and its weights where the attention function gives them."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (
             projection(hidden_states).float().unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in projections
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        kind = self.config._attn_implementation
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         scaling = self.head_dim**-0.5
         output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -127,7 +115,6 @@ class NewGPTMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: Float[Tensor, "lanes tokens hidden"]) -> Float[Tensor, "lanes tokens hidden"]:
-        """Return the MLP's output."""
         return self.dropout(self.fc_out(self.activation(self.fc_in(hidden_states))))
 
 
@@ -143,7 +130,6 @@ class NewGPTLayer(nn.Module):
     def forward(
         self, hidden_states: Float[Tensor, "lanes tokens hidden"], attention_mask: Tensor, **kwargs: Any
     ) -> Float[Tensor, "lanes tokens hidden"]:
-        """Return the block's output."""
         normed = self.ln_1(hidden_states)
         attended, _ = self.attn(normed, attention_mask, **kwargs)
         return attended + self.mlp(normed) + hidden_states
@@ -154,6 +140,7 @@ class NewGPTPreTrainedModel(PreTrainedModel):
 
     config: NewGPTConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "wte"
     _no_split_modules = ["NewGPTLayer"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -169,14 +156,6 @@ class NewGPTModel(NewGPTPreTrainedModel):
         self.h = nn.ModuleList(NewGPTLayer(config, number) for number in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embeddings."""
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embeddings."""
-        self.wte = value
 
     @merge_with_config_defaults
     @capture_outputs
@@ -219,14 +198,6 @@ class NewGPTForCausalLM(NewGPTPreTrainedModel, GenerationMixin):
         self.transformer = NewGPTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the LM head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the LM head."""
-        self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(

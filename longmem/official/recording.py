@@ -25,13 +25,9 @@ INPUT = re.compile(r"(.+)/s(\d+)/input_ids")
 
 
 class Recording:
-    """Runs and weights of the released code.
+    """Runs and weights of the released code, in a safetensors file; settings are beside it, with the ending `.json`.
 
-    Args:
-        path: the safetensors file; its settings are beside it, with the ending `.json`.
-
-    Raises:
-        ValueError: it can't be read, or holds no runs or no weights.
+    Raises ValueError if it can't be read, or holds no runs or no weights.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -44,11 +40,9 @@ class Recording:
             raise ValueError(f"{self.path} is no safetensors file: {error}") from error
         self._names = set(self._file.keys())
         self._settings = self._read_settings(self.path.with_suffix(".json"))
-        self.runs: dict[str, list[int]] = {}
-        for name in self._names:
-            if match := INPUT.fullmatch(name):
-                self.runs.setdefault(match[1], []).append(int(match[2]))
-        self.runs = {run: sorted(steps) for run, steps in sorted(self.runs.items())}
+        self.runs: dict[str, list[int]] = {}  # the numbers of the steps of each, in order
+        for run, number in sorted((match[1], int(match[2])) for match in map(INPUT.fullmatch, self._names) if match):
+            self.runs.setdefault(run, []).append(number)
         if not self.runs:
             raise ValueError(f"{self.path} holds no run: no tensor is named `<run>/s<step>/input_ids`.")
 
@@ -60,8 +54,6 @@ class Recording:
         except ValueError as error:
             raise ValueError(f"{path} is no JSON: {error}") from error
         return settings if isinstance(settings, dict) else {}
-
-    # Tensors.
 
     def step(self, run: str, number: int) -> dict[str, Tensor]:
         """Return everything that was recorded in one step, by the last part of its name."""
@@ -75,8 +67,6 @@ class Recording:
         """Return the shape of a tensor that some step recorded, None if none did."""
         name = next((name for name in sorted(self._names) if name.startswith(run) and name.endswith(ending)), None)
         return None if name is None else self._file.get_slice(name).get_shape()
-
-    # Settings.
 
     def setting(self, name: str) -> Any:
         """Return a setting from `config` or, failing that, from the recorded command lines; None if neither has it."""
@@ -135,20 +125,16 @@ class Recording:
         name = next((name for name in self._names if re.fullmatch(rf"{re.escape(run)}/s\d+/memory/keys", name)), None)
         if name is not None:
             return {"F16": torch.float16, "F32": torch.float32}[self._file.get_slice(name).get_dtype()]
-        for ending, dtype in (("_f16", torch.float16), ("_f32", torch.float32)):
-            if run.endswith(ending):
-                return dtype
+        if (ending := run[-4:]) in ("_f16", "_f32"):
+            return torch.float16 if ending == "_f16" else torch.float32
         raise ValueError(
             f"run {run} must end in `_f16` or `_f32`, or record `memory/keys`, so that the dtype of its rows is known."
         )
 
-    # The model.
-
     def build_model(self) -> LongMemForCausalLM:
         """Return the recorded model.
 
-        Raises:
-            ValueError: a setting or a weight is missing, or they do not fit each other.
+        Raises ValueError if a setting or a weight is missing, or they do not fit each other.
         """
         own = self.weights("sd/")
         weights = side_weights(own)

@@ -144,9 +144,7 @@ def forward_values(
 def retrieval_values(memory: WatchedMemory, lanes: int, tokens: int) -> Values:
     """Return what was found, in the released layouts: a search row is `t * lanes + lane`, a read row `lane * heads + head`."""
     assert memory.found is not None
-    rows, scores = (
-        part.unflatten(1, (lanes, tokens)).transpose(1, 2) for part in (memory.found.rows, memory.found.scores)
-    )
+    rows, scores = (part.unflatten(1, (lanes, tokens)).transpose(1, 2) for part in memory.found[:2])
     keys, values = (
         part.unflatten(1, rows.shape[1:]).permute(2, 0, 1, 3, 4, 5).flatten(3, 4).flatten(0, 1)
         for part in memory.gather(memory.memory_layers[0], rows.flatten(1), memory.generation)
@@ -173,16 +171,10 @@ def memory_values(memory: OfficialMemory, when: str) -> Values:
 
 
 def replay(recording: Recording, model: LongMemForCausalLM, run: str, *, is_fed: bool) -> Iterator[tuple[str, float]]:
-    """Yield (family, difference) for every recorded tensor of a run.
+    """Yield (family, difference) for every recorded tensor of a run of the recorded model.
 
-    Args:
-        recording: what to compare with.
-        model: the recorded model.
-        run: its name.
-        is_fed: write the recorded keys and values to the memory, not the model's own.
-
-    Raises:
-        ReleasedCodeError: the run needs what the released code gets wrong.
+    `is_fed`: write the recorded keys and values to the memory, not the model's own.
+    Raises ReleasedCodeError if the run needs what the released code gets wrong.
     """
     memory = recording.new_memory(run, WatchedMemory)
     for number in recording.runs[run]:

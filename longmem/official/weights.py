@@ -85,15 +85,10 @@ def needed(weights: Mapping[str, Tensor], name: str, where: str) -> Tensor:
 
 
 def build_backbone(weights: Mapping[str, Tensor], num_heads: int, **fields: Any) -> NewGPTForCausalLM:
-    """Return a backbone with these weights; its sizes are theirs.
+    """Return a backbone with these weights, all of them, under our names (`backbone_weights`); its sizes are theirs.
 
-    Args:
-        weights: all of them, under our names (`backbone_weights`).
-        num_heads: which no weight tells.
-        fields: further fields of `NewGPTConfig`.
-
-    Raises:
-        ValueError: weights are missing, left over or of another shape.
+    No weight tells `num_heads`; `fields` are further ones of `NewGPTConfig`.
+    Raises ValueError if weights are missing, left over or of another shape.
     """
     embeddings = needed(weights, "transformer.wte.weight", "the backbone")
     config = NewGPTConfig(
@@ -126,15 +121,13 @@ def build_model(
     Args:
         backbone: from `build_backbone`.
         weights: of the side network, under our names (`side_weights`).
-        factor: `layer_reduction_factor`.
-        retrieval_layer: `retrieval_layer_index`, the backbone layer that is stored, counted from 0.
+        factor, retrieval_layer, num_retrieved_tokens: `layer_reduction_factor`, `retrieval_layer_index` (of the backbone layer
+            that is stored, counted from 0) and `k` of the released code.
         chunk_size: tokens of a chunk.
-        num_retrieved_tokens: `k`.
         side_options: settings of side layers beside their inner size; `layer_norm_eps` is the source's when left out.
         fields: further fields of `LongMemConfig`.
 
-    Raises:
-        ValueError: the weights do not fit each other or the settings.
+    Raises ValueError if the weights do not fit each other or the settings.
     """
     num_side_layers = count_layers(weights, r"layers\.(\d+)\.")
     readers = [int(name.split(".")[1]) for name in weights if name.endswith(".memory_bias")]

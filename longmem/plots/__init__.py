@@ -1,11 +1,9 @@
 """Figures of evaluations and of training runs."""
 
-from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_summaries
-from longmem.plots.finished import plot_finished
+from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_finished, plot_summaries
+from longmem.plots.banks import plot_staleness, plot_tuning
 from longmem.plots.perplexity import plot_distances, plot_perplexity, plot_ratios, plot_scores
-from longmem.plots.staleness import plot_staleness
 from longmem.plots.style import require_matplotlib
-from longmem.plots.tuning import plot_tuning
 
 __all__ = [
     "plot_accuracies",

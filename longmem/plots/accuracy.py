@@ -1,6 +1,7 @@
-"""The figure of an evaluation: what systems get right, as bars or, along an axis of numbers, as lines."""
+"""The figures of an evaluation: what systems get right, as bars or, along an axis of numbers, as lines.
 
-from __future__ import annotations
+Each `path` is the PNG to write, and each `title` stands above its figure.
+"""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,9 +9,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from longmem.evaluation.runner import Finished
+from longmem.plots.perplexity import plot_perplexity
 from longmem.plots.style import color_of, draw_estimates, draw_interval, new_figure, panels_of, short_count, tidy
 
 BASELINE_COLOR, BASELINE_STYLES = "#9a9a9a", (":", "--", "-.")
+
+
+def plot_finished(finished: Finished) -> None:
+    """Draw what an evaluation has found into its folder."""
+    if "parts" in finished.metrics:  # of perplexities; what is right or wrong has measures
+        plot_perplexity(finished.folder, finished.metrics, title=finished.title)
+    else:
+        plot_evaluation(finished.folder / "accuracy.png", finished.metrics, title=finished.title)
 
 
 def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
@@ -18,12 +29,7 @@ def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, ti
 
     Where results have an axis of numbers there is a line for each system, otherwise a bar for what is counted in percent; where
     nothing is, no figure. Where they have details, a second figure, whose name ends with "-map", shows them for the system
-    `on` (`plot_maps`).
-
-    Args:
-        path: PNG to write.
-        metrics: of `metrics.json`.
-        title: of the figure.
+    `on` (`plot_maps`). `metrics` are those of `metrics.json`.
     """
     measures = list(metrics["measures"].values())
     axes = {axis["kind"]: axis for axis in metrics["axes"]}
@@ -117,14 +123,9 @@ def plot_lines(
     title: str,
     xlabel: str,
 ) -> None:
-    """Draw a line with its intervals for each system, and a level one for each baseline, which needs no model.
+    """Draw a line with its intervals for each system, and a level one for each of `baselines`, which need no model.
 
-    Args:
-        path: PNG to write.
-        panels: by name, and by place on the axis, comparisons with `measure` and `unit`.
-        baselines: systems that are level lines.
-        title: of the figure.
-        xlabel: what is on the axis.
+    `panels`: by name, and by place on the axis, comparisons with `measure` and `unit`.
     """
     figure = new_figure((3.7 + 5.8 * len(panels), 4.8), textwrap.fill(title, 60 * len(panels)))
     handles: dict[str, Any] = {}
@@ -169,14 +170,9 @@ def plot_accuracies(
     measure: str = "accuracy",
     chance: float | None = None,
 ) -> None:
-    """Draw the accuracy of every system with its interval, a panel for each comparison.
+    """Draw the accuracy of every system with its interval, a panel for each comparison (`summary.compare`), by name.
 
-    Args:
-        path: PNG to write.
-        panels: by name, comparisons of systems (`summary.compare`).
-        title: of the figure.
-        measure: what is on the axis, in percent.
-        chance: of guessing, in percent; None draws no line.
+    `measure` is on the axis, in percent, as is `chance`, of guessing; None draws no line.
     """
     columns, most = min(3, len(panels)), max(len(panel["systems"]) for panel in panels.values())
     rows = -(-len(panels) // columns)
@@ -197,9 +193,7 @@ def plot_accuracies(
 def plot_summaries(path: str | PathLike[str], summaries: Mapping[str, Mapping[str, Any]]) -> None:
     """Draw the means and intervals of several runs, a panel for each with an axis of its own.
 
-    Args:
-        path: PNG to write.
-        summaries: by title of the run, `measure`, perhaps `chance`, and `systems` with `title`, `value` and `interval`.
+    `summaries`: by title of the run, `measure`, perhaps `chance`, and `systems` with `title`, `value` and `interval`.
     """
     columns, most = min(2, len(summaries)), max(len(summary["systems"]) for summary in summaries.values())
     figure = new_figure((1 + 6 * columns, -(-len(summaries) // columns) * (1.4 + 0.42 * most)))

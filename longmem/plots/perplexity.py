@@ -1,7 +1,5 @@
 """Figures of perplexities: along a text, by part of what was scored, and by the distance of what is needed."""
 
-from __future__ import annotations
-
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -51,13 +49,8 @@ def plot_scores(
 ) -> None:
     """Draw the loss along a text, what memory saves there, and how much each layer and head attends to memory.
 
-    Args:
-        path: PNG to write.
-        scores: by system; "off" is what the others are compared with.
-        title: of the figure.
-        first_token: where the first window begins in its text.
-        cut: how windows follow each other.
-        reading_layers: their backbone layers, in order.
+    `scores` are by system, and "off" is what the others are compared with. The first window begins at `first_token` of its
+    text, and `cut` says how the others follow. `reading_layers` are numbers of backbone layers, in order.
     """
     figure = new_figure((10, 7), title)
     shares = scores["on"].memory_share if "on" in scores else None
@@ -106,11 +99,8 @@ def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title:
     if is_books:  # a column for each cut, a row for each number of windows
         shown.sort(key=lambda each: -each[1]["windows"])
         columns = len({part["cut"] for part in parts.values()})
-        cuts = [Cut.parse(part["cut"]) for _, part in shown]
-        heads = [
-            f"windows of {cut.window}, stride {cut.stride}; {part['windows']} of each book"
-            for cut, (_, part) in zip(cuts, shown, strict=True)
-        ]
+        cuts = [(Cut.parse(part["cut"]), part["windows"]) for _, part in shown]
+        heads = [f"windows of {cut.window}, stride {cut.stride}; {count} of each book" for cut, count in cuts]
     else:
         shown = shown[:1] if len(shown) == 2 else shown  # one group is all documents
         columns = min(3, len(shown))

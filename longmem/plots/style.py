@@ -1,7 +1,5 @@
 """Colors and lines of the systems, and what figures share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a number was computed with: versions, hardware, commit."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import subprocess

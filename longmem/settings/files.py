@@ -1,6 +1,4 @@
-"""Settings in YAML files, and changes to them from a command line."""
-
-from __future__ import annotations
+"""Settings in YAML files, those that come with the package among them, and changes to them from a command line."""
 
 import copy
 import dataclasses
@@ -12,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from longmem.errors import name_known
 from longmem.settings.reading import Section, dotted_names, read_section, refuse_unknown
 
 
@@ -40,10 +39,9 @@ class SettingsDumper(yaml.SafeDumper):
     """Put quotes around text that `SettingsLoader` would take for a number."""
 
 
+NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 for each in (SettingsLoader, SettingsDumper):
-    each.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+    each.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 # Only of the loader: what is saved keeps the quotes that other programs need.
 BOOLEAN = "tag:yaml.org,2002:bool"
@@ -63,16 +61,13 @@ def read_settings(
 ) -> Section:
     """Return the settings in a YAML file, changed by overrides; types and ranges are checked.
 
-    Relative paths in it are taken from the current directory, as those on a command line are.
-
     Args:
         kind: dataclass whose fields are the keys of the file; what it leaves out has its default.
-        path: YAML file; None: there are the overrides alone.
+        path: YAML file, whose relative paths are taken from the current directory; None: there are the overrides alone.
         overrides: each `section.key=value`, the value in YAML, as in `data.lanes=8`; the last of the same name counts.
         free: dotted names of free sections, such as `model.config`, with the names that an override may set in them.
 
-    Raises:
-        ValueError: the file is missing or no YAML, or a setting is unknown, missing, of another type or out of range.
+    Raises ValueError if the file is missing or no YAML, or a setting is unknown, missing, of another type or out of range.
     """
     values = None
     if path is not None:
@@ -87,6 +82,28 @@ def read_settings(
     for override in overrides:
         _apply_override(values, override, known, tuple(free or ()))
     return read_section(kind, values)
+
+
+def shipped_settings(folder: Path) -> dict[str, Path]:
+    """Return the YAML files in a folder of the package by their names, in alphabetical order."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def settings_file(folder: Path, named: str) -> Path:
+    """Return the file of that name in a folder of the package or, if it has none, the file with that path.
+
+    A file of yours that bears such a name is reached as `./name`.
+
+    Raises ValueError if there is neither.
+    """
+    shipped = shipped_settings(folder)
+    path = shipped.get(named, Path(named))
+    if not path.is_file():
+        raise ValueError(
+            f"`config` must be a YAML file, or the name of one that comes with the package, got {named!r}, which is no "
+            f"file; {name_known(named, shipped)}"
+        )
+    return path
 
 
 def save_settings(settings: Any, path: str | PathLike[str]) -> None:

@@ -1,7 +1,5 @@
 """Nested mappings, such as configurations, as flat ones."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

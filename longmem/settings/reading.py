@@ -1,7 +1,5 @@
 """Plain values, as YAML gives them, into dataclasses: every key known, every value of its type and in its range."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -26,10 +24,6 @@ class Limit(NamedTuple):
     def __str__(self) -> str:
         return f"{self.words} {self.limit:,}"
 
-    def admits(self, value: float) -> bool:
-        """Return whether `value` is allowed."""
-        return self.holds(value, self.limit)
-
 
 From = functools.partial(Limit, "of at least", operator.ge)
 UpTo = functools.partial(Limit, "at most", operator.le)
@@ -44,12 +38,10 @@ def read_section(section: type[Section], values: object, *, place: str = "", kno
         section: its annotations say what is allowed: `str`, `int`, `float`, `bool`, `Literal`, a free `dict`, another
             dataclass, each of them `| None` or, if a number, `Annotated` with limits; `tuple[..., ...]` of one of them
             takes a list.
-        values: of a YAML file.
         place: dotted name of the section, empty for the whole.
         known: dotted names to offer when a key is unknown.
 
-    Raises:
-        ValueError: a key is unknown, a required one is missing, or a value has another type or is out of its range.
+    Raises ValueError if a key is unknown, a required one is missing, or a value has another type or is out of its range.
     """
     known = list(known) or list(dotted_names(section))
     fields = {field.name: field for field in dataclasses.fields(section)}  # type: ignore[arg-type]
@@ -116,12 +108,11 @@ def _read_value(hint: Any, value: Any, name: str, field: dataclasses.Field[Any])
         if not isinstance(value, list | tuple):
             raise ValueError(f"`{name}` must be a list, got {value!r}; write it as [..., ...].")
         return tuple(_read_value(get_args(hint)[0], each, name, field) for each in value)
-    limits: tuple[Any, ...] = ()
+    limits: list[Any] = []
     if get_origin(hint) is Annotated:
-        hint, *rest = get_args(hint)
-        limits = tuple(rest)
+        hint, *limits = get_args(hint)
     converted = _convert(hint, value)
-    if converted is None or not all(limit.admits(converted) for limit in limits):
+    if converted is None or not all(each.holds(converted, each.limit) for each in limits):
         raise ValueError(f"`{name}` must be {_rule(hint, limits, optional)}, got {value!r}; {_way_out(hint, field)}")
     return converted
 
@@ -140,7 +131,7 @@ def _convert(hint: Any, value: Any) -> Any:
     return None if value == "" else value
 
 
-def _rule(hint: Any, limits: tuple[Any, ...], optional: bool) -> str:
+def _rule(hint: Any, limits: list[Any], optional: bool) -> str:
     names = {str: "text that is not empty", int: "an integer", float: "a number", bool: "true or false"}
     if get_origin(hint) is Literal:
         rule = "one of " + ", ".join(get_args(hint))

@@ -1,7 +1,5 @@
 """What a stream is beside its model and its bank, and the file that holds it."""
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import json
@@ -29,10 +27,8 @@ class StreamingModel(EncodingModel, Protocol):
 
     @property
     def input_device(self) -> torch.device: ...
-
     @property
     def generate(self) -> Callable[..., Any]: ...
-
     @property
     def __call__(self) -> Callable[..., Any]: ...
 
@@ -119,9 +115,8 @@ def random_state(device: torch.device) -> dict[str, str]:
 
 def set_random_state(states: dict[str, str], device: torch.device) -> None:
     """Put the generators into these states; that of a GPU is left as it is when the stream has not been on one."""
-    decoded = {
-        kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in states.items()
-    }
+    numbers = {kind: bytearray(base64.b64decode(text)) for kind, text in states.items()}
+    decoded = {kind: torch.frombuffer(each, dtype=torch.uint8) for kind, each in numbers.items()}
     torch.set_rng_state(decoded["cpu"])
     if device.type == "cuda" and "cuda" in decoded:
         torch.cuda.set_rng_state(decoded["cuda"], device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import secrets
 import shutil
@@ -21,17 +22,8 @@ from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
 from longmem.memory.memorize import to_token_ids
-from longmem.streaming.state import (
-    STATE_FILE,
-    StreamingModel,
-    StreamState,
-    own_random_numbers,
-    random_state,
-    read_state,
-    seeded_random_state,
-    set_random_state,
-    write_state,
-)
+from longmem.streaming import state as saved
+from longmem.streaming.state import StreamingModel, StreamState, own_random_numbers, random_state, set_random_state
 
 # Fields of transformers' generation configuration that say how one token is chosen.
 CHOICE = (
@@ -75,13 +67,10 @@ class MemoryStream:
         local = f"{len(self._state.local_ids)} of {self._state.window} local"
         return f"MemoryStream({self.num_tokens} tokens, {local}, {self.memory!r})"
 
-    # In and out --------------------------------------------------------------------------------------------------------
-
     def read(self, text_or_ids: str | Sequence[int] | Tensor) -> int:
         """Take in text or token ids, as many as there are; return how many tokens these were.
 
-        Raises:
-            ValueError: there is nothing to read, or ids are outside the vocabulary.
+        Raises ValueError if there is nothing to read, or ids are outside the vocabulary.
         """
         refuse_training(self.model)
         ids = to_token_ids(self.model, text_or_ids).tolist()
@@ -94,8 +83,7 @@ class MemoryStream:
 
         The very first token of a stream has nothing before it: its entry is NaN.
 
-        Raises:
-            ValueError: there is nothing to read, or ids are outside the vocabulary.
+        Raises ValueError if there is nothing to read, or ids are outside the vocabulary.
         """
         refuse_training(self.model)
         ids = to_token_ids(self.model, text_or_ids)
@@ -115,8 +103,7 @@ class MemoryStream:
             options: how a token is chosen, as in transformers' `generate` (do_sample, temperature, top_p, repetition_penalty,
                 eos_token_id, ...), in place of the model's `generation_config`; what looks back sees the local window.
 
-        Raises:
-            ValueError: nothing has been read yet, or an option has no meaning for a stream.
+        Raises ValueError if nothing has been read yet, or an option has no meaning for a stream.
         """
         refuse_training(self.model)
         config = one_token_config(self.model.generation_config, options)
@@ -128,12 +115,11 @@ class MemoryStream:
         return self._generate(max_new_tokens, chooser)
 
     def _generate(self, max_new_tokens: int | None, chooser: StreamingModel) -> Iterator[int]:
-        ends, count = end_tokens(chooser.generation_config), 0
-        while max_new_tokens is None or count < max_new_tokens:
+        ends = end_tokens(chooser.generation_config)
+        for _ in itertools.count() if max_new_tokens is None else range(max_new_tokens):
             token = self._next_token(chooser)
             for _ in self._take_in([token], logits_to_keep=1):
                 pass
-            count += 1
             yield token
             if token in ends:
                 return
@@ -145,17 +131,11 @@ class MemoryStream:
         cache = {} if self._cache is None else as_keyword(self._cache)
         with self._forgetting_cache_on_error(), own_random_numbers(device):
             set_random_state(self._state.random, device)
-            inputs: dict[str, Any] = {
-                "attention_mask": torch.ones_like(local).to(device),
-                "memory": self.memory,
-                **cache,
-            }
-            output: Any = chooser.generate(local.to(device), **inputs)
+            mask = torch.ones_like(local).to(device)
+            output: Any = chooser.generate(local.to(device), attention_mask=mask, memory=self.memory, **cache)
             self._state.random = random_state(device)
         self._cache, self._cached = cache_of(output), len(self._state.local_ids)
         return int(output.sequences[0, -1])
-
-    # The window --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _take_in(self, ids: list[int], logits_to_keep: int) -> Iterator[Float[Tensor, "tokens vocabulary"]]:
@@ -200,9 +180,8 @@ class MemoryStream:
         """Return the logits of the window's tokens from the first that is not cached to `stop`, and cache them."""
         ids = self.local_ids[None, self._cached : stop].to(self.model.input_device)
         with self._forgetting_cache_on_error():
-            output = self.model(
-                ids, memory=self.memory, cache=self._cache, use_cache=True, logits_to_keep=logits_to_keep
-            )
+            options = {"memory": self.memory, "cache": self._cache, "logits_to_keep": logits_to_keep}
+            output = self.model(ids, use_cache=True, **options)
         self._cache, self._cached = cache_of(output), stop
         return output.logits[0]
 
@@ -223,19 +202,16 @@ class MemoryStream:
         self._cache, self._cached = None, 0
         self._bank_version = self.memory.version
 
-    # Saving ------------------------------------------------------------------------------------------------------------
-
     def save(self, folder: str | PathLike[str]) -> None:
         """Write stream and bank to a folder; a process killed meanwhile leaves the stream before, or this one.
 
-        Raises:
-            ValueError: the folder can't be written.
+        Raises ValueError if the folder can't be written.
         """
         folder = Path(folder)
-        old = read_state(folder)[0] if (folder / STATE_FILE).is_file() else None
+        old = saved.read_state(folder)[0] if (folder / saved.STATE_FILE).is_file() else None
         bank = f"bank-{secrets.token_hex(8)}"
         self.memory.save(folder / bank)
-        write_state(folder, bank, self._state)
+        saved.write_state(folder, bank, self._state)
         if old is not None:
             shutil.rmtree(folder / old, ignore_errors=True)
 
@@ -245,11 +221,10 @@ class MemoryStream:
     ) -> MemoryStream:
         """Return the stream saved in `folder`, with its bank on `device`; it goes on as if it had never stopped.
 
-        Raises:
-            ValueError: there is no stream, it is damaged, or another encoder wrote it.
+        Raises ValueError if there is no stream, it is damaged, or another encoder wrote it.
         """
         folder = Path(folder)
-        bank, state = read_state(folder)
+        bank, state = saved.read_state(folder)
         memory = MemoryBank.load(folder / bank, model=model, device=device)
         state.validate(model, memory.chunk_size)
         return cls(model, memory, state)
@@ -270,7 +245,7 @@ def start_stream(
     window = model.config.segment_length if window is None else window
     if keep is None:
         keep = window - max(window // 2 // memory.chunk_size, 1) * memory.chunk_size
-    state = StreamState(document_id, window, keep, seeded_random_state(seed, model.input_device))
+    state = StreamState(document_id, window, keep, saved.seeded_random_state(seed, model.input_device))
     state.validate(model, memory.chunk_size)
     return MemoryStream(model, memory, state)
 
@@ -278,8 +253,7 @@ def start_stream(
 def one_token_config(defaults: GenerationConfig, options: dict[str, Any]) -> GenerationConfig:
     """Return the generation configuration for one token: the model's defaults, with the caller's options instead.
 
-    Raises:
-        ValueError: an option says something else than how one token is chosen.
+    Raises ValueError if an option says something else than how one token is chosen.
     """
     for name in options:
         if name not in CHOICE:

@@ -1,11 +1,14 @@
-"""Checkpoints of a run: written whole or not at all, the last few kept, the newest found again."""
-
-from __future__ import annotations
+"""Stopping a run between two steps, and its checkpoints: written whole or not at all, the newest found again."""
 
 import json
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -70,3 +73,37 @@ class Checkpoints:
         for number, extension in enumerate(self.extensions):
             extension.load(folder / f"extension-{number}")
         return int(json.loads((folder / "progress.json").read_text(encoding="utf-8"))["step"])
+
+
+class Interruption:
+    """Notice SIGINT and SIGTERM inside a `with` block, without raising; the second SIGINT raises as usual.
+
+    `max_minutes`: the time after which to stop, None for no limit.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.reason: str | None = None
+
+    def __enter__(self) -> Self:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():  # signals are the main thread's business
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._noticed)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _noticed(self, number: int, frame: FrameType | None) -> None:
+        if self.reason is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    @property
+    def wanted(self) -> bool:
+        """Return whether to stop before the next step."""
+        if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
+            self.reason = "max_minutes"
+        return self.reason is not None

@@ -1,7 +1,5 @@
 """The figure of a training run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -25,8 +23,7 @@ def plot_training(
     Lines are means over a tenth of the records or 50 of them, whichever is less; single steps are faint behind them, and
     losses of `validations` are marked where they were measured. What no record has gets no line or panel.
 
-    Raises:
-        ValueError: there are no records.
+    Raises ValueError if there are no records.
     """
     if not records:
         raise ValueError("`records` must hold at least one step, got none; draw after the first line of the log.")

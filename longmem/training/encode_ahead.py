@@ -38,10 +38,7 @@ class EncodeAhead:
     backbone at a time: architectures may change their rotary frequencies with the length of what they read.
 
     Args:
-        source: what computes, or reads, features.
-        batch_at: the batch of a number.
-        first: the number of the batch that is asked for first in the block.
-        last: batches of the whole run.
+        first, last: the number of the batch that is asked for first in the block, and that behind the last of the run.
         ahead: batches that may be computed, or wait, beside the one that is asked for; at least 1.
         lock: held while the source computes; whoever else runs the backbone holds it, too.
     """
@@ -73,10 +70,10 @@ class EncodeAhead:
     def of(self, input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) -> Features:
         """Return the features of a batch of windows: those that wait if it is the next one, else computed now.
 
-        Raises:
-            Exception: what went wrong in the thread with this batch.
+        Raises what went wrong in the thread with this batch.
         """
-        if not (self._queue and is_of(self._queue[0][0], input_ids, lengths)):
+        batch = self._queue[0][0] if self._queue else None
+        if batch is None or batch.lengths != tuple(lengths) or not torch.equal(batch.input_ids, input_ids):
             return self._computed(input_ids, lengths)
         self._hand_over()
         return self._queue.popleft()[1].result()
@@ -98,8 +95,3 @@ class EncodeAhead:
     def _computed(self, input_ids: Tensor, lengths: Sequence[int]) -> Features:
         with self._lock:
             return self.source.of(input_ids, lengths)
-
-
-def is_of(batch: LaneBatch, input_ids: Tensor, lengths: Sequence[int]) -> bool:
-    """Return whether these are the windows of a batch."""
-    return batch.lengths == tuple(lengths) and torch.equal(batch.input_ids, input_ids)

@@ -1,7 +1,5 @@
 """Extensions of a training run: code of one's own that is called at a few moments of the loop."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Protocol
 

@@ -5,8 +5,6 @@ One file a window (safetensors), named by a hash of the tokens, in a folder name
 numbers: backbone, layers, dtype. Any run with the same backbone and layers may share it, also at the same time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os
@@ -76,9 +74,7 @@ class FrozenFeatures:
     def of(self, input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) -> Features:
         """Return the features of a batch of windows, computing those that are not kept yet and keeping them.
 
-        Args:
-            input_ids: windows, each from position 0 on, padded on the right.
-            lengths: real tokens of each.
+        Windows begin at position 0 and are padded on the right; `lengths` are the real tokens of each.
         """
         if self.folder is None:
             return self._computed(input_ids, lengths)

@@ -23,14 +23,14 @@ from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.side_network import SideLayer
 from longmem.training.extension import Extension, Run
 from longmem.training.loop import Trainer
-from longmem.training.settings.sections import (
+from longmem.training.settings import (
     DataSettings,
     MemorySettings,
     ModelSettings,
     OptimizationSettings,
     TrainingSettings,
 )
-from longmem.training.trainable import side_layers
+from longmem.training.setup import side_layers
 
 RATE = 0.2  # of biases and null slots; it falls to 0
 RATE_AFTER_CHOICE = 0.1

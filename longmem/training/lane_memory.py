@@ -5,8 +5,6 @@ When a run goes on from a checkpoint, or when the curriculum allows more memory,
 before the step; the backbone is frozen, so they hold the same numbers as if nothing had happened.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -95,11 +93,8 @@ class LaneMemories:
         """Return what each lane reads with a batch: its own bank, and the next foreign ones.
 
         A bank that holds the lane's document is no foreign one: it may hold what the lane is about to predict. If the backbone
-        has moved, each bank takes note and does what its refresh policy says: here, and nowhere else in training. Where that
-        is to refuse (`frozen`), one bank is asked: all of them have one writer.
-
-        Raises:
-            StaleMemoryError: the backbone has moved, or is about to, and the policy is to refuse.
+        has moved, or is about to, each bank does what its refresh policy says: here, and nowhere else in training. Where that
+        is to refuse (`frozen`, StaleMemoryError), one bank is asked: all of them have one writer.
         """
         for bank in self.banks[:1] if self.banks[0].refresh == "frozen" else self.banks:
             bank.ready_for(self.model)

@@ -9,8 +9,6 @@ processes that are not there. Neither averages what AdamW remembers, without whi
 (torch 2.13, accelerate 1.15.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,10 +22,7 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 class LocalUpdates:
     """What a process does on its own, and the average of all after every `every_steps` steps and the last one.
 
-    With 0 instead gradients are averaged in every step.
-
-    Raises:
-        ValueError: processes hold parts of the network, not all of it.
+    With 0 instead gradients are averaged in every step. Raises ValueError if processes hold parts of the network, not all.
     """
 
     def __init__(self, accelerator: Accelerator, every_steps: int, last_step: int) -> None:

@@ -6,8 +6,6 @@ enters memory. All but the side network is a pure function of text and step, so 
 `Extension` adds is its own affair, in checkpoints too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -28,21 +26,20 @@ from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.data.lanes import NO_LABEL
 from longmem.plots import require_matplotlib
+from longmem.settings import save_settings
 from longmem.settings.environment import environment
 from longmem.training import setup
-from longmem.training.checkpoints import Checkpoints, leave_frozen_out
+from longmem.training.checkpoints import Checkpoints, Interruption, leave_frozen_out
 from longmem.training.curve import plot_training
 from longmem.training.encode_ahead import EncodeAhead, FeatureSource
 from longmem.training.extension import Extension
 from longmem.training.features import FrozenFeatures
-from longmem.training.interruption import Interruption
 from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
 from longmem.training.local_updates import LocalUpdates, num_targets
 from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
-from longmem.training.settings import TrainingSettings, refuse_changed_settings, save_settings, validate_settings
-from longmem.training.trainable import mean_bias, select_trained
+from longmem.training.settings import TrainingSettings, refuse_changed_settings, validate_settings
 
 
 @dataclasses.dataclass
@@ -60,13 +57,9 @@ class StepSums:
 class Trainer:
     """A training run, ready to start, or to go on from its newest checkpoint.
 
-    Args:
-        settings: all that determines the run; written to `settings.output` as `config.yaml`.
-        console: what the first process tells the run on; None is silent.
-        extensions: what the run does beside training the side network.
-
-    Raises:
-        ValueError: the folder holds a run with other settings, or data and settings do not fit each other.
+    `settings` are all that determines the run, written to `settings.output` as `config.yaml`; `extensions`, what it does beside
+    training the side network. The first process tells the run on `console`; None is silent. Raises ValueError if the folder
+    holds a run with other settings, or data and settings do not fit each other.
     """
 
     def __init__(
@@ -83,11 +76,8 @@ class Trainer:
             )
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # empty memories give biases no gradient
         # Without an accelerator it must be told: else processes started on a CPU would not know of each other.
-        self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=optimization.mixed_precision,
-            kwargs_handlers=[ddp],
-        )
+        on_cpu, precision = not torch.accelerator.is_available(), optimization.mixed_precision
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[ddp])
         if self.accelerator.gradient_accumulation_steps != 1:  # it would divide every loss by it
             raise ValueError(
                 "gradient accumulation must be set by `optimization.gradient_accumulation`, got "
@@ -114,7 +104,7 @@ class Trainer:
         for each in self.extensions:
             options |= each.bank_options()
         self.memories = LaneMemories(self.model, len(self.own), **options)
-        self.trained = select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
+        self.trained = setup.select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
         further_groups = [group for each in self.extensions for group in each.parameter_groups()]
         self.further_parameters = [parameter for group in further_groups for parameter in group["params"]]
         optimizer = setup.make_optimizer(self.trained, optimization, further_groups)
@@ -143,8 +133,11 @@ class Trainer:
             log = RunLog(self.folder, settings.logging.tensorboard, self.step + 1) if main else None
             if log is not None:
                 stack.enter_context(log)
-            if settings.features.ahead:
-                self.features = stack.enter_context(self._encode_ahead(settings.features.ahead))
+            if ahead := settings.features.ahead:
+                first, last = (step * settings.optimization.gradient_accumulation for step in (self.step, self.steps))
+                batches = {"first": first, "last": last, "ahead": ahead}
+                thread = EncodeAhead(self.frozen, self._batch, **batches, lock=self.backbone_lock)
+                self.features = stack.enter_context(thread)
             show = stack.enter_context(training_progress(self.console, self.steps, self.step))
             while self.step < self.steps and not self._stops(stop):
                 records.append(self.train_step())
@@ -238,11 +231,6 @@ class Trainer:
     def _states(self, batch: LaneBatch) -> BackboneStates:
         return self.features.of(batch.input_ids, batch.lengths).states
 
-    def _encode_ahead(self, ahead: int) -> EncodeAhead:
-        """Return features of the rest of the run, computed by a thread so many batches before they are needed."""
-        first, last = (step * self.settings.optimization.gradient_accumulation for step in (self.step, self.steps))
-        return EncodeAhead(self.frozen, self._batch, first=first, last=last, ahead=ahead, lock=self.backbone_lock)
-
     def _long_context_weights(self, number: int, batch: LaneBatch, local: Tensor) -> Tensor:
         loss = self.settings.loss
         long = local.clone()
@@ -270,7 +258,7 @@ class Trainer:
             tokens=tokens,
             memory_tokens=total.memory_tokens / total.batches,
             memory_share=total.memory_share / total.reads if total.reads else None,
-            bias_mean=mean_bias(self.model),
+            bias_mean=setup.mean_bias(self.model),
             seconds=seconds,
             tokens_per_second=tokens / seconds,
         )
@@ -293,10 +281,8 @@ class Trainer:
         whole = self.accelerator.get_state_dict(self.side_network)  # also where FSDP has spread tensors over processes
         if not self.accelerator.is_main_process:
             return
-        state, own_backbone = (
-            {f"side_network.{name}": each for name, each in whole.items()},
-            self.model.backbone_was_trained,
-        )
+        state = {f"side_network.{name}": each for name, each in whole.items()}
+        own_backbone = self.model.backbone_was_trained
         self.model.save_pretrained(self.folder / "side-network", state_dict=state, save_backbone=own_backbone)
         steps, validations = read_log(self.folder / "log.jsonl")
         if steps:

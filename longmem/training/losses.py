@@ -1,7 +1,5 @@
 """Losses of single tokens, from hidden states, without holding the logits of a whole batch."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn

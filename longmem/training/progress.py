@@ -1,7 +1,5 @@
 """A training run on the terminal: a bar over a line of its means, or a plain line now and then where nothing can move."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import time
@@ -18,6 +16,12 @@ ReportStep = Callable[[StepRecord], None]
 
 MEAN_OVER = 20  # steps; single steps differ by what their texts are
 SECONDS_BETWEEN_LINES = 30.0
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "backbone_loss": "backbone {:.3f}",
+    "gain": "gain {:+.3f}",
+    "memory_share": "memory {:.1%}",
+}
 
 
 class BarOverText(Progress):
@@ -37,25 +41,16 @@ def summary_of(records: deque[StepRecord] | list[StepRecord]) -> str:
     'loss 2.500, backbone 2.750, gain +0.250, memory 12.5 %, 2,048 tokens/s'
     """
     parts = []
-    for name, field, form in (
-        ("loss", "loss", "{:.3f}"),
-        ("backbone", "backbone_loss", "{:.3f}"),
-        ("gain", "gain", "{:+.3f}"),
-        ("memory", "memory_share", "{:.1%}"),
-    ):
-        values = [value for record in records if (value := getattr(record, field)) is not None]
-        if values:
-            parts.append(f"{name} {form.format(statistics.fmean(values)).replace('%', ' %')}")
+    for field, form in SHOWN.items():
+        if values := [value for record in records if (value := getattr(record, field)) is not None]:
+            parts.append(form.format(statistics.fmean(values)).replace("%", " %"))
     speed = sum(record.tokens for record in records) / max(sum(record.seconds for record in records), 1e-9)
     return ", ".join([*parts, f"{speed:,.0f} tokens/s"])
 
 
 @contextlib.contextmanager
 def training_progress(
-    console: Console,
-    total_steps: int,
-    done_steps: int = 0,
-    seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+    console: Console, total_steps: int, done_steps: int = 0, seconds_between_lines: float = SECONDS_BETWEEN_LINES
 ) -> Iterator[ReportStep]:
     """Show how a run goes on from `done_steps` and yield what moves it: a function of the record of each step.
 

@@ -1,7 +1,5 @@
 """What a training run writes down: a JSON object per line in `log.jsonl`, and the same for TensorBoard if asked."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -68,17 +66,12 @@ class TrainingLog(NamedTuple):
 class RunLog:
     """Write the records of one run, each as a line that is complete when `write` returns.
 
-    Only one process of a run may have one, in a `with` block, at whose end files are closed.
+    Only one process of a run may have one, in a `with` block, at whose end files are closed. The run's folder is made if
+    missing. `tensorboard`: write the same numbers into `tensorboard/` there. `resume_at`: the step that will be run next, from
+    which on records are dropped, with a last line that was cut off; None: a new run.
 
-    Args:
-        folder: of the run; made if missing.
-        tensorboard: write the same numbers into `tensorboard/` there.
-        resume_at: the step that will be run next; records of this step and later ones are dropped, with a last line that
-            was cut off. None: a new run.
-
-    Raises:
-        ValueError: the folder has a log, and this is a new run; or that log is damaged.
-        ImportError: there is no tensorboard to write for.
+    Raises ValueError if the folder has a log and this is a new run, or if that log is damaged; ImportError if there is no
+    tensorboard to write for.
     """
 
     def __init__(self, folder: str | PathLike[str], tensorboard: bool = False, resume_at: int | None = None) -> None:
@@ -120,18 +113,15 @@ class RunLog:
 def read_log(path: str | PathLike[str]) -> TrainingLog:
     """Return the records in a `log.jsonl`, or in that of a run's folder; a last line that was cut off is left out.
 
-    Raises:
-        ValueError: there is no log, or another line than the last is damaged.
+    Raises ValueError if there is no log, or another line than the last is damaged.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"`path` must be a {FILE} or the folder of a run, got {str(path)!r}, which is no file.")
     records = _read_records(path)
-    return TrainingLog(
-        [record for record in records if isinstance(record, StepRecord)],
-        [record for record in records if isinstance(record, ValidationRecord)],
-    )
+    steps = [record for record in records if isinstance(record, StepRecord)]
+    return TrainingLog(steps, [record for record in records if isinstance(record, ValidationRecord)])
 
 
 def _to_line(record: Record) -> str:

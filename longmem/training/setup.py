@@ -1,9 +1,7 @@
 """What a run is made of, from its settings: model, lanes of text, validation, optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,11 +14,17 @@ from longmem.data import Lanes, load_corpus
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
 from longmem.model.opening import refuse_config_of_saved
+from longmem.model.side_network import SideLayer
 from longmem.quiet import without_warnings_of
 from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
-from longmem.training.trainable import parameter_groups
 from longmem.training.validation import Validation, validation_texts
+
+GATES = (
+    "memory_bias",
+    "memory_null",
+    "output_scale",
+)  # open or close a whole path; they may learn at a rate of their own
 
 
 def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCausalLM:
@@ -113,12 +117,10 @@ def introduction(
     """Return lines on what a run is about to do, and on the room that its feature cache will take."""
     data, memory = settings.data, settings.memory
     batch = f"{settings.optimization.gradient_accumulation * data.lanes} x {data.window:,} tokens"
-    reads = (
-        f"lanes read memories of up to {memory.tokens:,} tokens" if memory.enabled else "nothing is read from memory"
-    )
+    reads = f"lanes read memories of up to {memory.tokens:,} tokens" if memory.enabled else "no memory is read"
     lines = [
         f"{num_trained:,} weights are trained beside {settings.model.backbone}: {steps:,} steps of {batch}, "
-        f"an epoch being {lanes.num_tokens:,} tokens; {reads}.",
+        f"an epoch being {lanes.num_tokens:,} tokens; {reads}."
     ]
     if features.folder is not None:
         size = features.bytes_per_token()
@@ -167,3 +169,55 @@ def memory_options(settings: TrainingSettings) -> dict[str, Any]:
         "index": settings.memory.index,
         "storage_dtype": "bfloat16" if settings.optimization.mixed_precision == "bf16" else "float16",
     }
+
+
+def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: bool) -> dict[str, nn.Parameter]:
+    """Switch gradients on for what is trained, off for all else, and return it by its name in the side network.
+
+    Args:
+        model: changed in its `requires_grad` flags alone.
+        trained: "all" that the side network lets be trained (with LoRA, its adapters and biases); "reading_attention": the
+            attention modules of the layers that read memory, and their biases; "gates": memory biases, null slots and output
+            scales.
+        reads_memory: without it the memory biases are left as they are: nothing passes through them.
+    """
+    model.requires_grad_(True)  # freezes the backbone, and what LoRA leaves frozen
+    reading = [layer for layer in side_layers(model) if layer.memory_bias is not None]
+    wanted = {
+        id(each) for layer in reading for each in (layer.memory_bias, layer.memory_null, *layer.attention.parameters())
+    }
+    if trained == "gates":
+        wanted = {id(each) for name, each in model.side_network.named_parameters() if name.endswith(GATES)}
+    chosen = {}
+    for name, parameter in model.side_network.named_parameters():
+        is_bias = name.endswith(("memory_bias", "memory_null"))
+        keep = parameter.requires_grad and (trained == "all" or id(parameter) in wanted)
+        parameter.requires_grad_(keep and (reads_memory or not is_bias))
+        if parameter.requires_grad:
+            chosen[name] = parameter
+    return chosen
+
+
+def parameter_groups(
+    parameters: dict[str, nn.Parameter], *, learning_rate: float, gate_learning_rate: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return optimizer groups: matrices with weight decay, vectors without, gates without and at a rate of their own."""
+    gates = [parameter for name, parameter in parameters.items() if name.endswith(GATES)]
+    others = [parameter for name, parameter in parameters.items() if not name.endswith(GATES)]
+    groups = [
+        {"params": [each for each in others if each.ndim > 1], "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": [each for each in others if each.ndim <= 1], "lr": learning_rate, "weight_decay": 0.0},
+        {"params": gates, "lr": gate_learning_rate or learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def side_layers(model: LongMemForCausalLM) -> list[SideLayer]:
+    """Return the side network's layers."""
+    return cast(list[SideLayer], list(model.side_network.layers))
+
+
+def mean_bias(model: LongMemForCausalLM) -> float:
+    """Return the mean memory bias, or gate before its sigmoid, over layers and heads."""
+    biases = [layer.memory_bias for layer in side_layers(model) if layer.memory_bias is not None]
+    return torch.cat([bias.detach().float().flatten() for bias in biases]).mean().item()

@@ -1,7 +1,5 @@
 """Validation beside training: four systems on the same tokens, with banks of their own, nothing of the training touched."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 
@@ -28,8 +26,7 @@ class ValidationText:
 def validation_texts(corpus: Dataset, settings: ValidationSettings, window: int) -> list[ValidationText]:
     """Return the first documents that are long enough, the windows right after the memorized part.
 
-    Raises:
-        ValueError: there are fewer than two of them; the wrong memory of one is the memory of another.
+    Raises ValueError if there are fewer than two of them; the wrong memory of one is the memory of another.
     """
     past, needed = settings.memory_tokens, settings.memory_tokens + settings.windows * window
     long = ((row["document_id"], row["input_ids"][:needed]) for row in corpus if len(row["input_ids"]) >= needed)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longmem.memory.index import approximate as module
 from longmem.memory.index import exact_top_chunks, make_index, read_index, write_index
-from longmem.memory.index.labels import LabelTable
+from longmem.memory.index.approximate import LabelTable
 from longmem.memory.rows.storage import Chunks, ChunkStore, LayerShape
 
 HEADS, DIM = 2, 8

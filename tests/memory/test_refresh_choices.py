@@ -3,7 +3,7 @@
 import torch
 
 from longmem import MemoryBank
-from longmem.memory.refresh.lazy import most_wanted, strongest
+from longmem.memory.refresh.kinds import most_wanted, strongest
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
 

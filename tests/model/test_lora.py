@@ -9,7 +9,7 @@ from model.conftest import SETTINGS, build_backbone
 from torch import nn
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.training.trainable import select_trained
+from longmem.training.setup import select_trained
 
 RANK = {"rank": 4}
 # One of each: transposed weights (gpt2), experts with a router that is a linear layer (phimoe), layers of several kinds.

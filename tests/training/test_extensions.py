@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import make_files, make_trainer, trained_weights
 
+from longmem.settings import save_settings
 from longmem.training import Extension
-from longmem.training.settings import save_settings
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import launch_command_parser
 
 from longmem.cli.train import CONFIGS
+from longmem.settings import save_settings
+from longmem.training import settings as sections
 from longmem.training.settings import (
     DataSettings,
     OptimizationSettings,
     TrainingSettings,
     load_settings,
-    save_settings,
-    sections,
     validate_settings,
 )
 

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from tiny_runs import make_files
 
 from longmem.cli.train import CONFIGS
-from longmem.settings.shipped import settings_file, shipped_settings
+from longmem.settings.files import settings_file, shipped_settings
 from longmem.training import load_settings
 
 pytest.importorskip("matplotlib")

@@ -6,12 +6,13 @@ indexes/            FAISS indexes, derived from the search keys; rebuilt where t
 lock                held by the one process that may write
 """
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import json
 import sqlite3
 import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class BankFolder:
         self.is_writable = write
         self.device = torch.device("cpu") if device is None else device
         self.mapped = mapped
-        self._lock: FileLock | None = None
+        self._lock = FileLock(self.path / LOCK, thread_local=False)
         # What the catalogue holds: names of segments by first slot, tokens of each document whose source is there.
         self._segments: dict[int, str] = {}
         self._source_tokens: dict[int, int] = {}
@@ -74,22 +75,18 @@ class BankFolder:
             if self.catalogue.is_new and content is not None:
                 self.catalogue.content = content
         except BaseException:
-            self._release_lock()
+            self._lock.release()
             raise
-        self.indexes = SavedIndexes(self.path / INDEX_FOLDER, self.catalogue)
+        self.indexes = SavedIndexes(self.path / INDEX_FOLDER)
 
     @property
     def content(self) -> dict[str, Any]:
         """Return what the last commit that was read or written says about the bank as a whole; empty for a new one."""
         return self.catalogue.content
 
-    @property
-    def is_closed(self) -> bool:
-        return self.catalogue.is_closed
-
     def close(self) -> None:
         self.catalogue.close()
-        self._release_lock()
+        self._lock.release()
 
     # Reading.
 
@@ -127,6 +124,7 @@ class BankFolder:
             raise
 
     def _fill(self, contents: Table, settings: dict[str, Any]) -> None:
+        place = self.path / SEGMENT_FOLDER
         for attempt in range(ATTEMPTS_TO_READ):
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
@@ -137,7 +135,10 @@ class BankFolder:
                     f"{settings}; open it again."
                 )
             try:
-                segments = [self._open_segment(*row) for row in rows["segments"]]
+                segments = [
+                    Segment(first, count, 0, TensorFile(place / name, num_bytes, json.loads(digests), self.mapped))
+                    for first, count, name, num_bytes, digests in rows["segments"]
+                ]
                 break
             except ValueError:
                 # A writer may have merged or removed segments since the catalogue was read.
@@ -147,15 +148,10 @@ class BankFolder:
         records.restore(contents, content, segments, rows, self._read_source, self.device)
         self._source_tokens = {document.serial: document.num_tokens for document in contents.ledger.documents.values()}
         self.indexes.restore(rows["indexes"])
-        assert isinstance(contents.storage, DiskStorage)
-        contents.find_saved = functools.partial(self.indexes.read, contents.storage)
+        contents.find_saved = functools.partial(self.indexes.read, storage_of(contents))
         if self.is_writable:
             self._remove_strangers()
             self.indexes.remove_strangers()
-
-    def _open_segment(self, first_slot: int, num_slots: int, name: str, num_bytes: int, digests: str) -> Segment:
-        file = TensorFile(self.path / SEGMENT_FOLDER / name, num_bytes, json.loads(digests), self.mapped)
-        return Segment(first_slot, num_slots, 0, file)
 
     @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
@@ -166,13 +162,12 @@ class BankFolder:
 
     def replace(self, source: Table, contents: Table, settings: dict[str, Any]) -> None:
         """Make a copy of `source` the bank, instead of what was there; `contents` are empty, over a `new_storage`."""
-        assert isinstance(contents.storage, DiskStorage)
         if not self.catalogue.is_new:
             with self.catalogue.snapshot():
                 self.catalogue.read_content()
                 self._segments = {row[0]: row[2] for row in self.catalogue.read_table(SEGMENTS)}
         contents.ledger.next_serial = self.content["next_serial"]
-        contents.storage.next_slot = self.content["next_slot"]
+        storage_of(contents).next_slot = self.content["next_slot"]
         try:
             source.copy_to(contents)
         except OSError as error:
@@ -189,9 +184,8 @@ class BankFolder:
         self.refuse_reader()
         try:
             self._commit(contents, settings, replace)
-            assert isinstance(contents.storage, DiskStorage)
-            while victims := segments_to_merge(contents.storage):
-                rewrite(contents, contents.storage, victims)
+            while victims := segments_to_merge(storage_of(contents)):
+                rewrite(contents, storage_of(contents), victims)
                 self._commit(contents, settings, False)
         except (OSError, sqlite3.OperationalError) as error:
             self._remove_strangers()
@@ -200,8 +194,7 @@ class BankFolder:
             raise damaged(self.catalogue.path, f"cannot be written ({error})") from error
 
     def _commit(self, contents: Table, settings: dict[str, Any], replace: bool) -> None:
-        storage, ledger = contents.storage, contents.ledger
-        assert isinstance(storage, DiskStorage)
+        storage, ledger = storage_of(contents), contents.ledger
         storage.flush()
         storage.segments = [segment for segment in storage.segments if segment.num_live]
         stored = {segment.first_slot: segment.file for segment in storage.segments if segment.file is not None}
@@ -255,8 +248,7 @@ class BankFolder:
 
     def compact(self, contents: Table, settings: dict[str, Any]) -> None:
         """Write segments with deleted or evicted chunks anew, one by one, and the catalogue without its free pages."""
-        storage = contents.storage
-        assert isinstance(storage, DiskStorage)
+        storage = storage_of(contents)
         self.commit(contents, settings)
         for segment in [segment for segment in storage.segments if segment.num_live < segment.num_slots]:
             rewrite(contents, storage, [segment])
@@ -287,17 +279,15 @@ class BankFolder:
     def _save_indexes(self, contents: Table, *, again: bool = False) -> None:
         if rows := self.indexes.write(contents, again=again):
             with self.catalogue.transaction():
-                self.indexes.put(rows)
+                for row in rows:
+                    self.catalogue.put(INDEXES, row)
                 self.catalogue.describe(self.content | {"commit": self.content["commit"] + 1})
             self.indexes.keep(rows)
 
     def verify(self, contents: Table) -> list[Path]:
         """Return the files that count; raise ValueError, which names the file, unless every byte is as it was written."""
         self.catalogue.verify()
-        assert isinstance(contents.storage, DiskStorage)
-        return [self.catalogue.path, *contents.storage.verify()]
-
-    # Inside.
+        return [self.catalogue.path, *storage_of(contents).verify()]
 
     def _remove_strangers(self) -> None:
         """Remove what a process that was killed before its commit has left."""
@@ -316,7 +306,6 @@ class BankFolder:
     def _acquire_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / LOCK, thread_local=False)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
@@ -326,9 +315,135 @@ class BankFolder:
         except OSError as error:
             raise not_written(self.path, error) from error
 
-    def _release_lock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+
+class OnDisk:
+    """A bank's place on disk: its changes are committed there, and can be read again, checked and compacted.
+
+    `table`: of the bank; filled with what the opened folder holds. `settings`: method that returns the arguments of the bank,
+    as the folder keeps them. `take_settings`: method that makes the bank follow those of them that can change.
+    """
+
+    def __init__(
+        self,
+        folder: BankFolder,
+        table: Table,
+        settings: Callable[[], dict[str, Any]],
+        take_settings: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._folder = folder
+        # Weak references: a bank that nobody holds any longer lets go of its files at once, not at the next collection.
+        self._table_or_none = weakref.ref(table)
+        self._settings_or_none, self._take_or_none = weakref.WeakMethod(settings), weakref.WeakMethod(take_settings)
+        self._in_transaction = False
+        self.path, self.is_writable = folder.path, folder.is_writable
+        self._read()
+
+    @property
+    def _table(self) -> Table:
+        if (table := self._table_or_none()) is None:
+            raise ReferenceError("the bank of this folder is gone; hold the bank as long as you use its `folder`.")
+        return table
+
+    def _settings(self) -> dict[str, Any]:
+        settings = self._settings_or_none()
+        assert settings is not None  # it lives as long as the table
+        return settings()
+
+    def _take_settings(self, settings: dict[str, Any]) -> None:
+        take = self._take_or_none()
+        assert take is not None
+        take(settings)
+
+    @property
+    def num_dead_bytes(self) -> int:
+        """Return the bytes of deleted and evicted chunks in the folder, which `compact` gives back."""
+        return storage_of(self._table).num_dead_bytes
+
+    def refuse_reader(self) -> None:
+        self._folder.refuse_reader()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        if self._in_transaction:
+            yield
+            return
+        self.refuse_reader()
+        before = self._table.ledger.version
+        self._in_transaction = True
+        try:
+            yield
+            if self._table.ledger.version != before or self._table.ledger.read:
+                before = -1  # a commit that fails leaves its traces in what is in memory
+                with self._table.lock:  # files are merged and let go, so no other thread may be reading them
+                    self._folder.commit(self._table, self._settings())
+        except BaseException:
+            if self._table.ledger.version != before:
+                self._read()
+            raise
+        finally:
+            self._in_transaction = False
+
+    def reload(self) -> bool:
+        """Read the last commit of the folder again; return whether there was a newer one."""
+        if self._folder.is_current():
+            return False
+        self._read()
+        return True
+
+    def verify(self) -> list[Path]:
+        """Return the files of the folder that count, after a check that every byte of them is as it was written.
+
+        Raises ValueError, which names the file, where one is not.
+        """
+        return self._folder.verify(self._table)
+
+    def compact(self) -> None:
+        """Give back the space of what was deleted or evicted: afterwards no byte of it is in the folder.
+
+        Files that hold some of it are written anew, one after the other: there must be room for one more.
+        """
+        self.refuse_reader()
+        if self._in_transaction:
+            raise ValueError(
+                "`compact` must not be called inside a transaction, which it would end; call it afterwards."
+            )
+        try:
+            with self._table.lock:
+                self._table.drop_expired()
+                self._folder.compact(self._table, self._settings())
+        except BaseException:
+            self._read()
+            raise
+
+    def close(self) -> None:
+        if self._folder.catalogue.is_closed:
+            return
+        try:
+            if self.is_writable:
+                with self.transaction():
+                    pass
+                self._folder.save_indexes(self._table)
+        finally:
+            self._folder.close()
+
+    @torch.inference_mode(False)
+    def _read(self) -> None:
+        """Make the table that of the last commit."""
+        before = self._settings()
+        self._take_settings(self._folder.newest_content()["settings"])
+        try:
+            table = self._table.empty(self._folder.new_storage(self._table.storage_dtype))
+            self._folder.fill(table, self._settings())
+        except BaseException:
+            self._take_settings(before)
+            raise
+        with self._table.lock:
+            self._table.become(table)
+
+
+def storage_of(contents: Table) -> DiskStorage:
+    assert isinstance(contents.storage, DiskStorage)
+    return contents.storage
 
 
 def has_bank(path: str | PathLike[str]) -> bool:

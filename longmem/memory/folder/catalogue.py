@@ -1,12 +1,9 @@
 """The catalogue of a bank on disk: one SQLite file that says which documents and which files count.
 
-A commit is one SQLite transaction, synced to the disk. Every row carries a checksum of its columns, and one row holds the
-number of rows and the sum of checksums of every table, so that a changed, lost or added row is noticed when the bank is
-opened, whatever SQLite itself makes of the damaged file. Large texts are checked when they are read, and by `verify`.
-Tables have integer keys and no further index, so there is nothing else that could disagree with the rows.
+A commit is one SQLite transaction, synced to the disk. Every row carries a checksum of its columns, and one row the number of
+rows and the sum of checksums of every table: a changed, lost or added row is noticed when the bank is opened, whatever SQLite
+makes of the file. Large texts are checked when they are read, and by `verify`. No index could disagree with the rows.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib

@@ -203,10 +203,7 @@ class DiskStorage:
         return decode(keys).float().flatten(1, 2) if self.shapes[position].by_token else keys
 
     def flush(self) -> None:
-        """Write what waits to a file, and to the disk itself.
-
-        Raises OSError if that is not possible; what waits goes on to wait.
-        """
+        """Write what waits to a file, and to the disk itself; what waits goes on to wait where that raises OSError."""
         waiting = [segment for segment in self.segments if segment.waiting is not None]
         if not waiting:
             return
@@ -223,11 +220,8 @@ class DiskStorage:
             path = self.folder / f"segment-{first_slot:012d}-{secrets.token_hex(4)}.safetensors"
             digests = write_tensor_file(path, tensors)
             sync(self.folder)
-            written = [
-                Segment(
-                    first_slot, num_slots, num_live, file=TensorFile(path, path.stat().st_size, digests, self.mapped)
-                )
-            ]
+            file = TensorFile(path, path.stat().st_size, digests, self.mapped)
+            written = [Segment(first_slot, num_slots, num_live, file)]
         self.segments = [segment for segment in self.segments if segment.waiting is None] + written
         self.next_slot += 1  # a gap: no run of chunks goes on in another file
 

@@ -1,7 +1,5 @@
 """Documents as rows of the catalogue, and back."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -121,9 +119,8 @@ def read_document(
     fields = fields | {"tags": tuple(fields["tags"]), "segments": Segments.from_json(fields["segments"])}
     document = Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
     tails = load(waiting) if waiting else {}
-    document.waiting = [
-        (tails[f"{layer}.keys"].to(device), tails[f"{layer}.values"].to(device)) for layer in range(len(tails) // 2)
-    ]
+    layers = range(len(tails) // 2)
+    document.waiting = [(tails[f"{each}.keys"].to(device), tails[f"{each}.values"].to(device)) for each in layers]
     return document
 
 

@@ -4,8 +4,6 @@ An index numbers its vectors by labels; the file says which slot each label stan
 rows. What does not fit, or is damaged, is built anew; chunks written since are added at the next search.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import secrets
@@ -15,7 +13,6 @@ from typing import Any
 import faiss
 import torch
 
-from longmem.memory.folder.catalogue import INDEXES, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage
 from longmem.memory.folder.tensor_file import TensorFile, remove, sync, write_tensor_file
 from longmem.memory.index import SavedIndex, read_index, write_index
@@ -28,9 +25,8 @@ COVERED_SHARE = 0.9
 class SavedIndexes:
     """The saved indexes in a folder, of the layers (counted by position) that the catalogue lists."""
 
-    def __init__(self, folder: Path, catalogue: Catalogue) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._catalogue = catalogue
         self._listed: dict[int, tuple[Any, ...]] = {}
 
     def restore(self, rows: list[tuple[Any, ...]]) -> None:
@@ -71,13 +67,8 @@ class SavedIndexes:
                 rows.append(self._write(position, saved, contents.storage))
         return rows
 
-    def put(self, rows: list[tuple[Any, ...]]) -> None:
-        """Enter rows of `write` in the catalogue, inside a transaction."""
-        for row in rows:
-            self._catalogue.put(INDEXES, row)
-
     def keep(self, rows: list[tuple[Any, ...]]) -> None:
-        """Note, after the transaction, that these count from now on."""
+        """Note, once rows of `write` are in the catalogue, that these count from now on."""
         self._listed |= {row[0]: row for row in rows}
         self.remove_strangers()
 

@@ -1,7 +1,5 @@
 """Safetensors files that are written once, synced to the disk, mapped, and checked tensor by tensor."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

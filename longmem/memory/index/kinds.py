@@ -1,7 +1,5 @@
 """The kinds of chunk index that do not compare a query with every key; a new kind is one class, registered by its name."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -35,10 +33,6 @@ class InvertedFileIndex(ApproximateIndex):
     # Measured on 250,880 chunks: at a sixteenth both take the same time, at an eighth clusters take half of it, and the
     # thinner the filter the more of its best chunks lie in clusters that nobody looks into.
     exact_share = 1 / 8
-
-    @property
-    def is_exact_in_scores(self) -> bool:
-        return self.chosen["storage"] == "float32"
 
     def clusters(self, num_rows: int) -> int:
         """Return the number of clusters: no more than there are enough points to train."""
@@ -96,10 +90,6 @@ class GraphIndex(ApproximateIndex):
     }
     exact_share = 1 / 2
 
-    @property
-    def is_exact_in_scores(self) -> bool:
-        return self.chosen["storage"] == "float32"
-
     def layout(self, dim: int, num_rows: int) -> str:
         """Return a graph over whole vectors."""
         return f"HNSW{self.chosen['neighbors']},{STORAGE[self.chosen['storage']]}"
@@ -128,9 +118,7 @@ class CodeIndex(InvertedFileIndex):
     """
 
     settings: ClassVar[Mapping[str, Setting]] = {
-        "clusters_per_root": InvertedFileIndex.settings["clusters_per_root"],
-        "probed_share": InvertedFileIndex.settings["probed_share"],
-        "least_probes": InvertedFileIndex.settings["least_probes"],
+        **{name: InvertedFileIndex.settings[name] for name in ("clusters_per_root", "probed_share", "least_probes")},
         "dims_per_code": Setting(2, "the numbers of a key that share a code", 1, 64),
         "bits": Setting(8, "the bits of a code", 4, 8),
         "candidates": Setting(4, "the candidates that are ranked again, for each chunk that is wanted", 1, 1024),
@@ -140,10 +128,6 @@ class CodeIndex(InvertedFileIndex):
         """Return an inverted file of codes; the number of codes has to divide the width of a key."""
         codes = next(count for count in range(max(1, dim // self.chosen["dims_per_code"]), 0, -1) if dim % count == 0)
         return f"IVF{self.clusters(num_rows)},PQ{codes}x{self.chosen['bits']}"
-
-    @property
-    def is_exact_in_scores(self) -> bool:
-        return False
 
     def exact_below(self) -> int:
         """Return a size at which the codes can be trained as well."""

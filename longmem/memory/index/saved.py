@@ -1,7 +1,5 @@
 """The data of an approximate index outside of it: what a bank on disk keeps, so that reopening need not build it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recall and latency of index settings on keys and queries of one's own: how to choose `index=`."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Sequence
@@ -84,16 +82,15 @@ def tune(
         seconds = statistics.median(own for _, own in times)
         ratio = statistics.median(reference / own for reference, own in times)
         saved = index.export()
+        files = [] if saved is None else map(faiss.serialize_index, saved.files)
         results.append(
             Tuned(
                 index=spec,
                 recall=recall(found, best),
                 milliseconds=1000 * seconds / thousands,
                 speed_ratio=ratio,
-                build_seconds=build_seconds if saved is not None else 0.0,
-                num_bytes=0
-                if saved is None
-                else sum(faiss.serialize_index(each).nbytes for each in saved.files) + saved.rows.nbytes,
+                build_seconds=0.0 if saved is None else build_seconds,
+                num_bytes=0 if saved is None else saved.rows.nbytes + sum(each.nbytes for each in files),
             )
         )
     return results

@@ -5,8 +5,6 @@ return (`readable`, `on_read`), and what is done between reads (`on_idle`). What
 chunks instead, and nothing where there are none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -17,8 +15,7 @@ from torch import Tensor
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import name_known
 from longmem.memory.index import Ranked
-from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.refresher import Refresher, RefreshState
+from longmem.memory.refresh.refresher import Lags, Refresher, RefreshState
 from longmem.plugins import PLUGINS, Setting, parse_name
 
 Search = Callable[[Tensor | None], Ranked]

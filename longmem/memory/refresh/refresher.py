@@ -5,24 +5,66 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import math
+import queue
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from longmem.encoder.history import UNKNOWN
+from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.errors import StaleMemoryError
 from longmem.memory.protocols import Writer
-from longmem.memory.refresh.lags import Lags
-from longmem.memory.refresh.samples import Targets, draw_segments, stored_chunks, vectors
-from longmem.memory.refresh.work import encode_all, encode_segment
-from longmem.memory.rows.codec import largest_number
+from longmem.memory.rows.codec import decode, largest_number
 from longmem.memory.rows.documents import Document, Tail
 from longmem.memory.rows.segments import Segment
+from longmem.memory.rows.storage import Chunks
 from longmem.memory.rows.table import Table
+
+CLOCKS = ("version", "gap", "probe")
+# Documents with some of their segments; and these with the ids of each, or with what they were encoded to.
+Targets = list[tuple[Document, list[Segment]]]
+Job = tuple[Document, list[tuple[Segment, Tensor]]]
+Encoded = tuple[Document, list[tuple[Segment, list[Tail]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lags:
+    """The lag of each version of a bank's encoders on a clock; the last entry is that of the unknown encoder.
+
+    The clocks agree only in what is fresh: "version", how often the encoder has changed since, is cheap, and blind to how much;
+    "gap", how far its weights have moved, relative to their norm, from sketches (`longmem/encoder/sketch.py`); "probe", how far
+    its keys have moved: relative distance between stored keys and the same tokens encoded now.
+
+    `values`: 0 for what is fresh, inf where a clock can't tell. `probed`: what the clock "probe" has measured, by version.
+    """
+
+    encoders: Encoders
+    clock: str = "version"
+    probed: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def values(self) -> Float[Tensor, " versions"]:
+        """Return the lags, as float64."""
+        counts = self.encoders.lags()
+        if self.clock == "gap":
+            found = [torch.inf if gap is None else gap for gap in self.encoders.gaps()]
+        elif self.clock == "probe":
+            found = [self.probed.get(version, torch.inf) if count else 0.0 for version, count in enumerate(counts)]
+        else:
+            found = [float(count) for count in counts]
+        return torch.tensor([*found, torch.inf], dtype=torch.float64)
+
+    @property
+    def is_fresh(self) -> Bool[Tensor, " versions"]:
+        """Return for each version whether the current encoder is the one; where no encoder was ever named, all are."""
+        counts = self.encoders.lags()
+        return torch.tensor([*(count == 0 for count in counts), not counts])
 
 
 @dataclasses.dataclass
@@ -137,15 +179,13 @@ class Refresher:
     def of_chunks(self, document: Document, chunks: Iterable[int]) -> list[Segment]:
         """Return the segments of a document that these chunks are of, as far as they can be encoded again."""
         size = self.table.chunk_size
-        starts = sorted(chunk * size for chunk in set(chunks))
-        found = []
-        for each in document.segments:
-            place = bisect.bisect_right(
-                starts, each.start - size
-            )  # the first chunk that ends behind the segment's start
-            if each.is_known and place < len(starts) and starts[place] < each.stop:
-                found.append(each)
-        return found
+        starts = [*sorted(chunk * size for chunk in set(chunks)), math.inf]
+
+        def first_after(token: int) -> float:
+            """Return where the first of the chunks starts that ends behind a token."""
+            return starts[bisect.bisect_right(starts, token - size)]
+
+        return [each for each in document.segments if each.is_known and first_after(each.start) < each.stop]
 
     def num_tokens(self, targets: Targets) -> int:
         """Return how many tokens `reencode` would encode for these targets, without a budget."""
@@ -156,10 +196,8 @@ class Refresher:
     ) -> RefreshReport:
         """Encode segments again and write them, each document in one transaction; return what was done.
 
-        Args:
-            targets: documents with segments of them.
-            budget_tokens: encode no more whole segments than fit, but one at least; None: all.
-            progress: called with (tokens done, tokens in all) after each segment.
+        `budget_tokens`: encode no more whole segments than fit, but one at least; None: all. `progress` is called with (tokens
+        done, tokens in all) after each segment.
         """
         self.table.refuse_reader()
         begin = time.perf_counter()
@@ -169,9 +207,7 @@ class Refresher:
         total = sum(each.stop - each.start for _, segments in targets for each in segments)
         report, version = RefreshReport(), self.table.encoders.current
 
-        def jobs() -> Iterable[tuple[Document, list[tuple[Segment, Tensor]]]]:
-            for document, segments in targets:
-                yield document, [(each, self._ids(document, each)) for each in segments]
+        jobs = ((document, [(each, self._ids(document, each)) for each in own]) for document, own in targets)
 
         def note(tokens: int) -> None:
             report.tokens += tokens
@@ -179,7 +215,7 @@ class Refresher:
                 progress(report.tokens, total)
 
         try:
-            for document, encoded in encode_all(jobs(), self.writers, note):
+            for document, encoded in encode_all(jobs, self.writers, note):
                 self._write(document, encoded, version, report)
         finally:  # also what an interruption leaves was encoded
             report.seconds = time.perf_counter() - begin
@@ -249,12 +285,10 @@ class Refresher:
         self, document: Document, encoded: list[tuple[Segment, list[Tail]]], version: int, report: RefreshReport
     ) -> None:
         """Write what an encoder version has encoded of a document, as far as that is still there as it was."""
-        table, good = self.table, []
-        for segment, tokens in encoded:
-            if fits(tokens, table.shapes, largest_number(table.storage_dtype)):
-                good.append((segment, tokens))
-            else:
-                report.failed += 1  # the old numbers stay, with their old version
+        table = self.table
+        largest = largest_number(table.storage_dtype)
+        good = [(segment, tokens) for segment, tokens in encoded if fits(tokens, table.shapes, largest)]
+        report.failed += len(encoded) - len(good)  # the old numbers stay, with their old version
         with self.table.transaction(), table.lock:
             current = table.ledger.by_serial.get(document.serial)
             there = {id(each) for each in current.segments} if current is document else set()
@@ -347,9 +381,96 @@ def stretches(encoded: Sequence[tuple[Segment, list[Tail]]]) -> list[tuple[int, 
             found.append((start, segment.stop, [*parts, tokens]))
         else:
             found.append((segment.start, segment.stop, [tokens]))
-    return [(start, [_joined(layer) for layer in zip(*parts, strict=True)]) for start, _, parts in found]
+
+    def joined(layer: Sequence[Tail]) -> Tail:
+        return torch.cat([key for key, _ in layer], dim=1), torch.cat([value for _, value in layer], dim=1)
+
+    return [(start, [joined(layer) for layer in zip(*parts, strict=True)]) for start, _, parts in found]
 
 
-def _joined(parts: Sequence[Tail]) -> Tail:
-    keys, values = zip(*parts, strict=True)
-    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+def encode_all(jobs: Iterable[Job], writers: Sequence[Writer], note: Callable[[int], None]) -> Iterator[Encoded]:
+    """Yield documents with their encoded segments, each once all of its segments are there.
+
+    With one writer all is done here, segment after segment. With several, each has a thread, and whoever is free takes the
+    next segment, so that a slow one holds up nothing but its last one. `note` is called with the tokens of each segment done.
+    """
+    if len(writers) == 1:
+        for document, segments in jobs:
+            encoded = []
+            for segment, ids in segments:
+                encoded.append((segment, encode_segment(writers[0], ids)))
+                note(len(ids))
+            yield document, encoded
+        return
+    idle: queue.SimpleQueue[Writer] = queue.SimpleQueue()
+    for writer in writers:
+        idle.put(writer)
+
+    def encode(ids: Tensor) -> list[Tail]:
+        writer = idle.get()
+        try:
+            return encode_segment(writer, ids)
+        finally:
+            idle.put(writer)
+
+    parts: dict[int, dict[int, list[Tail]]] = {}  # what is done of each document, by its number
+    tasks = ((number, job, place) for number, job in enumerate(jobs) for place in range(len(job[1])))
+    running: dict[Future[list[Tail]], tuple[int, Job, int]] = {}
+    with ThreadPoolExecutor(len(writers)) as threads:
+        while True:
+            # One in hand and one waiting for each.
+            for task in itertools.islice(tasks, 2 * len(writers) - len(running)):
+                running[threads.submit(encode, task[1][1][task[2]][1])] = task
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                number, (document, segments), place = running.pop(done)
+                own = parts.setdefault(number, {})
+                own[place] = done.result()
+                note(len(segments[place][1]))
+                if len(own) == len(segments):
+                    del parts[number]
+                    yield document, [(segment, own[each]) for each, (segment, _) in enumerate(segments)]
+
+
+def encode_segment(writer: Writer, ids: Tensor) -> list[Tail]:
+    """Return keys and values of one segment for each memory layer, encoded by itself, as it was when it was written."""
+    keys, values = writer.encode(ids[None])
+    return [(key[0], value[0]) for key, value in zip(keys, values, strict=True)]
+
+
+class Stored(NamedTuple):
+    """The whole chunks of a segment: the first of them, counted in the document, and their numbers of each layer."""
+
+    first: int
+    chunks: list[Chunks]
+
+
+def stored_chunks(table: Table, document: Document, segment: Segment) -> Stored:
+    """Return what is stored of a segment, without chunks that it only begins or ends."""
+    size = table.chunk_size
+    resident = document.first_chunk(size)
+    first = max(-(-segment.start // size), resident)
+    last = min(segment.stop // size, document.num_whole_chunks(size))
+    rows = document.rows.values[first - resident : max(first, last) - resident]
+    return Stored(first, table.storage.select(rows))
+
+
+def vectors(chunks: Chunks) -> tuple[Tensor, Tensor]:
+    """Return keys and values as floats, (kv_heads, tokens, dim)."""
+    return decode(chunks.keys).float().flatten(1, 2), decode(chunks.values).float().flatten(1, 2)
+
+
+def draw_segments(targets: Targets, num_tokens: float, seed: int = 0) -> Targets:
+    """Return segments drawn at random, at least one, with about so many tokens in all."""
+    flat = [(document, each) for document, segments in targets for each in segments]
+    order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen: dict[int, tuple[Document, list[Segment]]] = {}
+    left = num_tokens
+    for number in order:
+        document, segment = flat[number]
+        if chosen and left < (segment.stop - segment.start) / 2:
+            break
+        chosen.setdefault(document.serial, (document, []))[1].append(segment)
+        left -= segment.stop - segment.start
+    return list(chosen.values())

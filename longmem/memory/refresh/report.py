@@ -1,7 +1,5 @@
 """The staleness report: what in a bank another encoder wrote, how far that is behind, and what can be done about it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +8,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from longmem.encoder.checks import differs_for_life, refuse_other_recipe
 from longmem.encoder.history import UNKNOWN, Encoders
+from longmem.encoder.stamp import differs_for_life, refuse_other_recipe
 from longmem.errors import StaleMemoryError
 from longmem.memory.protocols import Writer
-from longmem.memory.refresh.lags import Lags
 from longmem.memory.refresh.policy import RefreshPolicy
-from longmem.memory.refresh.refresher import Refresher, RefreshState
+from longmem.memory.refresh.refresher import Lags, Refresher, RefreshState
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.table import Table
 
@@ -97,7 +94,15 @@ def report_staleness(
         known = own.stamp
         for_good = () if known is None or encoders.stamp is None else tuple(differs_for_life(known, encoders.stamp))
         fresh = Lags(encoders).is_fresh
-        drifts = probed_drifts(state, writer, fresh) if probe else {}
+        drifts: dict[int, float] = {}
+        if probe:
+            if writer is None:
+                raise ValueError(
+                    "`probe` needs a model that encodes, got `model=None`; give the model that is to read the bank."
+                )
+            refuse_other_recipe(known, writer.stamp())
+            # How far the keys of each earlier encoder are from what the writer makes of the same tokens.
+            drifts = Refresher(state, [writer]).probe_versions(is_readable=fresh.tolist())
         versions = ledger.versions
         # What was probed before is of the bank's own encoder.
         probed = drifts or ({} if known is None or known.digest != encoders.versions[-1].stamp.digest else state.probed)
@@ -145,16 +150,6 @@ def encoders_for(own: Encoders, writer: Writer | None) -> Encoders:
         sketched = is_known and encoders.versions[-1].sketch is not None
         encoders.enter(stamp, None if sketched else writer.sketch())
     return encoders
-
-
-def probed_drifts(state: RefreshState, writer: Writer | None, fresh: Bool[Tensor, " versions"]) -> dict[int, float]:
-    """Return how far the keys of each earlier encoder are from what the writer makes of the same tokens."""
-    if writer is None:
-        raise ValueError(
-            "`probe` needs a model that encodes, got `model=None`; give the model that is to read the bank."
-        )
-    refuse_other_recipe(state.table.encoders.stamp, writer.stamp())
-    return Refresher(state, [writer]).probe_versions(is_readable=fresh.tolist())
 
 
 def would_be_readable(

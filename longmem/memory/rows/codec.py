@@ -4,8 +4,6 @@ int8: a vector (of one token and head) becomes `dim` whole numbers from -127 to 
 bfloat16 scale to multiply them by. One tensor holds all, so whoever copies, moves or saves rows need not know of scales.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor

@@ -4,8 +4,6 @@ Nothing here touches keys or values, so every promise about rows and documents c
 `documents.py` alone.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections import OrderedDict
@@ -165,14 +163,12 @@ class Ledger:
         if not num_chunks:
             return torch.empty(0, dtype=torch.int64)
         taken: list[tuple[Document, int]] = []
-        missing = num_chunks
         for run in self.policy.order(self._unpinned_runs()):
-            taken.append((run.document, min(run.num_chunks, missing)))
-            missing -= taken[-1][1]
-            if not missing:
-                break
-        assert not missing, "a policy must offer all runs that it is given"
-        return self._take(taken, keep)
+            taken.append((run.document, min(run.num_chunks, num_chunks)))
+            num_chunks -= taken[-1][1]
+            if not num_chunks:
+                return self._take(taken, keep)
+        raise AssertionError("a policy must offer all runs that it is given")
 
     def expired(self) -> list[tuple[Document, int]]:
         """Return documents and how many of their oldest chunks have outlived the policy's time."""
@@ -271,7 +267,7 @@ class Ledger:
         rows = [document.rows.values for document in documents]
         return torch.cat([torch.empty(0, dtype=torch.int64), *rows]).sort().values
 
-    def count_reads(self, rows: Int[Tensor, ...]) -> None:
+    def count_reads(self, rows: Int[Tensor, "..."]) -> None:
         """Note that a search returned these rows, where they are not -1."""
         rows = rows.detach().flatten().cpu()
         serials = self._table[0, rows[rows >= 0]]

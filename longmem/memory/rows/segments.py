@@ -6,8 +6,8 @@ Keys and values are contextual, so a segment is the smallest thing that can be e
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,7 +42,7 @@ class Segments:
     [[0, 1, 1], [-1, -1, -1]]
     """
 
-    def __init__(self, segments: Sequence[Segment] = ()) -> None:
+    def __init__(self, segments: Iterable[Segment] = ()) -> None:
         self._segments = deque(segments)
 
     def __iter__(self) -> Iterator[Segment]:
@@ -51,14 +51,9 @@ class Segments:
     def __len__(self) -> int:
         return len(self._segments)
 
-    @property
-    def last(self) -> Segment | None:
-        """Return the newest segment."""
-        return self._segments[-1] if self._segments else None
-
     def push(self, num_tokens: int, joins: Joins, version: int) -> None:
         """Add tokens at the end."""
-        last = self.last
+        last = self._segments[-1] if self._segments else None
         start = 0 if last is None else last.stop
         if joins == "same" and last is not None and last.is_known:
             last.stop += num_tokens
@@ -90,11 +85,9 @@ class Segments:
             if each.is_known or low >= high:
                 kept.append(each)
                 continue
-            for first, last in ((each.start, low), (low, high), (high, each.stop)):
-                if first < last:
-                    is_lost = first == low
-                    version, mapped_to = (UNKNOWN, -1) if is_lost else (each.version, each.mapped_to)
-                    kept.append(Segment(first, last, version, False, mapped_to))
+            lost = Segment(low, high, UNKNOWN, False)
+            parts = replace(each, stop=low), lost, replace(each, start=high)
+            kept.extend(part for part in parts if part.start < part.stop)
         self._segments = kept
 
     def of_chunks(self, first: int, count: int, chunk_size: int) -> Int[Tensor, "2 count"]:
@@ -106,10 +99,9 @@ class Segments:
         unset = torch.iinfo(torch.int64).max
         found = torch.full((2, count), UNKNOWN)
         found[0] = unset
-        stop = first + count
         for segment in reversed(self._segments):  # what was just written is at the end
             low = max(segment.start // chunk_size, first)
-            high = min(-(-segment.stop // chunk_size), stop)
+            high = min(-(-segment.stop // chunk_size), first + count)
             if high > low:
                 places = slice(low - first, high - first)
                 known = found[0, places].clone()
@@ -122,7 +114,7 @@ class Segments:
 
     def copy(self) -> Segments:
         """Return the same segments, to go on by themselves."""
-        return Segments([Segment(**vars(each)) for each in self._segments])
+        return Segments(map(replace, self._segments))
 
     def to_json(self) -> list[list[int]]:
         """Return plain values: [start, length, how many such segments, version, is known, mapped to], in runs."""
@@ -138,10 +130,9 @@ class Segments:
     @classmethod
     def from_json(cls, runs: Sequence[Sequence[int]]) -> Segments:
         """Return the segments that `to_json` described."""
-        return cls(
-            [
-                Segment(start + number * length, start + (number + 1) * length, version, bool(is_known), mapped_to)
-                for start, length, count, version, is_known, mapped_to in runs
-                for number in range(count)
-            ]
+        segments = (
+            Segment(start + number * length, start + (number + 1) * length, version, bool(is_known), mapped_to)
+            for start, length, count, version, is_known, mapped_to in runs
+            for number in range(count)
         )
+        return cls(segments)

@@ -55,13 +55,10 @@ class LayerRows(Protocol):
 
     @property
     def shape(self) -> LayerShape: ...
-
     @property
     def num_rows(self) -> int: ...
-
     @property
     def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]: ...
-
     @property
     def device(self) -> torch.device: ...
 
@@ -175,11 +172,8 @@ class ChunkStore:
         assert self.capacity is None or num_rows <= self.capacity
         allocated = self._tensors.keys.shape[1]
         if num_rows > allocated:
-            rows = (
-                max(num_rows, 2 * allocated)
-                if self.capacity is None
-                else min(self.capacity, max(num_rows, 2 * allocated))
-            )
+            rows = max(num_rows, 2 * allocated)
+            rows = rows if self.capacity is None else min(self.capacity, rows)
             self._tensors = Chunks(*(with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
 
     def write(self, rows: Int[Tensor, " chunks"], chunks: Chunks) -> None:
@@ -235,33 +229,21 @@ class Storage(Protocol):
     """Keys, values and search keys of all layers, in rows `[0, num_rows)` that hold one chunk each.
 
     Layers are counted by position. `reserve` allocates whatever the writes up to `num_rows` rows need, so that they cannot
-    fail for want of memory; `drop` names rows that are given up, before they are overwritten or moved onto.
+    fail for want of memory. `write` writes one chunk of every layer into each row, and returns where the first of them is on
+    disk, -1 for nowhere. `drop` names rows that are given up, before they are overwritten or moved onto.
     """
 
     @property
-    def shapes(self) -> list[LayerShape]:
-        """Return the sizes of each layer; none before the first write has fixed them."""
-        ...
-
+    def shapes(self) -> list[LayerShape]: ...  # of each layer; none before the first write has fixed them
     @property
     def nbytes(self) -> int: ...
-
     def layer(self, position: int) -> LayerRows: ...
-
     def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None: ...
-
-    def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
-        """Write one chunk of every layer into each row; return where the first of them is on disk, -1 for nowhere."""
-        ...
-
+    def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int: ...
     def drop(self, rows: Int[Tensor, " rows"]) -> None: ...
-
     def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None: ...
-
     def truncate(self, num_rows: int) -> None: ...
-
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]: ...
-
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
 
 

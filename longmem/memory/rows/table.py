@@ -23,6 +23,17 @@ from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.segments import Joins
 from longmem.memory.rows.storage import Chunks, LayerShape, MemoryStorage, Storage, bytes_of_chunk, cut_into_chunks
 
+# Arguments of a table, beside its storage.
+SETTINGS = (
+    "eviction",
+    "chunk_size",
+    "capacity_tokens",
+    "capacity_bytes",
+    "index",
+    "storage_dtype",
+    "device",
+    "by_token",
+)
 # What stays when the text of a document is replaced.
 SAID_OF_A_DOCUMENT = ("tags", "is_pinned", "dated", "valid_until", "is_superseded", "superseded_by")
 
@@ -31,7 +42,6 @@ class Journal(Protocol):
     """What makes changes of a table durable."""
 
     def transaction(self) -> contextlib.AbstractContextManager[None]: ...
-
     def refuse_reader(self) -> None: ...
 
 
@@ -83,17 +93,7 @@ class Table:
 
     def empty(self, storage: Storage | None = None) -> Table:
         """Return an empty table with the same settings, over a storage of its own."""
-        return Table(
-            storage,
-            eviction=self.eviction,
-            chunk_size=self.chunk_size,
-            capacity_tokens=self.capacity_tokens,
-            capacity_bytes=self.capacity_bytes,
-            index=self.index,
-            storage_dtype=self.storage_dtype,
-            device=self.device,
-            by_token=self.by_token,
-        )
+        return Table(storage, **{name: getattr(self, name) for name in SETTINGS})
 
     def become(self, other: Table) -> None:
         """Hold what another table holds, in place of what was there."""
@@ -120,9 +120,7 @@ class Table:
     @property
     def capacity(self) -> int | None:
         """Return how many chunks there is room for, None for no limit; bytes count once the sizes of heads are known."""
-        limits = []
-        if self.capacity_tokens is not None:
-            limits.append(self.capacity_tokens // self.chunk_size)
+        limits = [] if self.capacity_tokens is None else [self.capacity_tokens // self.chunk_size]
         if self.capacity_bytes is not None and self.shapes is not None:
             limits.append(self.capacity_bytes // bytes_of_chunk(self.shapes, self.chunk_size, self.storage_dtype))
         return min(limits, default=None)
@@ -153,7 +151,7 @@ class Table:
             self.fix_sizes(tokens)
         skipped = self._chunks_without_room(document, num_chunks)
         start, stop = skipped * self.chunk_size, num_chunks * self.chunk_size
-        chunks = [self._cut(key[:, start:stop], value[:, start:stop]) for key, value in tokens]
+        chunks = self._chunks_of(tokens, slice(start, stop))
         # Tails stay in float32, so that a chunk is the same however its tokens arrive; `copy` lets go of the rest.
         tails = [
             (key[:, stop:].to(torch.float32, copy=True), value[:, stop:].to(torch.float32, copy=True))
@@ -168,8 +166,7 @@ class Table:
 
     def fix_sizes(self, tokens: Sequence[Tail]) -> None:
         """Take over the sizes of heads from the keys and values of each layer, without writing any."""
-        none = [(key[:, :0], value[:, :0]) for key, value in tokens]
-        self.storage.reserve([self._cut(*pair) for pair in none], 0)
+        self.storage.reserve(self._chunks_of(tokens, slice(0)), 0)
 
     def extend_with_chunks(self, document: Document, chunks: list[Chunks], source: SourcePart | None) -> None:
         """Write whole chunks, as they are stored, to the end of a document without a tail: a segment of this encoder."""
@@ -205,8 +202,7 @@ class Table:
         first, last = max(-(-start // self.chunk_size), resident), min(stop // self.chunk_size, whole)
         if last > first:
             cut = slice(first * self.chunk_size - start, last * self.chunk_size - start)
-            chunks = [self._cut(key[:, cut].to(self.device), value[:, cut].to(self.device)) for key, value in tokens]
-            self.overwrite_chunks(document, first, chunks)
+            self.overwrite_chunks(document, first, self._chunks_of(tokens, cut))
         if document.waiting and stop > whole * self.chunk_size:
             place = max(start - whole * self.chunk_size, 0)
             source = whole * self.chunk_size + place - start
@@ -249,8 +245,10 @@ class Table:
 
     def drop_expired(self) -> None:
         """Forget what has outlived the policy's time; most policies know none."""
-        if self._has_time and (expired := self.ledger.expired()):
-            self._remove(*self.ledger.release(expired))
+        if self._has_time:
+            with self.lock:
+                if expired := self.ledger.expired():
+                    self._remove(*self.ledger.release(expired))
 
     def copy_to(self, target: Table) -> None:
         """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
@@ -314,10 +312,10 @@ class Table:
             self.indexes[position] = index
         return self.indexes[position]
 
-    # Inside.
-
-    def _cut(self, keys: Tensor, values: Tensor) -> Chunks:
-        return cut_into_chunks(keys, values, self.chunk_size, self.storage_dtype, self.by_token)
+    def _chunks_of(self, tokens: Sequence[Tail], part: slice) -> list[Chunks]:
+        """Return some tokens of each layer as chunks; there are whole chunks of them."""
+        cut = ((key[:, part].to(self.device), value[:, part].to(self.device)) for key, value in tokens)
+        return [cut_into_chunks(*pair, self.chunk_size, self.storage_dtype, self.by_token) for pair in cut]
 
     def _chunks_without_room(self, document: Document, num_chunks: int) -> int:
         """Return how many of so many new chunks can't be kept even if all that is not pinned is evicted.

@@ -1,16 +1,32 @@
-"""The settings of a training run, section by section; each field is documented below it.
+"""The settings of a training run, section by section, their YAML files, and the checks at the door.
 
-"Paper" is LongMem, section 3 (arXiv 2306.07174). Counts are tokens, lanes or optimizer steps, as their names say; times
-are minutes. Relative paths are taken from the current directory, not from the folder of the YAML file.
+Each field is documented below it. "Paper" is LongMem, section 3 (arXiv 2306.07174). Counts are tokens, lanes or optimizer
+steps, as their names say; times are minutes. Relative paths are taken from the current directory, not from the folder of the
+YAML file.
 """
 
-from __future__ import annotations
-
 import dataclasses
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import Annotated, Any, Literal, TypeVar
 
-from longmem.settings import Above, Below, From, UpTo
+from transformers import PreTrainedConfig
 
+from longmem.configuration import LongMemConfig
+from longmem.errors import did_you_mean
+from longmem.memory.index.kinds import validate_index
+from longmem.settings import Above, Below, From, UpTo, read_section, read_settings
+from longmem.settings.nested import leaves
+
+# Of `LongMemConfig`, these are the backbone's: `model.backbone` names it.
+NOT_FOR_CONFIG = ("backbone_name_or_path", "backbone_config")
+# Settings that a run which goes on may get anew: they change nothing of what it computes.
+MAY_CHANGE = (
+    *("output", "logging.", "checkpoints.", "validation."),
+    *("features.ahead", "features.max_gigabytes", "optimization.max_minutes"),
+)
+
+Settings = TypeVar("Settings", bound="TrainingSettings")
 Count = Annotated[int, From(1)]
 Number = Annotated[int, From(0)]  # 0 switches something off
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -271,3 +287,151 @@ class TrainingSettings:
     validation: ValidationSettings = ValidationSettings()
     logging: LoggingSettings = LoggingSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
+
+
+def load_settings(
+    path: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    kind: type[Settings] = TrainingSettings,  # type: ignore[assignment]
+) -> Settings:
+    """Return the settings in a YAML file, changed by overrides and checked; see `longmem.settings.read_settings`.
+
+    An override may also set a field of `LongMemConfig`, as in `model.config.chunk_size=8`. `kind`: the class of settings,
+    which may have more sections.
+
+    Raises ValueError if the file is missing or no YAML, or a setting is unknown, missing, of another type or out of range.
+    """
+    settings = read_settings(kind, path, overrides, free={"model.config": config_fields()})
+    validate_settings(settings)
+    return settings
+
+
+def refuse_changed_settings(settings: TrainingSettings, path: str | PathLike[str]) -> None:
+    """Raise ValueError if a run that is to go on would get other settings than it began with, naming them.
+
+    What decides only how long a run lasts, what it writes down and where may change.
+    """
+    changes = []
+    runs = (dataclasses.asdict(each) for each in (load_settings(path, kind=type(settings)), settings))
+    before, now = ({name: value for name, value in leaves(run) if value != {}} for run in runs)
+    for name in sorted(before.keys() | now.keys()):
+        free = name.startswith(MAY_CHANGE)
+        if not free and before.get(name) != now.get(name):
+            changes.append(f"`{name}` was {before.get(name)!r} and is {now.get(name)!r}")
+    if changes:
+        raise ValueError(
+            f"a run with checkpoints goes on with the settings it began with, in {path}, but {', '.join(changes)}; "
+            "take them back, or give another `output`."
+        )
+
+
+def validate_settings(settings: TrainingSettings) -> None:
+    """Raise ValueError for the first value of another type or out of its range, and for values that contradict another.
+
+    A setting that would be ignored is an error as well. What depends on the backbone is checked when it is loaded.
+    """
+    if not isinstance(settings, TrainingSettings):
+        got = type(settings).__name__
+        raise ValueError(f"`settings` must be TrainingSettings, got {got}; `load_settings` reads them from a file.")
+    read_section(type(settings), dataclasses.asdict(settings))
+    for contradiction in contradictions(settings):
+        raise ValueError(contradiction)
+
+
+def config_fields() -> list[str]:
+    """Return the names that `model.config` may have: fields of `LongMemConfig` of its own."""
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)} | set(NOT_FOR_CONFIG)
+    return [field.name for field in dataclasses.fields(LongMemConfig) if field.name not in inherited]
+
+
+def contradictions(settings: TrainingSettings) -> Iterator[str]:
+    """Yield, for each setting that contradicts another or would be ignored, what must be changed."""
+    known = config_fields()
+    for name in settings.model.config:
+        if name in NOT_FOR_CONFIG:
+            yield f"`model.config.{name}` must be left out: `model.backbone` names the backbone."
+        elif name not in known:
+            yield (
+                f"`model.config.{name}` is not a field of LongMemConfig.{did_you_mean(str(name), known)} Fields are "
+                "listed in its docstring."
+            )
+    data = settings.data
+    if data.lanes % data.lanes_per_document:
+        yield (
+            f"`data.lanes` must be a multiple of `data.lanes_per_document`, got {data.lanes} and "
+            f"{data.lanes_per_document}; {data.lanes_per_document * -(-data.lanes // data.lanes_per_document)} would do."
+        )
+    if data.validation is None:
+        for name, value in (
+            ("data.max_validation_tokens", data.max_validation_tokens),
+            ("validation.every_steps", settings.validation.every_steps),
+        ):
+            if value:
+                yield (
+                    f"`{name}` needs `data.validation`, got {value} without a text to validate on; name one, or leave "
+                    f"`{name}` out."
+                )
+    memory = settings.memory
+    try:
+        validate_index(memory.index)
+    except ValueError as error:
+        yield f"`memory.index`: {error}"
+    if (memory.start_tokens is None) != (memory.growth_steps == 0):
+        yield (
+            "`memory.start_tokens` and `memory.growth_steps` must be given together, got "
+            f"{memory.start_tokens} and {memory.growth_steps}; leave out both for {memory.tokens:,} tokens from the start."
+        )
+    if memory.start_tokens is not None and memory.start_tokens > memory.tokens:
+        yield (
+            f"`memory.start_tokens` must be at most `memory.tokens`, got {memory.start_tokens} and {memory.tokens}; a "
+            "memory grows."
+        )
+    if memory.foreign_lanes >= data.lanes:
+        yield (
+            f"`memory.foreign_lanes` must be below `data.lanes`, got {memory.foreign_lanes} and {data.lanes}; a lane "
+            f"has {data.lanes - 1} others."
+        )
+    if not memory.enabled and (memory.foreign_lanes or memory.growth_steps):
+        yield (
+            "`memory.foreign_lanes` and `memory.growth_steps` must be 0 where `memory.enabled` is false, got "
+            f"{memory.foreign_lanes} and {memory.growth_steps}; nothing is read there."
+        )
+    loss, window = settings.loss, data.window
+    if loss.long_context_weight and loss.long_context_tokens <= window:
+        yield (
+            f"`loss.long_context_tokens` must be more than `data.window`, got {loss.long_context_tokens} and {window}; "
+            f"{2 * window} would do."
+        )
+    optimization = settings.optimization
+    if (optimization.steps is None) == (optimization.epochs is None):
+        yield (
+            "Exactly one of `optimization.steps` and `optimization.epochs` must be given, got "
+            f"{optimization.steps} and {optimization.epochs}; set the other to null."
+        )
+    if optimization.steps is not None and optimization.warmup_steps >= optimization.steps:
+        yield (
+            "`optimization.warmup_steps` must be below `optimization.steps`, so that the learning rate is reached, got "
+            f"{optimization.warmup_steps} and {optimization.steps}; {optimization.steps // 10} would do."
+        )
+    if settings.features.max_gigabytes is not None and settings.features.folder is None:
+        yield (
+            f"`features.max_gigabytes` needs `features.folder`, got {settings.features.max_gigabytes} without a folder; "
+            "name one, or leave it out."
+        )
+    every = settings.exchange.every_steps
+    if not every:
+        return
+    if optimization.mixed_precision == "fp16":
+        yield (
+            f"`exchange.every_steps` must be 0 with `optimization.mixed_precision: fp16`, got {every}: each process would "
+            "scale its losses, and skip steps, in its own way; bf16 needs no such scale."
+        )
+    for name, value in (
+        ("checkpoints.every_steps", settings.checkpoints.every_steps),
+        ("validation.every_steps", settings.validation.every_steps),
+    ):
+        if value % every:
+            yield (
+                f"`{name}` must be a multiple of `exchange.every_steps`, got {value} and {every}: in between, every process "
+                f"has a side network of its own; {value + -value % every} would do."
+            )
