@@ -180,6 +180,8 @@ def train_gates(
     if start is not None:
         take_gates(trainer.model, start)
     trainer.run()
+    if trainer.step < trainer.steps:  # a signal was heard; half a search would choose badly
+        raise KeyboardInterrupt
     return trainer.model
 
 
