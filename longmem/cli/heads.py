@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
-from longmem.cli.parsing import add_command
+from longmem.cli.common import add_command
 
 EXAMPLES = """\
 examples:
