@@ -35,7 +35,7 @@ runpy.run_path(module)["convert_once"](Path(source), Path(folder), convert)
 """
 
 
-def copy_model(source: Path, target: Path) -> None:
+def copy_model(source: Path, target: Path, splits_digits: bool = False) -> None:
     (target / "model.safetensors").write_bytes(source.read_bytes())
 
 
@@ -100,6 +100,26 @@ def test_cache_folder_follows_the_environment(variables, expected, monkeypatch):
     assert packaged.cache_folder() == Path(expected)
 
 
+def test_a_file_in_pieces_is_joined_in_their_order(fake_package, monkeypatch, capsys):
+    site = fake_package.parents[1]
+    parts = ("llm-fake-part1", "llm-fake-part2")
+    for number, part in enumerate(parts):
+        data = site / part.replace("-", "_") / "data"
+        data.mkdir(parents=True)
+        (data / f"fake.gguf.part{number:02}").write_bytes(f"<{number}>".encode())
+    known = packaged.PackagedBackbone(
+        "Fake", "llm-fake", "llm_fake", "fake.gguf", disk_bytes=1, parts=parts, terms="https://terms.example"
+    )
+    monkeypatch.setitem(packaged.PACKAGED_BACKBONES, "fake", known)
+    folder = Path(resolve_backbone("fake"))
+    assert (folder / "model.safetensors").read_bytes() == b"<0><1>"
+    assert "https://terms.example, to which you agree" in capsys.readouterr().err
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith("joined")] == []
+    (site / "llm_fake_part2" / "data" / "fake.gguf.part01").unlink()
+    with pytest.raises(ImportError, match="llm-fake llm-fake-part1 llm-fake-part2"):
+        resolve_backbone("fake")
+
+
 def test_two_processes_convert_once(source, tmp_path):
     calls, folder = tmp_path / "calls", tmp_path / "cache" / "model"
     command = [sys.executable, "-c", CONVERT_ELSEWHERE, packaged.__file__, source, folder, calls, "finished"]
@@ -141,7 +161,7 @@ def test_a_manifest_that_is_no_manifest_is_not_complete(tmp_path):
 
 
 def test_a_failed_conversion_says_why_and_leaves_nothing_usable(fake_package, monkeypatch, tmp_path):
-    def fail(source: Path, target: Path) -> None:
+    def fail(source: Path, target: Path, splits_digits: bool) -> None:
         copy_model(source, target)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -196,7 +216,7 @@ def test_the_real_model(tmp_path, monkeypatch):
 
     first = AutoModelForCausalLM.from_pretrained(folder)
     again = AutoModelForCausalLM.from_pretrained(resolve_backbone("smollm2-135m"))
-    source, _ = packaged._find_gguf("smollm2-135m", packaged.PACKAGED_BACKBONES["smollm2-135m"])
+    (source,), _ = packaged._find_gguf("smollm2-135m", packaged.PACKAGED_BACKBONES["smollm2-135m"])
     straight = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("The capital of France is", return_tensors="pt")

