@@ -333,7 +333,7 @@ class BankMachine(RuleBasedStateMachine):
                     assert torch.equal(stored[head].float(), expected[head, found[head, -1]])
 
 
-def machine_test(index, max_examples, in_folder=False):
+def machine_test(index, max_examples, in_folder=False, is_slow=False):
     """Return a test of a bank with this index, as pytest collects it."""
     machine = type("BankMachine", (BankMachine,), {"index": index, "in_folder": in_folder})
     machine.TestCase.settings = settings(
@@ -343,20 +343,28 @@ def machine_test(index, max_examples, in_folder=False):
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
+    if is_slow:
+        machine.TestCase.pytestmark = [pytest.mark.slow]
     return machine.TestCase
 
 
-test_any_sequence_of_operations = machine_test("mirror", 60)
-test_any_sequence_in_a_folder = machine_test("flat", 25, in_folder=True)
 # Thresholds and settings with which each kind is at work in a bank of a few chunks, and has to find all of them.
 CLUSTERS, GRAPH, CODES = (
     "ivf:probed_share=1",
     "hnsw:search_depth=100",
     "pq:probed_share=1,bits=4,candidates=100",
 )
-test_any_sequence_with_clusters = machine_test(CLUSTERS, 10)
-test_any_sequence_with_a_graph = machine_test(GRAPH, 10)
-test_any_sequence_with_codes = machine_test(CODES, 10)
-test_any_sequence_in_a_folder_with_clusters = machine_test(CLUSTERS, 10, in_folder=True)
-test_any_sequence_in_a_folder_with_a_graph = machine_test(GRAPH, 10, in_folder=True)
-test_any_sequence_in_a_folder_with_codes = machine_test(CODES, 10, in_folder=True)
+test_any_sequence_of_operations = machine_test("mirror", 30)
+test_any_sequence_in_a_folder = machine_test("flat", 12, in_folder=True)
+test_any_sequence_with_clusters = machine_test(CLUSTERS, 6)
+test_any_sequence_with_a_graph = machine_test(GRAPH, 6)
+test_any_sequence_with_codes = machine_test(CODES, 6)
+test_any_sequence_in_a_folder_with_clusters = machine_test(CLUSTERS, 6, in_folder=True)
+test_any_sequence_in_a_folder_with_a_graph = machine_test(GRAPH, 6, in_folder=True)
+test_any_sequence_in_a_folder_with_codes = machine_test(CODES, 6, in_folder=True)
+# The same with more examples.
+test_many_sequences_of_operations = machine_test("mirror", 150, is_slow=True)
+test_many_sequences_in_a_folder = machine_test("flat", 75, in_folder=True, is_slow=True)
+test_many_sequences_with_clusters = machine_test(CLUSTERS, 40, in_folder=True, is_slow=True)
+test_many_sequences_with_a_graph = machine_test(GRAPH, 40, in_folder=True, is_slow=True)
+test_many_sequences_with_codes = machine_test(CODES, 40, in_folder=True, is_slow=True)
