@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny_backbone, some_text
 from tiny_trained import NAME, save_tiny_trained
 
+from longmem import MemoryBank
 from longmem.cli import demonstration
 from longmem.cli.main import main
 from longmem.data.sample_texts import docstrings_of, python_manual, split_texts, standard_library_docstrings
@@ -30,7 +31,14 @@ def test_the_demo_writes_what_it_says(backbone_folder, tmp_path, capsys):
     output = tmp_path / "demo"
     assert main(["demo", "--model", backbone_folder, "--output", str(output), *QUICK]) == 0
     told = capsys.readouterr().out
-    for word in ("memory on", "wrong memory", "share", "with memory:", "largest difference of 31 losses 0.0e+00"):
+    for word in (
+        "memory on",
+        "wrong memory",
+        "share",
+        "with memory:",
+        "of 4 answered as the note says",
+        "largest difference of 31 losses 0.0e+00",
+    ):
         assert word in told
     assert "a new side network" in told
     assert "trained side network" not in told
@@ -55,6 +63,15 @@ def test_the_demo_writes_what_it_says(backbone_folder, tmp_path, capsys):
     assert config["model"]["segment_length"] == 32
     assert metrics["side_network"] == "new"
     assert metrics["continuations"]["the text itself"]
+    assert [answer["expected"] for answer in metrics["answers"]] == [
+        "Ilse Tamberg",
+        "Kittiwake",
+        "48213",
+        "the green barrel",
+    ]
+    assert all(answer["read"] for answer in metrics["answers"])
+    with MemoryBank.open(output / "bank", read_only=True) as bank:
+        assert [info.document_id for info in bank.documents()] == ["right memory"]
 
 
 def test_the_demo_opens_the_trained_side_network(tmp_path, monkeypatch, capsys):

@@ -32,6 +32,20 @@ from longmem.model.reads import Passage, read_passages
 from longmem.plots import plot_scores, require_matplotlib
 from longmem.settings.environment import environment
 
+# Nobody has read this before: whoever answers has it from memory. Below, beginnings of sentences, and how they go on.
+NOTES = """Notes of the harbour office.
+The lighthouse at Varnholm was built by Ilse Tamberg. Its lamp is lit at a quarter past six.
+The ferry to Orsay island is called Kittiwake. The captain of the ferry is Anton Brevik.
+The code of the boathouse door is 48213. The spare key is kept under the green barrel.
+The next meeting of the harbour office is on Thursday.
+"""
+ROOM_FOR_NOTES = 512  # tokens
+ASKED = {
+    "Who built the lighthouse at Varnholm? The lighthouse at Varnholm was built by": "Ilse Tamberg",
+    "What is the ferry to Orsay island called? The ferry to Orsay island is called": "Kittiwake",
+    "What is the code of the boathouse door? The code of the boathouse door is": "48213",
+    "Where is the spare key kept? The spare key is kept under": "the green barrel",
+}
 SYSTEMS = ("backbone", "off", "on", "wrong")
 Scores = dict[str, WindowScores]
 
@@ -114,6 +128,9 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     for title, text in continuations.items():
         console.print(f"  [bold]{title}:[/] {escape(text.strip())}\n")
 
+    step("Memorize a note that nobody has read before, and ask for what it says")
+    answers = ask_about_notes(model, bank, console)
+
     step("Save, reopen, compare")
     difference = reopened_difference(model, bank, rest, scores, settings)
     console.print(f"  reopened: largest difference of {settings.window - 1} losses {difference:.1e}")
@@ -126,6 +143,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         "reopened_largest_difference": difference,
         "passages_read": [dataclasses.asdict(passage) for (passage,) in reads],
         "continuations": continuations,
+        "answers": answers,
         "seconds": (seconds := time.perf_counter() - began),
     }
     # Files of an earlier demonstration in the same folder are replaced.
@@ -181,7 +199,8 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
 def memorize(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"], document_id: str, console: Console) -> MemoryBank:
     """Return a bank that holds these tokens as its one document."""
     chunk = model.config.chunk_size
-    bank = MemoryBank.for_model(model, capacity_tokens=-(-len(ids) // chunk) * chunk)
+    room = len(ids) + ROOM_FOR_NOTES
+    bank = MemoryBank.for_model(model, capacity_tokens=-(-room // chunk) * chunk)
     with token_progress(document_id, console) as report:
         model.memorize(bank, ids, document_id, progress=report)
     return bank
@@ -257,6 +276,38 @@ def continue_prompt(
         ids = model.generate(prompt, attention_mask=mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)
         found[title] = decode(ids[0, length:])
     return {**found, "the text itself": decode(window[length : length + new_tokens])}
+
+
+def ask_about_notes(model: LongMemForCausalLM, bank: MemoryBank, console: Console) -> list[dict[str, Any]]:
+    """Return, and print, what the model answers with and without the notes in memory, and the passage that it read.
+
+    The notes are deleted again, so the bank holds what it did before.
+    """
+    model.memorize(bank, NOTES, "notes")
+    answers = []
+    for prompt, expected in ASKED.items():
+        ids = model.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.input_device)
+        length = len(model.tokenizer(f" {expected}", add_special_tokens=False)["input_ids"])
+        said = {}
+        for title, memory in (("with", bank), ("without", None)):
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": length, "do_sample": False}
+            whole = model.generate(ids, memory=memory, **options)[0]
+            said[title] = str(model.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)).strip()
+            if memory is not None:
+                (passages,) = read_passages(model, bank, whole, [slice(ids.shape[1], len(whole))])
+        answer = {"prompt": prompt, "expected": expected, **said, "is_right": said["with"].startswith(expected)}
+        answers.append(answer | {"read": [dataclasses.asdict(passage) for passage in passages]})
+        console.print(f"  {escape(prompt)}\n    [bold]with memory:[/] {escape(repr(said['with']))}", end="")
+        console.print(f"   without: {escape(repr(said['without']))}")
+        for passage in passages:
+            parts = (" ".join(part.split()) for part in (passage.before, passage.chunk, passage.after))
+            before, chunk, after = map(escape, parts)
+            console.print(
+                f"    read in {escape(passage.document_id)}: [dim]...{before}[/] [bold cyan]{chunk}[/] [dim]{after}...[/]"
+            )
+    bank.delete("notes")
+    console.print(f"  {sum(bool(answer['is_right']) for answer in answers)} of {len(answers)} answered as the note says.")
+    return answers
 
 
 def reopened_difference(
