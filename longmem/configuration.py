@@ -72,6 +72,8 @@ class LongMemConfig(PreTrainedConfig):
             Few heads of a model look back far, and bytes and search time fall with their number
             (`longmem.calibrate_heads` finds them).
         chunk_size: tokens of a chunk, the unit of retrieval (paper: 4).
+        forget_sinks: store the first token of each encoded window with a key of zero. Language models park attention on that
+            token, so nearly every query would find it, in every window of a long memory, and it says nothing.
         search: what a query is compared with to find chunks: their mean keys (`"chunk_mean"`, the paper's form) or the key of
             each token (`"token"`), the best of which finds its chunk. A mean of keys hardly finds a single token; tokens take
             `chunk_size` times the search.
@@ -114,6 +116,7 @@ class LongMemConfig(PreTrainedConfig):
     memory_layers: list[int] | None = None
     memory_heads: list[list[int]] | None = None
     chunk_size: int = 4
+    forget_sinks: bool = False
     search: Literal["chunk_mean", "token"] = "chunk_mean"
     num_retrieved_tokens: int = 32
     segment_length: int = 1024

@@ -56,7 +56,9 @@ class CoupledWriter(Backbone):
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         before = model.encoder
-        self.encoder = MovingEncoder(self.average or self, before.memory_layers, before.recipe, before.memory_heads)
+        self.encoder = MovingEncoder(
+            self.average or self, before.memory_layers, before.recipe, before.memory_heads, before.forget_sinks
+        )
 
     # What a backbone does, with gradients ------------------------------------------------------------------------------
 

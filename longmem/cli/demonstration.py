@@ -306,7 +306,9 @@ def ask_about_notes(model: LongMemForCausalLM, bank: MemoryBank, console: Consol
                 f"    read in {escape(passage.document_id)}: [dim]...{before}[/] [bold cyan]{chunk}[/] [dim]{after}...[/]"
             )
     bank.delete("notes")
-    console.print(f"  {sum(bool(answer['is_right']) for answer in answers)} of {len(answers)} answered as the note says.")
+    console.print(
+        f"  {sum(bool(answer['is_right']) for answer in answers)} of {len(answers)} answered as the note says."
+    )
     return answers
 
 

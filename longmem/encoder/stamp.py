@@ -30,7 +30,7 @@ WITHOUT_EFFECT = frozenset(
     + ("quantization_config",)
 )
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
-ALL_HEADS = "all"  # what stamps made before heads could be chosen mean, so it is no part of a digest
+ALL_HEADS, SINKS_STORED = "all", "stored"  # what stamps mean that do not say, so they are no part of a digest
 FOR_LIFE = ("memory_layers", "chunk_size", TOKENIZER)  # what a bank holds can't be encoded again to fit another
 
 
@@ -52,7 +52,9 @@ class EncoderStamp:
         if not self.recipe:
             return self.weights
         numbers = sorted(
-            (name, value) for name, value in self.recipe.items() if name != TOKENIZER and value != ALL_HEADS
+            (name, value)
+            for name, value in self.recipe.items()
+            if name != TOKENIZER and value not in (ALL_HEADS, SINKS_STORED)
         )
         text = json.dumps([self.weights, numbers], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class Encoder:
         memory_layers: whose keys and values are stored.
         recipe: returns what else determines what is stored.
         memory_heads: for each memory layer the key-value heads that are stored; None: all.
+        forget_sinks: store a key of zero for the first token of a window.
     """
 
     is_moving = False  # one that moves at every step, a subclass, is sketched only where a refresh policy asks for it
@@ -32,9 +34,10 @@ class Encoder:
         memory_layers: Sequence[int],
         recipe: Callable[[], dict[str, Any]],
         memory_heads: Sequence[Sequence[int]] | None = None,
+        forget_sinks: bool = False,
     ) -> None:
         self.backbone, self.memory_layers, self.recipe = backbone, tuple(memory_layers), recipe
-        self.memory_heads = memory_heads
+        self.memory_heads, self.forget_sinks = memory_heads, forget_sinks
         self._tripwire: Tripwire | None = None
         self._stamp: EncoderStamp | None = None
         self._sketch: Sketch | None = None
@@ -53,13 +56,24 @@ class Encoder:
         """Return position-free keys and values of the tokens for each memory layer; `inputs`: of the backbone's forward."""
         ids = input_ids.to(input_device(self.backbone.model))
         keys, values = self.backbone.encode(ids, self.memory_layers, **inputs)
-        return self.stored(keys), self.stored(values)
+        return self.stored(keys, values)
 
-    def stored(self, layers: Sequence[Float[Tensor, "_ kv_heads tokens dim"]]) -> list[Tensor]:
-        """Return of each memory layer's keys, or values, the heads that are stored."""
-        if self.memory_heads is None:
-            return list(layers)
-        return [layer[:, heads] for layer, heads in zip(layers, self.memory_heads, strict=True)]
+    def stored(
+        self,
+        keys: Sequence[Float[Tensor, "_ kv_heads tokens dim"]],
+        values: Sequence[Float[Tensor, "_ kv_heads tokens value_dim"]],
+        *,
+        is_start: bool = True,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return of all memory layers' keys and values what is stored; `is_start`: they are of tokens that begin a window."""
+        if self.memory_heads is not None and keys:
+            keys, values = (
+                [layer[:, heads] for layer, heads in zip(part, self.memory_heads, strict=True)]
+                for part in (keys, values)
+            )
+        if self.forget_sinks and is_start:
+            keys = [torch.cat([torch.zeros_like(layer[:, :, :1]), layer[:, :, 1:]], dim=2) for layer in keys]
+        return list(keys), list(values)
 
     def stamp(self, *, exact: bool = False) -> EncoderStamp:
         """Return the encoder's stamp, made anew (1.4 s per GB of weights) if the tripwire sees a change, or if `exact`."""

@@ -156,6 +156,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         """
         hidden_layers = self.side_network.hidden_layers
         with_final_states = self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
+        cache = inputs.get("cache")
+        is_start = cache is None or not cache.get_seq_length()
         states = self._backbone.run(
             input_ids,
             hidden_layers=hidden_layers.union(extra_hidden_layers),
@@ -163,8 +165,11 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             with_final_states=with_final_states,
             **inputs,
         )
-        for part in (states.keys, states.values):
-            part.update(zip(part, self.encoder.stored(list(part.values())) if part else (), strict=True))
+        if states.keys:
+            parts = (states.keys, states.values)
+            stored = self.encoder.stored(*(list(part.values()) for part in parts), is_start=is_start)
+            for part, tensors in zip(parts, stored, strict=True):
+                part.update(zip(part, tensors, strict=True))
         return states
 
     # Writing -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.loading import tokenizer_fingerprint
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
 from longmem.configuration import LongMemConfig
-from longmem.encoder.stamp import ALL_HEADS, EncoderStamp, configuration_recipe
+from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configuration_recipe
 from longmem.encoder.watch import Encoder
 from longmem.model import saving, side_state
 from longmem.model.names import backbone_location, look_up
@@ -269,6 +269,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         names = ("memory_layers", "chunk_size", "segment_length")
         recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
         recipe["memory_heads"] = self.config.memory_heads or ALL_HEADS
+        recipe["sinks"] = "forgotten" if self.config.forget_sinks else SINKS_STORED
         try:
             tokenizer = tokenizer_fingerprint(self.tokenizer)
         except (OSError, ValueError, ImportError):
@@ -279,7 +280,9 @@ class LongMemPreTrainedModel(PreTrainedModel):
 
     def _encoder_of(self, backbone: Backbone) -> Encoder:
         config = self.config
-        return Encoder(backbone, config.memory_layers or [0], self._encoder_recipe, config.memory_heads)
+        return Encoder(
+            backbone, config.memory_layers or [0], self._encoder_recipe, config.memory_heads, config.forget_sinks
+        )
 
     @property
     def backbone_view(self) -> Backbone:

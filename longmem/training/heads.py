@@ -45,7 +45,7 @@ class HeadSettings:
     Args:
         steps: optimizer steps in which all candidates read; half as many follow in which the chosen ones do.
         pull: constant rate at which biases fall, as a share of the learning rate; more of it leaves fewer heads.
-        allowed_fall: a head stays whose bias has fallen by less, in nats.
+        allowed_fall: a head stays whose bias has fallen by no more, in nats, against the pull.
         memory_tokens: tokens in memory, of the text itself and as many of another one.
         window: tokens that are read beside them.
         chunk_size: tokens that are read together; a chunk is found by the best of them.
@@ -58,7 +58,7 @@ class HeadSettings:
 
     steps: int = 40
     pull: float = 0.3
-    allowed_fall: float = 1.5
+    allowed_fall: float = 0.0
     memory_tokens: int = 4096
     window: int = 1024
     chunk_size: int = 4
@@ -132,6 +132,7 @@ def candidate_fields(backbone: str, settings: HeadSettings) -> dict[str, Any]:
     layers = [layer for layer in storable if layer >= first] or storable[-1:]
     return {
         "memory_layers": layers,
+        "forget_sinks": True,
         "search": "token",
         "chunk_size": settings.chunk_size,
         "num_retrieved_tokens": settings.num_retrieved_tokens,
@@ -200,7 +201,7 @@ def chosen_heads(model: LongMemForCausalLM, allowed_fall: float) -> dict[str, li
         assert layer.memory_bias is not None
         assert layer.memory_layer is not None
         groups = model.backbone_view.structure.layers[layer.memory_layer].num_kv_heads
-        held = layer.memory_bias.detach().unflatten(0, (groups, -1)).amax(dim=1) > START_BIAS - allowed_fall
+        held = layer.memory_bias.detach().unflatten(0, (groups, -1)).amax(dim=1) >= START_BIAS - allowed_fall
         if held.any():
             layers.append(layer.memory_layer)
             heads.append(held.nonzero().flatten().tolist())

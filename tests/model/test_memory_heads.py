@@ -97,3 +97,23 @@ def test_settings_that_break_a_rule(fields, words):
             backbone_config=backbone.config,
             **{**SETTINGS, "memory_layers": LAYERS, "layer_reduction_factor": 1, **fields},
         )
+
+
+@torch.no_grad()
+def test_the_first_token_of_a_window_cannot_be_found(input_ids, document):
+    plain, bank = make(document, chunk_size=1, num_retrieved_tokens=4)
+    model, other = make(document, chunk_size=1, num_retrieved_tokens=4, forget_sinks=True)
+    for position, layer in enumerate(LAYERS):
+        keys, stored = (each.encode(document[None, :32]) for each in (plain, model))
+        assert not stored[0][position][:, :, 0].any()
+        assert torch.equal(stored[0][position][:, :, 1:], keys[0][position][:, :, 1:])
+        assert torch.equal(stored[1][position], keys[1][position])
+        rows = torch.arange(bank.num_chunks).expand(2, -1)
+        zero = ~other.gather(layer, rows, other.search(layer, torch.ones(2, 1, 8), 1).generation)[0].any(dim=-1)
+        assert zero.nonzero()[:, 1].unique().tolist() == [0, 32, 64, 96, 128]  # `segment_length` is 32
+    output = model(input_ids, output_memory_keys=True, use_cache=True)
+    assert not output.memory_keys[0][:, :, 0].any()
+    cache = next(each for each in (output.get("past_key_values"), output.get("cache")) if each is not None)
+    after = model(input_ids[:, :3], cache=cache, output_memory_keys=True)
+    assert after.memory_keys[0][:, :, 0].any()  # no window begins here
+    assert model.encoder_fingerprint() != plain.encoder_fingerprint()
