@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"heads, recall of the {num_chunks} best, milliseconds for 1,000 queries. The queries are what {model_name} asks "
             f"as it reads {source}."
         )
-        results = tune(bank.search_keys(layer), queries, num_chunks=num_chunks)
+        size = bank.chunk_size if bank.by_token else None
+        results = tune(bank.search_keys(layer), queries, num_chunks=num_chunks, chunk_size=size)
     if own is not None:
         print(
             "longmem: queries from stored text find themselves, so recall looks better than for new text; give a text "

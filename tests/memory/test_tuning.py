@@ -51,3 +51,18 @@ def test_every_default_setting_is_measured(monkeypatch, tmp_path):
 
     plot_tuning(tmp_path / "tuning.png", results, title="Index settings")
     assert (tmp_path / "tuning.png").stat().st_size > 10_000
+
+
+def test_recall_by_token_is_that_of_chunks():
+    keys = torch.randn(2, 40_000, 8, generator=torch.Generator().manual_seed(1))
+    queries = keys[:, ::1999] + 0.1
+    flat, few, all_of_them = tune(
+        keys,
+        queries,
+        ["flat", "ivf:probed_share=0.001,least_probes=1", "ivf:probed_share=1"],
+        4,
+        repeats=1,
+        chunk_size=4,
+    )
+    assert (flat.recall, all_of_them.recall) == (1.0, 1.0)
+    assert 0.1 < few.recall < 1

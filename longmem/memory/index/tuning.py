@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.memory.index.by_token import TokenIndex
+from longmem.memory.index.exact import ChunkIndex
 from longmem.memory.index.kinds import make_index
 from longmem.memory.rows.storage import Chunks, ChunkStore
 
@@ -56,19 +58,27 @@ def tune(
     specs: Sequence[str] = SPECS,
     num_chunks: int = 16,
     repeats: int = 3,
+    chunk_size: int | None = None,
 ) -> list[Tuned]:
     """Return recall, latency and price of every index in `specs`, in that order, with as many threads as there are.
 
     Queries should be those that a model asks: keys of the same text are not, and flatter an index. Each repeat times
     exact search and then the other, so what slows the machine for a while slows both; medians of repeats are given.
+
+    `chunk_size`: rows are tokens, so many to a chunk, and recall is that of chunks found by their best token; None: rows are
+    chunks.
     """
-    store = _store_of(search_keys)
-    exact = make_index("flat", store)
+    store = _store_of(search_keys, chunk_size)
+
+    def make(spec: str) -> ChunkIndex:
+        return make_index(spec, store) if chunk_size is None else TokenIndex(spec, store, chunk_size)
+
+    exact = make("flat")
     best = exact.search(queries, num_chunks)[1]
     thousands = queries.shape[0] * queries.shape[1] / 1000
     results = []
     for spec in specs:
-        index = make_index(spec, store)
+        index = make(spec)
         start = time.perf_counter()
         index.search(queries[:, :1], num_chunks)  # the first search builds
         build_seconds = time.perf_counter() - start
@@ -112,9 +122,13 @@ def recommended_index(results: Sequence[Tuned], recall: float) -> str:
     return min(good, key=lambda each: each.milliseconds).index if good else "flat"
 
 
-def _store_of(search_keys: Float[Tensor, "kv_heads rows dim"]) -> ChunkStore:
-    """Return a store that holds these search keys, and keys and values of no width."""
+def _store_of(search_keys: Float[Tensor, "kv_heads rows dim"], chunk_size: int | None = None) -> ChunkStore:
+    """Return a store that holds these search keys and, where they are not those of tokens, keys and values of no width."""
     search_keys = search_keys.detach().to("cpu", torch.float32).contiguous()
     heads, rows, dim = search_keys.shape
+    if chunk_size is not None:
+        none = torch.empty(heads, rows // chunk_size, 0)
+        keys = search_keys.unflatten(1, (-1, chunk_size))
+        return ChunkStore.of(Chunks(keys, keys, none), capacity=rows // chunk_size)
     keys = torch.empty(heads, rows, 0, dim)
     return ChunkStore.of(Chunks(keys, keys, search_keys), capacity=rows)
