@@ -37,8 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Run an evaluation to its end, or list all of them."""
     if arguments.list:
         tasks = known_tasks()
-        lines = (f"{name:{max(map(len, tasks))}}  {summary}" for name, summary in tasks.items())
-        common.tell(arguments, {"tasks": tasks}, "\n".join(lines))
+        if arguments.json:
+            common.print_json({"tasks": tasks})
+        else:  # not by rich, which takes a while to import
+            print(*(f"{name:{max(map(len, tasks))}}  {summary}" for name, summary in tasks.items()), sep="\n")
         return
     if arguments.task is None:
         raise ValueError("`longmem eval` needs the name of an evaluation; `longmem eval --list` shows all.")
