@@ -47,7 +47,8 @@ class HeadSettings:
         pull: constant rate at which biases fall, as a share of the learning rate; more of it leaves fewer heads.
         allowed_fall: a head stays whose bias has fallen by no more, in nats, against the pull.
         memory_tokens: tokens in memory, of the text itself and as many of another one.
-        window: tokens that are read beside them.
+        window: tokens that are read beside them, in this search.
+        segment_length: tokens of one window of text, in which the model that is returned encodes.
         chunk_size: tokens that are read together; a chunk is found by the best of them.
         num_retrieved_tokens: tokens that each head reads.
         recall_share: of the text that is questions about hidden facts.
@@ -61,6 +62,7 @@ class HeadSettings:
     allowed_fall: float = 0.0
     memory_tokens: int = 4096
     window: int = 1024
+    segment_length: int = 1024
     chunk_size: int = 4
     num_retrieved_tokens: int = 32
     recall_share: float = 0.3
@@ -132,6 +134,7 @@ def candidate_fields(backbone: str, settings: HeadSettings) -> dict[str, Any]:
     layers = [layer for layer in storable if layer >= first] or storable[-1:]
     return {
         "memory_layers": layers,
+        "segment_length": settings.segment_length,
         "forget_sinks": True,
         "search": "token",
         "chunk_size": settings.chunk_size,

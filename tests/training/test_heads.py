@@ -10,7 +10,7 @@ from longmem import LongMemForCausalLM, MemoryBank, calibrate_heads
 from longmem.cli.main import main
 from longmem.training.heads import HeadSettings, chosen_heads, reading_layers
 
-QUICK = HeadSettings(steps=3, memory_tokens=64, window=32, num_retrieved_tokens=8, lora_rank=2)
+QUICK = HeadSettings(steps=3, memory_tokens=64, window=32, segment_length=48, num_retrieved_tokens=8, lora_rank=2)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def model(backbone):
 
 def test_what_comes_back_reads_by_the_chosen_heads_and_is_the_backbone_without_memory(model):
     config = model.config
-    assert (config.search, config.chunk_size) == ("token", 4)
+    assert (config.search, config.chunk_size, config.segment_length) == ("token", 4, 48)
     assert len(config.memory_heads) == len(config.memory_layers) > 0
     ids = model.tokenizer(some_text(40), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :24]
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_the_command_saves_a_model_that_opens(backbone, tmp_path, capsys):
     texts.mkdir()
     for number in range(3):
         (texts / f"{number}.txt").write_text(some_text(2000, number), encoding="utf-8")
-    quick = ["steps=2", "memory_tokens=64", "window=32", "num_retrieved_tokens=8", "pull=0.1"]
+    quick = ["steps=2", "memory_tokens=64", "window=32", "segment_length=48", "num_retrieved_tokens=8", "pull=0.1"]
     command = ["heads", backbone, *quick, "--texts", str(texts), "--json", "--output"]
     assert main([*command, str(tmp_path / "made")]) == 0
     chosen = json.loads(capsys.readouterr().out)["memory_heads"]
