@@ -303,7 +303,7 @@ class PassableForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recording = _recording.get()
         if recording is not None and recording.numbers.get(self.layer, -1) >= recording.passed_from:
-            hidden_states, _ = split_call(args, kwargs)
+            hidden_states = args[0] if args else kwargs["hidden_states"]
             return hidden_states if self._others is None else (hidden_states, *[None] * self._others)
         output = self.compute(*args, **kwargs)
         self._others = len(output) - 1 if isinstance(output, tuple) else None

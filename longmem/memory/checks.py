@@ -143,11 +143,12 @@ def validate_key_values(
                 f"{tuple(key.shape)} and {tuple(value.shape)} for layer {layer}, with {num_tokens} tokens in layer "
                 f"{memory_layers[0]}; pass the keys and values of one forward pass."
             )
-        sizes = (key.shape[0], key.shape[2], value.shape[2])
-        if known_shapes is not None and sizes != known_shapes[position].sizes:
+        known = None if known_shapes is None else known_shapes[position]
+        shape = LayerShape(key.shape[0], key.shape[2], value.shape[2], known is not None and known.by_token)
+        if known is not None and shape != known:
             raise ValueError(
-                f"`keys` and `values` of layer {layer} must fit what the bank holds, {known_shapes[position].sizes} heads and "
-                f"widths, got {sizes}; use one bank for each model, or `clear()` this one."
+                f"`keys` and `values` of layer {layer} must fit what the bank holds, {known}, got "
+                f"{shape}; use one bank for each model, or `clear()` this one."
             )
     _validate_numbers(keys, values, memory_layers, storage_dtype)
     return num_tokens

@@ -108,7 +108,7 @@ class EncodingModel(Protocol):
 
     @property
     def config(self) -> Any:
-        """Return a configuration with `memory_layers`, `chunk_size`, `segment_length` and `get_text_config()`."""
+        """Return a configuration with `memory_layers`, `chunk_size`, `search`, `segment_length` and `get_text_config()`."""
         ...
 
     @property

@@ -32,6 +32,7 @@ class MemoryReader:
         source: the layer that was copied; it says how queries are turned.
         bias: bias or gate, `heads`.
         null: score of the null slot, `heads`; None: there is none.
+        heads: key-value heads that read; None: all.
         memory: one bank for each lane.
         position_embeddings: cosines and sines that the layer is called with, None for models without.
     """
@@ -45,9 +46,10 @@ class MemoryReader:
         memory: Sequence[Memory],
         position_embeddings: CosSin | None,
         null: Tensor | None = None,
+        heads: Sequence[int] | None = None,
     ) -> None:
         self._config, self._memory_layer, self._source = config, memory_layer, source
-        self._bias, self._null, self._memory = bias, null, memory
+        self._bias, self._null, self._memory, self._heads = bias, null, memory, heads
         self._position_embeddings = position_embeddings
         self.read: MemoryRead | None = None
 
@@ -65,7 +67,7 @@ class MemoryReader:
     ) -> tuple[Tensor, None]:
         """Return the fused output, `lanes tokens heads dim`."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        memory_query, heads = self._memory_query(query), self._config.heads_of(self._memory_layer)
+        memory_query, heads = self._memory_query(query), self._heads
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
         reading = None
         if heads is not None:  # the query heads of a key-value head stand side by side

@@ -42,6 +42,7 @@ class SideLayer(nn.Module):
         self._gradient_checkpointing_func: Callable[..., Tensor] = checkpoint
         self.memory_layer = config.memory_layer_of(number)
         self.config = config
+        self.reading_heads = None if self.memory_layer is None else config.heads_of(self.memory_layer)
         self._attention = [attention]  # in a list: it is registered once, inside `layer`
         self._source = source
         self.memory_bias: nn.Parameter | None = None
@@ -80,7 +81,14 @@ class SideLayer(nn.Module):
         if memory is not None and self.memory_bias is not None and self.memory_layer is not None:
             positions = call.position_embeddings if self._source.rotation is not None else None
             reader = MemoryReader(
-                self.config, self.memory_layer, self._source, self.memory_bias, memory, positions, self.memory_null
+                self.config,
+                self.memory_layer,
+                self._source,
+                self.memory_bias,
+                memory,
+                positions,
+                self.memory_null,
+                self.reading_heads,
             )
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # Around all of it: in the backward pass, the handler would no longer be there for a layer that recomputes

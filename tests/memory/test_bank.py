@@ -54,6 +54,7 @@ class TinyEncoder(NamedEncoder):
     """A stand-in for the model: it writes random numbers seeded by the text, in segments of eight letters."""
 
     config = SimpleNamespace(
+        search="chunk_mean",
         memory_layers=list(LAYERS),
         chunk_size=4,
         segment_length=8,
