@@ -185,14 +185,15 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
     model = open_model(name, segment_length=window) if origin == "new" else open_model(name)
     if window > (longest := model.config.segment_length):
         raise ValueError(f"`window` must be at most the model's `segment_length`, {longest}, got {window}.")
-    weights = sum(parameter.numel() for parameter in model.side_network.parameters()) / 1e6
+    shared = set(model.backbone.parameters())
+    weights = sum(own.numel() for own in model.side_network.parameters() if own not in shared) / 1e6
     side_network = {
         "saved": "the side network that was saved beside it",
         "packaged": "the trained side network that comes with this package",
         "new": "a new side network, copied from it and not trained (the README says how to train one)",
     }[origin]
     backbone = escape(model.config.backbone_name_or_path or name)
-    console.print(f"  {backbone}, frozen, and {side_network} ({weights:.0f} million weights).")
+    console.print(f"  {backbone}, frozen, and {side_network} ({weights:.0f} million weights of its own).")
     return model
 
 
