@@ -48,6 +48,7 @@ class TokenIndex(ChunkIndex):
         super().__init__(store)
         self.chunk_size = chunk_size
         self.tokens = make_index(index, TokenRows(store, chunk_size))
+        self.tokens.rows_per_chunk = chunk_size
 
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return the chunks of the best tokens: all are compared or, approximately, so many that there are chunks enough."""

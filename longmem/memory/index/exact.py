@@ -95,6 +95,7 @@ class ChunkIndex:
     """
 
     settings: ClassVar[Mapping[str, Setting]] = {}
+    rows_per_chunk = 1  # more where rows are tokens
 
     def __init__(self, store: LayerRows) -> None:
         self.store = store
