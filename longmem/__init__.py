@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from longmem.memory import MemoryBank
     from longmem.model.modeling import LongMemForCausalLM
     from longmem.streaming import MemoryStream
+    from longmem.tracing import explain
     from longmem.training.heads import calibrate_heads
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "MemoryStream",
     "StaleMemoryError",
     "calibrate_heads",
+    "explain",
 ]
 
 # torch and transformers take seconds to import, so each name is fetched when it is first used: `longmem --help` needs none.
@@ -36,6 +38,7 @@ _HOMES = {
     "MemoryStream": "longmem.streaming",
     "StaleMemoryError": "longmem.errors",
     "calibrate_heads": "longmem.training.heads",
+    "explain": "longmem.tracing",
 }
 _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 

@@ -405,3 +405,17 @@ def test_a_reader_that_has_seen_enough_is_no_error(bank):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_find_shows_passages_by_heads_and_by_words(bank, answer, run):
+    found = answer("bank", "find", "house dog", "--bank", bank, "--count", 2)
+    assert list(found) == ["heads", "words"]
+    assert all(len(passages) == 2 and passages[0]["score"] >= passages[1]["score"] for passages in found.values())
+    assert {"house", "dog"} & set(found["words"][0]["text"].split())
+    assert answer("bank", "find", "zebra", "--bank", bank, "--by", "words") == {"words": []}
+    code, out, _ = run("bank", "find", "house", "--bank", bank, "--by", "words", "--count", 1)
+    assert code == 0
+    assert "two.txt, tokens" in out or "one.txt, tokens" in out
+    code, _, error = run("bank", "find", "?", "--bank", bank)
+    assert code == 2
+    assert "`text` must have a word" in error

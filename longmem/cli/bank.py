@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longmem.cli import common, memorize, staleness, tune
+from longmem.cli import common, find, memorize, staleness, tune
 from longmem.cli.common import add_command, add_group, bank_folder, option
 from longmem.cli.texts import export_line
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BANK_EXAMPLES = """\
   longmem bank add notes.txt --bank memory --tag notes     read documents into a bank (`longmem memorize`)
   longmem bank list --bank memory --tag notes              documents, their tokens, what is still there
+  longmem bank find "locker code" --bank memory            passages that have to do with a text
   longmem bank update notes.txt --bank memory              a new version: what did not change is copied
   longmem bank delete notes.txt --bank memory
   longmem bank compact --bank memory                       give back the space of what was deleted
@@ -106,6 +107,7 @@ def add(commands: Any) -> None:
     add_command(actions, "compact", compact, "give back the space of what was deleted", COMPACT_EXAMPLE, bank)
     written = add_command(actions, "export", export, "write documents as lines of JSON", EXPORT_EXAMPLES, bank, by_tag)
     written.add_argument("output", type=Path, metavar="OUT", help="file to write (.jsonl)")
+    find.add(actions)
     tune.add(actions)
     staleness.add(actions)
 

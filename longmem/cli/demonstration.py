@@ -28,9 +28,9 @@ from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
 from longmem.model.opening import open_model
-from longmem.model.reads import Passage, read_passages
 from longmem.plots import plot_scores, require_matplotlib
 from longmem.settings.environment import environment
+from longmem.tracing import Passage, read_passages
 
 # Nobody has read this before: whoever answers has it from memory. Below, beginnings of sentences, and how they go on.
 NOTES = """Notes of the harbour office.

@@ -60,7 +60,7 @@ def answer(
     import torch
     from transformers import TextStreamer
 
-    from longmem.model.reads import read_passages
+    from longmem.tracing import read_passages
 
     inputs = model.tokenizer(prompt, return_tensors="pt").to(model.input_device)
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}

@@ -18,6 +18,7 @@ from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError
 from longmem.memory import checks
 from longmem.memory.age_prior import AgePrior, make_age_prior
+from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
 from longmem.memory.folder.bank_folder import BankFolder, OnDisk, has_bank
 from longmem.memory.freshness import Freshness
 from longmem.memory.index import Ranked, validate_index
@@ -467,10 +468,34 @@ class MemoryBank:
         source = self._document("document_id", document_id).source
         return None if source is None else source.token_ids.clone()
 
-    def text(self, document_id: str) -> str | None:
-        """Return the text of resident and waiting tokens; None if none was given."""
-        source = self._document("document_id", document_id).source
-        return source.text if source is not None and source.has_text else None
+    def text(self, document_id: str, start: int | None = None, stop: int | None = None) -> str | None:
+        """Return the text of resident and waiting tokens, or of those from token `start` to `stop`; None if none was given."""
+        document = self._document("document_id", document_id)
+        source = document.source
+        if source is None or not source.has_text:
+            return None
+        first, end = document.first_chunk(self.chunk_size) * self.chunk_size, document.num_tokens
+        low, high = (min(max(each, first), end) for each in (start or 0, end if stop is None else stop))
+        return source.text if high - low == end - first else source.characters(low - first, max(low, high) - first)[2]
+
+    def parts(self) -> list[tuple[TextBank, list[str]]]:
+        """Return this bank, with the names of its documents that a search can find."""
+        moment, documents = self._visibility.moment, self._table.ledger.documents
+        hidden = {name for name, each in documents.items() if each.is_superseded or has_expired(each, moment)}
+        return [(self, [info.document_id for info in self.documents() if info.document_id not in hidden])]
+
+    def find(self, text: str, model: FindingModel | None = None, k: int = 10) -> list[FoundPassage]:
+        """Return the `k` passages of 32 tokens that have most to do with a text, best first.
+
+        Args:
+            text: a question, or any text.
+            model: its own heads choose: what they would read for this text, by how much it stands out. None: words choose, by
+                BM25, among documents that were memorized as text.
+            k: passages at most.
+
+        Raises ValueError for a text without words or tokens, `k` below 1, or the bank of another model.
+        """
+        return find(self, text, model, k)
 
     @property
     def by_token(self) -> bool:

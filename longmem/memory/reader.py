@@ -9,14 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory.checks import validate_known, validate_tags
-from longmem.memory.protocols import EncodingModel, Found, Memory
+from longmem.memory.finding import FindableMemory, FindingModel, FoundPassage, TextBank, find
+from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.storage import KeysValues
 from longmem.memory.rows.table import Table
 from longmem.memory.visibility import Selection, Visibility
 
 
-class Selectable(Memory, Protocol):
+class Selectable(FindableMemory, Protocol):
     """A memory of which some documents can be read by themselves."""
 
     @property
@@ -102,6 +103,15 @@ class BankView:
     def documents(self) -> list[str]:
         """Return the ids of these documents that are there."""
         return [document.document_id for document in self.selection.documents(self._table.ledger)]
+
+    def parts(self) -> list[tuple[TextBank, list[str]]]:
+        """Return the bank, with the names of these documents that a search can find."""
+        own = set(self.documents())
+        return [(bank, [name for name in names if name in own]) for bank, names in self.bank.parts()]
+
+    def find(self, text: str, model: FindingModel | None = None, k: int = 10) -> list[FoundPassage]:
+        """Return passages of these documents alone; arguments as for `MemoryBank.find`."""
+        return find(self, text, model, k)
 
     def ready_for(self, model: EncodingModel) -> None:
         self.bank.ready_for(model)

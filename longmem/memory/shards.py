@@ -12,6 +12,7 @@ from torch import Tensor
 from longmem.errors import ChangedMemoryError
 from longmem.memory.bank import MemoryBank
 from longmem.memory.checks import validate_known
+from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.reader import BankView
 from longmem.memory.rows.ledger import ChunkPlace
@@ -82,6 +83,14 @@ class BankShards:
     @property
     def generation(self) -> tuple[int, ...]:
         return tuple(shard.generation for shard in self.shards)
+
+    def parts(self) -> list[tuple[TextBank, list[str]]]:
+        """Return the banks of all shards, with the names of the documents that a search can find."""
+        return [part for shard in self.shards for part in shard.parts()]
+
+    def find(self, text: str, model: FindingModel | None = None, k: int = 10) -> list[FoundPassage]:
+        """Return passages of all shards; arguments as for `MemoryBank.find`."""
+        return find(self, text, model, k)
 
     def ready_for(self, model: EncodingModel) -> None:
         for shard in self.shards:

@@ -25,11 +25,13 @@ from longmem.backbone.capture import BackboneStates
 from longmem.backbone.structure import UnsupportedBackboneError, computes_exactly, probe_ids, same_logits
 from longmem.configuration import LongMemConfig
 from longmem.memory import MemoryBank
+from longmem.memory.finding import FindableMemory, FoundPassage, validate_count
 from longmem.memory.memorize import memorize
 from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
 from longmem.model.memory_attention import banks_per_lane, refuse_other_encoder
 from longmem.model.pretrained import LongMemPreTrainedModel
+from longmem.model.reads import in_pieces, passages_read, table_of_reads
 from longmem.model.side_network import add_side_slots
 from longmem.streaming import MemoryStream, start_stream
 
@@ -171,6 +173,18 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             for part, tensors in zip(parts, stored, strict=True):
                 part.update(zip(part, tensors, strict=True))
         return states
+
+    @torch.no_grad()
+    def find(self, memory: FindableMemory, text: str, k: int = 10) -> list[FoundPassage]:
+        """Return the `k` passages of a memory that the reading heads single out for a text, best first; see `bank.find`."""
+        ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.input_device, dtype=torch.int64)
+        if not text or not ids.numel():
+            raise ValueError(f"`text` must hold at least one token, got {text!r}.")
+        validate_count(k)
+        pieces = in_pieces(self, ids, self.config.segment_length, memory, logits_to_keep=1)
+        return passages_read(
+            table_of_reads([each.memory_reads for each in pieces], ids.shape[1]), memory, k, self.tokenizer
+        )
 
     # Writing -----------------------------------------------------------------------------------------------------------
 

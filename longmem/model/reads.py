@@ -1,106 +1,130 @@
-"""Who read what: the passages of a memory that stand out in the attention of some tokens."""
+"""Who read what: the reads of all layers and heads as one sparse table of positions and chunks."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from longmem.memory import ChunkPlace, MemoryBank
+from longmem.backbone.cache_names import as_keyword, cache_of
+from longmem.memory.finding import FindableMemory, FoundPassage, span_around, text_of
+from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
-from longmem.model.modeling import LongMemForCausalLM
+
+DTYPES = np.int64, np.int64, np.float64, np.int64  # of positions, rows, weights, heads
 
 
 @dataclasses.dataclass(frozen=True)
-class Passage:
-    """A chunk that was read, in its surroundings.
+class Reads:
+    """What each position of a text read: entries in the order of positions, one for each chunk that a position read.
 
-    `share` is the part of attention that went to the chunk (0 to 1), over all reading layers and heads. `before`,
-    `chunk` and `after` are consecutive text of the document; the chunk takes its tokens from `start` to `stop`.
+    Attributes:
+        rows: of the memory, each once; entries name their places here.
+        ends: for each position the end of its entries.
+        chunks: for each entry the place of its row in `rows`.
+        weights: for each entry the part of attention that went to the chunk (0 to 1), the mean over reading layers and heads.
+            Those of one position sum to its share of memory.
+        strongest: for each entry (layer, head) where the weight was largest.
     """
 
-    document_id: str
-    start: int
-    stop: int
-    share: float
-    before: str
-    chunk: str
-    after: str
+    rows: Int[np.ndarray, " rows"]
+    ends: Int[np.ndarray, " positions"]
+    chunks: Int[np.ndarray, " entries"]
+    weights: Float[np.ndarray, " entries"]
+    strongest: Int[np.ndarray, "entries 2"]
+
+    def __len__(self) -> int:
+        """Return the number of positions."""
+        return len(self.ends)
+
+    def of(self, position: int) -> slice:
+        """Return which entries are those of a position."""
+        return slice(0 if position == 0 else int(self.ends[position - 1]), int(self.ends[position]))
+
+    @property
+    def positions(self) -> Int[np.ndarray, " entries"]:
+        """Return the position of each entry."""
+        return np.repeat(np.arange(len(self)), np.diff(self.ends, prepend=0))
+
+    def surprise(self) -> Float[np.ndarray, " entries"]:
+        """Return by how much each chunk stands out: `p log(p / q)` for its weight p and its mean weight q over all positions.
+
+        That is its part of the divergence between the two. By weight alone what every position reads a little would win.
+        """
+        mean = np.bincount(self.chunks, self.weights, minlength=len(self.rows)) / max(len(self), 1)
+        ratio = self.weights / np.maximum(mean[self.chunks], np.finfo(np.float64).tiny)
+        return self.weights * np.log(np.maximum(ratio, np.finfo(np.float64).tiny))
 
 
-def chunk_shares(reads: Sequence[MemoryRead]) -> tuple[Int[Tensor, " rows"], Float[Tensor, "tokens rows"]]:
-    """Return the rows that were read by any token, and the share of each token's attention that each of them got.
+def table_of_reads(pieces: Sequence[Sequence[MemoryRead]], num_positions: int) -> Reads:
+    """Return the reads of one lane, given as `memory_reads` of consecutive pieces of its text."""
+    columns: list[list[np.ndarray]] = [[], [], [], []]
+    first, layers, num_heads = 0, np.zeros(0, dtype=np.int64), 1
+    for piece in filter(None, pieces):  # of an empty memory there are none
+        rows = np.stack([read.rows[0].cpu().numpy() for read in piece])  # layers heads positions chunks
+        weights = np.stack([_weights_of(read).double().cpu().numpy() for read in piece])
+        layers, num_heads = np.array([read.layer for read in piece]), rows.shape[1]
+        position = np.arange(first, first + rows.shape[2])[:, None]
+        head = np.arange(len(piece) * num_heads).reshape(len(piece), num_heads, 1, 1)
+        parts = np.broadcast_to(position, rows.shape), rows, weights / head.size, np.broadcast_to(head, rows.shape)
+        for column, part in zip(columns, parts, strict=True):
+            column.append(part[rows >= 0])
+        first += rows.shape[2]
+    positions, rows, weights, heads = (
+        np.concatenate([np.zeros(0, dtype), *column]) for column, dtype in zip(columns, DTYPES, strict=True)
+    )
+    different, chunk = np.unique(rows, return_inverse=True)
+    width = max(len(different), 1)
+    keys, key = np.unique(positions * width + chunk.reshape(-1), return_inverse=True)
+    key, order, strongest = key.reshape(-1), np.argsort(weights, kind="stable"), np.zeros(len(keys), dtype=np.int64)
+    strongest[key[order]] = heads[order]  # the last of several for one entry stays
+    return Reads(
+        rows=different,
+        ends=np.searchsorted(keys // width, np.arange(num_positions), side="right"),
+        chunks=keys % width,
+        weights=np.bincount(key, weights, minlength=len(keys)).astype(np.float64),
+        strongest=np.stack([layers[strongest // num_heads], strongest % num_heads], axis=1),
+    )
 
-    A share is the mean over reading layers and heads, so those of one token add up to its mean share of memory.
-    """
-    rows = torch.stack([read.rows[0] for read in reads]).cpu()  # layers heads tokens chunks
-    weights = torch.stack([read.chunk_weights[0] * _share_of(read)[..., None] for read in reads]).float().cpu()
-    layers, heads, tokens, _ = rows.shape
-    found = rows >= 0
-    different, place = rows[found].unique(return_inverse=True)
-    token = torch.arange(tokens).view(1, 1, -1, 1).expand_as(rows)[found]
-    shares = torch.zeros(tokens * len(different))
-    shares.index_add_(0, token * len(different) + place, weights[found] / (layers * heads))
-    return different, shares.view(tokens, len(different))
+
+def in_pieces(
+    model: Callable[..., Any], ids: Int[Tensor, "1 tokens"], length: int, memory: Memory | None, **options: Any
+) -> Iterator[Any]:
+    """Yield the model's outputs for consecutive pieces of a text, each of which sees all before it."""
+    cache = None
+    for piece in ids.split(length, dim=1):
+        output = model(
+            piece, memory=memory, output_memory_reads=memory is not None, use_cache=True, **as_keyword(cache), **options
+        )
+        cache = cache_of(output)
+        yield output
 
 
-def _share_of(read: MemoryRead) -> Float[Tensor, "heads tokens"]:
+def passages_read(
+    reads: Reads, memory: FindableMemory, k: int, tokenizer: PreTrainedTokenizerBase
+) -> list[FoundPassage]:
+    """Return the `k` passages in which what was read stands out most; their scores are sums of `Reads.surprise`."""
+    places = memory.locate(torch.from_numpy(reads.rows))
+    sizes = {name: bank.info(name).num_tokens for bank, names in memory.parts() for name in names}
+    scores = np.bincount(reads.chunks, reads.surprise().clip(min=0), minlength=len(reads.rows))
+    spans: dict[tuple[str, int, int], float] = {}
+    for place, score in zip(places, scores.tolist(), strict=True):
+        if place is not None:
+            span = place.document_id, *span_around(place.start, sizes.get(place.document_id, place.stop))
+            spans[span] = spans.get(span, 0.0) + score
+    best = sorted(spans.items(), key=lambda each: -each[1])[:k]
+    return [
+        FoundPassage(*span, score, text_of(memory, *span, lambda ids: str(tokenizer.decode(ids))))
+        for span, score in best
+    ]
+
+
+def _weights_of(read: MemoryRead) -> Float[Tensor, "heads tokens chunks"]:
     assert read.memory_share is not None
-    return read.memory_share[0]
-
-
-@torch.no_grad()
-def read_passages(
-    model: LongMemForCausalLM,
-    bank: MemoryBank,
-    token_ids: Int[Tensor, " tokens"],
-    targets: Sequence[slice],
-    *,
-    count: int = 1,
-    context: int = 16,
-) -> list[list[Passage]]:
-    """Return, for each run of predicted tokens, the `count` passages that stand out among what was read.
-
-    A chunk with share p of a token's attention and q of the window's on average counts `p log(p / q)`, its part of the
-    divergence between the two; in a run of tokens it counts where it stands out most. By share alone the first chunks of
-    encoded windows would win: every token reads them a little, as language models do with the first tokens of a text,
-    and that says nothing.
-
-    Args:
-        model: predicts.
-        bank: is read; its documents need token ids to be shown as text.
-        token_ids: one window of text.
-        targets: runs of tokens in the window, from token 1; the prediction of token t is made at token t - 1.
-        count: passages per run, at most.
-        context: tokens of the document shown before and after a chunk.
-    """
-    ids = token_ids[None].to(model.input_device)
-    reads = model(ids, memory=bank, output_memory_reads=True, logits_to_keep=1).memory_reads
-    if not reads:
-        return [[] for _ in targets]  # the bank is empty
-    rows, shares = chunk_shares(reads)
-    mean = shares.mean(dim=0).clamp_min(torch.finfo(shares.dtype).tiny)
-    surprise = torch.xlogy(shares, shares / mean)
-    passages = []
-    for target in targets:
-        predicting = slice(target.start - 1, target.stop - 1)
-        best = surprise[predicting].amax(dim=0).topk(min(count, len(rows))).indices
-        places = zip(bank.locate(rows[best]), shares[predicting].mean(dim=0)[best].tolist(), strict=True)
-        passages.append([passage_at(model, bank, place, share, context) for place, share in places if place])
-    return passages
-
-
-def passage_at(model: LongMemForCausalLM, bank: MemoryBank, place: ChunkPlace, share: float, context: int) -> Passage:
-    """Return a chunk with its surroundings; its text is empty where the bank has no token ids."""
-    document_id, start, stop = place[:3]
-    ids = bank.token_ids(document_id)
-    if ids is None:
-        return Passage(document_id, start, stop, share, "", "", "")
-    first = bank.info(document_id).first_resident_token
-    low, high = start - first, stop - first
-    parts = ids[max(0, low - context) : low], ids[low:high], ids[high : high + context]
-    before, chunk, after = (str(model.tokenizer.decode(part)) for part in parts)
-    return Passage(document_id, start, stop, share, before, chunk, after)
+    return read.chunk_weights[0] * read.memory_share[0][..., None]
