@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from longmem import __version__
-from longmem.cli import bank, demo, generate, heads, memorize, official, report, train
+from longmem.cli import bank, chat, demo, generate, heads, memorize, official, report, serve, train
 from longmem.cli import eval as evaluation
 from longmem.cli.common import TeachingFormatter
 
 # In the order of `longmem --help`. Each adds itself to the parser and names the function that runs.
-COMMANDS = (demo, memorize, generate, bank, heads, train, evaluation, report, official)
+COMMANDS = (demo, memorize, generate, chat, serve, bank, heads, train, evaluation, report, official)
 DESCRIPTION = """\
 Long-term memory for Hugging Face language models (LongMem, arXiv 2306.07174): documents are read once by a frozen
 model, kept in a memory bank, and read again by a small side network while text is scored or written.
@@ -22,6 +22,8 @@ start here:
   longmem demo                                       what memory does, measured on this machine in minutes
   longmem memorize notes.txt book.txt --bank memory  read files into a bank on disk
   longmem generate --bank memory --prompt "Chapter"  write with that memory
+  longmem chat                                       talk to it; what leaves the window is remembered
+  longmem serve                                      OpenAI's protocol, and a page in the browser
   longmem bank list --bank memory                    what is in it
   longmem heads smollm2-135m --texts my-books        find the heads that look back far, in minutes
   longmem train python-manual                        train a side network of your own

@@ -24,6 +24,8 @@ from longmem.model.reads import Reads, in_pieces, table_of_reads
 from longmem.tracing.page import trace_frame, trace_page
 from longmem.tracing.words import pieces_of_text
 
+CONTEXT_TOKENS = 8  # shown before and after a passage
+
 
 class TraceRead(NamedTuple):
     """What one token's prediction read of one chunk.
@@ -43,8 +45,8 @@ class TraceRead(NamedTuple):
 class TracePassage(NamedTuple):
     """Consecutive tokens of a document, around chunks that were read, and the part of attention that went to them.
 
-    `pieces`: their text, cut where chunks begin and end: pairs of a chunk's place in `Trace.places`, -1 for what nobody
-    read, and text. Without token ids in the bank there is no text.
+    `pieces`: their text and that of some tokens before and after, cut where chunks begin and end: pairs of a chunk's place in
+    `Trace.places`, -1 for what nobody read, and text. Without token ids in the bank there is no text.
     """
 
     document_id: str
@@ -215,11 +217,12 @@ class Trace:
         if document_id not in self._sources:
             return [(chunk, self.places[chunk].text or "") for chunk in chunks]
         first, ids = self._sources[document_id]
-        words = pieces_of_text(self._tokenizer, ids[max(start - first, 0) : max(stop - first, 0)].tolist())
-        first = max(first, start)
+        # A sentence that passages have cut in two can still be read.
+        start, stop = max(start - CONTEXT_TOKENS, first), stop + CONTEXT_TOKENS
+        words = pieces_of_text(self._tokenizer, ids[start - first : stop - first].tolist())
 
         def text(low: int, high: int) -> str:
-            return "".join(words[max(low - first, 0) : max(high - first, 0)])
+            return "".join(words[low - start : high - start])
 
         pieces, at = [], start
         for chunk in chunks:

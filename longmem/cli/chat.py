@@ -1,0 +1,180 @@
+"""`longmem chat`: talk to a model that remembers what has left its window, and the documents it was given."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longmem.cli import common
+from longmem.cli.common import DEFAULT_MODEL, add_command, model_option, option
+from longmem.cli.texts import read_text
+
+if TYPE_CHECKING:
+    from longmem.memory import MemoryBank
+    from longmem.model.modeling import LongMemForCausalLM
+
+EXAMPLES = """\
+  longmem chat                       in memory: all is gone at the end
+  longmem chat --bank memory         with what is in a bank, and what is said goes there
+  echo "What did I note?" | longmem chat --bank memory
+"""
+COMMANDS = """\
+  /remember FILE   read a file into memory
+  /forget DOC      forget a document
+  /documents       what is in memory
+  /why             the passages that the last answer read
+  /off, /on        answer without memory, and with it again
+  /bye             end (also Ctrl-D)"""
+
+
+def add(commands: Any) -> None:
+    """Add the command `chat`."""
+    bank = option(
+        "--bank", type=Path, metavar="DIR", help="folder of the bank; default: a memory that ends with the talk"
+    )
+    command = add_command(
+        commands, "chat", run, "talk to a model with memory", EXAMPLES, bank, model_option(DEFAULT_MODEL)
+    )
+    command.add_argument("--max-new-tokens", type=int, default=200, help="tokens of an answer")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    command.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Talk until the end of the input."""
+    from longmem.memory import MemoryBank, has_bank
+    from longmem.model.opening import open_model
+
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
+    if not 0 <= arguments.temperature < float("inf"):
+        raise ValueError(f"`--temperature` must be a number from 0 up, got {arguments.temperature}.")
+    if arguments.bank is not None and has_bank(arguments.bank):
+        _, model = common.open_model_of(arguments.bank, arguments.model)
+        bank = common.open_bank(arguments.bank, model, write=True)
+    else:
+        name = arguments.model or DEFAULT_MODEL
+        model = open_model(name)
+        bank = MemoryBank.for_model(model, folder=arguments.bank, capacity_tokens=None)
+        if arguments.bank is not None:
+            common.remember_model(arguments.bank, name)
+    with bank:
+        talk(Conversation(model.eval(), bank, arguments), _lines())
+
+
+def _lines() -> Iterator[str]:
+    is_person = sys.stdin.isatty()
+    if is_person:
+        print(f"Commands:\n{COMMANDS}\n")
+    while True:
+        try:
+            yield input("> " if is_person else "")
+        except EOFError:
+            return
+
+
+class Conversation:
+    """A stream that speaks in the model's chat format; what leaves its window goes into the bank."""
+
+    def __init__(self, model: LongMemForCausalLM, bank: MemoryBank, arguments: argparse.Namespace) -> None:
+        self.model, self.bank, self.arguments = model, bank, arguments
+        name = f"chat {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        self.stream = model.stream(bank, document_id=name, seed=arguments.seed)
+        self.turns: list[dict[str, str]] = []
+        self.said = ""  # the text that the stream has taken in
+        self.uses_memory = True
+        self.last: tuple[list[int], str] | None = None  # what the last answer went on from, and the answer
+
+    def ask(self, text: str, on_text: Callable[[str], None]) -> None:
+        """Answer; `on_text` gets the answer in pieces."""
+        from longmem.serving.engine import chat_text
+
+        self.turns.append({"role": "user", "content": text})
+        whole = chat_text(self.model.tokenizer, self.turns)
+        new = (
+            whole.removeprefix(self.said)
+            if whole.startswith(self.said)
+            else chat_text(self.model.tokenizer, self.turns[-1:])
+        )
+        self.stream.read(self.model.tokenizer(new, add_special_tokens=False)["input_ids"])
+        before = self.stream.local_ids.tolist()
+        ids, answer = [], ""
+        for token in self._tokens():
+            ids.append(token)
+            so_far = str(self.model.tokenizer.decode(ids, skip_special_tokens=True))
+            if not so_far.endswith("\ufffd"):  # a character that is not whole yet
+                on_text(so_far[len(answer) :])
+                answer = so_far
+        self.said = (self.said + new if whole.startswith(self.said) else whole) + str(self.model.tokenizer.decode(ids))
+        self.turns.append({"role": "assistant", "content": answer})
+        self.last = before, answer
+
+    def _tokens(self) -> Iterator[int]:
+        warm = self.arguments.temperature
+        options: dict[str, Any] = {"do_sample": True, "temperature": warm} if warm else {"do_sample": False}
+        if self.uses_memory:
+            yield from self.stream.generate(self.arguments.max_new_tokens, **options)
+            return
+        import torch
+
+        start = self.stream.local_ids[None].to(self.model.input_device)
+        mask = torch.ones_like(start)
+        new = self.model.generate(start, attention_mask=mask, max_new_tokens=self.arguments.max_new_tokens, **options)
+        ids = new[0, start.shape[1] :].tolist()
+        self.stream.read(ids)
+        yield from ids
+
+    def command(self, line: str) -> str:
+        """Do what a line that begins with a slash asks for; return what to say. Raises ValueError, OSError."""
+        name, _, rest = line[1:].partition(" ")
+        rest = rest.strip()
+        if name == "remember" and rest:
+            path = Path(rest).expanduser()
+            count = self.model.memorize(self.bank, read_text(path), path.name)
+            return f"remembered {path.name}: {count:,} tokens"
+        if name == "forget" and rest:
+            self.bank.delete(rest)
+            return f"forgotten: {rest}"
+        if name == "documents":
+            found = self.bank.documents()
+            return "\n".join(f"{each.document_id}: {each.num_tokens:,} tokens" for each in found) or "nothing yet"
+        if name in ("on", "off"):
+            self.uses_memory = name == "on"
+            return f"memory is {name}"
+        if name == "why":
+            return self.why()
+        return f"commands:\n{COMMANDS}"
+
+    def why(self) -> str:
+        """Return the passages that the last answer read most."""
+        from longmem.tracing import explain
+
+        if self.last is None or not self.last[1]:
+            return "there is no answer yet"
+        if not self.uses_memory:
+            return "memory is off: nothing was read"
+        before, answer = self.last
+        passages = explain(self.model, before, memory=self.bank, answer=answer).passages(count=5)
+        lines = (f"{each.weight:6.1%}  {each.document_id}: {each.text.strip()!r}" for each in passages)
+        return "\n".join(lines) or "nothing was in memory"
+
+
+def talk(conversation: Conversation, lines: Iterator[str]) -> None:
+    """Answer line by line; what goes wrong with one of them is told, and the talk goes on."""
+    for line in lines:
+        if line.strip() == "/bye":
+            return
+        try:
+            if line.startswith("/"):
+                print(conversation.command(line.strip()))
+            elif line.strip():
+                conversation.ask(line, lambda text: print(text, end="", flush=True))
+                print()
+        except (ValueError, OSError) as error:
+            print(f"longmem: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped)")

@@ -1,0 +1,396 @@
+"""The server: OpenAI's chat and completions, banks of documents, who read what, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from longmem import __version__
+from longmem.serving.banks import UnknownBankError
+from longmem.serving.engine import Answer, BusyError, Engine
+from longmem.serving.engine import Request as Work
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+MEGABYTE = 2**20
+_LOG = logging.getLogger(__name__)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Part(_Body):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Turn(_Body):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return role and text."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(_Body):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False
+
+
+class _Sampling(_Body):
+    """What both kinds of completion take. What would do nothing is refused; `user` and `metadata` are for the caller's logs."""
+
+    model: str | None = None
+    bank: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] = 1
+    frequency_penalty: Literal[0] = 0
+    presence_penalty: Literal[0] = 0
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+
+    def work(self, token_ids: list[int], most: int, asked: int | None) -> Work:
+        """Return what the engine is asked for: at most `most` new tokens."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        new = min(256, most) if asked is None else asked
+        if new > most:
+            raise ValueError(f"`max_tokens` must be at most {most}, got {new}.")
+        return Work(token_ids, new, self.temperature, self.top_p, stop, self.seed, self.bank)
+
+
+class ChatRequest(_Sampling):
+    """`/v1/chat/completions`."""
+
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class CompletionRequest(_Sampling):
+    """`/v1/completions`."""
+
+    prompt: Annotated[str, Field(min_length=1)]
+
+
+class ExplainRequest(_Body):
+    """`/v1/explain`: a conversation, and the answer to it."""
+
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    answer: Annotated[str, Field(min_length=1)]
+    bank: str | None = None
+
+
+class NewDocument(_Body):
+    """A document to be memorized."""
+
+    id: Annotated[str, Field(min_length=1, max_length=512)]
+    text: Annotated[str, Field(min_length=1)]
+    tags: list[str] = []
+
+
+def make_app(
+    engine: Engine,
+    *,
+    model_id: str,
+    token: str | None = None,
+    max_new_tokens: int = 4096,
+    max_body: int = 8 * MEGABYTE,
+) -> FastAPI:
+    """Return the application.
+
+    Args:
+        engine: answers; closed with the application.
+        model_id: name of the model, as `/v1/models` lists it.
+        token: that every request must bear ("Authorization: Bearer ..."), but for the page itself; None: only requests from
+            this machine are answered, under a local name.
+        max_new_tokens: of one answer.
+        max_body: bytes of a request.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.close()
+
+    app = FastAPI(title="LongMem", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(_Door, token=token, max_body=max_body)
+    _answer_errors(app)
+    page = files("longmem.serving").joinpath("page.html").read_text(encoding="utf-8")
+
+    def refuse_other_model(name: str | None) -> None:
+        if name not in (None, model_id):
+            raise HTTPException(404, f"`model` must be {model_id!r}, the one that is served, got {name!r}.")
+
+    async def respond(body: _Sampling, work: Work, kind: str) -> Any:
+        if work.bank is not None:
+            engine.banks.get(work.bank)  # an unknown one is told before anything is sent
+        engine.refuse_if_busy()
+        shape = _Shape(kind, model_id, len(work.token_ids))
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return StreamingResponse(_stream(engine, work, shape, usage), media_type="text/event-stream")
+        cancelled = threading.Event()
+        return shape.whole(await engine.run(lambda: engine.answer(work, lambda _: None, cancelled)))
+
+    @app.get("/", response_class=HTMLResponse)
+    async def show_page() -> str:
+        return page
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": model_id, "object": "model", "created": 0, "owned_by": "longmem"}]}
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest) -> Any:
+        refuse_other_model(body.model)
+        ids = engine.chat_ids([turn.plain() for turn in body.messages])
+        return await respond(
+            body, body.work(ids, max_new_tokens, body.max_completion_tokens or body.max_tokens), "chat"
+        )
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest) -> Any:
+        refuse_other_model(body.model)
+        ids = list(engine.model.tokenizer(body.prompt)["input_ids"])
+        return await respond(body, body.work(ids, max_new_tokens, body.max_tokens), "text")
+
+    @app.post("/v1/explain", response_class=HTMLResponse)
+    async def explain(body: ExplainRequest) -> str:
+        work = Work(engine.chat_ids([turn.plain() for turn in body.messages]), bank=body.bank)
+        return (await engine.run(lambda: engine.explain(work, body.answer))).to_html()
+
+    @app.get("/v1/banks")
+    async def list_banks() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "bank"} for name in engine.banks.names()]}
+
+    @app.delete("/v1/banks/{name}")
+    async def delete_bank(name: str) -> dict[str, Any]:
+        await engine.run(lambda: engine.banks.delete(name))
+        return {"id": name, "object": "bank", "deleted": True}
+
+    @app.get("/v1/banks/{name}/documents")
+    async def list_documents(name: str) -> dict[str, Any]:
+        bank = engine.banks.get(name)
+        found = await engine.run(bank.documents)
+        listed = [
+            {"id": each.document_id, "object": "document", "tokens": each.num_tokens, "tags": each.tags}
+            for each in found
+        ]
+        return {"object": "list", "data": listed}
+
+    @app.post("/v1/banks/{name}/documents", status_code=201)
+    async def add_document(name: str, body: NewDocument) -> dict[str, Any]:
+        def work() -> int:
+            bank = engine.banks.get(name, make=True)
+            return engine.model.memorize(bank, body.text, body.id, tags=body.tags)
+
+        return {"id": body.id, "object": "document", "tokens": await engine.run(work), "tags": body.tags}
+
+    @app.delete("/v1/banks/{name}/documents/{document_id:path}")
+    async def delete_document(name: str, document_id: str) -> dict[str, Any]:
+        bank = engine.banks.get(name)
+        await engine.run(lambda: bank.delete(document_id))
+        return {"id": document_id, "object": "document", "deleted": True}
+
+    @app.get("/v1/banks/{name}/find")
+    async def find(
+        name: str,
+        text: str,
+        k: Annotated[int, Query(ge=1, le=100)] = 10,
+        by: Literal["heads", "words"] = "heads",
+    ) -> dict[str, Any]:
+        bank = engine.banks.get(name)
+        found = await engine.run(lambda: bank.find(text, engine.model if by == "heads" else None, k))
+        return {"object": "list", "data": [passage._asdict() for passage in found]}
+
+    return app
+
+
+async def _stream(engine: Engine, work: Work, shape: _Shape, with_usage: bool) -> AsyncIterator[str]:
+    """Yield an answer as server-sent events; whoever goes away ends it."""
+    loop, pieces, cancelled = asyncio.get_running_loop(), asyncio.Queue[str | None](), threading.Event()
+
+    def on_text(text: str) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, text)
+
+    task = asyncio.create_task(engine.run(lambda: engine.answer(work, on_text, cancelled)))
+    # Through the loop, like the pieces: so it comes after the last of them.
+    task.add_done_callback(lambda _: loop.call_soon(pieces.put_nowait, None))
+    try:
+        if shape.kind == "chat":
+            yield _event(shape.piece("", role="assistant"))
+        while (text := await pieces.get()) is not None:
+            yield _event(shape.piece(text))
+        try:
+            answer = await task
+        except Exception as error:
+            yield _event(_told(error)[1])
+        else:
+            yield _event(shape.piece("", finish_reason=answer.finish_reason))
+            if with_usage:
+                yield _event({**shape.piece(""), "choices": [], "usage": shape.usage(answer)})
+        yield "data: [DONE]\n\n"
+    finally:
+        cancelled.set()
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+class _Shape:
+    """The objects of OpenAI's protocol for one request."""
+
+    def __init__(self, kind: str, model_id: str, prompt_tokens: int) -> None:
+        self.kind, self.prompt_tokens = kind, prompt_tokens
+        name = "chatcmpl" if kind == "chat" else "cmpl"
+        self.about = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_id}
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        text: dict[str, Any] = {"text": answer.text}
+        if self.kind == "chat":
+            text = {"message": {"role": "assistant", "content": answer.text}}
+        choice = {"index": 0, **text, "logprobs": None, "finish_reason": answer.finish_reason}
+        kind = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {**self.about, "object": kind, "choices": [choice], "usage": self.usage(answer)}
+
+    def piece(self, text: str, role: str | None = None, finish_reason: str | None = None) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": text}
+        if self.kind == "chat":
+            is_end = finish_reason is not None
+            said = {"delta": {} if is_end else {"content": text} | ({} if role is None else {"role": role})}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+        kind = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        return {**self.about, "object": kind, "choices": [choice]}
+
+    def usage(self, answer: Answer) -> dict[str, int]:
+        total = self.prompt_tokens + answer.num_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": answer.num_tokens,
+            "total_tokens": total,
+        }
+
+
+def _error(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+
+
+def _told(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Return the status and the object that tell an error."""
+    if isinstance(error, BusyError):
+        return 503, _error(str(error), "server_busy")
+    if isinstance(error, UnknownBankError):
+        return 404, _error(str(error), "invalid_request_error", "bank")
+    if isinstance(error, ValueError):
+        return 400, _error(str(error), "invalid_request_error")
+    _LOG.error("a request failed", exc_info=error)
+    return 500, _error("the server could not answer; its log says why.", "server_error")
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Tell every error as OpenAI's clients expect it."""
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_request(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
+        return JSONResponse(_error(f"`{param or 'body'}`: {first['msg']}", "invalid_request_error", param), 400)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(_error(str(error.detail), "invalid_request_error"), error.status_code)
+
+    @app.exception_handler(Exception)
+    @app.exception_handler(ValueError)
+    @app.exception_handler(BusyError)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        status, told = _told(error)
+        return JSONResponse(told, status, headers={"Retry-After": "5"} if status == 503 else None)
+
+
+class _Door:
+    """Who may come in, and with how much: checked before anything else is read of a request."""
+
+    def __init__(self, app: ASGIApp, token: str | None, max_body: int) -> None:
+        self.app, self.token, self.max_body = app, token, max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if (refusal := self._refusal(scope, headers)) is not None:
+            status, message = refusal
+            await JSONResponse(_error(message, "invalid_request_error"), status)(scope, receive, send)
+            return
+        await self.app(scope, self._counted(receive), send)
+
+    def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
+        if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > self.max_body:
+            return 413, f"a request must have at most {self.max_body:,} bytes."
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if origin is not None and origin.partition("://")[2] != host:
+            return 403, "requests from pages of other sites are refused."
+        if self.token is not None:
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            is_page = scope["path"] == "/" and scope["method"] in ("GET", "HEAD")
+            if is_page or hmac.compare_digest(given.encode(), self.token.encode()):
+                return None
+            return 401, 'a request must bear the server\'s token: "Authorization: Bearer TOKEN".'
+        client = scope.get("client")
+        if client is None or not _is_here(client[0]):
+            return 403, "requests from other machines are refused; start the server with a token for them."
+        # A page elsewhere may have its name lead to this machine; then it is its own name that the request bears.
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host
+        return None if name in LOCAL_NAMES else (403, f"`Host` must be one of {', '.join(LOCAL_NAMES)}, got {name!r}.")
+
+    def _counted(self, receive: Receive) -> Receive:
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.max_body:
+                raise HTTPException(413, f"a request must have at most {self.max_body:,} bytes.")
+            return message
+
+        return counted
+
+
+def _is_here(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,185 @@
+"""What a server does with its model: one request after the other, each with a memory of its own beside a bank that it names."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import TextStreamer
+
+from longmem.memory import BankShards, MemoryBank
+from longmem.model.modeling import LongMemForCausalLM
+from longmem.serving.banks import NamedBanks
+from longmem.tracing import Trace, explain
+
+Result = TypeVar("Result")
+
+
+class BusyError(RuntimeError):
+    """So many requests wait that no more are taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for: text to continue, and how. `bank`: name of one that is read; None: what the text holds is all."""
+
+    token_ids: Sequence[int]
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    bank: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was written; `finish_reason`: "stop" at its natural end or a stop string, "length" at the limit of tokens."""
+
+    text: str
+    finish_reason: str
+    num_tokens: int
+
+
+class Engine:
+    """A model, its named banks, and one thread that works for all requests.
+
+    Args:
+        model: answers.
+        banks: that requests may name.
+        max_waiting: requests that wait at most; one more raises BusyError.
+    """
+
+    def __init__(self, model: LongMemForCausalLM, banks: NamedBanks, max_waiting: int = 64) -> None:
+        self.model, self.banks, self.max_waiting = model, banks, max_waiting
+        self._waiting = 0
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="longmem")
+
+    def refuse_if_busy(self) -> None:
+        """Raise BusyError if as many wait as may."""
+        if self._waiting >= self.max_waiting:
+            raise BusyError(f"{self._waiting} requests wait already; ask again in a moment.")
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Return what `work` returns, when its turn comes."""
+        self.refuse_if_busy()
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """Finish what runs, and close the banks."""
+        self._worker.shutdown(cancel_futures=True)
+        self.banks.close()
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the tokens of a conversation in the model's chat format, up to where its answer begins."""
+        return list(
+            self.model.tokenizer(chat_text(self.model.tokenizer, messages), add_special_tokens=False)["input_ids"]
+        )
+
+    def answer(self, request: Request, on_text: Callable[[str], None], cancelled: threading.Event) -> Answer:
+        """Write an answer; `on_text` gets its text in pieces, and `cancelled` ends it early."""
+        ids, memory = self.place(request)
+        watcher = _Watcher(self.model.tokenizer, request.stop, on_text)
+        sampled = {"temperature": request.temperature, "top_p": request.top_p}
+        options: dict[str, Any] = {name: value for name, value in sampled.items() if value is not None}
+        if request.temperature is not None:
+            options["do_sample"] = request.temperature > 0
+            if not request.temperature:
+                options = {"do_sample": False}
+        start = torch.tensor([ids], device=self.model.input_device)
+        with torch.random.fork_rng(), torch.no_grad():
+            if request.seed is not None:
+                torch.manual_seed(request.seed)
+            output = self.model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                memory=memory,
+                max_new_tokens=request.max_new_tokens,
+                streamer=watcher,
+                stopping_criteria=StoppingCriteriaList([_Ended(watcher, cancelled)]),
+                **options,
+            )
+        num_tokens = output.shape[1] - len(ids)
+        at_limit = num_tokens >= request.max_new_tokens and not watcher.has_stopped
+        return Answer(watcher.text, "length" if at_limit and not self._ends(int(output[0, -1])) else "stop", num_tokens)
+
+    def explain(self, request: Request, answer: str) -> Trace:
+        """Return who read what in an answer that was given."""
+        ids, memory = self.place(request)
+        empty = MemoryBank.for_model(self.model)
+        return explain(self.model, ids, memory=empty if memory is None else memory, answer=answer)
+
+    def place(self, request: Request) -> tuple[list[int], Any]:
+        """Return the tokens that go into the window, and the memory: of those before them, and of the bank that is named."""
+        ids, config = list(request.token_ids), self.model.config
+        shared = [] if request.bank is None else [self.banks.get(request.bank)]
+        if len(ids) > config.segment_length:
+            leaving = len(ids) - config.segment_length // 2
+            leaving += -leaving % config.chunk_size
+            own = MemoryBank.for_model(self.model, capacity_tokens=None)
+            self.model.memorize(own, ids[:leaving], "earlier in this conversation")
+            shared.append(own)
+            ids = ids[leaving:]
+        readable = [bank for bank in shared if not bank.is_empty]
+        return ids, BankShards(readable) if len(readable) > 1 else readable[0] if readable else None
+
+    def _ends(self, token: int) -> bool:
+        ends = self.model.generation_config.eos_token_id
+        return token in (ends if isinstance(ends, list) else [ends])
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return a conversation in a tokenizer's chat format or, if it has none, as lines that name who speaks."""
+    if getattr(tokenizer, "chat_template", None):
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    # An answer stands right behind the colon: so it is written, and a talk that goes on has it where it was.
+    said = (
+        f"{each['role'].capitalize()}:{' ' * (each['role'] != 'assistant')}{each['content']}\n" for each in messages
+    )
+    return f"{''.join(said)}Assistant:"
+
+
+class _Watcher(TextStreamer):
+    """Hands on text as it comes, and holds back what may be the start of a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stop, self.on_text = [each for each in stop if each], on_text
+        self.text, self.has_stopped, self._held = "", False, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.has_stopped:
+            return
+        held = self._held + text
+        places = [place for each in self.stop if (place := held.find(each)) >= 0]
+        self.has_stopped = bool(places)
+        keep = min(places) if places else len(held) if stream_end else len(held) - self._may_begin(held)
+        self._held = held[keep:]
+        if keep:
+            self.text += held[:keep]
+            self.on_text(held[:keep])
+
+    def _may_begin(self, text: str) -> int:
+        """Return how many of the last characters are the start of a stop string."""
+        lengths = (size for each in self.stop for size in range(1, len(each)) if text.endswith(each[:size]))
+        return max(lengths, default=0)
+
+
+class _Ended(StoppingCriteria):
+    def __init__(self, watcher: _Watcher, cancelled: threading.Event) -> None:
+        self.watcher, self.cancelled = watcher, cancelled
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        ended = self.watcher.has_stopped or self.cancelled.is_set()
+        return torch.full((input_ids.shape[0],), ended, dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,276 @@
+"""`longmem serve`: OpenAI's client talks to it, conversations are apart, and wrong or strange requests do no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import torch
+from starlette.testclient import TestClient
+from tiny_models import some_text
+
+from longmem.cli.main import main
+from longmem.memory import MemoryBank
+from longmem.serving.api import make_app
+from longmem.serving.banks import NamedBanks
+from longmem.serving.engine import Engine, Request, chat_text
+
+SAID = [{"role": "user", "content": "the cat sat"}]
+CHAT = {"messages": SAID, "temperature": 0, "max_tokens": 12}
+
+
+@pytest.fixture
+def app(engine):
+    return make_app(engine, model_id="tiny", max_body=50_000)
+
+
+@pytest.fixture
+def client(app):
+    return TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1), raise_server_exceptions=False)
+
+
+@pytest.fixture
+def theirs(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0)
+
+
+def test_the_official_client_chats_with_and_without_a_stream(theirs, model):
+    assert [each.id for each in theirs.models.list()] == ["tiny"]
+    whole = theirs.chat.completions.create(model="tiny", **CHAT)
+    ids = model.tokenizer(chat_text(model.tokenizer, SAID), return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert whole.choices[0].message.content == model.tokenizer.decode(expected)
+    assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", 12)
+    pieces = list(
+        theirs.chat.completions.create(model="tiny", stream=True, stream_options={"include_usage": True}, **CHAT)
+    )
+    assert pieces[0].choices[0].delta.role == "assistant"
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == whole.choices[0].message.content
+    assert pieces[-2].choices[0].finish_reason == "length"
+    assert pieces[-1].usage.total_tokens == whole.usage.total_tokens
+
+
+def test_the_official_client_completes_and_stops(theirs):
+    asked = {"model": "tiny", "prompt": "the cat", "max_tokens": 16, "temperature": 0}
+    text = theirs.completions.create(**asked).choices[0].text
+    stop = text[4:7]
+    cut = theirs.completions.create(stop=[stop, "never"], **asked).choices[0]
+    assert (cut.text, cut.finish_reason) == (text[: text.index(stop)], "stop")
+    streamed = theirs.completions.create(stop=stop, stream=True, **asked)
+    assert "".join(piece.choices[0].text for piece in streamed) == cut.text
+    warm = [
+        theirs.completions.create(**asked | {"temperature": 1.5, "seed": seed}).choices[0].text for seed in (1, 1, 2)
+    ]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_what_is_in_a_bank_changes_the_answer_of_those_who_name_it(theirs, client):
+    alone = theirs.chat.completions.create(model="tiny", **CHAT).choices[0].message.content
+    added = client.post("/v1/banks/notes/documents", json={"id": "a.txt", "text": some_text(30), "tags": ["mine"]})
+    assert added.status_code == 201
+    listed = client.get("/v1/banks/notes/documents").json()["data"]
+    assert [(each["id"], each["tags"]) for each in listed] == [("a.txt", ["mine"])]
+    assert listed[0]["tokens"] == added.json()["tokens"] > 0
+    named = (
+        theirs.chat.completions.create(model="tiny", extra_body={"bank": "notes"}, **CHAT).choices[0].message.content
+    )
+    assert named != alone
+    assert theirs.chat.completions.create(model="tiny", **CHAT).choices[0].message.content == alone
+    found = client.get("/v1/banks/notes/find", params={"text": "the house", "by": "words", "k": 2}).json()["data"]
+    assert found
+    assert found[0]["document_id"] == "a.txt"
+    assert client.get("/v1/banks/notes/find", params={"text": "the house"}).json()["data"]
+    assert client.delete("/v1/banks/notes/documents/a.txt").json()["deleted"]
+    emptied = (
+        theirs.chat.completions.create(model="tiny", extra_body={"bank": "notes"}, **CHAT).choices[0].message.content
+    )
+    assert emptied == alone
+    assert client.delete("/v1/banks/notes").json()["deleted"]
+    assert client.get("/v1/banks").json()["data"] == []
+    assert client.get("/v1/banks/notes/documents").status_code == 404
+
+
+def test_conversations_at_once_are_as_each_alone(client, engine):
+    """Each is far longer than the window: what has left it is in a memory that nobody else reads."""
+    talks = [[{"role": "user", "content": some_text(80, seed)}] for seed in range(4)]
+    asked = [{"messages": talk, "temperature": 0, "max_tokens": 8} for talk in talks]
+    alone = [client.post("/v1/chat/completions", json=each).json()["choices"] for each in asked]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda each: client.post("/v1/chat/completions", json=each).json()["choices"], asked))
+    assert together == alone
+    assert len({each[0]["message"]["content"] for each in alone}) > 1
+    ids = engine.chat_ids(talks[0])
+    window, memory = engine.place(Request(ids))
+    (info,) = memory.documents()
+    known = torch.cat([memory.token_ids(info.document_id), torch.tensor(window)])
+    assert known.tolist() == ids
+    assert len(window) <= engine.model.config.segment_length
+    assert engine.banks.names() == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "cat", "content": "x"}]}, 400, "messages.0.role"),
+        ("chat/completions", {**CHAT, "temperature": 9}, 400, "temperature"),
+        ("chat/completions", {**CHAT, "n": 2}, 400, "n"),
+        ("chat/completions", {**CHAT, "logit_bias": {}}, 400, "logit_bias"),
+        ("chat/completions", {**CHAT, "max_tokens": 10**9}, 400, "`max_tokens` must be at most"),
+        ("chat/completions", {**CHAT, "model": "gpt"}, 404, "`model` must be 'tiny'"),
+        ("chat/completions", {**CHAT, "bank": "absent"}, 404, "`bank` must be one that is there"),
+        ("chat/completions", {**CHAT, "bank": "../x"}, 400, "`bank` must be 1 to 64"),
+        ("completions", {"prompt": ""}, 400, "prompt"),
+        ("completions", {"prompt": "x" * 60_000}, 413, "at most 50,000 bytes"),
+        ("banks/..%2Fx/documents", {"id": "a", "text": "b"}, 404, ""),
+        ("banks/.x/documents", {"id": "a", "text": "b"}, 400, "`bank` must be"),
+        ("banks/x/documents", {"id": "", "text": "b"}, 400, "id"),
+        ("explain", {"messages": SAID, "answer": ""}, 400, "answer"),
+        ("nowhere", {}, 404, ""),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(client, path, body, status, words):
+    answer = client.post(f"/v1/{path}", json=body)
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]["message"]
+
+
+def test_what_is_no_json_is_told_so(client):
+    for content in (b"", b"{", b"\xff\xfe", b"[" * 5000, b'"text"', b'{"messages": NaN}'):
+        answer = client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (400, 422), content
+        assert answer.json()["error"]["message"]
+
+
+def test_fifty_requests_at_once_some_of_them_wrong(client):
+    bodies = [(CHAT | {"max_tokens": 2}, 200) if number % 5 else ({"messages": "no"}, 400) for number in range(50)]
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda body: client.post("/v1/chat/completions", json=body[0]), bodies))
+    assert [answer.status_code for answer in answers] == [status for _, status in bodies]
+    assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_more_than_may_wait_are_sent_away(model):
+    engine = Engine(model, NamedBanks(model, None), max_waiting=1)
+
+    async def both():
+        first = asyncio.create_task(engine.run(lambda: 1))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="1 requests wait already"):
+            engine.refuse_if_busy()
+        return await first
+
+    assert asyncio.run(both()) == 1
+    engine.close()
+    engine._waiting = 1
+    answer = TestClient(make_app(engine, model_id="tiny"), base_url="http://localhost", client=("::1", 1)).post(
+        "/v1/chat/completions", json=CHAT
+    )
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("secret"), KeyError("secret")])
+def test_the_server_survives_a_failure_and_does_not_tell_it(client, engine, monkeypatch, failure):
+    def fail(*_):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "answer", fail)
+        answer = client.post("/v1/chat/completions", json=CHAT)
+        streamed = client.post("/v1/chat/completions", json=CHAT | {"stream": True}).text
+    assert answer.status_code == 500
+    assert "secret" not in answer.text + streamed
+    assert '"server_error"' in streamed
+    assert streamed.endswith("data: [DONE]\n\n")
+    assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def ask(app, address, **headers):
+    client = TestClient(app, base_url="http://127.0.0.1", client=(address, 1))
+    return client.get("/v1/models", headers=headers).status_code, client.get("/", headers=headers).status_code
+
+
+def test_who_may_come_in(engine):
+    local, guarded = (make_app(engine, model_id="tiny", token=token) for token in (None, "s3cret"))
+    assert ask(local, "127.0.0.1") == (200, 200)
+    assert ask(local, "10.0.0.9") == (403, 403)
+    assert ask(local, "127.0.0.1", host="evil.example") == (403, 403)  # a name elsewhere that leads here
+    assert ask(local, "127.0.0.1", origin="http://evil.example") == (403, 403)
+    assert ask(local, "127.0.0.1", origin="http://127.0.0.1") == (200, 200)
+    assert ask(guarded, "10.0.0.9") == (401, 200)
+    assert ask(guarded, "127.0.0.1") == (401, 200)
+    assert ask(guarded, "10.0.0.9", authorization="Bearer wrong") == (401, 200)
+    assert ask(guarded, "10.0.0.9", authorization="Bearer s3cret") == (200, 200)
+
+
+def test_the_command_refuses_an_open_door(run_main):
+    assert "`--host` must be 127.0.0.1 without a token" in run_main("serve", "--host", "0.0.0.0")
+    assert "`--max-waiting` must be at least 1" in run_main("serve", "--max-waiting", "0")
+
+
+@pytest.fixture
+def run_main(capsys, monkeypatch):
+    monkeypatch.delenv("LONGMEM_TOKEN", raising=False)
+
+    def run(*arguments):
+        assert main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_a_stream_that_nobody_reads_any_longer_ends(url, engine, theirs, monkeypatch):
+    ended = []
+    answer = engine.answer
+
+    def recorded(*given):
+        ended.append(answer(*given).num_tokens)
+        return ended
+
+    monkeypatch.setattr(engine, "answer", recorded)
+    with theirs.chat.completions.create(model="tiny", stream=True, **CHAT | {"max_tokens": 2000}) as stream:
+        next(iter(stream))
+        next(iter(stream))
+    assert theirs.models.list()
+    for _ in range(600):
+        if ended:
+            break
+        asyncio.run(asyncio.sleep(0.05))
+    assert ended
+    assert ended[0] < 2000
+
+
+def test_explain_is_the_page_of_that_answer(client):
+    client.post("/v1/banks/notes/documents", json={"id": "a.txt", "text": some_text(30)})
+    body = {"messages": SAID, "answer": "on a mat", "bank": "notes"}
+    page = client.post("/v1/explain", json=body).text
+    data = json.loads(re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)[0])
+    assert "".join(token[0] for token in data["tokens"]).endswith("on a mat")
+    assert data["documents"][0][0] == "a.txt"
+
+
+def test_banks_in_folders_are_there_for_the_next_server(model, tmp_path):
+    banks = NamedBanks(model, tmp_path / "banks")
+    model.memorize(banks.get("notes", make=True), some_text(30), "a")
+    banks.close()
+    (tmp_path / "banks" / "elsewhere").symlink_to(tmp_path)
+    again = NamedBanks(model, tmp_path / "banks", limit=1)
+    assert again.names() == ["notes"]
+    assert "a" in again.get("notes")
+    with pytest.raises(ValueError, match="which is the limit"):
+        again.get("more", make=True)
+    again.delete("notes")
+    assert again.names() == []
+    assert not (tmp_path / "banks" / "notes").exists()
+    again.close()
+
+
+def test_an_empty_bank_is_no_memory(engine):
+    engine.banks.get("empty", make=True)
+    assert engine.place(Request([1, 2], bank="empty")) == ([1, 2], None)
+    assert isinstance(engine.banks.get("empty"), MemoryBank)

@@ -1,0 +1,84 @@
+"""`longmem chat`: a talk over a stream, with documents that can be remembered and forgotten."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+from tiny_models import save_tiny_backbone, some_text
+
+from longmem import LongMemForCausalLM, MemoryBank
+from longmem.cli import chat
+from longmem.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    backbone = str(save_tiny_backbone(folder / "backbone"))
+    LongMemForCausalLM.from_backbone(backbone, segment_length=64, num_retrieved_tokens=16).save_pretrained(
+        folder / "longmem"
+    )
+    return folder / "longmem"
+
+
+def conversation(folder, **options):
+    model = LongMemForCausalLM.from_pretrained(folder).eval()
+    given = argparse.Namespace(**{"max_new_tokens": 10, "temperature": 0.0, "seed": 0} | options)
+    return chat.Conversation(model, MemoryBank.for_model(model, capacity_tokens=None), given)
+
+
+def test_the_stream_holds_the_whole_talk_and_memory_what_left_the_window(model_folder):
+    talk, said = conversation(model_folder), []
+    for question in ("the cat sat", some_text(12), "on a mat"):
+        talk.ask(question, said.append)
+    answers = [turn["content"] for turn in talk.turns if turn["role"] == "assistant"]
+    assert "".join(said) == "".join(answers)
+    (info,) = talk.bank.documents()
+    left = talk.bank.token_ids(info.document_id).tolist()
+    everything = talk.model.tokenizer.decode([*left, *talk.stream.local_ids.tolist()])
+    assert everything == talk.said
+    assert talk.said.endswith(answers[-1])
+    assert all(turn["content"] in talk.said for turn in talk.turns)
+
+
+def test_documents_are_remembered_shown_and_forgotten(model_folder, tmp_path):
+    talk, answers = conversation(model_folder), []
+    (tmp_path / "notes.txt").write_text(some_text(30))
+    assert talk.command("/documents") == "nothing yet"
+    assert talk.command("/why") == "there is no answer yet"
+    assert "remembered notes.txt" in talk.command(f"/remember {tmp_path / 'notes.txt'}")
+    for switch in ("/on", "/off"):
+        assert talk.command(switch) == f"memory is {switch[1:]}"
+        fresh = conversation(model_folder)
+        fresh.bank, fresh.uses_memory = talk.bank, talk.uses_memory
+        fresh.stream = fresh.model.stream(talk.bank, document_id=f"talk {switch}")
+        fresh.ask("the cat sat", lambda _: None)
+        answers.append(fresh.turns[-1]["content"])
+        assert ("notes.txt" in fresh.why()) == talk.uses_memory
+    assert answers[0] != answers[1]
+    assert talk.command("/forget notes.txt") == "forgotten: notes.txt"
+    assert "/remember FILE" in talk.command("/help")
+
+
+def test_the_command_talks_over_a_bank_on_disk_and_survives_mistakes(model_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text(some_text(30))
+    lines = iter([f"/remember {tmp_path / 'a.txt'}", "/forget nothing", "", "the cat sat", "/why", "/bye", "never"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    given = ["chat", "--bank", tmp_path / "bank", "--model", model_folder, "--max-new-tokens", "4"]
+    assert main([str(each) for each in given]) == 0
+    out, error = capsys.readouterr()
+    assert "remembered a.txt" in out
+    assert "a.txt: " in out
+    assert "'nothing'" in error
+    assert next(lines) == "never"
+    with MemoryBank.open(tmp_path / "bank", read_only=True) as bank:
+        assert "a.txt" in bank
+    monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(EOFError))
+    assert main(["chat", "--bank", str(tmp_path / "bank")]) == 0  # opened with the model that wrote it
+
+
+@pytest.mark.parametrize("option", [("--temperature", "nan"), ("--max-new-tokens", "0")])
+def test_wrong_options_are_refused_before_a_model_is_opened(option, capsys):
+    assert main(["chat", *option]) == 2
+    assert option[0] in capsys.readouterr().err
