@@ -4,7 +4,7 @@
 #   make test           the fast tests
 #   make check          format, lint, types, import layers
 #   make check-latest   a few tests with the newest releases that pyproject.toml allows, in .venv-latest
-#   make docs           docs/supported-models.md from the list that the tests use
+#   make docs           the site, into build/site, and docs/supported-models.md from the list that the tests use
 #   make format         rewrite the code in the project's format
 #
 # make demo PYTHON=python3.12                                        another Python (3.11 or newer)
@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 # One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
 WORKERS := auto --maxprocesses 4
 
-.PHONY: demo test check check-latest docs format env
+.PHONY: demo test check check-latest docs site format env
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -52,6 +52,14 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	@PYTHONPATH=tests HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/model/architectures.py docs/supported-models.md
+	@$(MAKE) --no-print-directory site
+
+# Links that lead nowhere fail. All pages stand in one copy, so that those between docs/ and other folders can be followed.
+site: $(INSTALLED)
+	@rm -rf build/pages build/site; mkdir -p build/pages
+	@cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md docs $$(find experiments -name '*.md') build/pages
+	@$(PIP) $(INSTALL) -e '.[docs]'
+	@PATH="$(abspath $(BIN)):$$PATH" zensical build --strict --clean
 
 env: $(INSTALLED)
 

@@ -30,7 +30,7 @@ from longmem.model.names import look_up
 from longmem.model.opening import open_model
 from longmem.plots import plot_scores, require_matplotlib
 from longmem.settings.environment import environment
-from longmem.tracing import Passage, read_passages
+from longmem.tracing import Passage, explain, read_passages
 
 # Nobody has read this before: whoever answers has it from memory. Below, beginnings of sentences, and how they go on.
 NOTES = """Notes of the harbour office.
@@ -129,7 +129,8 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         console.print(f"  [bold]{title}:[/] {escape(text.strip())}\n")
 
     step("Memorize a note that nobody has read before, and ask for what it says")
-    answers = ask_about_notes(model, bank, console)
+    (page := settings.output / "explain.html").unlink(missing_ok=True)
+    answers = ask_about_notes(model, bank, page, console)
 
     step("Save, reopen, compare")
     difference = reopened_difference(model, bank, rest, scores, settings)
@@ -168,6 +169,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     folder = escape(str(settings.output))
     console.print(
         f"\n[bold]Done in {seconds / 60:.1f} minutes.[/] In {folder}:\n"
+        "  explain.html (open it: which word of an answer read which passage),\n"
         "  demo.png, table.md, metrics.json, losses.safetensors, config.json, environment.json,\n"
         "  bank (the memory) and side-network (the model). Try them:\n"
         f'  longmem generate --model {folder}/side-network --bank {folder}/bank --prompt "A class is"'
@@ -279,33 +281,32 @@ def continue_prompt(
     return {**found, "the text itself": decode(window[length : length + new_tokens])}
 
 
-def ask_about_notes(model: LongMemForCausalLM, bank: MemoryBank, console: Console) -> list[dict[str, Any]]:
+def ask_about_notes(model: LongMemForCausalLM, bank: MemoryBank, page: Path, console: Console) -> list[dict[str, Any]]:
     """Return, and print, what the model answers with and without the notes in memory, and the passage that it read.
 
-    The notes are deleted again, so the bank holds what it did before.
+    The notes are deleted again, so the bank holds what it did before. `page`: where to show who read what for one answer.
     """
     model.memorize(bank, NOTES, "notes")
-    answers = []
+    answers: list[dict[str, Any]] = []
     for prompt, expected in ASKED.items():
-        ids = model.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.input_device)
+        ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         length = len(model.tokenizer(f" {expected}", add_special_tokens=False)["input_ids"])
-        said = {}
-        for title, memory in (("with", bank), ("without", None)):
-            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": length, "do_sample": False}
-            whole = model.generate(ids, memory=memory, **options)[0]
-            said[title] = str(model.tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)).strip()
-            if memory is not None:
-                (passages,) = read_passages(model, bank, whole, [slice(ids.shape[1], len(whole))])
-        answer = {"prompt": prompt, "expected": expected, **said, "is_right": said["with"].startswith(expected)}
-        answers.append(answer | {"read": [dataclasses.asdict(passage) for passage in passages]})
-        console.print(f"  {escape(prompt)}\n    [bold]with memory:[/] {escape(repr(said['with']))}", end="")
-        console.print(f"   without: {escape(repr(said['without']))}")
+        trace = explain(model, ids, memory=bank, max_new_tokens=length, do_sample=False)
+        said, without = trace.answer.strip(), (trace.answer_without_memory or "").strip()
+        is_right = said.startswith(expected)
+        passages = trace.passages(count=1)
+        answers.append({"prompt": prompt, "expected": expected, "with": said, "without": without, "is_right": is_right})
+        answers[-1]["read"] = [{**passage._asdict(), "text": passage.text} for passage in passages]
+        console.print(f"  {escape(prompt)}\n    [bold]with memory:[/] {escape(repr(said))}", end="")
+        console.print(f"   without: {escape(repr(without))}")
         for passage in passages:
-            parts = (" ".join(part.split()) for part in (passage.before, passage.chunk, passage.after))
-            before, chunk, after = map(escape, parts)
-            console.print(
-                f"    read in {escape(passage.document_id)}: [dim]...{before}[/] [bold cyan]{chunk}[/] [dim]{after}...[/]"
+            text = "".join(
+                f"[bold cyan]{escape(text)}[/]" if chunk >= 0 else f"[dim]{escape(text)}[/]"
+                for chunk, text in passage.pieces
             )
+            console.print(f"    read in {escape(passage.document_id)}: {' '.join(text.split())}")
+        if is_right or not page.exists():
+            trace.to_html(page, f"Who read what: {prompt}")
     bank.delete("notes")
     console.print(
         f"  {sum(bool(answer['is_right']) for answer in answers)} of {len(answers)} answered as the note says."
