@@ -15,19 +15,23 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 ACCESS = "LONGMEM_ACCESS"
 MODES = {"private": (0o600, 0o700), "group": (0o640, 0o750)}
 MAX_BYTES = (
     1 << 28
 )  # of a file that is read as a whole, such as a configuration; the largest that are written have a tenth
+PENDING = ".longmem-new"
+DIGEST, ABOUT = "longmem_blake2b", "longmem"  # in the metadata of a file of tensors
 _umask_lock = threading.Lock()
 
 
@@ -114,6 +118,57 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         draft.rename(path)
 
 
+@contextlib.contextmanager
+def new_contents(folder: str | os.PathLike[str], stale: str = "") -> Iterator[Path]:
+    """Yield the draft of files that belong together, to be filled; when the block ends all take their places in `folder`.
+
+    The draft is finished under the name `PENDING` in the folder, which is the moment from which it counts (`current`); files
+    are then linked, one by one, to their places, and `PENDING` goes. What a killed process has not linked the next call does.
+    After an error in the block, or where there is no room, nothing has changed. Other files in the folder stay.
+
+    Args:
+        folder: made if missing.
+        stale: pattern of names that are removed unless they are in the draft: of files that an earlier call wrote.
+    """
+    folder = make_folder(folder)
+    _settle(folder, stale)
+    with new_folder(folder / PENDING) as draft:
+        yield draft
+    try:
+        _settle(folder, stale)
+    except OSError as error:  # what was written counts, and is found
+        warnings.warn(
+            f"what was saved to {folder} stays in {PENDING} there until the next time: {error}.", stacklevel=3
+        )
+
+
+def current(folder: Path) -> Path:
+    """Return the folder to read from: `folder`, or what `new_contents` has finished there and not yet put in its place."""
+    return folder / PENDING if (folder / PENDING).is_dir() else folder
+
+
+def _settle(folder: Path, stale: str) -> None:
+    """Put finished contents into their places."""
+    pending = folder / PENDING
+    if not pending.is_dir():
+        return
+    names = [path.relative_to(pending) for path in pending.rglob("*") if path.is_file()]
+    for name in names:
+        make_folder((folder / name).parent)
+        with new_file(folder / name) as draft:
+            draft.unlink()
+            try:
+                draft.hardlink_to(pending / name)
+            except OSError:  # of a file system without links
+                shutil.copyfile(pending / name, draft)
+    for path in folder.iterdir():
+        if re.fullmatch(stale, path.name) and Path(path.name) not in names:
+            remove(path)
+    with _drafted(pending) as done:  # no longer under its name while it goes
+        pending.rename(done)
+    remove(done)
+
+
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Put a file into its place in one step; text is written in UTF-8."""
     with new_file(path) as draft:
@@ -186,15 +241,68 @@ def read_file(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, follo
     return content
 
 
-def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Any:
-    """Return what a JSON file says. Raises OSError if it can't be read; ValueError, which names it, if it is no JSON."""
+def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises OSError if it can't be read; ValueError, which names it, if it is no object."""
     try:
-        return json.loads(read_file(path, max_bytes=max_bytes).decode("utf-8"))
+        content = json.loads(read_file(path, max_bytes=max_bytes).decode("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it must hold an object, got {type(content).__name__}")
+        return content
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is damaged or incomplete: {error}.") from error
+        raise damaged(path, error) from error
+
+
+def damaged(path: str | os.PathLike[str], problem: object) -> ValueError:
+    """Return the error for a file that is not as it was written."""
+    return ValueError(f"{os.fspath(path)} can't be read, it is damaged or incomplete: {problem}.")
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:
     """Return a hash of a file's bytes: 16 bytes of BLAKE2b, in hexadecimal. Raises OSError as `open_regular` does."""
     with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def seal_tensors(path: Path, about: Mapping[str, Any]) -> None:
+    """Write into the header of a safetensors file, in its place, what it is about and a digest of that and of all tensors."""
+    sealed = path.with_name(f"{path.name}.sealed")
+    with path.open("rb") as file, sealed.open("wb") as copy:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        metadata = header.setdefault("__metadata__", {})
+        metadata |= {ABOUT: json.dumps(about), DIGEST: ""}
+        metadata[DIGEST] = _digest_of_tensors(header, file)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        copy.write(len(text).to_bytes(8, "little") + text)
+        file.seek(start)
+        shutil.copyfileobj(file, copy, 1 << 20)
+    os.replace(sealed, path)
+
+
+def check_tensors(path: Path) -> dict[str, Any] | None:
+    """Return what a sealed safetensors file is about, None for one that other tools wrote.
+
+    Raises OSError as `open_regular` does; ValueError, which names the file, if any bit of a sealed one has changed.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length <= os.fstat(file.fileno()).st_size else None
+            metadata = header.get("__metadata__", {})
+            known = metadata.get(DIGEST)
+            # One whose name was damaged must not pass for none.
+            is_sealed = known is not None or any(re.fullmatch("[0-9a-f]{32}", each) for each in metadata.values())
+            about = json.loads(metadata[ABOUT]) if is_sealed else None
+            if is_sealed and known != _digest_of_tensors({**header, "__metadata__": {**metadata, DIGEST: ""}}, file):
+                raise ValueError("its bytes are not those that were written")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+            raise damaged(path, error) from error
+    return about
+
+
+def _digest_of_tensors(header: Mapping[str, Any], rest: BinaryIO) -> str:
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    while block := rest.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from killing import kill_at_every_change
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from longmem import files
 
@@ -114,9 +118,9 @@ def test_only_regular_files_are_read(tmp_path):
             files.read_file(tmp_path / name, follow=follow)
     with pytest.raises(ValueError, match="at most 3 bytes"):
         files.read_file(tmp_path / "file", max_bytes=3)
-    for content in (b"", b"{", b"\xff", b"[" * 100_000):
+    for content in (b"", b"{", b"\xff", b"[" * 100_000, b"[]"):
         (tmp_path / "file").write_bytes(content)
-        with pytest.raises(ValueError, match="file' is damaged or incomplete"):
+        with pytest.raises(ValueError, match="file can't be read, it is damaged or incomplete"):
             files.read_json(tmp_path / "file")
 
 
@@ -127,3 +131,53 @@ def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         files.make_folder(tmp_path / "file")
+
+
+def test_contents_are_of_one_call_wherever_its_process_is_killed(tmp_path):
+    folder = tmp_path / "model"
+    (tmp_path / "model").mkdir()
+    (folder / "notes.txt").write_text("mine")
+
+    def save(version: str, shards: int) -> None:
+        with files.new_contents(folder, r"part-\d") as draft:
+            for number in range(shards):
+                (draft / f"part-{number}").write_text(version)
+            (draft / "inner").mkdir()
+            (draft / "inner" / "config").write_text(version)
+
+    def found() -> tuple[str, int]:
+        place = files.current(folder)
+        parts = {path.name: path.read_text() for path in place.glob("part-*")}
+        (version,) = {*parts.values(), (place / "inner" / "config").read_text()}
+        return version, len(parts)
+
+    save("old", 3)
+    seen = []
+    killed = kill_at_every_change(folder, lambda: save("new", 2), lambda: seen.append(found()))
+    assert killed > 30
+    assert set(seen) == {("old", 3), ("new", 2)}
+    assert seen[0] == ("old", 3)
+    save("last", 1)
+    assert found() == ("last", 1)
+    assert {path.name for path in folder.iterdir()} == {"part-0", "inner", "notes.txt"}
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_every_bit_of_a_sealed_file_counts(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    tensors = {"a": torch.arange(5.0), "b": torch.ones(2, dtype=torch.int8)}
+    save_file(tensors, path, {"format": "pt"})
+    assert files.check_tensors(path) is None  # another tool's
+    files.seal_tensors(path, {"name": "x"})
+    assert files.check_tensors(path) == {"name": "x"}
+    assert all(torch.equal(each, tensors[name]) for name, each in load_file(path).items())
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 3):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises((ValueError, SafetensorError), match="weights|eader"):
+            files.check_tensors(path) or load_file(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"weights\.safetensors can't be read, it is damaged"):
+        files.check_tensors(path)
