@@ -21,7 +21,7 @@ import shutil
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,9 @@ MAX_BYTES = (
     1 << 28
 )  # of a file that is read as a whole, such as a configuration; the largest that are written have a tenth
 PENDING = ".longmem-new"
+# With a word for the machine, a process of it, and the ending of the name, by which libraries know what to write.
+DRAFT = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.draft(\.[^.]*)?")
+CHECKSUMS = "checksums.json"
 DIGEST, ABOUT = "longmem_blake2b", "longmem"  # in the metadata of a file of tensors
 _umask_lock = threading.Lock()
 
@@ -175,6 +178,31 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to a text file, made if missing; they are on the disk when the call returns.
+
+    What a killed process left of a line goes before, and after an error all lines do.
+    """
+    is_new = not path.exists()
+    content = "".join(lines).encode("utf-8", "surrogatepass")
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        start = file.seek(0, os.SEEK_END)
+        file.seek(max(0, start - (1 << 20)))
+        tail = file.read()
+        start = file.seek(start - len(tail) + tail.rfind(b"\n") + 1)
+        try:
+            file.truncate()
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, start)
+            raise
+    if is_new:
+        path.chmod(modes()[0])
+        sync(path.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a folder if that is possible, and else leave it to the next time; a link is removed, not followed."""
     with contextlib.suppress(OSError):
@@ -184,30 +212,33 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_drafts(path: Path) -> None:
-    """Remove the drafts of a file or a folder that processes of this machine left which are no longer there."""
-    import psutil  # it takes a while, and commands that write nothing need it not
-
-    start, end = f".{path.name}.{_machine()}-", ".draft"
+def remove_drafts(folder: Path) -> None:
+    """Remove the drafts in a folder that processes of this machine left which are no longer there."""
     with contextlib.suppress(OSError):
-        for name in os.listdir(path.parent):
-            if name.startswith(start) and name.endswith(end):
-                process = name.removeprefix(start).split("-")[0]
-                if process.isdigit() and not psutil.pid_exists(int(process)):
-                    remove(path.with_name(name))
+        for name in os.listdir(folder):
+            found = DRAFT.fullmatch(name)
+            if found and found[1] == _machine() and int(found[2]) != os.getpid() and not _runs(int(found[2])):
+                remove(folder / name)
 
 
 @contextlib.contextmanager
 def _drafted(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` that nobody has; what bears it after an error is removed, else the change is synced."""
-    remove_drafts(path)
-    draft = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.draft")
+    remove_drafts(path.parent)
+    name = f".{path.stem}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.draft{path.suffix}"
+    draft = path.with_name(name)
     try:
         yield draft
     except BaseException:
         remove(draft)
         raise
     sync(path.parent)
+
+
+def _runs(process: int) -> bool:
+    import psutil  # it takes a while, and commands that write nothing need it not
+
+    return bool(psutil.pid_exists(process))
 
 
 def _machine() -> str:
@@ -257,10 +288,41 @@ def damaged(path: str | os.PathLike[str], problem: object) -> ValueError:
     return ValueError(f"{os.fspath(path)} can't be read, it is damaged or incomplete: {problem}.")
 
 
+def not_opened(path: str | os.PathLike[str], error: OSError) -> ValueError:
+    """Return the error for a file that is missing, or that the system does not let this process read: that is no damage."""
+    if isinstance(error, FileNotFoundError):
+        return damaged(path, "it is missing")
+    way_out = ""
+    if isinstance(error, PermissionError):
+        way_out = (
+            f" It is not damaged: ask its owner to let you read it (`chmod`, or {ACCESS}=group when it is written)."
+        )
+    return ValueError(f"{os.fspath(path)} can't be opened: {error.strerror or error}.{way_out}")
+
+
 def digest_of(path: str | os.PathLike[str]) -> str:
     """Return a hash of a file's bytes: 16 bytes of BLAKE2b, in hexadecimal. Raises OSError as `open_regular` does."""
     with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the digests of all files in a folder into one more."""
+    found = {path.relative_to(folder).as_posix(): digest_of(path) for path in folder.rglob("*") if path.is_file()}
+    (folder / CHECKSUMS).write_text(json.dumps({"files": found}, indent=1), encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError, which names the file, unless a folder holds all that `seal_folder` saw there, unchanged."""
+    try:
+        known = read_json(folder / CHECKSUMS)["files"]
+        for name, digest in known.items():
+            if digest_of(folder / name) != digest:
+                raise damaged(folder / name, "its bytes are not those that were written")
+    except OSError as error:
+        raise not_opened(error.filename or folder, error) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder / CHECKSUMS, error) from error
 
 
 def seal_tensors(path: Path, about: Mapping[str, Any]) -> None:
@@ -288,7 +350,7 @@ def check_tensors(path: Path) -> dict[str, Any] | None:
     with os.fdopen(open_regular(path), "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(length)) if length <= os.fstat(file.fileno()).st_size else None
+            header = dict(json.loads(file.read(min(length, os.fstat(file.fileno()).st_size))))
             metadata = header.get("__metadata__", {})
             known = metadata.get(DIGEST)
             # One whose name was damaged must not pass for none.

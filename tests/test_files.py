@@ -95,17 +95,19 @@ def test_drafts_of_processes_that_are_gone_are_removed_and_no_others(tmp_path):
     code = f"""
 import os, signal
 from longmem import files
-with files.new_file({str(tmp_path / "file")!r}) as draft:
+with files.new_file({str(tmp_path / "file.json")!r}) as draft:
     draft.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", code], check=False)
     (left,) = os.listdir(tmp_path)
-    other = left.replace(left.split("-")[1], str(os.getppid()))
-    (tmp_path / other).write_text("of a process that is there")
-    (tmp_path / ".file.draft").write_text("of somebody else")
+    assert left.endswith(".draft.json")
+    others = [left.replace(left.split("-")[1], str(number)) for number in (os.getppid(), os.getpid())]
+    others += [left.replace(left.split("-")[0], ".file.00000000"), ".file.draft", ".notes.draft.json"]
+    for name in others:
+        (tmp_path / name).write_text("of a process that is there, of another machine, of somebody else")
     files.write_file(tmp_path / "file", "whole")
-    assert sorted(os.listdir(tmp_path)) == sorted(["file", other, ".file.draft"])
+    assert sorted(os.listdir(tmp_path)) == sorted(["file", *others])
 
 
 def test_only_regular_files_are_read(tmp_path):

@@ -160,7 +160,7 @@ def load_side_network(side_network: SideNetwork, folder: Path) -> BackboneStamp 
             about |= files.check_tensors(file) or {}
             found |= load_file(file)
         except OSError as error:
-            raise not_opened(file, error) from error
+            raise files.not_opened(file, error) from error
         except SafetensorError as error:
             raise files.damaged(file, error) from error
     for name, digest in about.get("files", {}).items():
@@ -194,18 +194,10 @@ def weight_files(folder: Path) -> list[Path]:
         if not names or not all(re.fullmatch(WEIGHTS, name) for name in names):
             raise files.damaged(index, f"it names {names[:3]}, not model-00001-of-00002.safetensors and the like")
     except OSError as error:
-        raise not_opened(index, error) from error
+        raise files.not_opened(index, error) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise files.damaged(index, error) from error
     return [folder / name for name in names]
-
-
-def not_opened(path: Path, error: OSError) -> ValueError:
-    """Return the error for a file that is there and that the system does not let this process read."""
-    way_out = ""
-    if isinstance(error, PermissionError):
-        way_out = f" It is not damaged: ask its owner to let you read it (`chmod`, or {files.ACCESS}=group when it is written)."
-    return ValueError(f"{path} can't be opened: {error.strerror or error}.{way_out}")
 
 
 def load_strictly(
