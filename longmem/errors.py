@@ -1,9 +1,26 @@
-"""Wording shared by error messages, and the errors of a memory that is stale or has changed."""
+"""Wording shared by error messages, text that is safe to show, and the errors of a memory that is stale or has changed."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+
+# Line ends, and the joiners, marks and spaces that scripts need.
+KEPT = frozenset("\n\t\u00a0\u00ad\u200b\u200c\u200d\u200e\u200f\u2028\u2029\u3000")
+
+
+def printable(text: str) -> str:
+    """Return a text, such as a name that somebody else gave, that a terminal shows and does not obey.
+
+    Control characters, those that turn the direction of writing, and halves of characters are written as escapes; line ends
+    and tabs stay.
+
+    >>> print(printable("a\\x1b[2Jb\\u202ec"))
+    a\\x1b[2Jb\\u202ec
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in KEPT else ascii(each)[1:-1] for each in text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

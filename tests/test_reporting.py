@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import re
 
 import pytest
@@ -84,3 +86,71 @@ def test_results_of_earlier_versions_can_be_reported(tmp_path):
     assert (found.title, found.summary) == (tmp_path.name, None)
     write_report([tmp_path], tmp_path / "report")
     assert "overview.png" not in (tmp_path / "report" / "report.md").read_text()
+
+
+PIXEL = b"\x89PNG\r\n\x1a\nof mine"
+
+
+@pytest.mark.parametrize("name", ["table.md", "metrics.json", "environment.json", "config.json", "accuracy.png"])
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_what_is_no_file_of_the_run_itself_is_refused(tmp_path, name, kind):
+    finished(tmp_path / "one")
+    secret, path = tmp_path / "secret", tmp_path / "one" / name
+    secret.write_bytes(path.read_bytes())
+    path.unlink()
+    {"link": lambda: path.symlink_to(secret), "folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}[kind]()
+    with pytest.raises(ValueError, match=f"files of their own, but .*{name.replace('.', '[.]')}"):
+        write_report([tmp_path / "one"], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("where", ["table", "title", "model"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![x]({secret})",
+        "![x][ref]\n\n[ref]: {secret}",
+        "![x](figures/../../secret.png)",
+        "![x](https://example.org/seen.png)",
+        "<img src='{secret}'>",
+        "<script>alert(1)</script>",
+        "[![x]({secret})](https://example.org)",
+        "```\n![x]({secret})",
+    ],
+)
+def test_a_page_embeds_no_file_but_the_figures_of_its_runs(tmp_path, where, text):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(PIXEL)
+    hostile = text.format(secret=secret)
+    finished(tmp_path / "one", title=hostile if where == "title" else "Title")
+    if where == "table":
+        (tmp_path / "one" / "table.md").write_text(hostile)
+    if where == "model":
+        (tmp_path / "one" / "config.json").write_text(json.dumps({"settings": {"model": hostile}}))
+    write_report([tmp_path / "one"], tmp_path / "report")
+    page, source = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
+    assert base64.b64encode(PIXEL).decode() not in page
+    assert page.count("<img") == page.count("data:image/png;base64,") <= 2
+    assert "<script" not in page + source
+    assert set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", source)) <= {"figures/overview.png", "figures/one-accuracy.png"}
+    assert not re.search(r"<img", source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.json", []),
+        ("metrics.json", {"summary": 3}),
+        ("metrics.json", {"summary": {"measure": "a", "systems": {"on": {}}}}),
+        ("metrics.json", {"summary": {"measure": "a", "systems": {str(number): {} for number in range(10_000)}}}),
+        ("environment.json", {"versions": 3}),
+        ("environment.json", {"wall_seconds": "long"}),
+        ("config.json", {"settings": [1]}),
+    ],
+)
+def test_other_values_than_an_evaluation_writes_are_refused(tmp_path, name, content):
+    finished(tmp_path / "one")
+    (tmp_path / "one" / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="results of finished evaluations|can't be read"):
+        write_report([tmp_path / "one"], tmp_path / "report")
+    assert not (tmp_path / "report").exists()

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from longmem.files import make_folder, new_folder
 from longmem.quiet import without_transformers_bars
 
 # Part of the cache folder's name. Raise it when the conversion changes, so that no old result is used.
@@ -120,25 +121,18 @@ def is_complete(folder: Path) -> bool:
 def convert_once(source: Path, folder: Path, convert: Callable[[Path, Path], None]) -> None:
     """Fill `folder` with what `convert(source, target)` writes, all or nothing, and once however many processes ask.
 
-    The others wait at the lock and then find the folder complete. What a killed process leaves is a folder
-    beside the final one; the next conversion removes it.
+    The others wait at the lock and then find the folder complete.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     with FileLock(f"{folder}.lock"):
         if is_complete(folder):
             return
-        partial = folder.with_name(f"{folder.name}.partial")
-        for stale in (partial, folder):
-            if stale.exists():
-                shutil.rmtree(stale)
-        partial.mkdir()
-        convert(source, partial)
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        manifest = partial / MANIFEST
-        manifest.write_text(json.dumps({"source": source.name, "bytes": sizes}, indent=2))
-        for name in sizes:  # safetensors writes for its owner alone; a cache may be shared
-            (partial / name).chmod(manifest.stat().st_mode)
-        os.replace(partial, folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        with new_folder(folder) as partial:
+            convert(source, partial)
+            sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+            (partial / MANIFEST).write_text(json.dumps({"source": source.name, "bytes": sizes}, indent=2))
 
 
 def convert_gguf(source: Path, target: Path, splits_digits: bool) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longmem.cli import common, find, memorize, staleness, tune
 from longmem.cli.common import add_command, add_group, bank_folder, option
 from longmem.cli.texts import export_line
+from longmem.files import new_file
 
 if TYPE_CHECKING:
     from longmem.memory import DocumentInfo, MemoryBank
@@ -234,15 +235,10 @@ def compact(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """Write documents to a file, one JSON object on each line; the file is there once it is whole."""
-    unfinished = arguments.output.with_name(arguments.output.name + ".part")
     with common.open_bank(arguments.bank) as bank:
         documents = chosen_documents(bank, arguments.tag)
-        try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                file.writelines(export_line(bank, info) for info in documents)
-            unfinished.replace(arguments.output)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with new_file(arguments.output) as draft, draft.open("w", encoding="utf-8") as file:
+            file.writelines(export_line(bank, info) for info in documents)
     told = {"output": str(arguments.output), "documents": len(documents)}
     common.tell(arguments, told, f"{arguments.output}: {len(documents)} documents.")
 

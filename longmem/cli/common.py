@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longmem.errors import StaleMemoryError
+from longmem.errors import StaleMemoryError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,14 +85,15 @@ def console_for(as_json: bool, *, markup: bool = False) -> Console:
 
     Without `markup`, names of documents and files that hold "[draft]" or ":smile:" are printed as they are.
     """
-    from rich.console import Console
+    from longmem.console import SafeConsole
 
-    return Console(stderr=as_json, highlight=False, soft_wrap=True, markup=markup, emoji=False)
+    return SafeConsole(stderr=as_json, highlight=False, soft_wrap=True, markup=markup, emoji=False)
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """Print what a program reads."""
-    print(json.dumps(values, indent=2, ensure_ascii=False))
+    """Print what a program reads; characters that a terminal would obey are escaped as JSON does it."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    print("".join(each if printable(each) == each else json.dumps(each)[1:-1] for each in text))
 
 
 def tell(arguments: argparse.Namespace, values: dict[str, Any], sentence: str) -> None:

@@ -24,6 +24,7 @@ from longmem.evaluation.folder import as_json
 from longmem.evaluation.perplexity.scoring import Cut, View, WindowScores, loss_difference, make_views, score_windows
 from longmem.evaluation.systems import title_of_system
 from longmem.evaluation.tables import markdown_table
+from longmem.files import make_folder, new_file, write_file
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
@@ -87,7 +88,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     """
     began = time.perf_counter()
     require_matplotlib()
-    settings.output.mkdir(parents=True, exist_ok=True)
+    make_folder(settings.output)
     torch.manual_seed(settings.seed)
     step = Headings(console)
 
@@ -155,9 +156,10 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         "table.md": markdown_table(table_rows(summary)) + "\n",
     }
     for file, text in files.items():
-        (settings.output / file).write_text(text, encoding="utf-8")
+        write_file(settings.output / file, text)
     tensors = {f"{name}/{system}": torch.stack(own.losses) for system, own in scores.items()}
-    save_file(tensors, settings.output / "losses.safetensors")
+    with new_file(settings.output / "losses.safetensors") as draft:
+        save_file(tensors, draft)
     plot_scores(
         settings.output / "demo.png",
         scores,

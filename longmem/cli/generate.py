@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from longmem.cli import common
 from longmem.cli.common import add_command, bank_folder
 from longmem.cli.texts import read_text
+from longmem.errors import printable
 
 if TYPE_CHECKING:
     from longmem.memory import MemoryBank
@@ -68,7 +69,10 @@ def answer(
         torch.manual_seed(arguments.seed)
         options["temperature"] = arguments.temperature
     if not arguments.json:
-        options["streamer"] = TextStreamer(model.tokenizer, skip_special_tokens=True)
+        options["streamer"] = streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: print(
+            printable(text), flush=True, end=None if stream_end else ""
+        )
     names = ("input_ids", "attention_mask")
     began = time.perf_counter()
     ids = model.generate(**{name: inputs[name] for name in names}, memory=bank, **options)[0].cpu()

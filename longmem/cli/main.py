@@ -10,6 +10,7 @@ from longmem import __version__
 from longmem.cli import bank, chat, demo, generate, heads, memorize, official, report, serve, train
 from longmem.cli import eval as evaluation
 from longmem.cli.common import TeachingFormatter
+from longmem.errors import printable
 
 # In the order of `longmem --help`. Each adds itself to the parser and names the function that runs.
 COMMANDS = (demo, memorize, generate, chat, serve, bank, heads, train, evaluation, report, official)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if arguments.debug:
             raise
-        print(f"longmem: {error}", file=sys.stderr)
+        print(f"longmem: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         told = "longmem: interrupted; what was finished is on the disk, and nothing of what was in progress."

@@ -2,17 +2,21 @@
 
 import argparse
 import base64
+import contextlib
 import dataclasses
 import html
 import json
+import os
 import re
-import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
 from longmem.cli.common import add_command
+from longmem.errors import printable
+from longmem.files import current, damaged, make_folder, open_regular, read_file, write_file
 
 EXAMPLES = """\
   longmem report results/chapterbreak results/recall --output report
@@ -21,6 +25,8 @@ EXAMPLES = """\
 The folders are results of `longmem eval`. report.html holds its figures and can be sent as one file.
 """
 NEEDED = ("config.json", "environment.json", "metrics.json", "table.md")
+PNG = b"\x89PNG\r\n\x1a\n"
+MAX_SYSTEMS = 100  # of a run, in the figure of all
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; display: block; overflow-x: auto; }
@@ -49,7 +55,7 @@ class FinishedRun:
     environment: dict[str, Any]
     metrics: dict[str, Any]
     table: str
-    figures: tuple[Path, ...]
+    figures: dict[str, bytes]  # PNG, by name
 
     @property
     def title(self) -> str:
@@ -84,19 +90,58 @@ class FinishedRun:
 
 
 def read_run(folder: str | Path) -> FinishedRun:
-    """Return a finished run. Raises ValueError if the folder is not one of a run that came to its end."""
-    folder = Path(folder)
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    """Return a finished run. Raises ValueError if the folder is not one of a run that came to its end, or holds links."""
+    place = Path(folder)
+    folder = current(place)
+    found: dict[str, bytes] = {}
+    for name in NEEDED:
+        # Of somebody else's folder a link could name any file, which the page would show to whom it is sent.
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = own_file(folder, name)
+    missing = [name for name in NEEDED if name not in found]
     if missing:
         raise ValueError(
             f"`folders` must be results of finished evaluations, but {folder} has no {', '.join(missing)}; run the "
             "evaluation again with the same settings, and it goes on to its end."
         )
-    config, environment, metrics = (
-        json.loads((folder / name).read_text(encoding="utf-8")) for name in NEEDED if name.endswith(".json")
-    )
-    table, figures = (folder / "table.md").read_text(encoding="utf-8"), tuple(sorted(folder.glob("*.png")))
-    return FinishedRun(folder, folder.resolve().name, config, environment, metrics, table, figures)
+    config, environment, metrics = (parsed(folder / name, found[name]) for name in NEEDED if name.endswith(".json"))
+    table = printable(found["table.md"].decode("utf-8", "replace"))
+    names = sorted(path.name for path in folder.glob("*.png") if not path.name.startswith("."))
+    figures = {name: content for name in names if (content := own_file(folder, name)).startswith(PNG)}
+    return FinishedRun(place, place.resolve().name, config, environment, metrics, table, figures)
+
+
+def own_file(folder: Path, name: str) -> bytes:
+    """Return what a file of a folder holds. Raises FileNotFoundError if there is none; ValueError if it is a link."""
+    try:
+        return read_file(folder / name, follow=False)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"`folders` must hold files of their own, but {folder / name} is none that can be read ({error.strerror}); take it "
+            "out, or put the file itself there."
+        ) from error
+
+
+def parsed(path: Path, content: bytes) -> dict[str, Any]:
+    """Return the object in the content of a JSON file, with text that is safe to show. Raises ValueError, which names it."""
+    try:
+        found = json.loads(content)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {type(found).__name__} and no object")
+        return dict(cleaned(found))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def cleaned(value: Any) -> Any:
+    """Return plain values whose texts are safe to show, each in one line."""
+    if isinstance(value, str):
+        return " ".join(printable(value).split())
+    if isinstance(value, dict):
+        return {cleaned(name): cleaned(each) for name, each in value.items()}
+    return [cleaned(each) for each in value] if isinstance(value, list) else value
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path, title: str = "Results") -> Path:
@@ -112,27 +157,41 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
     if not runs or len(set(names)) < len(names):
         raise ValueError(f"`folders` must be at least one, each of another name, got {names}; rename one of them.")
     output = Path(output)
-    figures = output / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    parts = [f"# {title}", "", markdown_table(overview_rows(runs)), ""]
-    if any(run.summary for run in runs):
-        titles = [run.title for run in runs]
-        panels = {
-            run.title if titles.count(run.title) == 1 else f"{run.title} ({run.name})": run.summary
-            for run in runs
-            if run.summary
-        }
-        plot_summaries(figures / "overview.png", panels)
-        parts += ["![All runs: means and 95 % intervals](figures/overview.png)", ""]
-    for run in runs:
-        parts += [f"## {run.title}", "", *(f"- {line}" for line in run.facts), "", deeper(run.table), ""]
-        for figure in run.figures:
-            copied = figures / f"{run.name}-{figure.name}"
-            shutil.copyfile(figure, copied)
-            parts += [f"![{run.title}: {figure.stem}](figures/{copied.name})".replace("\n", " "), ""]
+    figures: dict[str, bytes] = {}
+    try:
+        parts = [f"# {title}", "", harmless(markdown_table(overview_rows(runs))), ""]
+        if any(run.summary for run in runs):
+            titles = [run.title for run in runs]
+            panels = {
+                run.title if titles.count(run.title) == 1 else f"{run.title} ({run.name})": run.summary
+                for run in runs
+                if run.summary
+            }
+            if (most := max(len(each["systems"]) for each in panels.values())) > MAX_SYSTEMS:
+                raise ValueError(f"{most} systems are more than the {MAX_SYSTEMS} that a figure shows")
+            with tempfile.TemporaryDirectory() as folder:
+                plot_summaries(Path(folder, "overview.png"), panels)
+                figures["figures/overview.png"] = Path(folder, "overview.png").read_bytes()
+            parts += ["![All runs: means and 95 % intervals](figures/overview.png)", ""]
+        for run in runs:
+            facts = [f"- {harmless(line)}" for line in run.facts]
+            parts += [f"## {harmless(run.title)}", "", *facts, "", deeper(harmless(run.table)), ""]
+            for name, content in run.figures.items():
+                copied = "figures/" + re.sub(r"[^\w.-]", "_", f"{run.name}-{name}")
+                figures[copied] = content
+                parts += [f"![{harmless(run.title)}: {Path(copied).stem}]({copied})", ""]
+    except (AttributeError, TypeError, KeyError, IndexError, ArithmeticError) as error:
+        raise ValueError(
+            f"`folders` must be results of finished evaluations, but one of {', '.join(names)} holds other values than an "
+            f"evaluation writes ({type(error).__name__}: {error})."
+        ) from error
     text = "\n".join(parts)
-    (output / "report.md").write_text(text, encoding="utf-8")
-    (output / "report.html").write_text(as_html(text, title, output), encoding="utf-8")
+    page = as_html(text, title, figures)
+    make_folder(output / "figures")
+    for name, image in figures.items():
+        write_file(output / name, image)
+    write_file(output / "report.md", text)
+    write_file(output / "report.html", page)
     return output
 
 
@@ -141,13 +200,23 @@ def overview_rows(runs: Sequence[FinishedRun]) -> list[list[str]]:
     rows = [["run", "model", "predictions", "time", "folder"]]
     for run in runs:
         settings, seconds = run.config.get("settings", {}), run.environment.get("wall_seconds")
-        predictions = run.folder / "predictions.jsonl"
-        count = f"{sum(1 for _ in predictions.open('rb')):,}" if predictions.is_file() else ""
+        count = ""
+        with contextlib.suppress(OSError), os.fdopen(open_regular(run.folder / "predictions.jsonl"), "rb") as lines:
+            count = f"{sum(1 for _ in lines):,}"
         model = str(settings.get("model") or run.config.get("model", {}).get("backbone_name_or_path") or "")
         if settings.get("config"):
             model += ", untrained"
         rows.append([run.title, model, count, "" if seconds is None else spelled_seconds(seconds), run.name])
     return rows
+
+
+def harmless(markdown: str) -> str:
+    """Return Markdown of a run without images, which would name files and servers, and without HTML.
+
+    >>> harmless("![x](/etc/passwd) <b> 1 < 2")
+    '!\\\\[x](/etc/passwd) &lt;b> 1 < 2'
+    """
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", markdown).replace("![", "!\\[")
 
 
 def deeper(markdown: str) -> str:
@@ -170,17 +239,19 @@ def spelled_seconds(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def as_html(markdown: str, title: str, folder: Path) -> str:
-    """Return a page with the figures inside it; paths of figures are relative to `folder`."""
+def as_html(markdown: str, title: str, figures: Mapping[str, bytes]) -> str:
+    """Return a page with figures inside it, by the paths that the text gives them; it shows no other image."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inlined(match: re.Match[str]) -> str:
-        data = base64.b64encode((folder / html.unescape(match.group(1))).read_bytes()).decode("ascii")
-        return f'<img src="data:image/png;base64,{data}"'
+        figure = figures.get(html.unescape(match[1]))
+        return (
+            "" if figure is None else f'<img src="data:image/png;base64,{base64.b64encode(figure).decode()}"{match[2]}>'
+        )
 
-    body = re.sub(r'<img src="([^"]+)"', inlined, body)
+    body = re.sub(r'<img src="([^"]*)"([^>]*)>', inlined, body)
     head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
     return f"{head}<style>{STYLE}</style></head><body>\n{body}</body></html>\n"
 

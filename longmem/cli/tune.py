@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from longmem.cli import common
 from longmem.cli.common import add_command, bank_folder, model_option
 from longmem.cli.texts import read_text
+from longmem.files import make_folder, write_file
 
 if TYPE_CHECKING:
     from longmem.memory.index.tuning import Tuned
@@ -128,10 +129,10 @@ def write_files(folder: Path, measured: dict[str, object], rows: list[list[str]]
     from longmem.plots import plot_tuning
     from longmem.settings.environment import environment
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tuning.md").write_text(markdown_table(rows) + "\n", encoding="utf-8")
+    make_folder(folder)
+    write_file(folder / "tuning.md", markdown_table(rows) + "\n")
     content = json.dumps({**measured, "environment": environment()}, indent=2) + "\n"
-    (folder / "tuning.json").write_text(content, encoding="utf-8")
+    write_file(folder / "tuning.json", content)
     source = Path(str(measured["queries"])).name
     title = f"Index settings on the bank's keys of layer {measured['layer']}, queries from {source}"
     plot_tuning(folder / "tuning.png", results, title=title)

@@ -3,7 +3,6 @@
 import itertools
 import random
 import re
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from longmem.backbone.packaged import cache_folder, convert_once, is_complete
 from longmem.data.recall import FORMAT as RECALL_FORMAT
 from longmem.data.recall import Turns, hide_and_ask
 from longmem.data.sources import Document, Source, find_source
+from longmem.files import make_folder
 
 # Part of the fingerprint. Raise it when other tokens come out of the same text, so that no old result is used.
 FORMAT = 1
@@ -85,15 +85,18 @@ def load_corpus(
     folder = _corpora_folder(cache_dir) / f"{readable}-{digest(identity)}"
 
     def write(_: Path, target: Path) -> None:
-        try:
-            _write(_batches(found, tokenizer, max_tokens, num_documents), target / FILE)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)  # a wrong line, or an impatient user: leave nothing behind
-            raise
+        _write(_batches(found, tokenizer, max_tokens, num_documents), target / FILE)
 
     if not is_complete(folder):
         convert_once(Path(found.name), folder, write)
     return Dataset.from_file(str(folder / FILE))
+
+
+def corpus_fingerprint(corpus: Dataset) -> str:
+    """Return the fingerprint under which `load_corpus` keeps a corpus; of one that is nowhere on disk, that of `datasets`."""
+    if files := corpus.cache_files:
+        return Path(files[0]["filename"]).parent.name.rpartition("-")[2]
+    return str(corpus._fingerprint)
 
 
 def with_recall(source: Source, share: float, tokenizer: PreTrainedTokenizerBase) -> Source:
@@ -119,7 +122,7 @@ def with_recall(source: Source, share: float, tokenizer: PreTrainedTokenizerBase
 def _corpora_folder(cache_dir: str | Path | None) -> Path:
     folder = cache_folder() / "corpora" if cache_dir is None else Path(cache_dir).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ValueError(
             f"`cache_dir` must be a folder that can be written, got {str(folder)!r} ({error}); name another one, or set "

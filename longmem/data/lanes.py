@@ -13,6 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from jaxtyping import Int
 from torch import Tensor
 
+from longmem.data.corpus import corpus_fingerprint
 from longmem.errors import did_you_mean
 
 COLUMNS = ("document_id", "input_ids")
@@ -92,6 +93,7 @@ class Lanes:
         self.num_lanes, self.window, self.seed, self.shuffle = num_lanes, window, seed, shuffle
         self.lanes_per_document = lanes_per_document
         # As Arrow, a document is mapped, not read: a window of a book costs no more than a window of a message.
+        self.fingerprint = corpus_fingerprint(corpus)
         self._corpus = corpus.select_columns(list(COLUMNS)).with_format("arrow")
         counts = _token_counts(self._corpus)
         self._schedule = Schedule(

@@ -29,6 +29,8 @@ WITHOUT_EFFECT = frozenset(
     + ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "id2label", "label2id")
     + ("quantization_config",)
 )
+DTYPES_BY_SIZE = (torch.float32, torch.bfloat16, torch.float16)
+SUMMED_PIECES, SUMMED_PIECE = 16, 4096  # of a weight, and numbers of each
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
 ALL_HEADS, SINKS_STORED = "all", "stored"  # what stamps mean that do not say, so they are no part of a digest
 FOR_LIFE = ("memory_layers", "chunk_size", TOKENIZER)  # what a bank holds can't be encoded again to fit another
@@ -72,7 +74,7 @@ class EncoderStamp:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `from_json`."""
-        return {"weights": self.weights, "recipe": json.loads(json.dumps(dict(self.recipe), default=str))}
+        return {"weights": self.weights, "recipe": plain(self.recipe)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EncoderStamp:
@@ -186,6 +188,70 @@ def configuration_recipe(model: PreTrainedModel) -> dict[str, Any]:
     """Return the backbone's configuration (rotary scaling, activations, ...) where it is not its type's default."""
     settings = model.config.get_text_config().to_diff_dict()
     return {f"backbone.{name}": value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+
+
+@dataclass(frozen=True)
+class BackboneStamp:
+    """Which backbone a side network was trained beside: a sum over its weights for some dtypes, and its configuration.
+
+    A sum is of the weights' bits after they were cast, so it is the same on every device. Of a large weight it is of
+    `SUMMED_PIECES` pieces at even distances: training moves every number, and a model opens in the time it did.
+    """
+
+    sums: Mapping[str, int]
+    recipe: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, backbone: PreTrainedModel) -> BackboneStamp:
+        """Return the stamp of a backbone, for its own dtype and those that it may be cast to."""
+        kept = DTYPES_BY_SIZE[DTYPES_BY_SIZE.index(backbone.dtype) :] if backbone.dtype in DTYPES_BY_SIZE else ()
+        kept = kept[:1] if backbone.dtype == torch.bfloat16 else kept
+        sums = {str(dtype): found for dtype in kept if (found := weight_sum(backbone, dtype)) is not None}
+        return cls(sums, plain(configuration_recipe(backbone)))
+
+    def diff(self, backbone: PreTrainedModel) -> list[str]:
+        """Return in what a backbone differs from the one of this stamp, as far as that can be known."""
+        config = backbone.config.get_text_config()
+        default, now = plain(type(config)().to_dict()), plain(config.to_dict())  # a recipe leaves out what is default
+        names = []
+        for name in sorted(self.recipe.keys() | configuration_recipe(backbone).keys()):
+            field = name.removeprefix("backbone.")
+            if field in now and (name in self.recipe or field in default):
+                names += [name] * (self.recipe.get(name, default.get(field)) != now[field])
+        same = str(backbone.dtype) if str(backbone.dtype) in self.sums else None
+        if backbone.dtype == torch.float32:  # it may have been cast when the side network was saved
+            same = next((dtype for dtype in self.sums), None)
+        if same is not None:
+            found = weight_sum(backbone, getattr(torch, same.removeprefix("torch.")))
+            names += [WEIGHTS] * (found not in (None, self.sums[same]))
+        return names
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for `from_json`."""
+        return {"sums": dict(self.sums), "recipe": dict(self.recipe)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> BackboneStamp:
+        return cls(content["sums"], content["recipe"])
+
+
+def plain(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what JSON makes of a dictionary, so that it equals what was read from a file."""
+    return dict(json.loads(json.dumps(dict(content), default=str)))
+
+
+@torch.no_grad()
+def weight_sum(model: nn.Module, dtype: torch.dtype) -> int | None:
+    """Return the sum of the bits of a model's weights as numbers of a dtype; None where weights are quantized or offloaded."""
+    total, bits = 0, torch.int32 if dtype == torch.float32 else torch.int16
+    for weight in model.parameters():
+        if weight.is_meta or type(weight.data) is not Tensor or not weight.is_floating_point():
+            return None
+        numbers = weight.detach().reshape(-1)
+        if (apart := len(numbers) // SUMMED_PIECES) > SUMMED_PIECE:
+            numbers = numbers[: apart * SUMMED_PIECES].view(SUMMED_PIECES, apart)[:, :SUMMED_PIECE]
+        total += int(numbers.to(dtype).contiguous().view(bits).sum(dtype=torch.int64))
+    return total
 
 
 def on_cpu(module: nn.Module, leaf: str) -> Tensor:

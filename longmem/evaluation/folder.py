@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from longmem.encoder.stamp import hash_tensors
 from longmem.evaluation.settings import EvaluationSettings
+from longmem.files import append_lines, make_folder, new_contents, read_json, write_file
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings.environment import environment
 from longmem.settings.nested import leaves
@@ -40,8 +42,7 @@ class RunFolder:
         seconds = self._seconds()
         self._start = None
         session = {"seconds": round(seconds, 1), "predictions": len(self._records), "stopped": kind is not None}
-        with (self.path / SESSIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(session) + "\n")
+        append_lines(self.path / SESSIONS, [json.dumps(session) + "\n"])
 
     def __contains__(self, record_id: str) -> bool:
         return record_id in self._records
@@ -54,16 +55,16 @@ class RunFolder:
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append predictions, each with an "id" of its own; they are on the disk when the call returns.
 
-        Raises ValueError if an id was written before.
+        Raises ValueError if an id was written before; OSError where there is no room. Then none of them is of the run.
         """
-        lines = []
+        new: dict[str, dict[str, Any]] = {}
         for record in records:
-            if record["id"] in self._records:
+            if record["id"] in self._records or record["id"] in new:
                 raise ValueError(f"`records` must have ids that are new to the run, got {record['id']!r} again.")
-            self._records[record["id"]] = dict(record)
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        with (self.path / PREDICTIONS).open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+            new[record["id"]] = dict(record)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in new.values()]
+        append_lines(self.path / PREDICTIONS, lines)
+        self._records |= new
 
     def finish(self, *, title: str, metrics: Mapping[str, Any], table: str, seed: int) -> None:
         """Write `metrics.json`, `table.md` and `environment.json`, from which a report is made.
@@ -73,11 +74,12 @@ class RunFolder:
         """
         path, seconds = self.path / SESSIONS, self._seconds()
         if path.exists():
-            seconds += sum(json.loads(line)["seconds"] for line in path.read_text(encoding="utf-8").splitlines())
+            seconds += sum(session["seconds"] for session in read_lines(path))
         found = {"title": title, **environment(), "seed": seed, "wall_seconds": round(seconds, 1)}
         contents = {"metrics.json": as_json(metrics), "table.md": table, "environment.json": as_json(found)}
-        for name, content in contents.items():
-            (self.path / name).write_text(content, encoding="utf-8")
+        with new_contents(self.path) as draft:
+            for name, content in contents.items():
+                (draft / name).write_text(content, encoding="utf-8")
 
     def _seconds(self) -> float:
         """Return the seconds of this session that are not on record."""
@@ -89,12 +91,25 @@ class RunFolder:
         if not path.exists():
             return
         data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            path.write_bytes(whole)
-        for line in whole.decode("utf-8").split("\n")[:-1]:  # not `splitlines`: a text may hold other line ends
-            record = json.loads(line)
+        if not data.endswith(b"\n"):
+            write_file(path, data[: data.rfind(b"\n") + 1])
+        for record in read_lines(path):
             yield record["id"], record
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a JSONL file. Raises ValueError, which names the line, if one of them is damaged."""
+    found = []
+    # Not `splitlines`: a text may hold other line ends.
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"line {number} of {str(path)!r} must be an object as the run wrote it, got {line[:80]!r}; delete the line, "
+                "and what it holds is done again."
+            ) from error
+    return found
 
 
 def describe(
@@ -129,11 +144,21 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
     """
     text = as_json(config)
     path = folder / CONFIG
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    known = None
+    if path.exists():
+        try:
+            known = read_json(path)
+        except ValueError as error:
+            if (folder / PREDICTIONS).exists():
+                raise ValueError(
+                    f"{error} Whose answers {folder} holds can't be known; name another folder."
+                ) from error
+            warnings.warn(f"{error} Nothing was answered yet, so it is written anew.", stacklevel=3)
+    if known is None:
+        make_folder(folder)
+        write_file(path, text)
         return
-    before, now = (dict(leaves(json.loads(part))) for part in (path.read_text(encoding="utf-8"), text))
+    before, now = (dict(leaves(each)) for each in (known, json.loads(text)))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         name = changed[0]

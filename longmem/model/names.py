@@ -14,7 +14,6 @@ A name stands for a backbone and, where there is one, for a side network that be
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from longmem.backbone.packaged import PACKAGED_BACKBONES
+from longmem.files import current, read_json
 
 # Trained side networks that come with this package, each in a folder named like its packaged backbone.
 TRAINED_FOLDER = Path(__file__).parents[1] / "trained"
@@ -93,15 +93,16 @@ def look_up(name: str | PathLike[str], revision: str | None = None) -> NamedMode
         return NamedModel(name, "new", name)
     name = str(name)
     is_local = Path(name).is_dir()
+    here = current(Path(name))
     try:
-        config = _config_in(Path(name)) if is_local else _config_on_hub(name, revision)
+        config = _config_in(here) if is_local else _config_on_hub(name, revision)
     except OSError as error:
         return NamedModel(name, "new", name, problem=str(error))
     if config.get("model_type") != "longmem":
         return NamedModel(name, "new", name)
-    folder = Path(
-        name if is_local else snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"])
-    )
+    folder = here
+    if not is_local:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     backbone = config.get("backbone_name_or_path")
     if backbone:
         backbone = backbone_location(folder, backbone)
@@ -132,12 +133,7 @@ def lasting_name(name: str, beside: Path | None = None) -> str:
 def _config_in(folder: Path) -> dict[str, Any]:
     """Return the configuration in a folder, empty if it has none, as a folder of adapters alone."""
     path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} can't be read, it is damaged or incomplete: {error}") from error
+    return read_json(path) if path.is_file() else {}
 
 
 def _config_on_hub(name: str, revision: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from huggingface_hub import upload_folder
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from longmem import files
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
 from longmem.backbone.loading import tokenizer_fingerprint
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
@@ -111,6 +112,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         backbone: PreTrainedModel | None = None,
         revision: str | None = None,
         backbone_options: dict[str, Any] | None = None,
+        strict_backbone: bool = True,
         **options: Any,
     ) -> Self:
         """Return a saved model: its side network on its backbone, opened by the name in the configuration.
@@ -121,10 +123,13 @@ class LongMemPreTrainedModel(PreTrainedModel):
             backbone: a loaded backbone to use instead of opening one by name.
             revision: hub revision of the saved side network.
             backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (device_map, ...).
+            strict_backbone: refuse a backbone of other weights, or of another rotary scaling, than the side network was saved
+                beside; False warns instead. It looks at a sample of the numbers of large weights.
             options: `dtype` is passed on to the backbone; `config` replaces the saved one.
 
         Raises:
-            ValueError: a weight is missing, left over, or of another shape, or the name has no side network.
+            ValueError: a weight is missing, left over, of another shape or not finite, a file is damaged, the backbone is
+                another one, or the name has no side network.
             OSError: the name is of no folder, and the hub has no such repository or can't be reached.
         """
         folder = look_up(pretrained_model_name_or_path, revision).require_side_network()
@@ -143,7 +148,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
             backbone = load_backbone(config.backbone_name_or_path, config.backbone_revision, **loading)
         saving.refuse_other_backbone(config, backbone)
         model = cls(config, backbone)
-        saving.load_side_network(model.side_network, folder)
+        stamp = saving.load_side_network(model.side_network, folder)
+        saving.refuse_other_weights(stamp, backbone, strict=strict_backbone)
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
@@ -158,6 +164,9 @@ class LongMemPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Write the side network (safetensors), the configuration and a model card; the backbone is named, not copied.
 
+        All of it counts at once: a process that is killed meanwhile leaves the model before, or this one. Other files in the
+        folder stay.
+
         With LoRA, the copied weights are the backbone's and not written: adapters, memory biases, output scales, and what
         else has `requires_grad`.
 
@@ -170,6 +179,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
             options: `push_to_hub=True` uploads the folder (with `repo_id=`), as in transformers.
 
         Raises:
+            OSError: there is no room, or no permission; what was saved there before is whole.
             ValueError: the path is a file, `dtype` is no floating-point dtype, an option is unknown, or the backbone was
                 trained and would be lost.
         """
@@ -191,14 +201,15 @@ class LongMemPreTrainedModel(PreTrainedModel):
         saving.refuse_unknown_options(options)
         if not is_main_process:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        saving.write_weights(self.side_network, state, folder, dtype, **sharding)
-        if save_backbone:
-            self._write_backbone(folder / saving.BACKBONE_FOLDER)
         self.config.architectures = [type(self).__name__]
         num_trained = sum(weight.numel() for weight in self.side_network.trained_parameters().values())
-        saving.write_description(self.config, num_trained, folder, with_backbone=save_backbone)
-        self.generation_config.save_pretrained(folder)
+        with files.new_contents(folder, saving.WEIGHTS) as draft:
+            saving.write_weights(self.side_network, state, draft, dtype, **sharding)
+            if save_backbone:
+                self._write_backbone(draft / saving.BACKBONE_FOLDER)
+            saving.write_description(self.config, num_trained, draft, with_backbone=save_backbone, place=folder)
+            self.generation_config.save_pretrained(draft)
+            saving.seal_weights(draft, self.backbone)
         if push_to_hub:
             upload_folder(repo_id=repo_id, folder_path=folder, token=token)
 

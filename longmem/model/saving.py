@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import load_state_dict_from_file, save_torch_state_dict
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from longmem import files
 from longmem.configuration import ALL_LINEAR, LongMemConfig
+from longmem.encoder.stamp import BackboneStamp
 from longmem.errors import did_you_mean
 from longmem.model.names import lasting_name
 from longmem.model.side_network import SideNetwork
 
 PREFIX = "side_network."
+# What an earlier call may have written of weights, and a later one replaces.
+WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+SEALED = (CONFIG_NAME, GENERATION_CONFIG_NAME)
 BACKBONE_FOLDER = "backbone"  # inside the folder of a model that is saved with its backbone
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL_CARD = """---
@@ -72,7 +82,20 @@ def write_weights(
     save_torch_state_dict(own, folder, **sharding)
 
 
-def write_description(config: LongMemConfig, num_trained: int, folder: Path, *, with_backbone: bool) -> None:
+def seal_weights(folder: Path, backbone: PreTrainedModel) -> None:
+    """Put into the weights in a folder digests of all that is in it, and the stamp of the backbone they were trained beside."""
+    about = {
+        "files": {name: files.digest_of(path) for name in SEALED if (path := folder / name).is_file()},
+        "backbone": BackboneStamp.of(backbone).to_json(),
+    }
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors":
+            files.seal_tensors(path, about)
+
+
+def write_description(
+    config: LongMemConfig, num_trained: int, folder: Path, *, with_backbone: bool, place: Path | None = None
+) -> None:
     """Write the configuration, which names the backbone, and the model card.
 
     Args:
@@ -80,13 +103,14 @@ def write_description(config: LongMemConfig, num_trained: int, folder: Path, *, 
         num_trained: parameters that are trained.
         folder: that the weights are in.
         with_backbone: whether the backbone is in it as well.
+        place: where the folder will be, None: where it is.
     """
     config = copy.deepcopy(config)
     if with_backbone:
         config.backbone_revision = None  # of the hub's
-        config.backbone_name_or_path = str(folder / BACKBONE_FOLDER)
-    if config.backbone_name_or_path:
-        config.backbone_name_or_path = lasting_name(config.backbone_name_or_path, beside=folder)
+        config.backbone_name_or_path = BACKBONE_FOLDER
+    elif config.backbone_name_or_path:
+        config.backbone_name_or_path = lasting_name(config.backbone_name_or_path, beside=place or folder)
     # Where it was opened from here, such as a folder of somebody's cache, is nobody else's business.
     config.backbone_config.name_or_path = config.backbone_name_or_path or ""
     config.save_pretrained(folder)
@@ -121,27 +145,59 @@ def model_card(config: LongMemConfig, num_trained: int, *, with_backbone: bool =
     return MODEL_CARD.format(base_model=base_model, contents=contents, settings=settings, trained=trained)
 
 
-def load_side_network(side_network: SideNetwork, folder: Path) -> None:
-    """Load the weights that `write_weights` wrote, all of them and nothing else.
+def load_side_network(side_network: SideNetwork, folder: Path) -> BackboneStamp | None:
+    """Load the weights that `write_weights` wrote, all of them and nothing else; return the stamp of their backbone.
+
+    Files that other tools wrote have no stamp, and no digests to check.
 
     Raises:
-        ValueError: weights are missing, left over or of another shape, or the file can't be read.
+        ValueError: weights are missing, left over, of another shape or not finite, or a file can't be read or is damaged.
     """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no model.safetensors, so there is no side network to load.")
     found: dict[str, torch.Tensor] = {}
-    for file in files:
+    about: dict[str, Any] = {}
+    for file in weight_files(folder):
         try:
-            found |= load_state_dict_from_file(file)
-        except Exception as error:
-            raise ValueError(f"{file} can't be read, it is damaged or incomplete: {error}") from error
+            about |= files.check_tensors(file) or {}
+            found |= load_file(file)
+        except OSError as error:
+            raise files.not_opened(file, error) from error
+        except SafetensorError as error:
+            raise files.damaged(file, error) from error
+    for name, digest in about.get("files", {}).items():
+        if not (folder / name).is_file() or files.digest_of(folder / name) != digest:
+            warnings.warn(
+                f"{folder / name} is not as `save_pretrained` wrote it; if nobody changed it on purpose it is damaged, and the "
+                "folder should be restored from a copy.",
+                stacklevel=3,
+            )
+    for name, tensor in found.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"`{name}` in {folder} must be finite, but holds NaN or infinity; its training diverged.")
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
     copied = side_network.state_dict().keys() - saved_names(side_network)
     load_strictly(side_network, weights, str(folder), optional=copied)
     for name, weight in side_network.named_parameters():
         if name in copied & weights.keys():  # unfrozen by hand: trained on, and saved again
             weight.requires_grad_(True)
+    return BackboneStamp.from_json(about["backbone"]) if "backbone" in about else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights that count in a folder: the one, or those that the index names; no other is read."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}, so there is no side network to load.")
+    try:
+        names = sorted(set(files.read_json(index)["weight_map"].values()))
+        if not names or not all(re.fullmatch(WEIGHTS, name) for name in names):
+            raise files.damaged(index, f"it names {names[:3]}, not model-00001-of-00002.safetensors and the like")
+    except OSError as error:
+        raise files.not_opened(index, error) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise files.damaged(index, error) from error
+    return [folder / name for name in names]
 
 
 def load_strictly(
@@ -177,10 +233,33 @@ def refuse_other_backbone(config: LongMemConfig, backbone: PreTrainedModel) -> N
             )
 
 
+def refuse_other_weights(stamp: BackboneStamp | None, backbone: PreTrainedModel, *, strict: bool) -> None:
+    """Raise if the backbone is not the one that the side network was trained beside, or warn where that is not `strict`."""
+    differing = [] if stamp is None else stamp.diff(backbone)
+    if differing:
+        problem = (
+            f"the side network was saved beside a backbone that differs from this one in {', '.join(differing)}, and would "
+            "read hidden states that it was not trained on; give it the backbone that it was saved beside"
+        )
+        if strict:
+            raise ValueError(f"{problem}, or pass `strict_backbone=False` to be warned only.")
+        warnings.warn(f"{problem}.", stacklevel=3)
+
+
 def refuse_unknown_options(options: dict[str, Any]) -> None:
     """Raise for keyword arguments of loading and saving that would be ignored."""
     habits = {"trust_remote_code", "code_revision", "_commit_hash", "adapter_kwargs", "quantization_config"}
-    known = ["backbone", "backbone_options", "revision", "dtype", "config", "save_backbone", "push_to_hub", "repo_id"]
+    known = [
+        "backbone",
+        "backbone_options",
+        "strict_backbone",
+        "revision",
+        "dtype",
+        "config",
+        "save_backbone",
+        "push_to_hub",
+        "repo_id",
+    ]
     for name in options:
         if name not in habits:
             raise ValueError(f"`{name}` is not an option here.{did_you_mean(name, known)} Options: {', '.join(known)}.")

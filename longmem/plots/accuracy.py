@@ -11,7 +11,16 @@ from typing import Any
 
 from longmem.evaluation.runner import Finished
 from longmem.plots.perplexity import plot_perplexity
-from longmem.plots.style import color_of, draw_estimates, draw_interval, new_figure, panels_of, short_count, tidy
+from longmem.plots.style import (
+    color_of,
+    draw_estimates,
+    draw_interval,
+    new_figure,
+    panels_of,
+    save_figure,
+    short_count,
+    tidy,
+)
 
 BASELINE_COLOR, BASELINE_STYLES = "#9a9a9a", (":", "--", "-.")
 
@@ -98,7 +107,7 @@ def plot_maps(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: s
     bar.set_label(f"{measure['title']}, {measure['unit']}", fontsize=9)
     if "chance" in metrics["summary"]:
         bar.ax.axhline(metrics["summary"]["chance"], color="black", linestyle=":")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def draw_map(axes: Any, values: Sequence[Sequence[float | None]], columns: Sequence[str], rows: Sequence[str]) -> Any:
@@ -138,7 +147,7 @@ def plot_lines(
         own, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, own, strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def draw_lines(axes: Any, cells: Mapping[float, Any], baselines: Sequence[str]) -> None:
@@ -187,7 +196,7 @@ def plot_accuracies(
         if number + columns >= len(panels):  # nothing below it
             axes.tick_params(labelbottom=True)
             axes.set_xlabel(f"{measure}, %: mean and 95 % interval")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def plot_summaries(path: str | PathLike[str], summaries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -201,7 +210,7 @@ def plot_summaries(path: str | PathLike[str], summaries: Mapping[str, Mapping[st
         draw_systems(axes, summary["systems"], summary.get("chance"))
         axes.set_title(textwrap.fill(title, 50), fontsize=10)
         axes.set_xlabel(summary["measure"], fontsize=9)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def draw_systems(axes: Any, systems: Mapping[str, Any], chance: float | None) -> None:

@@ -6,7 +6,7 @@ from os import PathLike
 
 from longmem.memory.index.tuning import Tuned
 from longmem.memory.refresh import StalenessReport, VersionStaleness
-from longmem.plots.style import COLORS, new_figure, short_count, tidy
+from longmem.plots.style import COLORS, new_figure, save_figure, short_count, tidy
 
 FRESH, UNKNOWN = COLORS["on"], COLORS["backbone"]
 # From one change of the encoder behind to five or more.
@@ -42,7 +42,7 @@ def plot_staleness(path: str | PathLike[str], report: StalenessReport, *, title:
     tidy(axes, "x")
     if report.versions:
         figure.legend(loc="outside lower center", fontsize=8, ncols=2, frameon=False)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def color_of_version(version: VersionStaleness) -> str:
@@ -91,4 +91,4 @@ def plot_tuning(path: str | PathLike[str], results: Sequence[Tuned], *, title: s
     axes.set(xscale="log", xlabel="milliseconds per 1,000 queries", ylabel="recall against exact search")
     axes.legend(fontsize=9, loc="lower right")
     tidy(axes, "both")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

@@ -13,7 +13,16 @@ from longmem.evaluation.perplexity.scoring import Cut, WindowScores
 from longmem.evaluation.perplexity.summary import distance_heading
 from longmem.evaluation.perplexity.texts import load_scores
 from longmem.evaluation.systems.making import title_of_system
-from longmem.plots.style import STYLES, color_of, draw_estimates, draw_interval, new_figure, panels_of, tidy
+from longmem.plots.style import (
+    STYLES,
+    color_of,
+    draw_estimates,
+    draw_interval,
+    new_figure,
+    panels_of,
+    save_figure,
+    tidy,
+)
 
 
 def plot_perplexity(folder: Path, metrics: Mapping[str, Any], *, title: str) -> None:
@@ -89,7 +98,7 @@ def plot_scores(
         axes.set(xlabel="head", ylabel="reading layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title("Memory gates, mean over tokens", fontsize=10)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
@@ -132,7 +141,7 @@ def plot_ratios(path: str | PathLike[str], metrics: Mapping[str, Any], *, title:
         tidy(axes, "x")
     if not is_books:
         figure.supxlabel("left is better; large: mean and 95 % interval, small: documents", fontsize=9)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def plot_distances(path: str | PathLike[str], metrics: Mapping[str, Any], *, title: str) -> None:
@@ -152,4 +161,4 @@ def plot_distances(path: str | PathLike[str], metrics: Mapping[str, Any], *, tit
     axes.set_ylabel(f"nats per token saved against\n{title_of_system(found['against'])} (mean, 95 %)")
     tidy(axes, "y")
     axes.legend(fontsize=9, frameon=False)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)

@@ -1,7 +1,10 @@
 """Colors and lines of the systems, and what figures share."""
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
+
+from longmem.files import new_file
 
 COLORS = {
     "backbone": "#767676",
@@ -32,6 +35,12 @@ def new_figure(size: tuple[float, float], title: str = "") -> Any:
     if title:
         figure.suptitle(title, fontsize=12)
     return figure
+
+
+def save_figure(figure: Any, path: str | PathLike[str]) -> None:
+    """Write a figure to a file, whole or not at all; its ending says what kind."""
+    with new_file(path) as draft:
+        figure.savefig(draft, dpi=130)
 
 
 def panels_of(figure: Any, count: int, columns: int, **options: Any) -> list[Any]:

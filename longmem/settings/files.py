@@ -11,16 +11,29 @@ from typing import Any
 import yaml
 
 from longmem.errors import name_known
+from longmem.files import read_file, write_file
 from longmem.settings.reading import Section, dotted_names, read_section, refuse_unknown
+
+MAX_BYTES = 1 << 20
 
 
 class SettingsLoader(yaml.SafeLoader):
     """Read YAML as `yaml.safe_load` does, but take `1e-4` for a number, `on`, `off`, `yes` and `no` for words, and refuse
-    a key that is given twice.
+    a key that is given twice, and aliases: a few lines of them make a value of any size.
 
     PyYAML follows YAML 1.1, in which a number needs a dot and those words are true and false, and takes the last of two
     values in silence.
     """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Return the node that comes next."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ValueError(
+                f"settings must be written out, got the alias `*{event.anchor}` in line {event.start_mark.line + 1} of "
+                f"{event.start_mark.name!r}; put there what it stands for."
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return one mapping."""
@@ -73,8 +86,7 @@ def read_settings(
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"`path` must be a YAML file with settings, got {str(path)!r}, which is no file.")
-        with Path(path).open(encoding="utf-8") as file:
-            values = _parse(file, str(path))
+        values = _parse(read_file(path, max_bytes=MAX_BYTES), str(path))
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} must hold sections of settings, name: value, got {type(values).__name__}.")
     values = values or {}
@@ -108,7 +120,7 @@ def settings_file(folder: Path, named: str) -> Path:
 
 def save_settings(settings: Any, path: str | PathLike[str]) -> None:
     """Write every field, defaults included, to a YAML file that `read_settings` reads back as equal settings."""
-    Path(path).write_text(settings_text(settings), encoding="utf-8")
+    write_file(path, settings_text(settings))
 
 
 def settings_text(settings: Any) -> str:
@@ -117,11 +129,15 @@ def settings_text(settings: Any) -> str:
 
 
 def _parse(text: Any, source: str) -> Any:
-    """Return what YAML text says. A file is read under its own name, which errors then give."""
+    """Return what YAML text says, under a name that errors then give."""
+    loader = SettingsLoader(text)
+    loader.name = source
     try:
-        return yaml.load(text, SettingsLoader)
-    except yaml.YAMLError as error:
+        return loader.get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{source!r} must be YAML, which it is not: {error}") from error
+    finally:
+        loader.dispose()
 
 
 def _apply_override(values: dict[str, Any], override: str, known: Sequence[str], free: Sequence[str]) -> None:

@@ -2,10 +2,10 @@
 
 import base64
 import dataclasses
+import hashlib
 import json
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +13,15 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig
 
+from longmem.files import not_opened, read_json, write_file
 from longmem.memory.protocols import EncodingModel
 
 STATE_FILE = "stream.json"
 BANK_NAME = "bank-[0-9a-f]{16}"  # a new name for every save, so that no bank is overwritten
+
+
+# Of the fields of a state, as JSON has them.
+KINDS = dict(document_id=str, window=int, keep=int, random=dict, num_tokens=int, local_ids=list, is_written=bool)
 
 
 class StreamingModel(EncodingModel, Protocol):
@@ -76,21 +81,38 @@ class StreamState:
 
 
 def read_state(folder: Path) -> tuple[str, StreamState]:
-    """Return the name of the bank that belongs to a saved stream, and its state. Raises ValueError if there is none."""
+    """Return the name of the bank that belongs to a saved stream, and its state.
+
+    Raises ValueError if there is none, or it is not as `write_state` wrote it; one of an earlier version has no checksum.
+    """
     try:
-        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        saved = read_json(folder / STATE_FILE)
+        if saved.keys() - {"checksum"} != {"bank", "stream"}:
+            raise ValueError(f"{STATE_FILE} has the entries {sorted(saved)}")
+        if saved.pop("checksum", checksum(saved)) != checksum(saved):
+            raise ValueError(f"{STATE_FILE} was changed after it was written")
         if not re.fullmatch(BANK_NAME, saved["bank"]):
             raise ValueError(f"{saved['bank']!r} is no bank of a stream")
-        return saved["bank"], StreamState(**saved["stream"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = StreamState(**saved["stream"])
+        for field in dataclasses.fields(StreamState):
+            if type(value := getattr(state, field.name)) is not KINDS[field.name]:
+                raise ValueError(f"`{field.name}` is {value!r:.80}")
+        return saved["bank"], state
+    except PermissionError as error:
+        raise not_opened(folder / STATE_FILE, error) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`folder` must hold a saved stream, got {str(folder)!r}: {error!r}.") from error
 
 
 def write_state(folder: Path, bank: str, state: StreamState) -> None:
-    """Put the state of a stream into its folder, in one step."""
-    draft = folder / f"{STATE_FILE}.draft"
-    draft.write_text(json.dumps({"bank": bank, "stream": dataclasses.asdict(state)}), encoding="utf-8")
-    os.replace(draft, folder / STATE_FILE)
+    """Put the state of a stream into its folder, in one step. Raises OSError where there is no room or no permission."""
+    content = {"bank": bank, "stream": dataclasses.asdict(state)}
+    write_file(folder / STATE_FILE, json.dumps({**content, "checksum": checksum(content)}))
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return a hash of plain values."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:

@@ -6,18 +6,20 @@ import contextlib
 import copy
 import itertools
 import math
+import re
 import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 
+from longmem import files
 from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
@@ -25,6 +27,7 @@ from longmem.memory.memorize import to_token_ids
 from longmem.streaming import state as saved
 from longmem.streaming.state import StreamingModel, StreamState, own_random_numbers, random_state, set_random_state
 
+LOCK = "stream.lock"  # held by the process that saves
 # Fields of transformers' generation configuration that say how one token is chosen.
 CHOICE = (
     *("do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
@@ -205,15 +208,29 @@ class MemoryStream:
     def save(self, folder: str | PathLike[str]) -> None:
         """Write stream and bank to a folder; a process killed meanwhile leaves the stream before, or this one.
 
+        Banks that killed processes have left there go; nothing else does.
+
         Raises ValueError if the folder can't be written.
         """
-        folder = Path(folder)
-        old = saved.read_state(folder)[0] if (folder / saved.STATE_FILE).is_file() else None
-        bank = f"bank-{secrets.token_hex(8)}"
-        self.memory.save(folder / bank)
-        saved.write_state(folder, bank, self._state)
-        if old is not None:
-            shutil.rmtree(folder / old, ignore_errors=True)
+        folder, bank = Path(folder), f"bank-{secrets.token_hex(8)}"
+        try:
+            files.make_folder(folder)
+            with FileLock(folder / LOCK, mode=files.modes()[0]):
+                try:
+                    self.memory.save(folder / bank)
+                    files.sync(folder)
+                    saved.write_state(folder, bank, self._state)
+                except BaseException:
+                    files.remove(folder / bank)
+                    raise
+                for path in folder.iterdir():
+                    if re.fullmatch(saved.BANK_NAME, path.name) and path.name != bank:
+                        files.remove(path)
+        except OSError as error:
+            raise ValueError(
+                f"`folder` must be a folder that can be written, with room for the stream, got {str(folder)!r} ({error}); the "
+                "stream that was saved there before is unharmed. Free some room, or use another folder."
+            ) from error
 
     @classmethod
     def load(
@@ -224,8 +241,14 @@ class MemoryStream:
         Raises ValueError if there is no stream, it is damaged, or another encoder wrote it.
         """
         folder = Path(folder)
-        bank, state = saved.read_state(folder)
-        memory = MemoryBank.load(folder / bank, model=model, device=device)
+        while True:
+            bank, state = saved.read_state(folder)
+            try:
+                memory = MemoryBank.load(folder / bank, model=model, device=device)
+                break
+            except ValueError:
+                if saved.read_state(folder)[0] == bank:  # else a save has put another in its place meanwhile
+                    raise
         state.validate(model, memory.chunk_size)
         return cls(model, memory, state)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from longmem.evaluation.systems.making import TITLES
-from longmem.plots.style import COLORS, STYLES, new_figure, short_count, tidy
+from longmem.plots.style import COLORS, STYLES, new_figure, save_figure, short_count, tidy
 from longmem.training.records import StepRecord, ValidationRecord
 
 
@@ -64,7 +64,7 @@ def plot_training(
         axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
         tidy(axes, "y")
     shares.spines["right"].set_visible(True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def _panel(figure: Any, place: Any, title: str, ylabel: str) -> Any:

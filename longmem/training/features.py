@@ -7,7 +7,6 @@ numbers: backbone, layers, dtype. Any run with the same backbone and layers may 
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from longmem.backbone.capture import BackboneStates
 from longmem.data.lanes import NO_LABEL
 from longmem.encoder.stamp import EncoderStamp, configuration_recipe, hash_tensors, whole_path
+from longmem.files import check_tensors, make_folder, new_file, seal_tensors
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.training.losses import token_losses
 
@@ -60,7 +60,7 @@ class FrozenFeatures:
         self._max_bytes = None if max_gigabytes is None else max_gigabytes * 1e9
         self._bytes = 0
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             if max_gigabytes is not None:  # a large folder takes a while to count
                 self._bytes = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
         self._calls: dict[tuple[int, ...], BackboneStates] = {}
@@ -160,18 +160,19 @@ class FrozenFeatures:
         size = sum(tensor.nbytes for tensor in kept.values())
         if self._max_bytes is not None and self._bytes + size > self._max_bytes:
             return
-        file.parent.mkdir(exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file(kept, temporary)
-        temporary.replace(file)
+        make_folder(file.parent)
+        with new_file(file) as draft:
+            save_file(kept, draft)
+            seal_tensors(draft, {"name": file.name})
         self._bytes += size
 
 
 def load_kept(file: Path) -> dict[str, Tensor] | None:
     """Return the tensors of a file, None if it is not there or damaged; then they are computed again."""
     try:
-        return load_file(file)
-    except (FileNotFoundError, SafetensorError):
+        about = check_tensors(file)
+        return load_file(file) if about is not None and about["name"] == file.name else None
+    except (FileNotFoundError, ValueError, SafetensorError):
         return None
 
 

@@ -9,7 +9,6 @@ enters memory. All but the side network is a pure function of text and step, so 
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import threading
 import time
@@ -25,11 +24,13 @@ from torch import Tensor
 from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.data.lanes import NO_LABEL
+from longmem.evaluation.folder import as_json
+from longmem.files import make_folder, write_file
 from longmem.plots import require_matplotlib
 from longmem.settings import save_settings
 from longmem.settings.environment import environment
 from longmem.training import setup
-from longmem.training.checkpoints import Checkpoints, Interruption, leave_frozen_out
+from longmem.training.checkpoints import Checkpoints, Interruption, Trained
 from longmem.training.curve import plot_training
 from longmem.training.encode_ahead import EncodeAhead, FeatureSource
 from longmem.training.extension import Extension
@@ -39,7 +40,7 @@ from longmem.training.local_updates import LocalUpdates, num_targets
 from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
-from longmem.training.settings import TrainingSettings, refuse_changed_settings, validate_settings
+from longmem.training.settings import TrainingSettings, validate_settings
 
 
 @dataclasses.dataclass
@@ -87,9 +88,10 @@ class Trainer:
         set_seed(settings.seed)
         self.extensions = tuple(extensions)
         self.checkpoints = Checkpoints(self.folder, settings.checkpoints.keep, self.extensions)
-        if self.checkpoints.steps():
-            refuse_changed_settings(settings, self.folder / "config.yaml")
+        if step := self.checkpoints.find(self.accelerator):
+            self.checkpoints.refuse_changed_settings(settings, step)
         self.model = setup.make_model(settings, self.accelerator.device)
+        backbone = setup.backbone_fingerprint(self.model)  # before an extension changes it
         for each in self.extensions:
             each.start(self)
         self.lanes = setup.make_lanes(settings, self.model.tokenizer, self.accelerator)
@@ -111,17 +113,20 @@ class Trainer:
         self.schedule = setup.make_schedule(optimizer, optimization, self.steps)
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
         self.local_updates = LocalUpdates(self.accelerator, settings.exchange.every_steps, self.steps)
-        self.accelerator.register_for_checkpointing(self.schedule)
-        self.accelerator.register_save_state_pre_hook(leave_frozen_out)
+        origin = {
+            "model.backbone": f"{backbone}-{setup.frozen_fingerprint(self.model)}",
+            "data.train": self.lanes.fingerprint,
+        }
+        self.checkpoints.trained = Trained(self.side_network, self.optimizer, self.schedule, settings, origin)
         self.step = self.checkpoints.restore(self.accelerator)
 
     def run(self) -> list[StepRecord]:
         """Train to the last step, or until stopped; return this call's records. The side network is saved either way."""
         settings, records = self.settings, []
         if main := self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             save_settings(settings, self.folder / "config.yaml")
-            (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
+            write_file(self.folder / "environment.json", as_json(environment()))
         num_trained = sum(each.numel() for each in (*self.trained.values(), *self.further_parameters))
         if self.step == self.steps:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)
@@ -275,7 +280,7 @@ class Trainer:
 
     def finish(self, reason: str | None) -> None:
         """Save a checkpoint, the side network and the curve; say how to go on if the run was stopped."""
-        if self.step and self.step not in self.checkpoints.steps():
+        if self.step:
             self.checkpoints.save(self.accelerator, self.step)
         self.accelerator.wait_for_everyone()
         whole = self.accelerator.get_state_dict(self.side_network)  # also where FSDP has spread tensors over processes

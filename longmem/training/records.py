@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
-import os
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+
+from longmem.files import append_lines, make_folder, write_file
 
 FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -83,16 +84,14 @@ class RunLog:
                 "run; resume that run, or choose another folder."
             )
         writer = _summary_writer() if tensorboard else None  # an error before anything is written
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if resume_at is not None and self.path.exists():
             _drop_from(self.path, resume_at)
         self._tensorboard = None if writer is None else writer(str(folder / TENSORBOARD_FOLDER), purge_step=resume_at)
-        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Add one record."""
-        self._file.write(_to_line(record))
-        self._file.flush()
+        append_lines(self.path, [_to_line(record)])
         if self._tensorboard is None:
             return
         section = "validation" if isinstance(record, ValidationRecord) else "training"
@@ -105,7 +104,6 @@ class RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -147,12 +145,7 @@ def _read_records(path: Path) -> list[Record]:
 def _drop_from(path: Path, step: int) -> None:
     """Rewrite a log without the records of `step` and later ones: all of it or nothing."""
     kept = [record for record in _read_records(path) if record.step < step]
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(map(_to_line, kept))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(path, "".join(map(_to_line, kept)))
 
 
 def _summary_writer() -> Any:

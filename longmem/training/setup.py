@@ -10,7 +10,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from longmem.backbone.loading import digest
 from longmem.data import Lanes, load_corpus
+from longmem.encoder.stamp import BackboneStamp, hash_tensors
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
 from longmem.model.opening import refuse_config_of_saved
@@ -50,6 +52,19 @@ def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCa
     if settings.optimization.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model
+
+
+def backbone_fingerprint(model: LongMemForCausalLM) -> str:
+    """Return a hash of what the backbone computes with, as it was opened."""
+    content = BackboneStamp.of(model.backbone).to_json()
+    exact = None if model.encoder.is_moving else model.encoder_fingerprint()  # one that is trained moves on from here
+    return digest([content, exact])
+
+
+def frozen_fingerprint(model: LongMemForCausalLM) -> str:
+    """Return a hash of the side network's weights that are not trained, which no checkpoint holds."""
+    frozen = ((name, each) for name, each in model.side_network.named_parameters() if not each.requires_grad)
+    return hash_tensors((name, each.detach().cpu().contiguous()) for name, each in frozen)[:16]
 
 
 def open_corpus(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
+from killing import kill_at_any_time, kill_at_every_change
 
 from longmem.evaluation.folder import RunFolder, describe
 from longmem.evaluation.intervals import bootstrap_interval, clustered_mean, stratified_mean
 from longmem.evaluation.settings import EvaluationSettings, load_evaluation, open_evaluated
+from longmem.files import current
 
 
 def test_a_killed_run_keeps_whole_predictions(tmp_path):
@@ -108,3 +111,74 @@ def test_strata_count_the_same_and_are_resampled_by_themselves():
     assert alone == pytest.approx(clustered_mean(values[2:], groups[2:]))
     sure, *ends = stratified_mean([1.0, 1.0, 0.0, 0.0], list("abcd"), list("xxyy"))  # no draw changes a stratum
     assert (sure, ends) == (0.5, [0.5, 0.5])
+
+
+def test_an_empty_configuration_of_a_full_disk_does_not_stop_a_run_that_has_no_answers(tmp_path):
+    (tmp_path / "config.json").write_text("")
+    with pytest.warns(UserWarning, match=r"config\.json can't be read.*Nothing was answered yet"):
+        RunFolder(tmp_path, {"a": 1}).write([{"id": "one"}])
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json can't be read.*name another folder"):
+        RunFolder(tmp_path, {"a": 1})
+
+
+def test_a_damaged_answer_is_named(tmp_path):
+    RunFolder(tmp_path, {}).write([{"id": "one"}, {"id": "two"}, {"id": "three"}])
+    file = tmp_path / "predictions.jsonl"
+    file.write_text(file.read_text().replace('{"id": "two"}', '{"id": "two"'))
+    with pytest.raises(ValueError, match=r"line 2 of .*predictions\.jsonl.*delete the line"):
+        RunFolder(tmp_path, {})
+
+
+def test_answers_that_found_no_room_are_not_of_the_run(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path, {})
+    run.write([{"id": "one"}])
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run.write([{"id": "two"}])
+    assert "two" not in run
+    run.write([{"id": "two"}, {"id": "three"}])
+    assert [record["id"] for record in RunFolder(tmp_path, {}).records] == ["one", "two", "three"]
+
+
+def saving(folder):
+    """Return what goes on with a run to its end, and what checks that it can go on."""
+    RunFolder(folder, {"a": 1}).write([{"id": "0"}])
+
+    def save() -> None:
+        with RunFolder(folder, {"a": 1}) as run:
+            first = len(run.records)
+            for number in range(first, first + 2):
+                run.write([{"id": str(number), "text": "ü" * 200}])
+            run.finish(title="Title", metrics={"count": len(run.records)}, table=f"{len(run.records)}", seed=1)
+
+    def check() -> None:
+        records = RunFolder(folder, {"a": 1}).records
+        assert [record["id"] for record in records] == [str(number) for number in range(len(records))]
+        place = current(folder)
+        if (place / "table.md").exists():
+            count = json.loads((place / "metrics.json").read_text())["count"]
+            assert (place / "table.md").read_text() == str(count)
+            assert count <= len(records)
+
+    return save, check
+
+
+def test_a_run_goes_on_wherever_it_was_killed(tmp_path):
+    save, check = saving(tmp_path / "run")
+    save()
+    with patch("longmem.evaluation.folder.environment", dict):
+        assert kill_at_every_change(tmp_path / "run", save, check, every=8) > 3
+
+
+@pytest.mark.slow
+def test_sixty_kills_lose_no_answer(tmp_path):
+    save, check = saving(tmp_path / "run")
+    with patch("longmem.evaluation.folder.environment", dict):
+        kill_at_any_time(save, check, kills=60, seconds=0.2)
+        kill_at_every_change(tmp_path / "run", save, check)

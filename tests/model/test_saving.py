@@ -99,12 +99,14 @@ def test_the_fingerprint_is_that_of_what_is_stored(folders, input_ids):
     assert same.encoder_fingerprint() == model.encoder_fingerprint()
     above = build_backbone("llama")
     above.model.layers[3].mlp.up_proj.weight.data.add_(1.0)  # above the memory layers: stored numbers stay the same
-    assert (
-        LongMemForCausalLM.from_pretrained(saved, backbone=above).encoder_fingerprint() == model.encoder_fingerprint()
-    )
+    options = {"strict_backbone": False}
+    with pytest.warns(UserWarning, match="differs from this one in weights"):
+        changed = LongMemForCausalLM.from_pretrained(saved, backbone=above, **options)
+    assert changed.encoder_fingerprint() == model.encoder_fingerprint()
     below = build_backbone("llama")
     below.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1.0
-    other = LongMemForCausalLM.from_pretrained(saved, backbone=below)
+    with pytest.warns(UserWarning, match="differs from this one in weights"):
+        other = LongMemForCausalLM.from_pretrained(saved, backbone=below, **options)
     assert other.encoder_fingerprint() != model.encoder_fingerprint()
     with pytest.raises(StaleMemoryError, match=r"differ in weights.*encode the bank again"):
         other(input_ids, memory=MemoryBank.for_model(model))

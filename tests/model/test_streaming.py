@@ -312,12 +312,16 @@ def test_a_folder_without_a_stream_is_refused(tokens, tmp_path):
         ("stream", "window", 7),
         ("stream", "local_ids", [9999]),
         ("stream", "random", {}),
+        ("stream", "window", "8"),
+        ("stream", "local_ids", 7),
+        ("stream", "is_written", None),
         ("stream", "random", {"cpu": "AAAA"}),
         (None, "bank", "../elsewhere"),
     ]:
         saved = json.loads(whole)
         target = saved if part is None else saved[part]
         target.pop(name) if value is None else target.update({name: value})
+        del saved["checksum"]
         (tmp_path / "stream.json").write_text(json.dumps(saved))
         with pytest.raises(
             ValueError, match=r"`folder` must hold|`window` must|`keep` must|`local_ids` must|`random` must"

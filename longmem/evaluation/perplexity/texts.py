@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from longmem.evaluation.folder import digest, spread
 from longmem.evaluation.perplexity.scoring import Cut, Window, WindowScores
 from longmem.evaluation.perplexity.settings import PerplexitySettings
 from longmem.evaluation.systems import tokenize
+from longmem.files import check_tensors, make_folder, new_file, seal_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,14 +229,15 @@ def save_scores(path: Path, text: Text, scores: Mapping[Cut, TextScores]) -> Non
         tensors |= {f"{cut}/{name}": tensor.contiguous() for name, tensor in found.items()}
     systems = list(next(iter(scores.values())).systems)
     about = {"name": text.name, "num_tokens": len(text.token_ids), "cuts": [*map(str, scores)], "systems": systems}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, {"text": json.dumps(about)})
-    os.replace(partial, path)
+    make_folder(path.parent)
+    with new_file(path) as draft:
+        save_file(tensors, draft, {"text": json.dumps(about)})
+        seal_tensors(draft, {})
 
 
 def load_scores(path: Path) -> dict[Cut, TextScores]:
-    """Return what `save_scores` wrote."""
+    """Return what `save_scores` wrote. Raises ValueError, which names the file, if it is damaged."""
+    check_tensors(path)
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["text"])
     tensors, found = load_file(path), {}

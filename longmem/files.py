@@ -1,0 +1,370 @@
+"""Files and folders that are on the disk as a whole or not at all, for their owner alone, and that are checked when read.
+
+Whatever is written is made under a draft's name beside its place, synced, and moved there in one step, so a killed process or
+a full disk leaves what was there before. The next write of the same name removes the drafts of processes that are gone.
+
+`LONGMEM_ACCESS` says who may read what is written from then on: `private`, its owner alone (the default); `group`, the group
+as well; `umask`, whom the process's umask lets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import stat
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+ACCESS = "LONGMEM_ACCESS"
+MODES = {"private": (0o600, 0o700), "group": (0o640, 0o750)}
+MAX_BYTES = (
+    1 << 28
+)  # of a file that is read as a whole, such as a configuration; the largest that are written have a tenth
+PENDING = ".longmem-new"
+# With a word for the machine, a process of it, and the ending of the name, by which libraries know what to write.
+DRAFT = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.draft(\.[^.]*)?")
+CHECKSUMS = "checksums.json"
+DIGEST, ABOUT = "longmem_blake2b", "longmem"  # in the metadata of a file of tensors
+_umask_lock = threading.Lock()
+
+
+def modes() -> tuple[int, int]:
+    """Return the permissions of new files and of new folders.
+
+    Raises ValueError if `LONGMEM_ACCESS` is none of its values.
+    """
+    access = os.environ.get(ACCESS) or "private"
+    if access == "umask":
+        with _umask_lock:  # it can't be read without being set; another thread's file may come out private meanwhile
+            mask = os.umask(0o077)
+            os.umask(mask)
+        return 0o666 & ~mask, 0o777 & ~mask
+    if access not in MODES:
+        raise ValueError(f"{ACCESS} must be {', '.join(MODES)} or umask, got {access!r}; unset it for private.")
+    return MODES[access]
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make a folder, and those above it that are missing, on the disk and with `modes`; one that is there stays as it is."""
+    path = Path(path)
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    for each in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another process made it
+            each.mkdir(mode=0o700)
+            each.chmod(modes()[1])
+            sync(each.parent)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(path))
+    return path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened, and needs no sync
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """Give everything in a folder, and the folder, its permissions, and wait until all of it is on the disk."""
+    file_mode, folder_mode = modes()
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not (path := Path(root, name)).is_symlink():
+                path.chmod(file_mode)
+                sync(path)
+        os.chmod(root, folder_mode)
+        sync(Path(root))
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the draft of a file, empty, to be written or replaced; when the block ends it takes the place of `path`.
+
+    A file that is there keeps its permissions. After an error in the block, or where there is no room, nothing has changed.
+    """
+    path = Path(path)
+    with _drafted(path) as draft:
+        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        yield draft
+        draft.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() else modes()[0])
+        sync(draft)
+        os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the draft of a folder, empty, to be filled; when the block ends it gets the name `path`, which must be free.
+
+    Folders above it are made. After an error in the block, or where there is no room, nothing has changed.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    with _drafted(path) as draft:
+        draft.mkdir(mode=0o700)
+        yield draft
+        sync_all(draft)
+        draft.rename(path)
+
+
+@contextlib.contextmanager
+def new_contents(folder: str | os.PathLike[str], stale: str = "") -> Iterator[Path]:
+    """Yield the draft of files that belong together, to be filled; when the block ends all take their places in `folder`.
+
+    The draft is finished under the name `PENDING` in the folder, which is the moment from which it counts (`current`); files
+    are then linked, one by one, to their places, and `PENDING` goes. What a killed process has not linked the next call does.
+    After an error in the block, or where there is no room, nothing has changed. Other files in the folder stay.
+
+    Args:
+        folder: made if missing.
+        stale: pattern of names that are removed unless they are in the draft: of files that an earlier call wrote.
+    """
+    folder = make_folder(folder)
+    _settle(folder, stale)
+    with new_folder(folder / PENDING) as draft:
+        yield draft
+    try:
+        _settle(folder, stale)
+    except OSError as error:  # what was written counts, and is found
+        warnings.warn(
+            f"what was saved to {folder} stays in {PENDING} there until the next time: {error}.", stacklevel=3
+        )
+
+
+def current(folder: Path) -> Path:
+    """Return the folder to read from: `folder`, or what `new_contents` has finished there and not yet put in its place."""
+    return folder / PENDING if (folder / PENDING).is_dir() else folder
+
+
+def _settle(folder: Path, stale: str) -> None:
+    """Put finished contents into their places."""
+    pending = folder / PENDING
+    if not pending.is_dir():
+        return
+    names = [path.relative_to(pending) for path in pending.rglob("*") if path.is_file()]
+    for name in names:
+        make_folder((folder / name).parent)
+        with new_file(folder / name) as draft:
+            draft.unlink()
+            try:
+                draft.hardlink_to(pending / name)
+            except OSError:  # of a file system without links
+                shutil.copyfile(pending / name, draft)
+    for path in folder.iterdir():
+        if re.fullmatch(stale, path.name) and Path(path.name) not in names:
+            remove(path)
+    with _drafted(pending) as done:  # no longer under its name while it goes
+        pending.rename(done)
+    remove(done)
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Put a file into its place in one step; text is written in UTF-8."""
+    with new_file(path) as draft:
+        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to a text file, made if missing; they are on the disk when the call returns.
+
+    What a killed process left of a line goes before, and after an error all lines do.
+    """
+    is_new = not path.exists()
+    content = "".join(lines).encode("utf-8", "surrogatepass")
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        start = file.seek(0, os.SEEK_END)
+        file.seek(max(0, start - (1 << 20)))
+        tail = file.read()
+        start = file.seek(start - len(tail) + tail.rfind(b"\n") + 1)
+        try:
+            file.truncate()
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, start)
+            raise
+    if is_new:
+        path.chmod(modes()[0])
+        sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if that is possible, and else leave it to the next time; a link is removed, not followed."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the drafts in a folder that processes of this machine left which are no longer there."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            found = DRAFT.fullmatch(name)
+            if found and found[1] == _machine() and int(found[2]) != os.getpid() and not _runs(int(found[2])):
+                remove(folder / name)
+
+
+@contextlib.contextmanager
+def _drafted(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` that nobody has; what bears it after an error is removed, else the change is synced."""
+    remove_drafts(path.parent)
+    name = f".{path.stem}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.draft{path.suffix}"
+    draft = path.with_name(name)
+    try:
+        yield draft
+    except BaseException:
+        remove(draft)
+        raise
+    sync(path.parent)
+
+
+def _runs(process: int) -> bool:
+    import psutil  # it takes a while, and commands that write nothing need it not
+
+    return bool(psutil.pid_exists(process))
+
+
+def _machine() -> str:
+    """Return a word for this machine: a process number means nothing on another one that sees the same folder."""
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+
+
+def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
+    """Return a descriptor for reading a file. It never waits, as at a pipe.
+
+    Args:
+        path: of the file.
+        follow: whether the name may be that of a link.
+
+    Raises OSError if there is none, it can't be read, or it is something else than a file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
+    return descriptor
+
+
+def read_file(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES, follow: bool = True) -> bytes:
+    """Return what a file holds. Raises OSError as `open_regular` does; ValueError if it is larger than `max_bytes`."""
+    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{os.fspath(path)!r} must have at most {max_bytes:,} bytes, but has more.")
+    return content
+
+
+def read_json(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises OSError if it can't be read; ValueError, which names it, if it is no object."""
+    try:
+        content = json.loads(read_file(path, max_bytes=max_bytes).decode("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it must hold an object, got {type(content).__name__}")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: str | os.PathLike[str], problem: object) -> ValueError:
+    """Return the error for a file that is not as it was written."""
+    return ValueError(f"{os.fspath(path)} can't be read, it is damaged or incomplete: {problem}.")
+
+
+def not_opened(path: str | os.PathLike[str], error: OSError) -> ValueError:
+    """Return the error for a file that is missing, or that the system does not let this process read: that is no damage."""
+    if isinstance(error, FileNotFoundError):
+        return damaged(path, "it is missing")
+    way_out = ""
+    if isinstance(error, PermissionError):
+        way_out = (
+            f" It is not damaged: ask its owner to let you read it (`chmod`, or {ACCESS}=group when it is written)."
+        )
+    return ValueError(f"{os.fspath(path)} can't be opened: {error.strerror or error}.{way_out}")
+
+
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """Return a hash of a file's bytes: 16 bytes of BLAKE2b, in hexadecimal. Raises OSError as `open_regular` does."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the digests of all files in a folder into one more."""
+    found = {path.relative_to(folder).as_posix(): digest_of(path) for path in folder.rglob("*") if path.is_file()}
+    (folder / CHECKSUMS).write_text(json.dumps({"files": found}, indent=1), encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError, which names the file, unless a folder holds all that `seal_folder` saw there, unchanged."""
+    try:
+        known = read_json(folder / CHECKSUMS)["files"]
+        for name, digest in known.items():
+            if digest_of(folder / name) != digest:
+                raise damaged(folder / name, "its bytes are not those that were written")
+    except OSError as error:
+        raise not_opened(error.filename or folder, error) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder / CHECKSUMS, error) from error
+
+
+def seal_tensors(path: Path, about: Mapping[str, Any]) -> None:
+    """Write into the header of a safetensors file, in its place, what it is about and a digest of that and of all tensors."""
+    sealed = path.with_name(f"{path.name}.sealed")
+    with path.open("rb") as file, sealed.open("wb") as copy:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        metadata = header.setdefault("__metadata__", {})
+        metadata |= {ABOUT: json.dumps(about), DIGEST: ""}
+        metadata[DIGEST] = _digest_of_tensors(header, file)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        copy.write(len(text).to_bytes(8, "little") + text)
+        file.seek(start)
+        shutil.copyfileobj(file, copy, 1 << 20)
+    os.replace(sealed, path)
+
+
+def check_tensors(path: Path) -> dict[str, Any] | None:
+    """Return what a sealed safetensors file is about, None for one that other tools wrote.
+
+    Raises OSError as `open_regular` does; ValueError, which names the file, if any bit of a sealed one has changed.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = dict(json.loads(file.read(min(length, os.fstat(file.fileno()).st_size))))
+            metadata = header.get("__metadata__", {})
+            known = metadata.get(DIGEST)
+            # One whose name was damaged must not pass for none.
+            is_sealed = known is not None or any(re.fullmatch("[0-9a-f]{32}", each) for each in metadata.values())
+            about = json.loads(metadata[ABOUT]) if is_sealed else None
+            if is_sealed and known != _digest_of_tensors({**header, "__metadata__": {**metadata, DIGEST: ""}}, file):
+                raise ValueError("its bytes are not those that were written")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+            raise damaged(path, error) from error
+    return about
+
+
+def _digest_of_tensors(header: Mapping[str, Any], rest: BinaryIO) -> str:
+    digest = hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16)
+    while block := rest.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""Files and folders are written whole or not at all, private unless told otherwise, and what is no file is never waited for."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from killing import kill_at_every_change
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from longmem import files
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_an_error_while_a_file_is_written_leaves_the_old_one_and_no_draft(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    files.write_file(path, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space"):
+                files.write_file(path, "new")
+        assert path.read_text() == "old"
+        assert os.listdir(tmp_path) == ["config.json"]
+    files.write_file(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def fail():
+        with files.new_folder(tmp_path / "above" / "run") as draft:
+            (draft / "half").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert os.listdir(tmp_path / "above") == []
+    with files.new_folder(tmp_path / "above" / "run") as draft:
+        (draft / "inner").mkdir()
+        (draft / "inner" / "whole").write_text("whole")
+        assert not (tmp_path / "above" / "run").exists()
+    assert (tmp_path / "above" / "run" / "inner" / "whole").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("access", "file_mode", "folder_mode"),
+    [(None, 0o600, 0o700), ("private", 0o600, 0o700), ("group", 0o640, 0o750), ("umask", 0o664, 0o775)],
+)
+def test_who_may_read(tmp_path, monkeypatch, access, file_mode, folder_mode):
+    if access is not None:
+        monkeypatch.setenv(files.ACCESS, access)
+    before = os.umask(0o002)
+    try:
+        with files.new_folder(tmp_path / "a" / "b") as draft:
+            (draft / "inner").mkdir()
+            (draft / "inner" / "file").write_text("text")
+        files.write_file(tmp_path / "a" / "file", "text")
+        assert os.umask(0o002) == 0o002
+    finally:
+        os.umask(before)
+    assert {mode(path) for path in (tmp_path / "a").rglob("*") if path.is_file()} == {file_mode}
+    assert {mode(path) for path in (tmp_path / "a", *(tmp_path / "a").rglob("*")) if path.is_dir()} == {folder_mode}
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path):
+    path = tmp_path / "file"
+    files.write_file(path, "1")
+    path.chmod(0o644)
+    files.write_file(path, "2")
+    assert mode(path) == 0o644
+
+
+def test_an_unknown_access_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(files.ACCESS, "everybody")
+    with pytest.raises(ValueError, match="LONGMEM_ACCESS must be private, group or umask, got 'everybody'"):
+        files.write_file(tmp_path / "file", "text")
+    assert os.listdir(tmp_path) == []
+
+
+def test_drafts_of_processes_that_are_gone_are_removed_and_no_others(tmp_path):
+    code = f"""
+import os, signal
+from longmem import files
+with files.new_file({str(tmp_path / "file.json")!r}) as draft:
+    draft.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = os.listdir(tmp_path)
+    assert left.endswith(".draft.json")
+    others = [left.replace(left.split("-")[1], str(number)) for number in (os.getppid(), os.getpid())]
+    others += [left.replace(left.split("-")[0], ".file.00000000"), ".file.draft", ".notes.draft.json"]
+    for name in others:
+        (tmp_path / name).write_text("of a process that is there, of another machine, of somebody else")
+    files.write_file(tmp_path / "file", "whole")
+    assert sorted(os.listdir(tmp_path)) == sorted(["file", *others])
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text('{"a": 1}')
+    (tmp_path / "link").symlink_to("file")
+    assert files.read_json(tmp_path / "link") == {"a": 1}
+    for name, follow in (("pipe", True), (".", True), ("link", False), ("missing", True)):
+        with pytest.raises(OSError):
+            files.read_file(tmp_path / name, follow=follow)
+    with pytest.raises(ValueError, match="at most 3 bytes"):
+        files.read_file(tmp_path / "file", max_bytes=3)
+    for content in (b"", b"{", b"\xff", b"[" * 100_000, b"[]"):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(ValueError, match="file can't be read, it is damaged or incomplete"):
+            files.read_json(tmp_path / "file")
+
+
+def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
+    tmp_path.chmod(0o755)
+    assert files.make_folder(tmp_path) == tmp_path
+    assert mode(tmp_path) == 0o755
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        files.make_folder(tmp_path / "file")
+
+
+def test_contents_are_of_one_call_wherever_its_process_is_killed(tmp_path):
+    folder = tmp_path / "model"
+    (tmp_path / "model").mkdir()
+    (folder / "notes.txt").write_text("mine")
+
+    def save(version: str, shards: int) -> None:
+        with files.new_contents(folder, r"part-\d") as draft:
+            for number in range(shards):
+                (draft / f"part-{number}").write_text(version)
+            (draft / "inner").mkdir()
+            (draft / "inner" / "config").write_text(version)
+
+    def found() -> tuple[str, int]:
+        place = files.current(folder)
+        parts = {path.name: path.read_text() for path in place.glob("part-*")}
+        (version,) = {*parts.values(), (place / "inner" / "config").read_text()}
+        return version, len(parts)
+
+    save("old", 3)
+    seen = []
+    killed = kill_at_every_change(folder, lambda: save("new", 2), lambda: seen.append(found()))
+    assert killed > 30
+    assert set(seen) == {("old", 3), ("new", 2)}
+    assert seen[0] == ("old", 3)
+    save("last", 1)
+    assert found() == ("last", 1)
+    assert {path.name for path in folder.iterdir()} == {"part-0", "inner", "notes.txt"}
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_every_bit_of_a_sealed_file_counts(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    tensors = {"a": torch.arange(5.0), "b": torch.ones(2, dtype=torch.int8)}
+    save_file(tensors, path, {"format": "pt"})
+    assert files.check_tensors(path) is None  # another tool's
+    files.seal_tensors(path, {"name": "x"})
+    assert files.check_tensors(path) == {"name": "x"}
+    assert all(torch.equal(each, tensors[name]) for name, each in load_file(path).items())
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 3):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises((ValueError, SafetensorError), match="weights|eader"):
+            files.check_tensors(path) or load_file(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"weights\.safetensors can't be read, it is damaged"):
+        files.check_tensors(path)
