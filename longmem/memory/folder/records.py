@@ -146,7 +146,8 @@ def check_files(content: dict[str, Any], segments: Sequence[Segment]) -> None:
         assert segment.file is not None
         if segment.first_slot < end or segment.num_slots < 1 or not shapes:
             raise ValueError(f"slots from {segment.first_slot} are in two files, or in none")
-        end, expected = segment.first_slot + segment.num_slots, {}
+        end = segment.first_slot + segment.num_slots
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for position, (heads, key_dim, value_dim, by_token) in enumerate(shapes):
             for name, width in (("keys", key_dim), ("values", value_dim)):
                 sizes = heads, segment.num_slots, settings["chunk_size"], stored_width(width, dtype)

@@ -58,8 +58,8 @@ class SavedIndexes:
             rows = storage.rows_of(slots.div(size, rounding_mode="floor"))
         except (OSError, RuntimeError, *UNFIT):  # FAISS's errors are RuntimeErrors
             return None
-        rows = torch.where(rows < 0, -1, rows * size + slots % size).numpy()
-        return SavedIndex(files, rows, described["trained_rows"], described["layout"], centres)
+        labels = torch.where(rows < 0, -1, rows * size + slots % size).numpy()
+        return SavedIndex(files, labels, described["trained_rows"], described["layout"], centres)
 
     def write(self, contents: Table, *, again: bool = False) -> list[tuple[Any, ...]]:
         """Write the indexes that cover much more than what is saved; return their rows of the catalogue.

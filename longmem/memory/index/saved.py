@@ -7,6 +7,7 @@ other files, and what it says is followed without a check.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -32,17 +33,18 @@ class SavedIndex:
     centres: Float[np.ndarray, "kv_heads dim"]  # for each head the mean key that was subtracted from all keys
 
 
-def arrays_of(index: faiss.Index, layout: str) -> dict[str, np.ndarray] | None:
+def arrays_of(index: Any, layout: str) -> dict[str, np.ndarray] | None:
     """Return what an index holds, for `index_of`; None if its layout, a name for FAISS's factory, is not a known one."""
     if (known := LAYOUT.fullmatch(layout)) is None:
         return None
     if known["links"]:
-        graph = index.hnsw
+        graph, storage = index.hnsw, faiss.downcast_index(index.storage)
+        assert isinstance(storage, faiss.IndexFlatCodes)
         return {
             "levels": faiss.vector_to_array(graph.levels),
             "links": faiss.vector_to_array(graph.neighbors),
             "entry": np.array([graph.entry_point]),
-            "codes": faiss.vector_to_array(faiss.downcast_index(index.storage).codes).reshape(index.ntotal, -1),
+            "codes": faiss.vector_to_array(storage.codes).reshape(index.ntotal, -1),
         }
     lists, size = index.invlists, index.code_size
     sizes = np.array([lists.list_size(number) for number in range(index.nlist)])
@@ -81,7 +83,7 @@ def index_of(layout: str, dim: int, arrays: Arrays) -> faiss.Index:
     return index
 
 
-def _fill_lists(index: faiss.Index, arrays: Arrays) -> None:
+def _fill_lists(index: Any, arrays: Arrays) -> None:
     sizes, ids, count = arrays["sizes"], arrays["ids"], len(arrays["codes"])
     if sizes.shape != (index.nlist,) or (sizes < 0).any() or (sizes > count).any() or sizes.sum() != count:
         raise ValueError(f"{index.nlist} clusters must hold {count} vectors, got {sizes.shape}")
@@ -99,7 +101,7 @@ def _fill_lists(index: faiss.Index, arrays: Arrays) -> None:
             done += size
 
 
-def _fill_graph(index: faiss.Index, arrays: Arrays) -> None:
+def _fill_graph(index: Any, arrays: Arrays) -> None:
     graph, storage, count = index.hnsw, faiss.downcast_index(index.storage), len(arrays["codes"])
     levels, links, entry = (arrays[name] for name in ("levels", "links", "entry"))
     ends = faiss.vector_to_array(graph.cum_nneighbor_per_level).astype(np.int64)  # of the links of a vector, by level
