@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longmem.encoder.sketch import Sketch
+from longmem.encoder.sketch import SIZE, Sketch
 from longmem.encoder.stamp import EncoderStamp
 
 UNKNOWN = -1  # version of what was written by nobody knows which encoder
@@ -100,5 +100,8 @@ def _to_text(sketch: Sketch | None) -> dict[str, Any] | None:
 def _from_text(content: dict[str, Any] | None) -> Sketch | None:
     if content is None:
         return None
-    sums = torch.frombuffer(bytearray(base64.b64decode(content["sums"])), dtype=torch.float32)
+    data = bytearray(base64.b64decode(content["sums"]))
+    if len(data) != SIZE * torch.float32.itemsize:
+        raise ValueError(f"a sketch must be of {SIZE} sums, got {len(data)} bytes")
+    sums = torch.frombuffer(data, dtype=torch.float32)
     return Sketch(sums, content["norm"])

@@ -20,6 +20,7 @@ from longmem.memory import checks
 from longmem.memory.age_prior import AgePrior, make_age_prior
 from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
 from longmem.memory.folder.bank_folder import BankFolder, OnDisk, has_bank
+from longmem.memory.folder.foreign import said_by
 from longmem.memory.freshness import Freshness
 from longmem.memory.index import Ranked, validate_index
 from longmem.memory.memorize import memorize
@@ -180,7 +181,8 @@ class MemoryBank:
         """
         opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
         try:
-            bank = cls(**opened.read_content()["settings"], device=device)
+            with said_by(opened.catalogue.path):
+                bank = cls(**opened.read_content()["settings"], device=device)
             bank._live_in(opened)
             bank._open_for(model, refresh, strict)
         except BaseException:

@@ -23,8 +23,9 @@ from filelock import FileLock, Timeout
 from longmem.memory.folder import records
 from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment, rewrite, segments_to_merge
+from longmem.memory.folder.foreign import damaged, said_by, validate_plain
 from longmem.memory.folder.saved_indexes import SavedIndexes
-from longmem.memory.folder.tensor_file import TensorFile, damaged, not_written, remove
+from longmem.memory.folder.tensor_file import TensorFile, not_written, remove
 from longmem.memory.rows.documents import Source
 from longmem.memory.rows.table import Table
 
@@ -145,7 +146,8 @@ class BankFolder:
                 if attempt == ATTEMPTS_TO_READ - 1 or self.is_current():
                     raise
         self._segments = {row[0]: row[2] for row in rows["segments"]}
-        records.restore(contents, content, segments, rows, self._read_source, self.device)
+        with said_by(self.catalogue.path):
+            records.restore(contents, content, segments, rows, self._read_source, self.device)
         self._source_tokens = {document.serial: document.num_tokens for document in contents.ledger.documents.values()}
         self.indexes.restore(rows["indexes"])
         contents.find_saved = functools.partial(self.indexes.read, storage_of(contents))
@@ -155,7 +157,7 @@ class BankFolder:
 
     @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
-        with self.catalogue.snapshot():
+        with said_by(self.catalogue.path), self.catalogue.snapshot():
             return records.read_source(self.catalogue.read_large(SOURCES, serial), start, stop)
 
     # Writing.
@@ -306,6 +308,8 @@ class BankFolder:
     def _acquire_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                validate_plain(self.path / LOCK)  # a link would be followed and what it leads to emptied
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(

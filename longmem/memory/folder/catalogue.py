@@ -3,26 +3,70 @@
 A commit is one SQLite transaction, synced to the disk. Every row carries a checksum of its columns, and one row the number of
 rows and the sum of checksums of every table: a changed, lost or added row is noticed when the bank is opened, whatever SQLite
 makes of the file. Large texts are checked when they are read, and by `verify`. No index could disagree with the rows.
+
+The file may be somebody else's. SQLite is let at it when what lies beside it can do no harm, and is asked for nothing before
+its schema is the one written here, to the letter: no trigger, view or virtual table is ever run. A statement has a budget of
+steps that follows from the length of the file, so none runs without end.
 """
 
 import contextlib
 import hashlib
 import json
+import math
+import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longmem.memory.folder.tensor_file import damaged, not_written
+from longmem.memory.folder.foreign import damaged, fits, not_read, parse_json, read_journal, validate_plain
+from longmem.memory.folder.tensor_file import not_written
 
 CATALOGUE = "catalogue.sqlite"
 APPLICATION_ID = 0x4C4D4231  # "LMB1": says to other programs what this file is
 SCHEMA_VERSION = 3  # 1 was a folder with a manifest.json; 2 knew no segments
 MODULUS = 2**63
+LARGEST = 2**62  # of a number, so that sums of two are numbers, too
 # The second where SQLite quotes, in its message, a damaged name.
 UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)
 BUSY_SECONDS = 60  # how long to wait for another process's commit
+# What SQLite says of the system, of other processes and of itself, not of the file.
+OF_THE_SYSTEM = ("READONLY", "CANTOPEN", "PERM", "AUTH", "IOERR", "FULL", "BUSY", "LOCKED", "PROTOCOL", "NOLFS")
+LEAST_ROW = 8  # bytes of a row in the file, at least: so many rows it has at most
+# SQLite asks after so many of its steps whether to go on; reading a row takes some ten, and a row has more bytes than that.
+STEPS_BETWEEN, LEAST_STEPS, STEPS_PER_BYTE = 100_000, 10_000_000, 20
+LIMITS = {
+    sqlite3.SQLITE_LIMIT_SQL_LENGTH: 100_000,
+    sqlite3.SQLITE_LIMIT_COLUMN: 32,
+    sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 32,
+    sqlite3.SQLITE_LIMIT_COMPOUND_SELECT: 2,
+    sqlite3.SQLITE_LIMIT_FUNCTION_ARG: 8,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 1,  # which VACUUM needs
+    sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 1,
+    sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
+}
+# So a name is none of another folder, and none of what is there for something else.
+SEGMENT_NAME = re.compile(r"segment-\d{12,20}-[0-9a-f]{8}\.safetensors")
+KINDS = {"INTEGER": int, "REAL": float, "TEXT": str, "BLOB": bytes}
+ENCODER = {"weights": str, "recipe": dict, "sketch": (None, {"norm": float, "sums": str})}
+SETTINGS = {
+    "memory_layers": [int],
+    "chunk_size": int,
+    "capacity_tokens": (int, None),
+    "capacity_bytes": (int, None),
+    "storage_dtype": str,
+    "index": str,
+    "eviction": str,
+    "refresh": (str, dict),
+    "fingerprint": (str, None),
+    "search?": str,
+    "age_prior?": str,
+}
+DESCRIPTION = {"settings": SETTINGS, "encoders": [ENCODER], "shapes": [[(int, bool)]]} | dict.fromkeys(
+    ("commit", "next_serial", "next_order", "next_slot"), int
+)
 
 
 class Table(NamedTuple):
@@ -42,6 +86,13 @@ class Table(NamedTuple):
         """Return the number of columns that are always read."""
         return len(self.columns) - self.num_large
 
+    @property
+    def statement(self) -> str:
+        """Return the SQL that makes it. The checksum stands before the large columns: reading it does not read them."""
+        keys = ", ".join(self.names[: self.num_keys])
+        columns = ", ".join((*self.columns[: self.num_small], "checksum INTEGER", *self.columns[self.num_small :]))
+        return f"CREATE TABLE {self.name} ({columns}, PRIMARY KEY ({keys})) WITHOUT ROWID"
+
 
 DOCUMENTS = Table("documents", ("serial INTEGER", "content TEXT", "waiting BLOB"), 1)
 USAGE = Table("usage", ("serial INTEGER", "num_reads INTEGER", "last_read REAL"), 1)
@@ -53,6 +104,10 @@ FILES = ("name TEXT", "num_bytes INTEGER", "digests TEXT")
 SEGMENTS = Table("segments", ("first_slot INTEGER", "num_slots INTEGER", *FILES), 1)
 INDEXES = Table("indexes", ("layer INTEGER", *FILES, "content TEXT"), 1)
 TABLES = (DOCUMENTS, USAGE, SPANS, SOURCES, SEGMENTS, INDEXES)
+SCHEMA = {
+    "bank": "CREATE TABLE bank (id INTEGER PRIMARY KEY, content TEXT, checksum INTEGER)",
+    **{table.name: table.statement for table in TABLES},
+}
 
 
 class Catalogue:
@@ -65,8 +120,8 @@ class Catalogue:
     def __init__(
         self, folder: Path, write: bool, create: dict[str, Any] | None = None, *, with_first_commit: bool = False
     ) -> None:
-        self.path = folder / CATALOGUE
-        if create is None and not (self.path.is_file() and self.path.stat().st_size):
+        self.path = folder.resolve() / CATALOGUE
+        if create is None and not self.is_in(folder):
             old = " (a manifest.json is: it was written by an earlier version of longmem; memorize its documents again)"
             raise ValueError(
                 f"`folder` must be a saved memory bank, got {str(folder)!r}, where no {CATALOGUE} is"
@@ -77,9 +132,11 @@ class Catalogue:
         # Threads of one process share the connection, which can be in one transaction at a time.
         self._turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
+        self._steps_left = math.inf
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
             try:
+                self._protect(write)
                 self.is_new = create is not None and self._is_blank()
                 if create is None or not self.is_new:
                     self._check_kind()
@@ -89,71 +146,117 @@ class Catalogue:
             except BaseException:
                 self._connection.close()  # it may have made files of its own
                 raise
-        except sqlite3.OperationalError as error:
-            if create is None:
-                raise damaged(self.path, f"cannot be read ({error})") from error
-            raise not_written(folder, error) from error
         except UNREADABLE as error:
-            raise damaged(self.path, f"cannot be read ({error})") from error
+            is_of_folder = create is not None and isinstance(error, sqlite3.OperationalError)
+            raise (not_written(folder, error) if is_of_folder else self._not_read(error)) from error
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
-        """Return whether there is a catalogue, whole or damaged; an empty one of a process killed on the way is none."""
-        catalogue = cls.__new__(cls)
-        catalogue.path = folder / CATALOGUE
-        if not catalogue.path.is_file():
-            return False
+        """Return whether there is a catalogue, whole or damaged; an empty one of a process killed on the way is none.
+
+        SQLite is not asked: it would delete, or write, what a journal beside the file says.
+        """
+        path = folder.resolve() / CATALOGUE
         try:
-            catalogue._connection = catalogue._connect(["rw", "ro"])
-            with contextlib.closing(catalogue._connection):
-                return not catalogue._is_blank()
-        except UNREADABLE:
+            size = validate_plain(path)
+            return size > 0 and read_journal(path.with_name(f"{CATALOGUE}-journal"), size) != 0
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise not_read(path, error) from error
+        except ValueError:
             return True
 
     def _is_blank(self) -> bool:
-        return not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        return not self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
 
     def _connect(self, modes: Sequence[str]) -> sqlite3.Connection:
         # A reader, too, opens for writing where it may: a commit that was cut short is undone by whoever comes next.
-        address = self.path.resolve().as_uri()
+        self._size = self._check_files()
         for mode in modes:
             try:
                 options: dict[str, Any] = {"timeout": BUSY_SECONDS, "isolation_level": None, "check_same_thread": False}
-                connection = sqlite3.connect(f"{address}?mode={mode}", uri=True, **options)
+                connection = sqlite3.connect(f"{self.path.as_uri()}?mode={mode}", uri=True, **options)
+                for limit, value in LIMITS.items():
+                    connection.setlimit(limit, value)
+                connection.execute("PRAGMA trusted_schema = OFF")
                 connection.execute("PRAGMA schema_version")
                 break
             except sqlite3.OperationalError:
                 if mode == modes[-1]:
                     raise
-        connection.execute("PRAGMA synchronous = EXTRA")
-        connection.execute("PRAGMA secure_delete = ON")
         connection.text_factory = str
         return connection
+
+    def _check_files(self) -> int:
+        """Return the length of the file, 0 if there is none, after a check of what SQLite would open with it."""
+        size = 0
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                size = validate_plain(self.path)
+            read_journal(self.path.with_name(f"{CATALOGUE}-journal"), size)
+        except OSError as error:
+            raise not_read(self.path, error) from error
+        for ending in ("-wal", "-shm"):
+            if os.path.lexists(log := self.path.with_name(CATALOGUE + ending)):
+                raise damaged(
+                    self.path, f"was changed after it was written (the kind of its journal: there is {log.name})"
+                )
+        return size
+
+    def _protect(self, write: bool) -> None:
+        """Bound what a statement may do."""
+        self._connection.set_progress_handler(self._has_run_too_long, STEPS_BETWEEN)
+        self._connection.execute("PRAGMA synchronous = EXTRA")
+        self._connection.execute("PRAGMA secure_delete = ON")
+        if not write:
+            self._connection.execute("PRAGMA query_only = ON")
+
+    def _has_run_too_long(self) -> bool:
+        self._steps_left -= STEPS_BETWEEN
+        return self._steps_left < 0
+
+    def _not_read(self, error: Exception) -> ValueError:
+        """Return the error for a file that SQLite does not read, with its cause: the system, somebody else, or the file."""
+        name = getattr(error, "sqlite_errorname", "").removeprefix("SQLITE_")
+        if not name.startswith(OF_THE_SYSTEM):
+            return damaged(self.path, f"cannot be read ({error})")
+        if name.startswith(("BUSY", "LOCKED", "PROTOCOL")):
+            return ValueError(
+                f"the bank in {str(self.path.parent)!r} was being changed by another process for {BUSY_SECONDS} seconds "
+                f"({error}); nothing is damaged: try again when that commit is done."
+            )
+        if os.path.lexists(self.path.with_name(f"{CATALOGUE}-journal")):
+            return ValueError(
+                f"the bank in {str(self.path.parent)!r} was left in the middle of a commit, which has to be undone before it "
+                f"is read, and its folder cannot be written ({error}); nothing is lost: open the bank once where it can be "
+                "written, or copy the whole folder to such a place and open the copy."
+            )
+        return not_read(self.path, error)
 
     def _make_tables(self) -> None:
         self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self._connection.execute("CREATE TABLE bank (id INTEGER PRIMARY KEY, content TEXT, checksum INTEGER)")
-        for table in TABLES:
-            keys = ", ".join(table.names[: table.num_keys])
-            # The checksum stands before the large columns: reading it does not read them.
-            small = table.num_small
-            columns = ", ".join((*table.columns[:small], "checksum INTEGER", *table.columns[small:]))
-            self._connection.execute(f"CREATE TABLE {table.name} ({columns}, PRIMARY KEY ({keys})) WITHOUT ROWID")
+        for statement in SCHEMA.values():
+            self._connection.execute(statement)
 
     def _check_kind(self) -> None:
         kind = self._connection.execute("PRAGMA application_id").fetchone()[0]
         if kind != APPLICATION_ID:
             raise damaged(self.path, "is not the catalogue of a memory bank")
-        # With another journal, commits would be in files beside this one, which nobody here knows of.
-        if self._connection.execute("PRAGMA journal_mode").fetchone()[0] != "delete":
-            raise damaged(self.path, "was changed after it was written (the kind of its journal)")
         version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version != SCHEMA_VERSION:
             raise ValueError(
                 f"`folder` must hold a bank of schema version {SCHEMA_VERSION}, got version {version} in "
                 f"{str(self.path)!r}; use the version of longmem that wrote it, or a newer one."
             )
+        query = f"SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT {len(SCHEMA) + 1}"
+        found = self._connection.execute(query).fetchall()
+        if sorted(map(repr, found)) != sorted(repr(("table", name, name, sql)) for name, sql in SCHEMA.items()):
+            raise damaged(self.path, "was changed after it was written (its tables are not those of a bank)")
+        # With another journal, commits would be in files beside this one, which nobody here knows of.
+        if self._connection.execute("PRAGMA journal_mode").fetchone()[0] != "delete":
+            raise damaged(self.path, "was changed after it was written (the kind of its journal)")
 
     # Changing.
 
@@ -212,12 +315,15 @@ class Catalogue:
         """Read inside the block from one commit, whatever others commit meanwhile."""
         with self._turn:
             self.refuse_closed()
-            self._connection.execute("BEGIN")
             try:
+                self._connection.execute("BEGIN")
+                self._size = self.path.stat().st_size
+                self._steps_left = LEAST_STEPS + STEPS_PER_BYTE * self._size
                 yield
             except UNREADABLE as error:
-                raise damaged(self.path, f"cannot be read ({error})") from error
+                raise self._not_read(error) from error
             finally:
+                self._steps_left = math.inf
                 if self._connection.in_transaction:  # SQLite ends it itself when a read fails
                     self._connection.execute("ROLLBACK")
 
@@ -226,18 +332,29 @@ class Catalogue:
         rows = self._connection.execute("SELECT content, checksum FROM bank").fetchall()
         if len(rows) != 1 or not isinstance(rows[0][0], str) or _checksum([rows[0][0].encode()]) != rows[0][1]:
             raise damaged(self.path, "was changed after it was written (checksum of the bank's description)")
-        read = json.loads(rows[0][0])
+        try:
+            read = parse_json(rows[0][0])
+        except ValueError as error:
+            raise damaged(self.path, f"does not describe a bank ({error})") from error
+        if not fits(read, {"content": DESCRIPTION, "totals": {table.name: list for table in TABLES}}):
+            raise damaged(self.path, "does not describe a bank")
+        for total in read["totals"].values():
+            if list(map(type, total)) != [int, int] or not 0 <= total[0] * LEAST_ROW <= self._size:
+                raise damaged(self.path, f"cannot have the rows that it counts, {total}, in {self._size} bytes")
         self.content, self._totals = read["content"], read["totals"]
         return self.content
 
     def read_table(self, table: Table) -> list[tuple[Any, ...]]:
         """Return all rows, without their large columns, in the order of their keys, after a check of all checksums."""
         names = ", ".join(table.names[: table.num_small])
-        rows = self._connection.execute(f"SELECT {names}, checksum FROM {table.name}").fetchall()
-        if not table.num_large:
-            for row in rows:
-                self._check_row(table, row[:-1], row[-1])
-        total = [len(rows), sum(row[-1] for row in rows if isinstance(row[-1], int)) % MODULUS]
+        query = f"SELECT {names}, checksum FROM {table.name} LIMIT {self._totals[table.name][0] + 1}"
+        rows = self._connection.execute(query).fetchall()
+        self._check_types(table, table.columns[: table.num_small], rows)
+        for row in rows if not table.num_large else ():
+            self._check_row(table, row[:-1], row[-1])
+        for row in rows if table is SEGMENTS else ():
+            self._check_file_named(*row[2:5])
+        total = [len(rows), sum(row[-1] for row in rows) % MODULUS]
         if total != self._totals[table.name]:
             raise damaged(self.path, f"was changed after it was written (rows of {table.name})")
         return sorted(row[:-1] for row in rows)
@@ -247,6 +364,7 @@ class Catalogue:
         small = table.num_small
         condition = " AND ".join(f"{name} = ?" for name in table.names[: len(keys)]) or "1"
         rows = self._connection.execute(f"SELECT * FROM {table.name} WHERE {condition}", keys).fetchall()
+        self._check_types(table, (*table.columns[:small], "checksum INTEGER", *table.columns[small:]), rows)
         for row in rows:
             self._check_row(table, (*row[:small], *row[small + 1 :]), row[small])
         return sorted((*row[:small], *row[small + 1 :]) for row in rows)
@@ -281,6 +399,25 @@ class Catalogue:
         """Raise ValueError if the bank was closed."""
         if self.is_closed:
             raise ValueError(f"the bank in {str(self.path.parent)!r} was closed; open it again with `MemoryBank.open`.")
+
+    def _check_file_named(self, name: str, num_bytes: int, digests: str) -> None:
+        with contextlib.suppress(ValueError):
+            known = parse_json(digests)
+            if SEGMENT_NAME.fullmatch(name) and type(known) is dict and fits(list(known.values()), [str]):
+                return
+        raise damaged(self.path, f"names {name!r} for a file of {num_bytes} bytes, as no bank does")
+
+    def _check_types(self, table: Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
+        """Raise ValueError unless every column holds what it is declared to hold, which SQLite does not see to."""
+        for column, values in zip(columns, zip(*rows, strict=True), strict=False):
+            name, kind = column.split()
+            is_right = set(map(type, values)) == {KINDS[kind]}
+            if is_right and kind == "INTEGER":
+                is_right = min(values) >= 0 and max(values) < (MODULUS if name == "checksum" else LARGEST)
+            elif is_right and kind == "REAL":
+                is_right = all(map(math.isfinite, values))
+            if not is_right:
+                raise damaged(self.path, f"was changed after it was written ({name} of {table.name})")
 
     def _check_row(self, table: Table, row: Sequence[Any], checksum: object) -> None:
         if row_checksum(table, row) != checksum:

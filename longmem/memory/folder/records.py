@@ -1,23 +1,42 @@
-"""Documents as rows of the catalogue, and back."""
+"""Documents as rows of the catalogue, and back, with a check of all that the rows say of each other and of the files."""
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from safetensors.torch import load, save
 from torch import Tensor
 
 from longmem.encoder.history import Encoders
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment
-from longmem.memory.rows.documents import Document, Run, Source, SourcePart
+from longmem.memory.folder.foreign import damaged, fits, parse_json
+from longmem.memory.rows.codec import STORAGE_DTYPES, stored_width
+from longmem.memory.rows.documents import Document, Run, Source, SourcePart, Tail
 from longmem.memory.rows.segments import Segments
+from longmem.memory.rows.storage import LayerShape
 from longmem.memory.rows.table import Table
 
 DATES = ("dated", "valid_until", "is_superseded", "superseded_by")
+DOCUMENT = {
+    "document_id": str,
+    "num_tokens": int,
+    "tags": [str],
+    "is_pinned": bool,
+    "segments": [list],
+    "written_at": float,
+    "has_source": bool,
+    "dated?": float,
+    "valid_until?": float,
+    "is_superseded?": bool,
+    "superseded_by?": str,
+}
+LARGEST_WIDTH = 2**20  # of a key or a value, and the largest number of heads
 CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
 
 
@@ -101,27 +120,93 @@ def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Sourc
     if sum(row[2] for row in rows) < stop - start or (rows and rows[0][1] > start):
         return None
     source = Source(has_text=bool(rows) and bool(rows[0][5]), first_char=rows[0][3] if rows else 0)
-    for _, _, _, _, token_ids, char_ends, text in rows:
-        ids = _from_int32(token_ids)
-        if char_ends:
-            source.push(SourcePart(ids, text.decode("utf-8", "surrogatepass"), _from_int32(char_ends)))
-        else:
-            source.push(SourcePart(ids))
+    for _, first_token, num_tokens, _, token_ids, char_ends, text in rows:
+        ids, ends, words = _from_int32(token_ids), _from_int32(char_ends), text.decode("utf-8", "surrogatepass")
+        goes_up = not len(ends) or (
+            int(ends[0]) >= 0 and int(ends[-1]) <= len(words) and bool((ends.diff() >= 0).all())
+        )
+        if len(ids) != num_tokens or len(ends) not in ((num_tokens,) if source.has_text else (0,)) or not goes_up:
+            raise ValueError(f"the text and the ids of {num_tokens} tokens from {first_token} on do not fit")
+        source.push(SourcePart(ids, words, ends) if source.has_text else SourcePart(ids))
     source.drop(max(0, start - rows[0][1]) if rows else 0)
     source.shorten(stop - start)
     return source
 
 
-def read_document(
-    serial: int, fields: dict[str, Any], waiting: bytes, usage: tuple[int, float], device: torch.device
-) -> Document:
-    """Return a document without its rows and its source."""
-    fields = fields | {"tags": tuple(fields["tags"]), "segments": Segments.from_json(fields["segments"])}
-    document = Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
-    tails = load(waiting) if waiting else {}
-    layers = range(len(tails) // 2)
-    document.waiting = [(tails[f"{each}.keys"].to(device), tails[f"{each}.values"].to(device)) for each in layers]
-    return document
+def check_files(content: dict[str, Any], segments: Sequence[Segment]) -> None:
+    """Raise ValueError, which names the file, unless files hold what the description says: so many slots of such chunks."""
+    settings, end = content["settings"], 0
+    dtype = STORAGE_DTYPES[settings["storage_dtype"]]
+    if len(content["shapes"]) not in (0, len(settings["memory_layers"])):
+        raise ValueError(f"{len(settings['memory_layers'])} layers cannot have {len(content['shapes'])} shapes")
+    shapes = [LayerShape(*shape) for shape in content["shapes"]]
+    if any(not 1 <= size <= LARGEST_WIDTH for shape in shapes for size in shape.sizes):
+        raise ValueError(f"heads and widths are from 1 to {LARGEST_WIDTH}, not {content['shapes']}")
+    for segment in segments:
+        assert segment.file is not None
+        if segment.first_slot < end or segment.num_slots < 1 or not shapes:
+            raise ValueError(f"slots from {segment.first_slot} are in two files, or in none")
+        end = segment.first_slot + segment.num_slots
+        expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for position, (heads, key_dim, value_dim, by_token) in enumerate(shapes):
+            for name, width in (("keys", key_dim), ("values", value_dim)):
+                sizes = heads, segment.num_slots, settings["chunk_size"], stored_width(width, dtype)
+                expected[f"{position}.{name}"] = dtype, sizes
+            expected[f"{position}.search_keys"] = torch.float32, (heads, segment.num_slots, 0 if by_token else key_dim)
+        if segment.file.shapes != expected:
+            raise damaged(segment.file.path, "does not have the tensors that the catalogue says")
+    if end > content["next_slot"]:
+        raise ValueError(f"slots beyond {content['next_slot']}, the next to be given, are in use")
+
+
+def check_places(content: dict[str, Any], segments: Sequence[Segment], spans: Int[np.ndarray, "spans 5"]) -> None:
+    """Raise ValueError unless every run of chunks is in a file, in no two of them, and follows the one before it.
+
+    `spans`: serial, first chunk, number of chunks, slot and order of writing; sorted by serial and first chunk.
+    """
+    serials, first, count, slot, order = spans.T
+    end, starts = slot + count, np.array([segment.first_slot for segment in segments], dtype=np.int64)
+    place = np.searchsorted(starts, slot, side="right") - 1
+    limits = starts + np.array([segment.num_slots for segment in segments], dtype=np.int64)
+    if (spans >= 2**62).any() or (count < 1).any() or (place < 0).any() or (end > limits[place]).any():
+        raise ValueError("chunks are said to be where no file is")
+    by_slot = slot.argsort()
+    if (slot[by_slot][1:] < end[by_slot][:-1]).any():
+        raise ValueError("two runs of chunks are in one place")
+    same = serials[1:] == serials[:-1]
+    if (same & ((first + count)[:-1] != first[1:])).any() or (same & (order[1:] <= order[:-1])).any():
+        raise ValueError("the chunks of a document do not follow one another")
+    if len(np.unique(order)) < len(order) or order.max(initial=-1) >= content["next_order"]:
+        raise ValueError("two runs of chunks were written at once, or one after the last")
+
+
+def _segments_of(runs: Sequence[Sequence[int]], num_tokens: int, num_kept: int, num_versions: int) -> Segments:
+    """Return the segments of a document of so many tokens, of which so many are kept; there is one a token at most."""
+    start, total = None, 0
+    for run in runs:
+        if len(run) != 6 or any(type(each) is not int or not -1 <= each < 2**62 for each in run):
+            raise ValueError(f"{run} is no run of segments")
+        total += run[2]
+        if min(run[0], run[1] - 1, run[2] - 1) < 0 or run[0] != (run[0] if start is None else start):
+            raise ValueError(f"{run} does not follow the segments before it")
+        if max(run[3], run[5]) >= max(num_versions, 1):
+            raise ValueError(f"{run} names an encoder that the bank does not know")
+        start = run[0] + run[1] * run[2]
+    if total > num_kept + 1 or (start is not None and start > num_tokens):
+        raise ValueError(f"{total} segments are more than {num_tokens} tokens can have, of which {num_kept} are kept")
+    return Segments.from_json(runs)
+
+
+def _tails_of(waiting: bytes, shapes: Sequence[LayerShape]) -> list[Tail]:
+    """Return the keys and values that wait, of each layer."""
+    tensors = load(waiting) if waiting else {}
+    tails = [(tensors[f"{each}.keys"], tensors[f"{each}.values"]) for each in range(len(tensors) // 2)]
+    for shape, pair in zip(shapes if tails else (), tails, strict=True):
+        for tensor, width in zip(pair, shape.sizes[1:], strict=True):
+            num_waiting = tails[0][0].shape[1]
+            if tensor.dtype != torch.float32 or tensor.shape != (shape.kv_heads, num_waiting, width):
+                raise ValueError(f"a tail of {tuple(tensor.shape)} does not fit the bank")
+    return tails
 
 
 def restore(
@@ -132,32 +217,53 @@ def restore(
     read_source_of: Callable[[int, int, int], Source | None],
     device: torch.device,
 ) -> None:
-    """Fill empty contents, over a storage in the folder, with what the catalogue says.
+    """Fill empty contents, over a storage in the folder, with what the catalogue says, after a check that it can be so.
 
     Args:
         contents: to be filled.
         content: what is said about the bank as a whole.
-        segments: open files.
+        segments: open files, by slot.
         rows: of all tables, by their names.
         read_source_of: given a document's serial and a range of tokens, returns their source.
         device: for the tails.
     """
     storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
     assert isinstance(storage, DiskStorage)
+    check_files(content, segments)
+    spans = np.array([row[:5] for row in rows["spans"]], dtype=np.int64).reshape(-1, 5)
+    check_places(content, segments, spans)
     storage.restore(segments, content["next_slot"], content["shapes"])
     contents.encoders = Encoders.from_json(content["encoders"])
+    num_versions = len(contents.encoders.versions)
     usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
+    kept: dict[int, int] = Counter()
+    for serial, _, count, *_ in rows["spans"]:
+        kept[serial] += count * chunk_size
     with_source = []
     for serial, text, waiting in rows["documents"]:
-        fields = json.loads(text)
+        fields = parse_json(text)
+        if not fits(fields, DOCUMENT) or serial >= content["next_serial"] or fields["document_id"] in ledger.documents:
+            raise ValueError(f"document {serial} is not described")
         if fields.pop("has_source"):
             with_source.append(serial)
-        ledger.open(read_document(serial, fields, waiting, usage[serial], device))
+        document = Document(serial=serial, num_reads=usage[serial][0], last_read=usage[serial][1], **fields)
+        tails = _tails_of(waiting, storage.shapes)
+        document.waiting = [(keys.to(device), values.to(device)) for keys, values in tails]
+        num_kept = kept[serial] + document.num_waiting_tokens
+        document.segments = _segments_of(fields["segments"], document.num_tokens, num_kept, num_versions)
+        document.tags = tuple(document.tags)
+        ledger.open(document)
     for serial, first, count, slot, order, written_at in sorted(rows["spans"], key=lambda row: row[4]):
         document, new_rows = ledger.by_serial[serial], ledger.num_rows + torch.arange(count)
         ledger.enter_run(Run(document, count, written_at, order, slot, stored=(first, count, slot)))
         ledger.place(document, new_rows, first)
         storage.point(new_rows, slot)
+    starts = dict(zip(spans[::-1, 0].tolist(), spans[::-1, 1].tolist(), strict=True))  # the first of each
+    if any(
+        document.first_chunk(chunk_size) != max(0, starts.get(serial, document.first_chunk(chunk_size)))
+        for serial, document in ledger.by_serial.items()
+    ):
+        raise ValueError("a document has fewer tokens than it has chunks")
     for serial in with_source:
         document = ledger.by_serial[serial]
         start = document.first_chunk(chunk_size) * chunk_size

@@ -1,25 +1,29 @@
-"""Saved FAISS indexes of a bank on disk: derived data, kept so that opening a bank need not build them.
+"""Saved FAISS indexes of a bank on disk: derived data, kept as arrays so that opening a bank need not build them.
 
 An index numbers its vectors by labels; the file says which slot each label stands for, and reopening turns slots into
 rows. What does not fit, or is damaged, is built anew; chunks written since are added at the next search.
 """
 
-import hashlib
 import json
+import re
 import secrets
 from pathlib import Path
 from typing import Any
 
-import faiss
+import numpy as np
 import torch
 
 from longmem.memory.folder.disk_storage import DiskStorage
+from longmem.memory.folder.foreign import UNFIT, fits, parse_json
 from longmem.memory.folder.tensor_file import TensorFile, remove, sync, write_tensor_file
-from longmem.memory.index import SavedIndex, read_index, write_index
+from longmem.memory.index import SavedIndex, arrays_of, index_of
 from longmem.memory.rows.table import Table
 
 # An index that covers less than this share of the chunks is saved again when the bank is closed.
 COVERED_SHARE = 0.9
+MAX_HEADS = 4_096  # more than any model has
+DESCRIBED = {"layout": str, "trained_rows": int, "num_labels": int, "rows_of_slot": int}
+NAME = re.compile(r"layer\d{1,6}-[0-9a-f]{16}")
 
 
 class SavedIndexes:
@@ -30,25 +34,32 @@ class SavedIndexes:
         self._listed: dict[int, tuple[Any, ...]] = {}
 
     def restore(self, rows: list[tuple[Any, ...]]) -> None:
-        """Take over what the catalogue lists."""
-        self._listed = {row[0]: row for row in rows}
+        """Take over what the catalogue lists, as far as it can be used."""
+        self._listed = {row[0]: row for row in rows if NAME.fullmatch(row[1]) and _described(row) is not None}
 
     def read(self, storage: DiskStorage, position: int) -> SavedIndex | None:
         """Return the saved index of one layer, with the rows of today; None if there is none that can be used."""
         if position not in self._listed:
             return None
-        _, name, num_bytes, digests, content = self._listed[position]
-        described = json.loads(content)
+        row = self._listed[position]
+        described, path = _described(row), self.folder / f"{row[1]}.safetensors"
+        assert described is not None
         try:
-            if digest_of(self.folder / f"{name}.faiss") != described["digest"]:
+            file = TensorFile(path, row[2], parse_json(row[3]))
+            arrays = {each: file.tensor(each, check=True).numpy() for each in file.shapes}
+            slots, centres = torch.from_numpy(arrays.pop("slots")), arrays.pop("centres").copy()
+            if slots.dtype != torch.int64 or slots.ndim != 1 or centres.ndim != 2 or len(centres) > MAX_HEADS:
                 return None
-            file = TensorFile(self.folder / f"{name}.safetensors", num_bytes, json.loads(digests))
-            slots, centres = (file.tensor(each, check=True) for each in ("slots", "centres"))
-            files: list[faiss.Index] = read_index(self.folder / f"{name}.faiss")
-        except (OSError, ValueError):
+            heads: list[dict[str, np.ndarray]] = [{} for _ in centres]
+            for each, array in arrays.items():
+                heads[int(each.partition(".")[0])][each.partition(".")[2]] = array
+            files = [index_of(described["layout"], centres.shape[1], head) for head in heads]
+            size = described["rows_of_slot"]
+            rows = storage.rows_of(slots.div(size, rounding_mode="floor"))
+        except (OSError, RuntimeError, *UNFIT):  # FAISS's errors are RuntimeErrors
             return None
-        rows = storage.rows_of(slots).numpy()
-        return SavedIndex(files, rows, described["trained_rows"], described["layout"], centres.numpy().copy())
+        labels = torch.where(rows < 0, -1, rows * size + slots % size).numpy()
+        return SavedIndex(files, labels, described["trained_rows"], described["layout"], centres)
 
     def write(self, contents: Table, *, again: bool = False) -> list[tuple[Any, ...]]:
         """Write the indexes that cover much more than what is saved; return their rows of the catalogue.
@@ -64,8 +75,8 @@ class SavedIndexes:
             if again and not is_clean:
                 del contents.indexes[position]
             if is_clean if again else not self._is_covered(position, saved):
-                rows.append(self._write(position, saved, contents.storage))
-        return rows
+                rows.append(self._write(position, saved, contents))
+        return [row for row in rows if row is not None]
 
     def keep(self, rows: list[tuple[Any, ...]]) -> None:
         """Note, once rows of `write` are in the catalogue, that these count from now on."""
@@ -88,35 +99,42 @@ class SavedIndexes:
         """Return whether the saved index of this layout has most of the rows that this one has."""
         if position not in self._listed:
             return False
-        described = json.loads(self._listed[position][4])
+        described = _described(self._listed[position])
+        assert described is not None
         same = described["layout"] == saved.layout and described["trained_rows"] == saved.trained_rows
         return same and described["num_labels"] >= COVERED_SHARE * len(saved.rows)
 
-    def _write(self, position: int, saved: SavedIndex, storage: Any) -> tuple[Any, ...]:
+    def _write(self, position: int, saved: SavedIndex, contents: Table) -> tuple[Any, ...] | None:
+        """Write an index; return its row of the catalogue, None for one whose layout is none that can be kept."""
+        heads = [arrays_of(file, saved.layout) for file in saved.files]
+        if None in heads:
+            return None
         self.folder.mkdir(exist_ok=True)
         name = f"layer{position}-{secrets.token_hex(8)}"
-        path = self.folder / f"{name}.faiss"
-        try:
-            write_index(path, saved.files)
-        except RuntimeError as error:  # of FAISS, where the disk is full
-            remove(path)
-            raise OSError(str(error)) from error
-        sync(path)
+        # Where keys of tokens are searched, a slot has as many rows of the index as a chunk has tokens.
+        size = contents.chunk_size if contents.by_token else 1
         rows = torch.from_numpy(saved.rows)
-        slots = torch.where(rows < 0, -1, storage.slots_of(rows.clamp(min=0)))
-        tensors = self.folder / f"{name}.safetensors"
-        digests = write_tensor_file(tensors, {"slots": slots, "centres": torch.from_numpy(saved.centres)})
+        places = contents.storage.slots_of(rows.clamp(min=0).div(size, rounding_mode="floor"))  # type: ignore[attr-defined]
+        slots = torch.where(rows < 0, -1, places * size + rows.clamp(min=0) % size)
+        tensors = {"slots": slots, "centres": torch.from_numpy(saved.centres)}
+        for head, arrays in enumerate(heads):
+            tensors |= {f"{head}.{each}": torch.from_numpy(array) for each, array in (arrays or {}).items()}
+        path = self.folder / f"{name}.safetensors"
+        digests = write_tensor_file(path, tensors)
         sync(self.folder)
         described = {
             "layout": saved.layout,
             "trained_rows": saved.trained_rows,
             "num_labels": len(saved.rows),
-            "digest": digest_of(path),
+            "rows_of_slot": size,
         }
-        return position, name, tensors.stat().st_size, json.dumps(digests), json.dumps(described)
+        return position, name, path.stat().st_size, json.dumps(digests), json.dumps(described)
 
 
-def digest_of(path: Path) -> str:
-    """Return 16 bytes of BLAKE2b over a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _described(row: tuple[Any, ...]) -> dict[str, Any] | None:
+    """Return what a row of the catalogue says of an index; None where that is not what is written here now."""
+    try:
+        described = parse_json(row[4])
+    except ValueError:
+        return None
+    return described if fits(described, DESCRIBED) and described["rows_of_slot"] else None

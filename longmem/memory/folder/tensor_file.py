@@ -1,9 +1,8 @@
 """Safetensors files that are written once, synced to the disk, mapped, and checked tensor by tensor."""
 
 import contextlib
-import errno
 import hashlib
-import json
+import math
 import os
 import weakref
 from collections.abc import Mapping
@@ -16,34 +15,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longmem.memory.folder.foreign import damaged, fits, not_read, open_plain, parse_json, said_by
+
 DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "I32": torch.int32,
     "I64": torch.int64,
 }
 # The name, in the digests of a file, of everything before its first tensor.
 HEADER = ""
-
-
-def damaged(path: Path, problem: str) -> ValueError:
-    """Return the error for a file of a bank that is not as it was written."""
-    return ValueError(
-        f"the bank needs {str(path)!r} as it was written, but the file {problem}; restore the folder from a copy, or "
-        "memorize its documents again."
-    )
-
-
-def not_read(path: Path, error: OSError | RuntimeError) -> ValueError:
-    """Return the error for a file of a bank that the system does not open."""
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-        return ValueError(
-            f"the bank in {str(path.parent.parent)!r} has more files than this process may open at once ({error}); nothing "
-            "is damaged. Allow more (`ulimit -n 65536` in the shell), or close other banks."
-        )
-    return damaged(path, f"cannot be read ({error})")
+LARGEST_HEADER = 2**20
+PLACE = {"dtype": str, "shape": [int], "data_offsets": [int]}
 
 
 def not_written(folder: Path, error: Exception) -> ValueError:
@@ -113,29 +99,33 @@ class TensorFile:
         self._descriptor: int | None = None
         self._checked: set[str] = set()
         try:
-            with path.open("rb") as file:
+            with open(open_plain(path), "rb") as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != num_bytes:
                     raise damaged(path, f"was cut or grew: {num_bytes} bytes were written, there are {found}")
                 first = file.read(8)
                 start = 8 + int.from_bytes(first, "little")
-                header = first + file.read(start - 8) if start <= num_bytes else b""
-            if digest(header) != digests[HEADER]:
+                header = first + file.read(start - 8) if start <= min(num_bytes, LARGEST_HEADER) else b""
+            if digest(header) != digests.get(HEADER):
                 raise damaged(path, "was changed after it was written (header)")
+            with said_by(path):
+                self._places = _places(header, num_bytes)
+            if not digests.keys() >= self._places.keys():
+                raise damaged(path, "has tensors that the catalogue does not know of")
             if mapped or not hasattr(os, "preadv"):
                 # A private mapping: nobody writes to it, but torch wants memory that could be written to.
                 storage = torch.UntypedStorage.from_file(str(path), False, num_bytes)
                 self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]
             else:
-                self._descriptor = os.open(path, os.O_RDONLY)
+                self._descriptor = open_plain(path)
                 weakref.finalize(self, os.close, self._descriptor)
         except (OSError, RuntimeError) as error:  # torch's error is a RuntimeError
             raise not_read(path, error) from error
-        self._places = {
-            name: (DTYPES[place["dtype"]], place["shape"], *(start + offset for offset in place["data_offsets"]))
-            for name, place in json.loads(header[8:]).items()
-            if name != "__metadata__"
-        }
+
+    @property
+    def shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return the type and the shape of each tensor."""
+        return {name: (dtype, tuple(shape)) for name, (dtype, shape, _, _) in self._places.items()}
 
     def tensor(self, name: str, *, check: bool = False) -> Tensor:
         """Return one tensor; `check` compares it with its digest, the first time."""
@@ -179,3 +169,19 @@ class TensorFile:
             if not count:
                 raise damaged(self.path, "was cut while it was read")
             view, start = view[count:], start + count
+
+
+def _places(header: bytes, num_bytes: int) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
+    """Return type, shape and first and last byte of each tensor. Raises ValueError where one is not inside the file."""
+    places = {}
+    for name, place in parse_json(header[8:].decode()).items():
+        if name == "__metadata__":
+            continue
+        if not fits(place, PLACE) or place["dtype"] not in DTYPES or len(place["data_offsets"]) != 2:
+            raise ValueError(f"{name!r} is no tensor of a bank")
+        dtype, (start, stop) = DTYPES[place["dtype"]], (len(header) + offset for offset in place["data_offsets"])
+        fills = math.prod(place["shape"]) * dtype.itemsize == stop - start
+        if not fills or stop > num_bytes or start % dtype.itemsize or len(place["shape"]) > 8:
+            raise ValueError(f"{name!r} is not inside the file")
+        places[name] = dtype, place["shape"], start, stop
+    return places

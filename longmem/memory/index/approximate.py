@@ -244,6 +244,8 @@ class ApproximateIndex(FlatIndex):
         if not fits or not self._table.adopt(saved.rows, self.store.num_rows):
             return False
         self._files, self._centres, self._trained_rows = saved.files, saved.centres, saved.trained_rows
+        for file in self._files:
+            self.prepare(file)
         # Of tombstones nobody knows whether they were encoded again, which leaves clusters of another encoder.
         self._rows_reencoded = int((saved.rows < 0).sum())
         return True
