@@ -64,8 +64,9 @@ class BankView:
             raise ValueError(
                 "`document_ids` or `tags` must name at least one document or tag, got none; read the bank itself for all."
             )
-        for document_id in self.document_ids:
-            validate_known("document_ids", document_id, table.ledger.documents)
+        with table.lock:
+            for document_id in self.document_ids:
+                validate_known("document_ids", document_id, table.ledger.documents)
 
     @property
     def fingerprint(self) -> str | None:
@@ -82,7 +83,8 @@ class BankView:
     @property
     def num_chunks(self) -> int:
         """Return the number of resident chunks of these documents."""
-        return len(self.selection.rows(self._table.ledger))
+        with self._table.lock:
+            return len(self.selection.rows(self._table.ledger))
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +103,8 @@ class BankView:
 
     def documents(self) -> list[str]:
         """Return the ids of these documents that are there."""
-        return [document.document_id for document in self.selection.documents(self._table.ledger)]
+        with self._table.lock:
+            return [document.document_id for document in self.selection.documents(self._table.ledger)]
 
     def ready_for(self, model: EncodingModel) -> None:
         self.bank.ready_for(model)

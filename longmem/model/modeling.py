@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -123,7 +124,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         states = self.run_backbone(input_ids, with_keys=output_memory_keys, **inputs)
-        hidden_states, reads = self.side_network(states, banks)
+        hidden_states, reads = self.side_network(states, banks, self)
         logits = self._backbone.logits(hidden_states, logits_to_keep, self.side_network.final_modules)
         loss = None
         if labels is not None:
@@ -134,7 +135,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             logits=logits,
             memory_keys=tuple(states.keys.values()) if output_memory_keys else None,
             memory_values=tuple(states.values.values()) if output_memory_keys else None,
-            memory_reads=tuple(reads) if output_memory_reads else None,
+            # Without `found`, which keeps for whoever holds it what a bank has since given up.
+            memory_reads=tuple(replace(read, found=()) for read in reads) if output_memory_reads else None,
             **as_keyword(cache),
         )
 
