@@ -1,9 +1,10 @@
 """A bank and the encoder that reads it: what is stale is refused, encoded again or masked, as its refresh policy says."""
 
+import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,7 +143,8 @@ class Freshness:
         reader.stamp = stamp
         self._of_thread.reader = self._latest = reader
         if reader.wanted or self.has_stale:
-            self.policy.on_open(self.refresher(writer))
+            with self._unless_another(stamp):
+                self.policy.on_open(self.refresher(writer))
 
     def open_for(self, model: EncodingModel, *, strict: bool) -> None:
         """Make a bank that was opened ready for a model; not `strict`: read what another encoder wrote as it is.
@@ -300,7 +302,8 @@ class Freshness:
         assert self.encoders.stamp is not None
         self.policy.admit(self.encoders.stamp, stamp)
         self._enter(writer)
-        self.policy.on_encoder_change(self.refresher(writer))
+        with self._unless_another(stamp):
+            self.policy.on_encoder_change(self.refresher(writer))
         if self.has_stale and (lost := self._tokens_lost()):
             self.state.warn_once(
                 "lost",
@@ -308,6 +311,15 @@ class Freshness:
                 "their tokens or the borders of their segments are not known; they are no longer read. Memorize their "
                 "documents again.",
             )
+
+    @contextlib.contextmanager
+    def _unless_another(self, stamp: EncoderStamp) -> Iterator[None]:
+        """Let the policy act for an encoder, up to where another model makes its own the current one: then there is a mask."""
+        try:
+            yield
+        except StaleMemoryError:
+            if self.encoders.stamp is None or self.encoders.stamp.digest == stamp.digest:
+                raise
 
     def _tokens_lost(self) -> int:
         """Return how many resident tokens may not be read and can't be encoded again."""
