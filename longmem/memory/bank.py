@@ -30,7 +30,7 @@ from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.segments import Joins, Segment
 from longmem.memory.rows.storage import KeysValues, LayerShape
 from longmem.memory.rows.table import Table
-from longmem.memory.visibility import Selection, Snapshot, Visibility, has_expired, position_of, take
+from longmem.memory.visibility import READING, Selection, Snapshot, Visibility, has_expired, position_of, take
 
 # Names of the parts that were methods of the bank, for one release more.
 MOVED = {
@@ -548,7 +548,7 @@ class MemoryBank:
         with self._table.lock:
             if not self._table.ledger.num_rows:
                 return True
-            readable = self.freshness.mask()
+            readable = self.freshness.read_by((READING.get() or (None,))[0])[1]
         return readable is not None and not self.freshness.policy.encodes_on_read and not bool(readable.any())
 
     @property

@@ -138,10 +138,7 @@ class Freshness:
             refuse_other_recipe(known, stamp)  # the tokenizer is no part of the digest
             if versions[-1].sketch is None:
                 self._enter_sketched(writer, stamp)
-        if reader is None:
-            reader = self._readers[writer] = Reader(weakref.ref(writer), stamp)
-        reader.stamp = stamp
-        self._of_thread.reader = self._latest = reader
+        reader = self._read_as(writer, stamp)
         if reader.wanted or self.has_stale:
             with self._unless_another(stamp):
                 self.policy.on_open(self.refresher(writer))
@@ -292,6 +289,14 @@ class Freshness:
             if self.encoders.stamp is None or self.encoders.stamp.digest != stamp.digest:
                 self._table.ledger.note_change()
             self._enter_sketched(writer, stamp)
+            self._read_as(writer, stamp)
+
+    def _read_as(self, writer: Writer, stamp: EncoderStamp) -> Reader:
+        """Return what the bank knows of a model, as which this thread reads and writes from now on."""
+        reader = self._readers.setdefault(writer, Reader(weakref.ref(writer), stamp))
+        reader.stamp = stamp
+        self._of_thread.reader = self._latest = reader
+        return reader
 
     def _enter_sketched(self, writer: Writer, stamp: EncoderStamp) -> None:
         # A moving encoder is sketched only where a clock asks for it: it moves at every step.

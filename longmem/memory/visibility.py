@@ -187,8 +187,6 @@ class Snapshot:
         if scaling is not None and self._has_prior:
             validate_scaling(scaling)
             bonus = None if weights is None else weights / scaling
-        is_first, self._was_read = not self._was_read, True
-        is_now = self.edition.generation == table.ledger.generation and self.num_rows == table.ledger.num_rows
 
         def search(rows: Tensor | None) -> Ranked:
             return self.edition.search(position, queries, num_chunks, self.num_rows, rows, bonus)
@@ -198,8 +196,9 @@ class Snapshot:
 
         if self._readable is None:
             scores, found = search(self._rows)
-        # Who changes a folder meanwhile is not waited for.
-        elif is_first and is_now and self._freshness.may_encode() and table.turn.acquire(blocking=False):
+        elif self._may_encode() and table.turn.acquire(
+            blocking=False
+        ):  # who changes a folder meanwhile is not waited for
             del self.edition  # or stale rows would be kept for it
             try:
                 scores, found = self._freshness.search(search_now, self._rows, self._readable, self._reader, None)
@@ -208,11 +207,18 @@ class Snapshot:
                 table.turn.release()
         else:
             scores, found = self._freshness.search(search, self._rows, self._readable, self._reader, self.edition)
+        self._was_read = True
         there = found if self.edition.is_kept is None else found.cpu()[self.edition.is_there(found.cpu())]
         self.edition.table.ledger.count_reads(there)  # of what the bank has given up since, nobody counts reads
         ages = None if weights is None else weights[found.clamp(min=0).cpu()].to(found.device)
         generation: Hashable = self if self._is_held else table.ledger.generation
         return Found(found, scores, ages, generation if self.num_rows else None)
+
+    def _may_encode(self) -> bool:
+        """Return whether what is found may be encoded again: nothing was read yet, and nothing has changed."""
+        ledger = self._table.ledger
+        is_now = self.edition.generation == ledger.generation and self.num_rows == ledger.num_rows
+        return is_now and not self._was_read and self._freshness.may_encode()
 
 
 # Of the forward pass that runs in this context: the model that reads, for which banks were made ready (None: the last for which

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longmem.errors import ChangedMemoryError
 from longmem.memory import ChunkPlace, MemoryBank
-from longmem.model.attention import MemoryRead
+from longmem.model.attention import ATTEMPTS_TO_READ, MemoryRead
 from longmem.model.modeling import LongMemForCausalLM
 
 
@@ -78,9 +79,23 @@ def read_passages(
         context: tokens of the document shown before and after a chunk.
     """
     ids = token_ids[None].to(model.input_device)
-    reads = model(ids, memory=bank, output_memory_reads=True, logits_to_keep=1).memory_reads
-    if not reads:
-        return [[] for _ in targets]  # the bank is empty
+    for _ in range(ATTEMPTS_TO_READ):
+        generation = bank.generation
+        reads = model(ids, memory=bank, output_memory_reads=True, logits_to_keep=1).memory_reads
+        with bank.lock:
+            if bank.generation == generation:  # rows that were read are those of today
+                return _passages(model, bank, reads, targets, count, context) if reads else [[] for _ in targets]
+    raise ChangedMemoryError
+
+
+def _passages(
+    model: LongMemForCausalLM,
+    bank: MemoryBank,
+    reads: Sequence[MemoryRead],
+    targets: Sequence[slice],
+    count: int,
+    context: int,
+) -> list[list[Passage]]:
     rows, shares = chunk_shares(reads)
     mean = shares.mean(dim=0).clamp_min(torch.finfo(shares.dtype).tiny)
     surprise = torch.xlogy(shares, shares / mean)

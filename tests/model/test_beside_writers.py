@@ -191,8 +191,12 @@ def test_search_by_token_and_by_chunk_in_every_generation(search):
     model = LongMemForCausalLM.from_backbone(build_backbone("llama"), **options).eval()
     bank = make(model)
     before = answer(model, bank)
-    with before_layer(model, FIRST, lambda: bank.delete("a")), before_layer(model, LAST, bank.clear):
-        first = answer(model, bank)  # the first change comes before the first search, so it is seen
+    with (
+        before_layer(model, FIRST, lambda: bank.delete("a")),  # before the first search, so it is seen
+        before_layer(model, MIDDLE, lambda: bank.delete("b")),
+        before_layer(model, LAST, bank.clear),
+    ):
+        first = answer(model, bank)
     alone = make(model, "bcd")
     torch.testing.assert_close(first, answer(model, alone), rtol=1e-4, atol=1e-5)
     assert (first - before).abs().max() > 1e-3
