@@ -53,10 +53,13 @@ class StaleMemoryError(ValueError):
 
 
 class ChangedMemoryError(RuntimeError):
-    """Chunks that a search found have moved, or were overwritten or encoded again, before they were read."""
+    """Chunks that a search found have moved, or were overwritten or encoded again, before they were read.
+
+    A model that reads never meets it: its forward pass, and the backward pass, read one state of the bank.
+    """
 
     def __init__(self) -> None:
         super().__init__(
-            "the memory bank moved, overwrote or encoded again chunks after they had been found; search again, and in training "
-            "call `backward()` before writing to the bank."
+            "the memory bank moved, overwrote or encoded again chunks after they had been found; search again, and read before "
+            "writing to the bank, or read with a model, which keeps what it has found."
         )

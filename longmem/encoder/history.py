@@ -63,6 +63,13 @@ class Encoders:
         last, current = self.versions[-1].stamp.digest, self.current
         return [0 if each.stamp.digest == last else current - number for number, each in enumerate(self.versions)]
 
+    def version_of(self, digest: str) -> int:
+        """Return the latest version of an encoder; the current one if it never wrote here."""
+        known = (
+            number for number in reversed(range(len(self.versions))) if self.versions[number].stamp.digest == digest
+        )
+        return next(known, self.current)
+
     def gaps(self) -> list[float | None]:
         """Return for each version how far the weights have moved since, relative to their norm; None if not known."""
         now = self.versions[-1].sketch if self.versions else None

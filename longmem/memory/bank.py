@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,7 +23,7 @@ from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
 from longmem.memory.folder.bank_folder import BankFolder, OnDisk, has_bank
 from longmem.memory.folder.foreign import said_by
 from longmem.memory.freshness import Freshness
-from longmem.memory.index import Ranked, validate_index
+from longmem.memory.index import validate_index
 from longmem.memory.memorize import memorize
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.reader import BankView
@@ -31,7 +32,7 @@ from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.segments import Joins, Segment
 from longmem.memory.rows.storage import KeysValues, LayerShape
 from longmem.memory.rows.table import Table
-from longmem.memory.visibility import Selection, Visibility, has_expired
+from longmem.memory.visibility import READING, Selection, Snapshot, Visibility, has_expired, position_of, take
 
 # Names of the parts that were methods of the bank, for one release more.
 MOVED = {
@@ -119,7 +120,7 @@ class MemoryBank:
         self._table.encoders = Encoders([] if fingerprint is None else [fingerprint])
         self._on_disk: OnDisk | None = None
         self.freshness = Freshness(self._table, refresh)
-        self._visibility = Visibility(self._table, make_age_prior(age_prior), self.freshness.mask)
+        self._visibility = Visibility(self._table, make_age_prior(age_prior))
 
     # Making, opening, saving.
 
@@ -217,7 +218,8 @@ class MemoryBank:
         target = BankFolder(Path(folder), write=True, create=self._description(), with_first_commit=True)
         try:
             table = self._table.empty(target.new_storage(self.storage_dtype))
-            target.replace(self._table, table, self._settings())
+            with self._table.lock:
+                target.replace(self._table, table, self._settings())
         finally:
             target.close()
 
@@ -228,8 +230,9 @@ class MemoryBank:
     @torch.inference_mode(False)
     def copy(self, *, device: torch.device | str | None = None) -> Self:
         """Return a bank in memory, here or on another device, that holds the same documents and goes on by itself."""
-        twin = self._empty(self.device if device is None else device)
-        self._table.copy_to(twin._table)
+        with self._table.lock:
+            twin = self._empty(self.device if device is None else device)
+            self._table.copy_to(twin._table)
         return twin
 
     @property
@@ -295,7 +298,7 @@ class MemoryBank:
             dated: when the content was true, in seconds since 1970; None: when it was written.
             valid_until: when it ceases to be; from then on no search finds it. None: never.
         """
-        with self.transaction():
+        with self._table.change():
             self._table.drop_expired()
             checks.validate_new("document_id", document_id, self._table.ledger.documents)
             document = checks.dated_document(document_id, tags, dated, valid_until)
@@ -316,7 +319,7 @@ class MemoryBank:
 
         `segment`: "same", the encoder saw them behind those of the document's last segment; "new" and None as for `add`.
         """
-        with self.transaction():
+        with self._table.change():
             self._table.drop_expired()  # before the document is looked up: it may be what goes
             document = self._document("document_id", document_id)
             self._extend(document, keys, values, token_ids, text, char_ends, segment)
@@ -334,7 +337,7 @@ class MemoryBank:
         this one; the price is memory for the new version. Raises ValueError for an unknown id or another encoder.
         """
         self.refuse_reader()
-        old = self._document("document_id", document_id)
+        self._document("document_id", document_id)
         self.ready_for(model)
         draft = self.empty_like()
         num_encoded = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
@@ -343,11 +346,11 @@ class MemoryBank:
                 f"`model` must write the sizes that the bank holds, {self._table.shapes}, got "
                 f"{draft._table.shapes}; memorize all documents again, in `MemoryBank.for_model(model)`."
             )
-        with self.transaction(), self._table.lock, torch.inference_mode(False):
+        with self._table.change():
+            old = self._document("document_id", document_id)
             self._table.replace(old, draft._table, draft._table.ledger.documents[document_id])
         return num_encoded
 
-    @torch.inference_mode(False)
     def copy_tokens(
         self, document_id: str, bank: MemoryBank, origin_id: str, origin: int, part: SourcePart, **said: Any
     ) -> None:
@@ -356,51 +359,49 @@ class MemoryBank:
         `origin` is the first of its tokens there; they begin and end with whole chunks, in both documents. `said`: `tags`,
         `dated` and `valid_until` of a new document.
         """
-        document = bank._document("origin_id", origin_id)
-        first = origin // self.chunk_size - document.first_chunk(self.chunk_size)
-        rows = document.rows.values[first : first + len(part.token_ids) // self.chunk_size]
-        chunks = bank._table.storage.select(rows)
-        with self.transaction():
+        with bank._table.lock, torch.inference_mode(False):
+            document = bank._document("origin_id", origin_id)
+            first = origin // self.chunk_size - document.first_chunk(self.chunk_size)
+            rows = document.rows.values[first : first + len(part.token_ids) // self.chunk_size]
+            chunks = bank._table.storage.select(rows)
+        with self._table.change():
             own = self._table.ledger.documents.get(document_id) or checks.dated_document(document_id, **said)
             checks.validate_source(part.token_ids, part.text, part.char_ends, len(part.token_ids), own)
-            with self._table.lock:
-                self._table.extend_with_chunks(own, chunks, part)
+            self._table.extend_with_chunks(own, chunks, part, self.freshness.version_written())
 
     def delete(self, document_id: str) -> None:
         """Forget a document; in a folder its bytes stay until `compact`. Raises ValueError if there is none."""
-        document = self._document("document_id", document_id)
-        with self.transaction(), self._table.lock:
-            self._table.drop(document)
+        with self._table.change():
+            self._table.drop(self._document("document_id", document_id))
 
     def rename(self, old: str, new: str) -> None:
         """Give a document another id. Raises ValueError if there is no `old`, or already a `new`."""
-        self._document("old", old)
-        checks.validate_new("new", new, self._table.ledger.documents)
-        with self.transaction():
+        with self._table.change():
+            self._document("old", old)
+            checks.validate_new("new", new, self._table.ledger.documents)
             self._table.ledger.rename(old, new)
 
     def tag(self, document_id: str, tags: Iterable[str]) -> None:
         """Give a document these tags instead of those it had."""
-        document = self._document("document_id", document_id)
-        with self.transaction():
-            self._table.ledger.label(document, checks.validate_tags(tags))
+        tags = checks.validate_tags(tags)
+        with self._table.change():
+            self._table.ledger.label(self._document("document_id", document_id), tags)
 
     def pin(self, document_id: str, is_pinned: bool = True) -> None:
         """Keep a document from eviction or, with False, no longer."""
-        document = self._document("document_id", document_id)
-        with self.transaction():
-            self._table.ledger.pin(document, is_pinned)
+        with self._table.change():
+            self._table.ledger.pin(self._document("document_id", document_id), is_pinned)
 
     def use_index(self, index: str) -> None:
         """Search with another index from now on, named as for the class; it is built when it is first needed."""
         validate_index(index)
-        with self.transaction():
+        with self._table.change():
             self._table.use_index(index)
 
     def use_age_prior(self, age_prior: AgePrior | str | None) -> None:
         """Let age count in another way from now on; given as for the class."""
         chosen = make_age_prior(age_prior)
-        with self.transaction():
+        with self._table.change():
             self._visibility.use(chosen)
             self._table.ledger.note_change()
 
@@ -411,7 +412,7 @@ class MemoryBank:
             empty.encoders = self.encoders
             self._table.become(empty)
             return
-        with self.transaction():
+        with self._table.change():
             for document in list(self._table.ledger.documents.values()):
                 self._table.drop(document)
 
@@ -422,17 +423,17 @@ class MemoryBank:
         and remembered when it is deleted; None: nothing did. Raises ValueError for an unknown id, or a `by` that was itself
         superseded, in the end, by the old document.
         """
-        document = self._document("document_id", document_id)
-        if by is not None:
-            self._refuse_circle(document_id, by)
-        with self.transaction(), self._table.lock:
+        with self._table.change():
+            document = self._document("document_id", document_id)
+            if by is not None:
+                self._refuse_circle(document_id, by)
             self._table.ledger.supersede(document, True, by, document.valid_until)
 
     def restore(self, document_id: str) -> None:
         """Let searches find a document again that was superseded or has expired; a `valid_until` that is to come stays."""
-        document = self._document("document_id", document_id)
-        has_ended = has_expired(document, self._visibility.moment)
-        with self.transaction(), self._table.lock:
+        with self._table.change():
+            document = self._document("document_id", document_id)
+            has_ended = has_expired(document, self._visibility.moment)
             self._table.ledger.supersede(document, False, None, None if has_ended else document.valid_until)
 
     def expire(self, now: float | None = None) -> list[str]:
@@ -441,50 +442,61 @@ class MemoryBank:
         A search hides by itself what has expired when it runs. With `now`, seconds since 1970, searches are done as at that
         moment, whatever the time, until the next call: so runs can be repeated. The moment is not saved with the bank.
         """
-        self._visibility.stop_at(None if now is None else checks.validate_date("now", now))
-        self._table.ledger.note_change()
-        moment = self._visibility.moment
-        return [name for name, each in self._table.ledger.documents.items() if has_expired(each, moment)]
+        now = None if now is None else checks.validate_date("now", now)
+        with self._table.lock:
+            self._visibility.stop_at(now)
+            self._table.ledger.note_change()
+            moment = self._visibility.moment
+            return [name for name, each in self._table.ledger.documents.items() if has_expired(each, moment)]
 
     # What is there.
 
     def documents(self) -> list[DocumentInfo]:
         """Return a summary of each document, in the order in which they were added."""
-        self._table.drop_expired()
-        return [document.info(self.chunk_size) for document in self._table.ledger.documents.values()]
+        with self._table.lock:
+            self._table.drop_expired()
+            return [document.info(self.chunk_size) for document in self._table.ledger.documents.values()]
 
     def info(self, document_id: str) -> DocumentInfo:
         """Return a summary of one document."""
-        return self._document("document_id", document_id).info(self.chunk_size)
+        with self._table.lock:
+            return self._document("document_id", document_id).info(self.chunk_size)
 
     def segments(self, document_id: str) -> list[Segment]:
         """Return copies of a document's segments: which of its tokens were encoded together, and by which encoder."""
-        return list(self._document("document_id", document_id).segments.copy())
+        with self._table.lock:
+            return list(self._document("document_id", document_id).segments.copy())
 
     def __contains__(self, document_id: object) -> bool:
-        self._table.drop_expired()
-        return document_id in self._table.ledger.documents
+        with self._table.lock:
+            self._table.drop_expired()
+            return document_id in self._table.ledger.documents
 
     def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
         """Return the ids of resident and waiting tokens, from `first_resident_token` on; None if none were given."""
-        source = self._document("document_id", document_id).source
-        return None if source is None else source.token_ids.clone()
+        with self._table.lock:
+            source = self._document("document_id", document_id).source
+            return None if source is None else source.token_ids.clone()
 
     def text(self, document_id: str, start: int | None = None, stop: int | None = None) -> str | None:
         """Return the text of resident and waiting tokens, or of those from token `start` to `stop`; None if none was given."""
-        document = self._document("document_id", document_id)
-        source = document.source
-        if source is None or not source.has_text:
-            return None
-        first, end = document.first_chunk(self.chunk_size) * self.chunk_size, document.num_tokens
-        low, high = (min(max(each, first), end) for each in (start or 0, end if stop is None else stop))
-        return source.text if high - low == end - first else source.characters(low - first, max(low, high) - first)[2]
+        with self._table.lock:
+            document = self._document("document_id", document_id)
+            source = document.source
+            if source is None or not source.has_text:
+                return None
+            first, end = document.first_chunk(self.chunk_size) * self.chunk_size, document.num_tokens
+            low, high = (min(max(each, first), end) for each in (start or 0, end if stop is None else stop))
+            return (
+                source.text if high - low == end - first else source.characters(low - first, max(low, high) - first)[2]
+            )
 
     def parts(self) -> list[tuple[TextBank, list[str]]]:
         """Return this bank, with the names of its documents that a search can find."""
-        moment, documents = self._visibility.moment, self._table.ledger.documents
-        hidden = {name for name, each in documents.items() if each.is_superseded or has_expired(each, moment)}
-        return [(self, [info.document_id for info in self.documents() if info.document_id not in hidden])]
+        with self._table.lock:
+            moment, documents = self._visibility.moment, self._table.ledger.documents
+            hidden = {name for name, each in documents.items() if each.is_superseded or has_expired(each, moment)}
+            return [(self, [info.document_id for info in self.documents() if info.document_id not in hidden])]
 
     def find(self, text: str, model: FindingModel | None = None, k: int = 10) -> list[FoundPassage]:
         """Return the `k` passages of 32 tokens that have most to do with a text, best first.
@@ -566,7 +578,7 @@ class MemoryBank:
         with self._table.lock:
             if not self._table.ledger.num_rows:
                 return True
-            readable = self._visibility.now().readable
+            readable = self.freshness.read_by((READING.get() or (None,))[0])[1]
         return readable is not None and not self.freshness.policy.encodes_on_read and not bool(readable.any())
 
     @property
@@ -576,6 +588,14 @@ class MemoryBank:
             return self._visibility.newest()
 
     # Reading.
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Return what keeps the bank as it is while it is held: what is asked inside a `with` block is of one state.
+
+        Readers and writers wait meanwhile; a thread that holds it may itself read, and write where the bank is in memory.
+        """
+        return self._table.lock
 
     def ready_for(self, model: EncodingModel) -> None:
         """Make ready to be read by a model, which calls this before every read; see `Freshness.ready_for`."""
@@ -599,7 +619,8 @@ class MemoryBank:
 
         A score is the inner product of the query with the mean key of a chunk. Where there are fewer than
         `num_chunks`, rows are -1 and scores -inf. Rows are good for `gather` and `locate` while `generation` stays.
-        Documents that were superseded or have expired are not found.
+        Documents that were superseded or have expired are not found. In a forward pass all searches are of the state that
+        the first of them met, and so are rows that are gathered, whatever is written to the bank meanwhile.
 
         Args:
             layer: a memory layer.
@@ -611,26 +632,9 @@ class MemoryBank:
             newest: date from which ages count, None for that of the newest document that is read.
             selection: search these documents alone.
         """
-        position = self._position(layer)
         with self._table.lock:
-            self._table.drop_expired()
-            standing, ledger = self._visibility.now(), self._table.ledger
-            rows = standing.among(None if selection is None else selection.rows(ledger))
-            weights = bonus = None
-            if scaling is not None and self._visibility.prior is not None:
-                checks.validate_scaling(scaling)
-                newest = self._visibility.newest(selection) if newest is None else newest
-                weights = self._visibility.log_weights(newest)
-                bonus = None if weights is None else weights / scaling
-
-            def search(some: Tensor | None) -> Ranked:
-                return self._table.search(position, queries, num_chunks, some, bonus)
-
-            readable = standing.readable
-            scores, found = search(rows) if readable is None else self.freshness.search(search, rows, readable)
-            ledger.count_reads(found)
-            ages = None if weights is None else weights[found.clamp(min=0).cpu()].to(found.device)
-            return Found(found, scores, ages, ledger.generation if ledger.num_rows else None)
+            read = take(self.memory_layers, self._table, self._visibility, self.freshness, selection, newest)
+            return read.search(layer, queries, num_chunks, scaling)
 
     def log_weights(
         self, rows: Int[Tensor, "*shape"], *, newest: float | None = None, selection: Selection | None = None
@@ -644,7 +648,7 @@ class MemoryBank:
 
     def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
         """Return a copy of what a search of a layer compares, in float32: mean keys of all resident chunks, or all keys."""
-        position = self._position(layer)
+        position = position_of(self.memory_layers, layer)
         if not self.num_chunks:
             raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
         with self._table.lock:
@@ -655,8 +659,10 @@ class MemoryBank:
 
         The caller masks rows of -1. Raises ChangedMemoryError unless the bank is of the `generation` that the rows are of.
         """
-        position = self._position(layer)
+        position = position_of(self.memory_layers, layer)
         with self._table.lock:
+            if isinstance(generation, Snapshot):
+                return generation.edition.gather(position, rows)
             if generation != self._table.ledger.generation:
                 raise ChangedMemoryError
             if not self._table.ledger.num_rows:
@@ -669,12 +675,13 @@ class MemoryBank:
         Characters and text are None where the writer gave no text, or where it was deleted since a reader opened the bank.
         """
         rows = rows.detach().to("cpu", torch.int64).flatten()
-        if len(rows) and (rows.min() < -1 or rows.max() >= self.num_chunks):
-            raise ValueError(
-                f"`rows` must be from -1 to {self.num_chunks - 1}, got {rows.min()} to {rows.max()}; rows are good "
-                "while `generation` stays, so search again."
-            )
-        return self._table.ledger.locate(rows)
+        with self._table.lock:
+            if len(rows) and (rows.min() < -1 or rows.max() >= self.num_chunks):
+                raise ValueError(
+                    f"`rows` must be from -1 to {self.num_chunks - 1}, got {rows.min()} to {rows.max()}; rows are good "
+                    "while `generation` stays, so search again."
+                )
+            return self._table.ledger.locate(rows)
 
     def __repr__(self) -> str:
         limit = "" if self.capacity_tokens is None else f"of {self.capacity_tokens} "
@@ -743,11 +750,6 @@ class MemoryBank:
         checks.validate_known(argument, document_id, self._table.ledger.documents)
         return self._table.ledger.documents[document_id]
 
-    def _position(self, layer: int) -> int:
-        if layer not in self.memory_layers:
-            raise ValueError(f"`layer` must be one of the memory layers {self.memory_layers}, got {layer!r}.")
-        return self.memory_layers.index(layer)
-
     def _refuse_circle(self, document_id: str, by: str) -> None:
         documents, chain = self._table.ledger.documents, [by]
         checks.validate_known("by", by, documents)
@@ -759,7 +761,6 @@ class MemoryBank:
                 f"`restore({by!r})` first."
             )
 
-    @torch.inference_mode(False)  # whatever the caller's mode: what is made inside it can never be written to again
     def _extend(
         self,
         document: Document,
@@ -770,7 +771,7 @@ class MemoryBank:
         char_ends: Iterable[int] | Tensor | None,
         joins: Joins,
     ) -> None:
-        """Check everything, then write, inside a transaction: an error leaves the bank as it was."""
+        """Check everything, then write, inside a change: an error leaves the bank as it was."""
         num_tokens = checks.validate_key_values(
             keys,
             values,
@@ -779,5 +780,4 @@ class MemoryBank:
             storage_dtype=self.storage_dtype,
         )
         part = checks.validate_source(token_ids, text, char_ends, num_tokens, document)
-        with self._table.lock:
-            self._table.extend(document, keys, values, part, joins)
+        self._table.extend(document, keys, values, part, joins, self.freshness.version_written())

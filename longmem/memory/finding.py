@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from longmem.memory.protocols import Memory
@@ -43,6 +43,11 @@ class Findable(Protocol):
 
 class FindableMemory(Memory, Findable, Protocol):
     """A memory that attention reads, and whose documents can be told."""
+
+    @property
+    def generation(self) -> Hashable:
+        """Return what changes when rows found before may hold something else."""
+        ...
 
 
 class FindingModel(Protocol):

@@ -1,9 +1,13 @@
 """A bank and the encoder that reads it: what is stale is refused, encoded again or masked, as its refresh policy says."""
 
+import contextlib
+import dataclasses
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -23,25 +27,68 @@ from longmem.memory.refresh import (
     refresh_name,
     report_staleness,
 )
-from longmem.memory.rows.table import Table
+from longmem.memory.rows.table import Edition, Table
+
+
+@dataclasses.dataclass(eq=False)
+class Reader:
+    """What a bank knows of one model that reads it: its encoder, and the stale chunks that it has found.
+
+    `wanted`: serials of documents and positions of their chunks there, that a read could not have encoded again there and then.
+    """
+
+    writer: weakref.ref[Writer]
+    stamp: EncoderStamp
+    wanted: set[tuple[int, int]] = dataclasses.field(default_factory=set)
 
 
 class Freshness:
-    """What a bank knows of its encoders, and what it does when they change; `refresh` names the policy, with its settings."""
+    """What a bank knows of its encoders, and what it does when they change; `refresh` names the policy, with its settings.
+
+    Each model that reads the bank has a `Reader`. A thread reads and writes as the model that it last made the bank ready for.
+    """
 
     def __init__(self, table: Table, refresh: str | Mapping[str, Any]) -> None:
         self._table = table
         self.name = refresh_name(refresh)
         self.policy: RefreshPolicy = make_policy(self.name)
         self.state = RefreshState(table, self.policy.reads_mapped())
-        self._agreed: EncoderStamp | None = None
-        self._masked: tuple[int, Tensor | None] | None = None  # of this version of the ledger
+        # Of each encoder that reads, by its digest: the version of the ledger, and what may be read.
+        self._masked: dict[str | None, tuple[int, Tensor | None]] = {}
         self._reads_all: dict[int, bool] = {}  # whether the policy reads all, by the number of encoders
-        self._reader: weakref.ref[Writer] | None = None
+        self._forget_readers()
+
+    def _forget_readers(self) -> None:
+        self._readers: weakref.WeakKeyDictionary[Writer, Reader] = weakref.WeakKeyDictionary()
+        self._latest: Reader | None = None
+        self._of_thread = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickled bank takes along: not the model that reads this one."""
-        return {**self.__dict__, "_reader": None}
+        """Return what a copy or a pickled bank takes along: not the models that read this one."""
+        return {name: each for name, each in self.__dict__.items() if name not in ("_readers", "_latest", "_of_thread")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_readers()
+
+    @property
+    def reader(self) -> Reader | None:
+        """Return whom this thread reads and writes as, by default the last for whom the bank was made ready; None: nobody."""
+        return getattr(self._of_thread, "reader", self._latest)
+
+    def read_by(self, model: EncodingModel | None) -> tuple[Reader | None, Bool[Tensor, " rows"] | None]:
+        """Return what the bank knows of a model (None: of the one that this thread reads as), and what it may read: `mask`."""
+        reader = self.reader if model is None else self._readers.get(model.encoder)
+        return reader, self.mask(reader)
+
+    def may_encode(self) -> bool:
+        """Return whether a read of this moment may encode again what it finds; not while a backward pass is to come."""
+        return self.policy.encodes_on_read and not torch.is_grad_enabled()
+
+    def version_written(self) -> int:
+        """Return the version of what this thread writes: that of its model's encoder, also when another one is current."""
+        reader = self.reader
+        return self.encoders.current if reader is None else self.encoders.version_of(reader.stamp.digest)
 
     @property
     def encoders(self) -> Encoders:
@@ -58,16 +105,18 @@ class Freshness:
     def use(self, refresh: str | Mapping[str, Any]) -> None:
         """Follow another refresh policy from now on, named as for `MemoryBank`."""
         name = refresh_name(refresh)
-        with self._table.transaction():
+        with self._table.change():
             self.adopt(name)
             self._table.ledger.note_change()
-        self.state.probed, self.state.wanted = {}, set()
+        self.state.probed = {}
+        for reader in self._readers.values():
+            reader.wanted.clear()
 
     def adopt(self, name: str) -> None:
         """Follow the policy that the bank's folder names."""
         if name != self.name:
-            self.name, self.policy, self._masked = name, make_policy(name), None
-            self._reads_all = {}
+            self.name, self.policy = name, make_policy(name)
+            self._masked, self._reads_all = {}, {}
             self.state.reads_mapped = self.policy.reads_mapped()
 
     # Before reading.
@@ -82,18 +131,17 @@ class Freshness:
         if not versions:
             return
         known, writer = versions[-1].stamp, model.encoder
-        stamp = writer.stamp_for_reading()
+        stamp, reader = writer.stamp_for_reading(), self._readers.get(writer)
         if stamp.digest != known.digest:
             self._change_encoder(writer, stamp)
-        elif stamp is not self._agreed:
+        elif reader is None or stamp is not reader.stamp:
             refuse_other_recipe(known, stamp)  # the tokenizer is no part of the digest
-            if self.encoders.versions[-1].sketch is None:
+            if versions[-1].sketch is None:
                 self._enter_sketched(writer, stamp)
-        self._agreed = stamp
-        if self._reader is None or self._reader() is not writer:
-            self._reader = weakref.ref(writer)
-        if self.state.wanted or self.has_stale:
-            self.policy.on_open(self.refresher(writer))
+        reader = self._read_as(writer, stamp)
+        if reader.wanted or self.has_stale:
+            with self._unless_another(stamp):
+                self.policy.on_open(self.refresher(writer))
 
     def open_for(self, model: EncodingModel, *, strict: bool) -> None:
         """Make a bank that was opened ready for a model; not `strict`: read what another encoder wrote as it is.
@@ -112,7 +160,7 @@ class Freshness:
 
     def read_as_is(self, model: EncodingModel) -> None:
         """Read with this model's encoder all that another one wrote, as it is: its encoder is unknown from now on."""
-        with self._table.transaction(), self._table.lock:
+        with self._table.change():
             self.encoders.enter(model.encoder.stamp())
             lags = self.encoders.lags()
             for document in self._table.ledger.documents.values():
@@ -159,7 +207,9 @@ class Freshness:
         return self.refreshed.since(before)
 
     def refresher(self, *writers: Writer) -> Refresher:
-        return Refresher(self.state, writers)
+        """Return what encodes with these writers; what is wanted is what a read with the first one has found."""
+        reader = self._readers.get(writers[0])
+        return Refresher(self.state, writers, None if reader is None else reader.wanted)
 
     # What is stale.
 
@@ -169,16 +219,30 @@ class Freshness:
         with self._table.lock:
             return self.mask() is not None
 
-    def mask(self) -> Bool[Tensor, " rows"] | None:
-        """Return for each live row whether the policy lets it be read as it is, None if it does so for all of them."""
+    def mask(self, reader: Reader | None = None) -> Bool[Tensor, " rows"] | None:
+        """Return for each live row whether the policy lets it be read as it is, None if it does so for all of them.
+
+        `reader`: the model that reads, None for one with the current encoder. Where the encoder of another model has become
+        current meanwhile, what this one has written counts as fresh all the same, and what the other one has written as stale.
+        """
         version, encoders = self._table.ledger.version, len(self._table.encoders.versions)
         if encoders <= 1 and self._reads_all.get(encoders):
             return None
-        if self._masked is None or self._masked[0] != version:
-            self._masked = version, self.policy.mask(self.state)
+        known = self.encoders.stamp
+        digest = None if reader is None or known is None or reader.stamp.digest == known.digest else reader.stamp.digest
+        found = self._masked.get(digest)
+        if found is None or found[0] != version:
+            if reader is None or digest is None:
+                mask = self.policy.mask(self.state)
+            else:
+                own = self.encoders.copy()
+                own.enter(reader.stamp)
+                mask = self.policy.readable_as_is(Lags(own), self._table.ledger.versions)
+            self._masked = {each: known for each, known in self._masked.items() if known[0] == version}
+            found = self._masked[digest] = version, mask
             if encoders <= 1:  # then it is a matter of the policy, whatever was written
                 self._reads_all[encoders] = bool(self.policy.readable(self.lags()).all())
-        return self._masked[1]
+        return found[1]
 
     def lags(self, clock: str = "version") -> Lags:
         return self.state.lags(clock)
@@ -193,24 +257,46 @@ class Freshness:
         return report_staleness(self.state, self.policy, None if model is None else model.encoder, probe=probe)
 
     def search(
-        self, search: Callable[[Tensor | None], Ranked], rows: Tensor | None, readable: Bool[Tensor, " rows"]
+        self,
+        search: Callable[[Tensor | None], Ranked],
+        rows: Tensor | None,
+        readable: Bool[Tensor, " rows"],
+        reader: Reader | None,
+        edition: Edition | None,
     ) -> Ranked:
-        """Return what a search of some rows finds where some may not be read as they are: the policy's business."""
-        writer = None if self._reader is None else self._reader()
+        """Return what a search of some rows finds where some may not be read as they are: the policy's business.
+
+        `edition`: what is read, and must stay as it is; None: nothing was read yet, so the policy may encode what is found.
+        """
+        writer = None if reader is None else reader.writer()
         known = self.encoders.stamp
         # The encoder may have changed since it said that it reads: then nobody is there to encode again.
         can_encode = writer is not None and self.may_write and known is not None
         can_encode = can_encode and writer.stamp().digest == known.digest  # type: ignore[union-attr]
+        if can_encode and self.policy.encodes_on_read and edition is not None:
+            hits = search(rows)[1].flatten().cpu().unique()
+            hits = hits[edition.is_there(hits)]
+            serials, places = self._table.ledger.positions(hits[~readable[hits]])
+            reader.wanted.update(zip(serials.tolist(), places.tolist(), strict=True))  # type: ignore[union-attr]
+            can_encode = False
         return self.policy.on_read(self.refresher(writer) if can_encode else None, search, rows, readable)  # type: ignore[arg-type]
 
     def _enter(self, writer: Writer) -> None:
         """Make an encoder the current one, and say nothing to the policy."""
         stamp = writer.stamp()
         refuse_other_recipe(self.encoders.stamp, stamp)
-        with self._table.transaction(), self._table.lock:
+        with self._table.change():
             if self.encoders.stamp is None or self.encoders.stamp.digest != stamp.digest:
                 self._table.ledger.note_change()
             self._enter_sketched(writer, stamp)
+            self._read_as(writer, stamp)
+
+    def _read_as(self, writer: Writer, stamp: EncoderStamp) -> Reader:
+        """Return what the bank knows of a model, as which this thread reads and writes from now on."""
+        reader = self._readers.setdefault(writer, Reader(weakref.ref(writer), stamp))
+        reader.stamp = stamp
+        self._of_thread.reader = self._latest = reader
+        return reader
 
     def _enter_sketched(self, writer: Writer, stamp: EncoderStamp) -> None:
         # A moving encoder is sketched only where a clock asks for it: it moves at every step.
@@ -221,7 +307,8 @@ class Freshness:
         assert self.encoders.stamp is not None
         self.policy.admit(self.encoders.stamp, stamp)
         self._enter(writer)
-        self.policy.on_encoder_change(self.refresher(writer))
+        with self._unless_another(stamp):
+            self.policy.on_encoder_change(self.refresher(writer))
         if self.has_stale and (lost := self._tokens_lost()):
             self.state.warn_once(
                 "lost",
@@ -229,6 +316,15 @@ class Freshness:
                 "their tokens or the borders of their segments are not known; they are no longer read. Memorize their "
                 "documents again.",
             )
+
+    @contextlib.contextmanager
+    def _unless_another(self, stamp: EncoderStamp) -> Iterator[None]:
+        """Let the policy act for an encoder, up to where another model makes its own the current one: then there is a mask."""
+        try:
+            yield
+        except StaleMemoryError:
+            if self.encoders.stamp is None or self.encoders.stamp.digest == stamp.digest:
+                raise
 
     def _tokens_lost(self) -> int:
         """Return how many resident tokens may not be read and can't be encoded again."""

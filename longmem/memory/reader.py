@@ -65,8 +65,9 @@ class BankView:
             raise ValueError(
                 "`document_ids` or `tags` must name at least one document or tag, got none; read the bank itself for all."
             )
-        for document_id in self.document_ids:
-            validate_known("document_ids", document_id, table.ledger.documents)
+        with table.lock:
+            for document_id in self.document_ids:
+                validate_known("document_ids", document_id, table.ledger.documents)
 
     @property
     def fingerprint(self) -> str | None:
@@ -83,7 +84,8 @@ class BankView:
     @property
     def num_chunks(self) -> int:
         """Return the number of resident chunks of these documents."""
-        return len(self.selection.rows(self._table.ledger))
+        with self._table.lock:
+            return len(self.selection.rows(self._table.ledger))
 
     @property
     def num_tokens(self) -> int:
@@ -102,7 +104,8 @@ class BankView:
 
     def documents(self) -> list[str]:
         """Return the ids of these documents that are there."""
-        return [document.document_id for document in self.selection.documents(self._table.ledger)]
+        with self._table.lock:
+            return [document.document_id for document in self.selection.documents(self._table.ledger)]
 
     def parts(self) -> list[tuple[TextBank, list[str]]]:
         """Return the bank, with the names of these documents that a search can find."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -130,9 +132,12 @@ class BankShards:
 
         Each shard weighs by its own age prior, if it has one; ages count from the newest document of all shards.
         """
-        if scaling is not None and self.has_age_prior and newest is None:
-            newest = self.newest_date
-        found = [shard.search(layer, queries, num_chunks, scaling=scaling, newest=newest) for shard in self.shards]
+        with contextlib.ExitStack() as held:
+            for lock in self._locks():
+                held.enter_context(lock)
+            if scaling is not None and self.has_age_prior and newest is None:
+                newest = self.newest_date
+            found = [shard.search(layer, queries, num_chunks, scaling=scaling, newest=newest) for shard in self.shards]
         scores = torch.cat([each.scores for each in found], dim=2)
         own = [torch.where(each.rows < 0, -1, each.rows * len(found) + number) for number, each in enumerate(found)]
         rows = torch.cat(own, dim=2)
@@ -143,22 +148,13 @@ class BankShards:
             parts = [torch.zeros_like(each.scores) if each.log_weights is None else each.log_weights for each in found]
             ages = torch.cat(parts, dim=2).gather(2, order)
         # An empty shard names no generation: none of the rows is its own, so any state of it will do.
-        states = tuple(
-            shard.generation if each.generation is None else each.generation
-            for shard, each in zip(self.shards, found, strict=True)
-        )
-        is_empty = all(each.generation is None for each in found)
-        return Found(rows.gather(2, order), scores, ages, None if is_empty else states)
+        states = tuple(each.generation for each in found)
+        return Found(rows.gather(2, order), scores, ages, states if any(each is not None for each in states) else None)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows, in a dtype that holds those of all shards that are read."""
-        # Not `shard.is_empty`: rows found through a view stay good when its document is renamed, as in `BankView.gather`.
-        with_chunks = [shard for shard in self.shards if _bank_of(shard).num_chunks]
-        if not with_chunks:
-            raise ValueError("`gather` needs a shard that holds chunks, got empty ones only; ask `is_empty` first.")
-        if generation != self.generation:
+        if not isinstance(generation, tuple) or len(generation) != len(self.shards):
             raise ChangedMemoryError
-        assert isinstance(generation, tuple)
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
         parts: list[tuple[Tensor, Tensor]] = []
         places, num_taken = torch.zeros_like(rows), 0
@@ -166,7 +162,7 @@ class BankShards:
             mine = numbers == number
             ranks = mine.cumsum(dim=1) - 1
             width = int(ranks[:, -1].max()) + 1 if rows.numel() else 0
-            if shard not in with_chunks or not width:
+            if not width:
                 continue
             # Heads ask a shard for different numbers of rows: pushed to the left, those of all heads fit one tensor. One
             # more column takes the rows of other shards.
@@ -177,8 +173,12 @@ class BankShards:
             places = torch.where(mine, starts + ranks, places)
             num_taken += width * len(rows)
         if not parts:  # nothing but missing rows: any chunk will do
-            first = with_chunks[0]
-            own = generation[self.shards.index(first)]
+            # Not `shard.is_empty`: rows found through a view stay good when its document is renamed, as in `BankView.gather`.
+            pairs = zip(self.shards, generation, strict=True)
+            known = [(each, own) for each, own in pairs if own is not None and _bank_of(each).num_chunks]
+            if not known:
+                raise ValueError("`gather` needs a shard that holds chunks, got empty ones only; ask `is_empty` first.")
+            first, own = known[0]
             parts, places = [first.gather(layer, rows.new_zeros(len(rows), 1), own)], torch.zeros_like(rows)
         keys, values = (_in_order(part, places) for part in zip(*parts, strict=True))
         return keys, values
@@ -209,6 +209,10 @@ class BankShards:
             for place, located in zip(places.tolist(), shard.locate(own_rows[places]), strict=True):
                 found[place] = located
         return found
+
+    def _locks(self) -> list[AbstractContextManager[object]]:
+        """Return what keeps all shards as they are while it is held, in the order in which everybody takes it."""
+        return sorted((_bank_of(shard).lock for shard in self.shards), key=id)
 
     def shard_of(self, rows: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Return the place in `shards` of the bank that each row is from, -1 for row -1."""

@@ -4,16 +4,24 @@ The content clock has nothing to do with the encoder: a text can be out of date 
 other way round. Hidden documents are kept, and no search finds them.
 """
 
+from __future__ import annotations
+
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from longmem.memory.age_prior import AgePrior
+from longmem.memory.checks import validate_scaling
+from longmem.memory.freshness import Freshness
+from longmem.memory.index import Ranked
+from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.table import Table
@@ -31,14 +39,19 @@ class Standing:
     hidden: frozenset[int]  # serials of the documents that no search finds
     is_visible: Bool[Tensor, " rows"] | None
     visible_rows: Int[Tensor, " visible"] | None
-    # Which of all live rows the refresh policy lets be read as they are; None: all of them.
-    readable: Bool[Tensor, " rows"] | None
 
     def among(self, rows: Int[Tensor, " rows"] | None) -> Int[Tensor, " visible"] | None:
         """Return those of some live rows (None: of all) that a search may find; None for all that live."""
         if self.is_visible is None:
             return rows
         return self.visible_rows if rows is None else rows[self.is_visible[rows]]
+
+
+def position_of(memory_layers: Sequence[int], layer: int) -> int:
+    """Return where a layer stands among the memory layers. Raises ValueError if it is none of them."""
+    if layer not in memory_layers:
+        raise ValueError(f"`layer` must be one of the memory layers {tuple(memory_layers)}, got {layer!r}.")
+    return memory_layers.index(layer)
 
 
 class Selection:
@@ -63,16 +76,12 @@ class Selection:
 class Visibility:
     """Which rows of a table may be read now, and what they weigh by their age.
 
-    Three things decide: whether a text still holds (superseded, expired), which documents were selected, and whether the
-    refresh policy lets a row be read as it is (`readable`; None for all rows). What was found out is kept until the table
-    changes or time hides a text. Whoever asks holds the table's lock.
+    Two things decide here: whether a text still holds (superseded, expired), and which documents were selected. What was
+    found out is kept until the table changes or time hides a text. Whoever asks holds the table's lock.
     """
 
-    def __init__(
-        self, table: Table, prior: AgePrior | None, readable: Callable[[], Bool[Tensor, " rows"] | None]
-    ) -> None:
-        self._table, self._readable = table, readable
-        self.prior = prior
+    def __init__(self, table: Table, prior: AgePrior | None) -> None:
+        self._table, self.prior = table, prior
         self._moment: float | None = None
         self._standing: Standing | None = None
         self._weights: tuple[int, float, Tensor | None] | None = None
@@ -108,7 +117,7 @@ class Visibility:
             is_visible[ledger.rows_of(gone)] = False
             visible_rows = is_visible.nonzero().flatten()
         ending = min(ends, default=math.inf)
-        self._standing = Standing(ledger.version, ending, hidden, is_visible, visible_rows, self._readable())
+        self._standing = Standing(ledger.version, ending, hidden, is_visible, visible_rows)
         return self._standing
 
     def newest(self, selection: Selection | None = None) -> float:
@@ -130,6 +139,110 @@ class Visibility:
                     weights[document.rows.values] = self.prior.log_weight(age)
             self._weights = standing.version, newest, weights if weights.any() else None
         return self._weights[2]
+
+
+class Snapshot:
+    """What a forward pass reads of a bank, or of some of its documents: rows, index and visibility of one state.
+
+    Whatever is written to the bank meanwhile, nothing of it is read here, and nothing that was there is missed. One thing can
+    move it: where the refresh policy encodes again what a read finds, the first search may do so, and the snapshot then is of
+    the state behind that. As the `generation` of what was found it goes with the rows, also to the backward pass.
+    """
+
+    def __init__(
+        self,
+        memory_layers: Sequence[int],
+        table: Table,
+        visibility: Visibility,
+        freshness: Freshness,
+        selection: Selection | None,
+        newest: float | None,
+        model: EncodingModel | None,
+        is_held: bool,
+    ) -> None:
+        self._memory_layers, self._table, self._visibility = memory_layers, table, visibility
+        self._is_held = is_held  # by a pass, to which alone it is of use as a generation
+        self._freshness, self._selection, self._newest, self._model = freshness, selection, newest, model
+        self._was_read = False
+        if table.forgets_by_itself:
+            table.drop_expired()
+        self._take()
+
+    def _take(self) -> None:
+        """Take the state of this moment."""
+        ledger, standing = self._table.ledger, self._visibility.now()
+        self.num_rows = ledger.num_rows
+        self._rows = standing.among(None if self._selection is None else self._selection.rows(ledger))
+        self._reader, self._readable = self._freshness.read_by(self._model)
+        self._has_prior, self._weights = self._visibility.prior is not None, None
+        if self._has_prior:
+            self._newest = self._visibility.newest(self._selection) if self._newest is None else self._newest
+            self._weights = self._visibility.log_weights(self._newest)
+        self.edition = self._table.edition()
+
+    def search(self, layer: int, queries: Tensor, num_chunks: int, scaling: float | None) -> Found:
+        """Return the best chunks; arguments as for `MemoryBank.search`. The caller holds the table's lock."""
+        position, bonus, table = position_of(self._memory_layers, layer), None, self._table
+        weights = None if scaling is None else self._weights
+        if scaling is not None and self._has_prior:
+            validate_scaling(scaling)
+            bonus = None if weights is None else weights / scaling
+
+        def search(rows: Tensor | None) -> Ranked:
+            return self.edition.search(position, queries, num_chunks, self.num_rows, rows, bonus)
+
+        def search_now(rows: Tensor | None) -> Ranked:
+            return table.search(position, queries, num_chunks, rows, bonus)
+
+        if self._readable is None:
+            scores, found = search(self._rows)
+        elif self._may_encode() and table.turn.acquire(
+            blocking=False
+        ):  # who changes a folder meanwhile is not waited for
+            del self.edition  # or stale rows would be kept for it
+            try:
+                scores, found = self._freshness.search(search_now, self._rows, self._readable, self._reader, None)
+            finally:
+                self._take()
+                table.turn.release()
+        else:
+            scores, found = self._freshness.search(search, self._rows, self._readable, self._reader, self.edition)
+        self._was_read = True
+        there = found if self.edition.is_kept is None else found.cpu()[self.edition.is_there(found.cpu())]
+        self.edition.table.ledger.count_reads(there)  # of what the bank has given up since, nobody counts reads
+        ages = None if weights is None else weights[found.clamp(min=0).cpu()].to(found.device)
+        generation: Hashable = self if self._is_held else table.ledger.generation
+        return Found(found, scores, ages, generation if self.num_rows else None)
+
+    def _may_encode(self) -> bool:
+        """Return whether what is found may be encoded again: nothing was read yet, and nothing has changed."""
+        ledger = self._table.ledger
+        is_now = self.edition.generation == ledger.generation and self.num_rows == ledger.num_rows
+        return is_now and not self._was_read and self._freshness.may_encode()
+
+
+# Of the forward pass that runs in this context: the model that reads, for which banks were made ready (None: the last for which
+# this thread has done so), and what has been read so far. While it is set, one state of each bank is read, that of its first
+# search, up to the last gather of what was found.
+READING: ContextVar[tuple[EncodingModel | None, dict[Any, Snapshot]] | None] = ContextVar("READING", default=None)
+
+
+def take(
+    memory_layers: Sequence[int],
+    table: Table,
+    visibility: Visibility,
+    freshness: Freshness,
+    selection: Selection | None,
+    newest: float | None,
+) -> Snapshot:
+    """Return what the forward pass that runs here reads of a bank or, outside of one, a snapshot for one search."""
+    reading = READING.get()
+    model, taken = reading or (None, {})
+    key = table, selection
+    if key not in taken:
+        is_held = reading is not None
+        taken[key] = Snapshot(memory_layers, table, visibility, freshness, selection, newest, model, is_held)
+    return taken[key]
 
 
 def has_expired(document: Document, moment: float) -> bool:

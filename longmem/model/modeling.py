@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -31,7 +32,7 @@ from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
 from longmem.model.memory_attention import banks_per_lane, refuse_other_encoder
 from longmem.model.pretrained import LongMemPreTrainedModel
-from longmem.model.reads import in_pieces, passages_read, table_of_reads
+from longmem.model.reads import in_pieces, of_one_state, passages_read, table_of_reads
 from longmem.model.side_network import add_side_slots
 from longmem.streaming import MemoryStream, start_stream
 
@@ -125,7 +126,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         states = self.run_backbone(input_ids, with_keys=output_memory_keys, **inputs)
-        hidden_states, reads = self.side_network(states, banks)
+        hidden_states, reads = self.side_network(states, banks, self)
         logits = self._backbone.logits(hidden_states, logits_to_keep, self.side_network.final_modules)
         loss = None
         if labels is not None:
@@ -136,7 +137,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             logits=logits,
             memory_keys=tuple(states.keys.values()) if output_memory_keys else None,
             memory_values=tuple(states.values.values()) if output_memory_keys else None,
-            memory_reads=tuple(reads) if output_memory_reads else None,
+            # Without `found`, which keeps for whoever holds it what a bank has since given up.
+            memory_reads=tuple(replace(read, found=()) for read in reads) if output_memory_reads else None,
             **as_keyword(cache),
         )
 
@@ -181,10 +183,13 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         if not text or not ids.numel():
             raise ValueError(f"`text` must hold at least one token, got {text!r}.")
         validate_count(k)
-        pieces = in_pieces(self, ids, self.config.segment_length, memory, logits_to_keep=1)
-        return passages_read(
-            table_of_reads([each.memory_reads for each in pieces], ids.shape[1]), memory, k, self.tokenizer
-        )
+
+        def read() -> list[FoundPassage]:
+            pieces = in_pieces(self, ids, self.config.segment_length, memory, logits_to_keep=1)
+            reads = table_of_reads([each.memory_reads for each in pieces], ids.shape[1])
+            return passages_read(reads, memory, k, self.tokenizer)
+
+        return of_one_state(memory, read)
 
     # Writing -----------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from longmem.backbone.cache_names import as_keyword, cache_of
+from longmem.errors import ChangedMemoryError
 from longmem.memory.finding import FindableMemory, FoundPassage, span_around, text_of
 from longmem.memory.protocols import Memory
-from longmem.model.attention import MemoryRead
+from longmem.model.attention import ATTEMPTS_TO_READ, MemoryRead
 
+Result = TypeVar("Result")
 DTYPES = np.int64, np.int64, np.float64, np.int64  # of positions, rows, weights, heads
 
 
@@ -104,6 +106,24 @@ def in_pieces(
         )
         cache = cache_of(output)
         yield output
+
+
+def of_one_state(memory: FindableMemory, read: Callable[[], Result]) -> Result:
+    """Return what `read` makes of rows that it finds in a memory; where somebody changes the memory meanwhile, it reads again.
+
+    Raises ChangedMemoryError if the memory changes faster than it can be read.
+    """
+    for _ in range(ATTEMPTS_TO_READ):
+        generation = memory.generation
+        try:
+            result = read()
+        except (ValueError, ChangedMemoryError):  # such as for a row, or a document, that is no longer there
+            if memory.generation == generation:
+                raise
+            continue
+        if memory.generation == generation:
+            return result
+    raise ChangedMemoryError
 
 
 def passages_read(

@@ -14,7 +14,8 @@ from longmem.backbone.capture import Backbone, BackboneStates
 from longmem.backbone.interception import LayerCall, handled_by, local_implementation
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
-from longmem.memory.protocols import Memory
+from longmem.memory.protocols import EncodingModel, Memory
+from longmem.memory.visibility import READING
 from longmem.model.attention import MemoryRead
 from longmem.model.copies import ModuleCopier
 from longmem.model.lora import adapter_names, add_adapters, merge_adapters
@@ -185,14 +186,27 @@ class SideNetwork(nn.Module):
         return () if start == end else (end, start)
 
     def forward(
-        self, states: BackboneStates, memory: Sequence[Memory] | None = None
+        self,
+        states: BackboneStates,
+        memory: Sequence[Memory] | None = None,
+        reader: EncodingModel | None = None,
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], list[MemoryRead]]:
         """Return the hidden states that replace the backbone's last ones, before its final norm, and what was read.
+
+        Of each bank one state is read, from the first search to the last gather, which may be in the backward pass.
 
         Args:
             states: hidden states and layer calls of the backbone for the same tokens.
             memory: one bank for each lane, or None to read nothing.
+            reader: the model for which the banks were made ready; None: the last for which this thread has done so.
         """
+        token = READING.set((reader, {}))
+        try:
+            return self._run(states, memory)
+        finally:
+            READING.reset(token)
+
+    def _run(self, states: BackboneStates, memory: Sequence[Memory] | None) -> tuple[Tensor, list[MemoryRead]]:
         if memory is not None and all(bank.is_empty for bank in memory):
             memory = None
         dtype = self.dtype

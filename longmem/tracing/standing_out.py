@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longmem.memory import ChunkPlace, MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.reads import table_of_reads
+from longmem.model.reads import of_one_state, table_of_reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +56,21 @@ def read_passages(
         context: tokens of the document shown before and after a chunk.
     """
     ids = token_ids[None].to(model.input_device)
+    return of_one_state(bank, lambda: _passages(model, bank, ids, targets, count, context))
+
+
+def _passages(
+    model: LongMemForCausalLM,
+    bank: MemoryBank,
+    ids: Int[Tensor, "1 tokens"],
+    targets: Sequence[slice],
+    count: int,
+    context: int,
+) -> list[list[Passage]]:
     read = model(ids, memory=bank, output_memory_reads=True, logits_to_keep=1).memory_reads
     if not read:
         return [[] for _ in targets]  # the bank is empty
-    reads = table_of_reads([read], len(token_ids))
+    reads = table_of_reads([read], ids.shape[1])
     surprise, passages = reads.surprise(), []
     for target in targets:
         own = slice(reads.of(target.start - 1).start, reads.of(target.stop - 2).stop)

@@ -20,10 +20,13 @@ from longmem.memory import ChunkPlace
 from longmem.memory.finding import FindableMemory, span_around
 from longmem.model.attention import MemoryRead
 from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.reads import Reads, in_pieces, table_of_reads
+from longmem.model.reads import Reads, in_pieces, of_one_state, table_of_reads
 from longmem.tracing.page import trace_frame, trace_page
 from longmem.tracing.words import pieces_of_text
 
+Documents = tuple[
+    dict[str, int], dict[str, tuple[int, Tensor]]
+]  # sizes; first resident token and ids of those that have them
 CONTEXT_TOKENS = 8  # shown before and after a passage
 
 
@@ -277,13 +280,9 @@ def explain(
     else:
         new = []
     whole = torch.tensor([[*ids, *new]], device=model.input_device)
-    losses, read = _read(model, whole, memory)
+    losses, reads, places, (sizes, sources) = of_one_state(memory, lambda: _read_and_located(model, whole, memory))
     losses_without, _ = _read(model, whole, None)
-    reads = table_of_reads(read, whole.shape[1])
-    places = [place for place in memory.locate(torch.from_numpy(reads.rows)) if place is not None]
-    assert len(places) == len(reads.rows), "nothing has changed the memory since it was read"
     shares = np.bincount(reads.positions + 1, reads.weights, minlength=whole.shape[1] + 1)[: whole.shape[1]]
-    sizes, sources = _documents(memory, {place.document_id for place in places})
     return Trace(
         words=pieces_of_text(tokenizer, whole[0].tolist()),
         num_prompt_tokens=len(ids),
@@ -299,6 +298,16 @@ def explain(
     )
 
 
+def _read_and_located(
+    model: LongMemForCausalLM, ids: Int[Tensor, "1 tokens"], memory: FindableMemory
+) -> tuple[Float[Tensor, " tokens"], Reads, list[ChunkPlace], Documents]:
+    """Return losses, reads, the place of each row that was read, and the documents of these places."""
+    losses, read = _read(model, ids, memory)
+    reads = table_of_reads(read, ids.shape[1])
+    places = [place for place in memory.locate(torch.from_numpy(reads.rows)) if place is not None]
+    return losses, reads, places, _documents(memory, {place.document_id for place in places})
+
+
 def _read(
     model: LongMemForCausalLM, ids: Int[Tensor, "1 tokens"], memory: FindableMemory | None
 ) -> tuple[Float[Tensor, " tokens"], list[tuple[MemoryRead, ...]]]:
@@ -312,7 +321,7 @@ def _read(
     return torch.cat(losses), reads
 
 
-def _documents(memory: FindableMemory, wanted: set[str]) -> tuple[dict[str, int], dict[str, tuple[int, Tensor]]]:
+def _documents(memory: FindableMemory, wanted: set[str]) -> Documents:
     """Return the tokens of each document, and of those with token ids the first resident token and the ids from there on."""
     sizes: dict[str, int] = {}
     sources: dict[str, tuple[int, Tensor]] = {}

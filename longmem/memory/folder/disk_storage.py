@@ -8,6 +8,7 @@ moves the pointer. What was written since the last file waits in memory.
 from __future__ import annotations
 
 import bisect
+import copy
 import math
 import secrets
 from collections import defaultdict
@@ -160,6 +161,12 @@ class DiskStorage:
         """Return copies of these rows, of every layer, in this order, on the CPU."""
         slots = self._slots[rows]
         return [Chunks(*self._take(position, Chunks._fields, slots)) for position in range(len(self.shapes))]
+
+    def keep(self, rows: Int[Tensor, " chunks"]) -> DiskStorage:
+        """Return these rows as a storage that is only read, also when their files have been removed."""
+        twin = copy.copy(self)
+        twin.segments, twin._slots, twin.num_rows, twin._keys = list(self.segments), self._slots[rows], len(rows), {}
+        return twin
 
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         slots = self._slots[rows.detach().cpu().clamp(min=0)]

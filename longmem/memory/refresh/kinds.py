@@ -144,8 +144,8 @@ class Lazy(RefreshPolicy):
     What is encoded again is what some query attends to most (estimated from scores of search keys, scaled by the root of their
     width), up to `budget_tokens`. Stale chunks that are not encoded again are masked.
 
-    While gradients are recorded nothing is encoded again in the middle of a forward pass, whose backward pass will read the
-    same chunks: what was found stale is masked there, and encoded again before the next read.
+    A forward pass reads one state of the bank, so only its first search encodes again, and none while gradients are recorded.
+    What the others find stale is masked there, and encoded again before the next read.
     """
 
     encodes_on_read: ClassVar[bool] = True
@@ -155,14 +155,14 @@ class Lazy(RefreshPolicy):
     }
 
     def on_open(self, refresher: Refresher) -> None:
-        """Encode again what a read with gradients has found stale, then sweep."""
+        """Encode again what an earlier read has found stale and left, then sweep."""
         state = refresher.state
         if not state.may_write:
             return
-        if rows := state.wanted:
-            state.wanted = set()
-            chosen = torch.tensor(sorted(rows))
-            self._reencode(refresher, chosen, torch.ones(len(chosen)))
+        if refresher.wanted:
+            serials, positions = torch.tensor(sorted(refresher.wanted)).T
+            refresher.wanted.clear()
+            self._reencode(refresher, serials, positions, torch.ones(len(serials)))
         if self.chosen["sweep_tokens"] and self.mask(state) is not None and (targets := refresher.stale()):
             refresher.reencode(targets, self.chosen["sweep_tokens"])
 
@@ -171,27 +171,29 @@ class Lazy(RefreshPolicy):
         if refresher is not None:
             hits, weights = strongest(*search(rows), refresher.table)
             is_stale = ~readable[hits]
-            stale, weights = hits[is_stale], weights[is_stale]
-            if len(stale) and torch.is_grad_enabled():
-                refresher.state.wanted |= set(stale.tolist())
-            elif len(stale):
-                self._reencode(refresher, stale, weights)
+            if is_stale.any():
+                self._reencode(refresher, *refresher.table.ledger.positions(hits[is_stale]), weights[is_stale])
                 readable = self.readable_as_is(refresher.state.lags(), refresher.table.ledger.versions)
         return search(readable_rows(rows, readable))
 
-    def _reencode(self, refresher: Refresher, rows: Int[Tensor, " hits"], weights: Float[Tensor, " hits"]) -> None:
-        """Encode again the segments of these rows, those of most weight first, as far as the budget goes.
+    def _reencode(
+        self,
+        refresher: Refresher,
+        serials: Int[Tensor, " hits"],
+        positions: Int[Tensor, " hits"],
+        weights: Float[Tensor, " hits"],
+    ) -> None:
+        """Encode again the segments of these chunks of documents, those of most weight first, as far as the budget goes.
 
-        Rows that are not stale, or whose segments are not known, are left out.
+        Chunks that are not stale, or whose document or segments are not known, are left out.
         """
         ledger, size = refresher.table.ledger, refresher.table.chunk_size
-        alive = rows < ledger.num_rows
-        weights = weights[alive]
-        serials, positions = ledger.positions(rows[alive])
         stale = {id(each) for _, segments in refresher.stale() for each in segments}
         found: list[tuple[float, Document, Segment]] = []
         for serial in serials.unique().tolist():
-            document, chunks = ledger.by_serial[serial], positions[serials == serial]
+            if (document := ledger.by_serial.get(serial)) is None:
+                continue
+            chunks = positions[serials == serial]
             for segment in refresher.of_chunks(document, chunks.tolist()):
                 if id(segment) in stale:
                     inside = (chunks * size < segment.stop) & (chunks * size + size > segment.start)

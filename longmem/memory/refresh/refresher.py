@@ -99,11 +99,9 @@ class RefreshState:
 
     table: Table
     reads_mapped: bool = False  # whether the policy reads what a map has moved to the current encoder
-    # All that was encoded again since the bank was made or opened; what the clock "probe" has measured, by version; stale rows
-    # that a read has found and could not have encoded again there and then.
+    # All that was encoded again since the bank was made or opened; what the clock "probe" has measured, by version.
     refreshed: RefreshReport = dataclasses.field(default_factory=RefreshReport)
     probed: dict[int, float] = dataclasses.field(default_factory=dict)
-    wanted: set[int] = dataclasses.field(default_factory=set)
     warned: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -129,11 +127,15 @@ class RefreshState:
 class Refresher:
     """What brings a bank up to date with an encoder, and all that a refresh policy gets to work with.
 
-    `writers`: equal encoders; with several, each encodes on a thread of its own (one for each device).
+    `writers`: equal encoders; with several, each encodes on a thread of its own (one for each device). `wanted`: serials of
+    documents and positions of their chunks, that reads have found stale and left to be encoded again before the next one.
     """
 
-    def __init__(self, state: RefreshState, writers: Sequence[Writer]) -> None:
+    def __init__(
+        self, state: RefreshState, writers: Sequence[Writer], wanted: set[tuple[int, int]] | None = None
+    ) -> None:
         self.state, self.table, self.writers = state, state.table, list(writers)
+        self.wanted = set() if wanted is None else wanted
 
     def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool | None = None) -> Targets:
         """Return the segments of each document that can be encoded again and are not readable, oldest versions first.
@@ -201,11 +203,11 @@ class Refresher:
         """
         self.table.refuse_reader()
         begin = time.perf_counter()
-        self._refuse_others()
+        version = self._version()
         closed = [(each, self._closure(each, segments)) for each, segments in targets]
         targets = within_budget(closed, budget_tokens, self.table.chunk_size)
         total = sum(each.stop - each.start for _, segments in targets for each in segments)
-        report, version = RefreshReport(), self.table.encoders.current
+        report = RefreshReport()
 
         jobs = ((document, [(each, self._ids(document, each)) for each in own]) for document, own in targets)
 
@@ -222,9 +224,10 @@ class Refresher:
             self.state.refreshed.add(report)
         return report
 
-    def _refuse_others(self) -> None:
-        """Raise StaleMemoryError if one of the writers is not the encoder that its work will be said to be of."""
-        known = self.table.encoders.stamp
+    def _version(self) -> int:
+        """Return the version of what is encoded now; raise StaleMemoryError if one of the writers is not that encoder."""
+        encoders = self.table.encoders
+        version, known = encoders.current, encoders.stamp
         for writer in self.writers:
             if known is None or writer.stamp().digest != known.digest:
                 raise StaleMemoryError(
@@ -232,6 +235,7 @@ class Refresher:
                     f"{writer.stamp().digest}; give equal models as `workers`, and call `bank.freshness.reencode(model)` or "
                     "read with the model after it has changed."
                 )
+        return version
 
     def probe_versions(self, num_tokens: int = 64, *, is_readable: Sequence[bool] | None = None) -> dict[int, float]:
         """Return for each old version how far its keys have moved: relative distance of stored keys to those encoded now.
@@ -280,7 +284,6 @@ class Refresher:
                     chosen.add(other.start)
         return [each for each in known if each.start in chosen]
 
-    @torch.inference_mode(False)
     def _write(
         self, document: Document, encoded: list[tuple[Segment, list[Tail]]], version: int, report: RefreshReport
     ) -> None:
@@ -289,7 +292,7 @@ class Refresher:
         largest = largest_number(table.storage_dtype)
         good = [(segment, tokens) for segment, tokens in encoded if fits(tokens, table.shapes, largest)]
         report.failed += len(encoded) - len(good)  # the old numbers stay, with their old version
-        with self.table.transaction(), table.lock:
+        with table.change():
             current = table.ledger.by_serial.get(document.serial)
             there = {id(each) for each in current.segments} if current is document else set()
             good = [

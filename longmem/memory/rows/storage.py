@@ -230,7 +230,8 @@ class Storage(Protocol):
 
     Layers are counted by position. `reserve` allocates whatever the writes up to `num_rows` rows need, so that they cannot
     fail for want of memory. `write` writes one chunk of every layer into each row, and returns where the first of them is on
-    disk, -1 for nowhere. `drop` names rows that are given up, before they are overwritten or moved onto.
+    disk, -1 for nowhere. `drop` names rows that are given up, before they are overwritten or moved onto; `keep` returns some
+    rows as they are, in a storage of their own that is only read.
     """
 
     @property
@@ -244,6 +245,7 @@ class Storage(Protocol):
     def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None: ...
     def truncate(self, num_rows: int) -> None: ...
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]: ...
+    def keep(self, rows: Int[Tensor, " chunks"]) -> Storage: ...
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
 
 
@@ -289,6 +291,12 @@ class MemoryStorage:
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
         return [store.select(rows) for store in self.stores]
+
+    def keep(self, rows: Int[Tensor, " chunks"]) -> MemoryStorage:
+        twin = MemoryStorage()
+        twin.stores = [ChunkStore.of(chunks) for chunks in self.select(rows)]
+        twin.shapes = self.shapes
+        return twin
 
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         return self.stores[position].gather(rows)

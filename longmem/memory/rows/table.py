@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import threading
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from longmem.encoder.history import Encoders
 from longmem.memory.checks import refuse_search
@@ -21,7 +24,16 @@ from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, TokenIndex, mak
 from longmem.memory.rows.documents import Document, IntQueue, Run, Source, SourcePart, Tail
 from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.segments import Joins
-from longmem.memory.rows.storage import Chunks, LayerShape, MemoryStorage, Storage, bytes_of_chunk, cut_into_chunks
+from longmem.memory.rows.storage import (
+    Chunks,
+    KeysValues,
+    LayerRows,
+    LayerShape,
+    MemoryStorage,
+    Storage,
+    bytes_of_chunk,
+    cut_into_chunks,
+)
 
 # Arguments of a table, beside its storage.
 SETTINGS = (
@@ -49,7 +61,8 @@ class Table:
     """The rows of a bank: ledger, storage and indexes, which change together; layers are counted by position here.
 
     Arguments are those of the bank, which has checked them; without a `storage` rows are kept in memory. A write allocates all
-    it needs before it changes anything. Who changes the table, or reads more than one thing of it, holds its `lock`.
+    it needs before it changes anything. Who reads more than one thing of the table holds its `lock`, and who changes it does so
+    inside `change`; where it lives in a folder, one thread at a time has the `turn` to change it.
     """
 
     def __init__(
@@ -68,7 +81,9 @@ class Table:
         if storage is None:
             storage = MemoryStorage(None if capacity_tokens is None else capacity_tokens // chunk_size)
         self.storage = storage
-        self.lock = threading.RLock()  # a thread may take it again while it holds it
+        # A thread may take them again while it holds them. The turn is taken first, or not waited for.
+        self.lock, self.turn = threading.RLock(), threading.RLock()
+        self._editions: weakref.WeakSet[Edition] = weakref.WeakSet()  # that somebody reads
         self.chunk_size = chunk_size
         self.capacity_tokens, self.capacity_bytes = capacity_tokens, capacity_bytes
         self.index, self.eviction = index, eviction
@@ -77,7 +92,7 @@ class Table:
         self.by_token = by_token
         self.ledger = Ledger(chunk_size, make_policy(eviction))
         # Whether anything goes by itself; then the policy is asked before every read and write.
-        self._has_time = type(self.ledger.policy).expired is not EvictionPolicy.expired
+        self.forgets_by_itself = type(self.ledger.policy).expired is not EvictionPolicy.expired
         self.encoders = Encoders()
         self.journal: Journal | None = None  # of a bank on disk
         # Indexes that were needed so far, by the position of their layer; and how to find what is saved of one.
@@ -85,24 +100,43 @@ class Table:
         self.find_saved: Callable[[int], SavedIndex | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickled table takes along: not the lock, which is another's."""
-        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+        """Return what a copy or a pickled table takes along: neither locks nor readers, which are another's."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("lock", "turn", "_editions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock())
+        self.__dict__.update(state, lock=threading.RLock(), turn=threading.RLock(), _editions=weakref.WeakSet())
 
     def empty(self, storage: Storage | None = None) -> Table:
         """Return an empty table with the same settings, over a storage of its own."""
         return Table(storage, **{name: getattr(self, name) for name in SETTINGS})
 
     def become(self, other: Table) -> None:
-        """Hold what another table holds, in place of what was there."""
-        self.storage, self.ledger, self.encoders = other.storage, other.ledger, other.encoders
-        self.indexes, self.find_saved, self.index = other.indexes, other.find_saved, other.index
+        """Hold what another table holds, in place of what was there; who reads that reads on."""
+        with self.lock:
+            if self._editions:
+                before = copy.copy(self)
+                before.lock = self.lock  # a reader may be waiting for it
+                for edition in self._editions:
+                    edition.table = before
+                before._editions, self._editions = self._editions, weakref.WeakSet()
+            self.storage, self.ledger, self.encoders = other.storage, other.ledger, other.encoders
+            self.indexes, self.find_saved, self.index = other.indexes, other.find_saved, other.index
 
-    def transaction(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
         """Make all changes inside the block durable together at its end or, if it raises, none; in memory, do nothing."""
-        return contextlib.nullcontext() if self.journal is None else self.journal.transaction()
+        if self.journal is None:
+            yield
+            return
+        with self.turn, self.journal.transaction():
+            yield
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[None]:
+        """Change the table inside the block: for readers at one stroke, and durably at its end if it is no part of another."""
+        # Whatever the caller's mode: what is made in inference mode can never be written to again.
+        with self.transaction(), self.lock, torch.inference_mode(False):
+            yield
 
     def refuse_reader(self) -> None:
         if self.journal is not None:
@@ -134,8 +168,9 @@ class Table:
         values: Sequence[Float[Tensor, "_kv_heads _tokens _dim"]],
         source: SourcePart | None,
         joins: Joins,
+        version: int,
     ) -> None:
-        """Write tokens to the end of a document, new or known, together with the tail that waited there."""
+        """Write tokens of an encoder version to the end of a document, new or known, with the tail that waited there."""
         tokens = [
             (key.detach().to(self.device), value.detach().to(self.device))
             for key, value in zip(keys, values, strict=True)
@@ -160,7 +195,7 @@ class Table:
         self._reserve(chunks)
 
         document.num_tokens += new_tokens
-        document.segments.push(new_tokens, joins, self.encoders.current)
+        document.segments.push(new_tokens, joins, version)
         document.waiting = tails if tails[0][0].shape[1] else []
         self._write_with_source(document, chunks, source, skipped)
 
@@ -168,12 +203,14 @@ class Table:
         """Take over the sizes of heads from the keys and values of each layer, without writing any."""
         self.storage.reserve(self._chunks_of(tokens, slice(0)), 0)
 
-    def extend_with_chunks(self, document: Document, chunks: list[Chunks], source: SourcePart | None) -> None:
-        """Write whole chunks, as they are stored, to the end of a document without a tail: a segment of this encoder."""
+    def extend_with_chunks(
+        self, document: Document, chunks: list[Chunks], source: SourcePart | None, version: int
+    ) -> None:
+        """Write whole chunks, as they are stored, to the end of a document without a tail: a segment of an encoder version."""
         assert not document.waiting
         skipped = self._chunks_without_room(document, chunks[0].keys.shape[1])
         document.num_tokens += chunks[0].keys.shape[1] * self.chunk_size
-        document.segments.push(chunks[0].keys.shape[1] * self.chunk_size, "new", self.encoders.current)
+        document.segments.push(chunks[0].keys.shape[1] * self.chunk_size, "new", version)
         chunks = [Chunks(*(tensor[:, skipped:].to(self.device) for tensor in layer)) for layer in chunks]
         self._reserve(chunks)
         self._write_with_source(document, chunks, source, skipped)
@@ -231,6 +268,7 @@ class Table:
                         for old, new in zip(layer, fresh, strict=True):
                             old[:, low - done : high - done] = new.to(old.device)
                     part = before
+                self._keep(rows[place])
                 for index in self.indexes.values():
                     index.rows_dropped(rows[place])
                     index.note_reencoded(high - low)
@@ -245,7 +283,7 @@ class Table:
 
     def drop_expired(self) -> None:
         """Forget what has outlived the policy's time; most policies know none."""
-        if self._has_time:
+        if self.forgets_by_itself:
             with self.lock:
                 if expired := self.ledger.expired():
                     self._remove(*self.ledger.release(expired))
@@ -302,15 +340,31 @@ class Table:
     def index_of(self, position: int) -> ChunkIndex:
         """Return the index of one layer, made when it is first needed."""
         if position not in self.indexes:
-            store = self.storage.layer(position)
-            index = (
-                make_index(self.index, store) if not self.by_token else TokenIndex(self.index, store, self.chunk_size)
-            )
+            index = self.new_index(self.index, self.storage.layer(position))
             saved = None if self.find_saved is None else self.find_saved(position)
             if saved is None or not index.adopt(saved):
                 index.rows_written(torch.arange(self.ledger.num_rows))
             self.indexes[position] = index
         return self.indexes[position]
+
+    def new_index(self, index: str, store: LayerRows) -> ChunkIndex:
+        """Return an index over the rows of one layer, which it is not told of yet."""
+        return TokenIndex(index, store, self.chunk_size) if self.by_token else make_index(index, store)
+
+    def edition(self) -> Edition:
+        """Return the rows as they are now, to be read whatever becomes of the table; the caller holds the lock."""
+        for edition in self._editions:
+            if edition.generation == self.ledger.generation and edition.is_kept is None:
+                edition.num_rows = self.ledger.num_rows
+                return edition
+        edition = Edition(self)
+        self._editions.add(edition)
+        return edition
+
+    def _keep(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep rows that are about to be given up for those who still read them."""
+        for edition in self._editions:
+            edition.keep(rows)
 
     def _chunks_of(self, tokens: Sequence[Tail], part: slice) -> list[Chunks]:
         """Return some tokens of each layer as chunks; there are whole chunks of them."""
@@ -359,6 +413,7 @@ class Table:
         evicted = self.ledger.evict(excess, keep=document)
         rows = torch.cat([evicted, torch.arange(num_rows, num_rows + num_new - len(evicted))])
         if len(evicted):
+            self._keep(evicted)
             for index in self.indexes.values():
                 index.rows_dropped(evicted)
             self.storage.drop(evicted)
@@ -385,6 +440,7 @@ class Table:
     def _remove(
         self, dropped: Int[Tensor, " rows"], sources: Int[Tensor, " moved"], destinations: Int[Tensor, " moved"]
     ) -> None:
+        self._keep(torch.cat([dropped, sources]))
         for index in self.indexes.values():
             index.rows_dropped(dropped)
         self.storage.drop(dropped)
@@ -392,3 +448,83 @@ class Table:
         self.storage.truncate(self.ledger.num_rows)
         for index in self.indexes.values():
             index.rows_moved(sources, destinations)
+
+
+class Edition:
+    """The rows of a table in one generation, for those who read them while the table goes on.
+
+    Rows that the table has dropped, moved or overwritten since are kept here, as they were; the others are read where they
+    are. So a reader alone costs nothing, and a writer beside readers pays for the rows that it gives up. Whoever asks holds the
+    table's lock. `num_rows`: live rows at the latest moment of this generation at which somebody has begun to read.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.generation, self.num_rows = table, table.ledger.generation, table.ledger.num_rows
+        self._kept: list[tuple[Tensor, Storage]] = []  # rows, and what they held
+        self.is_kept: Bool[Tensor, " rows"] | None = None  # which rows these are; None: none yet
+
+    def keep(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep rows that the table is about to give up."""
+        if self.is_kept is None:
+            self.is_kept = torch.zeros(self.num_rows, dtype=torch.bool)
+        rows = rows[rows < self.num_rows]
+        rows = rows[~self.is_kept[rows]].sort().values
+        if len(rows):
+            self.is_kept[rows] = True
+            self._kept.append((rows, self.table.storage.keep(rows)))
+
+    def is_there(self, rows: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """Return for each row, -1 for none, whether the table still has it under this number."""
+        return rows >= 0 if self.is_kept is None else (rows >= 0) & ~self.is_kept[rows.clamp(min=0)]
+
+    def search(
+        self,
+        position: int,
+        queries: Tensor,
+        num_chunks: int,
+        num_rows: int,
+        rows: Int[Tensor, " some"] | None,
+        bonus: Float[Tensor, " rows"] | None,
+    ) -> Ranked:
+        """Return scores and rows of the best chunks of one layer among its first `num_rows` rows, or some of these (sorted)."""
+        live = self.table.ledger.num_rows
+        if self.is_kept is None and live == num_rows:
+            return self.table.search(position, queries, num_chunks, rows, bonus)
+        rows = torch.arange(num_rows) if rows is None else rows
+        bonus_of_live = None if bonus is None else functional.pad(bonus, (0, live - len(bonus)))
+        found = [self.table.search(position, queries, num_chunks, rows[self.is_there(rows)], bonus_of_live)]
+        for kept, storage in self._kept:
+            wanted = torch.isin(kept, rows).nonzero().flatten()
+            if len(wanted):
+                index = self.table.new_index("exact", storage.layer(position))
+                added = None if bonus is None else bonus[kept]
+                scores, places = index.search(queries, num_chunks, wanted, added)
+                own = kept.to(places.device)[places.clamp(min=0)]
+                found.append((scores, torch.where(places < 0, -1, own)))
+        if len(found) == 1:
+            return found[0]
+        scores, order = torch.cat([each for each, _ in found], dim=2).sort(dim=2, descending=True, stable=True)
+        best = torch.cat([each for _, each in found], dim=2).gather(2, order[..., :num_chunks])
+        return scores[..., :num_chunks], best
+
+    def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
+        """Return copies of the keys and values of these rows; those of row -1 are any."""
+        if self.is_kept is None:
+            return self.table.storage.gather(position, rows)
+        wanted = rows.detach().cpu()
+        sources = [(self.is_there(wanted), wanted, self.table.storage)]
+        for kept, storage in self._kept:
+            places = torch.searchsorted(kept, wanted.contiguous()).clamp(max=len(kept) - 1)
+            sources.append((kept[places] == wanted, places, storage))
+        parts: list[tuple[Tensor, KeysValues]] = []
+        for is_here, places, storage in sources:
+            if is_here.any():  # what is elsewhere is read from some place that is here
+                read = storage.gather(position, torch.where(is_here, places, places[is_here][0]).to(rows.device))
+                parts.append((is_here, read))
+        if not parts:  # nothing but missing rows
+            return self._kept[0][1].gather(position, torch.zeros_like(rows))
+        keys, values = parts[0][1]
+        for is_here, part in parts[1:]:
+            mask = is_here.to(keys.device)[..., None, None]
+            keys, values = (torch.where(mask, new, old) for new, old in zip(part, (keys, values), strict=True))
+        return keys, values
