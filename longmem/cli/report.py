@@ -179,8 +179,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
             for name, content in run.figures.items():
                 copied = "figures/" + re.sub(r"[^\w.-]", "_", f"{run.name}-{name}")
                 figures[copied] = content
-                parts += [f"![{harmless(run.title)}: {Path(copied).stem}]({copied})", ""]
-    except (AttributeError, TypeError, KeyError, IndexError, ArithmeticError) as error:
+                caption = re.sub(r"[^\w ,.:-]", "", f"{run.title}: {Path(name).stem}")
+                parts += [f"![{caption}]({copied})", ""]
+    except (AttributeError, TypeError, KeyError, IndexError, ArithmeticError, ValueError) as error:
         raise ValueError(
             f"`folders` must be results of finished evaluations, but one of {', '.join(names)} holds other values than an "
             f"evaluation writes ({type(error).__name__}: {error})."

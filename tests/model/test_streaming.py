@@ -314,7 +314,7 @@ def test_a_folder_without_a_stream_is_refused(tokens, tmp_path):
         ("stream", "random", {}),
         ("stream", "window", "8"),
         ("stream", "local_ids", 7),
-        ("stream", "is_written", None),
+        ("stream", "is_written", 1),
         ("stream", "random", {"cpu": "AAAA"}),
         (None, "bank", "../elsewhere"),
     ]:
