@@ -161,7 +161,9 @@ class Freshness:
     def read_as_is(self, model: EncodingModel) -> None:
         """Read with this model's encoder all that another one wrote, as it is: its encoder is unknown from now on."""
         with self._table.change():
-            self.encoders.enter(model.encoder.stamp())
+            stamp = model.encoder.stamp()
+            self.encoders.enter(stamp)
+            self._read_as(model.encoder, stamp)
             lags = self.encoders.lags()
             for document in self._table.ledger.documents.values():
                 foreign = [each for each in document.segments if each.version < 0 or lags[each.version]]
