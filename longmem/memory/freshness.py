@@ -32,14 +32,10 @@ from longmem.memory.rows.table import Edition, Table
 
 @dataclasses.dataclass(eq=False)
 class Reader:
-    """What a bank knows of one model that reads it: its encoder, and the stale chunks that it has found.
-
-    `wanted`: serials of documents and positions of their chunks there, that a read could not have encoded again there and then.
-    """
+    """What a bank knows of one model that reads it: its encoder, as it was found last."""
 
     writer: weakref.ref[Writer]
     stamp: EncoderStamp
-    wanted: set[tuple[int, int]] = dataclasses.field(default_factory=set)
 
 
 class Freshness:
@@ -108,9 +104,7 @@ class Freshness:
         with self._table.change():
             self.adopt(name)
             self._table.ledger.note_change()
-        self.state.probed = {}
-        for reader in self._readers.values():
-            reader.wanted.clear()
+        self.state.probed, self.state.wanted = {}, set()
 
     def adopt(self, name: str) -> None:
         """Follow the policy that the bank's folder names."""
@@ -138,8 +132,8 @@ class Freshness:
             refuse_other_recipe(known, stamp)  # the tokenizer is no part of the digest
             if versions[-1].sketch is None:
                 self._enter_sketched(writer, stamp)
-        reader = self._read_as(writer, stamp)
-        if reader.wanted or self.has_stale:
+        self._read_as(writer, stamp)
+        if self.state.wanted or self.has_stale:
             with self._unless_another(stamp):
                 self.policy.on_open(self.refresher(writer))
 
@@ -161,7 +155,9 @@ class Freshness:
     def read_as_is(self, model: EncodingModel) -> None:
         """Read with this model's encoder all that another one wrote, as it is: its encoder is unknown from now on."""
         with self._table.change():
-            self.encoders.enter(model.encoder.stamp())
+            stamp = model.encoder.stamp()
+            self.encoders.enter(stamp)
+            self._read_as(model.encoder, stamp)
             lags = self.encoders.lags()
             for document in self._table.ledger.documents.values():
                 foreign = [each for each in document.segments if each.version < 0 or lags[each.version]]
@@ -207,9 +203,7 @@ class Freshness:
         return self.refreshed.since(before)
 
     def refresher(self, *writers: Writer) -> Refresher:
-        """Return what encodes with these writers; what is wanted is what a read with the first one has found."""
-        reader = self._readers.get(writers[0])
-        return Refresher(self.state, writers, None if reader is None else reader.wanted)
+        return Refresher(self.state, writers)
 
     # What is stale.
 
@@ -277,7 +271,8 @@ class Freshness:
             hits = search(rows)[1].flatten().cpu().unique()
             hits = hits[edition.is_there(hits)]
             serials, places = self._table.ledger.positions(hits[~readable[hits]])
-            reader.wanted.update(zip(serials.tolist(), places.tolist(), strict=True))  # type: ignore[union-attr]
+            stale = zip(serials.tolist(), places.tolist(), strict=True)
+            self.state.wanted.update((known.digest, *each) for each in stale)  # type: ignore[union-attr]
             can_encode = False
         return self.policy.on_read(self.refresher(writer) if can_encode else None, search, rows, readable)  # type: ignore[arg-type]
 
@@ -291,12 +286,11 @@ class Freshness:
             self._enter_sketched(writer, stamp)
             self._read_as(writer, stamp)
 
-    def _read_as(self, writer: Writer, stamp: EncoderStamp) -> Reader:
-        """Return what the bank knows of a model, as which this thread reads and writes from now on."""
+    def _read_as(self, writer: Writer, stamp: EncoderStamp) -> None:
+        """Read and write in this thread as this model from now on."""
         reader = self._readers.setdefault(writer, Reader(weakref.ref(writer), stamp))
         reader.stamp = stamp
         self._of_thread.reader = self._latest = reader
-        return reader
 
     def _enter_sketched(self, writer: Writer, stamp: EncoderStamp) -> None:
         # A moving encoder is sketched only where a clock asks for it: it moves at every step.

@@ -159,9 +159,10 @@ class Lazy(RefreshPolicy):
         state = refresher.state
         if not state.may_write:
             return
-        if refresher.wanted:
-            serials, positions = torch.tensor(sorted(refresher.wanted)).T
-            refresher.wanted.clear()
+        current = refresher.table.encoders.stamp
+        if wanted := {each for each in state.wanted if current is not None and each[0] == current.digest}:
+            state.wanted -= wanted
+            serials, positions = torch.tensor(sorted(each[1:] for each in wanted)).T
             self._reencode(refresher, serials, positions, torch.ones(len(serials)))
         if self.chosen["sweep_tokens"] and self.mask(state) is not None and (targets := refresher.stale()):
             refresher.reencode(targets, self.chosen["sweep_tokens"])

@@ -99,9 +99,11 @@ class RefreshState:
 
     table: Table
     reads_mapped: bool = False  # whether the policy reads what a map has moved to the current encoder
-    # All that was encoded again since the bank was made or opened; what the clock "probe" has measured, by version.
+    # All that was encoded again since the bank was made or opened; what the clock "probe" has measured, by version;
+    # stale chunks that a read has found and could not have encoded again there and then: encoder, document's serial, position.
     refreshed: RefreshReport = dataclasses.field(default_factory=RefreshReport)
     probed: dict[int, float] = dataclasses.field(default_factory=dict)
+    wanted: set[tuple[str, int, int]] = dataclasses.field(default_factory=set)
     warned: set[str] = dataclasses.field(default_factory=set)
 
     @property
@@ -127,15 +129,11 @@ class RefreshState:
 class Refresher:
     """What brings a bank up to date with an encoder, and all that a refresh policy gets to work with.
 
-    `writers`: equal encoders; with several, each encodes on a thread of its own (one for each device). `wanted`: serials of
-    documents and positions of their chunks, that reads have found stale and left to be encoded again before the next one.
+    `writers`: equal encoders; with several, each encodes on a thread of its own (one for each device).
     """
 
-    def __init__(
-        self, state: RefreshState, writers: Sequence[Writer], wanted: set[tuple[int, int]] | None = None
-    ) -> None:
+    def __init__(self, state: RefreshState, writers: Sequence[Writer]) -> None:
         self.state, self.table, self.writers = state, state.table, list(writers)
-        self.wanted = set() if wanted is None else wanted
 
     def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool | None = None) -> Targets:
         """Return the segments of each document that can be encoded again and are not readable, oldest versions first.

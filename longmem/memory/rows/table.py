@@ -522,7 +522,8 @@ class Edition:
                 read = storage.gather(position, torch.where(is_here, places, places[is_here][0]).to(rows.device))
                 parts.append((is_here, read))
         if not parts:  # nothing but missing rows
-            return self._kept[0][1].gather(position, torch.zeros_like(rows))
+            storage = self._kept[0][1] if self._kept else self.table.storage
+            return storage.gather(position, torch.zeros_like(rows))
         keys, values = parts[0][1]
         for is_here, part in parts[1:]:
             mask = is_here.to(keys.device)[..., None, None]
