@@ -220,6 +220,8 @@ class Catalogue:
     def _not_read(self, error: Exception) -> ValueError:
         """Return the error for a file that SQLite does not read, with its cause: the system, somebody else, or the file."""
         name = getattr(error, "sqlite_errorname", "").removeprefix("SQLITE_")
+        if name == "INTERRUPT":
+            return damaged(self.path, "has more rows than its length allows")
         if not name.startswith(OF_THE_SYSTEM):
             return damaged(self.path, f"cannot be read ({error})")
         if name.startswith(("BUSY", "LOCKED", "PROTOCOL")):

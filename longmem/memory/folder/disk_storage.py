@@ -88,6 +88,7 @@ class DiskStorage:
         self.next_slot = 0
         self.segments: list[Segment] = []  # by slot
         self._before_write = before_write
+        self._waiting_bytes = 0  # counted when they come, because many small writes wait together
         self._slots = torch.empty(0, dtype=torch.int64)  # of each row
         self._keys: dict[int, Tensor] = {}  # search keys of layers that were searched, with room for rows to come
 
@@ -228,6 +229,7 @@ class DiskStorage:
             file = TensorFile(path, path.stat().st_size, digests, self.mapped)
             written = [Segment(first_slot, num_slots, num_live, file)]
         self.segments = [segment for segment in self.segments if segment.waiting is None] + written
+        self._waiting_bytes = 0
         self.next_slot += 1  # a gap: no run of chunks goes on in another file
 
     def verify(self) -> list[Path]:
@@ -238,7 +240,7 @@ class DiskStorage:
         return [file.path for file in files]
 
     def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
-        if sum(tensor.nbytes for s in self.segments for layer in s.waiting or () for tensor in layer) > SEGMENT_BYTES:
+        if self._waiting_bytes > SEGMENT_BYTES:
             try:
                 self.flush()
             except OSError as error:
@@ -247,6 +249,7 @@ class DiskStorage:
         # Copies: what the caller goes on to change, or a view of a whole document, must not be what waits.
         waiting = [Chunks(*(tensor.to("cpu", copy=True) for tensor in layer)) for layer in layers]
         self.segments.append(Segment(first_slot, len(rows), len(rows), waiting=waiting))
+        self._waiting_bytes += sum(tensor.nbytes for layer in waiting for tensor in layer)
         self.next_slot += len(rows)
         self._slots[rows] = torch.arange(first_slot, self.next_slot)
         return first_slot

@@ -102,7 +102,10 @@ def read_journal(path: Path, database_bytes: int) -> int | None:
 def parse_json(text: str) -> Any:
     """Return what a JSON text says. Raises ValueError for what is none, is nested without end, or has NaN for a number."""
     try:
-        return DECODER.decode(text)
+        value, end = DECODER.raw_decode(text)
+        if end != len(text):
+            raise ValueError(f"something follows it at {end}")
+        return value
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
