@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Beside the bank's own files; it says which model to open when none is named. Whether that model fits, the bank checks.
 MODEL_FILE = "model.json"
+LARGEST_MODEL_FILE = 65_536
 # With the trained side network that comes with this package, if there is one.
 DEFAULT_MODEL = "smollm2-135m"
 POLICIES = '"frozen", "eager", "lazy", "bounded:max_lag=4", ...'
@@ -165,10 +166,14 @@ def bytes_on_disk(folder: Path) -> int:
 
 def model_of_bank(folder: Path) -> str | None:
     """Return the name of the model that wrote a bank; None where that is not known."""
+    from longmem.memory.folder.foreign import open_plain, parse_json
+
     try:
-        return json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))["model"]
+        with open(open_plain(folder.resolve() / MODEL_FILE), encoding="utf-8") as file:
+            name = parse_json(file.read(LARGEST_MODEL_FILE))["model"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return name if isinstance(name, str) else None
 
 
 def open_model_of(folder: Path, chosen: str | None) -> tuple[str, LongMemForCausalLM]:

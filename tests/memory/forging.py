@@ -216,7 +216,7 @@ def seal(folder: Path, content: Any = None, totals: Any = None, text: str | None
         if content is None:
             content = json.loads(connection.execute("SELECT content FROM bank").fetchone()[0])["content"]
         text = json.dumps({"content": content, "totals": sums | (totals or {})}) if text is None else text
-        connection.execute("UPDATE bank SET content = ?, checksum = ?", (text, _checksum([text.encode()])))
+        connection.execute("UPDATE bank SET content = ?, checksum = ?", (text, _checksum(text.encode())))
 
 
 def description(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from forging import (
     watched,
 )
 
+from longmem.cli.common import model_of_bank
 from longmem.memory import MemoryBank, has_bank
 from longmem.memory.folder.catalogue import CATALOGUE, INDEXES
 from longmem.memory.folder.foreign import fits, parse_json
@@ -292,28 +293,50 @@ def test_a_lock_is_a_plain_file(make, folder, outside):
     assert outcome(folder, outside, read_only=False) == "refused"
 
 
+@pytest.mark.parametrize(
+    "make", [pipe, device, make_directory, to_copy, lambda path, _: path.write_text('{"model": 7}')]
+)
+def test_the_name_of_a_model_is_read_from_a_plain_file(make, folder, outside):
+    (folder / "model.json").write_text('{"model": "tiny"}')
+    assert model_of_bank(folder) == "tiny"
+    put("model.json", make)(folder, outside)
+    with watched(folder, outside, seconds=5):
+        assert model_of_bank(folder) is None
+
+
 def test_text_that_does_not_fit_its_tokens_is_refused_when_it_is_read(folder, outside):
     for column, value in (("token_ids", "X'01'"), ("char_ends", "X'ffffffff'"), ("text", "X'ff'"), ("text", "X''")):
         forge_sql(folder, f"UPDATE sources SET {column} = {value} WHERE length(char_ends) > 4")
         assert outcome(folder, outside, read_only=True) == "refused"
 
 
-def test_a_tree_without_end_ends(folder, outside):
-    """A page that is its own child, many times over, has more rows than could ever be read."""
+@pytest.mark.parametrize("table", ["sources", "spans", "usage"])
+def test_a_tree_without_end_ends(table, folder, outside):
+    """Six levels of pages, each of which is 150 times the child of the one above, have 10^13 rows to read."""
     with open_raw(folder) as connection:
-        page = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'spans'").fetchone()[0]
-        size = connection.execute("PRAGMA page_size").fetchone()[0]
-    cells = (size - 12) // 16
-    cell = page.to_bytes(4) + bytes([6]) + bytes([3, 1, 1, 0, 1, 1])
-    head = bytes([2, 0, 0]) + cells.to_bytes(2) + (size - 16 * cells).to_bytes(2) + b"\0" + page.to_bytes(4)
-    pointers = b"".join((size - 16 * (number + 1)).to_bytes(2) for number in range(min(cells, 200)))
-    cells = min(cells, 200)
-    head = bytes([2, 0, 0]) + cells.to_bytes(2) + (size - 16 * cells).to_bytes(2) + b"\0" + page.to_bytes(4)
-    data = (head + pointers).ljust(size - 16 * cells, b"\0") + cell.ljust(16, b"\0") * cells
+        root = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()[0]
+        num_columns = len(connection.execute(f"PRAGMA table_info({table})").fetchall())
+        size, count = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count"))
+
+    def page(child: int, num_cells: int) -> bytes:
+        """Return a page of rows of ones, each behind the same child; a page of the lowest level, where there is none."""
+        cell = (child.to_bytes(4) if child else b"") + bytes([num_columns + 1, num_columns + 1, *[9] * num_columns])
+        starts = [size - len(cell) * (number + 1) for number in range(num_cells)]
+        head = bytes([2 if child else 10, 0, 0]) + num_cells.to_bytes(2) + starts[-1].to_bytes(2) + b"\0"
+        head += (child.to_bytes(4) if child else b"") + b"".join(start.to_bytes(2) for start in starts)
+        return head.ljust(starts[-1], b"\0") + cell * num_cells
+
     with (folder / CATALOGUE).open("r+b") as file:
-        file.seek((page - 1) * size)
-        file.write(data)
-    assert outcome(folder, outside, read_only=True) == "refused"
+        file.seek((root - 1) * size)
+        file.write(page(count + 1, 150))
+        file.seek(count * size)
+        for level in range(1, 6):
+            file.write(page(count + level + 1, 150))
+        file.write(page(0, 1))
+        file.seek(28)
+        file.write((count + 6).to_bytes(4))
+    for read_only in (True, False):
+        assert outcome(folder, outside, read_only=read_only) == "refused"
 
 
 @pytest.mark.parametrize("index", ["hnsw", "ivf", "pq"])

@@ -119,7 +119,8 @@ class BankFolder:
         """
         before = self.content
         try:
-            self._fill(contents, settings)
+            with records.without_collections():
+                self._fill(contents, settings)
         except BaseException:
             self.catalogue.content = before  # what the caller goes on with is not of another commit
             raise
@@ -129,7 +130,8 @@ class BankFolder:
         for attempt in range(ATTEMPTS_TO_READ):
             with self.catalogue.snapshot():
                 content = self.catalogue.read_content()
-                rows = {table.name: self.catalogue.read_table(table) for table in TABLES}
+                rows = {table.name: self.catalogue.read_table(table) for table in TABLES if not table.num_large}
+                self.catalogue.check_total(SOURCES)
             if records.fixed(content["settings"]) != records.fixed(settings):
                 raise ValueError(
                     f"the bank in {str(self.path)!r} was replaced by one with other settings, {content['settings']}, not "

@@ -89,6 +89,7 @@ class DiskStorage:
         self.next_slot = 0
         self.segments: list[Segment] = []  # by slot
         self._before_write = before_write
+        self._waiting_bytes = 0  # counted when they come, because many small writes wait together
         self._slots = torch.empty(0, dtype=torch.int64)  # of each row
         self._keys: dict[int, Tensor] = {}  # search keys of layers that were searched, with room for rows to come
 
@@ -186,18 +187,23 @@ class DiskStorage:
         places = torch.searchsorted(live, slots).clamp(max=len(live) - 1)
         return torch.where(live[places] == slots, rows[places], -1)
 
+    def rows_in(self, segments: Sequence[Segment]) -> Int[Tensor, " rows"]:
+        """Return the live rows that point into these segments."""
+        slots = self._slots[: self.num_rows]
+        inside = torch.zeros(len(slots), dtype=torch.bool)
+        for segment in segments:
+            inside |= (slots >= segment.first_slot) & (slots < segment.first_slot + segment.num_slots)
+        return inside.nonzero().flatten()
+
     def restore(self, segments: Sequence[Segment], next_slot: int, shapes: Sequence[Sequence[int]]) -> None:
         """Take over what the catalogue says; rows follow by `point`."""
         self.segments, self.next_slot = list(segments), next_slot
         self.shapes = [LayerShape(shape[0], shape[1], shape[2], *map(bool, shape[3:])) for shape in shapes]
 
-    def point(self, rows: Int[Tensor, " chunks"], slot: int) -> None:
-        """Let rows point to consecutive slots."""
-        self.num_rows = max(self.num_rows, int(rows.max()) + 1)
-        if self.num_rows > len(self._slots):
-            self._slots = torch.cat([self._slots, torch.empty(2 * self.num_rows, dtype=torch.int64)])
-        self._slots[rows] = torch.arange(slot, slot + len(rows))
-        for segment, which in self._by_segment(self._slots[rows]):
+    def point(self, slots: Int[Tensor, " rows"]) -> None:
+        """Let the rows, of which there were none, point to these slots."""
+        self.num_rows, self._slots = len(slots), slots
+        for segment, which in self._by_segment(slots):
             segment.num_live += len(which)
 
     @torch.inference_mode(False)  # a first search while the model runs must not keep later ones from being written
@@ -230,6 +236,7 @@ class DiskStorage:
             file = TensorFile(path, path.stat().st_size, digests, self.mapped)
             written = [Segment(first_slot, num_slots, num_live, file)]
         self.segments = [segment for segment in self.segments if segment.waiting is None] + written
+        self._waiting_bytes = 0
         self.next_slot += 1  # a gap: no run of chunks goes on in another file
 
     def verify(self) -> list[Path]:
@@ -240,7 +247,7 @@ class DiskStorage:
         return [file.path for file in files]
 
     def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
-        if sum(tensor.nbytes for s in self.segments for layer in s.waiting or () for tensor in layer) > SEGMENT_BYTES:
+        if self._waiting_bytes > SEGMENT_BYTES:
             try:
                 self.flush()
             except OSError as error:
@@ -249,6 +256,7 @@ class DiskStorage:
         # Copies: what the caller goes on to change, or a view of a whole document, must not be what waits.
         waiting = [Chunks(*(tensor.to("cpu", copy=True) for tensor in layer)) for layer in layers]
         self.segments.append(Segment(first_slot, len(rows), len(rows), waiting=waiting))
+        self._waiting_bytes += sum(tensor.nbytes for layer in waiting for tensor in layer)
         self.next_slot += len(rows)
         self._slots[rows] = torch.arange(first_slot, self.next_slot)
         return first_slot
@@ -341,7 +349,8 @@ def rewrite(contents: Table, storage: DiskStorage, victims: Sequence[Segment]) -
     chunks_at_once = SEGMENT_BYTES // bytes_of_chunk(storage.shapes, contents.chunk_size, contents.storage_dtype)
     batch: list[tuple[Run, Int[Tensor, " _rows"]]] = []
     num_chunks = 0
-    for document in contents.ledger.documents.values():
+    serials = contents.ledger.positions(storage.rows_in(victims))[0].unique()
+    for document in map(contents.ledger.by_serial.__getitem__, serials.tolist()):
         done = 0
         for run in document.runs:
             if any(0 <= run.slot - segment.first_slot < segment.num_slots for segment in victims):

@@ -102,13 +102,16 @@ def read_journal(path: Path, database_bytes: int) -> int | None:
 def parse_json(text: str) -> Any:
     """Return what a JSON text says. Raises ValueError for what is none, is nested without end, or has NaN for a number."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def fits(value: Any, form: Any) -> bool:

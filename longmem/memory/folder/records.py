@@ -1,9 +1,11 @@
 """Documents as rows of the catalogue, and back, with a check of all that the rows say of each other and of the files."""
 
+import contextlib
 import functools
+import gc
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,12 @@ from jaxtyping import Int
 from safetensors.torch import load, save
 from torch import Tensor
 
-from longmem.encoder.history import Encoders
+from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment
 from longmem.memory.folder.foreign import damaged, fits, parse_json
 from longmem.memory.rows.codec import STORAGE_DTYPES, stored_width
-from longmem.memory.rows.documents import Document, Run, Source, SourcePart, Tail
+from longmem.memory.rows.documents import Document, IntQueue, Run, Source, SourcePart, Tail
 from longmem.memory.rows.segments import Segments
 from longmem.memory.rows.storage import LayerShape
 from longmem.memory.rows.table import Table
@@ -36,6 +38,8 @@ DOCUMENT = {
     "is_superseded?": bool,
     "superseded_by?": str,
 }
+MUST_SAY = [name for name in DOCUMENT if not name.endswith("?")]
+KINDS_SAID = tuple(list if isinstance(DOCUMENT[name], list) else DOCUMENT[name] for name in MUST_SAY)
 LARGEST_WIDTH = 2**20  # of a key or a value, and the largest number of heads
 CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
 
@@ -180,21 +184,35 @@ def check_places(content: dict[str, Any], segments: Sequence[Segment], spans: In
         raise ValueError("two runs of chunks were written at once, or one after the last")
 
 
-def _segments_of(runs: Sequence[Sequence[int]], num_tokens: int, num_kept: int, num_versions: int) -> Segments:
-    """Return the segments of a document of so many tokens, of which so many are kept; there is one a token at most."""
-    start, total = None, 0
+def _checked_segments(
+    runs: Sequence[Sequence[int]], num_tokens: int, num_kept: int, num_versions: int
+) -> Sequence[Sequence[int]]:
+    """Return what is said of the segments of so many tokens, of which so many are kept; there is one a token at most."""
+    stop, total = None, 0
     for run in runs:
         if len(run) != 6 or any(type(each) is not int or not -1 <= each < 2**62 for each in run):
             raise ValueError(f"{run} is no run of segments")
-        total += run[2]
-        if min(run[0], run[1] - 1, run[2] - 1) < 0 or run[0] != (run[0] if start is None else start):
+        start, length, count, version, _, mapped_to = run
+        if start < 0 or length < 1 or count < 1 or start != (start if stop is None else stop):
             raise ValueError(f"{run} does not follow the segments before it")
-        if max(run[3], run[5]) >= max(num_versions, 1):
+        if version >= max(num_versions, 1) or mapped_to >= max(num_versions, 1):
             raise ValueError(f"{run} names an encoder that the bank does not know")
-        start = run[0] + run[1] * run[2]
-    if total > num_kept + 1 or (start is not None and start > num_tokens):
+        stop, total = start + length * count, total + count
+    if total > num_kept + 1 or (stop is not None and stop > num_tokens):
         raise ValueError(f"{total} segments are more than {num_tokens} tokens can have, of which {num_kept} are kept")
-    return Segments.from_json(runs)
+    return runs
+
+
+def _is_document(fields: Any) -> bool:
+    """Return whether this is what is said of a document; most say what they must and no more."""
+    return (
+        type(fields) is dict
+        and tuple(map(type, map(fields.get, MUST_SAY))) == KINDS_SAID
+        and len(fields) == len(MUST_SAY)
+        and 0 <= fields["num_tokens"] < 2**62
+        and math.isfinite(fields["written_at"])
+        and all(type(tag) is str for tag in fields["tags"])
+    ) or fits(fields, DOCUMENT)
 
 
 def _tails_of(waiting: bytes, shapes: Sequence[LayerShape]) -> list[Tail]:
@@ -230,46 +248,103 @@ def restore(
     storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
     assert isinstance(storage, DiskStorage)
     check_files(content, segments)
+    # In the order of writing, which is that of rows; checked in the order of documents.
     spans = np.array([row[:5] for row in rows["spans"]], dtype=np.int64).reshape(-1, 5)
     check_places(content, segments, spans)
     storage.restore(segments, content["next_slot"], content["shapes"])
     contents.encoders = Encoders.from_json(content["encoders"])
-    num_versions = len(contents.encoders.versions)
+    documents = _documents_of(content, rows, storage.shapes, chunk_size, len(contents.encoders.versions), device)
+    by_order = spans[:, 4].argsort()
+    runs = _enter_runs(spans[by_order], [rows["spans"][place][5] for place in by_order.tolist()], documents)
+    for document, has_source in documents.values():
+        if has_source:
+            start = document.first_chunk(chunk_size) * chunk_size
+            document.source_or_reader = functools.partial(read_source_of, document.serial, start, document.num_tokens)
+    serials, first, count, slot, _ = spans[by_order].T
+    within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)  # the place of a chunk in its run
+    table = np.empty((4, len(within)), dtype=np.int64)
+    table[0], table[1] = np.repeat(serials, count), np.repeat(first, count) + within
+    kinds = [run.document.segments.of_all_chunks() for run in runs]
+    known = [(UNKNOWN, UNKNOWN) if kind is None else kind for kind in kinds]
+    table[2:] = np.repeat(np.array(known, dtype=np.int64).reshape(-1, 2).T, count, axis=1)
+    ledger.fill((document for document, _ in documents.values()), runs, torch.from_numpy(table))
+    storage.point(torch.from_numpy(np.repeat(slot, count) + within))
+    for document in {run.document for run, kind in zip(runs, kinds, strict=True) if kind is None}:
+        ledger.read_versions(document)
+    ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Make many objects, none of them garbage, without looking for garbage among them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _documents_of(
+    content: dict[str, Any],
+    rows: dict[str, list[tuple[Any, ...]]],
+    shapes: Sequence[LayerShape],
+    chunk_size: int,
+    num_versions: int,
+    device: torch.device,
+) -> dict[int, tuple[Document, bool]]:
+    """Return all documents by their serials, without their rows, and whether each has a source."""
     usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
-    kept: dict[int, int] = Counter()
-    for serial, _, count, *_ in rows["spans"]:
-        kept[serial] += count * chunk_size
-    with_source = []
+    first: dict[int, int] = {}
+    kept: dict[int, int] = {}
+    for serial, start, count, *_ in rows["spans"]:
+        first.setdefault(serial, start)
+        kept[serial] = kept.get(serial, 0) + count
+    documents: dict[int, tuple[Document, bool]] = {}
+    names: set[str] = set()
+    tags: dict[tuple[str, ...], tuple[str, ...]] = {}
+    # Most short documents are encoded alike: what is known to be right need not be checked, nor kept, once more.
+    alike: dict[tuple[Any, ...], Sequence[Sequence[int]]] = {}
     for serial, text, waiting in rows["documents"]:
         fields = parse_json(text)
-        if not fits(fields, DOCUMENT) or serial >= content["next_serial"] or fields["document_id"] in ledger.documents:
+        if not _is_document(fields) or serial >= content["next_serial"] or fields["document_id"] in names:
             raise ValueError(f"document {serial} is not described")
-        if fields.pop("has_source"):
-            with_source.append(serial)
-        document = Document(serial=serial, num_reads=usage[serial][0], last_read=usage[serial][1], **fields)
-        tails = _tails_of(waiting, storage.shapes)
-        document.waiting = [(keys.to(device), values.to(device)) for keys, values in tails]
-        num_kept = kept[serial] + document.num_waiting_tokens
-        document.segments = _segments_of(fields["segments"], document.num_tokens, num_kept, num_versions)
-        document.tags = tuple(document.tags)
-        ledger.open(document)
-    for serial, first, count, slot, order, written_at in sorted(rows["spans"], key=lambda row: row[4]):
-        document, new_rows = ledger.by_serial[serial], ledger.num_rows + torch.arange(count)
-        ledger.enter_run(Run(document, count, written_at, order, slot, stored=(first, count, slot)))
-        ledger.place(document, new_rows, first)
-        storage.point(new_rows, slot)
-    starts = dict(zip(spans[::-1, 0].tolist(), spans[::-1, 1].tolist(), strict=True))  # the first of each
-    if any(
-        document.first_chunk(chunk_size) != max(0, starts.get(serial, document.first_chunk(chunk_size)))
-        for serial, document in ledger.by_serial.items()
-    ):
-        raise ValueError("a document has fewer tokens than it has chunks")
-    for serial in with_source:
-        document = ledger.by_serial[serial]
-        start = document.first_chunk(chunk_size) * chunk_size
-        document.source_or_reader = functools.partial(read_source_of, serial, start, document.num_tokens)
-    ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
-    ledger.changed.clear()
+        names.add(fields["document_id"])
+        tails = [(keys.to(device), values.to(device)) for keys, values in _tails_of(waiting, shapes)] if waiting else []
+        num_waiting, num_tokens = tails[0][0].shape[1] if tails else 0, fields["num_tokens"]
+        num_chunks = kept.get(serial, 0)
+        if num_chunks and (num_tokens - num_waiting) // chunk_size - num_chunks != first[serial]:
+            raise ValueError(f"document {serial} has not the tokens of its chunks")
+        key = str(fields["segments"]), num_tokens, num_chunks, num_waiting
+        if key not in alike:
+            num_kept = num_chunks * chunk_size + num_waiting
+            alike[key] = _checked_segments(fields["segments"], num_tokens, num_kept, num_versions)
+        fields["segments"] = Segments.from_json(alike[key])
+        said = tuple(fields["tags"])
+        fields["tags"], has_source = tags.setdefault(said, said), fields.pop("has_source")
+        num_reads, last_read = usage[serial]
+        document = Document(serial=serial, num_reads=num_reads, last_read=last_read, waiting=tails, **fields)
+        documents[serial] = document, has_source
+    return documents
+
+
+def _enter_runs(
+    spans: Int[np.ndarray, "spans 5"], written_at: Sequence[float], documents: dict[int, tuple[Document, bool]]
+) -> list[Run]:
+    """Return all runs, after giving them, and their rows, to their documents."""
+    runs, row = [], 0
+    for (serial, first, count, slot, order), moment in zip(spans.tolist(), written_at, strict=True):
+        document = documents[serial][0]
+        run = Run(document, count, moment, order, slot, (first, count, slot))
+        document.runs.append(run)
+        runs.append(run)
+        if len(document.runs) == 1:
+            document.rows = IntQueue.of_range(range(row, row + count))
+        else:
+            document.rows.push(torch.arange(row, row + count))
+        row += count
+    return runs
 
 
 def _int32(values: Tensor) -> bytes:

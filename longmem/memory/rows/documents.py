@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -50,12 +49,27 @@ class IntQueue:
     (tensor([1, 2]), tensor([3]))
     """
 
+    __slots__ = ("_held", "_start", "_stop")
+
     def __init__(self, values: Int[Tensor, " values"] | None = None, dtype: torch.dtype = torch.int64) -> None:
-        self._data = torch.empty(0, dtype=dtype) if values is None else values
-        self._start, self._stop = 0, len(self._data)
+        self._held: Tensor | range = torch.empty(0, dtype=dtype) if values is None else values
+        self._start, self._stop = 0, len(self._held)
+
+    @classmethod
+    def of_range(cls, values: range) -> IntQueue:
+        """Return a queue of consecutive integers, which is a tensor when somebody looks: most are never looked at."""
+        queue = cls.__new__(cls)
+        queue._held, queue._start, queue._stop = values, 0, len(values)
+        return queue
 
     def __len__(self) -> int:
         return self._stop - self._start
+
+    @property
+    def _data(self) -> Int[Tensor, " held"]:
+        if isinstance(self._held, range):
+            self._held = torch.arange(self._held.start, self._held.stop)
+        return self._held
 
     @property
     def values(self) -> Int[Tensor, " values"]:
@@ -66,7 +80,7 @@ class IntQueue:
         if self._stop + len(values) > len(self._data):
             data = torch.empty(2 * (len(self) + len(values)), dtype=self._data.dtype)
             data[: len(self)] = self.values
-            self._data, self._start, self._stop = data, 0, len(self)
+            self._held, self._start, self._stop = data, 0, len(self)
         self._data[self._stop : self._stop + len(values)] = values
         self._stop += len(values)
 
@@ -176,7 +190,7 @@ class Source:
         return points.numpy().tobytes().decode("utf-32-le", "surrogatepass")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Run:
     """A run of consecutive chunks of one document, written together."""
 
@@ -188,7 +202,14 @@ class Run:
     stored: tuple[int, int, int] | None = None  # what the catalogue holds: first chunk, number of chunks, slot
 
 
-@dataclass(eq=False)
+class Runs(list["Run"]):
+    """The runs of a document, oldest first; a list, because an empty deque takes more room than the rest of a document."""
+
+    def popleft(self) -> Run:
+        return self.pop(0)
+
+
+@dataclass(eq=False, slots=True)
 class Document:
     """The record of one document.
 
@@ -210,7 +231,7 @@ class Document:
     last_read: float = 0.0
     written_at: float = field(default_factory=time.time)
     rows: IntQueue = field(default_factory=IntQueue)
-    runs: deque[Run] = field(default_factory=deque)
+    runs: Runs = field(default_factory=Runs)
     # Source of the resident and the waiting tokens; None where the writer gave none. A bank on disk puts a function here
     # that reads it when it is needed.
     source_or_reader: Source | Callable[[], Source | None] | None = None

@@ -7,7 +7,7 @@ Nothing here touches keys or values, so every promise about rows and documents c
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -114,10 +114,25 @@ class Ledger:
         self._table[1, rows] = torch.arange(start, start + len(rows))
         self._table[2:, rows] = document.segments.of_chunks(start, len(rows), self.chunk_size)
 
+    def fill(self, documents: Iterable[Document], runs: Sequence[Run], rows: Int[Tensor, "4 rows"]) -> None:
+        """Enter all that a bank holds into an empty ledger, with its rows: for each what the table of this class has of it."""
+        for document in documents:
+            self.documents[document.document_id] = self.by_serial[document.serial] = document
+            if document.is_superseded or document.valid_until is not None:
+                self.marked.add(document.serial)
+        self.runs = OrderedDict((run.order, run) for run in runs)
+        self.num_rows, self.num_pinned_rows = rows.shape[1], sum(r.num_chunks for r in runs if r.document.is_pinned)
+        if self.num_rows:
+            self._table = rows
+
     def note_encoding(self, document: Document) -> None:
         """Take over the versions of a document's segments, some of which were encoded again."""
         self._touch(document)
         self.generation = next(_STAMPS)
+        self.read_versions(document)
+
+    def read_versions(self, document: Document) -> None:
+        """Note for each row of a document of which encoder it is."""
         rows = document.rows.values
         first = document.first_chunk(self.chunk_size)
         self._table[2:, rows] = document.segments.of_chunks(first, len(rows), self.chunk_size)

@@ -42,8 +42,21 @@ class Segments:
     [[0, 1, 1], [-1, -1, -1]]
     """
 
+    __slots__ = ("_described", "_listed")
+
     def __init__(self, segments: Iterable[Segment] = ()) -> None:
-        self._segments = deque(segments)
+        self._listed: deque[Segment] | None = deque(segments)
+        self._described: Sequence[Sequence[int]] = ()  # what `from_json` was given, until somebody looks
+
+    @property
+    def _segments(self) -> deque[Segment]:
+        if self._listed is None:
+            self._listed = deque(
+                Segment(start + number * length, start + (number + 1) * length, version, bool(is_known), mapped_to)
+                for start, length, count, version, is_known, mapped_to in self._described
+                for number in range(count)
+            )
+        return self._listed
 
     def __iter__(self) -> Iterator[Segment]:
         return iter(self._segments)
@@ -88,7 +101,7 @@ class Segments:
             lost = Segment(low, high, UNKNOWN, False)
             parts = replace(each, stop=low), lost, replace(each, start=high)
             kept.extend(part for part in parts if part.start < part.stop)
-        self._segments = kept
+        self._listed = kept
 
     def of_chunks(self, first: int, count: int, chunk_size: int) -> Int[Tensor, "2 count"]:
         """Return for each of `count` chunks, from the `first` on, its version and the version that it was mapped to.
@@ -112,6 +125,12 @@ class Segments:
         found[0, found[0] == unset] = UNKNOWN
         return found
 
+    def of_all_chunks(self) -> tuple[int, int] | None:
+        """Return the version of every chunk and the one that it was mapped to, where the description says that they are one."""
+        kinds = {(run[3], run[5]) for run in self._described} if self._listed is None else set()
+        is_one = len(kinds) == 1 and (len(self._described) == self._described[0][2] == 1 or (*kinds,)[0][1] < 0)
+        return kinds.pop() if is_one else None
+
     def copy(self) -> Segments:
         """Return the same segments, to go on by themselves."""
         return Segments(map(replace, self._segments))
@@ -130,9 +149,6 @@ class Segments:
     @classmethod
     def from_json(cls, runs: Sequence[Sequence[int]]) -> Segments:
         """Return the segments that `to_json` described."""
-        segments = (
-            Segment(start + number * length, start + (number + 1) * length, version, bool(is_known), mapped_to)
-            for start, length, count, version, is_known, mapped_to in runs
-            for number in range(count)
-        )
-        return cls(segments)
+        segments = cls.__new__(cls)
+        segments._listed, segments._described = None, runs
+        return segments

@@ -21,7 +21,7 @@ from longmem.encoder.history import Encoders
 from longmem.memory.checks import refuse_search
 from longmem.memory.eviction import EvictionPolicy, make_policy
 from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, TokenIndex, make_index
-from longmem.memory.rows.documents import Document, IntQueue, Run, Source, SourcePart, Tail
+from longmem.memory.rows.documents import Document, IntQueue, Run, Runs, Source, SourcePart, Tail
 from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.segments import Joins
 from longmem.memory.rows.storage import (
@@ -225,7 +225,7 @@ class Table:
         self.drop(old)
         # What was said of the document stays; the other fields are of the new text.
         said = {name: getattr(old, name) for name in SAID_OF_A_DOCUMENT}
-        twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=deque(), **said)
+        twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=Runs(), **said)
         self._write(twin, chunks)
 
     def overwrite(self, document: Document, start: int, tokens: Sequence[Tail]) -> None:
@@ -296,7 +296,7 @@ class Table:
         target.encoders = self.encoders.copy()
         twins: dict[int, Document] = {}
         for document in self.ledger.documents.values():
-            twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=deque(), source_or_reader=None)
+            twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=Runs(), source_or_reader=None)
             twin.segments = document.segments.copy()
             twin.waiting = [(key.to(target.device), value.to(target.device)) for key, value in document.waiting]
             if document.source is not None:  # characters go on to be counted from the start of the document
