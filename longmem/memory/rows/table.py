@@ -8,7 +8,6 @@ import dataclasses
 import threading
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
