@@ -193,7 +193,7 @@ class SideNetwork(nn.Module):
             states: hidden states and layer calls of the backbone for the same tokens.
             memory: one bank for each lane, or None to read nothing.
         """
-        if memory is not None and all(bank.is_empty for bank in memory):
+        if memory is not None and holds_nothing(memory):
             memory = None
         dtype = self.dtype
         reads: list[MemoryRead] = []
@@ -221,6 +221,12 @@ class SideNetwork(nn.Module):
         if states.final_states is not None and number == self.num_backbone_layers:
             return states.final_states
         return states.hidden_states[number]
+
+
+@torch.compiler.disable  # banks take locks
+def holds_nothing(memory: Sequence[Memory]) -> bool:
+    """Return whether every bank is empty."""
+    return all(bank.is_empty for bank in memory)
 
 
 def refuse_local_implementation(config: LongMemConfig, attention: nn.Module) -> None:
