@@ -111,8 +111,8 @@ class LongMemConfig(PreTrainedConfig):
             gate before its sigmoid (gated, default 0 as in the paper).
         memory_null_init: start of a learned score per head of a null slot: what was found counts by the share that it has
             beside this score, so that weak finds count for little; None: no null slot. Only with joint fusion.
-        lora: None to train every weight of the side network, or settings of LoRA (`longmem.model.lora`): a `peft.LoraConfig`, or
-            such as `{"rank": 32}`. The copied weights are frozen, and trained are `rank`-wide adapters of the linear layers
+        lora: None to train every weight of the side network; or settings of LoRA (`longmem.model.lora`), as a `peft.LoraConfig`
+            or such as `{"rank": 32}`. Copied weights are frozen, and trained are `rank`-wide adapters of the linear layers
             named by `target_modules` (default: all), scaled by `alpha / rank` (default 2), with `dropout` (default 0), beside
             memory biases and output scales. Norms stay frozen: they are few and act on all that passes, memory or not.
     """

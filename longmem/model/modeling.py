@@ -109,7 +109,7 @@ class LongMemModel(LongMemPreTrainedModel):
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], dict[str, Any]]:
         """Return hidden states before the final norm, and the fields that outputs with and without a head share."""
-        packed = take(kwargs, PACKED_ROWS)
+        packed = {name: kwargs.pop(name) for name in PACKED_ROWS if kwargs.get(name) is not None}
         if kwargs:
             refuse_unknown_inputs(self.backbone, kwargs)
         cache = one_cache(cache, past_key_values)
