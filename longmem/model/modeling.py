@@ -334,26 +334,23 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
 
         Its architecture may know of more than the cache, as that a rotary kind changes for all tokens past a length (LongRoPE).
         """
-        prepare = type(self.backbone).prepare_inputs_for_generation
-        if prepare is GenerationMixin.prepare_inputs_for_generation:
+        backbone: Any = self.backbone
+        if type(backbone).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
             return super().prepare_inputs_for_generation(input_ids, **kwargs)
-        prepared = prepare(self.backbone, input_ids, **named_for(self.backbone, kwargs))
+        prepared = backbone.prepare_inputs_for_generation(input_ids, **named_for(backbone, kwargs))
         ours = signature(LongMemForCausalLM.forward).parameters.keys() | kwargs.keys()
         return {name: value for name, value in prepared.items() if name in ours}
 
-    def _get_candidate_generator(
-        self, *, model_kwargs: dict[str, Any], assistant_model: Any = None, **given: Any
-    ) -> Any:
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **given: Any) -> Any:  # type: ignore[override]
         """Return what drafts tokens in assisted generation; memory goes to an assistant of the same encoder, uncopied.
 
         transformers' own method, private but the one place (5.24), copies every argument for the assistant, banks too.
         """
         ours = take(kwargs := dict(model_kwargs), MEMORY_OPTIONS)
-        generator = super()._get_candidate_generator(model_kwargs=kwargs, assistant_model=assistant_model, **given)
-        if isinstance(assistant_model, LongMemForCausalLM) and (
-            assistant_model.encoder_fingerprint() == self.encoder_fingerprint()
-        ):
-            generator.assistant_kwargs |= take(ours, ["memory"])  # type: ignore[attr-defined]
+        generator: Any = super()._get_candidate_generator(model_kwargs=kwargs, **given)  # type: ignore[misc]
+        assistant = given.get("assistant_model")
+        if isinstance(assistant, LongMemForCausalLM) and assistant.encoder_fingerprint() == self.encoder_fingerprint():
+            generator.assistant_kwargs |= take(ours, ["memory"])
         return generator
 
     def stream(

@@ -36,8 +36,17 @@ from longmem.quiet import without_transformers_bars
 # How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
 STORED_FORMAT = 1
 # What the Auto classes of transformers and others pass on by habit; it says nothing about a side network.
-LOAD_HABITS = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision", "trust_remote_code")
-LOAD_HABITS += ("weights_only",)
+LOAD_HABITS = (
+    *(
+        "_from_auto",
+        "_from_pipeline",
+        "_commit_hash",
+        "adapter_kwargs",
+        "code_revision",
+        "trust_remote_code",
+        "weights_only",
+    ),
+)
 
 
 class BackboneHead(nn.Module):
@@ -185,7 +194,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         variant: str | None = None,
         output_loading_info: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> Self:
         """Return a saved model: its side network on its backbone, opened by the name in the configuration.
 
         transformers' own method can't do it: it makes models empty, and ours copies layers of a backbone that it has watched.
@@ -251,7 +260,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
             "mismatched_keys": set(),
             "error_msgs": [],
         }
-        return (model.eval(), nothing) if output_loading_info else model.eval()
+        return (model.eval(), nothing) if output_loading_info else model.eval()  # type: ignore[return-value]
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -427,13 +436,15 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer, opened on first use."""
         if self._tokenizer is None:
-            name, revision = self.config.backbone_name_or_path, self.config.backbone_revision
-            if self._open_tokenizer is None and not name:
+            if self._open_tokenizer is not None:
+                self._tokenizer = self._open_tokenizer()
+            elif self.config.backbone_name_or_path:
+                self._tokenizer = load_tokenizer(self.config.backbone_name_or_path, self.config.backbone_revision)
+            else:
                 raise ValueError(
                     "this model has no tokenizer, because its backbone has no name; pass token ids, "
                     "or `tokenizer=` to `from_backbone`."
                 )
-            self._tokenizer = (self._open_tokenizer or functools.partial(load_tokenizer, name, revision))()
         return self._tokenizer
 
     def encoder_stamp(self, *, exact: bool = False) -> EncoderStamp:
@@ -537,7 +548,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return self.backbone.dtype
 
     @property
-    def _keys_to_ignore_on_save(self) -> set[str]:  # type: ignore[override]
+    def _keys_to_ignore_on_save(self) -> set[str]:
         """Names of the state that a checkpoint does not hold: with LoRA, copies of the backbone's weights."""
         saved = saving.saved_names(self.side_network)
         return {saving.PREFIX + name for name in self.side_network.state_dict() if name not in saved}
