@@ -213,6 +213,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("saved", {"ignore_mismatched_sizes": True}, "`ignore_mismatched_sizes` must be False"),
     ("saved", {"use_safetensors": False}, "`use_safetensors` must be True"),
     ("saved", {"state_dict": {}}, "`state_dict` is not an option here"),
+    ("saved", {"lora": {"rank": 2}}, "do not fit the network"),
     ("backbone", {"chunksize": 4}, "`chunksize` is not a field of LongMemConfig. Did you mean `chunk_size`"),
     ("backbone", {"subfolder": "nowhere"}, "`subfolder` must be in a local folder"),
     ("backbone", {"revision": "a", "backbone_revision": "b"}, "one option under two names"),

@@ -93,8 +93,7 @@ class Backbone:
 
     def freeze(self) -> None:
         """Switch off training of every parameter and every training-time behaviour, whoever switched them on."""
-        if self.model.training:
-            self.model.eval()
+        self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 

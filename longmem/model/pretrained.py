@@ -220,8 +220,9 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """
         take(options, LOAD_HABITS)
         hub, loading = take(options, HUB_OPTIONS), take(options, LOAD_OPTIONS)
-        fields = take(options, [each.name for each in dataclasses.fields(LongMemConfig)])
-        _refuse_what_is_strict(options)
+        known = [each.name for each in dataclasses.fields(LongMemConfig)]
+        fields = {name: options.pop(name) for name in known if name in options}
+        _refuse_what_is_strict(options, known)
         folder = look_up(pretrained_model_name_or_path, revision, subfolder, **hub).require_side_network()
         if config is None or not isinstance(config, LongMemConfig):
             config = LongMemConfig.from_pretrained(folder if config is None else config)
@@ -254,12 +255,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
             place = settings.backbone_name_or_path, settings.backbone_revision
         if place is not None:
             model._open_tokenizer = functools.partial(load_tokenizer, *place, **_tokenizer_options(loading))
-        nothing: dict[str, Any] = {
-            "missing_keys": set(),
-            "unexpected_keys": set(),
-            "mismatched_keys": set(),
-            "error_msgs": [],
-        }
+        names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        nothing: dict[str, set[str]] = {name: set() for name in names}
         return (model.eval(), nothing) if output_loading_info else model.eval()  # type: ignore[return-value]
 
     def save_pretrained(  # type: ignore[override]
@@ -317,24 +314,20 @@ class LongMemPreTrainedModel(PreTrainedModel):
                 "state_dict",
             ),
         )
+        if not is_main_process:
+            return
         state = saving.own_state(self.side_network, self.state_dict() if state_dict is None else state_dict, dtype)
-        self._write(folder, state, is_main_process, save_backbone, **options)
-        if is_main_process and push_to_hub:
+        self._write(folder, state, save_backbone, **options)
+        if push_to_hub:
             self.push_to_hub(repo_id or folder.name, dtype=dtype, save_backbone=save_backbone, **upload, **options)
 
     def _write(
-        self,
-        folder: Path,
-        state: dict[str, Tensor],
-        is_main_process: bool,
-        save_backbone: bool,
-        for_others: bool = False,
-        **options: Any,
+        self, folder: Path, state: dict[str, Tensor], save_backbone: bool, for_others: bool = False, **options: Any
     ) -> None:
         """Write a folder, of which `for_others` says that paths of this machine are to be left out."""
         with without_transformers_bars():
-            super().save_pretrained(folder, is_main_process, state, save_original_format=False, **options)
-        if not is_main_process or getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(folder, True, state, save_original_format=False, **options)
+        if getattr(self, "_hf_peft_config_loaded", False):
             return
         places = [folder]
         if save_backbone:
@@ -384,7 +377,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model")
             state = saving.own_state(self.side_network, self.state_dict(), saving.saved_dtype(dtype))
-            self._write(folder, state, True, save_backbone, for_others=True, **options)
+            self._write(folder, state, save_backbone, for_others=True, **options)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -498,6 +491,11 @@ class LongMemPreTrainedModel(PreTrainedModel):
 
     # What transformers asks for ----------------------------------------------------------------------------------------
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the side network's mode; the backbone is in eval mode, and never in between: another thread may run it."""
+        self.backbone.eval()
+        return super().train(mode)
+
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set whether the side network is trained, with LoRA its adapters, biases and scales; the backbone stays as it is."""
         self.side_network.requires_grad_(requires_grad)
@@ -602,14 +600,13 @@ def _tokenizer_options(loading: Mapping[str, Any]) -> dict[str, Any]:
     return {name: loading[name] for name in (*HUB_OPTIONS, "trust_remote_code", "code_revision") if name in loading}
 
 
-def _refuse_what_is_strict(options: dict[str, Any]) -> None:
+def _refuse_what_is_strict(options: dict[str, Any], fields: list[str]) -> None:
     """Raise ValueError for options of transformers under which weights would not be what was saved, and unknown ones."""
     for name, usual in (("ignore_mismatched_sizes", False), ("use_safetensors", True), ("strict", True)):
         if (value := options.pop(name, usual)) not in (usual, None):
             raise ValueError(
                 f"`{name}` must be {usual}, because a side network is its safetensors, all of them, got {value}; leave it out."
             )
-    fields = [each.name for each in dataclasses.fields(LongMemConfig)]
     refuse_unknown_options(
         options,
         (*LOAD_OPTIONS, *HUB_OPTIONS, "backbone", "backbone_options", "revision", "config", "subfolder", *fields),

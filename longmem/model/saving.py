@@ -19,7 +19,7 @@ PREFIX = "side_network."
 BACKBONE_FOLDER = "backbone"  # inside the folder of a model that is saved with its backbone
 # Options of `save_pretrained` that transformers takes, those of an upload, and what other libraries pass by habit and weights
 # in safetensors need not.
-SAVE_OPTIONS = ("max_shard_size", "variant", "save_peft_format", "distributed_checkpoint")
+SAVE_OPTIONS = ("max_shard_size", "variant", "save_peft_format")
 PUSH_OPTIONS = ("private", "token", "commit_message", "commit_description", "revision", "create_pr")
 SAVE_HABITS = ("safe_serialization", "save_function", "save_original_format")
 # What lets transformers open the folder in a program that never imported this package (`trust_remote_code=True`).
