@@ -1,6 +1,5 @@
 """What a LongMem model shares with every pretrained model of transformers: making, saving, loading, training modes."""
 
-import contextlib
 import dataclasses
 import functools
 import tempfile
@@ -334,12 +333,18 @@ class LongMemPreTrainedModel(PreTrainedModel):
             places.append(folder / saving.BACKBONE_FOLDER)
             with without_transformers_bars():
                 self.backbone.save_pretrained(places[1])
-        with contextlib.suppress(OSError, ValueError, ImportError):  # a model without a tokenizer is given token ids
-            tokenizer = self.tokenizer
+        if (tokenizer := self._tokenizer_if_any()) is not None:
             for place in places:
                 tokenizer.save_pretrained(place)
         num_trained = sum(weight.numel() for weight in self.side_network.trained_parameters().values())
         saving.write_description(self.config, num_trained, folder, with_backbone=save_backbone, for_others=for_others)
+
+    def _tokenizer_if_any(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer, None if there is none or it can't be reached: then a model is given token ids."""
+        try:
+            return self.tokenizer
+        except (OSError, ValueError, ImportError):
+            return None
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -457,10 +462,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
         recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
         recipe["memory_heads"] = self.config.memory_heads or ALL_HEADS
         recipe["sinks"] = "forgotten" if self.config.forget_sinks else SINKS_STORED
-        try:
-            tokenizer = tokenizer_fingerprint(self.tokenizer)
-        except (OSError, ValueError, ImportError):
-            tokenizer = None  # the model has none, or it can't be reached: then it can't be compared
+        found = self._tokenizer_if_any()
+        tokenizer = None if found is None else tokenizer_fingerprint(found)  # None can't be compared
         dtype = str(self.backbone.dtype).removeprefix("torch.")
         stored = {"format": STORED_FORMAT, "dtype": dtype, "tokenizer": tokenizer}
         return recipe | stored | configuration_recipe(self.backbone)
