@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from longmem.configuration import LongMemConfig
     from longmem.errors import StaleMemoryError
     from longmem.memory import MemoryBank
-    from longmem.model.modeling import LongMemForCausalLM
+    from longmem.model.modeling import LongMemForCausalLM, LongMemModel
     from longmem.streaming import MemoryStream
     from longmem.tracing import explain
     from longmem.training.heads import calibrate_heads
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LongMemConfig",
     "LongMemForCausalLM",
+    "LongMemModel",
     "MemoryBank",
     "MemoryStream",
     "StaleMemoryError",
@@ -34,6 +35,7 @@ __all__ = [
 _HOMES = {
     "LongMemConfig": "longmem.configuration",
     "LongMemForCausalLM": "longmem.model.modeling",
+    "LongMemModel": "longmem.model.modeling",
     "MemoryBank": "longmem.memory",
     "MemoryStream": "longmem.streaming",
     "StaleMemoryError": "longmem.errors",

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -16,6 +17,15 @@ from longmem.errors import did_you_mean
 INHERITED_KEYS = frozenset(
     ("name_or_path", "_name_or_path", "torch_dtype", "dtype", "num_labels", "attn_implementation", "auto_map")
     + ("experts_implementation", "output_attentions", "model_type", "tie_word_embeddings", "_commit_hash")
+)
+# What loops and pipelines of others note in a configuration, and so in its file.
+NOTED_BY_OTHERS = (
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "task_specific_params",
 )
 # Layer types of transformers' hybrid models that hold no keys: state-space and convolution layers, lone MLPs.
 WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
@@ -101,13 +111,16 @@ class LongMemConfig(PreTrainedConfig):
             gate before its sigmoid (gated, default 0 as in the paper).
         memory_null_init: start of a learned score per head of a null slot: what was found counts by the share that it has
             beside this score, so that weak finds count for little; None: no null slot. Only with joint fusion.
-        lora: None to train every weight of the side network, or settings of LoRA (`longmem.model.lora`), such as
-            `{"rank": 32}`: the copied weights are frozen, and trained are `rank`-wide adapters of the linear layers named by
-            `target_modules` (default: all), scaled by `alpha / rank` (default 2), with `dropout` (default 0), beside
+        lora: None to train every weight of the side network; or settings of LoRA (`longmem.model.lora`), as a `peft.LoraConfig`
+            or such as `{"rank": 32}`. Copied weights are frozen, and trained are `rank`-wide adapters of the linear layers
+            named by `target_modules` (default: all), scaled by `alpha / rank` (default 2), with `dropout` (default 0), beside
             memory biases and output scales. Norms stay frozen: they are few and act on all that passes, memory or not.
     """
 
     model_type: ClassVar[str] = "longmem"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        *("past_key_values", "cache", "memory_keys", "memory_values", "memory_reads")
+    ]
 
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
@@ -132,7 +145,7 @@ class LongMemConfig(PreTrainedConfig):
     side_network_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     memory_bias_init: float | int | None = None
     memory_null_init: float | int | None = None
-    lora: dict[str, Any] | None = None
+    lora: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_fields(type(self), kwargs)
@@ -192,6 +205,31 @@ class LongMemConfig(PreTrainedConfig):
         if self.backbone_config is None:
             return self
         return self.backbone_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration that a file holds, with fields of `kwargs` in place of its own.
+
+        Unlike the constructor it takes what it does not understand, as notes of others and fields of later versions: these
+        are left out, with one warning.
+        """
+        names = {each.name for each in dataclasses.fields(cls)}
+        given = {**config_dict, **{name: kwargs.pop(name) for name in (names - {"dtype"}) & kwargs.keys()}}
+        noted = {name: given.pop(name) for name in NOTED_BY_OTHERS if name in given}
+        if unknown := sorted(given.keys() - names - INHERITED_KEYS):
+            warnings.warn(
+                f"a configuration of {cls.__name__} holds what this version does not understand and leaves out: "
+                f"{', '.join(unknown)}.",
+                stacklevel=2,
+            )
+        found = super().from_dict({name: value for name, value in given.items() if name not in unknown}, **kwargs)
+        for name, value in noted.items():
+            setattr(found[0] if isinstance(found, tuple) else found, name, value)
+        return found
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: a saved folder needs no copy of this module."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, the backbone's configuration as a nested dict."""
@@ -360,8 +398,31 @@ def refuse_unknown_fields(config_class: type, given: dict[str, Any]) -> None:
             )
 
 
-def complete_lora_settings(given: dict[str, Any]) -> dict[str, Any]:
+def lora_settings_of(config: Any) -> dict[str, Any]:
+    """Return the settings that a `peft.LoraConfig` stands for.
+
+    Raises:
+        ValueError: it asks for more than the adapters of a side network can do.
+    """
+    given, usual = config.to_dict(), type(config)().to_dict()
+    names = {"r": "rank", "lora_alpha": "alpha", "target_modules": "target_modules", "lora_dropout": "dropout"}
+    without_effect = {*names, "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
+    for name in given.keys() - without_effect:
+        if given[name] != usual.get(name):
+            raise ValueError(
+                f"`{name}` of the LoraConfig in `lora` can't be had in a side network that is saved with its adapters, got "
+                f"{given[name]!r}; leave it out, or make the model without `lora` and use `peft.get_peft_model(model, config)`."
+            )
+    settings = {ours: given[theirs] for theirs, ours in names.items() if given[theirs] is not None}
+    if not isinstance(targets := settings.get("target_modules", ALL_LINEAR), str):
+        settings["target_modules"] = sorted(targets)
+    return settings
+
+
+def complete_lora_settings(given: Any) -> dict[str, Any]:
     """Return LoRA settings with every key that was left out at its default, as a new dictionary.
+
+    `given` is a dictionary with these keys, or a `peft.LoraConfig`.
 
     `rank`: width of the trained products. `alpha`: their weight is `alpha / rank`; default `2 * rank`. `target_modules`:
     endings of the names of linear layers, such as `["q_proj", "mlp.up_proj"]`; default `"all-linear"`. `dropout`: share of
@@ -373,6 +434,12 @@ def complete_lora_settings(given: dict[str, Any]) -> dict[str, Any]:
     >>> complete_lora_settings({"rank": 8})
     {'rank': 8, 'alpha': 16.0, 'target_modules': 'all-linear', 'dropout': 0.0}
     """
+    if hasattr(given, "lora_alpha"):
+        given = lora_settings_of(given)
+    if not isinstance(given, dict):
+        raise ValueError(
+            f'`lora` must be a dict of settings or a peft.LoraConfig, got {given!r}; `lora={{"rank": 32}}` is usual.'
+        )
     for key in given:
         if key not in LORA_KEYS:
             raise ValueError(

@@ -93,8 +93,7 @@ class Backbone:
 
     def freeze(self) -> None:
         """Switch off training of every parameter and every training-time behaviour, whoever switched them on."""
-        if self.model.training:
-            self.model.eval()
+        self.model.eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
 
@@ -183,10 +182,16 @@ class Backbone:
 
         `final_modules`: to run in place of the backbone's own final norm.
         """
+        normed = self.head_inputs(hidden_states, final_modules)
+        return self._head(inputs_embeds=normed, logits_to_keep=logits_to_keep, use_cache=False).logits
+
+    def head_inputs(
+        self, hidden_states: Float[Tensor, "lanes tokens hidden"], final_modules: Iterable[nn.Module] | None = None
+    ) -> Float[Tensor, "lanes tokens hidden"]:
+        """Return what the LM head is given: the hidden states after the final norm, in the backbone's dtype."""
         if final_modules is None:
             hidden_states = hidden_states.to(self.model.dtype)
-        normed = self.final_norm(hidden_states, final_modules).to(self.model.dtype)
-        return self._head(inputs_embeds=normed, logits_to_keep=logits_to_keep, use_cache=False).logits
+        return self.final_norm(hidden_states, final_modules).to(self.model.dtype)
 
     def _record(
         self,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,32 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longmem.backbone.packaged import resolve_backbone
+from longmem.errors import did_you_mean
 from longmem.quiet import without_transformers_bars
+
+# Options of `from_pretrained` in transformers: where files come from, and how weights are loaded, placed and run.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+LOAD_OPTIONS = frozenset(
+    ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config")
+    + ("attn_implementation", "experts_implementation", "use_kernels", "kernel_config", "allow_all_kernels")
+    + ("distributed_config", "device_mesh", "tp_plan", "tp_size", "disable_mmap", "low_cpu_mem_usage", "proxies")
+    + ("fusion_config",)
+)
+# Those of the files of a backbone, which a side network's own are not.
+BACKBONE_OPTIONS = LOAD_OPTIONS | {"trust_remote_code", "code_revision", "variant", "use_safetensors", "weights_only"}
+
+
+def take(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return those of the options that have these names and are set, and take them out."""
+    found = {name: options.pop(name) for name in names if name in options}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def refuse_unknown_options(options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for the first keyword argument that would be ignored."""
+    known = sorted(known)
+    for name in options:
+        raise ValueError(f"`{name}` is not an option here.{did_you_mean(name, known)} Options: {', '.join(known)}.")
 
 
 def load_backbone(name_or_path: str, revision: str | None = None, **load_options: Any) -> PreTrainedModel:
@@ -35,13 +61,14 @@ def load_backbone(name_or_path: str, revision: str | None = None, **load_options
         raise OSError(f"the backbone `{name_or_path}` can't be opened: {error}") from error
 
 
-def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that belongs to the backbone of that name.
+def load_tokenizer(name_or_path: str, revision: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that belongs to the backbone of that name; `options` are of `AutoTokenizer.from_pretrained`.
 
     Raises:
         OSError: there is no such tokenizer, or it can't be reached.
     """
-    return transformers.AutoTokenizer.from_pretrained(resolve_backbone(name_or_path), revision=revision or "main")
+    resolved = resolve_backbone(name_or_path)
+    return transformers.AutoTokenizer.from_pretrained(resolved, revision=revision or "main", **options)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

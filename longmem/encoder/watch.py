@@ -75,6 +75,7 @@ class Encoder:
             keys = [torch.cat([torch.zeros_like(layer[:, :, :1]), layer[:, :, 1:]], dim=2) for layer in keys]
         return list(keys), list(values)
 
+    @torch.compiler.disable
     def stamp(self, *, exact: bool = False) -> EncoderStamp:
         """Return the encoder's stamp, made anew (1.4 s per GB of weights) if the tripwire sees a change, or if `exact`."""
         if exact or self._stamp is None or self.was_touched():

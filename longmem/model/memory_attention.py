@@ -106,6 +106,7 @@ class MemoryReader:
         return rotation.move_queries(query, self._position_embeddings, there)
 
 
+@torch.compiler.disable  # the encoder is watched, and banks are prepared, outside of any graph
 def banks_per_lane(model: EncodingModel, memory: Memory | Sequence[Memory], lanes: int) -> list[Memory]:
     """Return one bank for each lane; beams of one lane share its bank.
 

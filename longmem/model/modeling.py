@@ -1,5 +1,6 @@
-"""LongMemForCausalLM: frozen backbone, memory and side network behind the usual causal-LM interface."""
+"""LongMemModel and LongMemForCausalLM: frozen backbone, memory and side network behind the usual interfaces."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
@@ -18,11 +20,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
 
-from longmem.backbone.cache_names import as_keyword, one_cache
+from longmem.backbone.cache_names import as_keyword, named_for, one_cache
 from longmem.backbone.capture import BackboneStates
+from longmem.backbone.loading import take
 from longmem.backbone.structure import UnsupportedBackboneError, computes_exactly, probe_ids, same_logits
 from longmem.configuration import LongMemConfig
 from longmem.memory import MemoryBank
@@ -35,6 +38,10 @@ from longmem.model.pretrained import LongMemPreTrainedModel
 from longmem.model.reads import in_pieces, of_one_state, passages_read, table_of_reads
 from longmem.model.side_network import add_side_slots
 from longmem.streaming import MemoryStream, start_stream
+
+# Where texts begin that trainers of others packed into one row; the backbone's attention knows what to do with it.
+PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+MEMORY_OPTIONS = ("memory", "output_memory_reads", "output_memory_keys")
 
 
 @dataclasses.dataclass
@@ -51,11 +58,17 @@ class LongMemOutput(CausalLMOutputWithPast):
     memory_reads: tuple[MemoryRead, ...] | None = None
 
 
-class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
-    """A causal LM with long-term memory (LongMem, arXiv 2306.07174).
+@dataclasses.dataclass
+class LongMemModelOutput(BaseModelOutputWithPast):
+    """Output of a LongMem model without its head; its own fields are those of `LongMemOutput`."""
 
-    Make one with `from_backbone` (new side network) or `from_pretrained` (saved side network). Only the side network is
-    trained and saved; the backbone is frozen and in eval mode whatever mode the model is in.
+    memory_keys: tuple[Tensor, ...] | None = None
+    memory_values: tuple[Tensor, ...] | None = None
+    memory_reads: tuple[MemoryRead, ...] | None = None
+
+
+class LongMemModel(LongMemPreTrainedModel):
+    """A LongMem model without its LM head: it returns the last hidden state, after the final norm.
 
     Args:
         config: the configuration; copied.
@@ -77,38 +90,29 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "lanes tokens"],
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "lanes tokens"] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the last hidden state, `lanes tokens hidden`; arguments are those of `LongMemForCausalLM.forward`."""
+        hidden_states, fields = self._read(input_ids, attention_mask, position_ids, **kwargs)
+        normed = self._backbone.head_inputs(hidden_states, self.side_network.final_modules)
+        return LongMemModelOutput(last_hidden_state=normed, **fields)
+
+    @torch.compiler.disable(recursive=False)  # it only calls; what it calls is compiled
+    def _read(
+        self,
+        input_ids: Int[Tensor, "lanes tokens"],
+        attention_mask: Tensor | None,
+        position_ids: Int[Tensor, "lanes tokens"] | None,
         cache: Cache | None = None,
-        labels: Int[Tensor, "lanes tokens"] | None = None,
         use_cache: bool | None = None,
         memory: Memory | Sequence[Memory] | None = None,
-        logits_to_keep: int | Tensor = 0,
         output_memory_reads: bool = False,
         output_memory_keys: bool = False,
-        num_items_in_batch: int | Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> LongMemOutput:
-        """Return logits and, where asked for, keys and values of these tokens for the caller to write; the bank is only read.
-
-        Args:
-            input_ids: tokens.
-            attention_mask: 1 for tokens, 0 for padding, `lanes past+tokens`.
-            position_ids: positions, where the backbone takes them.
-            cache: that of both networks, from the output of an earlier call with `use_cache=True`.
-            labels: targets, -100 for none; shifted inside, as in transformers.
-            use_cache: return the cache for the next call.
-            memory: one bank that every lane reads, or a list with one bank per lane; None reads nothing.
-            logits_to_keep: compute logits of the last so many tokens only (0: all).
-            output_memory_reads: return who read what.
-            output_memory_keys: return position-free keys and values of these tokens, for the caller to write. Without them
-                no backbone layer runs whose output is not needed.
-            num_items_in_batch: divide the summed loss by this instead of the number of targets here (gradient
-                accumulation; transformers' Trainer passes it).
-            past_key_values: the name of `cache` before transformers 5.24; either will do.
-
-        Raises:
-            ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
-        """
+    ) -> tuple[Float[Tensor, "lanes tokens hidden"], dict[str, Any]]:
+        """Return hidden states before the final norm, and the fields that outputs with and without a head share."""
+        packed = {name: kwargs.pop(name) for name in PACKED_ROWS if kwargs.get(name) is not None}
         if kwargs:
             refuse_unknown_inputs(self.backbone, kwargs)
         cache = one_cache(cache, past_key_values)
@@ -122,26 +126,25 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         if cache is not None:
             sources = (layer.source_layer for layer in self.side_network.layers)
             add_side_slots(cache, self._backbone.num_layers, sources)  # type: ignore[arg-type]
-        inputs: dict[str, Any] = {"use_cache": cache is not None, "attention_mask": attention_mask, "cache": cache}
+        inputs: dict[str, Any] = {
+            "use_cache": cache is not None,
+            "attention_mask": attention_mask,
+            "cache": cache,
+            **packed,
+        }
         if position_ids is not None:
             inputs["position_ids"] = position_ids
         states = self.run_backbone(input_ids, with_keys=output_memory_keys, **inputs)
         hidden_states, reads = self.side_network(states, banks, self)
-        logits = self._backbone.logits(hidden_states, logits_to_keep, self.side_network.final_modules)
-        loss = None
-        if labels is not None:
-            shared = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **shared)
-        return LongMemOutput(
-            loss=loss,
-            logits=logits,
-            memory_keys=tuple(states.keys.values()) if output_memory_keys else None,
-            memory_values=tuple(states.values.values()) if output_memory_keys else None,
+        return hidden_states, {
+            "memory_keys": tuple(states.keys.values()) if output_memory_keys else None,
+            "memory_values": tuple(states.values.values()) if output_memory_keys else None,
             # Without `found`, which keeps for whoever holds it what a bank has since given up.
-            memory_reads=tuple(replace(read, found=()) for read in reads) if output_memory_reads else None,
+            "memory_reads": tuple(replace(read, found=()) for read in reads) if output_memory_reads else None,
             **as_keyword(cache),
-        )
+        }
 
+    @torch.compiler.disable  # frozen: hooks watch it, and exceptions end its run
     def run_backbone(
         self,
         input_ids: Int[Tensor, "lanes tokens"],
@@ -249,6 +252,126 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             progress=progress,
         )
 
+    @torch.no_grad()
+    def _check_against_backbone(self) -> None:
+        """Raise if copies of the backbone's layers, called as the backbone calls its own, do not give its logits."""
+        tokens = probe_ids(self.backbone)
+        expected = self.backbone(tokens, use_cache=False).logits
+        is_exact = computes_exactly(self.backbone) and self.side_network.dtype == torch.float32
+        try:
+            found = self._backbone.logits(self._read(tokens, None, None)[0], 0, self.side_network.final_modules)
+        except Exception:  # whatever an architecture makes of layers that return what they were given
+            found = torch.full_like(expected, torch.nan)
+        if not same_logits(found, expected, is_exact):
+            self._backbone.may_pass_layers = False
+            found = self._backbone.logits(self._read(tokens, None, None)[0], 0, self.side_network.final_modules)
+        if not same_logits(found, expected, is_exact):
+            raise UnsupportedBackboneError(
+                f"{type(self.backbone).__name__}: copies of its upper layers give logits that differ from its own by "
+                f"{(found - expected).abs().max():.3g}; its layers do more than their arguments say."
+            )
+
+
+class LongMemForCausalLM(LongMemModel, GenerationMixin):
+    """A causal LM with long-term memory (LongMem, arXiv 2306.07174).
+
+    Make one with `from_backbone` (new side network) or `from_pretrained` (saved side network). Only the side network is
+    trained and saved; the backbone is frozen and in eval mode whatever mode the model is in.
+
+    Args:
+        config: the configuration; copied.
+        backbone: the causal LM that the configuration describes.
+        tokenizer: the backbone's tokenizer; opened by name on first use when left out.
+    """
+
+    @property
+    def base_model(self) -> LongMemModel:
+        """The model without its head, of the very same parts: trainers of others ask it for the last hidden state."""
+        base = copy.copy(self)
+        base.__class__ = LongMemModel  # type: ignore[assignment]
+        base.__dict__.pop("forward", None)  # what somebody put in place of this model's
+        return base
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "lanes tokens"],
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "lanes tokens"] | None = None,
+        cache: Cache | None = None,
+        labels: Int[Tensor, "lanes tokens"] | None = None,
+        use_cache: bool | None = None,
+        memory: Memory | Sequence[Memory] | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_memory_reads: bool = False,
+        output_memory_keys: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> LongMemOutput:
+        """Return logits and, where asked for, keys and values of these tokens for the caller to write; the bank is only read.
+
+        Args:
+            input_ids: tokens.
+            attention_mask: 1 for tokens, 0 for padding, `lanes past+tokens`.
+            position_ids: positions, where the backbone takes them.
+            cache: that of both networks, from the output of an earlier call with `use_cache=True`.
+            labels: targets, -100 for none; shifted inside, as in transformers.
+            use_cache: return the cache for the next call.
+            memory: one bank that every lane reads, or a list with one bank per lane; None reads nothing.
+            logits_to_keep: compute logits of the last so many tokens only (0: all).
+            output_memory_reads: return who read what.
+            output_memory_keys: return position-free keys and values of these tokens, for the caller to write. Without them
+                no backbone layer runs whose output is not needed.
+            num_items_in_batch: divide the summed loss by this instead of the number of targets here (gradient
+                accumulation; transformers' Trainer passes it).
+            past_key_values: the name of `cache` before transformers 5.24; either will do.
+
+        Raises:
+            ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
+        """
+        hidden_states, fields = self._read(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            use_cache,
+            memory,
+            output_memory_reads,
+            output_memory_keys,
+            past_key_values,
+            **kwargs,
+        )
+        logits = self._backbone.logits(hidden_states, logits_to_keep, self.side_network.final_modules)
+        loss = None
+        if labels is not None:
+            shared = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **shared)
+        return LongMemOutput(loss=loss, logits=logits, **fields)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of the next step of `generate`, as the backbone would have them for itself.
+
+        Its architecture may know of more than the cache, as that a rotary kind changes for all tokens past a length (LongRoPE).
+        """
+        backbone: Any = self.backbone
+        if type(backbone).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+            return super().prepare_inputs_for_generation(input_ids, **kwargs)
+        prepared = backbone.prepare_inputs_for_generation(input_ids, **named_for(backbone, kwargs))
+        ours = signature(LongMemForCausalLM.forward).parameters.keys() | kwargs.keys()
+        return {name: value for name, value in prepared.items() if name in ours}
+
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **given: Any) -> Any:  # type: ignore[override]
+        """Return what drafts tokens in assisted generation; memory goes to an assistant of the same encoder, uncopied.
+
+        transformers' own method, private but the one place (5.24), copies every argument for the assistant, banks too.
+        """
+        ours = take(kwargs := dict(model_kwargs), MEMORY_OPTIONS)
+        generator: Any = super()._get_candidate_generator(model_kwargs=kwargs, **given)  # type: ignore[misc]
+        assistant = given.get("assistant_model")
+        if isinstance(assistant, LongMemForCausalLM) and assistant.encoder_fingerprint() == self.encoder_fingerprint():
+            generator.assistant_kwargs |= take(ours, ["memory"])
+        return generator
+
     def stream(
         self,
         memory: MemoryBank,
@@ -274,25 +397,6 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         refuse_other_encoder(self, memory)
         return stream
 
-    @torch.no_grad()
-    def _check_against_backbone(self) -> None:
-        """Raise if copies of the backbone's layers, called as the backbone calls its own, do not give its logits."""
-        tokens = probe_ids(self.backbone)
-        expected = self.backbone(tokens, use_cache=False).logits
-        is_exact = computes_exactly(self.backbone) and self.side_network.dtype == torch.float32
-        try:
-            found = self(tokens).logits
-        except Exception:  # whatever an architecture makes of layers that return what they were given
-            found = torch.full_like(expected, torch.nan)
-        if not same_logits(found, expected, is_exact):
-            self._backbone.may_pass_layers = False
-            found = self(tokens).logits
-        if not same_logits(found, expected, is_exact):
-            raise UnsupportedBackboneError(
-                f"{type(self.backbone).__name__}: copies of its upper layers give logits that differ from its own by "
-                f"{(found - expected).abs().max():.3g}; its layers do more than their arguments say."
-            )
-
 
 def refuse_unknown_inputs(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Raise for arguments of `forward` that would be ignored; what transformers hands to every model is let through.
@@ -312,4 +416,5 @@ def refuse_unknown_inputs(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> 
 
 
 AutoConfig.register("longmem", LongMemConfig, exist_ok=True)
+AutoModel.register(LongMemConfig, LongMemModel, exist_ok=True)
 AutoModelForCausalLM.register(LongMemConfig, LongMemForCausalLM, exist_ok=True)

@@ -26,6 +26,8 @@ from longmem.files import current, read_json
 
 # Trained side networks that come with this package, each in a folder named like its packaged backbone.
 TRAINED_FOLDER = Path(__file__).parents[1] / "trained"
+# What is downloaded of a saved model: weights, settings, tokenizer.
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,14 @@ class NamedModel:
         )
 
 
-def look_up(name: str | PathLike[str], revision: str | None = None) -> NamedModel:
+def look_up(name: str | PathLike[str], revision: str | None = None, subfolder: str = "", **hub: Any) -> NamedModel:
     """Return what a name stands for; of a side network on the hub the files are downloaded, of a backbone none.
 
     Args:
         name: packaged name, folder or name on the hub.
         revision: hub revision.
+        subfolder: where in the folder or repository the model is.
+        hub: where files come from (cache_dir, force_download, local_files_only, token).
 
     Raises:
         ValueError: the folder's config.json is damaged.
@@ -93,16 +97,20 @@ def look_up(name: str | PathLike[str], revision: str | None = None) -> NamedMode
         return NamedModel(name, "new", name)
     name = str(name)
     is_local = Path(name).is_dir()
+    if is_local and subfolder:
+        name = str(Path(name) / subfolder)
     here = current(Path(name))
+    place = {"subfolder": subfolder} if subfolder else {}
     try:
-        config = _config_in(here) if is_local else _config_on_hub(name, revision)
+        config = _config_in(here) if is_local else _config_on_hub(name, revision=revision, **place, **hub)
     except OSError as error:
         return NamedModel(name, "new", name, problem=str(error))
     if config.get("model_type") != "longmem":
         return NamedModel(name, "new", name)
     folder = here
     if not is_local:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        patterns = [f"{subfolder}/{each}" if subfolder else each for each in PATTERNS]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub)) / subfolder
     backbone = config.get("backbone_name_or_path")
     if backbone:
         backbone = backbone_location(folder, backbone)
@@ -136,10 +144,10 @@ def _config_in(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _config_on_hub(name: str, revision: str | None) -> dict[str, Any]:
+def _config_on_hub(name: str, **place: Any) -> dict[str, Any]:
     """Return the configuration of a repository. Raises OSError if there is none, or the hub can't be reached."""
     try:
-        path = Path(hf_hub_download(name, "config.json", revision=revision))
+        path = Path(hf_hub_download(name, "config.json", **place))
     except Exception as error:  # not only of the hub: a path that is no folder is no valid name of a repository
         raise OSError(str(error)) from error
     return _config_in(path.parent)

@@ -1,20 +1,29 @@
 """What a LongMem model shares with every pretrained model of transformers: making, saving, loading, training modes."""
 
-import contextlib
-import copy
-from collections.abc import Mapping
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import upload_folder
+from huggingface_hub import HfApi
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem import files
 from longmem.backbone import Backbone, load_backbone, load_tokenizer
-from longmem.backbone.loading import tokenizer_fingerprint
+from longmem.backbone.loading import (
+    BACKBONE_OPTIONS,
+    HUB_OPTIONS,
+    LOAD_OPTIONS,
+    refuse_unknown_options,
+    take,
+    tokenizer_fingerprint,
+)
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
 from longmem.configuration import LongMemConfig
 from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configuration_recipe
@@ -26,10 +35,47 @@ from longmem.quiet import without_transformers_bars
 
 # How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
 STORED_FORMAT = 1
+# What the Auto classes of transformers and others pass on by habit; it says nothing about a side network.
+LOAD_HABITS = (
+    *(
+        "_from_auto",
+        "_from_pipeline",
+        "_commit_hash",
+        "adapter_kwargs",
+        "code_revision",
+        "trust_remote_code",
+        "weights_only",
+    ),
+)
+
+
+class BackboneHead(nn.Module):
+    """The backbone's LM head, without weights of its own: nothing that looks for modules to train finds the frozen one."""
+
+    def __init__(self, backbone: PreTrainedModel) -> None:
+        super().__init__()
+        self._head = [backbone.get_output_embeddings()]  # in a list: its parameters are the backbone's
+
+    @property
+    def weight(self) -> Tensor:
+        """Weights of the head, `vocabulary hidden`."""
+        return self._head[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the head, `vocabulary`, None where it has none."""
+        return getattr(self._head[0], "bias", None)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return what the head gives."""
+        return self._head[0](hidden_states)
 
 
 class LongMemPreTrainedModel(PreTrainedModel):
     """A frozen backbone and its side network; `LongMemForCausalLM` says what they compute together.
+
+    The side network is a submodule, the backbone is not: `parameters()`, `state_dict()`, optimizers, wrappers and adapters see
+    what can be trained. `to`, `half` and their like move both.
 
     Args:
         config: the configuration; copied.
@@ -52,10 +98,13 @@ class LongMemPreTrainedModel(PreTrainedModel):
         config = LongMemConfig.from_dict({**config.to_dict(), "backbone_config": backbone.config.to_dict()})
         super().__init__(config)
         self._backbone = Backbone(backbone)
-        self.backbone = backbone
         refuse_unstorable_layers(config, self._backbone.structure)
         self.side_network = SideNetwork(config, self._backbone)
+        self.lm_head = BackboneHead(backbone)
         self._tokenizer = tokenizer
+        self._open_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
+        if (placed := getattr(backbone, "hf_device_map", None)) is not None:
+            self.hf_device_map = {f"backbone.{name}": device for name, device in placed.items()}
         self.encoder = self._encoder_of(self._backbone)
         self.backbone_was_trained = False
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
@@ -70,156 +119,297 @@ class LongMemPreTrainedModel(PreTrainedModel):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         backbone_options: dict[str, Any] | None = None,
-        **config_fields: Any,
+        **options: Any,
     ) -> Self:
         """Return a model with a new side network on any Hugging Face causal LM.
 
         Args:
             backbone: name of a model (`longmem.model.names`), of which the backbone alone is opened, or a loaded causal LM.
             tokenizer: needed to pass text when `backbone` is a loaded model that has no name.
-            backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, ...).
-            config_fields: fields of `LongMemConfig`.
+            backbone_options: options of `AutoModelForCausalLM.from_pretrained`, as they can also be given beside the fields.
+            options: fields of `LongMemConfig`, and how a backbone is loaded that is given by name (dtype, device_map,
+                attn_implementation, quantization_config, revision, subfolder, token, cache_dir, ...).
 
         Raises:
             ValueError: a field is unknown or breaks a rule, or the architecture is not supported.
         """
+        loading = take(options, (*BACKBONE_OPTIONS, *HUB_OPTIONS, "revision", "subfolder")) | (backbone_options or {})
+        open_tokenizer = None
         if isinstance(backbone, str | PathLike):
-            named = look_up(backbone, config_fields.get("backbone_revision"))
+            hub = {name: loading[name] for name in HUB_OPTIONS if name in loading}
+            revision = loading.pop("revision", None)
+            if revision is not None and options.setdefault("backbone_revision", revision) != revision:
+                raise ValueError(
+                    "`revision` and `backbone_revision` are one option under two names, got "
+                    f"{revision!r} and {options['backbone_revision']!r}; leave one out."
+                )
+            if subfolder := loading.pop("subfolder", ""):
+                backbone = Path(backbone, subfolder)
+                if not backbone.is_dir():
+                    raise ValueError(
+                        f"`subfolder` must be in a local folder, because a saved model names its backbone by one name, got "
+                        f"{subfolder!r} of {backbone.parent}; download it, and name its folder."
+                    )
+            named = look_up(backbone, options.get("backbone_revision"), **hub)
             if named.backbone is None:
                 raise ValueError(
                     f"`backbone` must be the name of a model whose backbone can be opened, but {named.name} does not name "
                     "its own (it was made from a model without a name); pass that model."
                 )
             if named.origin == "saved":  # its revision is of the backbone's repository, not of the side network's
-                config_fields["backbone_revision"] = named.backbone_revision
-            config_fields["backbone_name_or_path"] = named.backbone
-            revision = config_fields.get("backbone_revision")
-            backbone = load_backbone(named.backbone, revision, **(backbone_options or {}))
+                options["backbone_revision"] = named.backbone_revision
+            options["backbone_name_or_path"] = named.backbone
+            revision = options.get("backbone_revision")
+            backbone = load_backbone(named.backbone, revision, **loading)
+            open_tokenizer = functools.partial(load_tokenizer, named.backbone, revision, **_tokenizer_options(loading))
         elif not isinstance(backbone, PreTrainedModel) or not backbone.can_generate():
             raise ValueError(
                 "`backbone` must be a name, a folder or a causal LM of transformers (with a language-model head), "
                 f"got {type(backbone).__name__}; try `AutoModelForCausalLM.from_pretrained(...)`."
             )
+        elif loading:
+            raise ValueError(
+                f"`{next(iter(loading))}` says how a backbone is loaded, got it with one that is loaded already; give it to "
+                "`AutoModelForCausalLM.from_pretrained`, or pass the backbone's name."
+            )
         else:
-            config_fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
-        return cls(LongMemConfig(backbone_config=backbone.config, **config_fields), backbone, tokenizer)
+            options.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
+        config = LongMemConfig(backbone_config=backbone.config, **options)
+        config.name_or_path = backbone.config.name_or_path or ""
+        model = cls(config, backbone, tokenizer)
+        model._open_tokenizer = open_tokenizer
+        return model
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | PathLike[str],
         *,
+        config: LongMemConfig | str | PathLike[str] | None = None,
         backbone: PreTrainedModel | None = None,
-        revision: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         backbone_options: dict[str, Any] | None = None,
         strict_backbone: bool = True,
+        revision: str | None = None,
+        subfolder: str = "",
+        variant: str | None = None,
+        output_loading_info: bool = False,
         **options: Any,
     ) -> Self:
         """Return a saved model: its side network on its backbone, opened by the name in the configuration.
 
+        transformers' own method can't do it: it makes models empty, and ours copies layers of a backbone that it has watched.
+
         Args:
             pretrained_model_name_or_path: name of a model that has a side network (`longmem.model.names`): a folder or hub
                 name that `save_pretrained` wrote, or the packaged name "smollm2-135m".
+            config: replaces the saved one, or where it is.
             backbone: a loaded backbone to use instead of opening one by name.
+            tokenizer: to use instead of the saved one, or where none was saved the backbone's.
+            backbone_options: options of `AutoModelForCausalLM.from_pretrained` for the backbone alone (trust_remote_code, ...).
             revision: hub revision of the saved side network.
-            backbone_options: passed to `AutoModelForCausalLM.from_pretrained` (device_map, ...).
             strict_backbone: refuse a backbone of other weights, or of another rotary scaling, than the side network was saved
                 beside; False warns instead. It looks at a sample of the numbers of large weights.
-            options: `dtype` is passed on to the backbone; `config` replaces the saved one.
+            subfolder: where in the folder or repository the side network is.
+            variant: of its weights, as `save_pretrained(variant=...)` wrote them.
+            output_loading_info: also return what was missing, as transformers does; it is nothing, or there is an error.
+            options: how the backbone is loaded, placed and run (dtype, device_map, max_memory, attn_implementation,
+                quantization_config, ...), where files of all three come from (cache_dir, force_download, local_files_only,
+                token), and fields of `LongMemConfig` to change.
 
         Raises:
             ValueError: a weight is missing, left over, of another shape or not finite, a file is damaged, the backbone is
                 another one, or the name has no side network.
             OSError: the name is of no folder, and the hub has no such repository or can't be reached.
         """
-        folder = look_up(pretrained_model_name_or_path, revision).require_side_network()
-        config = copy.deepcopy(options.pop("config", None)) or LongMemConfig.from_pretrained(folder)
-        loading = {**(backbone_options or {})}
-        if (dtype := options.pop("dtype", None)) is not None:
-            loading["dtype"] = dtype
-        saving.refuse_unknown_options(options)
+        take(options, LOAD_HABITS)
+        hub, loading = take(options, HUB_OPTIONS), take(options, LOAD_OPTIONS)
+        known = [each.name for each in dataclasses.fields(LongMemConfig)]
+        fields = {name: options.pop(name) for name in known if name in options}
+        _refuse_what_is_strict(options, known)
+        folder = look_up(pretrained_model_name_or_path, revision, subfolder, **hub).require_side_network()
+        if config is None or not isinstance(config, LongMemConfig):
+            config = LongMemConfig.from_pretrained(folder if config is None else config)
+        settings = LongMemConfig.from_dict({**config.to_dict(), **fields})
+        if config._attn_implementation is not None:  # where AutoModel puts the option
+            loading.setdefault("attn_implementation", config._attn_implementation)
+        loading = {**hub, **loading, **(backbone_options or {})}
         if backbone is None:
-            if not config.backbone_name_or_path:
+            if not settings.backbone_name_or_path:
+                text = settings.get_text_config()
                 raise ValueError(
-                    f"{folder} does not name its backbone (it was made from a model without a name); "
-                    "pass `backbone=` with that model."
+                    f"{folder} does not name its backbone (it was made from a model that has no name for others); "
+                    f"pass `backbone=` with that model, a {text.model_type} of {text.num_hidden_layers} layers and hidden size "
+                    f"{text.hidden_size}."
                 )
-            config.backbone_name_or_path = backbone_location(folder, config.backbone_name_or_path)
-            backbone = load_backbone(config.backbone_name_or_path, config.backbone_revision, **loading)
-        saving.refuse_other_backbone(config, backbone)
-        model = cls(config, backbone)
-        stamp = saving.load_side_network(model.side_network, folder)
+            settings.backbone_name_or_path = backbone_location(folder, settings.backbone_name_or_path)
+            backbone = load_backbone(settings.backbone_name_or_path, settings.backbone_revision, **loading)
+        elif unused := [name for name in loading if name not in HUB_OPTIONS]:
+            raise ValueError(
+                f"`{unused[0]}` says how a backbone is loaded, got it with a loaded `backbone`; leave one out."
+            )
+        saving.refuse_other_backbone(settings, backbone)
+        settings.name_or_path = str(pretrained_model_name_or_path)
+        model = cls(settings, backbone, tokenizer)
+        stamp = saving.load_side_network(model.side_network, folder, variant)
         saving.refuse_other_weights(stamp, backbone, strict=strict_backbone)
         if (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model.eval()
+        place = (str(folder), None) if (folder / "tokenizer_config.json").is_file() else None
+        if place is None and settings.backbone_name_or_path:
+            place = settings.backbone_name_or_path, settings.backbone_revision
+        if place is not None:
+            model._open_tokenizer = functools.partial(load_tokenizer, *place, **_tokenizer_options(loading))
+        names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        nothing: dict[str, set[str]] = {name: set() for name in names}
+        return (model.eval(), nothing) if output_loading_info else model.eval()  # type: ignore[return-value]
 
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
         *,
         dtype: torch.dtype | str | None = None,
         save_backbone: bool = False,
+        repo_id: str | None = None,
         **options: Any,
     ) -> None:
-        """Write the side network (safetensors), the configuration and a model card; the backbone is named, not copied.
+        """Write the side network (safetensors), configuration, tokenizer and a model card; the backbone is named, not copied.
 
         All of it counts at once: a process that is killed meanwhile leaves the model before, or this one. Other files in the
         folder stay.
 
-        With LoRA, the copied weights are the backbone's and not written: adapters, memory biases, output scales, and what
-        else has `requires_grad`.
+        transformers opens the folder by name: after `import longmem`, or with `trust_remote_code=True`. With LoRA, the copied
+        weights are the backbone's and not written: adapters, memory biases, output scales, and what else has
+        `requires_grad`. A model with adapters of `add_adapter` is saved as transformers does: adapters alone.
 
         Args:
             save_directory: folder to write to; made if missing.
+            is_main_process: whether this process writes.
+            state_dict: to be written instead of the model's own.
+            push_to_hub: upload it as well, as `push_to_hub` does (with `private`, `token`, `commit_message`, ...).
             dtype: of the weights in the file, such as `torch.bfloat16` for half the room of float32; None leaves them as
                 they are. The loaded network has the dtype of its configuration all the same.
             save_backbone: write the backbone too, with its tokenizer, into the folder `backbone` inside, and name that one. A
                 backbone that was trained is nowhere else.
-            options: `push_to_hub=True` uploads the folder (with `repo_id=`), as in transformers.
+            repo_id: repository on the hub; default: the folder's name.
+            options: of transformers (max_shard_size, variant, ...).
 
         Raises:
             OSError: there is no room, or no permission; what was saved there before is whole.
             ValueError: the path is a file, `dtype` is no floating-point dtype, an option is unknown, or the backbone was
                 trained and would be lost.
         """
+        self._refuse_to_lose_backbone(save_backbone)
+        dtype = saving.saved_dtype(dtype)
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
+        take(options, saving.SAVE_HABITS)
+        upload = take(options, saving.PUSH_OPTIONS)
+        if upload.keys() - {"token"} and not push_to_hub:
+            raise ValueError(f"`{next(iter(upload))}` is of an upload, got it without `push_to_hub=True`; add that.")
+        refuse_unknown_options(
+            options.keys() - set(saving.SAVE_OPTIONS),
+            (
+                *saving.SAVE_OPTIONS,
+                *saving.PUSH_OPTIONS,
+                "dtype",
+                "save_backbone",
+                "push_to_hub",
+                "repo_id",
+                "state_dict",
+            ),
+        )
+        if not is_main_process:
+            return
+        state = saving.own_state(self.side_network, self.state_dict() if state_dict is None else state_dict, dtype)
+        with files.new_contents(folder, saving.pattern_of_weights(options.get("variant"))) as draft:
+            self._write(draft, state, save_backbone, place=folder, **options)
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name, dtype=dtype, save_backbone=save_backbone, **upload, **options)
+
+    def _write(
+        self, folder: Path, state: dict[str, Tensor], save_backbone: bool, place: Path | None, **options: Any
+    ) -> None:
+        """Write a folder that will be at `place`; None: elsewhere, so paths of this machine are left out."""
+        with without_transformers_bars():
+            super().save_pretrained(folder, True, state, save_original_format=False, **options)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return
+        places = [folder]
+        if save_backbone:
+            places.append(folder / saving.BACKBONE_FOLDER)
+            with without_transformers_bars():
+                self.backbone.save_pretrained(places[1])
+        if (tokenizer := self._tokenizer_if_any()) is not None:
+            for place in places:
+                tokenizer.save_pretrained(place)
+        num_trained = sum(weight.numel() for weight in self.side_network.trained_parameters().values())
+        saving.write_description(self.config, num_trained, folder, with_backbone=save_backbone, place=place)
+        saving.seal_weights(folder, self.backbone)
+
+    def _tokenizer_if_any(self) -> PreTrainedTokenizerBase | None:
+        """Return the tokenizer, None if there is none or it can't be reached: then a model is given token ids."""
+        try:
+            return self.tokenizer
+        except (OSError, ValueError, ImportError):
+            return None
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        save_backbone: bool = False,
+        commit_message: str = "Upload LongMem side network",
+        commit_description: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Upload what `save_pretrained` writes, without paths of this machine; return what the hub says of the commit.
+
+        transformers' own method would put a card of its own in the place of ours. A backbone that is a local folder is sent
+        along with `save_backbone=True`; otherwise card and configuration say what others must have.
+
+        Args:
+            repo_id: repository, made if there is none.
+            private: whether a new repository is private; None: as its owner's are by default.
+            token: of the hub; None: the stored one.
+            dtype: as for `save_pretrained`, like `save_backbone` and `options` (max_shard_size, ...).
+            save_backbone: send the backbone too.
+            commit_message: of the commit.
+            commit_description: of the commit.
+            revision: branch to commit to.
+            create_pr: open a pull request instead of committing.
+        """
+        self._refuse_to_lose_backbone(save_backbone)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary, "model")
+            state = saving.own_state(self.side_network, self.state_dict(), saving.saved_dtype(dtype))
+            self._write(folder, state, save_backbone, place=None, **options)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def _refuse_to_lose_backbone(self, save_backbone: bool) -> None:
         if self.backbone_was_trained and not save_backbone:
             raise ValueError(
                 "`save_backbone` must be True for a model whose backbone was trained and is no longer "
                 f"{self.config.backbone_name_or_path}, got False; `save_pretrained(folder, save_backbone=True)` writes both."
             )
-        dtype = saving.saved_dtype(dtype)
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
-        push_to_hub, repo_id = options.pop("push_to_hub", False), options.pop("repo_id", folder.name)
-        state = options.pop("state_dict", None) or self.state_dict()
-        is_main_process, token = options.pop("is_main_process", True), options.pop("token", None)
-        sharding = {"max_shard_size": options.pop("max_shard_size")} if "max_shard_size" in options else {}
-        for habit in ("safe_serialization", "save_function"):  # of accelerate and the Trainer; it is always safetensors
-            options.pop(habit, None)
-        saving.refuse_unknown_options(options)
-        if not is_main_process:
-            return
-        self.config.architectures = [type(self).__name__]
-        num_trained = sum(weight.numel() for weight in self.side_network.trained_parameters().values())
-        with files.new_contents(folder, saving.WEIGHTS) as draft:
-            saving.write_weights(self.side_network, state, draft, dtype, **sharding)
-            if save_backbone:
-                self._write_backbone(draft / saving.BACKBONE_FOLDER)
-            saving.write_description(self.config, num_trained, draft, with_backbone=save_backbone, place=folder)
-            self.generation_config.save_pretrained(draft)
-            saving.seal_weights(draft, self.backbone)
-        if push_to_hub:
-            upload_folder(repo_id=repo_id, folder_path=folder, token=token)
-
-    def _write_backbone(self, folder: Path) -> None:
-        """Write the backbone, and the tokenizer if there is one."""
-        with without_transformers_bars():
-            self.backbone.save_pretrained(folder)
-        if self._tokenizer is not None or self.config.backbone_name_or_path:
-            with contextlib.suppress(OSError):  # a backbone in a folder without a tokenizer is given token ids
-                self.tokenizer.save_pretrained(folder)
 
     def side_state_dict(self) -> dict[str, torch.Tensor]:
         """Return copies of what `save_pretrained` writes, by the same names: the tensors that one site sends another.
@@ -256,12 +446,15 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's tokenizer, opened on first use."""
         if self._tokenizer is None:
-            if not self.config.backbone_name_or_path:
+            if self._open_tokenizer is not None:
+                self._tokenizer = self._open_tokenizer()
+            elif self.config.backbone_name_or_path:
+                self._tokenizer = load_tokenizer(self.config.backbone_name_or_path, self.config.backbone_revision)
+            else:
                 raise ValueError(
                     "this model has no tokenizer, because its backbone has no name; pass token ids, "
                     "or `tokenizer=` to `from_backbone`."
                 )
-            self._tokenizer = load_tokenizer(self.config.backbone_name_or_path, self.config.backbone_revision)
         return self._tokenizer
 
     def encoder_stamp(self, *, exact: bool = False) -> EncoderStamp:
@@ -281,10 +474,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
         recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
         recipe["memory_heads"] = self.config.memory_heads or ALL_HEADS
         recipe["sinks"] = "forgotten" if self.config.forget_sinks else SINKS_STORED
-        try:
-            tokenizer = tokenizer_fingerprint(self.tokenizer)
-        except (OSError, ValueError, ImportError):
-            tokenizer = None  # the model has none, or it can't be reached: then it can't be compared
+        found = self._tokenizer_if_any()
+        tokenizer = None if found is None else tokenizer_fingerprint(found)  # None can't be compared
         dtype = str(self.backbone.dtype).removeprefix("torch.")
         stored = {"format": STORED_FORMAT, "dtype": dtype, "tokenizer": tokenizer}
         return recipe | stored | configuration_recipe(self.backbone)
@@ -316,14 +507,9 @@ class LongMemPreTrainedModel(PreTrainedModel):
     # What transformers asks for ----------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Set the side network's mode; the backbone stays in eval mode.
-
-        It is never put into training mode in between: another thread may run it right now.
-        """
-        self.training = mode
-        for name, module in self.named_children():
-            module.train(mode and name != "backbone")
-        return self
+        """Set the side network's mode; the backbone is in eval mode, and never in between: another thread may run it."""
+        self.backbone.eval()
+        return super().train(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set whether the side network is trained, with LoRA its adapters, biases and scales; the backbone stays as it is."""
@@ -352,10 +538,41 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def enable_input_require_grads(self) -> None:
         """Do nothing: the side network gets its gradients whatever enters it."""
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move or cast the backbone along: `to`, `half`, `cuda` and their like end here, and it is no submodule."""
+        self.backbone._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
     @property
-    def input_device(self) -> torch.device:
-        """Where token ids are expected."""
+    def backbone(self) -> PreTrainedModel:
+        """The frozen causal LM."""
+        return self._backbone.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are expected; layers may be elsewhere under a device map."""
         return input_device(self.backbone)
+
+    input_device = device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The backbone's dtype; that of the side network is `side_network.dtype`."""
+        return self.backbone.dtype
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """Names of the state that a checkpoint does not hold: with LoRA, copies of the backbone's weights."""
+        saved = saving.saved_names(self.side_network)
+        return {saving.PREFIX + name for name in self.side_network.state_dict() if name not in saved}
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, value: Any) -> None:
+        """Leave it at that: transformers collects submodules' names here, of which there are none."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: a saved folder carries `saving.SHIM_CODE`, and needs no copy of this package's modules."""
 
     def get_input_embeddings(self) -> Any:
         """Return the backbone's token embeddings."""
@@ -363,7 +580,21 @@ class LongMemPreTrainedModel(PreTrainedModel):
 
     def get_output_embeddings(self) -> Any:
         """Return the backbone's LM head."""
-        return self.backbone.get_output_embeddings()
+        return self.lm_head
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Return the token embeddings, which keep their size.
+
+        Raises:
+            ValueError: another size is asked for.
+        """
+        embeddings = self.get_input_embeddings()
+        if new_num_tokens not in (None, embeddings.weight.shape[0]):
+            raise ValueError(
+                f"`new_num_tokens` must stay the backbone's {embeddings.weight.shape[0]}, because its vocabulary is frozen "
+                f"with it, got {new_num_tokens}; resize and train the backbone first, and give that one to `from_backbone`."
+            )
+        return embeddings
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
@@ -377,3 +608,21 @@ def refuse_unstorable_layers(config: LongMemConfig, structure: BackboneStructure
                 f"`memory_layers` must be layers whose keys can be stored, {structure.storable_layers} of this backbone, "
                 f"got {config.memory_layers}: {obstacle}."
             )
+
+
+def _tokenizer_options(loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options for loading a backbone that its tokenizer takes as well."""
+    return {name: loading[name] for name in (*HUB_OPTIONS, "trust_remote_code", "code_revision") if name in loading}
+
+
+def _refuse_what_is_strict(options: dict[str, Any], fields: list[str]) -> None:
+    """Raise ValueError for options of transformers under which weights would not be what was saved, and unknown ones."""
+    for name, usual in (("ignore_mismatched_sizes", False), ("use_safetensors", True), ("strict", True)):
+        if (value := options.pop(name, usual)) not in (usual, None):
+            raise ValueError(
+                f"`{name}` must be {usual}, because a side network is its safetensors, all of them, got {value}; leave it out."
+            )
+    refuse_unknown_options(
+        options,
+        (*LOAD_OPTIONS, *HUB_OPTIONS, "backbone", "backbone_options", "revision", "config", "subfolder", *fields),
+    )

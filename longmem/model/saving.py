@@ -10,28 +10,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from longmem import files
 from longmem.configuration import ALL_LINEAR, LongMemConfig
 from longmem.encoder.stamp import BackboneStamp
-from longmem.errors import did_you_mean
 from longmem.model.names import lasting_name
 from longmem.model.side_network import SideNetwork
 
 PREFIX = "side_network."
-# What an earlier call may have written of weights, and a later one replaces.
-WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 SEALED = (CONFIG_NAME, GENERATION_CONFIG_NAME)
 BACKBONE_FOLDER = "backbone"  # inside the folder of a model that is saved with its backbone
+# Options of `save_pretrained` that transformers takes, those of an upload, and what other libraries pass by habit and weights
+# in safetensors need not.
+SAVE_OPTIONS = ("max_shard_size", "variant", "save_peft_format")
+PUSH_OPTIONS = ("private", "token", "commit_message", "commit_description", "revision", "create_pr")
+SAVE_HABITS = ("safe_serialization", "save_function", "save_original_format")
+# What lets transformers open the folder in a program that never imported this package (`trust_remote_code=True`).
+SHIM = "longmem_model"
+SHIM_CODE = '''"""Lets transformers open this folder by `trust_remote_code=True`; needs `pip install longmem-lm`."""
+
+from longmem import LongMemConfig, LongMemForCausalLM, LongMemModel  # noqa: F401
+'''
+AUTO_MAP = {
+    "AutoConfig": f"{SHIM}.LongMemConfig",
+    "AutoModel": f"{SHIM}.LongMemModel",
+    "AutoModelForCausalLM": f"{SHIM}.LongMemForCausalLM",
+}
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL_CARD = """---
 library_name: longmem
+pipeline_tag: text-generation
 tags: [longmem, long-term-memory]
 {base_model}---
 
@@ -66,20 +79,25 @@ def saved_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def write_weights(
-    side_network: SideNetwork,
-    state: Mapping[str, torch.Tensor],
-    folder: Path,
-    dtype: torch.dtype | None = None,
-    **sharding: Any,
-) -> None:
-    """Write what a checkpoint holds of a model's state, as safetensors."""
-    saved = saved_names(side_network)
-    own = {name: tensor for name, tensor in state.items() if name.removeprefix(PREFIX) in saved}
+def own_state(
+    side_network: SideNetwork, state: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds of a model's state: nothing of the backbone, weights in `dtype`.
+
+    Raises:
+        ValueError: a tensor of the side network is not in the state.
+    """
+    names = sorted(PREFIX + name for name in saved_names(side_network))
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(
+            f"`state_dict` must have all that is saved of the side network, got none of {missing[:3]} ({len(missing)} in "
+            "all); take `state_dict()` of the unwrapped model, or leave it out."
+        )
+    own = {name: state[name] for name in names}
     if dtype is not None:  # not buffers: positions in half precision would be other positions
         weights = {PREFIX + name for name in side_network.trained_parameters()}
         own = {name: tensor.to(dtype) if name in weights else tensor for name, tensor in own.items()}
-    save_torch_state_dict(own, folder, **sharding)
+    return own
 
 
 def seal_weights(folder: Path, backbone: PreTrainedModel) -> None:
@@ -94,27 +112,37 @@ def seal_weights(folder: Path, backbone: PreTrainedModel) -> None:
 
 
 def write_description(
-    config: LongMemConfig, num_trained: int, folder: Path, *, with_backbone: bool, place: Path | None = None
+    config: LongMemConfig, num_trained: int, folder: Path, *, with_backbone: bool, place: Path | None
 ) -> None:
-    """Write the configuration, which names the backbone, and the model card.
+    """Write the configuration, which names the backbone, the model card, and the module that `AUTO_MAP` names.
 
     Args:
         config: of the model; not changed.
         num_trained: parameters that are trained.
         folder: that the weights are in.
         with_backbone: whether the backbone is in it as well.
-        place: where the folder will be, None: where it is.
+        place: where the folder will be; None: elsewhere. Then no backbone is named by a path, and the card says what it is.
     """
     config = copy.deepcopy(config)
+    config.auto_map = dict(AUTO_MAP)
     if with_backbone:
         config.backbone_revision = None  # of the hub's
         config.backbone_name_or_path = BACKBONE_FOLDER
     elif config.backbone_name_or_path:
         config.backbone_name_or_path = lasting_name(config.backbone_name_or_path, beside=place or folder)
+    card = model_card(config, num_trained, with_backbone=with_backbone)
+    if place is None and is_place(config.backbone_name_or_path):
+        config.backbone_name_or_path = None
     # Where it was opened from here, such as a folder of somebody's cache, is nobody else's business.
     config.backbone_config.name_or_path = config.backbone_name_or_path or ""
     config.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(config, num_trained, with_backbone=with_backbone), encoding="utf-8")
+    (folder / f"{SHIM}.py").write_text(SHIM_CODE, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def is_place(name: str | None) -> bool:
+    """Return whether the name of a backbone is a path on this machine, which means nothing to others."""
+    return bool(name) and Path(str(name)).is_absolute()
 
 
 def saved_names(side_network: SideNetwork) -> set[str]:
@@ -134,6 +162,8 @@ def model_card(config: LongMemConfig, num_trained: int, *, with_backbone: bool =
     settings = "\n".join(f"| `{name}` | {getattr(config, name)} |" for name in names.split())
     backbone = config.backbone_name_or_path or "a model without a name"
     is_hub_name = bool(config.backbone_name_or_path) and backbone.count("/") == 1 and not Path(backbone).exists()
+    if is_place(config.backbone_name_or_path):
+        backbone = Path(backbone).name
     base_model = f"base_model: {backbone}\n" if is_hub_name else ""
     trained = f"every weight of the side network, {num_trained:,} parameters"
     if (lora := config.lora) is not None:
@@ -142,11 +172,18 @@ def model_card(config: LongMemConfig, num_trained: int, *, with_backbone: bool =
     contents = f"the side network alone; the backbone,\n`{backbone}`, is opened by name"
     if with_backbone:
         contents = f"the side network\nand, in `{backbone}`, the backbone"
+    elif is_place(config.backbone_name_or_path) or not config.backbone_name_or_path:
+        text = config.get_text_config()
+        contents = (
+            f"the side network alone. Its backbone is\nnot on the Hub: you need `{backbone}`, a {text.model_type} of "
+            f"{text.num_hidden_layers} layers, hidden size {text.hidden_size}\nand {text.vocab_size} tokens, and open this "
+            "folder with `from_pretrained(PATH, backbone=...)`"
+        )
     return MODEL_CARD.format(base_model=base_model, contents=contents, settings=settings, trained=trained)
 
 
-def load_side_network(side_network: SideNetwork, folder: Path) -> BackboneStamp | None:
-    """Load the weights that `write_weights` wrote, all of them and nothing else; return the stamp of their backbone.
+def load_side_network(side_network: SideNetwork, folder: Path, variant: str | None = None) -> BackboneStamp | None:
+    """Load the weights that `save_pretrained` wrote, all of them and nothing else; return the stamp of their backbone.
 
     Files that other tools wrote have no stamp, and no digests to check.
 
@@ -155,7 +192,7 @@ def load_side_network(side_network: SideNetwork, folder: Path) -> BackboneStamp 
     """
     found: dict[str, torch.Tensor] = {}
     about: dict[str, Any] = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, variant):
         try:
             about |= files.check_tensors(file) or {}
             found |= load_file(file)
@@ -182,16 +219,23 @@ def load_side_network(side_network: SideNetwork, folder: Path) -> BackboneStamp 
     return BackboneStamp.from_json(about["backbone"]) if "backbone" in about else None
 
 
-def weight_files(folder: Path) -> list[Path]:
+def pattern_of_weights(variant: str | None) -> str:
+    """Return a pattern of the names of files that hold weights of a variant, or list them."""
+    dotted = "" if variant is None else re.escape(f".{variant}")
+    return rf"model{dotted}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{dotted}\.json"
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """Return the files of weights that count in a folder: the one, or those that the index names; no other is read."""
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [folder / SAFE_WEIGHTS_NAME]
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    dotted = "" if variant is None else f".{variant}"
+    whole, index = folder / f"model{dotted}.safetensors", folder / f"model.safetensors.index{dotted}.json"
+    if whole.is_file():
+        return [whole]
     if not index.is_file():
-        raise ValueError(f"{folder} holds no {SAFE_WEIGHTS_NAME}, so there is no side network to load.")
+        raise ValueError(f"{folder} holds no {whole.name}, so there is no side network to load.")
     try:
         names = sorted(set(files.read_json(index)["weight_map"].values()))
-        if not names or not all(re.fullmatch(WEIGHTS, name) for name in names):
+        if not names or not all(re.fullmatch(pattern_of_weights(variant), name) for name in names):
             raise files.damaged(index, f"it names {names[:3]}, not model-00001-of-00002.safetensors and the like")
     except OSError as error:
         raise files.not_opened(index, error) from error
@@ -244,22 +288,3 @@ def refuse_other_weights(stamp: BackboneStamp | None, backbone: PreTrainedModel,
         if strict:
             raise ValueError(f"{problem}, or pass `strict_backbone=False` to be warned only.")
         warnings.warn(f"{problem}.", stacklevel=3)
-
-
-def refuse_unknown_options(options: dict[str, Any]) -> None:
-    """Raise for keyword arguments of loading and saving that would be ignored."""
-    habits = {"trust_remote_code", "code_revision", "_commit_hash", "adapter_kwargs", "quantization_config"}
-    known = [
-        "backbone",
-        "backbone_options",
-        "strict_backbone",
-        "revision",
-        "dtype",
-        "config",
-        "save_backbone",
-        "push_to_hub",
-        "repo_id",
-    ]
-    for name in options:
-        if name not in habits:
-            raise ValueError(f"`{name}` is not an option here.{did_you_mean(name, known)} Options: {', '.join(known)}.")

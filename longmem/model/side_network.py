@@ -207,7 +207,7 @@ class SideNetwork(nn.Module):
             READING.reset(token)
 
     def _run(self, states: BackboneStates, memory: Sequence[Memory] | None) -> tuple[Tensor, list[MemoryRead]]:
-        if memory is not None and all(bank.is_empty for bank in memory):
+        if memory is not None and holds_nothing(memory):
             memory = None
         dtype = self.dtype
         reads: list[MemoryRead] = []
@@ -235,6 +235,12 @@ class SideNetwork(nn.Module):
         if states.final_states is not None and number == self.num_backbone_layers:
             return states.final_states
         return states.hidden_states[number]
+
+
+@torch.compiler.disable  # banks take locks
+def holds_nothing(memory: Sequence[Memory]) -> bool:
+    """Return whether every bank is empty."""
+    return all(bank.is_empty for bank in memory)
 
 
 def refuse_local_implementation(config: LongMemConfig, attention: nn.Module) -> None:

@@ -71,6 +71,18 @@ def test_decoding_with_a_cache_equals_the_full_forward(case):
     torch.testing.assert_close(torch.cat(logits, dim=1), case.logits, rtol=1e-4, atol=1e-4)
 
 
+def test_generation_without_memory_is_the_backbones(case):
+    """Every architecture prepares the inputs of its own steps; both start from the same mask with padding on the left."""
+    mask = torch.ones_like(case.input_ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "output_logits": True}
+    plain, found = (
+        each.generate(case.input_ids, return_dict_in_generate=True, **options) for each in (case.backbone, case.model)
+    )
+    assert torch.equal(found.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_text_stored_from_another_position_is_read_the_same(case):
     """Rotary models are encoded at other positions; others have their keys stored as the model makes them."""

@@ -108,7 +108,7 @@ CALL_ROWS = {
     "unknown index": (lambda m, b: MemoryBank.for_model(m, index="flatt"), ["index", "Did you mean `flat`"]),
     "not a number": (nan_ids, ["keys", "finite"]),
     "not a model": (lambda m, b: LongMemForCausalLM.from_backbone(m.backbone.model), ["backbone", "causal LM"]),
-    "unknown option": (lambda m, b: LongMemForCausalLM.from_pretrained(".", revison="x"), ["config.json"]),
+    "unknown option": (lambda m, b: LongMemForCausalLM.from_pretrained(".", revison="x"), ["Did you mean `revision`"]),
 }
 
 

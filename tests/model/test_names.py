@@ -83,7 +83,7 @@ def test_a_saved_model_on_the_hub_is_a_saved_model(place, monkeypatch):
     assert (named.origin, named.backbone) == ("saved", str(place / "whole" / "backbone"))
     assert asked == [
         ("somebody/whole", "config.json", "v2"),
-        ("somebody/whole", ("*.json", "*.safetensors"), "v2"),
+        ("somebody/whole", names.PATTERNS, "v2"),
     ]
     for model in (LongMemForCausalLM.from_pretrained("somebody/whole", revision="v2"), open_model("somebody/whole")):
         torch.testing.assert_close(embeddings(model), embeddings(open_model(str(place / "whole"))), rtol=0, atol=0)

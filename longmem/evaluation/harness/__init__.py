@@ -2,7 +2,8 @@
 
     lm_eval.simple_evaluate("longmem", "pretrained=smollm2-135m,memory=on", tasks=["hellaswag"])
 
-On the command line, where nothing else would import it: `python -m longmem.evaluation.harness run --model longmem ...`.
+On the command line it is `lm_eval run --model longmem ...`, from the release of lm-eval on that reads entry points of others.
+Before, as nothing else would import it, it is `python -m longmem.evaluation.harness run --model longmem ...`.
 """
 
 try:
