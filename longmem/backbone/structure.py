@@ -114,6 +114,15 @@ def input_device(backbone: PreTrainedModel) -> torch.device:
     return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
 
 
+def position_limit(backbone: PreTrainedModel) -> int | None:
+    """Return how many positions a backbone has learned a vector for, None where any position will do."""
+    window = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    tokens = backbone.get_input_embeddings()
+    tables = (each for each in backbone.modules() if isinstance(each, nn.Embedding) and each is not tokens)
+    # Some tables have rows before the first position, for padding.
+    return window if window and any(0 <= each.num_embeddings - window <= 4 for each in tables) else None
+
+
 def computes_exactly(backbone: PreTrainedModel) -> bool:
     """Return whether the same computation done in another way agrees to float32 precision: no half, nothing quantized."""
     return backbone.dtype == torch.float32 and not hasattr(backbone, "hf_quantizer")

@@ -5,7 +5,6 @@ continue a prompt, save, reopen, check. No number is stored in the package.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from longmem.console import Headings, counting, plain_table, token_progress
 from longmem.data.sample_texts import split_texts
 from longmem.evaluation.folder import as_json
+from longmem.evaluation.intervals import perplexity_of
 from longmem.evaluation.perplexity.scoring import Cut, View, WindowScores, loss_difference, make_views, score_windows
 from longmem.evaluation.systems import title_of_system
 from longmem.evaluation.tables import markdown_table
@@ -214,7 +214,7 @@ def summarize(scores: Scores, seed: int) -> dict[str, dict[str, Any]]:
         gain, low, high = loss_difference(result, scores["off"], seed)
         summary[system] = {
             "loss": result.loss,
-            "perplexity": math.exp(result.loss),
+            "perplexity": perplexity_of(result.loss),
             "tokens_per_second": result.num_tokens / result.seconds,
             "seconds": result.seconds,
             "scored_tokens": result.num_tokens,

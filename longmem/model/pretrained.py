@@ -18,6 +18,7 @@ from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneErr
 from longmem.configuration import LongMemConfig
 from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configuration_recipe
 from longmem.encoder.watch import Encoder
+from longmem.memory.checks import checked, got
 from longmem.model import saving, side_state
 from longmem.model.names import backbone_location, look_up
 from longmem.model.side_network import SideNetwork
@@ -48,6 +49,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def __init__(
         self, config: LongMemConfig, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
+        refuse_other_kinds(config, backbone, tokenizer)
         config = LongMemConfig.from_dict({**config.to_dict(), "backbone_config": backbone.config.to_dict()})
         super().__init__(config)
         self._backbone = Backbone(backbone)
@@ -63,6 +65,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
     # Making and saving -------------------------------------------------------------------------------------------------
 
     @classmethod
+    @checked
     def from_backbone(
         cls,
         backbone: str | PathLike[str] | PreTrainedModel,
@@ -99,11 +102,17 @@ class LongMemPreTrainedModel(PreTrainedModel):
                 "`backbone` must be a name, a folder or a causal LM of transformers (with a language-model head), "
                 f"got {type(backbone).__name__}; try `AutoModelForCausalLM.from_pretrained(...)`."
             )
+        elif backbone_options:
+            raise ValueError(
+                f"`backbone_options` must be left out for a loaded model, got {backbone_options}; open it with them, or give "
+                "its name."
+            )
         else:
             config_fields.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
         return cls(LongMemConfig(backbone_config=backbone.config, **config_fields), backbone, tokenizer)
 
     @classmethod
+    @checked
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | PathLike[str],
@@ -148,6 +157,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 
+    @checked
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | PathLike[str],
@@ -222,6 +232,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """
         return side_state.side_state(self.side_network, self.backbone)
 
+    @checked
     def load_side_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put in the tensors of another model's `side_state_dict`, or of a mean of several; all fit, or nothing changes.
 
@@ -253,6 +264,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
             self._tokenizer = load_tokenizer(self.config.backbone_name_or_path, self.config.backbone_revision)
         return self._tokenizer
 
+    @checked
     def encoder_stamp(self, *, exact: bool = False) -> EncoderStamp:
         """Return what determines the numbers that this model stores: a hash of the encoder's weights, and the recipe.
 
@@ -356,6 +368,24 @@ class LongMemPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
+
+
+def refuse_other_kinds(config: Any, backbone: Any, tokenizer: Any) -> None:
+    """Raise ValueError unless these are a configuration, a causal LM and, if it is there, a tokenizer."""
+    rules = (
+        ("config", config, isinstance(config, LongMemConfig), "a LongMemConfig", "`from_backbone` makes it"),
+        (
+            "backbone",
+            backbone,
+            isinstance(backbone, PreTrainedModel),
+            "a causal LM",
+            "`from_backbone` opens one by name",
+        ),
+        ("tokenizer", tokenizer, tokenizer is None or callable(tokenizer), "a tokenizer", "`AutoTokenizer` opens one"),
+    )
+    for name, value, holds, rule, way_out in rules:
+        if not holds:
+            raise ValueError(f"`{name}` must be {rule} of transformers, got {got(value)}; {way_out}.")
 
 
 def refuse_unstorable_layers(config: LongMemConfig, structure: BackboneStructure) -> None:
