@@ -30,7 +30,7 @@ from longmem.model.names import look_up
 from longmem.model.opening import open_model
 from longmem.model.reads import Passage, read_passages
 from longmem.plots import plot_scores, require_matplotlib
-from longmem.settings.environment import environment
+from longmem.settings.environment import chosen_device, environment
 
 # Nobody has read this before: whoever answers has it from memory. Below, beginnings of sentences, and how they go on.
 NOTES = """Notes of the harbour office.
@@ -183,6 +183,7 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
     name, window, origin = settings.model, settings.window, look_up(settings.model).origin
     # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
     model = open_model(name, segment_length=window) if origin == "new" else open_model(name)
+    model.to(chosen_device())  # type: ignore[arg-type]
     if window > (longest := model.config.segment_length):
         raise ValueError(f"`window` must be at most the model's `segment_length`, {longest}, got {window}.")
     shared = set(model.backbone.parameters())

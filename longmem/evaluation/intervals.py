@@ -94,9 +94,11 @@ def ratio_of_means(
     None where the mean of the denominators is not above 0 in every resample: what may be nothing has no shares.
     """
     above, below = numerators.double(), denominators.double()
-    tops, bottoms = (
-        resampled(lambda picks, of=of: of[picks].mean(dim=1), len(of), 10_000, seed) for of in (above, below)
-    )
+
+    def means(numbers: Tensor) -> Tensor:
+        return resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), 10_000, seed)
+
+    tops, bottoms = means(above), means(below)
     if bottoms.min() <= 0 or below.mean() <= 0:
         return None
     return (above.mean() / below.mean()).item(), *interval_of(tops / bottoms)

@@ -254,11 +254,11 @@ def validate_storage_dtype(value: object, known: Mapping[str, torch.dtype] = STO
     return known[str(name)]
 
 
-def validate_count(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is an integer from one to `MOST`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+def validate_count(argument: str, value: object, most: int = MOST) -> None:
+    """Raise ValueError unless `value` is an integer from one to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise ValueError(
-            f"`{argument}` must be an integer of at least 1 and at most {MOST:,}, got {got(value)}; or leave it out."
+            f"`{argument}` must be an integer of at least 1 and at most {most:,}, got {got(value)}; or leave it out."
         )
 
 
@@ -451,7 +451,7 @@ def validate_source(
     if token_ids is None:
         return None
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"`text` must be a string, got {got(text)}; leave it out where it is not known.")
+        raise ValueError(f"`text` must be a string, got {type(text).__name__}; leave it out where it is not known.")
     ids = _validate_integers("token_ids", token_ids, num_tokens)
     if int(ids.min()) < 0 or int(ids.max()) > LARGEST_TOKEN_ID:
         raise ValueError(
@@ -517,7 +517,7 @@ def refuse_strict_alone(strict: bool, model: object) -> None:
 
 def refuse_search(queries: Tensor, num_chunks: object, shape: LayerShape | None) -> None:
     """Raise ValueError where queries do not fit the layer (None: nothing was ever written), or ask for no chunk."""
-    validate_integer("num_chunks", num_chunks, 1, MOST_CHUNKS)
+    validate_count("num_chunks", num_chunks, MOST_CHUNKS)
     validate_tensor("queries", queries)
     if not queries.is_floating_point():
         raise ValueError(f"`queries` must be floating-point numbers, as keys are, got {queries.dtype}; convert them.")

@@ -44,6 +44,11 @@ def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -
             # Ends never fall: tokens of one character that takes several all end with it.
             text = text_or_ids
             char_ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64).cummax(0).values
+        if not encoded["input_ids"]:
+            raise ValueError(
+                f"`text_or_ids` must hold text that the tokenizer makes tokens of, got {got(text_or_ids)}, of which it makes "
+                "none; leave it out."
+            )
         text_or_ids = encoded["input_ids"]
     try:
         ids = torch.as_tensor(text_or_ids)

@@ -24,7 +24,13 @@ from transformers.utils import TransformersKwargs
 
 from longmem.backbone.cache_names import CACHE_NAMES, as_keyword, one_cache
 from longmem.backbone.capture import BackboneStates
-from longmem.backbone.structure import UnsupportedBackboneError, computes_exactly, probe_ids, same_logits
+from longmem.backbone.structure import (
+    UnsupportedBackboneError,
+    adapters_in_words,
+    computes_exactly,
+    probe_ids,
+    same_logits,
+)
 from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
@@ -114,9 +120,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
         """
-        as_tuple = False
+        as_object = kwargs.get("return_dict")
         if kwargs:
-            as_tuple = kwargs.get("return_dict") is False
             refuse_unknown_inputs(self, kwargs)
         cache = one_cache(cache, past_key_values)
         if not torch.compiler.is_compiling():
@@ -153,7 +158,8 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             memory_reads=None if output_memory_reads is False or output_memory_reads is None else tuple(reads),
             **as_keyword(cache),
         )
-        return output.to_tuple() if as_tuple else output  # type: ignore[return-value]  # as transformers' models have it
+        is_object = self.config.return_dict if as_object is None else as_object
+        return output if is_object else output.to_tuple()  # type: ignore[return-value]  # as transformers' models have it
 
     def generate(self, *given: Any, **options: Any) -> Any:
         """Return what transformers' `generate` returns, with what a LongMem model takes beside it; all is checked first.
@@ -333,6 +339,7 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             raise UnsupportedBackboneError(
                 f"{type(self.backbone).__name__}: copies of its upper layers give logits that differ from its own by "
                 f"{(found - expected).abs().max():.3g}; its layers do more than their arguments say."
+                f"{adapters_in_words(self.backbone)}"
             )
 
 

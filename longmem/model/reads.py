@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.memory import ChunkPlace, MemoryBank
+from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -61,6 +62,7 @@ def read_passages(
     *,
     count: int = 1,
     context: int = 16,
+    memory: Memory | None = None,
 ) -> list[list[Passage]]:
     """Return, for each run of predicted tokens, the `count` passages that stand out among what was read.
 
@@ -76,9 +78,12 @@ def read_passages(
         targets: runs of tokens in the window, from token 1; the prediction of token t is made at token t - 1.
         count: passages per run, at most.
         context: tokens of the document shown before and after a chunk.
+        memory: what is read of the bank, such as `bank.select(...)`; None: all of it.
     """
     ids = token_ids[None].to(model.input_device)
-    reads = model(ids, memory=bank, output_memory_reads=True, logits_to_keep=1).memory_reads
+    reads = model(
+        ids, memory=bank if memory is None else memory, output_memory_reads=True, logits_to_keep=1
+    ).memory_reads
     if not reads:
         return [[] for _ in targets]  # the bank is empty
     rows, shares = chunk_shares(reads)
