@@ -320,3 +320,82 @@ def test_batches_of_resamples_are_the_resamples(monkeypatch):
 def test_a_perplexity_beyond_all_numbers_is_infinite():
     assert perplexity_estimate(torch.tensor([800.0, 900.0])) == (float("inf"),) * 3
     assert perplexity_estimate(torch.tensor([0.0, 0.0])) == (1.0, 1.0, 1.0)
+
+
+# Command lines, with {bank} and {file} that are there and {none} that is not; what is said of each.
+WRONG_LINES = {
+    "memorize {none} --bank {bank}": "there is no file",
+    "memorize {file} --bank {bank} --replace --glob *.md": "`--glob` must come with a folder",
+    "memorize {file} --bank {bank} --replace --encoding latin-x": "`--encoding` must be one that Python knows",
+    "memorize {file} --bank {bank} --replace --device gpu": "`--device` must be a device of this machine",
+    "memorize {file} --bank {bank} --replace --index flat": "`--index` is set when a bank is made",
+    "memorize {file} --bank {none} --index flatt": "Did you mean `flat`?",
+    "memorize {file} --bank {none} --capacity 0": "`capacity_tokens` must be an integer of at least 1",
+    "memorize {file} --bank {none} --capacity 1000000000000000000": "`capacity_tokens` must be an integer",
+    "memorize {file} --bank {none} --capacity ten": "invalid int value: 'ten'",
+    "memorize {file} --bank {none} --eviction lru:x=1": "'lru' has no settings",
+    "memorize {file} --bank {none} --eviction ttl:seconds=nan": "`seconds` of eviction 'ttl' must be",
+    "memorize {file} --bank {none} --storage-dtype float8": "`storage_dtype` must be one of",
+    "memorize {file} --bank {none} --refresh soon": "`refresh` must be one of",
+    "memorize {file} --bank": "expected one argument",
+    "memorize --bank {bank}": "the following arguments are required: FILE",
+    "memorise {file} --bank {bank}": "invalid choice: 'memorise'",
+    "bank add {file} {file} --bank {bank}": "must have different names",
+    "bank append {none} --id one.txt --bank {bank}": "there is no file",
+    "bank append {file} --id two.txt --bank {bank}": "Did you mean `one.txt`?",
+    "bank update - --bank {bank}": "`--id` must name the document",
+    "bank update {file} --id two.txt --bank {bank}": "Did you mean `one.txt`?",
+    "bank delete two.txt --bank {bank}": "Did you mean `one.txt`?",
+    "bank tag two.txt --tag x --bank {bank}": "`document_id` must name a document",
+    "bank supersede one.txt --by two.txt --bank {bank}": "`by` must name a document",
+    "bank supersede one.txt --by one.txt --bank {bank}": "`by` must be another document",
+    "bank list --bank {none}": "there is no bank in",
+    "bank tune --bank {bank} --recall nan": "`--recall` must be above 0",
+    "bank tune --bank {bank} --num-queries 0": "`--num-queries` must be at least 1",
+    "bank tune --bank {bank} --layer 9": "`--layer` must be a memory layer",
+    "bank tune --bank {bank} --queries {none}": "there is no file",
+    "bank refresh --bank {bank} --budget-tokens 0": "`--budget-tokens` must be at least 1",
+    "bank refresh --bank {bank} --policy soon": "`refresh` must be one of",
+    "generate --bank {bank}": "one of the arguments --prompt --prompt-file is required",
+    "generate --bank {bank} --prompt a --max-new-tokens 0": "`--max-new-tokens` must be at least 1",
+    "generate --bank {bank} --prompt a --temperature nan": "`--temperature` must be 0 or more",
+    "generate --bank {bank} --prompt a --tag x": "`tags` must be one of the known names",
+    "generate --bank {bank} --prompt a --id x": "`document_ids` must name a document",
+    "generate --bank {bank} --prompt a --device cuda:99": "`--device` must be a device of this machine",
+    "generate --bank {bank} --prompt-file {none}": "there is no file",
+    "demo --windows 0": "`windows` must be at least 1",
+    "demo --file {none}": "`file` must be a text file",
+    "demo --device cuda:99": "`--device` must be a device of this machine",
+    "heads m step=3 --texts {none} --output {none}": "`step` is no setting. Did you mean `steps`?",
+    "heads m steps --texts {none} --output {none}": "a setting must look like",
+    "heads m steps=many --texts {none} --output {none}": "`steps` must be an integer",
+    "heads m --texts {none} --output {bank}": "`--output` must be a new folder",
+    "eval qualty": "Did you mean `quality`?",
+    "eval recall distanc=3": "`distanc` is not a setting",
+    "eval recall --config {none}": "must be a YAML file",
+    "train books data.lanse=3": "`data.lanse` is not a setting of this run. Did you mean `data.lanes`?",
+    "train python-manual data.lanes=many": "`data.lanes` must be an integer",
+    "train python-manual optimization.steps=0": "`optimization.steps` must be",
+    "train boks": "Did you mean `books`?",
+    "report {none}": "must be results of finished evaluations",
+}
+
+
+def test_wrong_command_lines_are_refused_before_a_model_is_opened(bank, tmp_path, run, capsys, monkeypatch):
+    from longmem.model import opening
+
+    monkeypatch.setattr(opening, "open_model", None)
+    monkeypatch.chdir(tmp_path)
+    before, there = documents(bank), sorted(os.listdir())
+    answers = {}
+    for line, words in WRONG_LINES.items():
+        places = {"bank": bank, "file": tmp_path / "one.txt", "none": tmp_path / "none"}
+        try:
+            code, _, error = run(*(part.format(**places) for part in line.split()))
+        except SystemExit as stop:
+            code, error = stop.code, capsys.readouterr().err
+        told = [each for each in error.splitlines() if each.startswith("longmem")]
+        if code != 2 or words not in error or len(told) != 1 or "Traceback" in error:
+            answers[line] = code, error
+    assert answers == {}
+    assert (documents(bank), sorted(os.listdir())) == (before, there)

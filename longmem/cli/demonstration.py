@@ -70,6 +70,10 @@ class DemoSettings:
         for name, least in (("windows", 1), ("window", 2), ("new_tokens", 1)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.file is not None and not self.file.is_file():
+            raise ValueError(
+                f"`file` must be a text file, got {str(self.file)!r}, which is none; leave it out for a manual."
+            )
         if self.memory_tokens < self.window:
             raise ValueError(f"`memory_tokens` must be at least `window`, {self.window}, got {self.memory_tokens}.")
 

@@ -122,8 +122,10 @@ def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[
         if not texts:
             raise ValueError(f"{path} must hold text files{f' that match {pattern!r}' if pattern else ''}, got none.")
         found += [(each, each.relative_to(path).as_posix()) for each in texts]
-    names = [name for _, name in found]
-    known = [(path, path.as_posix() if names.count(name) > 1 else name) for path, name in found]
+    paths: dict[str, set[Path]] = {}
+    for path, name in found:
+        paths.setdefault(name, set()).add(path)
+    known = [(path, path.as_posix() if len(paths[name]) > 1 else name) for path, name in found]
     return [(path, readable_name(name)) for path, name in known], passed_over
 
 

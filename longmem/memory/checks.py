@@ -177,7 +177,7 @@ def validate_device(argument: str, value: object) -> torch.device:
 
 def validate_model(argument: str, value: object) -> None:
     """Raise ValueError unless `value` can encode for a bank, as a LongMem model does."""
-    if isinstance(value, type) or not hasattr(value, "encoder") or not hasattr(value, "config"):
+    if isinstance(value, type) or not hasattr(value, "encoder"):
         raise ValueError(
             f"`{argument}` must be a LongMem model, got {got(value)}; `LongMemForCausalLM.from_pretrained` opens one by name, "
             "and `from_backbone` makes one of a causal LM."
@@ -280,7 +280,7 @@ def validate_sizes(
     if not whole or not layers or len(set(layers)) < len(layers):
         raise ValueError(
             "`memory_layers` must be distinct backbone layer indices, counted from 0, and at least one of them, "
-            f"got {got(memory_layers)}; for a model, `MemoryBank.for_model(model)` reads them from its config."
+            f"got {got(tuple(layers) or memory_layers)}; for a model, `MemoryBank.for_model(model)` reads them from its config."
         )
     validate_count("chunk_size", chunk_size)
     if capacity_bytes is not None:
