@@ -4,6 +4,7 @@
 #   make test           the fast tests
 #   make check          format, lint, types, import layers
 #   make check-latest   a few tests with the newest releases that pyproject.toml allows, in .venv-latest
+#   make check-pythons  the same tests with each Python from 3.11 to 3.13 that this machine has
 #   make docs           the site, into build/site, and docs/supported-models.md from the list that the tests use
 #   make format         rewrite the code in the project's format
 #
@@ -25,7 +26,7 @@ INSTALLED := $(VENV)/.installed
 # One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
 WORKERS := auto --maxprocesses 4
 
-.PHONY: demo test check check-latest docs site format env
+.PHONY: demo test check check-latest check-pythons docs site format env
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -45,6 +46,9 @@ check: $(INSTALLED)
 
 check-latest:
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' .ci/check-latest
+
+check-pythons:
+	@TORCH_INDEX='$(TORCH_INDEX)' .ci/check-pythons
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -3,15 +3,17 @@
 import copy
 import dataclasses
 import functools
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from longmem.errors import did_you_mean
+from longmem.settings.reading import in_words
 
 # Keys that transformers itself hands to every configuration; anything else that is not a field is a mistake.
 INHERITED_KEYS = frozenset(
@@ -37,26 +39,46 @@ SHARED_WITH_BACKBONE = frozenset(
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("rank", "alpha", "target_modules", "dropout")
 Config = TypeVar("Config", bound=PreTrainedConfig)
+
+
+class _Default(int):
+    """A default that adapts, as nobody has given it: it is told apart from the same number that somebody gave."""
+
+
+DEFAULT_SEGMENT_LENGTH = _Default(1024)
 DEFAULT_BIAS = {"joint": -1.0, "gated": 0.0}
 
 
 def with_plain_errors(config_class: type[Config]) -> type[Config]:
-    """Let a configuration say what it refuses by a ValueError with the rule's own sentence, and nothing around it."""
+    """Let a configuration say what it refuses by a ValueError: the rule's own sentence, or name, kind, value and default."""
     make, assign = config_class.__init__, config_class.__setattr__
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
 
-    def plainly(call: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def plainly(call: Callable[..., None], *args: Any, given: Mapping[str, Any], **kwargs: Any) -> None:
         try:
             call(*args, **kwargs)
+        except StrictDataclassFieldValidationError as error:
+            name = str(error).split("'")[1]
+            kind = fields[name].type  # the text of an annotation, where it is of transformers' own fields
+            rule = kind if isinstance(kind, str) else in_words(kind)
+            raise ValueError(
+                f"`{name}` must be {rule}, got {given.get(name)!r}; the default is {fields[name].default!r}."
+            ) from None
         except StrictDataclassError as error:
             raise ValueError(str(error.__cause__ or error)) from None
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{config_class.__name__} must be given fields of the kinds that its docstring names, got what transformers "
+                f"refuses: {error}."
+            ) from error
 
     @functools.wraps(make)
     def init(self: Config, *args: Any, **kwargs: Any) -> None:
-        plainly(make, self, *args, **kwargs)
+        plainly(make, self, *args, given={**dict(zip(fields, args, strict=False)), **kwargs}, **kwargs)
 
     @functools.wraps(assign)
     def setattr_(self: Config, name: str, value: Any) -> None:
-        plainly(assign, self, name, value)
+        plainly(assign, self, name, value, given={name: value})
 
     config_class.__init__, config_class.__setattr__ = init, setattr_  # type: ignore[method-assign, assignment]
     return config_class
@@ -89,7 +111,8 @@ class LongMemConfig(PreTrainedConfig):
             `chunk_size` times the search.
         num_retrieved_tokens: K, tokens read by every query and head, a multiple of `chunk_size`. The paper reads 64; the
             default is 32, which halves the cost of reading and keeps most of the gain (`docs/experiments.md`).
-        segment_length: tokens of one window of text, in encoding and in training (paper: 1,024).
+        segment_length: tokens of one window of text, in encoding and in training (paper: 1,024). The default is that or,
+            with a warning, the window of a backbone that has less.
         memory_distance: tokens between a query and what it retrieved, for rotary models, whose stored keys have no
             position of their own. 0 is harmful, and so is far beyond the text it was tuned on (`docs/experiments.md`).
         residual: `"substitute"` (side layers replace the layers they copy) or `"paper"` (section 2.2 of the paper).
@@ -132,7 +155,7 @@ class LongMemConfig(PreTrainedConfig):
     forget_sinks: bool = False
     search: Literal["chunk_mean", "token"] = "chunk_mean"
     num_retrieved_tokens: int = 32
-    segment_length: int = 1024
+    segment_length: int = DEFAULT_SEGMENT_LENGTH
     memory_distance: int = 64
     residual: Literal["substitute", "paper"] = "substitute"
     residual_states: Literal["pre_norm", "post_norm"] = "pre_norm"
@@ -151,10 +174,30 @@ class LongMemConfig(PreTrainedConfig):
         refuse_unknown_fields(type(self), kwargs)
         if isinstance(self.backbone_config, dict):
             fields = dict(self.backbone_config)
-            self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            if "model_type" not in fields:
+                raise ValueError(
+                    f"`backbone_config` must say its `model_type`, got the fields {list(fields)}; `config.to_dict()` of a "
+                    "causal LM has it."
+                )
+            try:
+                self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            except ValueError as error:
+                known = did_you_mean(str(self.backbone_config["model_type"]), CONFIG_MAPPING)
+                raise ValueError(
+                    "`backbone_config` must be one that transformers knows, got model_type "
+                    f"{self.backbone_config['model_type']!r};"
+                    f"{known} it says: {str(error)[:80]}"
+                ) from error
+        elif self.backbone_config is not None and not isinstance(self.backbone_config, PreTrainedConfig):
+            raise ValueError(
+                "`backbone_config` must be the configuration of a causal LM, or its fields, got "
+                f"{self.backbone_config!r}; `model.config` is one."
+            )
         elif self.backbone_config is not None:
             self.backbone_config = copy.deepcopy(self.backbone_config)
-        if self.memory_layers is None and self.backbone_config is not None:
+        if isinstance(self.segment_length, _Default):
+            self.segment_length = self._default_segment_length()
+        if self.memory_layers is None and self.backbone_config is not None and self.layer_reduction_factor > 0:
             depth = min(self.num_backbone_layers, self.layer_reduction_factor * self.side_layers.stop)
             self.memory_layers = default_memory_layers(self.get_text_config(), self.layer_reduction_factor, depth)
         if self.memory_bias_init is None:
@@ -199,6 +242,18 @@ class LongMemConfig(PreTrainedConfig):
         if self.memory_heads is None or self.memory_layers is None:
             return None
         return self.memory_heads[self.memory_layers.index(memory_layer)]
+
+    def _default_segment_length(self) -> int:
+        window = (
+            None if self.backbone_config is None else getattr(self.get_text_config(), "max_position_embeddings", None)
+        )
+        if not isinstance(window, int) or not 0 < window < DEFAULT_SEGMENT_LENGTH:
+            return int(DEFAULT_SEGMENT_LENGTH)
+        warnings.warn(
+            f"`segment_length` is {window}, the window of this backbone, and not the usual {DEFAULT_SEGMENT_LENGTH}.",
+            stacklevel=5,
+        )
+        return window
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the backbone's text configuration: `generate` sizes its cache from it."""
@@ -247,6 +302,13 @@ class LongMemConfig(PreTrainedConfig):
             raise ValueError(
                 f"`memory_distance` must be 0 or more tokens, got {self.memory_distance}; 64 is the default."
             )
+        for name in ("memory_bias_init", "memory_null_init"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value}; leave it out for the default.")
+        if any(layer < 0 for layer in self.memory_layers or ()):
+            raise ValueError(
+                f"`memory_layers` must be layers counted from 0, got {self.memory_layers}; leave out the others."
+            )
         if self.num_retrieved_tokens % self.chunk_size:
             nearest = max(self.num_retrieved_tokens - self.num_retrieved_tokens % self.chunk_size, self.chunk_size)
             raise ValueError(
@@ -260,7 +322,7 @@ class LongMemConfig(PreTrainedConfig):
             )
         if self.residual_states == "post_norm" and self.residual != "paper":
             raise ValueError(
-                '`residual_states="post_norm"` belongs to `residual="paper"`, got residual="substitute", where it would '
+                '`residual_states="post_norm"` must come with `residual="paper"`, got residual="substitute", where it would '
                 'put a normed state among raw ones; use `residual_states="pre_norm"`.'
             )
         for name, usual in (("side_layer_offset", 0), ("num_side_layers", None), ("final_norm", "backbone")):
@@ -268,12 +330,12 @@ class LongMemConfig(PreTrainedConfig):
         self._refuse_beside_substitute("side_layer_options", not self.side_layer_options, None)
         if self.init == "identity" and self.residual != "paper":
             raise ValueError(
-                '`init="identity"` belongs to `residual="paper"`, got residual="substitute", which starts as the '
+                '`init="identity"` must come with `residual="paper"`, got residual="substitute", which starts as the '
                 'backbone by itself; use `init="backbone"`.'
             )
         if self.memory_null_init is not None and self.fusion != "joint":
             raise ValueError(
-                f'`memory_null_init` belongs to `fusion="joint"`, got {self.memory_null_init} with fusion="{self.fusion}", '
+                f'`memory_null_init` must come with `fusion="joint"`, got {self.memory_null_init} with fusion="{self.fusion}", '
                 "whose share of memory does not depend on scores; leave it at None."
             )
         if self.lora is not None and self.side_layer_options:
@@ -284,7 +346,7 @@ class LongMemConfig(PreTrainedConfig):
 
     def validate_layers(self) -> None:
         """Check what depends on the backbone's depth and window, once the backbone is known."""
-        if self.backbone_config is None:
+        if self.backbone_config is None or self.layer_reduction_factor < 1:  # which another rule refuses
             return
         num_layers, factor = self.num_backbone_layers, self.layer_reduction_factor
         if num_layers % factor and self.num_side_layers is None:
@@ -341,7 +403,7 @@ class LongMemConfig(PreTrainedConfig):
     def _refuse_beside_substitute(self, name: str, is_usual: bool, usual: Any) -> None:
         if self.residual != "paper" and not is_usual:
             raise ValueError(
-                f'`{name}` belongs to `residual="paper"`, got {getattr(self, name)!r} with residual="{self.residual}", '
+                f'`{name}` must come with `residual="paper"`, got {getattr(self, name)!r} with residual="{self.residual}", '
                 f"whose side layers stand in for the layers they copy; leave it at {usual!r}."
             )
 
@@ -451,7 +513,7 @@ def complete_lora_settings(given: Any) -> dict[str, Any]:
             f'`lora` needs a `rank` of 1 or more, an integer, got {rank!r}; `lora={{"rank": 32}}` is usual.'
         )
     alpha = given.get("alpha", 2 * rank)
-    if not is_number(alpha) or not alpha > 0:
+    if not is_number(alpha) or not 0 < alpha < math.inf:
         raise ValueError(f"`alpha` of `lora` must be a number above 0, got {alpha!r}; leave it out for {2 * rank}.")
     dropout = given.get("dropout", 0.0)
     if not is_number(dropout) or not 0 <= dropout < 1:

@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
@@ -40,18 +41,37 @@ class Headings:
         self.console.print(f"\n[bold]{self.number}. {escape(title)}[/]")
 
 
-def plain_table(rows: Sequence[Sequence[str]], emphasized: str = "") -> Table:
-    """Return a table of rows, the head first and numbers to the right; the row named `emphasized` is bold.
+class PlainTable:
+    """A table whose rows show their names at any width: what does not fit goes into tables below, with the names again."""
 
-    Where it is too wide the names of rows are broken, and no number.
-    """
-    head, *body = rows
-    table = Table(box=None, header_style="bold")
-    for number, column in enumerate(head):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
-    for row in body:
-        table.add_row(*row, style="bold" if row[0] == emphasized else None)
-    return table
+    def __init__(self, rows: Sequence[Sequence[str]], emphasized: str) -> None:
+        self.rows, self.emphasized = rows, emphasized
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the tables, each with as many columns as fit."""
+        widths = [max(map(cell_len, column)) + 2 for column in zip(*self.rows, strict=True)]
+        room = options.max_width - min(widths[0], options.max_width // 2)
+        start = 1
+        while start == 1 or start < len(widths):
+            stop = start + 1
+            while stop < len(widths) and sum(widths[start : stop + 1]) <= room:
+                stop += 1
+            yield self._part(start, stop)
+            start = stop
+
+    def _part(self, start: int, stop: int) -> Table:
+        head, *body = ([row[0], *row[start:stop]] for row in self.rows)
+        table = Table(box=None, header_style="bold")
+        for number, column in enumerate(head):
+            table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+        for row in body:
+            table.add_row(*row, style="bold" if row[0] == self.emphasized else None)
+        return table
+
+
+def plain_table(rows: Sequence[Sequence[str]], emphasized: str = "") -> PlainTable:
+    """Return a table of rows, the head first and numbers to the right; the row named `emphasized` is bold."""
+    return PlainTable(rows, emphasized)
 
 
 class TokenSpeedColumn(ProgressColumn):

@@ -48,6 +48,10 @@ def name_known(name: object, known: Collection[str], limit: int = 8) -> str:
     return f"known: {shown}{more}.{did_you_mean(str(name), known)}"
 
 
+class WrongArgumentsError(ValueError, TypeError):
+    """A call has an argument that the function does not take, or lacks one that it needs."""
+
+
 class StaleMemoryError(ValueError):
     """What a bank holds was not made by the encoder that wants to read it, or the encoder is about to change."""
 

@@ -22,6 +22,7 @@ from longmem.backbone.structure import (
     UnsupportedBackboneError,
     computes_exactly,
     inspect_backbone,
+    position_limit,
     probe_ids,
     same_logits,
 )
@@ -74,6 +75,7 @@ class Backbone:
         try:
             self.structure: BackboneStructure = inspect_backbone(model)
             self._numbers = {layer.layer: number for number, layer in enumerate(self.structure.layers)}
+            self.position_limit = position_limit(model)
             self._implementation = model.config._attn_implementation
             self._head = head_without_decoder(model, self.structure.decoder_name)
             watch_layers(self.structure)
@@ -213,7 +215,12 @@ class Backbone:
         passed_from = self.num_layers if passed_from is None else passed_from
         token = _recording.set(_Recording(self._numbers, states, hidden_layers, passed_from))
         try:
-            with handled_by(handlers), contextlib.suppress(EnoughSeen):
+            with contextlib.ExitStack() as stack:
+                if handlers and torch.is_autocast_enabled(input_ids.device.type):
+                    # What is stored is computed in the backbone's own dtype, which the encoder's recipe names.
+                    stack.enter_context(torch.autocast(input_ids.device.type, enabled=False))
+                stack.enter_context(handled_by(handlers))
+                stack.enter_context(contextlib.suppress(EnoughSeen))
                 self.model(input_ids, **named)
         finally:
             _recording.reset(token)

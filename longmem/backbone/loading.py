@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longmem.backbone.packaged import resolve_backbone
+from longmem.backbone.packaged import PACKAGED_BACKBONES, resolve_backbone
 from longmem.errors import did_you_mean
 from longmem.quiet import without_transformers_bars
 
@@ -57,8 +57,15 @@ def load_backbone(name_or_path: str, revision: str | None = None, **load_options
             return transformers.AutoModelForCausalLM.from_pretrained(
                 resolved, revision=revision or "main", **load_options
             )
+    except (TypeError, AttributeError) as error:  # what transformers makes of a name or a value that it does not know
+        raise ValueError(
+            f"options must be such as `AutoModelForCausalLM.from_pretrained` takes, got {load_options}: {error}."
+        ) from error
     except OSError as error:  # it may say that there is no connection, and not what for
-        raise OSError(f"the backbone `{name_or_path}` can't be opened: {error}") from error
+        raise OSError(
+            f"the backbone `{name_or_path}` can't be opened, it must be a folder with a causal LM, a name on the hub or one of "
+            f"{', '.join(PACKAGED_BACKBONES)}: {error}"
+        ) from error
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None, **options: Any) -> PreTrainedTokenizerBase:

@@ -93,6 +93,11 @@ def watch(backbone: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) 
     seen = Observation()
     with seen.watching(decoder, layers), torch.no_grad():
         logits = backbone(probe_ids(backbone), use_cache=False).logits
+    if not logits.isfinite().all():
+        raise UnsupportedBackboneError(
+            f"{type(backbone).__name__} must give finite logits, got NaN or inf in {backbone.dtype}: its numbers overflow, or "
+            "its weights are damaged. Load it with `dtype=torch.bfloat16` or `torch.float32`."
+        )
     half = PROBE_LENGTH // 2
     changed = probe_ids(backbone)
     changed[:, half:] = (changed[:, half:] + 1) % backbone.config.get_text_config().vocab_size
@@ -102,7 +107,7 @@ def watch(backbone: PreTrainedModel, decoder: nn.Module, layers: nn.ModuleList) 
     if not same_logits(others[:, :half], logits[:, :half], computes_exactly(backbone), tolerance=1e-5):
         raise UnsupportedBackboneError(
             f"{type(backbone).__name__} is not causal: its logits depend on later tokens. Load it as a decoder "
-            "(`is_decoder=True`) or use a decoder-only causal LM."
+            f"(`is_decoder=True`) or use a decoder-only causal LM.{adapters_in_words(backbone)}"
         )
     return seen
 
@@ -112,6 +117,25 @@ def input_device(backbone: PreTrainedModel) -> torch.device:
     embeddings: Any = backbone.get_input_embeddings()
     device = next(embeddings.parameters()).device
     return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
+
+
+def adapters_in_words(backbone: PreTrainedModel) -> str:
+    """Return a sentence, behind a space, on adapters that are not merged into the weights; nothing if there are none."""
+    is_adapter = (any(kind.__name__ == "BaseTunerLayer" for kind in type(each).__mro__) for each in backbone.modules())
+    return (
+        " It holds adapters of PEFT that are not merged: `merge_and_unload()` makes them part of it."
+        if any(is_adapter)
+        else ""
+    )
+
+
+def position_limit(backbone: PreTrainedModel) -> int | None:
+    """Return how many positions a backbone has learned a vector for, None where any position will do."""
+    window = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    tokens = backbone.get_input_embeddings()
+    tables = (each for each in backbone.modules() if isinstance(each, nn.Embedding) and each is not tokens)
+    # Some tables have rows before the first position, for padding.
+    return window if window and any(0 <= each.num_embeddings - window <= 4 for each in tables) else None
 
 
 def computes_exactly(backbone: PreTrainedModel) -> bool:

@@ -39,6 +39,7 @@ def add(commands: Any) -> None:
     command = add_command(
         commands, "chat", run, "talk to a model with memory", EXAMPLES, bank, model_option(DEFAULT_MODEL)
     )
+    common.add_device(command)
     command.add_argument("--max-new-tokens", type=int, default=200, help="tokens of an answer")
     command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     command.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
@@ -47,18 +48,17 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Talk until the end of the input."""
     from longmem.memory import MemoryBank, has_bank
-    from longmem.model.opening import open_model
 
     if arguments.max_new_tokens < 1:
         raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
     if not 0 <= arguments.temperature < float("inf"):
         raise ValueError(f"`--temperature` must be a number from 0 up, got {arguments.temperature}.")
     if arguments.bank is not None and has_bank(arguments.bank):
-        _, model = common.open_model_of(arguments.bank, arguments.model)
+        _, model = common.open_model_of(arguments)
         bank = common.open_bank(arguments.bank, model, write=True)
     else:
         name = arguments.model or DEFAULT_MODEL
-        model = open_model(name)
+        model = common.open_named(name, arguments)
         bank = MemoryBank.for_model(model, folder=arguments.bank, capacity_tokens=None)
         if arguments.bank is not None:
             common.remember_model(arguments.bank, name)
@@ -87,7 +87,7 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
         self.said = ""  # the text that the stream has taken in
         self.uses_memory = True
-        self.last: tuple[list[int], str] | None = None  # what the last answer went on from, and the answer
+        self.last: tuple[list[int], list[int]] | None = None  # what the last answer went on from, and the answer
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> None:
         """Answer; `on_text` gets the answer in pieces."""
@@ -111,7 +111,7 @@ class Conversation:
                 answer = so_far
         self.said = (self.said + new if whole.startswith(self.said) else whole) + str(self.model.tokenizer.decode(ids))
         self.turns.append({"role": "assistant", "content": answer})
-        self.last = before, answer
+        self.last = before, ids
 
     def _tokens(self) -> Iterator[int]:
         warm = self.arguments.temperature

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from longmem.errors import StaleMemoryError, printable
 
@@ -26,6 +28,22 @@ POLICIES = '"frozen", "eager", "lazy", "bounded:max_lag=4", ...'
 Run = Callable[[argparse.Namespace], int | None]
 
 
+class UsageError(Exception):
+    """A command line that is not understood; `usage` shows how the command is called."""
+
+    def __init__(self, command: str, usage: str, message: str) -> None:
+        super().__init__(message)
+        self.command, self.usage = command, usage
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises what it does not understand, for the one place that tells of errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(self.prog, self.format_usage(), message)
+
+
 class TeachingFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show defaults, and keep the lines of examples."""
 
@@ -39,6 +57,9 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Return the parser of a new command; `run` does its work and returns an exit code, None for 0."""
     common = option("--json", action="store_true", help="print one JSON object on standard output, for a program")
+    common.add_argument(
+        "--quiet", action="store_true", help="print results alone: no progress, no word of what was done"
+    )
     common.add_argument("--debug", action="store_true", help="show where an error came from")
     command = _add_parser(to, name, summary, examples, parents=[common, *parents])
     command.set_defaults(run=run)
@@ -77,23 +98,56 @@ def labels() -> argparse.ArgumentParser:
 
 
 def model_option(default: str = "the model that wrote the bank") -> argparse.ArgumentParser:
-    """Return the option that names a model."""
-    return option("--model", help=f"default: {default}")
+    """Return the options that name a model and where it runs."""
+    options = option("--model", help=f"default: {default}")
+    add_device(options)
+    return options
 
 
-def console_for(as_json: bool, *, markup: bool = False) -> Console:
-    """Return where to talk to people: standard output, unless a program reads that.
+def add_device(command: argparse.ArgumentParser) -> None:
+    """Add the option that says where models run."""
+    command.add_argument(
+        "--device", default="auto", metavar="NAME", help='"cpu", "cuda", "cuda:1"; auto: a GPU where there is one'
+    )
+
+
+def use_device(arguments: argparse.Namespace) -> None:
+    """Let models be opened on the device that was chosen. Raises ValueError if this machine has no such device."""
+    from longmem.memory.checks import validate_device
+    from longmem.settings.environment import DEVICE
+
+    if arguments.device != "auto":
+        validate_device("--device", arguments.device)
+    DEVICE.set(arguments.device)
+    if ":" in arguments.device:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = arguments.device
+
+
+def open_named(name: str, arguments: argparse.Namespace) -> LongMemForCausalLM:
+    """Return the model of a name, on the device that was chosen."""
+    use_device(arguments)
+
+    from longmem.model.opening import open_model
+    from longmem.settings.environment import chosen_device
+
+    return open_model(name).to(chosen_device())  # type: ignore[arg-type]
+
+
+def console_for(as_json: bool, *, markup: bool = False, quiet: bool = False) -> Console:
+    """Return where to talk to people: standard output, unless a program reads that; nowhere if it is to be quiet.
 
     Without `markup`, names of documents and files that hold "[draft]" or ":smile:" are printed as they are.
     """
     from longmem.console import SafeConsole
 
-    return SafeConsole(stderr=as_json, highlight=False, soft_wrap=True, markup=markup, emoji=False)
+    return SafeConsole(stderr=as_json, quiet=quiet, highlight=False, soft_wrap=True, markup=markup, emoji=False)
 
 
 def print_json(values: dict[str, Any]) -> None:
     """Print what a program reads; characters that a terminal would obey are escaped as JSON does it."""
-    text = json.dumps(values, indent=2, ensure_ascii=False)
+    # An encoding that lacks a character would escape it in a way that JSON does not know.
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(values, indent=2, ensure_ascii=not is_unicode)
     print("".join(each if printable(each) == each else json.dumps(each)[1:-1] for each in text))
 
 
@@ -102,7 +156,7 @@ def tell(arguments: argparse.Namespace, values: dict[str, Any], sentence: str) -
     if arguments.json:
         print_json(values)
     else:
-        console_for(False).print(sentence)
+        console_for(False, quiet=arguments.quiet).print(sentence)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -176,14 +230,12 @@ def model_of_bank(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def open_model_of(folder: Path, chosen: str | None) -> tuple[str, LongMemForCausalLM]:
+def open_model_of(arguments: argparse.Namespace) -> tuple[str, LongMemForCausalLM]:
     """Return name and model: the one that was chosen or, without a choice, the one that wrote the bank."""
-    from longmem.model.opening import open_model
-
-    name = chosen or model_of_bank(folder)
+    name = arguments.model or model_of_bank(arguments.bank)
     if name is None:
-        raise ValueError(f"the bank in {folder} does not say which model wrote it; name it with `--model`.")
-    return name, open_model(name)
+        raise ValueError(f"the bank in {arguments.bank} does not say which model wrote it; name it with `--model`.")
+    return name, open_named(name, arguments)
 
 
 def remember_model(folder: Path, name: str) -> None:

@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
     demo.add_argument("--output", type=Path, default=Path("longmem-demo"), metavar="DIR", help="folder for all results")
     demo.add_argument("--model", default=DEFAULT_MODEL, help="name or folder; see `longmem --help`")
+    common.add_device(demo)
     demo.add_argument("--memory-tokens", type=int, default=12_288, help="tokens of the text to memorize")
     demo.add_argument("--windows", type=int, default=12, help="windows of the rest to score")
     demo.add_argument("--window", type=int, default=512, help="tokens the model sees at once")
@@ -34,10 +35,12 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demonstration with the settings of the command line."""
+    common.use_device(arguments)
+
     from longmem.cli.demonstration import DemoSettings, run_demo
 
     names = {field.name for field in dataclasses.fields(DemoSettings)}
     settings = DemoSettings(**{name: value for name, value in vars(arguments).items() if name in names})
-    metrics = run_demo(settings, common.console_for(arguments.json, markup=True))
+    metrics = run_demo(settings, common.console_for(arguments.json, markup=True, quiet=arguments.quiet))
     if arguments.json:
         common.print_json(metrics)

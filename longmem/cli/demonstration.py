@@ -5,7 +5,6 @@ continue a prompt, save, reopen, check. No number is stored in the package.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from longmem.console import Headings, counting, plain_table, token_progress
 from longmem.data.sample_texts import split_texts
 from longmem.evaluation.folder import as_json
+from longmem.evaluation.intervals import perplexity_of
 from longmem.evaluation.perplexity.scoring import Cut, View, WindowScores, loss_difference, make_views, score_windows
 from longmem.evaluation.systems import title_of_system
 from longmem.evaluation.tables import markdown_table
@@ -30,7 +30,7 @@ from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
 from longmem.model.opening import open_model
 from longmem.plots import plot_scores, require_matplotlib
-from longmem.settings.environment import environment
+from longmem.settings.environment import chosen_device, environment
 from longmem.tracing import Passage, explain, read_passages
 
 # Nobody has read this before: whoever answers has it from memory. Below, beginnings of sentences, and how they go on.
@@ -71,6 +71,10 @@ class DemoSettings:
         for name, least in (("windows", 1), ("window", 2), ("new_tokens", 1)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.file is not None and not self.file.is_file():
+            raise ValueError(
+                f"`file` must be a text file, got {str(self.file)!r}, which is none; leave it out for a manual."
+            )
         if self.memory_tokens < self.window:
             raise ValueError(f"`memory_tokens` must be at least `window`, {self.window}, got {self.memory_tokens}.")
 
@@ -187,6 +191,7 @@ def open_aloud(settings: DemoSettings, console: Console) -> LongMemForCausalLM:
     name, window, origin = settings.model, settings.window, look_up(settings.model).origin
     # Settings would ask for a new side network. One that is there encodes text in windows of its own length.
     model = open_model(name, segment_length=window) if origin == "new" else open_model(name)
+    model.to(chosen_device())  # type: ignore[arg-type]
     if window > (longest := model.config.segment_length):
         raise ValueError(f"`window` must be at most the model's `segment_length`, {longest}, got {window}.")
     shared = set(model.backbone.parameters())
@@ -218,7 +223,7 @@ def summarize(scores: Scores, seed: int) -> dict[str, dict[str, Any]]:
         gain, low, high = loss_difference(result, scores["off"], seed)
         summary[system] = {
             "loss": result.loss,
-            "perplexity": math.exp(result.loss),
+            "perplexity": perplexity_of(result.loss),
             "tokens_per_second": result.num_tokens / result.seconds,
             "seconds": result.seconds,
             "scored_tokens": result.num_tokens,

@@ -30,6 +30,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument("task", nargs="?", metavar="TASK", help="name of an evaluation; `--list` shows all")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     evaluate.add_argument("--config", type=Path, metavar="FILE", help="file of settings; default: the package's own")
+    common.add_device(evaluate)
     evaluate.add_argument("--list", action="store_true", help="list the evaluations, and ask nothing")
 
 
@@ -46,10 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("`longmem eval` needs the name of an evaluation; `longmem eval --list` shows all.")
     refuse_unknown_task(arguments.task)  # a wrong name is told before anything slow is imported
 
+    common.use_device(arguments)
+
     from longmem.plots import plot_finished, require_matplotlib
 
     require_matplotlib()
-    console = common.console_for(arguments.json)
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
     finished = run_task(arguments.task, arguments.overrides, console, arguments.config)
     plot_finished(finished)
     if arguments.json:

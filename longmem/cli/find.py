@@ -33,6 +33,7 @@ def add(actions: Any) -> None:
         by_tag,
         model_option(),
     )
+    common.add_device(command)
     command.add_argument("text", help="a question, or any text")
     command.add_argument("--by", choices=("both", "heads", "words"), default="both", help="who finds")
     command.add_argument("--count", type=int, default=5, help="passages")
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         # Words are asked first: what is wrong with the text is told before a model is opened.
         found = {} if arguments.by == "heads" else {"words": memory.find(arguments.text, k=arguments.count)}
     if arguments.by != "words":
-        _, model = common.open_model_of(arguments.bank, arguments.model)
+        _, model = common.open_model_of(arguments)
         with common.open_bank(arguments.bank, model) as bank:
             memory = bank.select(tags=arguments.tag) if arguments.tag else bank
             found = {"heads": memory.find(arguments.text, model, arguments.count)} | found

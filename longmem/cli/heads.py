@@ -25,6 +25,7 @@ def add(commands: Any) -> None:
     """Add the command `heads`."""
     heads = add_command(commands, "heads", run, "find the heads that look back far, and let them alone read", EXAMPLES)
     heads.add_argument("model", metavar="MODEL", help="name of a model, of which the backbone is taken")
+    common.add_device(heads)
     heads.add_argument("--texts", required=True, help="what to look at while reading: a source of texts")
     heads.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the model that is made")
     heads.add_argument("settings", nargs="*", metavar="key=value", help="how to look, such as steps=120")
@@ -39,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output.exists():
         raise ValueError(f"`--output` must be a new folder, got {arguments.output}, which is there.")
     given = common.parse_settings(arguments.settings)
+    common.use_device(arguments)
 
     from longmem.errors import did_you_mean
     from longmem.training.heads import HeadSettings, calibrate_heads
@@ -47,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in given:
         if name not in known:
             raise ValueError(f"`{name}` is no setting.{did_you_mean(name, known)} Settings: {', '.join(known)}.")
-    console = common.console_for(arguments.json)
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
     model = calibrate_heads(arguments.model, arguments.texts, settings=HeadSettings(**given), console=console)
     model.save_pretrained(arguments.output)
     layers, heads = model.config.memory_layers or [], model.config.memory_heads or []

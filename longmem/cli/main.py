@@ -1,6 +1,6 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line `longmem`: its commands, and what becomes of an error."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from longmem import __version__
 from longmem.cli import bank, chat, demo, generate, heads, memorize, official, report, serve, train
 from longmem.cli import eval as evaluation
-from longmem.cli.common import TeachingFormatter
+from longmem.cli.common import Parser, TeachingFormatter, UsageError, print_json
 from longmem.errors import printable
 
 # In the order of `longmem --help`. Each adds itself to the parser and names the function that runs.
@@ -36,10 +36,10 @@ folder of any other Hugging Face causal LM, which gets a new, untrained side net
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser; what it makes of a command line has `run`, the function that does the work."""
     look: dict[str, Any] = {"description": DESCRIPTION, "epilog": EXAMPLES, "formatter_class": TeachingFormatter}
-    parser = argparse.ArgumentParser(prog="longmem", **look)
+    parser = Parser(prog="longmem", **look)
     parser.add_argument("--version", action="version", version=f"longmem {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -48,24 +48,58 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 or what it says, 2 after an error that a user can mend (told in one line), 130 after Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
+    """Run one command; return 0 or what it says, or how it failed (a line on standard error, JSON where asked for).
+
+    2: an error that a user can mend; 1: one that is ours; 130: Ctrl-C.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding cannot write is written as an escape
+            stream.reconfigure(errors="backslashreplace")
+    debug = "--debug" in given
     try:
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+        arguments = parser.parse_args(given)
         code = arguments.run(arguments)
         sys.stdout.flush()
+        return code or 0
+    except UsageError as error:
+        print(error.usage, file=sys.stderr, end="")
+        failed(f"{error.command}: error: {error}", given)
+        raise SystemExit(2) from None
     except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if arguments.debug:
-            raise
-        print(f"longmem: {printable(str(error))}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        told = "longmem: interrupted; what was finished is on the disk, and nothing of what was in progress."
-        print(told, file=sys.stderr)
+        failed("longmem: interrupted; what was finished is on the disk, and nothing of what was in progress.", given)
         return 130
-    return code or 0
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if debug:
+            raise
+        failed(f"longmem: {error}", given)
+        return 2
+    except MemoryError:
+        if debug:
+            raise
+        failed("longmem: this machine has too little memory for that; give it less at once, or a smaller model.", given)
+        return 2
+    except Exception as error:
+        if debug:
+            raise
+        failed(f"longmem: a fault of this program, {type(error).__name__}: {error}; `--debug` shows where.", given)
+        return 1
+
+
+def failed(sentence: str, given: Sequence[str]) -> None:
+    """Say in one line what went wrong and, where a program reads, as JSON on standard output as well."""
+    sentence = printable(" ".join(sentence.split()))
+    print(sentence, file=sys.stderr)
+    if "--json" in given:
+        print_json({"error": sentence.partition(": ")[2]})
 
 
 if __name__ == "__main__":

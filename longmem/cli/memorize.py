@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longmem.cli import common
-from longmem.cli.common import DEFAULT_MODEL, POLICIES, add_command, bank_folder, labels, model_option
-from longmem.cli.texts import Text, read_text, read_texts
+from longmem.cli.common import DEFAULT_MODEL, POLICIES, add_command, bank_folder, labels, model_option, option
+from longmem.cli.texts import STDIN, Text, find_files, read_text, read_texts
 
 if TYPE_CHECKING:
     from longmem.memory import MemoryBank
@@ -20,12 +21,14 @@ MEMORIZE_EXAMPLES = """\
   longmem memorize book.txt --bank memory                       a new bank, or one more document in it
   longmem memorize draft.txt --bank memory --replace            a new version of a document that is there
   longmem memorize a.txt --id "meeting, May 2" --bank memory    a name of your own
+  longmem memorize project --glob "*.py" --bank memory           a folder, each file by its path from there
+  pdftotext paper.pdf - | longmem memorize - --id paper --bank memory
   longmem memorize *.md --bank memory --tag notes --pin         to be read by tag, and never evicted
   longmem memorize *.md --bank memory --model Qwen/Qwen3-0.6B   another model, for a new bank
 
-A document is on the disk once it is whole: a run that is interrupted keeps those before it, and nothing of the one in
-progress. A bank belongs to the model that wrote it, and remembers its name. `longmem bank add` is the same command; it
-also reads what `longmem bank export` wrote.
+A document is on the disk once it is whole, a long one in pieces of a million characters: a run that was interrupted keeps
+them, and the same command goes on. A bank belongs to the model that wrote it, and remembers its name. `longmem bank add` is
+the same command; it also reads what `longmem bank export` wrote.
 """
 APPEND_EXAMPLES = """\
   longmem bank append monday.txt tuesday.txt --id diary --bank memory    in this order, all or none
@@ -36,6 +39,7 @@ UPDATE_EXAMPLES = """\
 
 Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
 """
+PIECE = 1_000_000  # characters of a long text that are tokenised, encoded and committed together
 # What is chosen when a bank is made, by the arguments of `MemoryBank`.
 OPTIONS_OF_A_NEW_BANK = ("capacity_tokens", "index", "eviction", "storage_dtype", "refresh")
 
@@ -47,24 +51,34 @@ def add(commands: Any) -> None:
 
 def add_actions(actions: Any) -> None:
     """Add `bank add`, which is `memorize`, `bank append` and `bank update`."""
-    bank, writer = bank_folder(), model_option()
+    bank, writer, encoding = bank_folder(), model_option(), encoding_option()
     add_memorize(actions, "add")
     append = add_command(
-        actions, "append", append_files, "continue a document with files", APPEND_EXAMPLES, bank, writer
+        actions, "append", append_files, "continue a document with files", APPEND_EXAMPLES, bank, writer, encoding
     )
-    append.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text files, UTF-8")
+    append.add_argument("files", nargs="+", type=Path, metavar="FILE", help="texts or documents, or - to read one")
     append.add_argument("--id", required=True, metavar="NAME", help="name of the document")
-    parents = (bank, labels(), writer)
+    parents = (bank, labels(), writer, encoding)
     update = add_command(actions, "update", update_document, "replace a document", UPDATE_EXAMPLES, *parents)
-    update.add_argument("file", type=Path, metavar="FILE", help="text file, UTF-8")
+    update.add_argument("file", type=Path, metavar="FILE", help="text or document, or - to read one")
     update.add_argument("--id", metavar="NAME", help="name of the document; default: the file's name")
 
 
 def add_memorize(to: Any, name: str) -> None:
     """Add the command that reads files into a bank, under this name."""
-    parents = (bank_folder(), labels(), model_option(f"the model that wrote the bank; {DEFAULT_MODEL} for a new one"))
+    writer = model_option(f"the model that wrote the bank; {DEFAULT_MODEL} for a new one")
+    parents = (bank_folder(), labels(), writer, encoding_option())
     command = add_command(to, name, run, "read text files into a bank", MEMORIZE_EXAMPLES, *parents)
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="text files, UTF-8, or exports (.jsonl)")
+    command.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="texts, documents (.pdf, ...), exports, folders of them, or - to read",
+    )
+    command.add_argument(
+        "--glob", metavar="PATTERN", help='which files of folders, such as "*.md"; default: those of text'
+    )
     command.add_argument("--id", metavar="NAME", help="name of the document (one FILE only); default: the file's name")
     command.add_argument("--replace", action="store_true", help="replace documents that are there under that name")
     new = command.add_argument_group("options of a new bank")
@@ -73,6 +87,11 @@ def add_memorize(to: Any, name: str) -> None:
     new.add_argument("--eviction", help='what goes when it is full: "fifo", "lru", "ttl:seconds=3600"; default: fifo')
     new.add_argument("--storage-dtype", metavar="DTYPE", help="float16, bfloat16, float32 or int8; default: float16")
     new.add_argument("--refresh", metavar="POLICY", help=f"when its encoder changes: {POLICIES}; default: frozen")
+
+
+def encoding_option() -> argparse.ArgumentParser:
+    """Return the option of commands that read texts."""
+    return option("--encoding", metavar="NAME", help='of the texts, such as "latin-1"; default: UTF-8')
 
 
 class Written(NamedTuple):
@@ -85,9 +104,14 @@ class Written(NamedTuple):
 def run(arguments: argparse.Namespace) -> None:
     """Add documents or, with `--replace`, new versions of them; each is on the disk once it is whole."""
     from longmem.memory import MemoryBank, has_bank
-    from longmem.model.opening import open_model
 
-    texts = read_texts(arguments.files, arguments.id)
+    files, passed_over = find_files(arguments.files, arguments.glob)
+    texts = read_texts(files, arguments.id, arguments.encoding)
+    if passed_over:
+        print(
+            f"longmem: {len(passed_over)} files hold no text and are left out, such as {passed_over[0]}.",
+            file=sys.stderr,
+        )
     folder, is_new = arguments.bank, not has_bank(arguments.bank)
     options = {name: vars(arguments)[name] for name in OPTIONS_OF_A_NEW_BANK if vars(arguments)[name] is not None}
     # All that can be said before a model is opened is said before.
@@ -100,9 +124,9 @@ def run(arguments: argparse.Namespace) -> None:
         with common.open_bank(folder) as bank:
             refuse_known(bank, texts, arguments.replace)
     model_name = arguments.model or common.model_of_bank(folder) or DEFAULT_MODEL
-    console = common.console_for(arguments.json)
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
     console.print(f"Opening {model_name} ...")
-    model = open_model(model_name)
+    model = common.open_named(model_name, arguments)
     if is_new:
         MemoryBank.for_model(model, folder=folder, **options).close()
     with common.open_bank(folder, model, write=True) as bank:
@@ -124,47 +148,98 @@ def supersede(bank: MemoryBank, texts: list[Text]) -> None:
 
 
 def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: argparse.Namespace) -> Written:
-    """Commit one document, new or in place of the one of this name."""
+    """Commit one document: new, in place of the one of this name, or what is not yet there of a text of which it is the start.
+
+    A long text is tokenised and committed in pieces, so that a run that was stopped goes on where it was.
+    """
     from longmem.console import token_progress
 
     tags = (*text.tags, *arguments.tag)
-    with token_progress(text.name, common.console_for(arguments.json)) as progress, bank.transaction():
-        if text.name in bank:
-            encoded = bank.update(text.name, text.text, model=model, progress=progress)
-            written = Written(encoded, bank.info(text.name).num_tokens - encoded)
-            if tags:
-                bank.tag(text.name, tags)
-        else:
-            options: dict[str, Any] = {"tags": tags, "dated": text.dated, "valid_until": text.valid_until}
-            written = Written(model.memorize(bank, text.text, text.name, progress=progress, **options))
-        if arguments.pin or text.is_pinned:
-            bank.pin(text.name)
-    return written
+    goes_on = is_start_of(bank, text)
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
+    with token_progress(text.name, console) as progress:
+        if text.name in bank and not goes_on:
+            with bank.transaction():
+                encoded = bank.update(text.name, text.text, model=model, progress=progress)
+                label(bank, text, tags, arguments)
+            return Written(encoded, bank.info(text.name).num_tokens - encoded)
+        encoded = 0
+        for start, stop in pieces_of(text.text, len(bank.text(text.name) or "") if goes_on else 0):
+
+            def report(done: int, total: int, before: int = encoded, share: float = stop / len(text.text)) -> None:
+                progress(before + done, round((before + total) / share))
+
+            with bank.transaction():
+                said = {"tags": tags, "dated": text.dated, "valid_until": text.valid_until}
+                options: dict[str, Any] = {"append": True} if text.name in bank else said
+                encoded += model.memorize(bank, text.text[start:stop], text.name, progress=report, **options)
+                label(bank, text, tags, arguments)
+    return Written(encoded)
+
+
+def pieces_of(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield where to cut a text from `start` on, about every `PIECE` characters: behind a line or, failing that, a word.
+
+    >>> list(pieces_of("one two"))
+    [(0, 7)]
+    """
+    while start < len(text):
+        stop = start + PIECE
+        if len(text) - stop < PIECE // 8:
+            stop = len(text)
+        else:  # tokens of many kinds of tokenizers begin with a space and end with a line
+            stop = text.rfind("\n", start + 1, stop) + 1 or max(text.rfind(" ", start + 1, stop), 0) or stop
+        while stop < len(text) and (
+            text[start:stop].isspace() or text[stop:].isspace()
+        ):  # nobody can encode a blank piece
+            stop = min(stop + PIECE, len(text))
+        yield start, stop
+        start = stop
+
+
+def is_start_of(bank: MemoryBank, text: Text) -> bool:
+    """Return whether the bank holds the start of a text, and no more, under its name: a run was stopped, or the text grew."""
+    if text.name not in bank or bank.info(text.name).first_resident_token:
+        return False
+    known = bank.text(text.name)
+    return bool(known) and len(known or "") < len(text.text) and text.text.startswith(known or "")
+
+
+def label(bank: MemoryBank, text: Text, tags: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Give a document its tags, if there are any, and pin it if it is to be."""
+    if tags:
+        bank.tag(text.name, tags)
+    if arguments.pin or text.is_pinned:
+        bank.pin(text.name)
 
 
 def append_files(arguments: argparse.Namespace) -> None:
     """Continue a document with the text of files; all of them or, if anything fails, none."""
     from longmem.console import token_progress
 
-    texts = [read_text(path) for path in arguments.files]
+    texts = [read_text(path, arguments.encoding) for path in arguments.files]
     with common.open_bank(arguments.bank) as bank:
         bank.info(arguments.id)
-    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    model_name, model = common.open_model_of(arguments)
     with common.open_bank(arguments.bank, model, write=True) as bank:
         encoded, began = 0, time.perf_counter()
         with bank.transaction():  # of a second try after half of it, the document would have that half twice
             for path, text in zip(arguments.files, texts, strict=True):
-                with token_progress(path.name, common.console_for(arguments.json)) as progress:
+                with token_progress(path.name, common.console_for(arguments.json, quiet=arguments.quiet)) as progress:
                     encoded += model.memorize(bank, text, arguments.id, append=True, progress=progress)
         report(bank, model_name, {arguments.id: Written(encoded)}, time.perf_counter() - began, arguments)
 
 
 def update_document(arguments: argparse.Namespace) -> None:
     """Replace a document by a new version of its text; what did not change is copied."""
-    (text,) = read_texts([arguments.file], arguments.id or arguments.file.name)
+    if arguments.file == STDIN and not arguments.id:
+        raise ValueError(
+            "`--id` must name the document that standard input replaces, got none; `longmem bank list` has names."
+        )
+    (text,) = read_texts(find_files([arguments.file])[0], arguments.id or None, arguments.encoding)
     with common.open_bank(arguments.bank) as bank:
         bank.info(text.name)
-    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    model_name, model = common.open_model_of(arguments)
     with common.open_bank(arguments.bank, model, write=True) as bank:
         began = time.perf_counter()
         written = {text.name: write(bank, model, text, arguments)}
@@ -199,7 +274,7 @@ def report(
 
 def refuse_known(bank: MemoryBank, texts: list[Text], replace: bool) -> None:
     """Raise ValueError for a document that is there, unless it is to be replaced."""
-    if known := [text.name for text in texts if text.name in bank and not replace]:
+    if known := [text.name for text in texts if text.name in bank and not replace and not is_start_of(bank, text)]:
         raise ValueError(
             f"the bank already holds a document {known[0]!r}; leave it out, use `--replace` for a new version of it, or "
             "another name with `--id`."

@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--banks", type=Path, metavar="DIR", help="folder for banks; default: in memory, gone at the end"
     )
+    common.add_device(command)
     command.add_argument("--host", default="127.0.0.1", help="address to listen at")
     command.add_argument("--port", type=int, default=8765, help="port to listen at")
     command.add_argument("--token", help="that requests must bear; default: the environment's LONGMEM_TOKEN, if set")
@@ -55,12 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
         from longmem.serving.api import MEGABYTE, make_app
     except ImportError as error:
         raise ImportError(f'`longmem serve` needs {error.name}: pip install "longmem-lm[serve]".') from error
-    from longmem.model.opening import open_model
     from longmem.serving.banks import NamedBanks
     from longmem.serving.engine import Engine
 
     name = arguments.model or DEFAULT_MODEL
-    model = open_model(name).eval()
+    model = common.open_named(name, arguments).eval()
     engine = Engine(model, NamedBanks(model, arguments.banks), arguments.max_waiting)
     app = make_app(engine, model_id=name, token=token, max_body=arguments.max_megabytes * MEGABYTE)
     common.console_for(arguments.json).print(

@@ -61,7 +61,7 @@ def show(arguments: argparse.Namespace) -> None:
     common.open_bank(arguments.bank).close()  # says what is wrong with it before a model is opened
     model_name = model = None
     if arguments.model or arguments.probe:
-        model_name, model = common.open_model_of(arguments.bank, arguments.model)
+        model_name, model = common.open_model_of(arguments)
     with common.open_bank(arguments.bank) as bank:  # without the model: nothing is to change
         report, policy = bank.freshness.report(model, probe=arguments.probe), bank.refresh
     summary = verdict(report, policy, model_name, command(arguments, model_name))
@@ -90,8 +90,8 @@ def refresh(arguments: argparse.Namespace) -> None:
     common.open_bank(arguments.bank).close()
     if arguments.policy is not None:
         MemoryBank(memory_layers=[0], chunk_size=1, refresh=arguments.policy)  # refuses what is not known
-    console = common.console_for(arguments.json)
-    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
+    model_name, model = common.open_model_of(arguments)
     with common.open_bank(arguments.bank, write=True) as bank:
         refuse_other_recipe(bank.encoders.stamp, model.encoder_stamp())  # before anything is changed
         before = bank.freshness.report(model)

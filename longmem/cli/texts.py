@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longmem.errors import did_you_mean
+
 if TYPE_CHECKING:
     from longmem.memory import DocumentInfo, MemoryBank
 
+STDIN = Path("-")
+# Endings of files that are no text as they stand, or hardly; a library turns them into Markdown.
+DOCUMENTS = frozenset((".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".ipynb", ".html", ".htm"))
 SAID = ("dated", "valid_until", "is_superseded", "superseded_by")  # of a document, in an export
 EXPORTED = ("document_id", "tags", "is_pinned", *SAID, "num_tokens", "first_resident_token")
 
@@ -29,23 +37,127 @@ class Text:
     superseded_by: str | None = None
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a file. Raises ValueError if it is no UTF-8 or blank, OSError if it cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a UTF-8 text file ({error}); convert it to UTF-8 text first.") from error
+def read_text(path: Path, encoding: str | None = None) -> str:
+    """Return the text of a file, of standard input for `-`, of a document (.pdf, .docx, ...) as Markdown.
+
+    Args:
+        path: what to read.
+        encoding: of the characters; with it a document is read as it stands. None: UTF-8, with or without a mark.
+
+    Raises ValueError if it is not in that encoding or blank, ImportError if what reads documents is not installed, OSError if
+    it cannot be read.
+    """
+    if encoding is None and path.suffix.lower() in DOCUMENTS:
+        text = _read_document(path)
+    else:
+        if path != STDIN and not path.exists():
+            near = did_you_mean(path.name, sorted(os.listdir(path.parent))) if path.parent.is_dir() else ""
+            raise FileNotFoundError(f"there is no file {path}.{near}")
+        raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+        try:
+            text = raw.decode(encoding or "utf-8-sig")
+        except LookupError as error:
+            raise ValueError(
+                f'`--encoding` must be one that Python knows, such as "latin-1", got {encoding!r}.'
+            ) from error
+        except UnicodeError as error:
+            raise ValueError(
+                f"{path} is not a {encoding or 'UTF-8'} text file ({error}); name its `--encoding`, or "
+                "convert it to UTF-8 text first."
+            ) from error
+        if "\0" in text:
+            raise ValueError(f"{path} is not a text file, it holds zero bytes; name its `--encoding` if it is UTF-16.")
     if not text.strip():
         raise ValueError(f"{path} holds no text.")
     return text
 
 
-def read_texts(files: Iterable[Path], name: str | None = None) -> list[Text]:
-    """Return the texts of files, those of an export (`export_line`) one by one; `name` is for a single one.
+def _read_document(path: Path) -> str:
+    """Return the text of a document as Markdown."""
+    try:
+        from markitdown import MarkItDown
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: what reads {path.suffix} is not installed; `pip install 'longmem-lm[files]'`, or `--encoding utf-8` to "
+            "take a file of text as it stands."
+        ) from error
+    with path.open("rb"):  # says what is wrong with the file itself
+        pass
+    try:
+        return str(MarkItDown(enable_plugins=False).convert_local(path).markdown)
+    except Exception as error:  # whatever a broken document makes of the library below
+        raise ValueError(
+            f"{path} can't be read as {path.suffix}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
 
-    Raises ValueError for a file without text or not in UTF-8, or a name that is given twice.
+
+def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """Return (path, name) of each file, those in folders included, and the files in folders that hold no text.
+
+    A file that is named bears its own name, one in a folder its path from there; where two would be called the same, each
+    bears its path as it was given. Hidden files of a folder are left out, and without a pattern those that are no text.
+
+    Args:
+        given: files and folders.
+        pattern: of the files in folders, such as "*.md"; None: all that hold text.
+
+    Raises ValueError if a folder holds no such file, or there is a pattern and no folder.
     """
-    texts = [text for path in files for text in _texts_of(path)]
+    found: list[tuple[Path, str]] = []
+    passed_over: list[Path] = []
+    given = list(given)
+    if pattern is not None and not any(path.is_dir() for path in given):
+        raise ValueError(f"`--glob` must come with a folder, got {pattern!r} for files alone; leave it out.")
+    for path in given:
+        if not path.is_dir():
+            found.append((path, "stdin" if path == STDIN else path.name))
+            continue
+        inside = [
+            each
+            for each in sorted(path.rglob(pattern or "*"))
+            if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts)
+        ]
+        texts = [each for each in inside if pattern is not None or looks_like_text(each)]
+        passed_over += [each for each in inside if each not in set(texts)]
+        if not texts:
+            raise ValueError(f"{path} must hold text files{f' that match {pattern!r}' if pattern else ''}, got none.")
+        found += [(each, each.relative_to(path).as_posix()) for each in texts]
+    paths: dict[str, set[Path]] = {}
+    for path, name in found:
+        paths.setdefault(name, set()).add(path)
+    known = [(path, path.as_posix() if len(paths[name]) > 1 else name) for path, name in found]
+    return [(path, readable_name(name)) for path, name in known], passed_over
+
+
+def looks_like_text(path: Path) -> bool:
+    """Return whether a file is a document that can be read, or begins with UTF-8 text."""
+    if path.suffix.lower() in DOCUMENTS:
+        return True
+    with path.open("rb") as file:
+        start = file.read(4096)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # a character may go on behind the end
+    except UnicodeDecodeError:
+        return False
+    return bool(start.strip()) and b"\0" not in start
+
+
+def readable_name(name: str) -> str:
+    """Return the name of a file whose bytes the system could not read as characters, with these bytes written out.
+
+    >>> readable_name("caf\udce9.txt")
+    'caf\\xe9.txt'
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def read_texts(files: Iterable[tuple[Path, str]], name: str | None = None, encoding: str | None = None) -> list[Text]:
+    """Return the texts of files and what to call them, those of an export (`export_line`) one by one.
+
+    `name` is for a single one; `encoding` as for `read_text`. Raises ValueError for a file without text or not in its encoding,
+    or a name that is given twice.
+    """
+    texts = [text for path, known in files for text in _texts_of(path, known, encoding)]
     if name is not None:
         if len(texts) > 1:
             raise ValueError(f"`--id` names one document, got {len(texts)}; leave it out, or memorize them one by one.")
@@ -69,10 +181,13 @@ def export_line(bank: MemoryBank, info: DocumentInfo) -> str:
     return json.dumps({**document, "token_ids": ids, "text": bank.text(info.document_id)}) + "\n"
 
 
-def _texts_of(path: Path) -> list[Text]:
-    text = read_text(path)
-    if path.suffix != ".jsonl" or '"first_resident_token"' not in text.partition("\n")[0]:
-        return [Text(path.name, text)]
+def _texts_of(path: Path, name: str, encoding: str | None) -> list[Text]:
+    text = read_text(path, encoding)
+    first = text.partition("\n")[0]
+    if (
+        not first.startswith('{"document_id": ') or '"first_resident_token"' not in first
+    ):  # an export, whatever it is called
+        return [Text(name, text)]
     documents = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:

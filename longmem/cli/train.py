@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     """Add the command `train`."""
     examples = EXAMPLES.format(folder=CONFIGS)
     train = add_command(commands, "train", run, "train a side network that reads memory", examples)
+    common.add_device(train)
     names = ", ".join(shipped_settings(CONFIGS))
     train.add_argument("config", metavar="CONFIG", help=f"file with settings (.yaml) or, of the package: {names}")
     train.add_argument(
@@ -38,9 +39,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, or go on with a run that was stopped, and say where it is."""
     settings = settings_file(CONFIGS, arguments.config)  # a wrong name is told before anything slow is imported
 
+    common.use_device(arguments)
+
     from longmem.training import Trainer, load_settings
 
-    trainer = Trainer(load_settings(settings, arguments.overrides), common.console_for(arguments.json))
+    trainer = Trainer(
+        load_settings(settings, arguments.overrides), common.console_for(arguments.json, quiet=arguments.quiet)
+    )
     records = trainer.run()
     if arguments.json and trainer.accelerator.is_main_process:
         common.print_json(

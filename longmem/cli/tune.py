@@ -69,8 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
                     "the bank knows no token ids of its documents; give a text to read with `--queries FILE`."
                 )
             own = max(known, key=lambda info: info.num_chunks).document_id
-    console = common.console_for(arguments.json)
-    model_name, model = common.open_model_of(arguments.bank, arguments.model)
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
+    model_name, model = common.open_model_of(arguments)
     with common.open_bank(arguments.bank, model) as bank:
         asking = text if own is None else bank.token_ids(own)
         assert asking is not None

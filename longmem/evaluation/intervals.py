@@ -7,13 +7,15 @@ takes the same units of both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+LARGEST_LOSS = 709.0  # nats; e to a little more is beyond double precision
+DRAWN_AT_ONCE = 2**20  # units, so that memory does not grow with the number of resamples
 Estimate = tuple[float, float, float]  # value, lower and upper end of its interval
 
 
@@ -30,7 +32,21 @@ def interval_of(samples: Float[Tensor, " samples"]) -> tuple[float, float]:
 
 def resamples(count: int, num_samples: int, seed: int) -> Int[Tensor, "samples units"]:
     """Return, for each resample, which units are in it: `count` of them, drawn with repeats."""
-    return torch.randint(count, (num_samples, count), generator=torch.Generator().manual_seed(seed))
+    return torch.cat(list(resamples_in_batches(count, num_samples, seed)))
+
+
+def resamples_in_batches(count: int, num_samples: int, seed: int) -> Iterator[Int[Tensor, "samples units"]]:
+    """Yield the same resamples, as many at once as have about `DRAWN_AT_ONCE` units."""
+    generator, at_once = torch.Generator().manual_seed(seed), max(1, DRAWN_AT_ONCE // max(count, 1))
+    for start in range(0, num_samples, at_once):
+        yield torch.randint(count, (min(at_once, num_samples - start), count), generator=generator)
+
+
+def resampled(
+    statistic: Callable[[Tensor], Tensor], count: int, num_samples: int, seed: int
+) -> Float[Tensor, " samples"]:
+    """Return a statistic of each resample, from `statistic` of some resamples at once, `samples units`."""
+    return torch.cat([statistic(picks) for picks in resamples_in_batches(count, num_samples, seed)])
 
 
 def bootstrap_interval(
@@ -40,14 +56,23 @@ def bootstrap_interval(
 
     Neighbouring windows resemble each other, so the interval of one document is narrower than that over documents.
     """
-    picks = resamples(len(differences), num_samples, seed)
-    return interval_of(differences.double()[picks].mean(dim=1))
+    numbers = differences.double()
+    return interval_of(resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), num_samples, seed))
+
+
+def perplexity_of(loss: float) -> float:
+    """Return e to a mean loss in nats, infinity where no number is so large.
+
+    >>> perplexity_of(0.0), perplexity_of(1000.0)
+    (1.0, inf)
+    """
+    return math.inf if loss > LARGEST_LOSS else math.exp(loss)
 
 
 def perplexity_estimate(losses: Float[Tensor, " units"], seed: int = 0) -> Estimate:
     """Return e to the mean loss, and its interval."""
     value, low, high = (losses.double().mean().item(), *bootstrap_interval(losses, seed=seed))
-    return math.exp(value), math.exp(low), math.exp(high)
+    return perplexity_of(value), perplexity_of(low), perplexity_of(high)
 
 
 def perplexity_ratio(losses: Float[Tensor, " units"], baseline: Float[Tensor, " units"], seed: int = 0) -> Estimate:
@@ -69,11 +94,14 @@ def ratio_of_means(
     None where the mean of the denominators is not above 0 in every resample: what may be nothing has no shares.
     """
     above, below = numerators.double(), denominators.double()
-    picks = resamples(len(below), 10_000, seed)
-    bottoms = below[picks].mean(dim=1)
+
+    def means(numbers: Tensor) -> Tensor:
+        return resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), 10_000, seed)
+
+    tops, bottoms = means(above), means(below)
     if bottoms.min() <= 0 or below.mean() <= 0:
         return None
-    return (above.mean() / below.mean()).item(), *interval_of(above[picks].mean(dim=1) / bottoms)
+    return (above.mean() / below.mean()).item(), *interval_of(tops / bottoms)
 
 
 def clustered_mean(values: Sequence[float], groups: Sequence[str], *, seed: int = 0) -> Estimate:
@@ -103,7 +131,10 @@ def stratified_mean(
         sums, sizes = (torch.zeros(len(order), dtype=torch.float64) for _ in range(2))
         sums.index_add_(0, place, numbers)
         sizes.index_add_(0, place, torch.ones_like(numbers))
-        picks = resamples(len(order), len(samples), seed + number)
-        samples += sums[picks].sum(dim=1) / sizes[picks].sum(dim=1) / len(names)
+
+        def mean_of(picks: Tensor, sums: Tensor = sums, sizes: Tensor = sizes) -> Tensor:
+            return sums[picks].sum(dim=1) / sizes[picks].sum(dim=1)
+
+        samples += resampled(mean_of, len(order), len(samples), seed + number) / len(names)
         mean += numbers.mean().item() / len(names)
     return mean, *interval_of(samples)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
-
 from longmem.configuration import LongMemConfig
 from longmem.evaluation.systems.making import validate_systems
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.opening import open_model
 from longmem.settings import From, read_settings
+from longmem.settings.environment import chosen_device
 
 Count = Annotated[int, From(1)]
 Number = Annotated[int, From(0)]
@@ -81,4 +80,4 @@ def load_evaluation(kind: type[Settings], path: str | Path | None, overrides: Se
 def open_evaluated(settings: EvaluationSettings) -> LongMemForCausalLM:
     """Return the model that is evaluated, on the GPU where there is one, in eval mode."""
     model = open_model(settings.model, dtype=settings.dtype, **settings.config)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return model.to(chosen_device())  # type: ignore[arg-type]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
@@ -47,6 +48,7 @@ RENAMED = {
 }
 
 
+@checks.checked_methods("search", "gather", "ready_for", "update")
 class MemoryBank:
     """A store of named documents: the attention keys and values of the `memory_layers` of one backbone, in chunks.
 
@@ -135,6 +137,11 @@ class MemoryBank:
             "search": model.config.search,
             "fingerprint": model.encoder.stamp(),
         }
+        for name in own.keys() & options.keys():
+            raise ValueError(
+                f"`{name}` must be left to the model, whose {name} is {own[name]}, got {checks.got(options[name])}; "
+                "leave it out, or make a bank for no model with `MemoryBank(...)`."
+            )
         return cls(**own, **options) if folder is None else cls.create(folder, **own, **options)
 
     @classmethod
@@ -180,6 +187,7 @@ class MemoryBank:
         Raises ValueError if it is missing, damaged, of another version, or somebody is writing it; StaleMemoryError, which is
         one, if another encoder wrote it and the policy is "frozen".
         """
+        checks.refuse_strict_alone(strict, model)
         opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
         try:
             with said_by(opened.catalogue.path):
@@ -202,6 +210,7 @@ class MemoryBank:
         strict: bool = True,
     ) -> Self:
         """Return a copy, in memory, of the bank in `folder`, after a check of all of it; arguments and errors as for `open`."""
+        checks.refuse_strict_alone(strict, model)
         with cls.open(folder, read_only=True) as saved:
             saved.folder.verify()
             bank = saved.copy(device=device)
@@ -298,6 +307,10 @@ class MemoryBank:
             dated: when the content was true, in seconds since 1970; None: when it was written.
             valid_until: when it ceases to be; from then on no search finds it. None: never.
         """
+        if segment == "same":
+            raise ValueError(
+                "`segment` must be \"new\" or None for a new document, got 'same'; `append` continues a segment."
+            )
         with self._table.change():
             self._table.drop_expired()
             checks.validate_new("document_id", document_id, self._table.ledger.documents)
@@ -325,11 +338,17 @@ class MemoryBank:
             self._extend(document, keys, values, token_ids, text, char_ends, segment)
 
     def update(
-        self, document_id: str, text_or_ids: str | Sequence[int] | Tensor, *, model: EncodingModel, **options: Any
+        self,
+        document_id: str,
+        text_or_ids: str | Sequence[int] | Tensor,
+        *,
+        model: EncodingModel,
+        batch_size: int = 1,
+        progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Replace a document by the encoding of a new text, written now; return how many tokens had to be encoded.
 
-        Tags, pin and dates stay. `options`: `batch_size` and `progress` of `LongMemForCausalLM.memorize`.
+        Tags, pin and dates stay. `batch_size` and `progress` are those of `LongMemForCausalLM.memorize`.
 
         Windows whose tokens are the same as those of some window before are copied, the others encoded; so a change costs
         as much as the text from there to the end of its window, if it keeps the length, and to the end of the document
@@ -338,8 +357,12 @@ class MemoryBank:
         """
         self.refuse_reader()
         self._document("document_id", document_id)
+        checks.validate_model("model", model)
         self.ready_for(model)
         draft = self.empty_like()
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        if progress is not None:
+            checks.validate_callable("progress", progress)
         num_encoded = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
         if draft._table.shapes != self._table.shapes:
             raise ValueError(
@@ -599,6 +622,8 @@ class MemoryBank:
 
     def ready_for(self, model: EncodingModel) -> None:
         """Make ready to be read by a model, which calls this before every read; see `Freshness.ready_for`."""
+        if not hasattr(model, "encoder"):
+            checks.validate_model("model", model)
         self.freshness.ready_for(model)
 
     def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> BankView:
@@ -632,6 +657,9 @@ class MemoryBank:
             newest: date from which ages count, None for that of the newest document that is read.
             selection: search these documents alone.
         """
+        is_usual = scaling is None or (type(scaling) is float and 0 < scaling < math.inf)
+        if not is_usual or newest is not None or selection is not None:
+            checks.validate_weighing(scaling, newest, selection)
         with self._table.lock:
             read = take(self.memory_layers, self._table, self._visibility, self.freshness, selection, newest)
             return read.search(layer, queries, num_chunks, scaling)
@@ -640,6 +668,8 @@ class MemoryBank:
         self, rows: Int[Tensor, "*shape"], *, newest: float | None = None, selection: Selection | None = None
     ) -> Float[Tensor, "*shape"]:
         """Return log w(age) of these rows, all 0 without an age prior; the caller masks rows of -1."""
+        checks.validate_weighing(None, newest, selection)
+        self._refuse_rows(rows)
         with self._table.lock:
             weights = self._visibility.log_weights(self._visibility.newest(selection) if newest is None else newest)
         if weights is None:
@@ -667,21 +697,26 @@ class MemoryBank:
                 raise ChangedMemoryError
             if not self._table.ledger.num_rows:
                 raise ValueError("`gather` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
-            return self._table.storage.gather(position, rows)
+            try:
+                return self._table.storage.gather(position, rows)
+            except (
+                IndexError,
+                TypeError,
+                AttributeError,
+                RuntimeError,
+            ):  # looked for afterwards: the check costs a GPU time
+                checks.validate_rows("rows", rows)
+                self._refuse_rows(rows, kv_heads=self._table.storage.shapes[position].kv_heads)
+                raise
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
         """Return document, tokens, characters and text of each row, flattened; None for row -1.
 
         Characters and text are None where the writer gave no text, or where it was deleted since a reader opened the bank.
         """
-        rows = rows.detach().to("cpu", torch.int64).flatten()
         with self._table.lock:
-            if len(rows) and (rows.min() < -1 or rows.max() >= self.num_chunks):
-                raise ValueError(
-                    f"`rows` must be from -1 to {self.num_chunks - 1}, got {rows.min()} to {rows.max()}; rows are good "
-                    "while `generation` stays, so search again."
-                )
-            return self._table.ledger.locate(rows)
+            self._refuse_rows(rows)
+            return self._table.ledger.locate(rows.detach().to("cpu", torch.int64).flatten())
 
     def __repr__(self) -> str:
         limit = "" if self.capacity_tokens is None else f"of {self.capacity_tokens} "
@@ -749,6 +784,17 @@ class MemoryBank:
     def _document(self, argument: str, document_id: str) -> Document:
         checks.validate_known(argument, document_id, self._table.ledger.documents)
         return self._table.ledger.documents[document_id]
+
+    def _refuse_rows(self, rows: Tensor, kv_heads: int | None = None) -> None:
+        if kv_heads is not None and (rows.ndim != 2 or len(rows) != kv_heads):
+            raise ValueError(
+                f"`rows` must have the shape ({kv_heads}, chunks), got {tuple(rows.shape)}; `search` returns them."
+            )
+        if rows.numel() and (rows.min() < -1 or rows.max() >= self.num_chunks):
+            raise ValueError(
+                f"`rows` must be from -1 to {self.num_chunks - 1}, got {rows.min()} to {rows.max()}; rows are good "
+                "while `generation` stays, so search again."
+            )
 
     def _refuse_circle(self, document_id: str, by: str) -> None:
         documents, chain = self._table.ledger.documents, [by]

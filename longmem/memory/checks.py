@@ -1,16 +1,20 @@
-"""The door of the memory bank: every argument is checked here, once, before anything is written."""
+"""The door of banks, models and streams: every argument is checked here, once, before anything is opened or written."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.errors import did_you_mean, name_known
+from longmem.encoder.stamp import EncoderStamp
+from longmem.errors import WrongArgumentsError, did_you_mean, name_known
 from longmem.memory.rows.codec import STORAGE_DTYPES, largest_number
 from longmem.memory.rows.documents import Document, SourcePart
 from longmem.memory.rows.storage import LayerShape
@@ -18,6 +22,219 @@ from longmem.memory.rows.storage import LayerShape
 FIRST_DATE, LAST_DATE = -62_135_596_800, 253_402_300_799  # those that a calendar shows
 SEARCHES = ("chunk_mean", "token")
 LARGEST_TOKEN_ID = 2**31 - 1  # a bank on disk keeps ids in four bytes
+MOST = 2**48  # tokens or bytes; no machine has so many, so whoever says more means no limit
+Function = TypeVar("Function", bound=Callable[..., Any])
+Class = TypeVar("Class", bound=type)
+MOST_CHUNKS = 2**24  # of one search; its result is as large, for each query
+
+
+def checked(function: Function) -> Function:
+    """Return `function` with each argument checked by the rule of its name (`RULES`), before anything is done.
+
+    None is let through where it is the default. Raises ValueError; WrongArgumentsError, which is one and a TypeError, for a
+    name that the function does not take, or an argument that is missing.
+    """
+    signature = inspect.signature(function)
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
+
+    @functools.wraps(function)
+    def wrapper(*given: Any, **named: Any) -> Any:
+        for name in named:
+            if name not in signature.parameters and not takes_any:
+                known = [each for each in signature.parameters if each not in ("self", "cls")]
+                raise WrongArgumentsError(
+                    f"`{function.__qualname__}` must be given arguments that it has, got `{name}`; "
+                    f"{name_known(name, known, 20)}"
+                )
+        try:
+            arguments = signature.bind(*given, **named).arguments
+        except TypeError as error:
+            raise WrongArgumentsError(
+                f"`{function.__qualname__}` got too few or too many arguments: {error}."
+            ) from None
+        for name, value in arguments.items():
+            rule = RULES.get(name)
+            if rule is not None and not (value is None and signature.parameters[name].default is None):
+                rule(name, value)
+        return function(*given, **named)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def checked_methods(*unchecked: str) -> Callable[[Class], Class]:
+    """Return a decorator of classes that checks the constructor and each public method that takes arguments (`checked`).
+
+    `unchecked`: methods that a forward pass calls, for which a look at every argument is too much.
+    """
+
+    def put(owner: Class) -> Class:
+        for name, method in list(vars(owner).items()):
+            is_class_method = isinstance(method, classmethod)
+            function = method.__func__ if is_class_method else method
+            is_public = name == "__init__" or not name.startswith("_")
+            if not is_public or name in unchecked or not inspect.isfunction(function):
+                continue
+            if len(inspect.signature(function).parameters) > 1:
+                wrapped = checked(function)
+                setattr(owner, name, classmethod(wrapped) if is_class_method else wrapped)
+        return owner
+
+    return put
+
+
+def got(value: object) -> str:
+    """Return how an error message shows a value: in one line, and a long one by its beginning.
+
+    >>> got("a\nb"), got(range(3)), len(got("a" * 1000))
+    ("'a\\\\nb'", 'range(0, 3)', 80)
+    """
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def validate_flag(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"`{argument}` must be True or False, got {got(value)}; words and numbers are not taken for them."
+        )
+
+
+def validate_integer(argument: str, value: object, least: int = -(2**63), most: int = 2**63 - 1) -> None:
+    """Raise ValueError unless `value` is an integer in the range."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(
+            f"`{argument}` must be an integer from {least} to {most}, got {got(value)}; choose one of these."
+        )
+
+
+def validate_budget(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is a number of tokens, 0 for none."""
+    validate_integer(argument, value, 0, MOST)
+
+
+def validate_callable(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` can be called with two numbers."""
+    is_right = callable(value)
+    if callable(value):
+        try:
+            inspect.signature(value).bind(0, 1)
+        except TypeError:
+            is_right = False
+        except ValueError:  # what is written in C says nothing
+            pass
+    if not is_right:
+        raise ValueError(
+            f"`{argument}` must be a function of (tokens done, tokens in all), got {got(value)}; or leave it out."
+        )
+
+
+def validate_mapping(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is a dictionary with names for keys."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(
+            f"`{argument}` must be a dictionary of named options, got {got(value)}; leave it out for none."
+        )
+
+
+def validate_name(argument: str, value: object) -> None:
+    """Raise ValueError if `value` is a number, a blank or a container, which name no model and are none."""
+    if (
+        value is None
+        or isinstance(value, int | float | bytes | list | tuple | dict)
+        or (isinstance(value, str) and not value.strip())
+    ):
+        raise ValueError(
+            f'`{argument}` must be a folder, a name on the hub or a packaged one such as "smollm2-135m", got {got(value)}; '
+            'the current folder is ".".'
+        )
+
+
+def validate_folder(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is a path that names a folder; the current one is "."."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        raise ValueError(f'`{argument}` must be the path of a folder, got {got(value)}; the current folder is ".".')
+
+
+def validate_device(argument: str, value: object) -> torch.device:
+    """Return the device that is meant. Raises ValueError unless this machine has it."""
+    problem = "that is no name of a device"
+    if isinstance(value, str | torch.device):
+        try:
+            device = torch.device(value)
+            torch.empty(0, device=device)
+            return device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            problem = str(error).partition("\n")[0].rstrip(".")
+    count = torch.accelerator.device_count()
+    kind = torch.accelerator.current_accelerator()
+    there = ["cpu", *(f"{kind}:{number}" for number in range(count))]
+    raise ValueError(
+        f"`{argument}` must be a device of this machine, got {got(value)} ({problem}); there are: {', '.join(there)}."
+    )
+
+
+def validate_model(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` can encode for a bank, as a LongMem model does."""
+    if isinstance(value, type) or not hasattr(value, "encoder"):
+        raise ValueError(
+            f"`{argument}` must be a LongMem model, got {got(value)}; `LongMemForCausalLM.from_pretrained` opens one by name, "
+            "and `from_backbone` makes one of a causal LM."
+        )
+
+
+def validate_models(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is a list of models."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f"`{argument}` must be a list of LongMem models, got {got(value)}; put a single one into a list."
+        )
+    for each in value:
+        validate_model(argument, each)
+
+
+def validate_bank(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` can be written to, as a MemoryBank can."""
+    if isinstance(value, type) or not all(hasattr(value, name) for name in ("add", "append", "transaction")):
+        raise ValueError(
+            f"`{argument}` must be one MemoryBank, which can be written to, got {got(value)}; "
+            "`MemoryBank.for_model(model)` makes one."
+        )
+
+
+def validate_segment(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` says how a segment begins; only what is appended can be of the same one."""
+    if value not in ("new", "same"):
+        raise ValueError(f'`{argument}` must be "new", None or, where something is appended, "same", got {got(value)}.')
+
+
+def validate_fingerprint(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` names an encoder."""
+    if not isinstance(value, EncoderStamp) and not is_word(value):
+        raise ValueError(
+            f"`{argument}` must be an EncoderStamp or its digest, got {got(value)}; `model.encoder_stamp()` returns one."
+        )
+
+
+def validate_part(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` says what tokens came from."""
+    if not isinstance(value, SourcePart):
+        raise ValueError(f"`{argument}` must be a SourcePart, got {got(value)}; `SourcePart(token_ids)` makes one.")
+
+
+def validate_tensor(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"`{argument}` must be a tensor, got {got(value)}; `torch.tensor([...])` makes one.")
+
+
+def validate_rows(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is a tensor of integers."""
+    validate_tensor(argument, value)
+    assert isinstance(value, Tensor)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"`{argument}` must be integers, as `search` returns them, got {value.dtype}.")
 
 
 def validate_choice(argument: str, value: object, known: Collection[str]) -> None:
@@ -37,10 +254,12 @@ def validate_storage_dtype(value: object, known: Mapping[str, torch.dtype] = STO
     return known[str(name)]
 
 
-def validate_count(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is an integer of at least one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{argument}` must be an integer of at least 1, got {value!r}.")
+def validate_count(argument: str, value: object, most: int = MOST) -> None:
+    """Raise ValueError unless `value` is an integer from one to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(
+            f"`{argument}` must be an integer of at least 1 and at most {most:,}, got {got(value)}; or leave it out."
+        )
 
 
 def validate_search(search: str) -> str:
@@ -56,11 +275,12 @@ def validate_sizes(
     memory_layers: Sequence[int], chunk_size: int, capacity_tokens: int | None, capacity_bytes: int | None
 ) -> None:
     """Raise ValueError unless the layers are distinct indices and the capacity, if any, is a whole number of chunks."""
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in memory_layers)
-    if not whole or not memory_layers or len(set(memory_layers)) < len(memory_layers):
+    layers = memory_layers if isinstance(memory_layers, Sequence) else ()
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers)
+    if not whole or not layers or len(set(layers)) < len(layers):
         raise ValueError(
             "`memory_layers` must be distinct backbone layer indices, counted from 0, and at least one of them, "
-            f"got {tuple(memory_layers)}; for a model, `MemoryBank.for_model(model)` reads them from its config."
+            f"got {got(tuple(layers) or memory_layers)}; for a model, `MemoryBank.for_model(model)` reads them from its config."
         )
     validate_count("chunk_size", chunk_size)
     if capacity_bytes is not None:
@@ -82,9 +302,24 @@ def validate_sizes(
 
 
 def validate_document_id(argument: str, document_id: object) -> None:
-    """Raise ValueError unless the id is text that is not empty."""
-    if not isinstance(document_id, str) or not document_id:
-        raise ValueError(f"`{argument}` must be a string that is not empty, got {document_id!r}; name the document.")
+    """Raise ValueError unless the id is text that is not empty and that UTF-8 can write."""
+    if not is_word(document_id):
+        raise ValueError(
+            f"`{argument}` must be a string that is not empty, of whole characters, got {got(document_id)}; name the document."
+        )
+
+
+def is_word(value: object) -> bool:
+    """Return whether the value is text that is not empty, without halves of surrogate pairs, which nothing can write."""
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def validate_names(argument: str, names: object) -> tuple[str, ...]:
+    """Return the names in a list, each once; of a single one, that one, and of None, none."""
+    names = (names,) if isinstance(names, str) else () if names is None else names
+    if not isinstance(names, Iterable) or not all(map(is_word, names := list(names))):
+        raise ValueError(f"`{argument}` must be a name or a list of names, none of them empty, got {got(names)}.")
+    return tuple(dict.fromkeys(names))
 
 
 def validate_known(argument: str, document_id: object, known: Collection[str]) -> None:
@@ -97,7 +332,7 @@ def validate_known(argument: str, document_id: object, known: Collection[str]) -
         )
 
 
-def validate_new(argument: str, document_id: object, known: Collection[str]) -> None:
+def validate_new(argument: str, document_id: object, known: Container[object]) -> None:
     """Raise ValueError if the id is taken."""
     validate_document_id(argument, document_id)
     if document_id in known:
@@ -181,8 +416,10 @@ def validate_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """Return the tags, each once. Raises ValueError unless they are words that are not empty, and not one string."""
     is_list = isinstance(tags, Iterable) and not isinstance(tags, str)
     words = list(tags) if is_list else []
-    if not is_list or not all(isinstance(tag, str) and tag for tag in words):
-        raise ValueError(f"`tags` must be a list of strings that are not empty, got {tags!r}.")
+    if not is_list or not all(map(is_word, words)):
+        raise ValueError(
+            f'`tags` must be a list of strings that are not empty, got {got(tags)}; one tag is `["notes"]`.'
+        )
     return tuple(dict.fromkeys(words))
 
 
@@ -214,7 +451,7 @@ def validate_source(
     if token_ids is None:
         return None
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"`text` must be a string, got {type(text).__name__}.")
+        raise ValueError(f"`text` must be a string, got {type(text).__name__}; leave it out where it is not known.")
     ids = _validate_integers("token_ids", token_ids, num_tokens)
     if int(ids.min()) < 0 or int(ids.max()) > LARGEST_TOKEN_ID:
         raise ValueError(
@@ -235,7 +472,12 @@ def validate_source(
 
 def _validate_integers(argument: str, values: Iterable[int] | Tensor, num_tokens: int) -> Int[Tensor, " tokens"]:
     """Return the values as int64 on the CPU."""
-    ids: Any = values if isinstance(values, Tensor) else torch.as_tensor(list(values))
+    try:
+        ids: Any = values if isinstance(values, Tensor) else torch.as_tensor(list(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"`{argument}` must be a flat list of integers, got {got(values)}; pass one row of a batch."
+        ) from error
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(
             f"`{argument}` must be a flat list of integers, got {tuple(ids.shape)} {ids.dtype}; pass one row of a batch."
@@ -248,17 +490,37 @@ def _validate_integers(argument: str, values: Iterable[int] | Tensor, num_tokens
     return ids.detach().to("cpu", torch.int64)
 
 
-def validate_scaling(scaling: object) -> None:
-    """Raise ValueError unless `scaling` is a positive number."""
-    if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not 0 < scaling < math.inf:
+def validate_weighing(scaling: object, newest: object, selection: object) -> None:
+    """Raise ValueError unless each is None or, in this order, a positive number, a date (-inf: of nothing), a selection."""
+    is_number = [isinstance(each, int | float) and not isinstance(each, bool) for each in (scaling, newest)]
+    if scaling is not None and not (is_number[0] and 0 < scaling < math.inf):  # type: ignore[operator]
         raise ValueError(
-            f"`scaling` must be a positive number, got {scaling!r}; attention multiplies inner products by it."
+            f"`scaling` must be a positive number, got {got(scaling)}; attention multiplies inner products by it."
+        )
+    if newest is not None and not (is_number[1] and newest < math.inf):  # type: ignore[operator]
+        raise ValueError(
+            f"`newest` must be seconds since 1970, got {got(newest)}; leave it out for the newest document's date."
+        )
+    if selection is not None and not hasattr(selection, "rows"):
+        raise ValueError(
+            f"`selection` must be a Selection, got {got(selection)}; `bank.select([...])` reads some documents."
+        )
+
+
+def refuse_strict_alone(strict: bool, model: object) -> None:
+    """Raise ValueError if a bank is to be read as it is, and nobody is there to read it."""
+    if not strict and model is None:
+        raise ValueError(
+            "`strict` must be True where no `model` is given, got False; pass the model that is to read the bank."
         )
 
 
 def refuse_search(queries: Tensor, num_chunks: object, shape: LayerShape | None) -> None:
     """Raise ValueError where queries do not fit the layer (None: nothing was ever written), or ask for no chunk."""
-    validate_count("num_chunks", num_chunks)
+    validate_count("num_chunks", num_chunks, MOST_CHUNKS)
+    validate_tensor("queries", queries)
+    if not queries.is_floating_point():
+        raise ValueError(f"`queries` must be floating-point numbers, as keys are, got {queries.dtype}; convert them.")
     if queries.ndim != 3 or (shape is not None and (queries.shape[0], queries.shape[2]) != shape[:2]):
         wanted = "(kv_heads, queries, dim)" if shape is None else f"({shape.kv_heads}, queries, {shape.key_dim})"
         raise ValueError(
@@ -288,3 +550,30 @@ def validate_date(argument: str, date: object) -> float:
             "has `.timestamp()`, and milliseconds are to be divided by 1,000."
         )
     return float(date)
+
+
+# By the name of the argument, which means the same wherever it is taken. What depends on a bank or a model is checked there.
+RULES: dict[str, Callable[[str, Any], object]] = {
+    **dict.fromkeys(
+        ("append", "exact", "is_pinned", "mmap", "probe", "read_only", "save_backbone", "strict"), validate_flag
+    ),
+    **dict.fromkeys(("batch_size",), validate_count),
+    **dict.fromkeys(("keep", "seed", "window"), validate_integer),
+    **dict.fromkeys(("budget_tokens", "max_new_tokens"), validate_budget),
+    **dict.fromkeys(("folder", "save_directory"), validate_folder),
+    **dict.fromkeys(("by", "document_id"), validate_document_id),
+    **dict.fromkeys(("dated", "now", "valid_until"), validate_date),
+    **dict.fromkeys(("backbone_options", "state"), validate_mapping),
+    **dict.fromkeys(("backbone", "pretrained_model_name_or_path"), validate_name),
+    "bank": validate_bank,
+    "device": validate_device,
+    "fingerprint": validate_fingerprint,
+    "model": validate_model,
+    "origin": validate_integer,
+    "origin_id": validate_document_id,
+    "part": validate_part,
+    "progress": validate_callable,
+    "rows": validate_rows,
+    "segment": validate_segment,
+    "workers": validate_models,
+}

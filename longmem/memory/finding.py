@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+from longmem.memory.checks import validate_count
 from longmem.memory.protocols import Memory
 from longmem.memory.rows.documents import DocumentInfo
 
@@ -82,7 +83,7 @@ def find_words(memory: Findable, text: str, k: int = 10) -> list[FoundPassage]:
     words = re.findall(r"\w+", text)
     if not words:
         raise ValueError(f"`text` must have a word to look for, got {text!r}.")
-    validate_count(k)
+    validate_count("k", k)
     with sqlite3.connect(":memory:") as connection:
         connection.execute(
             "CREATE VIRTUAL TABLE passages USING fts5(text, document UNINDEXED, start UNINDEXED, stop UNINDEXED)"
@@ -121,9 +122,3 @@ def text_of(memory: Findable, document_id: str, start: int, stop: int, decode: C
         if (ids := bank.token_ids(document_id)) is not None:
             return decode(ids[max(start - first, 0) : max(stop - first, 0)])
     return ""
-
-
-def validate_count(k: int) -> None:
-    """Raise ValueError unless so many passages can be asked for."""
-    if k < 1:
-        raise ValueError(f"`k` must be at least 1, got {k}.")

@@ -14,6 +14,7 @@ from torch import Tensor
 from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.encoder.stamp import EncoderStamp, refuse_other_recipe
 from longmem.errors import StaleMemoryError
+from longmem.memory.checks import checked_methods
 from longmem.memory.index import Ranked
 from longmem.memory.protocols import EncodingModel, Writer
 from longmem.memory.refresh import (
@@ -38,6 +39,7 @@ class Reader:
     stamp: EncoderStamp
 
 
+@checked_methods("ready_for", "search")
 class Freshness:
     """What a bank knows of its encoders, and what it does when they change; `refresh` names the policy, with its settings.
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from longmem.memory.checks import validate_count
+from longmem.memory.checks import dated_document, got, validate_count, validate_new, validate_tags
 from longmem.memory.protocols import EncodingModel, WritableBank
 from longmem.memory.rows.documents import SourcePart
 from longmem.memory.rows.segments import Joins
@@ -44,6 +44,11 @@ def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -
             # Ends never fall: tokens of one character that takes several all end with it.
             text = text_or_ids
             char_ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64).cummax(0).values
+        if not encoded["input_ids"]:
+            raise ValueError(
+                f"`text_or_ids` must hold text that the tokenizer makes tokens of, got {got(text_or_ids)}, of which it makes "
+                "none; leave it out."
+            )
         text_or_ids = encoded["input_ids"]
     try:
         ids = torch.as_tensor(text_or_ids)
@@ -54,7 +59,7 @@ def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -
         ) from error
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
-    if ids.ndim != 1 or ids.is_floating_point() or ids.numel() == 0:
+    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.numel() == 0:
         raise ValueError(
             "`text_or_ids` must be text or one flat sequence of token ids, at least one, "
             f"got shape {tuple(ids.shape)} of {ids.dtype}."
@@ -85,14 +90,16 @@ def memorize(
     """Encode a document and write it to the bank; see `LongMemForCausalLM.memorize`."""
     source = encodable(model, text_or_ids)
     validate_options(bank, reuse, batch_size)
-    dates = {"dated": dated, "valid_until": valid_until}
-    for name, date in dates.items():
-        if append and date is not None:
+    labels: dict[str, Any] = {"tags": validate_tags(tags), "dated": dated, "valid_until": valid_until}
+    if not append:  # what the bank would refuse once the first window is encoded
+        validate_new("document_id", document_id, bank)
+        dated_document(document_id, **labels)
+    for name, label in labels.items():
+        if append and label not in (None, ()):
             raise ValueError(
-                f"`{name}` must be left out with `append`, got {date}: it is said of a new document; memorize what has "
-                "another date under a name of its own."
+                f"`{name}` must be left out with `append`, got {got(label)}: it is said of a new document; `bank.tag` changes "
+                "tags, and what has another date goes under a name of its own."
             )
-    labels: dict[str, Any] = {"tags": tags, **dates}
     length = model.config.segment_length
     context = open_window(bank, document_id, length) if append else torch.empty(0, dtype=torch.int64)
     # What is appended goes on with the window that the document ends in; if that is not known, windows start here.

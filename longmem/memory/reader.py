@@ -8,7 +8,7 @@ from typing import Protocol
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.memory.checks import validate_known, validate_tags
+from longmem.memory.checks import validate_choice, validate_known, validate_names, validate_tags
 from longmem.memory.finding import FindableMemory, FindingModel, FoundPassage, TextBank, find
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.rows.ledger import ChunkPlace
@@ -43,7 +43,8 @@ class BankView:
     """A read-only view of some documents of a bank: those named, and those with one of the tags.
 
     A view holds names and tags, not chunks: it sees what is later appended to its documents, follows an update, and finds
-    nothing of a document once it is deleted, evicted or renamed. A document that gets one of the tags later is seen.
+    nothing of a document once it is deleted, evicted or renamed. A document that gets one of the tags later is seen; a tag that
+    no document has when the view is made is refused, as a misspelt id is.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class BankView:
         self.bank, self.memory_layers, self.chunk_size = bank, bank.memory_layers, bank.chunk_size
         self.by_token = table.by_token
         self._table, self._visibility = table, visibility
-        document_ids = (document_ids,) if isinstance(document_ids, str) else document_ids or ()
-        self.document_ids = tuple(dict.fromkeys(document_ids))
+        self.document_ids = validate_names("document_ids", document_ids)
         self.tags = validate_tags((tags,) if isinstance(tags, str) else tags)
+        known_tags = {tag for document in table.ledger.documents.values() for tag in document.tags} if self.tags else ()
+        for tag in self.tags:
+            validate_choice("tags", tag, sorted(known_tags))
         self.selection = Selection(self.document_ids, self.tags)
         if not self.document_ids and not self.tags:
             raise ValueError(

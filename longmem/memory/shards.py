@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longmem.errors import ChangedMemoryError
 from longmem.memory.bank import MemoryBank
-from longmem.memory.checks import validate_known
+from longmem.memory.checks import validate_known, validate_names
 from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.reader import BankView
@@ -108,7 +108,7 @@ class BankShards:
         The shards of the result are views, of those shards that have one of the documents. Raises ValueError for an id
         that no shard knows. To read by tags, make shards of views: `BankShards(bank.select(tags=...) for bank in banks)`.
         """
-        wanted = (document_ids,) if isinstance(document_ids, str) else tuple(dict.fromkeys(document_ids))
+        wanted = validate_names("document_ids", document_ids)
         if not wanted:
             raise ValueError("`document_ids` must name at least one document, got none; read the shards for all.")
         listed = (shard.documents() for shard in self.shards)

@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from longmem.memory.age_prior import AgePrior
-from longmem.memory.checks import validate_scaling
 from longmem.memory.freshness import Freshness
 from longmem.memory.index import Ranked
 from longmem.memory.protocols import EncodingModel, Found
@@ -185,7 +184,6 @@ class Snapshot:
         position, bonus, table = position_of(self._memory_layers, layer), None, self._table
         weights = None if scaling is None else self._weights
         if scaling is not None and self._has_prior:
-            validate_scaling(scaling)
             bonus = None if weights is None else weights / scaling
 
         def search(rows: Tensor | None) -> Ranked:

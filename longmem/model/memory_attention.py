@@ -126,7 +126,7 @@ def banks_per_lane(model: EncodingModel, memory: Memory | Sequence[Memory], lane
 def refuse_other_encoder(model: EncodingModel, bank: Any) -> None:
     """Raise ValueError if `bank` is no bank of this model's kind; let it act if another encoder wrote what it holds."""
     config = model.config
-    if not hasattr(bank, "search"):
+    if not hasattr(bank, "search") or isinstance(bank, type):
         raise ValueError(
             f"`memory` must be a MemoryBank or a list with one for each row, got {type(bank).__name__}; a row reads "
             "several banks through `BankShards([...])`."

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import difflib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -23,13 +25,21 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
 
-from longmem.backbone.cache_names import as_keyword, named_for, one_cache
+from longmem.backbone.cache_names import CACHE_NAMES, as_keyword, named_for, one_cache
 from longmem.backbone.capture import BackboneStates
 from longmem.backbone.loading import take
-from longmem.backbone.structure import UnsupportedBackboneError, computes_exactly, probe_ids, same_logits
+from longmem.backbone.structure import (
+    UnsupportedBackboneError,
+    adapters_in_words,
+    computes_exactly,
+    probe_ids,
+    same_logits,
+)
 from longmem.configuration import LongMemConfig
+from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
-from longmem.memory.finding import FindableMemory, FoundPassage, validate_count
+from longmem.memory.checks import checked, got, validate_count
+from longmem.memory.finding import FindableMemory, FoundPassage
 from longmem.memory.memorize import memorize
 from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
@@ -65,6 +75,10 @@ class LongMemModelOutput(BaseModelOutputWithPast):
     memory_keys: tuple[Tensor, ...] | None = None
     memory_values: tuple[Tensor, ...] | None = None
     memory_reads: tuple[MemoryRead, ...] | None = None
+
+
+class AllReads(list[tuple[MemoryRead, ...]]):
+    """What `generate` hands to `forward` as `output_memory_reads`, to find the reads of all its steps in it."""
 
 
 class LongMemModel(LongMemPreTrainedModel):
@@ -109,13 +123,18 @@ class LongMemModel(LongMemPreTrainedModel):
         output_memory_reads: bool = False,
         output_memory_keys: bool = False,
         past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], dict[str, Any]]:
         """Return hidden states before the final norm, and the fields that outputs with and without a head share."""
         packed = {name: kwargs.pop(name) for name in PACKED_ROWS if kwargs.get(name) is not None}
         if kwargs:
-            refuse_unknown_inputs(self.backbone, kwargs)
+            refuse_unknown_inputs(self, kwargs)
         cache = one_cache(cache, past_key_values)
+        if not torch.compiler.is_compiling():
+            check_inputs(self, input_ids, attention_mask, position_ids, cache, labels)
+            flags = {"use_cache": use_cache, "output_memory_keys": output_memory_keys}
+            check_choices(flags, output_memory_reads)
         banks = None if memory is None else banks_per_lane(self, memory, input_ids.shape[0])
         if use_cache and self.training and any(layer.gradient_checkpointing for layer in self.side_network.layers):
             raise ValueError(
@@ -134,13 +153,17 @@ class LongMemModel(LongMemPreTrainedModel):
         }
         if position_ids is not None:
             inputs["position_ids"] = position_ids
-        states = self.run_backbone(input_ids, with_keys=output_memory_keys, **inputs)
+        states = self._states(input_ids, output_memory_keys, **inputs)
         hidden_states, reads = self.side_network(states, banks, self)
+        # Without `found`, which keeps for whoever holds it what a bank has since given up.
+        is_wanted = output_memory_reads is not False and output_memory_reads is not None
+        kept = tuple(replace(read, found=()) for read in reads) if is_wanted else None
+        if isinstance(output_memory_reads, AllReads):
+            output_memory_reads.append(kept or ())
         return hidden_states, {
             "memory_keys": tuple(states.keys.values()) if output_memory_keys else None,
             "memory_values": tuple(states.values.values()) if output_memory_keys else None,
-            # Without `found`, which keeps for whoever holds it what a bank has since given up.
-            "memory_reads": tuple(replace(read, found=()) for read in reads) if output_memory_reads else None,
+            "memory_reads": kept,
             **as_keyword(cache),
         }
 
@@ -161,6 +184,16 @@ class LongMemModel(LongMemPreTrainedModel):
             with_keys: keep keys and values of the memory layers.
             inputs: what the backbone's own forward takes (attention_mask, position_ids, cache, use_cache).
         """
+        self._check_inputs_of_backbone(input_ids, inputs)
+        if any(layer not in range(self._backbone.num_layers + 1) for layer in extra_hidden_layers):
+            raise ValueError(
+                f"`extra_hidden_layers` must be layers from 0 to {self._backbone.num_layers}, got {got(extra_hidden_layers)}."
+            )
+        return self._states(input_ids, with_keys, extra_hidden_layers, **inputs)
+
+    def _states(
+        self, input_ids: Tensor, with_keys: bool, extra_hidden_layers: Sequence[int] = (), **inputs: Any
+    ) -> BackboneStates:
         hidden_layers = self.side_network.hidden_layers
         with_final_states = self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
         cache = inputs.get("cache")
@@ -179,13 +212,23 @@ class LongMemModel(LongMemPreTrainedModel):
                 part.update(zip(part, tensors, strict=True))
         return states
 
+    def _check_inputs_of_backbone(self, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+        known = {*CACHE_NAMES, *TransformersKwargs.__annotations__, *signature(type(self.backbone).forward).parameters}
+        for name in inputs.keys() - known:
+            raise ValueError(
+                f"`{name}` must be an input of {type(self.backbone).__name__}, which has none of that name."
+                f"{did_you_mean(name, known)}"
+            )
+        cache = one_cache(*map(inputs.get, CACHE_NAMES))
+        check_inputs(self, input_ids, inputs.get("attention_mask"), inputs.get("position_ids"), cache)
+
     @torch.no_grad()
     def find(self, memory: FindableMemory, text: str, k: int = 10) -> list[FoundPassage]:
         """Return the `k` passages of a memory that the reading heads single out for a text, best first; see `bank.find`."""
         ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.input_device, dtype=torch.int64)
         if not text or not ids.numel():
             raise ValueError(f"`text` must hold at least one token, got {text!r}.")
-        validate_count(k)
+        validate_count("k", k)
 
         def read() -> list[FoundPassage]:
             pieces = in_pieces(self, ids, self.config.segment_length, memory, logits_to_keep=1)
@@ -199,9 +242,14 @@ class LongMemModel(LongMemPreTrainedModel):
     def encode(
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
     ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
-        """Return position-free keys and values of the tokens, one of each per memory layer, without gradients."""
+        """Return position-free keys and values of the tokens, one of each per memory layer, without gradients.
+
+        `inputs`: what the backbone's own forward takes. Raises ValueError for ids or a mask that `forward` would refuse.
+        """
+        self._check_inputs_of_backbone(input_ids, inputs)
         return self.encoder.encode(input_ids, **inputs)
 
+    @checked
     def memorize(
         self,
         bank: MemoryBank,
@@ -269,6 +317,7 @@ class LongMemModel(LongMemPreTrainedModel):
             raise UnsupportedBackboneError(
                 f"{type(self.backbone).__name__}: copies of its upper layers give logits that differ from its own by "
                 f"{(found - expected).abs().max():.3g}; its layers do more than their arguments say."
+                f"{adapters_in_words(self.backbone)}"
             )
 
 
@@ -329,6 +378,9 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
         Raises:
             ValueError: the number of banks does not fit the lanes, or a bank was written by another encoder.
         """
+        as_object = kwargs.get("return_dict")
+        if not torch.compiler.is_compiling():
+            check_choices({}, False, logits_to_keep, num_items_in_batch)
         hidden_states, fields = self._read(
             input_ids,
             attention_mask,
@@ -339,6 +391,7 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
             output_memory_reads,
             output_memory_keys,
             past_key_values,
+            labels,
             **kwargs,
         )
         logits = self._backbone.logits(hidden_states, logits_to_keep, self.side_network.final_modules)
@@ -346,7 +399,27 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
         if labels is not None:
             shared = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **shared)
-        return LongMemOutput(loss=loss, logits=logits, **fields)
+        output = LongMemOutput(loss=loss, logits=logits, **fields)
+        is_object = self.config.return_dict if as_object is None else as_object
+        return output if is_object else output.to_tuple()  # type: ignore[return-value]  # as transformers' models have it
+
+    def generate(self, *given: Any, **options: Any) -> Any:
+        """Return what transformers' `generate` returns, with what a LongMem model takes beside it; all is checked first.
+
+        Args:
+            given: as for transformers' `generate`: `inputs`, `generation_config`, ...
+            options: as for transformers' `generate`, and: `memory`, as for `forward`; `output_memory_reads=True`, with
+                `return_dict_in_generate=True`, for `memory_reads` in what is returned, for each step of the networks what
+                `forward` returns.
+
+        Raises:
+            ValueError: ids, mask or memory break a rule of `forward`, or the text would outgrow learned positions.
+        """
+        reads = check_generation(self, given, options)
+        output = super().generate(*given, **options)
+        if reads is not None:
+            output["memory_reads"] = tuple(reads)
+        return output
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Return the inputs of the next step of `generate`, as the backbone would have them for itself.
@@ -372,6 +445,7 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
             generator.assistant_kwargs |= take(ours, ["memory"])
         return generator
 
+    @checked
     def stream(
         self,
         memory: MemoryBank,
@@ -398,21 +472,180 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
         return stream
 
 
-def refuse_unknown_inputs(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Raise for arguments of `forward` that would be ignored; what transformers hands to every model is let through.
+def check_inputs(
+    model: LongMemModel,
+    input_ids: Any,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    cache: Any = None,
+    labels: Any = None,
+) -> None:
+    """Raise ValueError for inputs over which the networks would fail, or that they would take for something else.
 
-    That is: a name of transformers' own, or of the backbone's `forward`, with a value that asks for nothing.
+    Shapes and dtypes are compared first; then all values are looked at at one stroke, which costs a GPU one wait. Masks of
+    four axes and dictionaries of masks, which transformers makes for caches of fixed size, are let through.
     """
-    theirs = {*TransformersKwargs.__annotations__, *signature(type(backbone).forward).parameters}
+    if not is_integers(input_ids) or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
+        raise ValueError(
+            f"`input_ids` must be a tensor of integers, (lanes, tokens), got {described(input_ids)}; "
+            '`tokenizer(text, return_tensors="pt")` makes one.'
+        )
+    lanes, tokens = input_ids.shape
+    if not lanes or not tokens:
+        raise ValueError(
+            f"`input_ids` must hold at least one token, got shape {tuple(input_ids.shape)}; leave out empty rows."
+        )
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"`cache` must be a Cache of transformers, got {got(cache)}; take it from an earlier output.")
+    lengths = (
+        () if cache is None else (each.get_seq_length() for each in cache.layers if hasattr(each, "get_seq_length"))
+    )
+    past = max(map(int, lengths), default=0)
+    embeddings: Any = model.backbone.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    limit = model._backbone.position_limit
+    ranges = [("input_ids", input_ids, 0, vocabulary - 1, "were they made by the tokenizer of another model?")]
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
+        pass
+    elif attention_mask is not None and not isinstance(attention_mask, dict):
+        is_mask = is_integers(attention_mask, or_flags=True) and attention_mask.ndim == 2
+        if not is_mask or tuple(attention_mask.shape) != (lanes, past + tokens):
+            raise ValueError(
+                f"`attention_mask` must be integers or truth values, {(lanes, past + tokens)} for {lanes} rows of {past} "
+                f"tokens in the cache and {tokens} new ones, got {described(attention_mask)}; 1 is for tokens, 0 for padding."
+            )
+        ranges.append(("attention_mask", attention_mask, 0, 1, "1 is for tokens, 0 for padding."))
+    if position_ids is not None:
+        if (
+            not is_integers(position_ids)
+            or position_ids.ndim < 2
+            or position_ids.shape[-2:] not in ((lanes, tokens), (1, tokens))
+        ):
+            raise ValueError(
+                f"`position_ids` must be integers, {(lanes, tokens)} as `input_ids`, got {described(position_ids)}; "
+                "leave them out to count from the cache."
+            )
+        last = 2**31 if limit is None else limit - 1
+        ranges.append(("position_ids", position_ids, 0, last, "the first token of a text stands at 0."))
+    elif limit is not None and past + tokens > limit:
+        raise ValueError(beyond_positions(model, "input_ids", past + tokens))
+    if labels is not None:
+        if not is_integers(labels) or labels.shape != input_ids.shape:
+            raise ValueError(
+                f"`labels` must be integers, {(lanes, tokens)} as `input_ids`, got {described(labels)}; shifted inside."
+            )
+        counted = labels.where(labels != -100, labels.new_zeros(()))
+        ranges.append(("labels", counted, 0, vocabulary - 1, "-100 is for tokens that do not count."))
+    found = torch.stack(
+        [each for _, tensor, *_ in ranges for each in tensor.long().to(input_ids.device).aminmax()]
+    ).tolist()
+    for (name, _, least, most, way_out), low, high in zip(ranges, found[::2], found[1::2], strict=True):
+        if low < least or high > most:
+            raise ValueError(f"`{name}` must be from {least} to {most}, got {low} to {high}; {way_out}")
+
+
+def check_choices(flags: dict[str, Any], reads: Any, logits_to_keep: Any = 0, num_items_in_batch: Any = None) -> None:
+    """Raise ValueError for what `forward` is to return, and in which way, if it has no meaning."""
+    for name, value in (flags if isinstance(reads, AllReads) else {**flags, "output_memory_reads": reads}).items():
+        if value is not None and value is not True and value is not False:
+            raise ValueError(f"`{name}` must be True or False, got {got(value)}; leave it out for the default.")
+    is_count = isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool) and logits_to_keep >= 0
+    if not is_count and not is_integers(logits_to_keep):
+        raise ValueError(
+            f"`logits_to_keep` must be 0 (all) or a number of last tokens, or their places, got {got(logits_to_keep)}."
+        )
+    if not isinstance(num_items_in_batch, Tensor | None):
+        is_number = isinstance(num_items_in_batch, int | float) and not isinstance(num_items_in_batch, bool)
+        if not is_number or not num_items_in_batch > 0:
+            raise ValueError(
+                f"`num_items_in_batch` must be a number above 0, got {got(num_items_in_batch)}; leave it out."
+            )
+
+
+def check_generation(model: LongMemForCausalLM, given: tuple[Any, ...], options: dict[str, Any]) -> list[Any] | None:
+    """Raise ValueError for what `generate` could not do; return where the reads of its steps go, None if nobody asked.
+
+    `options` are changed: for `output_memory_reads` they get that list.
+    """
+    ids = options.get("input_ids", options.get("inputs", given[0] if given else None))
+    if ids is not None or "input_ids" in options or given or "inputs" in options:
+        check_inputs(model, ids, options.get("attention_mask"), cache=None, position_ids=options.get("position_ids"))
+        if options.get("memory") is not None:
+            banks_per_lane(model, options["memory"], len(ids))  # type: ignore[arg-type]  # checked above
+    chosen = options.get("generation_config", given[1] if len(given) > 1 else None) or model.generation_config
+
+    def setting(name: str) -> Any:
+        return options[name] if options.get(name) is not None else getattr(chosen, name, None)
+
+    if (new_tokens := setting("max_new_tokens")) is not None:
+        validate_count("max_new_tokens", new_tokens)
+    limit = model._backbone.position_limit
+    if ids is not None and limit is not None:
+        last = ids.shape[1] + new_tokens if new_tokens is not None else setting("max_length") or 0
+        if last - 1 > limit:  # the last token is chosen and not read
+            raise ValueError(beyond_positions(model, "max_new_tokens", last - 1))
+    if options.get("output_memory_keys"):
+        raise ValueError(
+            "`output_memory_keys` must be left out of `generate`, got True: keys of tokens that were chosen are not kept; "
+            "`model.stream(bank)` writes what leaves its window, and `forward` returns keys."
+        )
+    reads = options.pop("output_memory_reads", False)
+    check_choices({}, reads)
+    if not reads:
+        return None
+    if not setting("return_dict_in_generate"):
+        raise ValueError(
+            "`output_memory_reads=True` needs `return_dict_in_generate=True`, got False: ids alone hold no reads; add it."
+        )
+    options["output_memory_reads"] = collected = AllReads()
+    return collected
+
+
+def beyond_positions(model: LongMemModel, argument: str, tokens: int) -> str:
+    """Return the sentence for more tokens than the backbone has learned positions for."""
+    return (
+        f"`{argument}` must end within the {model._backbone.position_limit} positions that {type(model.backbone).__name__} "
+        f"has learned, got {tokens} tokens; memorize what is long, or use `model.stream(bank)`, which has no end."
+    )
+
+
+def is_integers(value: Any, or_flags: bool = False) -> bool:
+    """Return whether a value is a tensor of integers, or of truth values where these will do."""
+    return isinstance(value, Tensor) and not (
+        value.is_floating_point() or value.is_complex() or (value.dtype == torch.bool and not or_flags)
+    )
+
+
+def described(value: Any) -> str:
+    """Return how an error message shows a tensor, or what stands in its place."""
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else got(value)
+
+
+def refuse_unknown_inputs(model: LongMemModel, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for arguments of `forward` that ask for what is not done; warn of those that nobody knows.
+
+    Let through is a name of transformers' own, or of the backbone's `forward`, with a value that asks for nothing. A name that
+    looks like a misspelling of ours, or that is given a memory, is refused; any other is a newer library's, and ignored.
+    """
+    theirs = {*TransformersKwargs.__annotations__, *signature(type(model.backbone).forward).parameters}
+    ours = [name for name in signature(LongMemForCausalLM.forward).parameters if name not in ("self", "kwargs")]
     for name, value in kwargs.items():
         if name in ("output_attentions", "output_hidden_states") and value:
             raise ValueError(
                 f"`{name}={value}` is not available: two networks run. Use `output_memory_reads=True` to see what was read."
             )
-        # `generate` reads stop strings with the tokenizer and, in transformers 5, hands it on.
-        asks_for_nothing = value is None or (value is False and name.startswith("output_"))
-        if name not in ("tokenizer", "return_dict") and not (name in theirs and asks_for_nothing):
-            raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")
+        if name == "return_dict":
+            check_choices({name: value}, False)
+        elif name in theirs:
+            # `generate` reads stop strings with the tokenizer and, in transformers 5, hands it on.
+            if value is not None and not (value is False and name.startswith("output_")):
+                raise ValueError(f"`forward` got `{name}`, which a LongMem model does not use; leave it out.")
+        elif close := difflib.get_close_matches(name, ours, n=1, cutoff=0.75):
+            raise ValueError(f"`forward` got `{name}`, which it does not have. Did you mean `{close[0]}`?")
+        elif any(hasattr(each, "search") for each in (value if isinstance(value, list | tuple) else [value])):
+            raise ValueError(f"`forward` got a memory as `{name}`; pass it as `memory`.")
+        elif name != "tokenizer":
+            warnings.warn(f"`forward` ignores `{name}`, which a LongMem model does not know.", stacklevel=3)
 
 
 AutoConfig.register("longmem", LongMemConfig, exist_ok=True)

@@ -90,6 +90,11 @@ def look_up(name: str | PathLike[str], revision: str | None = None, subfolder: s
     Raises:
         ValueError: the folder's config.json is damaged.
     """
+    if not isinstance(name, str | PathLike) or not str(name).strip():
+        raise ValueError(
+            f"a model must be named by a folder, a name on the hub or one of {', '.join(PACKAGED_BACKBONES)}, got {name!r}; "
+            'the current folder is "./".'
+        )
     if isinstance(name, str) and name in PACKAGED_BACKBONES:
         trained = TRAINED_FOLDER / name
         if (trained / "config.json").is_file():

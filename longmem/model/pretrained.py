@@ -28,6 +28,7 @@ from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneErr
 from longmem.configuration import LongMemConfig
 from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configuration_recipe
 from longmem.encoder.watch import Encoder
+from longmem.memory.checks import checked, got
 from longmem.model import saving, side_state
 from longmem.model.names import backbone_location, look_up
 from longmem.model.side_network import SideNetwork
@@ -95,6 +96,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def __init__(
         self, config: LongMemConfig, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
+        refuse_other_kinds(config, backbone, tokenizer)
         config = LongMemConfig.from_dict({**config.to_dict(), "backbone_config": backbone.config.to_dict()})
         super().__init__(config)
         self._backbone = Backbone(backbone)
@@ -113,6 +115,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
     # Making and saving -------------------------------------------------------------------------------------------------
 
     @classmethod
+    @checked
     def from_backbone(
         cls,
         backbone: str | PathLike[str] | PreTrainedModel,
@@ -181,6 +184,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return model
 
     @classmethod
+    @checked
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | PathLike[str],
@@ -264,6 +268,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         nothing: dict[str, set[str]] = {name: set() for name in names}
         return (model.eval(), nothing) if output_loading_info else model.eval()  # type: ignore[return-value]
 
+    @checked
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | PathLike[str],
@@ -423,6 +428,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """
         return side_state.side_state(self.side_network, self.backbone)
 
+    @checked
     def load_side_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put in the tensors of another model's `side_state_dict`, or of a mean of several; all fit, or nothing changes.
 
@@ -457,6 +463,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
                 )
         return self._tokenizer
 
+    @checked
     def encoder_stamp(self, *, exact: bool = False) -> EncoderStamp:
         """Return what determines the numbers that this model stores: a hash of the encoder's weights, and the recipe.
 
@@ -598,6 +605,24 @@ class LongMemPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
+
+
+def refuse_other_kinds(config: Any, backbone: Any, tokenizer: Any) -> None:
+    """Raise ValueError unless these are a configuration, a causal LM and, if it is there, a tokenizer."""
+    rules = (
+        ("config", config, isinstance(config, LongMemConfig), "a LongMemConfig", "`from_backbone` makes it"),
+        (
+            "backbone",
+            backbone,
+            isinstance(backbone, PreTrainedModel),
+            "a causal LM",
+            "`from_backbone` opens one by name",
+        ),
+        ("tokenizer", tokenizer, tokenizer is None or callable(tokenizer), "a tokenizer", "`AutoTokenizer` opens one"),
+    )
+    for name, value, holds, rule, way_out in rules:
+        if not holds:
+            raise ValueError(f"`{name}` must be {rule} of transformers, got {got(value)}; {way_out}.")
 
 
 def refuse_unstorable_layers(config: LongMemConfig, structure: BackboneStructure) -> None:

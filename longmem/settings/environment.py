@@ -3,6 +3,7 @@
 import importlib.metadata
 import platform
 import subprocess
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import psutil
 import torch
 
 PACKAGES = ("torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy", "safetensors")
+
+# The device that a command was told to use.
+DEVICE: ContextVar[str] = ContextVar("longmem_device", default="auto")
 
 
 def environment() -> dict[str, Any]:
@@ -32,6 +36,12 @@ def environment() -> dict[str, Any]:
         "memory_gigabytes": round(psutil.virtual_memory().total / 2**30, 1),
         "threads": torch.get_num_threads(),
     }
+
+
+def chosen_device() -> torch.device:
+    """Return the device that models are opened on by name: the one that a command was told, else a GPU where there is one."""
+    name = DEVICE.get()
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _processor() -> str:

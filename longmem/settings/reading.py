@@ -140,6 +140,22 @@ def _rule(hint: Any, limits: list[Any], optional: bool) -> str:
     return " ".join([rule, " and ".join(map(str, limits))] if limits else [rule]) + (", or null" if optional else "")
 
 
+def in_words(hint: Any) -> str:
+    """Return what a value of a type is called in an error message.
+
+    >>> in_words(int | None), in_words(Literal["a", "b"]), in_words(list[int])
+    ('an integer, or None', 'one of a, b', 'a list of integers')
+    """
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [part for part in parts if part is not types.NoneType]
+    hint = float if float in kinds else kinds[0]
+    if get_origin(hint) is list:
+        words = "a list of integers" if get_args(hint) == (int,) else "a list of lists of integers"
+    else:
+        words = "a dictionary with names for keys" if get_origin(hint) is dict else _rule(hint, [], False)
+    return words.replace("true or false", "True or False") + (", or None" if len(kinds) < len(parts) else "")
+
+
 def _way_out(hint: Any, field: dataclasses.Field[Any]) -> str:
     if hint is str:
         return "put quotes around what YAML would read as a number, a date or true and false."

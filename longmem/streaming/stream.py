@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from longmem import files
 from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
+from longmem.memory.checks import checked_methods, got
 from longmem.memory.memorize import to_token_ids
 from longmem.streaming import state as saved
 from longmem.streaming.state import StreamingModel, StreamState, own_random_numbers, random_state, set_random_state
@@ -34,8 +35,17 @@ CHOICE = (
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
     *("renormalize_logits", "remove_invalid_values", "eos_token_id", "pad_token_id"),
 )
+# Those that act on what is drawn, each with its range; without `do_sample` nothing is.
+DRAWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "temperature": ("a number above 0", lambda value: 0 < value < math.inf),
+    "top_k": ("an integer of 0 (no limit) or more", lambda value: value >= 0 and value == int(value)),
+    **dict.fromkeys(("top_p", "top_h", "typical_p"), ("above 0 and at most 1", lambda value: 0 < value <= 1)),
+    "min_p": ("from 0 to 1", lambda value: 0 <= value <= 1),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), ("from 0 to below 1", lambda value: 0 <= value < 1)),
+}
 
 
+@checked_methods("__init__")  # made by `stream` and `load` alone
 class MemoryStream:
     """Unlimited tokens in and out; made by `LongMemForCausalLM.stream`, or by `load` from a folder that `save` wrote.
 
@@ -284,6 +294,13 @@ def one_token_config(defaults: GenerationConfig, options: dict[str, Any]) -> Gen
                 f"`{name}` has no meaning for a stream, whose tokens come one at a time.{did_you_mean(name, CHOICE)} "
                 f"Options: {', '.join(CHOICE)}."
             )
+    samples = options.get("do_sample", defaults.do_sample)
+    for name, value in options.items():
+        rule, holds = DRAWN.get(name, ("", lambda _: True))
+        if rule and not (isinstance(value, int | float) and not isinstance(value, bool) and holds(value)):
+            raise ValueError(f"`{name}` must be {rule}, got {got(value)}; leave it out for the model's own.")
+        if rule and not samples:
+            raise ValueError(f"`{name}` acts on what is drawn, and nothing is, got {got(value)}; add `do_sample=True`.")
     given = {name: value for name in CHOICE if (value := getattr(defaults, name, None)) is not None}
     return GenerationConfig(**{**given, **options}, max_new_tokens=1, return_dict_in_generate=True)
 

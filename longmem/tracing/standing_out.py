@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.memory import ChunkPlace, MemoryBank
+from longmem.memory.protocols import Memory
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.reads import of_one_state, table_of_reads
 
@@ -41,6 +42,7 @@ def read_passages(
     *,
     count: int = 1,
     context: int = 16,
+    memory: Memory | None = None,
 ) -> list[list[Passage]]:
     """Return, for each run of predicted tokens, the `count` passages that stand out among what was read.
 
@@ -54,20 +56,22 @@ def read_passages(
         targets: runs of tokens in the window, from token 1; the prediction of token t is made at token t - 1.
         count: passages per run, at most.
         context: tokens of the document shown before and after a chunk.
+        memory: a selection of the bank, to be read instead of all of it.
     """
     ids = token_ids[None].to(model.input_device)
-    return of_one_state(bank, lambda: _passages(model, bank, ids, targets, count, context))
+    return of_one_state(bank, lambda: _passages(model, bank, memory or bank, ids, targets, count, context))
 
 
 def _passages(
     model: LongMemForCausalLM,
     bank: MemoryBank,
+    memory: Memory,
     ids: Int[Tensor, "1 tokens"],
     targets: Sequence[slice],
     count: int,
     context: int,
 ) -> list[list[Passage]]:
-    read = model(ids, memory=bank, output_memory_reads=True, logits_to_keep=1).memory_reads
+    read = model(ids, memory=memory, output_memory_reads=True, logits_to_keep=1).memory_reads
     if not read:
         return [[] for _ in targets]  # the bank is empty
     reads = table_of_reads([read], ids.shape[1])

@@ -241,7 +241,7 @@ def explain(
     prompt: str | Sequence[int] | Tensor,
     *,
     memory: FindableMemory,
-    answer: str | None = None,
+    answer: str | Sequence[int] | Tensor | None = None,
     max_new_tokens: int = 64,
     **options: Any,
 ) -> Trace:
@@ -251,7 +251,7 @@ def explain(
         model: answers.
         prompt: text, or token ids.
         memory: a bank, a selection of one, or shards. Passages have text where it holds token ids or texts.
-        answer: text that is scored instead of written, right behind the prompt.
+        answer: text, or token ids, scored instead of written, right behind the prompt.
         max_new_tokens: of the answer that the model writes; 0: the prompt alone is read.
         options: others of `generate`, such as `do_sample`.
 
@@ -272,7 +272,8 @@ def explain(
     start = torch.tensor([ids], device=model.input_device)
     without = None
     if answer is not None:
-        new = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        is_text = isinstance(answer, str)
+        new = tokenizer(answer, add_special_tokens=False)["input_ids"] if is_text else torch.as_tensor(answer).tolist()
     elif max_new_tokens:
         written = {"attention_mask": torch.ones_like(start), "max_new_tokens": max_new_tokens, **options}
         new = model.generate(start, memory=memory, **written)[0, len(ids) :].tolist()

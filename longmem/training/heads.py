@@ -13,14 +13,16 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
 
 from longmem.backbone.structure import UnsupportedBackboneError
+from longmem.memory.checks import checked, got
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.side_network import SideLayer
+from longmem.settings import Above, Below, From, read_section
 from longmem.training.extension import Extension, Run
 from longmem.training.loop import Trainer
 from longmem.training.settings import (
@@ -57,18 +59,38 @@ class HeadSettings:
         seed: of order and facts.
     """
 
-    steps: int = 40
-    pull: float = 0.3
-    allowed_fall: float = 0.0
-    memory_tokens: int = 4096
-    window: int = 1024
-    segment_length: int = 1024
-    chunk_size: int = 4
-    num_retrieved_tokens: int = 32
-    recall_share: float = 0.3
-    lora_rank: int = 16
-    dtype: str = "float32"
+    steps: Annotated[int, From(1)] = 40
+    pull: Annotated[float, Above(0)] = 0.3
+    allowed_fall: Annotated[float, From(0)] = 0.0
+    memory_tokens: Annotated[int, From(1)] = 4096
+    window: Annotated[int, From(1)] = 1024
+    segment_length: Annotated[int, From(1)] = 1024
+    chunk_size: Annotated[int, From(1)] = 4
+    num_retrieved_tokens: Annotated[int, From(1)] = 32
+    recall_share: Annotated[float, From(0), Below(1)] = 0.3
+    lora_rank: Annotated[int, From(1)] = 16
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
+
+
+def validate_call(texts: object, settings: object, console: object) -> None:
+    """Raise ValueError for arguments of `calibrate_heads` with which it could not begin."""
+    are_texts = isinstance(texts, str | Path) or (
+        isinstance(texts, Sequence) and len(texts) > 1 and all(isinstance(each, str) and each.strip() for each in texts)
+    )
+    if not are_texts or not str(texts).strip():
+        raise ValueError(
+            f"`texts` must be the name of a source of texts, or a list of at least two, none of them blank, got {got(texts)}; "
+            "documents of several thousand tokens are best."
+        )
+    if not isinstance(settings, HeadSettings):
+        raise ValueError(f"`settings` must be a HeadSettings, got {got(settings)}; leave it out for the defaults.")
+    try:
+        read_section(HeadSettings, dataclasses.asdict(settings))  # types and ranges
+    except ValueError as error:
+        raise ValueError(f"`settings` must keep the ranges of HeadSettings: {error}") from error
+    if not isinstance(console, Console | None):
+        raise ValueError(f"`console` must be a Console of rich, got {got(console)}; leave it out to hear nothing.")
 
 
 class PullDown(Extension):
@@ -88,6 +110,7 @@ class PullDown(Extension):
             layer.memory_bias.sub_(self.pull * RATE * (1 - self.run.step / steps))
 
 
+@checked
 def calibrate_heads(
     backbone: str,
     texts: str | Path | Sequence[str],
@@ -110,6 +133,7 @@ def calibrate_heads(
         ValueError: fewer than two texts, texts that are too short, or no head that helps.
     """
     settings = HeadSettings() if settings is None else settings
+    validate_call(texts, settings, console)
     with tempfile.TemporaryDirectory(prefix="longmem-heads-") as folder:
         source = Path(folder, "texts.jsonl")
         if isinstance(texts, str | Path):
@@ -161,7 +185,7 @@ def train_gates(
     run = TrainingSettings(
         output=str(folder),
         seed=settings.seed,
-        model=ModelSettings(backbone=backbone, backbone_dtype=settings.dtype, config=fields),  # type: ignore[arg-type]
+        model=ModelSettings(backbone=backbone, backbone_dtype=settings.dtype, config=fields),
         data=DataSettings(
             train=str(source),
             recall_share=settings.recall_share,

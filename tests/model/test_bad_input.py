@@ -161,3 +161,99 @@ def test_joint_fusion_refuses_other_attention_implementations():
     with pytest.raises(ValueError, match='"sdpa" or "eager", got "somebody\'s"'):
         LongMemForCausalLM.from_backbone(llama, **SETTINGS)
     LongMemForCausalLM.from_backbone(llama, **SETTINGS, fusion="gated")
+
+
+# What is refused, or adapted, for what was seen and for nothing else.
+
+
+@pytest.fixture
+def short_window():
+    with pytest.warns(UserWarning, match="`segment_length` is 64, the window of this backbone, and not the usual 1024"):
+        return LongMemForCausalLM.from_backbone(build_backbone("gpt2", n_positions=64), num_retrieved_tokens=16).eval()
+
+
+def test_the_default_fits_the_window_of_the_backbone(short_window):
+    assert short_window.config.segment_length == 64
+    with pytest.raises(ValueError, match="`segment_length` must fit the backbone's window of 64 tokens"):
+        LongMemForCausalLM.from_backbone(build_backbone("gpt2", n_positions=64), segment_length=1024)
+    assert LongMemForCausalLM.from_backbone(build_backbone("llama")).config.segment_length == 1024
+
+
+def test_the_last_learned_position_is_named_before_it_is_passed(short_window, monkeypatch):
+    ids = torch.arange(60)[None]
+    assert short_window.generate(ids, max_new_tokens=5, pad_token_id=0).shape == (1, 65)  # the last is chosen, not read
+    monkeypatch.setattr(type(short_window.backbone), "forward", None)  # nothing runs
+    for call in (
+        lambda: short_window.generate(ids, max_new_tokens=6),
+        lambda: short_window.generate(ids, max_length=70),
+        lambda: short_window(torch.arange(65)[None]),
+        lambda: short_window(ids, position_ids=ids + 10),
+    ):
+        with pytest.raises(ValueError, match=r"64 positions that GPT2LMHeadModel|from 0 to 63"):
+            call()
+
+
+def test_rotary_models_have_no_last_position(llama):
+    model = LongMemForCausalLM.from_backbone(llama, **SETTINGS).eval()
+    assert model(torch.arange(90)[None], position_ids=torch.arange(10**6, 10**6 + 90)[None]).logits.isfinite().all()
+
+
+def test_what_is_memorized_under_autocast_is_what_the_fingerprint_says(llama):
+    model = LongMemForCausalLM.from_backbone(llama, **SETTINGS).eval()
+    banks = [MemoryBank.for_model(model, storage_dtype="float32") for _ in range(2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.memorize(banks[0], torch.arange(90), "a")
+        inside = model(torch.arange(20)[None], output_memory_keys=True)
+    model.memorize(banks[1], torch.arange(90), "a")
+    outside = model(torch.arange(20)[None], output_memory_keys=True)
+    layer = banks[0].memory_layers[0]
+    assert torch.equal(banks[0].search_keys(layer), banks[1].search_keys(layer))
+    assert torch.equal(inside.memory_keys[0], outside.memory_keys[0])
+    assert not torch.equal(inside.logits, outside.logits)  # what is not stored is computed as autocast says
+
+
+def test_numbers_that_overflow_are_not_called_a_look_ahead():
+    backbone = build_backbone("llama")
+    with torch.no_grad():
+        backbone.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"finite logits, got NaN or inf in torch.float32.*bfloat16"):
+        LongMemForCausalLM.from_backbone(backbone, **SETTINGS)
+
+
+def test_adapters_that_are_not_merged_are_named():
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(build_backbone("llama"), lora)
+    with pytest.raises(ValueError, match=r"adapters of PEFT that are not merged: `merge_and_unload\(\)`"):
+        LongMemForCausalLM.from_backbone(adapted.base_model.model, **SETTINGS)
+    LongMemForCausalLM.from_backbone(adapted.merge_and_unload(), **SETTINGS)
+
+
+def test_a_newer_librarys_input_is_ignored_with_a_warning(llama):
+    model = LongMemForCausalLM.from_backbone(llama, **SETTINGS).eval()
+    ids = torch.ones(1, 4).long()
+    with pytest.warns(UserWarning, match="ignores `of_a_later_release`"):
+        found = model(ids, of_a_later_release=3).logits
+    assert torch.equal(found, model(ids).logits)
+    bank = MemoryBank.for_model(model)
+    with pytest.raises(ValueError, match="pass it as `memory`"):
+        model(ids, bank=bank)
+    with pytest.raises(ValueError, match="Did you mean `output_memory_reads`"):
+        model(ids, output_memory_read=True)
+    assert isinstance(model(ids, return_dict=False), tuple)
+
+
+def test_generate_returns_who_read_what(llama):
+    model = LongMemForCausalLM.from_backbone(llama, **SETTINGS).eval()
+    bank = MemoryBank.for_model(model)
+    model.memorize(bank, torch.arange(90), "a")
+    asked = dict(memory=bank, max_new_tokens=3, output_memory_reads=True, return_dict_in_generate=True)
+    output = model.generate(torch.arange(8)[None], **asked)
+    assert [[read.rows.shape[2] for read in step] for step in output.memory_reads] == [[8], [1], [1]]
+    first = model(torch.arange(8)[None], memory=bank, output_memory_reads=True).memory_reads
+    assert torch.equal(output.memory_reads[0][0].rows, first[0].rows)
+    with pytest.raises(ValueError, match="needs `return_dict_in_generate=True`"):
+        model.generate(torch.arange(8)[None], memory=bank, max_new_tokens=3, output_memory_reads=True)
+    with pytest.raises(ValueError, match="`output_memory_keys` must be left out"):
+        model.generate(torch.arange(8)[None], memory=bank, max_new_tokens=3, output_memory_keys=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from longmem.evaluation.intervals import (
     as_values,
     bootstrap_interval,
     perplexity_estimate,
+    perplexity_of,
     perplexity_reduction,
     ratio_of_means,
 )
@@ -108,7 +108,7 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
             "bits_per_byte": as_values((bits.mean().item(), *bootstrap_interval(bits, seed=seed))),
             "seconds_per_token": sum(each.seconds for each in whole) / count,
             "preparing_seconds_per_token": sum(each.preparing_seconds for each in whole) / count,
-            "documents": {text.name: math.exp(each.loss) for text, each in zip(texts, whole, strict=True)},
+            "documents": {text.name: perplexity_of(each.loss) for text, each in zip(texts, whole, strict=True)},
         }
         if system in settings.contexts and ("on", "backbone") in pairs:
             gain, most = (losses["backbone"] - losses[each] for each in ("on", system))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longmem.encoder.history import Encoders
-from longmem.memory.checks import refuse_search
+from longmem.memory.checks import MOST_CHUNKS, refuse_search
 from longmem.memory.eviction import EvictionPolicy, make_policy
 from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, TokenIndex, make_index
 from longmem.memory.rows.documents import Document, IntQueue, Run, Runs, Source, SourcePart, Tail
@@ -328,8 +328,9 @@ class Table:
     ) -> Ranked:
         """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written."""
         shape = self.storage.shapes[position] if self.storage.shapes else None
-        fits = queries.ndim == 3 and (shape is None or (queries.shape[0], queries.shape[2]) == shape[:2])
-        if not fits or type(num_chunks) is not int or num_chunks < 1:
+        fits = isinstance(queries, Tensor) and queries.is_floating_point() and queries.ndim == 3
+        fits = fits and (shape is None or (queries.shape[0], queries.shape[2]) == shape[:2])
+        if not fits or type(num_chunks) is not int or not 0 < num_chunks <= MOST_CHUNKS:
             refuse_search(queries, num_chunks, shape)
         if self.storage.shapes:
             return self.index_of(position).search(queries, num_chunks, rows, bonus)

@@ -1,0 +1,401 @@
+"""What commands read and say: folders, standard input, encodings, documents, long texts, errors, narrow terminals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import save_tiny_backbone, some_text
+
+from longmem.cli.main import main
+from longmem.cli.texts import find_files, looks_like_text, read_text, readable_name
+from longmem.console import plain_table
+from longmem.evaluation.intervals import clustered_mean, perplexity_estimate
+from longmem.memory import MemoryBank
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_backbone(tmp_path_factory.mktemp("backbone")))
+
+
+@pytest.fixture
+def bank(tmp_path, backbone, run) -> Path:
+    (tmp_path / "one.txt").write_text(some_text(30))
+    assert (
+        run("memorize", tmp_path / "one.txt", "--bank", tmp_path / "bank", "--model", backbone, "--tag", "cats")[0] == 0
+    )
+    return tmp_path / "bank"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with two files of one name, source code, hidden files and bytes."""
+    folder = tmp_path / "project"
+    for name in ("README.md", "docs/README.md", "src/main.py", ".git/config"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"This is {name}.\n")
+    (folder / "logo.png").write_bytes(b"\x89PNG\r\n\0\0\xff")
+    return folder
+
+
+def documents(folder: Path) -> dict[str, str | None]:
+    with MemoryBank.open(folder, read_only=True) as bank:
+        return {info.document_id: bank.text(info.document_id) for info in bank.documents()}
+
+
+def test_a_folder_becomes_documents_named_by_their_paths(project, tmp_path, backbone, run):
+    code, _, told = run("memorize", project, "--bank", tmp_path / "bank", "--model", backbone)
+    assert code == 0
+    assert "1 files hold no text and are left out" in told
+    assert documents(tmp_path / "bank").keys() == {"README.md", "docs/README.md", "src/main.py"}
+    code, _, _ = run("memorize", project, "--glob", "*.py", "--bank", tmp_path / "code", "--model", backbone)
+    assert code == 0
+    assert documents(tmp_path / "code") == {"src/main.py": "This is src/main.py.\n"}
+
+
+def test_files_of_one_name_bear_their_paths(project, monkeypatch):
+    monkeypatch.chdir(project)
+    found, _ = find_files([Path("README.md"), Path("docs/README.md"), Path("src/main.py")])
+    assert [name for _, name in found] == ["README.md", "docs/README.md", "main.py"]
+
+
+def test_standard_input_is_a_file(bank, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(b"told by another program")))
+    assert run("memorize", "-", "--id", "piped", "--bank", bank)[0] == 0
+    assert documents(bank)["piped"] == "told by another program"
+
+
+@pytest.mark.parametrize(
+    ("raw", "encoding", "text"),
+    [
+        (b"\xef\xbb\xbfmarked", None, "marked"),
+        ("Übung".encode(), None, "Übung"),
+        ("Übung".encode("latin-1"), "latin-1", "Übung"),
+        ("Übung".encode("utf-16"), "utf-16", "Übung"),
+    ],
+)
+def test_encodings(raw, encoding, text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(raw)
+    assert read_text(tmp_path / "a.txt", encoding) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "encoding", "words"),
+    [
+        ("a.txt", "Übung".encode("latin-1"), None, "is not a UTF-8 text file"),
+        ("a.txt", b"text\0with a zero", None, "zero bytes"),
+        ("a.txt", "text".encode("utf-16"), None, "--encoding"),
+        ("a.txt", b"text", "latin-x", "must be one that Python knows"),
+        ("a.txt", b" \n", None, "holds no text"),
+        ("a.bin", b"\x7fELF\xff", None, "is not a UTF-8 text file"),
+        ("a.pdf", b"%PDF-1.4", None, "longmem-lm[files]"),
+        ("a.docx", b"PK\3\4", None, "longmem-lm[files]"),
+        ("a.ipynb", b"{}", None, "longmem-lm[files]"),
+        ("a.html", b"<p>text</p>", None, "longmem-lm[files]"),
+    ],
+)
+def test_what_is_no_text_is_refused(name, raw, encoding, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "markitdown", None)
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises((ValueError, ImportError), match=words.replace("[", r"\[")):
+        read_text(tmp_path / name, encoding)
+
+
+def test_documents_are_read_by_their_reader(tmp_path, monkeypatch):
+    class MarkItDown:
+        def __init__(self, enable_plugins: bool) -> None:
+            assert not enable_plugins
+
+        def convert_local(self, path: Path) -> object:
+            if path.name == "broken.pdf":
+                raise KeyError("xref\ntable")
+            return types.SimpleNamespace(markdown=f"# {path.name}")
+
+    monkeypatch.setitem(sys.modules, "markitdown", types.SimpleNamespace(MarkItDown=MarkItDown))
+    for name in ("paper.pdf", "broken.pdf", "page.html"):
+        (tmp_path / name).write_bytes(b"<p>bytes</p>")
+    assert read_text(tmp_path / "paper.pdf") == "# paper.pdf"
+    assert looks_like_text(tmp_path / "paper.pdf")
+    assert read_text(tmp_path / "page.html", "utf-8") == "<p>bytes</p>"  # as it stands
+    with pytest.raises(ValueError, match="broken.pdf can't be read as .pdf: KeyError: 'xref"):
+        read_text(tmp_path / "broken.pdf")
+
+
+@pytest.mark.parametrize("name", ["documents.jsonl", "documents.json", "backup"])
+def test_an_export_is_one_whatever_it_is_called(name, bank, tmp_path, backbone, run):
+    assert run("bank", "export", tmp_path / name, "--bank", bank)[0] == 0
+    assert run("memorize", tmp_path / name, "--bank", tmp_path / "again", "--model", backbone)[0] == 0
+    assert documents(tmp_path / "again") == documents(bank)
+
+
+def test_a_long_text_is_committed_in_pieces_and_gone_on_with(tmp_path, backbone, run, monkeypatch):
+    from longmem.cli import memorize
+    from longmem.model.modeling import LongMemForCausalLM
+
+    monkeypatch.setattr(memorize, "PIECE", 400)
+    text = "\n".join(some_text(10, seed) for seed in range(40))
+    (tmp_path / "long.txt").write_text(text)
+    command = ("memorize", tmp_path / "long.txt", "--bank", tmp_path / "bank", "--model", backbone, "--quiet")
+    encode, calls = LongMemForCausalLM.memorize, []
+
+    def stopped(self, *given, **options):
+        calls.append(options)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, *given, **options)
+
+    monkeypatch.setattr(LongMemForCausalLM, "memorize", stopped)
+    assert run(*command)[0] == 130
+    kept = documents(tmp_path / "bank")["long.txt"]
+    assert 0 < len(kept) < len(text)
+    assert text.startswith(kept)
+    assert run(*command)[0] == 0
+    assert documents(tmp_path / "bank") == {"long.txt": text}
+    assert len(calls) < 2 * len(list(memorize.pieces_of(text)))
+    code, _, error = run(*command)
+    assert code == 2
+    assert "already holds a document 'long.txt'" in error
+
+
+def test_pieces_are_the_text(monkeypatch):
+    from longmem.cli import memorize
+
+    monkeypatch.setattr(memorize, "PIECE", 50)
+    for text in (some_text(200), "x" * 333, "a" + " " * 500 + "b", "a\n" * 99, "a" * 60 + " " * 200):
+        pieces = list(memorize.pieces_of(text))
+        assert "".join(text[start:stop] for start, stop in pieces) == text
+        assert not any(text[start:stop].isspace() for start, stop in pieces)
+
+
+def test_generate_reads_what_it_is_told(bank, tmp_path, run):
+    (tmp_path / "two.txt").write_text(some_text(30, 1))
+    assert run("memorize", tmp_path / "two.txt", "--bank", bank, "--tag", "dogs")[0] == 0
+    asked = ("generate", "--bank", bank, "--prompt", "the cat", "--max-new-tokens", 8, "--json")
+    whole, first, second = (json.loads(run(*asked, *more)[1]) for more in ((), ("--id", "one.txt"), ("--tag", "dogs")))
+    assert len({each["text"] for each in (whole, first, second)}) > 1
+    reads = json.loads(run(*asked, "--tag", "dogs", "--show-reads")[1])["reads"]
+    assert {read["document_id"] for read in reads} == {"two.txt"}
+    letter = whole["text"][2]
+    stopped = json.loads(run(*asked, "--stop", letter)[1])["text"]
+    assert stopped == whole["text"][: whole["text"].index(letter) + 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--temperature", "nan"], "`--temperature` must be 0 or more"),
+        (["--temperature", "inf"], "`--temperature` must be 0 or more"),
+        (["--tag", "dgs"], "`tags` must be one of the known names"),
+        (["--id", "one.tx"], "Did you mean `one.txt`?"),
+        (["--stop", ""], "`--stop` must be some text"),
+        (["--chat"], "no chat template"),
+        (["--device", "cuda:99"], "`--device` must be a device of this machine"),
+        (["--encoding", "latin-1"], "`--encoding` must come with `--prompt-file`"),
+        (["--seed", str(2**70)], "`--seed` must be an integer"),
+    ],
+)
+def test_wrong_options_of_generate(arguments, words, bank, run):
+    code, out, error = run("generate", "--bank", bank, "--prompt", "a", *arguments, "--json")
+    assert code == 2
+    assert words in error
+    assert error.count("\n") <= 1 + error.count("Loading")
+    assert words in json.loads(out)["error"]
+
+
+def test_errors_are_json_for_a_program(tmp_path, run, capsys):
+    code, out, error = run("bank", "list", "--bank", tmp_path / "none", "--json")
+    assert code == 2
+    assert json.loads(out) == {"error": error.removeprefix("longmem: ").rstrip("\n")}
+    with pytest.raises(SystemExit) as stop:
+        main(["bank", "list", "--json"])
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    assert json.loads(out)["error"].endswith("the following arguments are required: --bank")
+    assert error.startswith("usage: longmem bank list")
+
+
+def test_a_file_that_is_not_there_is_offered_by_its_right_name(bank, run):
+    code, _, error = run("memorize", bank.parent / "ome.txt", "--bank", bank)
+    assert code == 2
+    assert "Did you mean `one.txt`?" in error
+
+
+@pytest.mark.parametrize("raised", [IndexError("index out of range"), MemoryError(), AssertionError(), KeyError("x")])
+def test_no_traceback_without_debug(raised, bank, run, monkeypatch):
+    from longmem.cli import common
+
+    def fail(*given, **options):
+        raise raised
+
+    monkeypatch.setattr(common, "open_bank", fail)
+    code, _, error = run("bank", "info", "--bank", bank)
+    assert code == (2 if isinstance(raised, MemoryError) else 1)
+    assert error.startswith("longmem: ")
+    assert "Traceback" not in error
+    with pytest.raises(type(raised)):
+        run("bank", "info", "--bank", bank, "--debug")
+
+
+def test_quiet_prints_results_alone(bank, run):
+    assert run("bank", "pin", "one.txt", "--bank", bank, "--quiet") == (0, "", "")
+    assert "one.txt" in run("bank", "list", "--bank", bank, "--quiet")[1]
+
+
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(each, marks=pytest.mark.slow) for each in ("latin-1", "cp1252", "utf-8"))]
+)
+def test_the_encoding_of_the_terminal_changes_nothing_that_is_done(encoding, bank, tmp_path, backbone):
+    names = ["猫.txt", "café.txt", "🐱.txt"]
+    for name in names:
+        (tmp_path / name).write_text(some_text(5))
+    code = (
+        "import sys; from longmem.cli.main import main\n"
+        f"names, bank = {names!r}, {str(bank)!r}\n"
+        "for line in (['memorize', *names, '--bank', bank], ['bank', 'list', '--bank', bank],"
+        " ['bank', 'pin', *names, '--bank', bank],"
+        " ['bank', 'list', '--json', '--bank', bank]):\n"
+        "    if code := main(line):\n        sys.exit(code)\n"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"one.txt", *names} == documents(bank).keys()
+    listed = json.loads("{" + done.stdout.decode(encoding).partition("\n{")[2])
+    assert {each["document_id"] for each in listed["documents"]} == {"one.txt", *names}
+
+
+def test_a_name_that_is_no_text_is_written_out():
+    assert readable_name(os.fsdecode(b"caf\xe9.txt")) == r"caf\xe9.txt"
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_rows_show_their_names_at_any_width(width):
+    systems = ["the backbone alone, with its own window", "the side network, with a wrong memory", "on"]
+    rows = [["", *(f"measure {number}, in percent" for number in range(6))]]
+    rows += [[name, *("12.345 (11.111 to 13.333)" for _ in range(6))] for name in systems]
+    out = io.StringIO()
+    Console(file=out, width=width, soft_wrap=True, highlight=False).print(plain_table(rows))
+    told = out.getvalue()
+    words = " ".join(told.split())
+    assert words.count("12.345 (11.111 to 13.333)") == 18
+    assert all(name.split()[-1] in told for name in systems)
+    if width >= 80:
+        assert all(name in told for name in systems)
+        assert max(map(len, told.splitlines())) <= width
+
+
+def test_intervals_of_many_groups_take_little_memory():
+    """Ten thousand groups in ten thousand resamples are 10^8 draws; all at once they would be 800 MB, and several times."""
+    code = (
+        "import resource, torch\nfrom longmem.evaluation.intervals import clustered_mean\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "mean, low, high = clustered_mean([float(i % 7) for i in range(10_000)], [str(i) for i in range(10_000)])\n"
+        "assert low < mean < high\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 200  # MB
+
+
+def test_batches_of_resamples_are_the_resamples(monkeypatch):
+    from longmem.evaluation import intervals
+
+    whole = intervals.resamples(37, 1000, seed=3)
+    expected = clustered_mean(list(range(60)), [str(i // 3) for i in range(60)])
+    monkeypatch.setattr(intervals, "DRAWN_AT_ONCE", 100)
+    assert torch.equal(intervals.resamples(37, 1000, seed=3), whole)
+    assert clustered_mean(list(range(60)), [str(i // 3) for i in range(60)]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    assert perplexity_estimate(torch.tensor([800.0, 900.0])) == (float("inf"),) * 3
+    assert perplexity_estimate(torch.tensor([0.0, 0.0])) == (1.0, 1.0, 1.0)
+
+
+# Command lines, with {bank} and {file} that are there and {none} that is not; what is said of each.
+WRONG_LINES = {
+    "memorize {none} --bank {bank}": "there is no file",
+    "memorize {file} --bank {bank} --replace --glob *.md": "`--glob` must come with a folder",
+    "memorize {file} --bank {bank} --replace --encoding latin-x": "`--encoding` must be one that Python knows",
+    "memorize {file} --bank {bank} --replace --device gpu": "`--device` must be a device of this machine",
+    "memorize {file} --bank {bank} --replace --index flat": "`--index` is set when a bank is made",
+    "memorize {file} --bank {none} --index flatt": "Did you mean `flat`?",
+    "memorize {file} --bank {none} --capacity 0": "`capacity_tokens` must be an integer of at least 1",
+    "memorize {file} --bank {none} --capacity 1000000000000000000": "`capacity_tokens` must be an integer",
+    "memorize {file} --bank {none} --capacity ten": "invalid int value: 'ten'",
+    "memorize {file} --bank {none} --eviction lru:x=1": "'lru' has no settings",
+    "memorize {file} --bank {none} --eviction ttl:seconds=nan": "`seconds` of eviction 'ttl' must be",
+    "memorize {file} --bank {none} --storage-dtype float8": "`storage_dtype` must be one of",
+    "memorize {file} --bank {none} --refresh soon": "`refresh` must be one of",
+    "memorize {file} --bank": "expected one argument",
+    "memorize --bank {bank}": "the following arguments are required: FILE",
+    "memorise {file} --bank {bank}": "invalid choice: 'memorise'",
+    "bank add {file} {file} --bank {bank}": "must have different names",
+    "bank append {none} --id one.txt --bank {bank}": "there is no file",
+    "bank append {file} --id two.txt --bank {bank}": "Did you mean `one.txt`?",
+    "bank update - --bank {bank}": "`--id` must name the document",
+    "bank update {file} --id two.txt --bank {bank}": "Did you mean `one.txt`?",
+    "bank delete two.txt --bank {bank}": "Did you mean `one.txt`?",
+    "bank tag two.txt --tag x --bank {bank}": "`document_id` must name a document",
+    "bank supersede one.txt --by two.txt --bank {bank}": "`by` must name a document",
+    "bank supersede one.txt --by one.txt --bank {bank}": "`by` must be another document",
+    "bank list --bank {none}": "there is no bank in",
+    "bank tune --bank {bank} --recall nan": "`--recall` must be above 0",
+    "bank tune --bank {bank} --num-queries 0": "`--num-queries` must be at least 1",
+    "bank tune --bank {bank} --layer 9": "`--layer` must be a memory layer",
+    "bank tune --bank {bank} --queries {none}": "there is no file",
+    "bank refresh --bank {bank} --budget-tokens 0": "`--budget-tokens` must be at least 1",
+    "bank refresh --bank {bank} --policy soon": "`refresh` must be one of",
+    "generate --bank {bank}": "one of the arguments --prompt --prompt-file is required",
+    "generate --bank {bank} --prompt a --max-new-tokens 0": "`--max-new-tokens` must be at least 1",
+    "generate --bank {bank} --prompt a --temperature nan": "`--temperature` must be 0 or more",
+    "generate --bank {bank} --prompt a --tag x": "`tags` must be one of the known names",
+    "generate --bank {bank} --prompt a --id x": "`document_ids` must name a document",
+    "generate --bank {bank} --prompt a --device cuda:99": "`--device` must be a device of this machine",
+    "generate --bank {bank} --prompt-file {none}": "there is no file",
+    "demo --windows 0": "`windows` must be at least 1",
+    "demo --file {none}": "`file` must be a text file",
+    "demo --device cuda:99": "`--device` must be a device of this machine",
+    "heads m step=3 --texts {none} --output {none}": "`step` is no setting. Did you mean `steps`?",
+    "heads m steps --texts {none} --output {none}": "a setting must look like",
+    "heads m steps=many --texts {none} --output {none}": "`steps` must be an integer",
+    "heads m --texts {none} --output {bank}": "`--output` must be a new folder",
+    "eval qualty": "Did you mean `quality`?",
+    "eval recall distanc=3": "`distanc` is not a setting",
+    "eval recall --config {none}": "must be a YAML file",
+    "train books data.lanse=3": "`data.lanse` is not a setting of this run. Did you mean `data.lanes`?",
+    "train python-manual data.lanes=many": "`data.lanes` must be an integer",
+    "train python-manual optimization.steps=0": "`optimization.steps` must be",
+    "train boks": "Did you mean `books`?",
+    "report {none}": "must be results of finished evaluations",
+}
+
+
+def test_wrong_command_lines_are_refused_before_a_model_is_opened(bank, tmp_path, run, capsys, monkeypatch):
+    from longmem.model import opening
+
+    monkeypatch.setattr(opening, "open_model", None)
+    monkeypatch.chdir(tmp_path)
+    before, there = documents(bank), sorted(os.listdir())
+    answers = {}
+    for line, words in WRONG_LINES.items():
+        places = {"bank": bank, "file": tmp_path / "one.txt", "none": tmp_path / "none"}
+        try:
+            code, _, error = run(*(part.format(**places) for part in line.split()))
+        except SystemExit as stop:
+            code, error = stop.code, capsys.readouterr().err
+        told = [each for each in error.splitlines() if each.startswith("longmem")]
+        if code != 2 or words not in error or len(told) != 1 or "Traceback" in error:
+            answers[line] = code, error
+    assert answers == {}
+    assert (documents(bank), sorted(os.listdir())) == (before, there)
