@@ -63,16 +63,17 @@ def answer(
 
     from longmem.model.reads import read_passages
 
+    class SafeStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
     inputs = model.tokenizer(prompt, return_tensors="pt").to(model.input_device)
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     if options["do_sample"]:
         torch.manual_seed(arguments.seed)
         options["temperature"] = arguments.temperature
     if not arguments.json:
-        options["streamer"] = streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
-        streamer.on_finalized_text = lambda text, stream_end=False: print(
-            printable(text), flush=True, end=None if stream_end else ""
-        )
+        options["streamer"] = SafeStreamer(model.tokenizer, skip_special_tokens=True)
     names = ("input_ids", "attention_mask")
     began = time.perf_counter()
     ids = model.generate(**{name: inputs[name] for name in names}, memory=bank, **options)[0].cpu()
