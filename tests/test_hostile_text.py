@@ -56,9 +56,10 @@ BILLION = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" f
         ("data: &d {train: x}\nmodel: {<<: *d}", r"got the alias `\*d` in line 2"),
         ("[" * 20_000, "must be YAML"),
         ("a: !!python/object/apply:os.system [ls]", "must be YAML"),
+        ("output: \x00", "must be YAML"),
         ("x" * (1 << 21), "must have at most 1,048,576 bytes"),
     ],
-    ids=["billion", "itself", "merged", "deep", "code", "large"],
+    ids=["billion", "itself", "merged", "deep", "code", "control", "large"],
 )
 def test_settings_are_bounded_and_hold_no_aliases(tmp_path, content, message):
     path = tmp_path / "run.yaml"

@@ -108,6 +108,10 @@ def answer(
 
     from longmem.tracing import explain, read_passages
 
+    class SafeStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
     inputs = (conversation if arguments.chat else plain)(prompt, model).to(model.input_device)
     memory = chosen(bank, arguments)
     options: dict[str, Any] = {
@@ -121,9 +125,7 @@ def answer(
     if arguments.stop:
         options |= {"stop_strings": arguments.stop, "tokenizer": model.tokenizer}
     if not arguments.json:
-        options["streamer"] = streamer = TextStreamer(model.tokenizer, skip_special_tokens=True)
-        said = lambda text, stream_end=False: print(printable(text), flush=True, end=None if stream_end else "")  # noqa: E731
-        setattr(streamer, "on_finalized_text", said)  # noqa: B010  a method, which mypy lets nobody replace
+        options["streamer"] = SafeStreamer(model.tokenizer, skip_special_tokens=True)
     names = ("input_ids", "attention_mask")
     began = time.perf_counter()
     ids = model.generate(**{name: inputs[name] for name in names}, **options)[0].cpu()

@@ -83,13 +83,12 @@ def run_task(
     Tables are shown and written; figures are another layer's: `longmem.plots.plot_finished(finished)`. Raises ValueError if a
     setting is wrong, or settings, model and data do not go together.
     """
-    from rich.console import Console
-
+    from longmem.console import SafeConsole
     from longmem.evaluation.runner import evaluate
     from longmem.evaluation.settings import load_evaluation
     from longmem.evaluation.task import Task
 
-    kind, console = task_class(name), Console() if console is None else console
+    kind, console = task_class(name), SafeConsole() if console is None else console
     settings = load_evaluation(kind.kind, default_settings(name) if file is None else file, overrides)
     if issubclass(kind, Task):
         return evaluate(kind(settings), console)

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
+from longmem.console import SafeConsole
+from longmem.errors import printable
 from longmem.official.comparison import compare, print_comparison
 from longmem.official.recording import Recording
 
@@ -21,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = compare(Recording(arguments.recording))
     except (ValueError, OSError) as error:
-        print(f"longmem.official: {error}", file=sys.stderr)
+        print(f"longmem.official: {printable(str(error))}", file=sys.stderr)
         return 2
-    print_comparison(result, Console(highlight=False, soft_wrap=True))
+    print_comparison(result, SafeConsole(highlight=False, soft_wrap=True))
     return 0 if result.agrees else 1
 
 

@@ -130,14 +130,12 @@ def settings_text(settings: Any) -> str:
 
 def _parse(text: Any, source: str) -> Any:
     """Return what YAML text says, under a name that errors then give."""
-    loader = SettingsLoader(text)
-    loader.name = source
     try:
+        loader = SettingsLoader(text)
+        loader.name = source
         return loader.get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{source!r} must be YAML, which it is not: {error}") from error
-    finally:
-        loader.dispose()
 
 
 def _apply_override(values: dict[str, Any], override: str, known: Sequence[str], free: Sequence[str]) -> None:

@@ -66,6 +66,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, extensions: Sequence[Extension] = ()) -> None:
         self.folder, self.keep, self.extensions = folder / "checkpoints", keep, tuple(extensions)
         self.trained: Trained  # to be set before the first is saved or restored
+        self._found: int | None = None  # what `find` found: it reads all files
         self.last = 0  # step of the one that was restored or saved last
 
     def steps(self) -> list[int]:
@@ -99,7 +100,8 @@ class Checkpoints:
                 f"no checkpoint in {self.folder} is whole, so the run can't go on: {problem} Restore one from a copy, or "
                 "remove that folder to begin anew."
             )
-        return int(step)
+        self._found = int(step)
+        return self._found
 
     def refuse_changed_settings(self, settings: TrainingSettings, step: int) -> None:
         """Raise ValueError if the run of the checkpoint after `step` steps had other settings."""
@@ -148,7 +150,7 @@ class Checkpoints:
 
         Raises ValueError if none is whole, one does not fit the run, or the run was begun with other texts or weights.
         """
-        step = self.find(accelerator)
+        step = self.find(accelerator) if self._found is None else self._found
         if not step:
             return 0
         folder = self.folder / f"step-{step}"

@@ -234,3 +234,14 @@ def test_what_fails_leaves_nothing_behind(tmp_path, tokenizer):
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     write_files(tmp_path, {"x.jsonl": json_lines({"text": "good"})})
     assert len(load_corpus(tmp_path / "x.jsonl", tokenizer, cache_dir=tmp_path / "cache")) == 1
+
+
+def test_what_is_kept_of_texts_is_private(tmp_path, tokenizer):
+    before = os.umask(0o022)
+    try:
+        load_corpus(write_files(tmp_path / "texts", BOOKS), tokenizer, cache_dir=tmp_path / "cache")
+    finally:
+        os.umask(before)
+    kept = list((tmp_path / "cache").rglob("*.*"))
+    assert {path.stat().st_mode & 0o077 for path in (tmp_path / "cache", *kept) if path.suffix != ".lock"} == {0}
+    assert any(path.name == corpus_module.FILE for path in kept)

@@ -53,7 +53,8 @@ def test_sixty_kills_lose_no_stream(started):
     _, folder, save, check, seen = started
     kill_at_any_time(save, check, kills=60, seconds=1)
     kill_at_every_change(folder, save, check)
-    assert seen[0] == 60 < max(seen)
+    assert min(seen) >= 60
+    assert max(seen) > 60
 
 
 def test_no_changed_bit_of_a_state_passes(started):

@@ -115,11 +115,13 @@ def test_a_full_folder_takes_no_more(model, input_ids, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_damaged_file_is_computed_again(model, input_ids, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_damaged_file_is_computed_again(model, input_ids, tmp_path, damage):
     features = FrozenFeatures(model, tmp_path, torch.float32)
     before = features.of(input_ids, LENGTHS)
     for file in tmp_path.rglob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:100])
+        content = file.read_bytes()
+        file.write_bytes(content[:100] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
     same(features.of(input_ids, LENGTHS), before, rtol=0, atol=0)
 
 
