@@ -8,6 +8,7 @@ A line of CHATS.jsonl is {"messages": [{"role": "user", "content": "..."}, {"rol
 import json
 import sys
 
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -19,14 +20,10 @@ def main(backbone: str, chats: str, output: str, steps: int = 100, window: int =
     model = LongMemForCausalLM.from_backbone(backbone, segment_length=window)
     with open(chats, encoding="utf-8") as lines:
         rows = Dataset.from_list([json.loads(line) for line in lines])
+    on_gpu = torch.cuda.is_available()
+    sizes = {"max_steps": steps, "max_length": window, "per_device_train_batch_size": 2}
     arguments = SFTConfig(
-        output,
-        max_steps=steps,
-        per_device_train_batch_size=2,
-        learning_rate=1e-4,
-        packing=True,
-        max_length=window,
-        report_to=[],
+        output, packing=True, learning_rate=1e-4, report_to=[], bf16=on_gpu, use_cpu=not on_gpu, **sizes
     )
     trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=model.tokenizer)
     trainer.train()

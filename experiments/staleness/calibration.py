@@ -135,10 +135,15 @@ def largest_gap(points: Sequence[GapPoint], target_recall: float) -> tuple[float
 
 def move(moved: LongMemForCausalLM, old: LongMemForCausalLM, new: LongMemForCausalLM, share: float) -> None:
     """Set the weights of `moved` to those at a share of the way from the old model's to the new one's."""
-    start, end = old.state_dict(), new.state_dict()
-    for name, tensor in moved.state_dict().items():  # shares its memory with the model
+    start, end = weights_of(old), weights_of(new)
+    for name, tensor in weights_of(moved).items():  # shares its memory with the model
         if tensor.is_floating_point():
             tensor.copy_(torch.lerp(start[name].to(tensor), end[name].to(tensor), share))
+
+
+def weights_of(model: LongMemForCausalLM) -> dict[str, Tensor]:
+    """Return all weights by name, those of the side network and those of the backbone, which is no submodule of a model."""
+    return {f"backbone.{name}": each for name, each in model.backbone.state_dict().items()} | model.state_dict()
 
 
 def written_by(model: LongMemForCausalLM, ids: Tensor) -> MemoryBank:
@@ -189,7 +194,7 @@ def validate(
     for name, value in (("num_chunks", num_chunks), ("steps", steps), ("num_windows", num_windows)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    shapes = [{name: tuple(each.shape) for name, each in model.state_dict().items()} for model in (old, new)]
+    shapes = [{name: tuple(each.shape) for name, each in weights_of(model).items()} for model in (old, new)]
     if shapes[0] != shapes[1]:
         names = sorted(shapes[0].items() ^ shapes[1].items())
         raise ValueError(
