@@ -26,7 +26,7 @@ MEMORIZE_EXAMPLES = """\
   longmem memorize *.md --bank memory --tag notes --pin         to be read by tag, and never evicted
   longmem memorize *.md --bank memory --model Qwen/Qwen3-0.6B   another model, for a new bank
 
-A document is on the disk once it is whole, a long one in pieces of a million characters: a run that was interrupted keeps
+A document is on the disk once it is whole, a long one in pieces of 100,000 characters: a run that was interrupted keeps
 them, and the same command goes on. A bank belongs to the model that wrote it, and remembers its name. `longmem bank add` is
 the same command; it also reads what `longmem bank export` wrote.
 """
@@ -39,7 +39,7 @@ UPDATE_EXAMPLES = """\
 
 Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
 """
-PIECE = 1_000_000  # characters of a long text that are tokenised, encoded and committed together
+PIECE = 100_000  # characters of a long text that are tokenised, encoded and committed together
 # What is chosen when a bank is made, by the arguments of `MemoryBank`.
 OPTIONS_OF_A_NEW_BANK = ("capacity_tokens", "index", "eviction", "storage_dtype", "refresh")
 
