@@ -163,10 +163,12 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
                 encoded = bank.update(text.name, text.text, model=model, progress=progress)
                 label(bank, text, tags, arguments)
             return Written(encoded, bank.info(text.name).num_tokens - encoded)
-        encoded = 0
+        encoded, known = 0, bank.info(text.name).num_tokens if goes_on else 0
         for start, stop in pieces_of(text.text, len(bank.text(text.name) or "") if goes_on else 0):
 
-            def report(done: int, total: int, before: int = encoded, share: float = stop / len(text.text)) -> None:
+            def report(
+                done: int, total: int, before: int = known + encoded, share: float = stop / len(text.text)
+            ) -> None:
                 progress(before + done, round((before + total) / share))
 
             with bank.transaction():
