@@ -26,7 +26,7 @@ MEMORIZE_EXAMPLES = """\
   longmem memorize *.md --bank memory --tag notes --pin         to be read by tag, and never evicted
   longmem memorize *.md --bank memory --model Qwen/Qwen3-0.6B   another model, for a new bank
 
-A document is on the disk once it is whole, a long one in pieces of a million characters: a run that was interrupted keeps
+A document is on the disk once it is whole, a long one in pieces of 100,000 characters: a run that was interrupted keeps
 them, and the same command goes on. A bank belongs to the model that wrote it, and remembers its name. `longmem bank add` is
 the same command; it also reads what `longmem bank export` wrote.
 """
@@ -39,7 +39,7 @@ UPDATE_EXAMPLES = """\
 
 Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
 """
-PIECE = 1_000_000  # characters of a long text that are tokenised, encoded and committed together
+PIECE = 100_000  # characters of a long text that are tokenised, encoded and committed together
 # What is chosen when a bank is made, by the arguments of `MemoryBank`.
 OPTIONS_OF_A_NEW_BANK = ("capacity_tokens", "index", "eviction", "storage_dtype", "refresh")
 
@@ -163,10 +163,12 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
                 encoded = bank.update(text.name, text.text, model=model, progress=progress)
                 label(bank, text, tags, arguments)
             return Written(encoded, bank.info(text.name).num_tokens - encoded)
-        encoded = 0
+        encoded, known = 0, bank.info(text.name).num_tokens if goes_on else 0
         for start, stop in pieces_of(text.text, len(bank.text(text.name) or "") if goes_on else 0):
 
-            def report(done: int, total: int, before: int = encoded, share: float = stop / len(text.text)) -> None:
+            def report(
+                done: int, total: int, before: int = known + encoded, share: float = stop / len(text.text)
+            ) -> None:
                 progress(before + done, round((before + total) / share))
 
             with bank.transaction():

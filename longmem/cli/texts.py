@@ -151,13 +151,16 @@ def readable_name(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def read_texts(files: Iterable[tuple[Path, str]], name: str | None = None, encoding: str | None = None) -> list[Text]:
-    """Return the texts of files and what to call them, those of an export (`export_line`) one by one.
+def read_texts(
+    files: Iterable[Path | tuple[Path, str]], name: str | None = None, encoding: str | None = None
+) -> list[Text]:
+    """Return the texts of files, each called as its file or as is said with it; those of an export (`export_line`) one by one.
 
     `name` is for a single one; `encoding` as for `read_text`. Raises ValueError for a file without text or not in its encoding,
     or a name that is given twice.
     """
-    texts = [text for path, known in files for text in _texts_of(path, known, encoding)]
+    named = ((each, each.name) if isinstance(each, Path) else each for each in files)
+    texts = [text for path, known in named for text in _texts_of(path, known, encoding)]
     if name is not None:
         if len(texts) > 1:
             raise ValueError(f"`--id` names one document, got {len(texts)}; leave it out, or memorize them one by one.")
@@ -183,10 +186,7 @@ def export_line(bank: MemoryBank, info: DocumentInfo) -> str:
 
 def _texts_of(path: Path, name: str, encoding: str | None) -> list[Text]:
     text = read_text(path, encoding)
-    first = text.partition("\n")[0]
-    if (
-        not first.startswith('{"document_id": ') or '"first_resident_token"' not in first
-    ):  # an export, whatever it is called
+    if not is_export(path, text.partition("\n")[0]):
         return [Text(name, text)]
     documents = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
@@ -199,3 +199,13 @@ def _texts_of(path: Path, name: str, encoding: str | None) -> list[Text]:
         if not documents[-1].text:
             raise ValueError(f"{path}: the text of {documents[-1].name!r} is not known; take its line out.")
     return documents
+
+
+def is_export(path: Path, first: str) -> bool:
+    """Return whether a file, whatever it is called, is one that `longmem bank export` wrote, by its first line."""
+    if '"first_resident_token"' not in first:
+        return False
+    try:
+        return path.suffix == ".jsonl" or "document_id" in json.loads(first)
+    except (ValueError, TypeError):
+        return False
