@@ -75,12 +75,12 @@ class Catalogue:
         self.content: dict[str, Any] = {}
         self.is_closed = self.is_new = False
         # Threads of one process share the connection, which can be in one transaction at a time.
-        self._turn = threading.RLock()
+        self.turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
             try:
-                self.is_new = create is not None and self._is_blank()
+                self.is_new = create is not None and self.is_blank()
                 if create is None or not self.is_new:
                     self._check_kind()
                 elif not with_first_commit:
@@ -106,11 +106,12 @@ class Catalogue:
         try:
             catalogue._connection = catalogue._connect(["rw", "ro"])
             with contextlib.closing(catalogue._connection):
-                return not catalogue._is_blank()
+                return not catalogue.is_blank()
         except UNREADABLE:
             return True
 
-    def _is_blank(self) -> bool:
+    def is_blank(self) -> bool:
+        """Return whether no commit has been made yet."""
         return not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
 
     def _connect(self, modes: Sequence[str]) -> sqlite3.Connection:
@@ -160,7 +161,7 @@ class Catalogue:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make the changes inside the block together, or none of them, for good."""
-        with self._turn:
+        with self.turn:
             totals = {name: list(total) for name, total in self._totals.items()}
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -210,7 +211,7 @@ class Catalogue:
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read inside the block from one commit, whatever others commit meanwhile."""
-        with self._turn:
+        with self.turn:
             self.refuse_closed()
             self._connection.execute("BEGIN")
             try:

@@ -6,7 +6,6 @@ rows. What does not fit, or is damaged, is built anew; chunks written since are 
 
 import hashlib
 import json
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,24 @@ import faiss
 import torch
 
 from longmem.memory.folder.disk_storage import DiskStorage
-from longmem.memory.folder.tensor_file import TensorFile, remove, sync, write_tensor_file
+from longmem.memory.folder.place import INDEX_FOLDER, Place
+from longmem.memory.folder.tensor_file import TensorFile, write_tensors
 from longmem.memory.index import SavedIndex, read_index, write_index
 from longmem.memory.rows.table import Table
 
 # An index that covers less than this share of the chunks is saved again when the bank is closed.
 COVERED_SHARE = 0.9
+ENDS = (".faiss", ".safetensors")
 
 
 class SavedIndexes:
-    """The saved indexes in a folder, of the layers (counted by position) that the catalogue lists."""
+    """The saved indexes in a folder, of the layers (counted by position) that the catalogue lists.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `place`: to write them; None: they are read only.
+    """
+
+    def __init__(self, folder: Path, place: Place | None) -> None:
+        self.folder, self._place = folder, place
         self._listed: dict[int, tuple[Any, ...]] = {}
 
     def restore(self, rows: list[tuple[Any, ...]]) -> None:
@@ -68,21 +72,26 @@ class SavedIndexes:
         return rows
 
     def keep(self, rows: list[tuple[Any, ...]]) -> None:
-        """Note, once rows of `write` are in the catalogue, that these count from now on."""
+        """Note, once rows of `write` are in the catalogue, that these count from now on, and remove those they replace."""
+        gone = [self._listed[row[0]] for row in rows if row[0] in self._listed]
         self._listed |= {row[0]: row for row in rows}
-        self.remove_strangers()
+        self._remove(gone)
 
     def clear(self) -> None:
         """Note, after the transaction, that none counts any longer."""
-        self._listed = {}
-        self.remove_strangers()
+        gone, self._listed = list(self._listed.values()), {}
+        self._remove(gone)
 
-    def remove_strangers(self) -> None:
-        """Remove files that do not count."""
-        known = {row[1] for row in self._listed.values()}
-        for path in self.folder.glob("layer*-*.*"):
-            if path.stem not in known:
-                remove(path)
+    def sweep(self) -> None:
+        """Remove what writers of this folder have left and does not count."""
+        assert self._place is not None
+        self._place.sweep(INDEX_FOLDER, {f"{row[1]}{end}" for row in self._listed.values() for end in ENDS})
+
+    def _remove(self, rows: list[tuple[Any, ...]]) -> None:
+        assert self._place is not None
+        for row in rows:
+            for end in ENDS:
+                self._place.remove(INDEX_FOLDER, f"{row[1]}{end}")
 
     def _is_covered(self, position: int, saved: SavedIndex) -> bool:
         """Return whether the saved index of this layout has most of the rows that this one has."""
@@ -93,27 +102,26 @@ class SavedIndexes:
         return same and described["num_labels"] >= COVERED_SHARE * len(saved.rows)
 
     def _write(self, position: int, saved: SavedIndex, storage: Any) -> tuple[Any, ...]:
-        self.folder.mkdir(exist_ok=True)
-        name = f"layer{position}-{secrets.token_hex(8)}"
-        path = self.folder / f"{name}.faiss"
-        try:
-            write_index(path, saved.files)
-        except RuntimeError as error:  # of FAISS, where the disk is full
-            remove(path)
-            raise OSError(str(error)) from error
-        sync(path)
+        assert self._place is not None
+        name = self._place.new_name(f"layer{position}", "")
         rows = torch.from_numpy(saved.rows)
         slots = torch.where(rows < 0, -1, storage.slots_of(rows.clamp(min=0)))
-        tensors = self.folder / f"{name}.safetensors"
-        digests = write_tensor_file(tensors, {"slots": slots, "centres": torch.from_numpy(saved.centres)})
-        sync(self.folder)
+        with self._place.new_file(INDEX_FOLDER, f"{name}.faiss") as file:
+            try:
+                write_index(file.fileno(), saved.files)
+            except RuntimeError as error:  # of FAISS, where the disk is full
+                raise OSError(str(error)) from error
+        with self._place.new_file(INDEX_FOLDER, f"{name}.safetensors") as file:
+            digests = write_tensors(file, {"slots": slots, "centres": torch.from_numpy(saved.centres)})
+            num_bytes = file.tell()
+        self._place.sync(INDEX_FOLDER)
         described = {
             "layout": saved.layout,
             "trained_rows": saved.trained_rows,
             "num_labels": len(saved.rows),
-            "digest": digest_of(path),
+            "digest": digest_of(self.folder / f"{name}.faiss"),
         }
-        return position, name, tensors.stat().st_size, json.dumps(digests), json.dumps(described)
+        return position, name, num_bytes, json.dumps(digests), json.dumps(described)
 
 
 def digest_of(path: Path) -> str:

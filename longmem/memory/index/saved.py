@@ -23,9 +23,9 @@ class SavedIndex:
     centres: Float[np.ndarray, "kv_heads dim"]  # for each head the mean key that was subtracted from all keys
 
 
-def write_index(path: str | PathLike[str], files: list[faiss.Index]) -> None:
-    """Write FAISS indexes to one file, one after the other, in FAISS's own format."""
-    with Path(path).open("wb") as file:
+def write_index(path: str | PathLike[str] | int, files: list[faiss.Index]) -> None:
+    """Write FAISS indexes to one file, or descriptor, one after the other, in FAISS's own format."""
+    with open(path, "wb", closefd=not isinstance(path, int)) as file:
         file.write(MAGIC + len(files).to_bytes(8, "little"))
         for each in files:
             faiss.write_index(each, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
