@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from longmem.memory.folder import records
-from longmem.memory.folder.catalogue import BUSY_SECONDS, INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
+from longmem.memory.folder.catalogue import BUSY_SECONDS, CATALOGUE, INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment, rewrite, segments_to_merge
-from longmem.memory.folder.place import INDEX_FOLDER, NAMES, SEGMENT_FOLDER, WORD, Place
+from longmem.memory.folder.place import INDEX_FOLDER, NAMES, SEGMENT_FOLDER, WORD, Place, refuse_moved
 from longmem.memory.folder.saved_indexes import ENDS, SavedIndexes
-from longmem.memory.folder.tensor_file import TensorFile, damaged, denied, not_written
+from longmem.memory.folder.tensor_file import TensorFile, damaged, denied, not_read, not_written
 from longmem.memory.rows.documents import Source
 from longmem.memory.rows.table import Table
 
@@ -80,11 +80,12 @@ class BankFolder:
             start["word"] = None if self._place is None else self._place.word
             content = None if create is None else start | create
             self.catalogue = Catalogue(self.path, write, content, with_first_commit=with_first_commit)
+            self._opened = os.stat(self.catalogue.path)
             if self.catalogue.is_new and content is not None:
                 self.catalogue.content = content
         except OSError as error:
             self._release()
-            raise not_written(self.path, error) from error
+            raise (not_written if write else not_read)(self.path, error) from error
         except BaseException:
             self._release()
             raise
@@ -134,8 +135,22 @@ class BankFolder:
     # Reading.
 
     def read_content(self) -> dict[str, Any]:
-        with self.catalogue.snapshot():
+        with self._snapshot():
             return self.catalogue.read_content()
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """Read inside the block from one commit of the very catalogue that was opened.
+
+        If another one has its name, SQLite would take that one's journal for its own, and undo it here.
+        """
+        self.refuse_closed()
+        try:
+            refuse_moved(self.catalogue.path, self._opened, may_be_gone=True)
+        except OSError as error:
+            raise not_read(self.catalogue.path, error) from error
+        with self.catalogue.snapshot():
+            yield
 
     def newest_content(self) -> dict[str, Any]:
         """Return what the last commit says about the bank, and stay with the commit that was read before."""
@@ -169,7 +184,7 @@ class BankFolder:
     def _fill(self, contents: Table, settings: dict[str, Any]) -> None:
         place = self.path / SEGMENT_FOLDER
         for attempt in range(ATTEMPTS_TO_READ):
-            with self.catalogue.snapshot():
+            with self._snapshot():
                 content = self.catalogue.read_content()
                 rows = {table.name: self.catalogue.read_table(table) for table in TABLES}
             self._take_names(content, rows["segments"], rows["indexes"])
@@ -198,7 +213,7 @@ class BankFolder:
 
     @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
-        with self.catalogue.snapshot():
+        with self._snapshot():
             return records.read_source(self.catalogue.read_large(SOURCES, serial), start, stop)
 
     # Writing.
@@ -206,7 +221,7 @@ class BankFolder:
     def replace(self, source: Table, contents: Table, settings: dict[str, Any]) -> None:
         """Make a copy of `source` the bank, instead of what was there; `contents` are empty, over a `new_storage`."""
         if not self.catalogue.is_new:
-            with self.catalogue.snapshot():
+            with self._snapshot():
                 content = self.catalogue.read_content()
                 rows, indexes = self.catalogue.read_table(SEGMENTS), self.catalogue.read_table(INDEXES)
             self._take_names(content, rows, indexes)
@@ -376,6 +391,8 @@ class BankFolder:
 
     def verify(self, contents: Table) -> list[Path]:
         """Return the files that count; raise ValueError, which names the file, unless every byte is as it was written."""
+        with self._snapshot():
+            pass
         self.catalogue.verify()
         return [self.catalogue.path, *storage_of(contents).verify()]
 
@@ -403,6 +420,7 @@ class BankFolder:
             raise ValueError(f"the bank in {str(self.path)!r} was opened with `read_only=True`; open it without.")
         with self._explained():
             self._place_to_write.refuse_changed()
+            refuse_moved(self.catalogue.path, self._opened)
 
     @property
     def _place_to_write(self) -> Place:
@@ -421,18 +439,17 @@ class BankFolder:
 
 # A fork waits for the commits of other threads: in its copy they would be cut short, and undone while the process goes on.
 _open_folders: weakref.WeakSet[BankFolder] = weakref.WeakSet()
-_held: list[threading.RLock] = []
+_held = threading.local()
 
 
 def _wait_for_commits() -> None:
-    for folder in list(_open_folders):
-        if folder.catalogue.turn.acquire(timeout=BUSY_SECONDS):
-            _held.append(folder.catalogue.turn)
+    turns = [folder.catalogue.turn for folder in list(_open_folders)]
+    _held.turns = [turn for turn in turns if turn.acquire(timeout=BUSY_SECONDS)]
 
 
 def _go_on() -> None:
-    while _held:
-        _held.pop().release()
+    while _held.turns:
+        _held.turns.pop().release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -617,9 +634,12 @@ def has_bank(path: str | PathLike[str]) -> bool:
     """Return whether there is a bank in a folder. Raises ValueError if this user may not look, or `path` names no folder."""
     folder = folder_path(path)
     try:
-        return Catalogue.is_in(folder)
+        is_there = Catalogue.is_in(folder)
     except PermissionError as error:
         raise denied(folder, error) from error
+    if is_there and not os.access(folder / CATALOGUE, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise denied(folder / CATALOGUE, PermissionError("permission denied"))
+    return is_there
 
 
 def folder_path(path: str | PathLike[str]) -> Path:

@@ -59,7 +59,6 @@ class Place:
         except BaseException:
             self.close()
             raise
-        self._catalogue = self._status(CATALOGUE)
 
     def close(self) -> None:
         """Let go of the directory, and of its lock, which a forked copy of the process does not."""
@@ -71,31 +70,21 @@ class Place:
         return os.getpid() == self._pid
 
     def refuse_changed(self) -> None:
-        """Raise ValueError in a forked copy of the process, and where the path leads to another directory or catalogue."""
+        """Raise ValueError in a forked copy of the process, and where the path does not lead to this directory any longer."""
         if not self.is_here:
             raise ValueError(
                 f"the bank in {str(self.path)!r} was opened to write by process {self._pid}, of which this one is a copy (a "
                 "fork), and only that one may change it; open the bank again here, with `read_only=True` beside the other."
             )
-        try:
-            is_same = os.path.samestat(os.stat(self.path), os.fstat(self._descriptors[""]))
-            found = self._status(CATALOGUE)
-        except (FileNotFoundError, NotADirectoryError):
-            is_same, found = False, None
-        if not is_same or found is None or self._catalogue is None or not os.path.samestat(found, self._catalogue):
-            raise ValueError(
-                f"the bank that was opened in {str(self.path)!r} is no longer there: its folder or its catalogue was moved or "
-                "replaced; nothing was changed, open the bank again where it is now."
-            )
+        refuse_moved(self.path, os.fstat(self._descriptors[""]))
 
     # Files.
 
     def make_catalogue(self) -> None:
         """Make an empty catalogue where there is none, so that SQLite does not choose its permissions."""
-        if self._catalogue is None:
+        if self._status(CATALOGUE) is None:
             with self._new(CATALOGUE, "", modes()[0]):
                 pass
-            self._catalogue = self._status(CATALOGUE)
 
     def new_name(self, start: str, end: str) -> str:
         """Return a name that nothing has, between these two ends."""
@@ -212,6 +201,20 @@ class Place:
                 with contextlib.suppress(PermissionError):
                     os.chmod(CATALOGUE, mode & self._file_mode, dir_fd=self._descriptors[""])
                 return
+
+
+def refuse_moved(path: Path, opened: os.stat_result, *, may_be_gone: bool = False) -> None:
+    """Raise ValueError unless a path leads to the folder, or file, that was opened there. Raises OSError."""
+    try:
+        if os.path.samestat(os.stat(path), opened):
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        if may_be_gone:
+            return
+    raise ValueError(
+        f"the bank whose {str(path)!r} was opened is no longer there: it was moved or replaced; nothing was changed, open the "
+        "bank again where it is now."
+    )
 
 
 def _let_go(descriptors: dict[str, int], pid: int) -> None:
