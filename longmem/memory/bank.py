@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -20,7 +20,7 @@ from longmem.errors import ChangedMemoryError
 from longmem.memory import checks
 from longmem.memory.age_prior import AgePrior, make_age_prior
 from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
-from longmem.memory.folder.bank_folder import BankFolder, OnDisk, has_bank
+from longmem.memory.folder.bank_folder import BankFolder, OnDisk, folder_path, has_bank
 from longmem.memory.folder.foreign import said_by
 from longmem.memory.freshness import Freshness
 from longmem.memory.index import validate_index
@@ -146,7 +146,7 @@ class MemoryBank:
         if has_bank(folder):
             raise ValueError(f"`folder` must not hold a bank yet, got {str(folder)!r}; open it with `MemoryBank.open`.")
         bank = cls(**{"capacity_tokens": None} | settings)
-        bank._live_in(BankFolder(Path(folder), write=True, create=bank._description(), device=bank.device))
+        bank._live_in(BankFolder(folder, write=True, create=bank._description(), device=bank.device))
         return bank
 
     @classmethod
@@ -180,7 +180,7 @@ class MemoryBank:
         Raises ValueError if it is missing, damaged, of another version, or somebody is writing it; StaleMemoryError, which is
         one, if another encoder wrote it and the policy is "frozen".
         """
-        opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
+        opened = BankFolder(folder, write=not read_only, device=torch.device(device), mapped=mmap)
         try:
             with said_by(opened.catalogue.path):
                 bank = cls(**opened.read_content()["settings"], device=device)
@@ -213,9 +213,9 @@ class MemoryBank:
 
         Raises ValueError if the folder cannot be written.
         """
-        if self._on_disk is not None and Path(folder).resolve() == self._on_disk.path:
+        if self._on_disk is not None and folder_path(folder).resolve() == self._on_disk.path:
             return
-        target = BankFolder(Path(folder), write=True, create=self._description(), with_first_commit=True)
+        target = BankFolder(folder, write=True, create=self._description(), with_first_commit=True)
         try:
             table = self._table.empty(target.new_storage(self.storage_dtype))
             with self._table.lock:
@@ -241,6 +241,16 @@ class MemoryBank:
         if self._on_disk is None:
             raise ValueError("this bank is in memory, without a folder; `save` it and `MemoryBank.open` the folder.")
         return self._on_disk
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return how a copy, or another process, gets this bank: with all it holds or, from a folder, by opening that to read.
+
+        A bank opened so is of the last commit at that moment; `copy` returns one in memory that goes on by itself.
+        """
+        if self._on_disk is None:
+            return super().__reduce_ex__(protocol)
+        folder, mapped = self._on_disk.path_of_commit(), self._on_disk.is_mapped
+        return functools.partial(type(self).open, folder, read_only=True, device=self.device, mmap=mapped), ()
 
     def transaction(self) -> contextlib.AbstractContextManager[None]:
         """Make all changes inside the block durable together at its end or, if it raises, none of them.

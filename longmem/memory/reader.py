@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,6 +45,14 @@ class BankView:
     A view holds names and tags, not chunks: it sees what is later appended to its documents, follows an update, and finds
     nothing of a document once it is deleted, evicted or renamed. A document that gets one of the tags later is seen.
     """
+
+    def __reduce__(self) -> Any:
+        """Return how a copy, or another process, gets this view: as a selection of the bank that it gets."""
+        return type(self)._of, (self.bank, self.document_ids, self.tags)
+
+    @staticmethod
+    def _of(bank: Any, document_ids: tuple[str, ...], tags: tuple[str, ...]) -> BankView:
+        return bank.select(document_ids, tags=tags)
 
     def __init__(
         self,

@@ -84,16 +84,25 @@ class Watch:
         is_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
         if (is_write or event in CHANGES) and not isinstance(arguments[0], int):
             for path in arguments[: 2 if event in ("os.rename", "os.link") else 1]:
-                if not os.path.abspath(os.fsdecode(path)).startswith(self.folder):
+                place = os.fsdecode(path)
+                if (
+                    event != "open" and isinstance(arguments[-1], int) and arguments[-1] >= 0
+                ):  # a name in an open folder
+                    place = os.path.join(os.readlink(f"/proc/self/fd/{arguments[-1]}"), place)
+                # Of a file that is opened so nobody is told the folder; it is none behind a link, and `over` looks here.
+                is_name = event == "open" and arguments[2] & os.O_NOFOLLOW and os.path.basename(place) == place
+                if not is_name and not os.path.abspath(place).startswith(self.folder):
                     self.found.append((event, path))
 
     @contextlib.contextmanager
     def over(self, folder: Path) -> Iterator[None]:
         self.folder, self.found = str(folder), []
+        here = set(os.listdir())
         try:
             yield
         finally:
             self.folder = None
+        assert set(os.listdir()) == here
 
 
 WATCH: list[Watch] = []

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from folder_banks import SETTINGS, SIZES, RandomSteps, contents, keys_and_values
 
 from longmem.memory import MemoryBank
 from longmem.memory.folder import bank_folder, disk_storage, tensor_file
+from longmem.memory.folder.place import Place
 
 
 def make_bank(folder, **options) -> MemoryBank:
@@ -86,13 +88,11 @@ def test_an_interrupt_while_files_are_written_leaves_the_last_commit(tmp_path, m
     with make_bank(tmp_path) as bank:
         before = contents(bank)
 
-        def interrupt(*arguments):
-            raise KeyboardInterrupt
-
-        steps = (disk_storage, "write_tensor_file"), (disk_storage, "sync"), (bank_folder.records, "put_document")
+        steps = (disk_storage, "write_tensors"), (Place, "sync"), (bank_folder.records, "put_document")
         for place, name in steps:
             with monkeypatch.context() as patch:
-                patch.setattr(place, name, interrupt)
+                step = mock.Mock(side_effect=[KeyboardInterrupt, None])  # what is undone then goes through
+                patch.setattr(place, name, step)
                 with pytest.raises(KeyboardInterrupt):
                     write(bank, "a", range(300, 330))
             assert contents(bank) == before

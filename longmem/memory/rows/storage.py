@@ -246,6 +246,7 @@ class Storage(Protocol):
     def truncate(self, num_rows: int) -> None: ...
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]: ...
     def keep(self, rows: Int[Tensor, " chunks"]) -> Storage: ...
+    def recheck(self) -> None: ...  # so that what is selected next is found to be as it was written
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
 
 
@@ -288,6 +289,9 @@ class MemoryStorage:
     def truncate(self, num_rows: int) -> None:
         for store in self.stores:
             store.truncate(num_rows)
+
+    def recheck(self) -> None:
+        """Nothing to do here: memory has no checksums."""
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
         return [store.select(rows) for store in self.stores]

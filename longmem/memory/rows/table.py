@@ -56,6 +56,16 @@ class Journal(Protocol):
     def refuse_reader(self) -> None: ...
 
 
+class Broken:
+    """What stands in the place of something that can no longer be trusted."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(self._message)
+
+
 class Table:
     """The rows of a bank: ledger, storage and indexes, which change together; layers are counted by position here.
 
@@ -120,6 +130,12 @@ class Table:
                 before._editions, self._editions = self._editions, weakref.WeakSet()
             self.storage, self.ledger, self.encoders = other.storage, other.ledger, other.encoders
             self.indexes, self.find_saved, self.index = other.indexes, other.find_saved, other.index
+
+    def refuse(self, message: str) -> None:
+        """Hold nothing that could be trusted: whatever is asked from now on raises ValueError with this message."""
+        with self.lock:
+            self.storage = self.ledger = Broken(message)  # type: ignore[assignment]
+            self.indexes, self.find_saved = {}, None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -289,6 +305,7 @@ class Table:
 
     def copy_to(self, target: Table) -> None:
         """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
+        self.storage.recheck()
         if (tails := next((each.waiting for each in self.ledger.documents.values() if each.waiting), None)) is not None:
             # There may be no chunk that would; and where they are, chunks of a bank in memory will be.
             target.fix_sizes([(key.to(target.device), value.to(target.device)) for key, value in tails])
