@@ -635,8 +635,8 @@ def has_bank(path: str | PathLike[str]) -> bool:
     folder = folder_path(path)
     try:
         is_there = Catalogue.is_in(folder)
-    except PermissionError as error:
-        raise denied(folder, error) from error
+    except OSError as error:
+        raise not_read(folder / CATALOGUE, error) from error
     if is_there and not os.access(folder / CATALOGUE, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise denied(folder / CATALOGUE, PermissionError("permission denied"))
     return is_there
