@@ -228,41 +228,33 @@ def state_or_refusal(bank: MemoryBank) -> dict[str, Any] | str:
     return refusal
 
 
-def fail_calls(
-    report: Report, start: str, step: str, error: int, count: int, first: int, every: int, most: int
-) -> None:
-    """Do one step on copies of a bank, and let another system call fail each time; report what came out of each.
+def fail_calls(report: Report, start: str, step: str, faults: list[tuple[int, int, int]]) -> None:
+    """Do one step on copies of a bank, with other system calls that fail each time; report what came out of each.
 
     Args:
-        report: is told, for each fault, the name of the call, whether the step raised, whether the bank then refused
-            everything, and all that was not as it must be.
+        report: is told, for each fault, the name of the first call that failed, empty if none did; whether the step raised;
+            whether the bank then refused everything; and all that was not as it must be.
         start: folder of the bank.
         step: of `STEPS`, "open", "save" or "create".
-        error: number of the error.
-        count: calls that fail, from the chosen one on.
-        first: number of the first call that is chosen.
-        every: distance to the next one.
-        most: faults.
+        faults: the first call that fails, counted from 1, the number of its error, and how many calls fail from there on.
     """
     disk_storage.SEGMENTS_TO_MERGE = 3 if step == "merge" else 8
     approximate.EXACT_BELOW = 4
     place = Path(start).parent / "copies"
     outcomes = _outcomes(Path(start), place, step)
     calls = FailingCalls(place)
-    for number in range(first, first + most * every, every):
+    for fault in faults:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(start, place / "bank")
         descriptors = len(os.listdir("/proc/self/fd"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            told = _fail_call(place, step, outcomes, calls, (number, error, count))
+            told = _fail_call(place, step, outcomes, calls, fault)
         gc.collect()
         # When a file cannot be mapped, torch leaves it open.
         if len(os.listdir("/proc/self/fd")) > descriptors and not calls.name.startswith("mmap"):
             told["wrong"].append("a file is left open")
-        if not calls.num_failed:
-            break
-        report({"call": calls.name, "number": number, **told})
+        report({"call": calls.name, "number": fault[0], **told})
     shutil.rmtree(place, ignore_errors=True)
 
 

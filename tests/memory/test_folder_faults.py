@@ -26,32 +26,36 @@ def make_folder(folder, step):
         bank.delete("gone")
 
 
-def fail(workers, tmp_path, step, error, count, *, first, every, most):
-    """Return what workers report of so many faults, after a check that nothing was wrong with any of them."""
-    start, reports = tmp_path / "start", []
+def fail(workers, tmp_path, step, faults):
+    """Return what a worker reports of faults, after a check that nothing was wrong with any of them."""
+    start = tmp_path / "start"
     if not start.exists():
         make_folder(start, step)
-    while most > 0:  # a worker has its time
-        part = {"first": first + every * len(reports), "every": every, "most": min(most, FAULTS_OF_A_WORKER)}
-        told, status = workers.run("fail_calls", start=str(start), step=step, error=ERRORS[error], count=count, **part)
-        if not workers.fails_calls:
-            pytest.skip("needs a C compiler")
-        assert status == 0, told
-        reports += told
-        most = most - len(told) if len(told) == part["most"] else 0
-    wrong = [(report["number"], report["call"], report["wrong"]) for report in reports if report["wrong"]]
-    assert not wrong, f"{step}, {error}, {count}: {wrong}"
+    reports, status = workers.run("fail_calls", start=str(start), step=step, faults=faults)
+    if not workers.fails_calls:
+        pytest.skip("needs a C compiler")
+    assert status == 0, reports
+    wrong = [
+        (fault, report["call"], report["wrong"])
+        for fault, report in zip(faults, reports, strict=True)
+        if report["wrong"]
+    ]
+    assert not wrong, f"{step}: {wrong}"
     return reports
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_call_of_the_system_that_fails(workers, tmp_path, step):
     number = STEPS.index(step)
-    reports = []
-    for place, error in enumerate(ERRORS):
-        options = {"first": 2 + 3 * number + 7 * place, "every": 31, "most": 2}
-        reports += fail(workers, tmp_path, step, error, (1, FOR_GOOD)[place % 2], **options)
-    assert reports
+    faults = [
+        (2 + number + 5 * place + 23 * again, error, (1, FOR_GOOD)[(place + number + again) % 2])
+        for place, error in enumerate(ERRORS.values())
+        for again in range(2)
+        if place != number % 4
+    ]
+    reports = fail(workers, tmp_path, step, faults)
+    assert sum(bool(report["call"]) for report in reports) >= 5
+    assert any(report["raised"] for report in reports)
 
 
 @pytest.mark.slow
@@ -59,10 +63,14 @@ def test_a_call_of_the_system_that_fails(workers, tmp_path, step):
 @pytest.mark.parametrize("step", STEPS)
 def test_every_call_of_the_system_that_fails(workers, tmp_path, step, count):
     found = Counter()
-    for place, error in enumerate(ERRORS):
-        reports = fail(workers, tmp_path, step, error, count, first=1 + place, every=4, most=400)
-        found.update(report["call"] for report in reports)
-        found.update({"raised": sum(report["raised"] for report in reports), "all": len(reports)})
-        found.update({"refused": sum(report["refuses"] for report in reports)})
+    for place, error in enumerate(ERRORS.values()):
+        numbers = range(1 + place, 1000, 4)
+        for first in range(0, len(numbers), FAULTS_OF_A_WORKER):
+            part = numbers[first : first + FAULTS_OF_A_WORKER]
+            reports = fail(workers, tmp_path, step, [(number, error, count) for number in part])
+            found.update(key for report in reports if report["call"] for key in ("all", report["call"]))
+            found.update({key: sum(report[key] for report in reports) for key in ("raised", "refuses")})
+            if not reports[-1]["call"]:  # there were no more calls
+                break
     print(step, count, dict(found))
     assert found["raised"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from folder_banks import SETTINGS, contents, segment_files, write
 
+from longmem.cli.main import main
 from longmem.memory import BankShards, MemoryBank, has_bank
 from longmem.memory.folder import disk_storage
 from longmem.memory.folder.catalogue import CATALOGUE, INDEXES, SEGMENTS, Catalogue
@@ -58,8 +59,9 @@ CHANGES = {
 
 def some(values, fast):
     """Return these values as parameters, all but a few of them for the slow tests."""
-    slow = pytest.mark.slow
-    return [value if value in fast else pytest.param(value, marks=slow) for value in values]
+    tuples = [value if isinstance(value, tuple) else (value,) for value in values]
+    slow = [() if value in fast else (pytest.mark.slow,) for value in values]
+    return [pytest.param(*each, marks=marks) for each, marks in zip(tuples, slow, strict=True)]
 
 
 def change_in_transaction(bank: MemoryBank) -> None:
@@ -227,13 +229,14 @@ def test_a_copy_that_lives_on_holds_no_lock(tmp_path):
 
 
 DAEMON = """
-import os, sys
+import os, sys, time
 from longmem.memory import MemoryBank
-bank = MemoryBank.open(sys.argv[1])
+bank, opened_by = MemoryBank.open(sys.argv[1]), os.getpid()
 with bank:
-    if pid := os.fork():
-        os.waitpid(pid, 0)
-        os._exit(0)  # the process that opened the bank is gone
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == opened_by:
+        time.sleep(0.01)
     try:
         bank.delete("a")
     except ValueError as error:
@@ -248,8 +251,7 @@ print([info.document_id for info in bank.documents()])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_a_daemon_that_was_forked_inside_with(tmp_path):
     make_bank(tmp_path / "bank").close()
-    command = DAEMON.replace("os.waitpid(pid, 0)\n        ", "")
-    done = subprocess.run([sys.executable, "-c", command, str(tmp_path / "bank")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", DAEMON, str(tmp_path / "bank")], capture_output=True, text=True)
     assert "opened to write by process" in done.stdout, done
     assert done.stdout.endswith("['a', 'c']\n"), done
     with MemoryBank.open(tmp_path / "bank") as bank:
@@ -486,6 +488,13 @@ def test_a_folder_has_a_name(folder, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"`folder` must be the path of a folder.*'\.' is the current one"):
             use()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_wants_a_name_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["bank", "list", "--bank", ""])
+    assert "argument --bank: it must name a folder; '.' is the current one" in capsys.readouterr().err
 
 
 # Permissions.

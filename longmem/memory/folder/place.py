@@ -117,17 +117,22 @@ class Place:
 
     @contextlib.contextmanager
     def _new(self, name: str, folder: str, mode: int) -> Iterator[BinaryIO]:
-        where = self._folder(folder)
-        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, 0o600, dir_fd=where)
+        where, made = self._folder(folder), []
+
+        def make(name: str, _: int) -> int:
+            made.append(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK, 0o600, dir_fd=where))
+            return made[0]
+
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(descriptor, mode)
+            with open(name, "wb", opener=make) as file:
+                os.fchmod(file.fileno(), mode)
                 yield file
                 file.flush()
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=where)
+            if made:
+                with contextlib.suppress(OSError):
+                    os.unlink(name, dir_fd=where)
             raise
 
     def _folder(self, name: str) -> int:
