@@ -132,6 +132,27 @@ def test_an_interrupted_run_keeps_the_documents_that_were_whole(model_folder, fi
     assert documents(folder) == {path.name: len(path.read_bytes()) for path in files}
 
 
+def test_an_interrupted_import_shows_nothing_that_was_superseded(
+    model_folder, bank, tmp_path, run, answer, monkeypatch
+):
+    run("bank", "supersede", "one.txt", "--by", "two.txt", "--bank", bank)
+    out, folder, encode = tmp_path / "out.jsonl", tmp_path / "again", Encoder.encode
+    run("bank", "export", out, "--bank", bank)
+    (length, *_) = (len(json.loads(line)["text"]) for line in out.read_text().splitlines())
+    calls = []
+
+    def stop_in_the_second_document(self, input_ids, **inputs):
+        calls.append(input_ids)
+        if len(calls) == length // 32 + 3:
+            raise KeyboardInterrupt
+        return encode(self, input_ids, **inputs)
+
+    monkeypatch.setattr(Encoder, "encode", stop_in_the_second_document)
+    assert run("bank", "add", out, "--bank", folder, "--model", model_folder)[0] == 130
+    (one,) = answer("bank", "list", "--bank", folder)["documents"]
+    assert (one["document_id"], one["is_superseded"], one["superseded_by"]) == ("one.txt", True, None)
+
+
 def test_appended_files_are_as_if_memorized_at_once(model_folder, bank, files, tmp_path, run, answer):
     more = [tmp_path / "more.txt", tmp_path / "rest.txt"]
     for path, text in zip(more, (" and more", " and the rest"), strict=True):

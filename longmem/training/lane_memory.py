@@ -124,10 +124,9 @@ class LaneMemories:
                 bank.clear()
                 continue
             for known in bank.documents():
-                # One that comes again, in the next epoch, would find itself. Of one that has left memory but for tokens
-                # that wait for a full chunk, nothing will ever be found.
-                again = is_new and known.document_id == document_id
-                if again or (known.document_id != document_id and not known.num_chunks):
+                if (
+                    is_new and known.document_id == document_id
+                ):  # it comes again, in the next epoch, and would find itself
                     bank.delete(known.document_id)
 
     def _reach(self, step: int, batch_at: BatchAt) -> int:

@@ -254,16 +254,15 @@ class Banks:
     ) -> int:
         """Write a document into a bank, or what follows it; return how many tokens were encoded, which are counted."""
         options: dict[str, Any] = {"append": append, "batch_size": self.batch_size}
-        encoded = self.model.memorize(bank, torch.tensor(list(token_ids)), name, **options)
+        encoded = self.model.memorize(bank, torch.tensor(list(token_ids)), name, **options).num_encoded
         self.encoded_tokens += encoded
         return encoded
 
 
 class MemorySystem(System):
-    """LongMem: the end of the stream in the window, everything before it in memory, so that no token is in both.
+    """LongMem: the end of the stream in the window, everything before it in memory, so that no token is in both, or neither.
 
-    All systems with one window have the same tokens in it. Therefore up to `chunk_size - 1` tokens at the border may wait in
-    the bank for their chunk to be full, where no search finds them.
+    All systems with one window have the same tokens in it.
 
     Args:
         name: "off" reads nothing, "on" the stream's memory, "wrong" what `read` was given instead; anything else is as "on".

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from longmem.memory.folder import records
 from longmem.memory.folder.catalogue import INDEXES, SEGMENTS, SOURCES, TABLES, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment, rewrite, segments_to_merge
-from longmem.memory.folder.saved_indexes import SavedIndexes
+from longmem.memory.folder.saved_indexes import SavedIndexes, tokens_of_a_row
 from longmem.memory.folder.tensor_file import TensorFile, damaged, not_written, remove
 from longmem.memory.rows.documents import Source
 from longmem.memory.rows.table import Table
@@ -145,10 +145,10 @@ class BankFolder:
                 if attempt == ATTEMPTS_TO_READ - 1 or self.is_current():
                     raise
         self._segments = {row[0]: row[2] for row in rows["segments"]}
-        records.restore(contents, content, segments, rows, self._read_source, self.device)
+        records.restore(contents, content, segments, rows, self._read_source)
         self._source_tokens = {document.serial: document.num_tokens for document in contents.ledger.documents.values()}
         self.indexes.restore(rows["indexes"])
-        contents.find_saved = functools.partial(self.indexes.read, storage_of(contents))
+        contents.find_saved = functools.partial(self.indexes.read, storage_of(contents), tokens_of_a_row(contents))
         if self.is_writable:
             self._remove_strangers()
             self.indexes.remove_strangers()
@@ -372,7 +372,7 @@ class OnDisk:
         self._in_transaction = True
         try:
             yield
-            if self._table.ledger.version != before or self._table.ledger.read:
+            if self._table.ledger.version != before or self._table.ledger.read or self._table.ledger.changed:
                 before = -1  # a commit that fails leaves its traces in what is in memory
                 with self._table.lock:  # files are merged and let go, so no other thread may be reading them
                     self._folder.commit(self._table, self._settings())

@@ -18,7 +18,8 @@ from longmem.memory.folder.tensor_file import damaged, not_written
 
 CATALOGUE = "catalogue.sqlite"
 APPLICATION_ID = 0x4C4D4231  # "LMB1": says to other programs what this file is
-SCHEMA_VERSION = 3  # 1 was a folder with a manifest.json; 2 knew no segments
+# 1 was a folder with a manifest.json; 2 knew no segments; in 3, which is read, a last, shorter chunk stood in `waiting`.
+SCHEMA_VERSION, READABLE_VERSIONS = 4, (3, 4)
 MODULUS = 2**63
 # The second where SQLite quotes, in its message, a damaged name.
 UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)
@@ -74,6 +75,7 @@ class Catalogue:
             )
         self.content: dict[str, Any] = {}
         self.is_closed = self.is_new = False
+        self._version = SCHEMA_VERSION  # of the file, as it was read
         # Threads of one process share the connection, which can be in one transaction at a time.
         self._turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
@@ -148,8 +150,8 @@ class Catalogue:
         # With another journal, commits would be in files beside this one, which nobody here knows of.
         if self._connection.execute("PRAGMA journal_mode").fetchone()[0] != "delete":
             raise damaged(self.path, "was changed after it was written (the kind of its journal)")
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != SCHEMA_VERSION:
+        version = self._version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in READABLE_VERSIONS:
             raise ValueError(
                 f"`folder` must hold a bank of schema version {SCHEMA_VERSION}, got version {version} in "
                 f"{str(self.path)!r}; use the version of longmem that wrote it, or a newer one."
@@ -166,9 +168,11 @@ class Catalogue:
             try:
                 if self.is_new:
                     self._make_tables()
+                elif self._version != SCHEMA_VERSION:
+                    self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 yield
                 self._connection.execute("COMMIT")
-                self.is_new = False
+                self.is_new, self._version = False, SCHEMA_VERSION
             except BaseException:
                 self._totals = totals
                 if self._connection.in_transaction:

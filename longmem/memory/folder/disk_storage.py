@@ -120,10 +120,7 @@ class DiskStorage:
         self._before_write()
         if not self.shapes:
             self.shapes = [shape_of(layer) for layer in layers]
-        if num_rows > len(self._slots):
-            slots = torch.empty(max(num_rows, 2 * len(self._slots)), dtype=torch.int64)
-            slots[: self.num_rows] = self._slots[: self.num_rows]
-            self._slots = slots
+        self._make_room(num_rows)
 
     def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         """Write one chunk of every layer into each row; return the slot of the first, the others follow it."""
@@ -186,9 +183,8 @@ class DiskStorage:
 
     def point(self, rows: Int[Tensor, " chunks"], slot: int) -> None:
         """Let rows point to consecutive slots."""
+        self._make_room(int(rows.max()) + 1)
         self.num_rows = max(self.num_rows, int(rows.max()) + 1)
-        if self.num_rows > len(self._slots):
-            self._slots = torch.cat([self._slots, torch.empty(2 * self.num_rows, dtype=torch.int64)])
         self._slots[rows] = torch.arange(slot, slot + len(rows))
         for segment, which in self._by_segment(self._slots[rows]):
             segment.num_live += len(which)
@@ -243,8 +239,15 @@ class DiskStorage:
         waiting = [Chunks(*(tensor.to("cpu", copy=True) for tensor in layer)) for layer in layers]
         self.segments.append(Segment(first_slot, len(rows), len(rows), waiting=waiting))
         self.next_slot += len(rows)
+        self._make_room(int(rows.max()) + 1)
         self._slots[rows] = torch.arange(first_slot, self.next_slot)
         return first_slot
+
+    def _make_room(self, num_rows: int) -> None:
+        if num_rows > len(self._slots):
+            slots = torch.empty(max(num_rows, 2 * len(self._slots)), dtype=torch.int64)
+            slots[: self.num_rows] = self._slots[: self.num_rows]
+            self._slots = slots
 
     def _take(
         self, position: int, names: Sequence[str], slots: Int[Tensor, "*shape"], *, check: bool = False

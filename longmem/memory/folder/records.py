@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from longmem.encoder.history import Encoders
@@ -39,12 +39,7 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
     }
     # Only what was said, so that a bank without dates is as it was before there were any.
     content |= {name: getattr(document, name) for name in DATES if getattr(document, name) not in (None, False)}
-    tails = {
-        f"{layer}.{name}": tensor.cpu().contiguous()
-        for layer, pair in enumerate(document.waiting)
-        for name, tensor in zip(("keys", "values"), pair, strict=True)
-    }
-    catalogue.put(DOCUMENTS, (document.serial, json.dumps(content), save(tails) if tails else b""))
+    catalogue.put(DOCUMENTS, (document.serial, json.dumps(content), b""))
     put_usage(catalogue, document)
     _put_spans(catalogue, document, chunk_size)
     if isinstance(document.source_or_reader, Source):
@@ -112,16 +107,10 @@ def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Sourc
     return source
 
 
-def read_document(
-    serial: int, fields: dict[str, Any], waiting: bytes, usage: tuple[int, float], device: torch.device
-) -> Document:
+def read_document(serial: int, fields: dict[str, Any], usage: tuple[int, float]) -> Document:
     """Return a document without its rows and its source."""
     fields = fields | {"tags": tuple(fields["tags"]), "segments": Segments.from_json(fields["segments"])}
-    document = Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
-    tails = load(waiting) if waiting else {}
-    layers = range(len(tails) // 2)
-    document.waiting = [(tails[f"{each}.keys"].to(device), tails[f"{each}.values"].to(device)) for each in layers]
-    return document
+    return Document(serial=serial, num_reads=usage[0], last_read=usage[1], **fields)
 
 
 def restore(
@@ -130,7 +119,6 @@ def restore(
     segments: Sequence[Segment],
     rows: dict[str, list[tuple[Any, ...]]],
     read_source_of: Callable[[int, int, int], Source | None],
-    device: torch.device,
 ) -> None:
     """Fill empty contents, over a storage in the folder, with what the catalogue says.
 
@@ -140,30 +128,36 @@ def restore(
         segments: open files.
         rows: of all tables, by their names.
         read_source_of: given a document's serial and a range of tokens, returns their source.
-        device: for the tails.
     """
     storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
     assert isinstance(storage, DiskStorage)
     storage.restore(segments, content["next_slot"], content["shapes"])
     contents.encoders = Encoders.from_json(content["encoders"])
     usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
-    with_source = []
-    for serial, text, waiting in rows["documents"]:
+    with_source, ends = [], []
+    for serial, text, end in rows["documents"]:
         fields = json.loads(text)
         if fields.pop("has_source"):
             with_source.append(serial)
-        ledger.open(read_document(serial, fields, waiting, usage[serial], device))
+        ledger.open(read_document(serial, fields, usage[serial]))
+        if end:  # of schema version 3: a last, shorter chunk stood here, in float32
+            tensors = load(end)
+            layers = range(len(tensors) // 2)
+            ends.append((ledger.by_serial[serial], [(tensors[f"{n}.keys"], tensors[f"{n}.values"]) for n in layers]))
     for serial, first, count, slot, order, written_at in sorted(rows["spans"], key=lambda row: row[4]):
         document, new_rows = ledger.by_serial[serial], ledger.num_rows + torch.arange(count)
         ledger.enter_run(Run(document, count, written_at, order, slot, stored=(first, count, slot)))
         ledger.place(document, new_rows, first)
         storage.point(new_rows, slot)
+    ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
+    ledger.changed.clear()
+    contents.put_ends(ends)
     for serial in with_source:
+        if serial not in ledger.by_serial:
+            continue
         document = ledger.by_serial[serial]
         start = document.first_chunk(chunk_size) * chunk_size
         document.source_or_reader = functools.partial(read_source_of, serial, start, document.num_tokens)
-    ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
-    ledger.changed.clear()
 
 
 def _int32(values: Tensor) -> bytes:

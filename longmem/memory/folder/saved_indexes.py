@@ -1,7 +1,8 @@
 """Saved FAISS indexes of a bank on disk: derived data, kept so that opening a bank need not build them.
 
-An index numbers its vectors by labels; the file says which slot each label stands for, and reopening turns slots into
-rows. What does not fit, or is damaged, is built anew; chunks written since are added at the next search.
+An index numbers its vectors by labels; the file says which slot each label stands for (of an index over tokens, which token
+of which slot), and reopening turns slots into rows. What does not fit, or is damaged, is built anew; chunks written since are
+added at the next search.
 """
 
 import hashlib
@@ -33,12 +34,14 @@ class SavedIndexes:
         """Take over what the catalogue lists."""
         self._listed = {row[0]: row for row in rows}
 
-    def read(self, storage: DiskStorage, position: int) -> SavedIndex | None:
+    def read(self, storage: DiskStorage, tokens: int, position: int) -> SavedIndex | None:
         """Return the saved index of one layer, with the rows of today; None if there is none that can be used."""
         if position not in self._listed:
             return None
         _, name, num_bytes, digests, content = self._listed[position]
         described = json.loads(content)
+        if described.get("tokens", 1) != tokens:
+            return None
         try:
             if digest_of(self.folder / f"{name}.faiss") != described["digest"]:
                 return None
@@ -47,8 +50,9 @@ class SavedIndexes:
             files: list[faiss.Index] = read_index(self.folder / f"{name}.faiss")
         except (OSError, ValueError):
             return None
-        rows = storage.rows_of(slots).numpy()
-        return SavedIndex(files, rows, described["trained_rows"], described["layout"], centres.numpy().copy())
+        rows = storage.rows_of(slots.div(tokens, rounding_mode="floor"))
+        rows = torch.where(rows < 0, -1, rows * tokens + slots % tokens)
+        return SavedIndex(files, rows.numpy(), described["trained_rows"], described["layout"], centres.numpy().copy())
 
     def write(self, contents: Table, *, again: bool = False) -> list[tuple[Any, ...]]:
         """Write the indexes that cover much more than what is saved; return their rows of the catalogue.
@@ -64,7 +68,7 @@ class SavedIndexes:
             if again and not is_clean:
                 del contents.indexes[position]
             if is_clean if again else not self._is_covered(position, saved):
-                rows.append(self._write(position, saved, contents.storage))
+                rows.append(self._write(position, saved, contents.storage, tokens_of_a_row(contents)))
         return rows
 
     def keep(self, rows: list[tuple[Any, ...]]) -> None:
@@ -92,7 +96,7 @@ class SavedIndexes:
         same = described["layout"] == saved.layout and described["trained_rows"] == saved.trained_rows
         return same and described["num_labels"] >= COVERED_SHARE * len(saved.rows)
 
-    def _write(self, position: int, saved: SavedIndex, storage: Any) -> tuple[Any, ...]:
+    def _write(self, position: int, saved: SavedIndex, storage: Any, tokens: int) -> tuple[Any, ...]:
         self.folder.mkdir(exist_ok=True)
         name = f"layer{position}-{secrets.token_hex(8)}"
         path = self.folder / f"{name}.faiss"
@@ -103,7 +107,8 @@ class SavedIndexes:
             raise OSError(str(error)) from error
         sync(path)
         rows = torch.from_numpy(saved.rows)
-        slots = torch.where(rows < 0, -1, storage.slots_of(rows.clamp(min=0)))
+        slots = storage.slots_of(rows.clamp(min=0).div(tokens, rounding_mode="floor")) * tokens + rows % tokens
+        slots = torch.where(rows < 0, -1, slots)
         tensors = self.folder / f"{name}.safetensors"
         digests = write_tensor_file(tensors, {"slots": slots, "centres": torch.from_numpy(saved.centres)})
         sync(self.folder)
@@ -112,8 +117,14 @@ class SavedIndexes:
             "trained_rows": saved.trained_rows,
             "num_labels": len(saved.rows),
             "digest": digest_of(path),
+            "tokens": tokens,
         }
         return position, name, tensors.stat().st_size, json.dumps(digests), json.dumps(described)
+
+
+def tokens_of_a_row(contents: Table) -> int:
+    """Return how many vectors of an index are of one row."""
+    return contents.chunk_size if contents.by_token else 1
 
 
 def digest_of(path: Path) -> str:
