@@ -139,7 +139,7 @@ class LaneMemories:
             for lane, length in enumerate(batch.lengths):
                 tokens[lane] += length
                 border = batch.is_new[lane] and not self.keep_documents
-                # A chunk more than fits: tokens that wait for their chunk are not in the bank yet.
+                # A chunk more than fits: a first one may be cut at another place.
                 full = tokens[lane] >= self.capacity + self.model.config.chunk_size
                 missing[lane] = missing[lane] and not border and not full
         return reach

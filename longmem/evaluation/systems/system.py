@@ -92,7 +92,8 @@ class System(ABC):
 
     def feed(self, chunk: str | Sequence[int] | Int[Tensor, " tokens"]) -> None:
         """Take in the next piece: text, or token ids of the model's tokenizer."""
-        self.passages.append(self.tokens(chunk) if isinstance(chunk, str) else as_ids(chunk))
+        ids = self.tokens(chunk, continues=bool(self.passages)) if isinstance(chunk, str) else as_ids(chunk)
+        self.passages.append(ids)
 
     def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
         """Forget everything and feed these passages. `instead`: what a wrong memory holds. `local_tokens`: None: as before."""
@@ -103,9 +104,9 @@ class System(ABC):
         for passage in passages:
             self.feed(passage)
 
-    def tokens(self, text: str) -> list[int]:
-        """Return the token ids of a text, without special tokens."""
-        return tokenize(self.model.tokenizer, text)
+    def tokens(self, text: str, *, continues: bool = False) -> list[int]:
+        """Return the token ids of a text, without special tokens; `continues`: it stands behind another one."""
+        return tokenize(self.model.tokenizer, text, continues=continues)
 
     @property
     def stream(self) -> list[int]:

@@ -113,23 +113,24 @@ def report_staleness(
         reads_mapped = policy.reads_mapped() and encoders.current == own.current
         targets = [] if for_good else refresher.stale(fresh.tolist(), mapped_is_fresh=reads_mapped)
         tokens = ledger.num_tokens
-    known_versions = [each for each in of_versions if each.lag is not None]
+    entries = max(1, ledger.num_rows)
+    counts = {each.version: int((versions[0] == each.version).sum()) for each in of_versions}
+    known_lags = {each.version: each.lag for each in of_versions if each.lag is not None}
     gaps = [each.gap for each in of_versions]
-    stale = sum(each.tokens for each in known_versions if each.lag)
     return StalenessReport(
         entries=ledger.num_rows,
         tokens=tokens,
-        stale_share=stale / max(1, tokens),
-        unknown_share=sum(each.tokens for each in of_versions if each.version == UNKNOWN) / max(1, tokens),
+        stale_share=sum(counts[version] for version, lag in known_lags.items() if lag) / entries,
+        unknown_share=counts.get(UNKNOWN, 0) / entries,
         masked=int((~readable).sum()),
         mapped=sum(each.mapped for each in documents),
         unreachable=sum(each.is_unreachable for each in documents),
         tokens_to_encode=refresher.num_tokens(targets),
-        lag_mean=sum(each.tokens * (each.lag or 0) for each in known_versions)
-        / max(1, sum(each.tokens for each in known_versions)),
-        lag_max=max((each.lag or 0 for each in known_versions), default=0),
+        lag_mean=sum(counts[version] * lag for version, lag in known_lags.items())
+        / max(1, sum(counts[version] for version in known_lags)),
+        lag_max=max(known_lags.values(), default=0),
         gap_max=None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0),
-        age_mean=sum(each.age * each.tokens for each in documents) / max(1, tokens),
+        age_mean=sum(each.age * each.entries for each in documents) / entries,
         probe_drift=max(drifts.values(), default=None),
         tokens_reencoded=state.refreshed.tokens,
         seconds=state.refreshed.seconds,

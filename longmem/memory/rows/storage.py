@@ -117,10 +117,10 @@ def cut_into_chunks(
     if len(places) > stop:
         encoded = [tensor.index_select(1, places.clamp(max=stop - 1)) for tensor in encoded]
     for place in range(0 if by_token else chunk_size):
-        # The mean goes on from token to token, as it does when they come in pieces: the same roundings either way.
+        # From token to token, with nothing but the mean so far: the same roundings, whatever pieces the tokens come in.
         own = keys[:, (place - first) % chunk_size if place < first else place - first :: chunk_size].float()
         means = search_keys[:, int(place < first) :][:, : own.shape[1]]
-        means += (own - means) / (place + 1)
+        means.mul_(place).add_(own).div_(place + 1)
     cut_keys, cut_values = (tensor.unflatten(1, (-1, chunk_size)) for tensor in encoded)
     return Chunks(cut_keys, cut_values, search_keys)
 

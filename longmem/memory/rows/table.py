@@ -164,6 +164,7 @@ class Table:
         room = None if self.capacity is None else self.capacity - self.ledger.num_pinned_rows
         if room is not None and len(new.rows) > room + len(old.rows) * old.is_pinned:
             raise self._too_full(new.document_id, len(new.rows))
+        self._tell_if_it_forgets(len(new.rows) - len(old.rows))
         self._reserve(chunks, len(new.rows))
         self._remove(*self.ledger.close(old))
         # What was said of the document stays; the other fields are of the new text.
@@ -321,6 +322,7 @@ class Table:
         # What is appended takes over the row of a last chunk that is not full.
         is_begun = document.num_tokens % self.chunk_size > 0
         room = self.capacity - self.ledger.num_pinned_rows + (document.is_pinned and is_begun)
+        self._tell_if_it_forgets(num_chunks - is_begun)
         if num_chunks <= room:
             return 0
         if document.is_pinned or room <= 0:
@@ -332,6 +334,17 @@ class Table:
             stacklevel=5,
         )
         return num_chunks - room
+
+    def _tell_if_it_forgets(self, num_new: int) -> None:
+        """Warn, once, where a bank of whose capacity nobody has thought is about to let go of chunks for so many new ones."""
+        is_full = self.capacity is not None and self.ledger.num_rows + num_new > self.capacity
+        if is_full and self.capacity_tokens == DEFAULT_CAPACITY and not self._has_told:
+            self._has_told = True
+            warnings.warn(
+                f"a bank with the default `capacity_tokens` of {DEFAULT_CAPACITY} is full, so from now on it forgets by "
+                f"`eviction={self.eviction!r}`; give it a larger one, or None for no limit, to keep all.",
+                stacklevel=6,
+            )
 
     def _too_full(self, document_id: str, num_chunks: int) -> ValueError:
         assert self.capacity is not None
@@ -366,13 +379,6 @@ class Table:
         slot = self.storage.write(rows, chunks)
         self._tell_indexes_of(rows)
         self.ledger.record(document, rows, slot)
-        if excess and self.capacity_tokens == DEFAULT_CAPACITY and not self._has_told:
-            self._has_told = True
-            warnings.warn(
-                f"a bank with the default `capacity_tokens` of {DEFAULT_CAPACITY} is full, so from now on it forgets by "
-                f"`eviction={self.eviction!r}`; give it a larger one, or None for no limit, to keep all.",
-                stacklevel=6,
-            )
 
     def _write_after(
         self,
