@@ -116,11 +116,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def supersede(bank: MemoryBank, texts: list[Text]) -> None:
-    """Hide what was superseded in the bank that the texts were exported from; it would be found again otherwise."""
+    """Say what superseded a text in the bank that it was exported from, once that is there as well."""
     with bank.transaction():
         for text in texts:
-            if text.is_superseded and text.name in bank:
-                bank.supersede(text.name, by=text.superseded_by if text.superseded_by in bank else None)
+            if text.superseded_by in bank and text.name in bank:
+                bank.supersede(text.name, by=text.superseded_by)
 
 
 def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: argparse.Namespace) -> Written:
@@ -136,7 +136,9 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
                 bank.tag(text.name, tags)
         else:
             options: dict[str, Any] = {"tags": tags, "dated": text.dated, "valid_until": text.valid_until}
-            written = Written(model.memorize(bank, text.text, text.name, progress=progress, **options))
+            written = Written(model.memorize(bank, text.text, text.name, progress=progress, **options).num_encoded)
+        if text.is_superseded:  # hidden in the commit that brings it, so that an import cut short shows nothing of it
+            bank.supersede(text.name, by=text.superseded_by if text.superseded_by in bank else None)
         if arguments.pin or text.is_pinned:
             bank.pin(text.name)
     return written
@@ -155,7 +157,8 @@ def append_files(arguments: argparse.Namespace) -> None:
         with bank.transaction():  # of a second try after half of it, the document would have that half twice
             for path, text in zip(arguments.files, texts, strict=True):
                 with token_progress(path.name, common.console_for(arguments.json)) as progress:
-                    encoded += model.memorize(bank, text, arguments.id, append=True, progress=progress)
+                    options: dict[str, Any] = {"append": True, "progress": progress}
+                    encoded += model.memorize(bank, text, arguments.id, **options).num_encoded
         report(bank, model_name, {arguments.id: Written(encoded)}, time.perf_counter() - began, arguments)
 
 

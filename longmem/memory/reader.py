@@ -97,7 +97,7 @@ class BankView:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_chunks * self.chunk_size
+        return int(self._table.ledger.sizes(self.selection.rows(self._table.ledger)).sum())
 
     @property
     def is_empty(self) -> bool:

@@ -27,7 +27,7 @@ from longmem.backbone.structure import UnsupportedBackboneError, computes_exactl
 from longmem.configuration import LongMemConfig
 from longmem.memory import MemoryBank
 from longmem.memory.finding import FindableMemory, FoundPassage, validate_count
-from longmem.memory.memorize import memorize
+from longmem.memory.memorize import Memorized, memorize
 from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
 from longmem.model.memory_attention import banks_per_lane, refuse_other_encoder
@@ -212,8 +212,10 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
         reuse: tuple[MemoryBank, str] | None = None,
         batch_size: int = 1,
         progress: Callable[[int, int], None] | None = None,
-    ) -> int:
-        """Encode a document with the frozen backbone and write it to the bank; return the number of tokens encoded.
+    ) -> Memorized:
+        """Encode a document with the frozen backbone and write it to the bank; return how many of its tokens can be read.
+
+        That is a number with attributes: `num_encoded`, and `num_forgotten` if the bank was too full to keep all it had.
 
         The text is read in windows of `segment_length` tokens, counted from the start of the document. When anything fails,
         nothing of a new document stays; in a folder, nothing of what was to be appended either.
@@ -222,8 +224,9 @@ class LongMemForCausalLM(LongMemPreTrainedModel, GenerationMixin):
             bank: where to write.
             text_or_ids: text, or token ids of the backbone's tokenizer.
             document_id: name of the document; must be new to the bank, or with `append` known.
-            append: continue the document. The tokens of the window that it ends in are read again, so that the bank holds
-                what it would if all had been memorized at once; if they are not known, a new window begins.
+            append: continue the document, with text that may be blank, such as an empty line. The tokens of the window that
+                it ends in are read again, so that the bank holds what it would if all had been memorized at once; if they are
+                not known, a new window begins.
             tags: of a new document; `bank.select(tags=...)` reads by them.
             dated: when the content of a new document was true, in seconds since 1970; None: when it was written.
             valid_until: when it ceases to be; from then on no search finds it. None: never.

@@ -29,7 +29,7 @@ from longmem.memory.folder.catalogue import BUSY_SECONDS, CATALOGUE, INDEXES, SE
 from longmem.memory.folder.disk_storage import DiskStorage, Segment, rewrite, segments_to_merge
 from longmem.memory.folder.foreign import damaged, denied, not_read, said_by
 from longmem.memory.folder.place import INDEX_FOLDER, SEGMENT_FOLDER, WORD, Place, refuse_moved
-from longmem.memory.folder.saved_indexes import SavedIndexes
+from longmem.memory.folder.saved_indexes import SavedIndexes, tokens_of_a_row
 from longmem.memory.folder.tensor_file import TensorFile, not_written
 from longmem.memory.rows.documents import Source
 from longmem.memory.rows.table import Table
@@ -208,10 +208,10 @@ class BankFolder:
                     raise
         self._segments = {row[0]: row[2] for row in rows["segments"]}
         with said_by(self.catalogue.path):
-            records.restore(contents, content, segments, rows, self._read_source, self.device)
+            records.restore(contents, content, segments, rows, self._read_source)
         self._source_tokens = {document.serial: document.num_tokens for document in contents.ledger.documents.values()}
         self.indexes.restore(rows["indexes"])
-        contents.find_saved = functools.partial(self.indexes.read, storage_of(contents))
+        contents.find_saved = functools.partial(self.indexes.read, storage_of(contents), tokens_of_a_row(contents))
         if self.is_here:
             self._sweep()
 
@@ -519,7 +519,8 @@ class OnDisk:
         self._in_transaction = True
         try:
             yield
-            if self._table.ledger.version != version or self._table.ledger.read:
+            ledger = self._table.ledger
+            if ledger.version != version or ledger.read or ledger.changed:
                 before = None  # a commit that fails leaves its traces in what is in memory
                 with self._table.lock:  # files are merged and let go, so no other thread may be reading them
                     self._folder.commit(self._table, self._settings())

@@ -26,7 +26,8 @@ from longmem.memory.folder.tensor_file import not_written
 
 CATALOGUE = "catalogue.sqlite"
 APPLICATION_ID = 0x4C4D4231  # "LMB1": says to other programs what this file is
-SCHEMA_VERSION = 3  # 1 was a folder with a manifest.json; 2 knew no segments
+# 1 was a folder with a manifest.json; 2 knew no segments; in 3, which is read, a last, shorter chunk stood in `waiting`.
+SCHEMA_VERSION, READABLE_VERSIONS = 4, (3, 4)
 MODULUS = 2**63
 HALF = 2**32 - 1
 LARGEST = 2**62  # of a number, so that sums of two are numbers, too
@@ -139,6 +140,7 @@ class Catalogue:
             )
         self.content: dict[str, Any] = {}
         self.is_closed = self.is_new = False
+        self._version = SCHEMA_VERSION  # of the file, as it was read
         # Threads of one process share the connection, which can be in one transaction at a time.
         self.turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
@@ -257,8 +259,8 @@ class Catalogue:
         kind = self._connection.execute("PRAGMA application_id").fetchone()[0]
         if kind != APPLICATION_ID:
             raise damaged(self.path, "is not the catalogue of a memory bank")
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != SCHEMA_VERSION:
+        version = self._version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in READABLE_VERSIONS:
             raise ValueError(
                 f"`folder` must hold a bank of schema version {SCHEMA_VERSION}, got version {version} in "
                 f"{str(self.path)!r}; use the version of longmem that wrote it, or a newer one."
@@ -283,9 +285,11 @@ class Catalogue:
                 self._size = self.path.stat().st_size
                 if self.is_new:
                     self._make_tables()
+                elif self._version != SCHEMA_VERSION:
+                    self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 yield
                 self._connection.execute("COMMIT")
-                self.is_new = False
+                self.is_new, self._version = False, SCHEMA_VERSION
             except BaseException:
                 self._totals = totals
                 if self._connection.in_transaction:

@@ -133,10 +133,7 @@ class DiskStorage:
         self.num_changes += 1
         if not self.shapes:
             self.shapes = [shape_of(layer) for layer in layers]
-        if num_rows > len(self._slots):
-            slots = torch.empty(max(num_rows, 2 * len(self._slots)), dtype=torch.int64)
-            slots[: self.num_rows] = self._slots[: self.num_rows]
-            self._slots = slots
+        self._make_room(num_rows)
 
     def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         """Write one chunk of every layer into each row; return the slot of the first, the others follow it."""
@@ -285,9 +282,16 @@ class DiskStorage:
         self.segments.append(Segment(first_slot, len(rows), len(rows), waiting=waiting))
         self._waiting_bytes += sum(tensor.nbytes for layer in waiting for tensor in layer)
         self.next_slot += len(rows)
+        self._make_room(int(rows.max()) + 1)
         self._slots[rows] = torch.arange(first_slot, self.next_slot)
         self.is_torn = was_torn
         return first_slot
+
+    def _make_room(self, num_rows: int) -> None:
+        if num_rows > len(self._slots):
+            slots = torch.empty(max(num_rows, 2 * len(self._slots)), dtype=torch.int64)
+            slots[: self.num_rows] = self._slots[: self.num_rows]
+            self._slots = slots
 
     def _take(
         self, position: int, names: Sequence[str], slots: Int[Tensor, "*shape"], *, check: bool = False

@@ -1,7 +1,8 @@
 """Saved FAISS indexes of a bank on disk: derived data, kept as arrays so that opening a bank need not build them.
 
-An index numbers its vectors by labels; the file says which slot each label stands for, and reopening turns slots into
-rows. What does not fit, or is damaged, is built anew; chunks written since are added at the next search.
+An index numbers its vectors by labels; the file says which slot each label stands for (of an index over tokens, which token
+of which slot), and reopening turns slots into rows. What does not fit, or is damaged, is built anew; chunks written since are
+added at the next search.
 """
 
 import json
@@ -39,10 +40,12 @@ class SavedIndexes:
         """Take over what the catalogue lists."""
         self._listed = {row[0]: row for row in rows}
 
-    def read(self, storage: DiskStorage, position: int) -> SavedIndex | None:
+    def read(self, storage: DiskStorage, tokens: int, position: int) -> SavedIndex | None:
         """Return the saved index of one layer, with the rows of today; None if there is none that can be used."""
         row = self._listed.get(position)
         if row is None or (described := _described(row)) is None:
+            return None
+        if described["rows_of_slot"] != tokens:
             return None
         path = self.folder / f"{row[1]}.safetensors"
         try:
@@ -55,11 +58,10 @@ class SavedIndexes:
             for each, array in arrays.items():
                 heads[int(each.partition(".")[0])][each.partition(".")[2]] = array
             files = [index_of(described["layout"], centres.shape[1], head) for head in heads]
-            size = described["rows_of_slot"]
-            rows = storage.rows_of(slots.div(size, rounding_mode="floor"))
+            rows = storage.rows_of(slots.div(tokens, rounding_mode="floor"))
         except (OSError, RuntimeError, *UNFIT):  # FAISS's errors are RuntimeErrors
             return None
-        labels = torch.where(rows < 0, -1, rows * size + slots % size).numpy()
+        labels = torch.where(rows < 0, -1, rows * tokens + slots % tokens).numpy()
         return SavedIndex(files, labels, described["trained_rows"], described["layout"], centres)
 
     def write(self, contents: Table, *, again: bool = False) -> list[tuple[Any, ...]]:
@@ -115,8 +117,7 @@ class SavedIndexes:
         if None in heads:
             return None
         assert self._place is not None
-        # Where keys of tokens are searched, a slot has as many rows of the index as a chunk has tokens.
-        size = contents.chunk_size if contents.by_token else 1
+        size = tokens_of_a_row(contents)
         rows = torch.from_numpy(saved.rows)
         places = contents.storage.slots_of(rows.clamp(min=0).div(size, rounding_mode="floor"))  # type: ignore[attr-defined]
         slots = torch.where(rows < 0, -1, places * size + rows.clamp(min=0) % size)
@@ -137,10 +138,15 @@ class SavedIndexes:
         return position, name, num_bytes, json.dumps(digests), json.dumps(described)
 
 
+def tokens_of_a_row(contents: Table) -> int:
+    """Return how many vectors of an index are of one row: where keys of tokens are searched, those of a chunk."""
+    return contents.chunk_size if contents.by_token else 1
+
+
 def _described(row: tuple[Any, ...]) -> dict[str, Any] | None:
     """Return what a row of the catalogue says of an index; None where that is not what is written here now."""
     try:
         described = parse_json(row[4])
     except ValueError:
         return None
-    return described if fits(described, DESCRIBED) and described["rows_of_slot"] else None
+    return described if fits(described, DESCRIBED) else None
