@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longmem.backbone.packaged import resolve_backbone
-from longmem.quiet import without_transformers_bars
+from longmem.console import without_transformers_bars
 
 
 def load_backbone(name_or_path: str, revision: str | None = None, **load_options: Any) -> PreTrainedModel:
