@@ -579,17 +579,18 @@ class OnDisk:
         Files that hold some of it are written anew, one after the other: there must be room for one more.
         """
         self.refuse_reader()
-        if self._in_transaction:
-            raise ValueError(
-                "`compact` must not be called inside a transaction, which it would end; call it afterwards."
-            )
-        try:
-            with self._table.lock:
-                self._table.drop_expired()
-                self._folder.compact(self._table, self._settings())
-        except BaseException:
-            self._restore()
-            raise
+        with self._table.turn:
+            if self._in_transaction:
+                raise ValueError(
+                    "`compact` must not be called inside a transaction, which it would end; call it afterwards."
+                )
+            try:
+                with self._table.lock:
+                    self._table.drop_expired()
+                    self._folder.compact(self._table, self._settings())
+            except BaseException:
+                self._restore()
+                raise
 
     def close(self) -> None:
         if self._folder.catalogue.is_closed:
