@@ -205,10 +205,9 @@ def state(bank: MemoryBank) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for info in bank.documents():
         name = info.document_id
-        ids, tails = bank.token_ids(name), bank._table.ledger.documents[name].waiting
+        ids = bank.token_ids(name)
         numbers = stored(bank, name).tolist() if info.num_chunks else []
-        waiting = [tensor.tolist() for pair in tails for tensor in pair]
-        found[name] = [info, bank.segments(name), None if ids is None else ids.tolist(), numbers, waiting]
+        found[name] = [info, bank.segments(name), None if ids is None else ids.tolist(), numbers]
     return found
 
 

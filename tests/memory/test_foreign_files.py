@@ -368,15 +368,11 @@ def test_a_saved_index_is_used_and_a_forged_one_is_built_anew(index, banks, outs
             if name.endswith(("slots", "0.ids", "0.levels", "0.links", "0.entry", "0.sizes")):
                 forge_tensors(folder, alter, INDEXES)
                 answers()
-    for statement in (
-        "name = '../outside/precious'",
-        "layer = 99",
-        "content = '{}'",
-        "content = '['",
-        "digests = '[]'",
-    ):
+    for statement in ("layer = 99", "content = '{}'", "content = '['", "digests = '[]'"):
         forge_sql(folder, f"UPDATE indexes SET {statement} WHERE layer = 0")
         answers()
+    forge_sql(folder, "UPDATE indexes SET name = '../outside/precious'")  # a name is the catalogue's, which is refused
+    assert outcome(folder, outside, read_only=True) == "refused"
 
 
 LAYOUTS = ["IVF4,Flat", "IVF4,SQfp16", "HNSW4,Flat", "HNSW8,SQfp16", "IVF4,PQ4x4"]
