@@ -1,8 +1,9 @@
-"""What commands show on a terminal: headings, tables, progress bars that count tokens or items."""
+"""What is shown on a terminal: headings, tables, progress bars that count tokens or items; and what libraries must not show."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
@@ -103,6 +104,32 @@ def counting(report: Report, total: int) -> Callable[[int], None]:
         report(done, total)
 
     return add
+
+
+@contextlib.contextmanager
+def without_transformers_bars() -> Iterator[None]:
+    """Keep transformers from drawing progress bars of its own inside the block."""
+    from transformers.utils import logging as transformers_logging
+
+    show_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if show_bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def without_warnings_of(library: str) -> Iterator[None]:
+    """Keep the warnings of a library's logger from the terminal inside the block; errors are shown."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

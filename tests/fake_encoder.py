@@ -77,12 +77,12 @@ def write(bank: MemoryBank, model: Any, name: str, ids: list[int], segment: str 
 
 
 def stored(bank: MemoryBank, name: str) -> Tensor:
-    """Return (layers, 2, heads, tokens, dim): the numbers of a document's resident chunks, as they are read."""
+    """Return (layers, 2, heads, tokens, dim): the numbers of a document's resident tokens, as they are read."""
     rows = bank._table.ledger.documents[name].rows.values
     layers = [
         torch.stack(bank.gather(layer, rows.expand(HEADS, -1), bank.generation)).flatten(2, 3) for layer in LAYERS
     ]
-    return torch.stack(layers).float()
+    return torch.stack(layers).float()[:, :, :, : bank.info(name).num_resident_tokens]
 
 
 def read_all(bank: MemoryBank, layer: int = LAYERS[0]) -> list[Any]:

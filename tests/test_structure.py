@@ -30,7 +30,7 @@ def test_no_circle_of_imports_those_for_type_checkers_counted() -> None:
 
 def test_the_front_door_is_short() -> None:
     modules = sorted(path.name for path in PACKAGE.glob("*.py"))
-    assert modules == ["__init__.py", "configuration.py", "console.py", "errors.py", "plugins.py", "quiet.py"]
+    assert modules == ["__init__.py", "configuration.py", "console.py", "errors.py", "files.py", "plugins.py"]
 
 
 @pytest.mark.parametrize("entrance", ["longmem", "longmem.memory", "longmem.cli.demo", "longmem.training"])

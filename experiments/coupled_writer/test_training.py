@@ -52,7 +52,7 @@ def stored(trainer):
     """Return the stored keys of all lanes, in the order in which they were written."""
     banks = trainer.memories.banks
     layer = banks[0].memory_layers[0]
-    rows = [torch.arange(bank.num_tokens // bank.chunk_size) for bank in banks]
+    rows = [torch.arange(bank.num_chunks) for bank in banks]
     heads = trainer.model.config.get_text_config().num_key_value_heads
     return [
         bank.gather(layer, row.expand(heads, -1), bank.generation)[0] for bank, row in zip(banks, rows, strict=True)

@@ -176,21 +176,9 @@ def move_segments(
             if not all(torch.isfinite(decode(part)).all() for each in chunks for part in (each.keys, each.values)):
                 continue
             table.overwrite_chunks(document, stored.first, chunks)
-            move_tail(document, segment, maps)
             segment.mapped_to = table.encoders.current
             state.refreshed.mapped += 1
         table.ledger.note_encoding(document)
-
-
-def move_tail(document: Document, segment: Segment, maps: Mapping[tuple[int, int], DriftMap]) -> None:
-    """Move the segment's tokens that wait for a whole chunk, which else would join one that counts as moved."""
-    first = document.num_tokens - document.num_waiting_tokens
-    places = slice(max(segment.start - first, 0), max(segment.stop - first, 0))
-    waiting = [(key.clone(), value.clone()) for key, value in document.waiting]  # a copy of the bank may share them
-    for layer, pair in enumerate(waiting):
-        for side, tensor in enumerate(pair):
-            tensor[:, places] = maps[layer, side].apply(tensor[:, places]).to(tensor)
-    document.waiting = waiting
 
 
 def moved(chunks: Chunks, maps: Mapping[tuple[int, int], DriftMap], layer: int) -> Chunks:

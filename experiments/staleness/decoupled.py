@@ -130,4 +130,4 @@ def memorized(model: LongMemForCausalLM, document: RecallDocument, refresh: str)
 def stored_tensors(bank: MemoryBank) -> tuple[Tensor, Tensor]:
     """Return the keys and values of the only layer of a bank, in the order in which they were written."""
     (layer,) = bank.memory_layers
-    return bank.gather(layer, torch.arange(bank.num_tokens // bank.chunk_size)[None], bank.generation)
+    return bank.gather(layer, torch.arange(bank.num_chunks)[None], bank.generation)

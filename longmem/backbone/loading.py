@@ -11,8 +11,8 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longmem.backbone.packaged import PACKAGED_BACKBONES, resolve_backbone
+from longmem.console import without_transformers_bars
 from longmem.errors import did_you_mean
-from longmem.quiet import without_transformers_bars
 
 # Options of `from_pretrained` in transformers: where files come from, and how weights are loaded, placed and run.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from longmem.console import without_transformers_bars
 from longmem.files import make_folder, new_folder
-from longmem.quiet import without_transformers_bars
 
 # Part of the cache folder's name. Raise it when the conversion changes, so that no old result is used.
 FORMAT = 1

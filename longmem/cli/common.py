@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from longmem.errors import StaleMemoryError, printable
+from longmem.files import write_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,7 +88,13 @@ def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
 
 def bank_folder() -> argparse.ArgumentParser:
     """Return the option of all commands that use a bank."""
-    return option("--bank", required=True, type=Path, metavar="DIR", help="folder of the bank")
+    return option("--bank", required=True, type=_folder, metavar="DIR", help="folder of the bank")
+
+
+def _folder(name: str) -> Path:
+    if not name:
+        raise argparse.ArgumentTypeError("it must name a folder; '.' is the current one")
+    return Path(name)
 
 
 def labels() -> argparse.ArgumentParser:
@@ -243,4 +250,4 @@ def remember_model(folder: Path, name: str) -> None:
     from longmem.model.names import lasting_name
 
     name = lasting_name(name)
-    (folder / MODEL_FILE).write_text(json.dumps({"model": name}, indent=2) + "\n", encoding="utf-8")
+    write_file(folder / MODEL_FILE, json.dumps({"model": name}, indent=2) + "\n")

@@ -140,11 +140,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def supersede(bank: MemoryBank, texts: list[Text]) -> None:
-    """Hide what was superseded in the bank that the texts were exported from; it would be found again otherwise."""
+    """Say what superseded a text in the bank that it was exported from, once that is there as well."""
     with bank.transaction():
         for text in texts:
-            if text.is_superseded and text.name in bank:
-                bank.supersede(text.name, by=text.superseded_by if text.superseded_by in bank else None)
+            if text.superseded_by in bank and text.name in bank:
+                bank.supersede(text.name, by=text.superseded_by)
 
 
 def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: argparse.Namespace) -> Written:
@@ -174,7 +174,9 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
             with bank.transaction():
                 said = {"tags": tags, "dated": text.dated, "valid_until": text.valid_until}
                 options: dict[str, Any] = {"append": True} if text.name in bank else said
-                encoded += model.memorize(bank, text.text[start:stop], text.name, progress=report, **options)
+                encoded += model.memorize(
+                    bank, text.text[start:stop], text.name, progress=report, **options
+                ).num_encoded
                 label(bank, text, tags, arguments)
     return Written(encoded)
 
@@ -208,9 +210,11 @@ def is_start_of(bank: MemoryBank, text: Text) -> bool:
 
 
 def label(bank: MemoryBank, text: Text, tags: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Give a document its tags, if there are any, and pin it if it is to be."""
+    """Give a document its tags, if there are any, hide it if it no longer holds, and pin it if it is to be."""
     if tags:
         bank.tag(text.name, tags)
+    if text.is_superseded:  # hidden in the commit that brings it, so that an import cut short shows nothing of it
+        bank.supersede(text.name, by=text.superseded_by if text.superseded_by in bank else None)
     if arguments.pin or text.is_pinned:
         bank.pin(text.name)
 
@@ -228,7 +232,8 @@ def append_files(arguments: argparse.Namespace) -> None:
         with bank.transaction():  # of a second try after half of it, the document would have that half twice
             for path, text in zip(arguments.files, texts, strict=True):
                 with token_progress(path.name, common.console_for(arguments.json, quiet=arguments.quiet)) as progress:
-                    encoded += model.memorize(bank, text, arguments.id, append=True, progress=progress)
+                    options: dict[str, Any] = {"append": True, "progress": progress}
+                    encoded += model.memorize(bank, text, arguments.id, **options).num_encoded
         report(bank, model_name, {arguments.id: Written(encoded)}, time.perf_counter() - began, arguments)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -21,7 +21,7 @@ from longmem.errors import ChangedMemoryError
 from longmem.memory import checks
 from longmem.memory.age_prior import AgePrior, make_age_prior
 from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
-from longmem.memory.folder.bank_folder import BankFolder, OnDisk, has_bank
+from longmem.memory.folder.bank_folder import BankFolder, OnDisk, folder_path, has_bank
 from longmem.memory.folder.foreign import said_by
 from longmem.memory.freshness import Freshness
 from longmem.memory.index import validate_index
@@ -32,7 +32,7 @@ from longmem.memory.rows.documents import Document, DocumentInfo, SourcePart
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.segments import Joins, Segment
 from longmem.memory.rows.storage import KeysValues, LayerShape
-from longmem.memory.rows.table import Table
+from longmem.memory.rows.table import DEFAULT_CAPACITY, Table
 from longmem.memory.visibility import READING, Selection, Snapshot, Visibility, has_expired, position_of, take
 
 # Names of the parts that were methods of the bank, for one release more.
@@ -59,7 +59,8 @@ class MemoryBank:
     Args:
         memory_layers: backbone layers whose keys and values are stored, in the order in which `add` gets them.
         chunk_size: tokens in a chunk, the unit of search.
-        capacity_tokens: tokens that can be resident, a multiple of `chunk_size`; None: no limit; the default is the paper's.
+        capacity_tokens: tokens that can be resident, a multiple of `chunk_size`; the last chunk of a document takes the room
+            of a whole one. None: no limit. The default is the paper's; a bank that has it warns, once, when it is full.
         capacity_bytes: bytes of keys, values and search keys that can be resident; a limit beside the other one.
         search: what a query is compared with, the mean key of each chunk ("chunk_mean") or the key of each token ("token"), by
             the best of which its chunk is found; then keys are searched themselves, and no mean keys are stored.
@@ -80,10 +81,11 @@ class MemoryBank:
     >>> keys = torch.eye(10).unsqueeze(0)  # one head, ten tokens, each with a direction of its own
     >>> bank.add("emma", [keys], [keys], tags=["novel"])
     >>> [(info.document_id, info.num_tokens, info.num_chunks, info.num_waiting_tokens) for info in bank.documents()]
-    [('emma', 10, 2, 2)]
-    >>> rows, scores, *_ = bank.search(5, keys[:, 6:7], num_chunks=3)  # three are asked for, two are there
-    >>> scores, [place and place[:3] for place in bank.locate(rows)]
-    (tensor([[[0.2500, 0.0000,   -inf]]]), [('emma', 4, 8), ('emma', 0, 4), None])
+    [('emma', 10, 3, 2)]
+    >>> rows, scores, *_ = bank.search(5, keys[:, 9:10], num_chunks=4)  # four are asked for, three are there
+    >>> best_and_missing = [0, 3]
+    >>> scores[..., best_and_missing], [place and place[:3] for place in bank.locate(rows[..., best_and_missing])]
+    (tensor([[[0.5000,   -inf]]]), [('emma', 8, 10), None])
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class MemoryBank:
         *,
         memory_layers: Sequence[int],
         chunk_size: int,
-        capacity_tokens: int | None = 65_536,
+        capacity_tokens: int | None = DEFAULT_CAPACITY,
         capacity_bytes: int | None = None,
         search: Literal["chunk_mean", "token"] = "chunk_mean",
         index: str = "auto",
@@ -153,7 +155,7 @@ class MemoryBank:
         if has_bank(folder):
             raise ValueError(f"`folder` must not hold a bank yet, got {str(folder)!r}; open it with `MemoryBank.open`.")
         bank = cls(**{"capacity_tokens": None} | settings)
-        bank._live_in(BankFolder(Path(folder), write=True, create=bank._description(), device=bank.device))
+        bank._live_in(BankFolder(folder, write=True, create=bank._description(), device=bank.device))
         return bank
 
     @classmethod
@@ -188,7 +190,7 @@ class MemoryBank:
         one, if another encoder wrote it and the policy is "frozen".
         """
         checks.refuse_strict_alone(strict, model)
-        opened = BankFolder(Path(folder), write=not read_only, device=torch.device(device), mapped=mmap)
+        opened = BankFolder(folder, write=not read_only, device=torch.device(device), mapped=mmap)
         try:
             with said_by(opened.catalogue.path):
                 bank = cls(**opened.read_content()["settings"], device=device)
@@ -222,9 +224,9 @@ class MemoryBank:
 
         Raises ValueError if the folder cannot be written.
         """
-        if self._on_disk is not None and Path(folder).resolve() == self._on_disk.path:
+        if self._on_disk is not None and folder_path(folder).resolve() == self._on_disk.path:
             return
-        target = BankFolder(Path(folder), write=True, create=self._description(), with_first_commit=True)
+        target = BankFolder(folder, write=True, create=self._description(), with_first_commit=True)
         try:
             table = self._table.empty(target.new_storage(self.storage_dtype))
             with self._table.lock:
@@ -250,6 +252,16 @@ class MemoryBank:
         if self._on_disk is None:
             raise ValueError("this bank is in memory, without a folder; `save` it and `MemoryBank.open` the folder.")
         return self._on_disk
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return how a copy, or another process, gets this bank: with all it holds or, from a folder, by opening that to read.
+
+        A bank opened so is of the last commit at that moment; `copy` returns one in memory that goes on by itself.
+        """
+        if self._on_disk is None:
+            return super().__reduce_ex__(protocol)
+        folder, mapped = self._on_disk.path_of_commit(), self._on_disk.is_mapped
+        return functools.partial(type(self).open, folder, read_only=True, device=self.device, mmap=mapped), ()
 
     def transaction(self) -> contextlib.AbstractContextManager[None]:
         """Make all changes inside the block durable together at its end or, if it raises, none of them.
@@ -292,8 +304,9 @@ class MemoryBank:
     ) -> None:
         """Write a new document: one tensor of keys and one of values for each memory layer, and what they came from.
 
-        The tail shorter than a chunk waits for `append`, and is found once its chunk is full. Raises ValueError, and
-        writes nothing, for a known id, shapes that disagree, or numbers that are not finite or too large to store.
+        The last tokens make a shorter chunk, which is found like the others and which `append` goes on to fill. Raises
+        ValueError, and writes nothing, for a known id, shapes that disagree, or numbers that are not finite or too large to
+        store.
 
         Args:
             document_id: its name.
@@ -363,7 +376,7 @@ class MemoryBank:
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if progress is not None:
             checks.validate_callable("progress", progress)
-        num_encoded = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
+        written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
         if draft._table.shapes != self._table.shapes:
             raise ValueError(
                 f"`model` must write the sizes that the bank holds, {self._table.shapes}, got "
@@ -372,7 +385,7 @@ class MemoryBank:
         with self._table.change():
             old = self._document("document_id", document_id)
             self._table.replace(old, draft._table, draft._table.ledger.documents[document_id])
-        return num_encoded
+        return written and written.num_encoded
 
     def copy_tokens(
         self, document_id: str, bank: MemoryBank, origin_id: str, origin: int, part: SourcePart, **said: Any
@@ -443,8 +456,8 @@ class MemoryBank:
         """Hide a document whose text no longer holds, from searches of the bank and of all views on it.
 
         It stays, with its text, takes room, and is evicted, as before. `by`: what took its place, followed when it is renamed
-        and remembered when it is deleted; None: nothing did. Raises ValueError for an unknown id, or a `by` that was itself
-        superseded, in the end, by the old document.
+        or updated, and forgotten when it is deleted or evicted; None: nothing did. Raises ValueError for an unknown id, or a
+        `by` that was itself superseded, in the end, by the old document.
         """
         with self._table.change():
             document = self._document("document_id", document_id)
@@ -496,13 +509,13 @@ class MemoryBank:
             return document_id in self._table.ledger.documents
 
     def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
-        """Return the ids of resident and waiting tokens, from `first_resident_token` on; None if none were given."""
+        """Return the ids of resident tokens, from `first_resident_token` on; None if none were given."""
         with self._table.lock:
             source = self._document("document_id", document_id).source
             return None if source is None else source.token_ids.clone()
 
     def text(self, document_id: str, start: int | None = None, stop: int | None = None) -> str | None:
-        """Return the text of resident and waiting tokens, or of those from token `start` to `stop`; None if none was given."""
+        """Return the text of resident tokens, or of those from token `start` to `stop`; None if none was given."""
         with self._table.lock:
             document = self._document("document_id", document_id)
             source = document.source
@@ -566,8 +579,13 @@ class MemoryBank:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens in resident chunks; tails that wait are not counted."""
-        return self.num_chunks * self.chunk_size
+        """Return the number of resident tokens."""
+        return self._table.ledger.num_tokens
+
+    @property
+    def num_evicted_tokens(self) -> int:
+        """Return how many tokens were forgotten since the bank was made or opened because it was full."""
+        return self._table.ledger.num_evicted
 
     @property
     def nbytes(self) -> int:
@@ -677,7 +695,10 @@ class MemoryBank:
         return weights[rows.clamp(min=0).cpu()].to(rows.device)
 
     def search_keys(self, layer: int) -> Float[Tensor, "kv_heads chunks dim"]:
-        """Return a copy of what a search of a layer compares, in float32: mean keys of all resident chunks, or all keys."""
+        """Return a copy of what a search of a layer compares, in float32: mean keys of all resident chunks, or all keys.
+
+        In a bank that is searched by token, a shorter chunk is filled up with copies of its last key.
+        """
         position = position_of(self.memory_layers, layer)
         if not self.num_chunks:
             raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
@@ -687,7 +708,8 @@ class MemoryBank:
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows (float32 for int8, else in the storage dtype).
 
-        The caller masks rows of -1. Raises ChangedMemoryError unless the bank is of the `generation` that the rows are of.
+        The caller masks rows of -1, and tokens beyond `Found.sizes`. Raises ChangedMemoryError unless the bank is of the
+        `generation` that the rows are of.
         """
         position = position_of(self.memory_layers, layer)
         with self._table.lock:

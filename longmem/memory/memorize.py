@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Int
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from longmem.memory.checks import dated_document, got, validate_count, validate_new, validate_tags
@@ -14,20 +17,55 @@ from longmem.memory.protocols import EncodingModel, WritableBank
 from longmem.memory.rows.documents import SourcePart
 from longmem.memory.rows.segments import Joins
 
+# Tokenizers that put no space before a text, by those that do, and the tokens that these know.
+_CONTINUING: weakref.WeakKeyDictionary[Any, tuple[int, Tokenizer | None]] = weakref.WeakKeyDictionary()
+ANCHORS = ("\n", ".", "a", "0")  # texts to tokenise others behind
+
+
+class Memorized(int):
+    """How many tokens of the text can be read when `memorize` returns: all, unless the bank has no room for them.
+
+    `num_encoded`: how many were encoded; the others were copied. `num_forgotten`: how many tokens, of this document and of
+    others, the bank has forgotten meanwhile because it was full.
+    """
+
+    num_encoded: int
+    num_forgotten: int
+
+    @classmethod
+    def of(cls, num_readable: int, num_encoded: int, num_forgotten: int) -> Self:
+        """Return the three numbers as one."""
+        made = cls(num_readable)
+        made.num_encoded, made.num_forgotten = num_encoded, num_forgotten
+        return made
+
 
 def to_token_ids(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
     """Return token ids of a text, or the given ids, after a check."""
     return encodable(model, text_or_ids).token_ids
 
 
-def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -> SourcePart:
+def encodable(
+    model: EncodingModel,
+    text_or_ids: str | Sequence[int] | Tensor,
+    *,
+    is_piece: bool = False,
+    continues: bool = False,
+) -> SourcePart:
     """Return token ids of a text, with their places in it where the tokenizer says them, or the given ids.
 
     Raises ValueError for nothing to encode, no flat sequence of integers, or ids outside the backbone's vocabulary.
+
+    Args:
+        model: whose tokenizer it is.
+        text_or_ids: what to encode.
+        is_piece: the text is part of a longer one, so it may be blank, and may hold no token.
+        continues: something stands before it, so the tokens of both, one after the other, are to decode to both texts: no
+            space is put before it, as SentencePiece tokenizers do.
     """
     text, char_ends = None, None
     if isinstance(text_or_ids, str):
-        if not text_or_ids.strip():
+        if not text_or_ids.strip() and not is_piece:
             raise ValueError("`text_or_ids` must hold some text, got an empty or blank string.")
         try:
             text_or_ids.encode()
@@ -36,20 +74,18 @@ def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -
                 f"`text_or_ids` must be text that UTF-8 can write, got half of a surrogate pair ({error}); read files "
                 'with `encoding="utf-8"`.'
             ) from error
-        has_offsets = getattr(model.tokenizer, "is_fast", False)
-        encoded = model.tokenizer(
-            text_or_ids, add_special_tokens=False, verbose=False, return_offsets_mapping=has_offsets
-        )
-        if has_offsets:
+        ids_of_text, ends = tokenised(model.tokenizer, text_or_ids, continues)
+        if ends is not None:
             # Ends never fall: tokens of one character that takes several all end with it.
-            text = text_or_ids
-            char_ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64).cummax(0).values
-        if not encoded["input_ids"]:
+            text, char_ends = text_or_ids, torch.tensor(ends, dtype=torch.int64).cummax(0).values
+        if is_piece and not ids_of_text:
+            return SourcePart(torch.empty(0, dtype=torch.int64), text, char_ends)
+        if not ids_of_text:
             raise ValueError(
                 f"`text_or_ids` must hold text that the tokenizer makes tokens of, got {got(text_or_ids)}, of which it makes "
                 "none; leave it out."
             )
-        text_or_ids = encoded["input_ids"]
+        text_or_ids = ids_of_text
     try:
         ids = torch.as_tensor(text_or_ids)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -73,6 +109,55 @@ def encodable(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor) -
     return SourcePart(ids.long().cpu(), text, char_ends)
 
 
+def tokenised(tokenizer: Any, text: str, continues: bool) -> tuple[list[int], list[int] | None]:
+    """Return the ids of a text and, where the tokenizer says it, the character after the last of each."""
+    is_fast = getattr(tokenizer, "is_fast", False)
+    options = {"add_special_tokens": False, "verbose": False}
+    if not is_fast:
+        for anchor in ANCHORS if continues else ():
+            before, both = (tokenizer(each, **options)["input_ids"] for each in (anchor, anchor + text))
+            if both[: len(before)] == before:
+                return both[len(before) :], None
+        return tokenizer(text, **options)["input_ids"], None
+    if continues and (twin := continuing(tokenizer)) is not None:
+        encoding = twin.encode(text, add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+    encoded = tokenizer(text, **options, return_offsets_mapping=True)
+    return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+
+
+def continuing(tokenizer: Any) -> Tokenizer | None:
+    """Return a fast tokenizer's twin that puts no space before a text; None if it puts none itself."""
+    known = _CONTINUING.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        parts = {name: described[name] for name in ("normalizer", "pre_tokenizer")}
+        changed = {name: without_prefix(part) for name, part in parts.items()}
+        twin = None
+        if changed != parts:
+            twin = Tokenizer.from_str(json.dumps({**described, **changed, "truncation": None, "padding": None}))
+            twin.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
+        known = _CONTINUING[tokenizer] = len(tokenizer), twin
+    return known[1]
+
+
+def without_prefix(part: Any) -> Any:
+    """Return a step of a tokenizer, as JSON describes it, without what puts a space before a text.
+
+    >>> without_prefix({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, {"type": "NFC"}]})
+    {'type': 'Sequence', 'normalizers': [{'type': 'NFC'}]}
+    """
+    if isinstance(part, list):
+        return [each for each in map(without_prefix, part) if each is not None]
+    if not isinstance(part, dict) or part.get("type") == "Prepend":
+        return None if isinstance(part, dict) else part
+    changes: dict[str, dict[str, Any]] = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+    }
+    return {name: without_prefix(each) for name, each in part.items()} | changes.get(part.get("type", ""), {})
+
+
 def memorize(
     model: EncodingModel,
     bank: WritableBank,
@@ -86,9 +171,9 @@ def memorize(
     reuse: tuple[WritableBank, str] | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> int:
+) -> Memorized:
     """Encode a document and write it to the bank; see `LongMemForCausalLM.memorize`."""
-    source = encodable(model, text_or_ids)
+    source = encodable(model, text_or_ids, is_piece=append, continues=append)
     validate_options(bank, reuse, batch_size)
     labels: dict[str, Any] = {"tags": validate_tags(tags), "dated": dated, "valid_until": valid_until}
     if not append:  # what the bank would refuse once the first window is encoded
@@ -107,7 +192,7 @@ def memorize(
     known = {} if reuse is None or context is None else known_windows(*reuse, length)
     context = torch.empty(0, dtype=torch.int64) if context is None else context
     is_new = not append
-    num_encoded = 0
+    num_encoded, evicted_before = 0, bank.num_evicted_tokens
 
     def write(start: int, stop: int, keys: list[Tensor], values: list[Tensor]) -> None:
         nonlocal is_new
@@ -142,7 +227,9 @@ def memorize(
             if not append and not is_new:
                 bank.delete(document_id)
             raise
-    return num_encoded
+    resident = bank.info(document_id).num_resident_tokens if document_id in bank else 0
+    num_readable = min(len(source.token_ids), resident)
+    return Memorized.of(num_readable, num_encoded, bank.num_evicted_tokens - evicted_before)
 
 
 def groups(

@@ -25,13 +25,15 @@ class Found(NamedTuple):
 
     Where there is less than was asked for, rows are -1 and scores -inf. `log_weights`: what the age of each chunk adds to
     its attention scores; None where age does not count. Rows are good while the memory has this `generation`; None: the
-    memory holds nothing.
+    memory holds nothing. `sizes`: how many tokens each chunk has, as the last of a document may be shorter; those behind them
+    are copies, to be masked. None: all are whole.
     """
 
     rows: Int[Tensor, "kv_heads queries chunks"]
     scores: Float[Tensor, "kv_heads queries chunks"]
     log_weights: Float[Tensor, "kv_heads queries chunks"] | None
     generation: Hashable
+    sizes: Int[Tensor, "kv_heads queries chunks"] | None = None
 
 
 @runtime_checkable
@@ -63,7 +65,7 @@ class Memory(Protocol):
         ...
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
-        """Return keys and values of rows, `kv_heads chunks chunk_size dim`.
+        """Return keys and values of rows, `kv_heads chunks chunk_size dim`; `Found.sizes` says which of them count.
 
         Raises:
             ChangedMemoryError: the memory is no longer of the generation in which the rows were found.
@@ -123,6 +125,9 @@ class WritableBank(Protocol):
 
     @property
     def encoders(self) -> Encoders: ...
+
+    @property
+    def num_evicted_tokens(self) -> int: ...
 
     def __contains__(self, document_id: object) -> bool: ...
 

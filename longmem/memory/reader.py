@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -46,6 +46,14 @@ class BankView:
     nothing of a document once it is deleted, evicted or renamed. A document that gets one of the tags later is seen; a tag that
     no document has when the view is made is refused, as a misspelt id is.
     """
+
+    def __reduce__(self) -> Any:
+        """Return how a copy, or another process, gets this view: as a selection of the bank that it gets."""
+        return type(self)._of, (self.bank, self.document_ids, self.tags)
+
+    @staticmethod
+    def _of(bank: Any, document_ids: tuple[str, ...], tags: tuple[str, ...]) -> BankView:
+        return bank.select(document_ids, tags=tags)
 
     def __init__(
         self,
@@ -92,7 +100,7 @@ class BankView:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_chunks * self.chunk_size
+        return int(self._table.ledger.sizes(self.selection.rows(self._table.ledger)).sum())
 
     @property
     def is_empty(self) -> bool:

@@ -65,7 +65,7 @@ class BankShards:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_chunks * self.chunk_size
+        return sum(shard.num_tokens for shard in self.shards)
 
     @property
     def is_empty(self) -> bool:
@@ -143,13 +143,12 @@ class BankShards:
         rows = torch.cat(own, dim=2)
         scores, order = scores.sort(dim=2, descending=True, stable=True)
         scores, order = scores[..., :num_chunks], order[..., :num_chunks]
-        ages: Tensor | None = None
-        if any(each.log_weights is not None for each in found):
-            parts = [torch.zeros_like(each.scores) if each.log_weights is None else each.log_weights for each in found]
-            ages = torch.cat(parts, dim=2).gather(2, order)
+        ages = _side_by_side([each.log_weights for each in found], [each.scores for each in found], 0.0, order)
+        sizes = _side_by_side([each.sizes for each in found], [each.rows for each in found], self.chunk_size, order)
         # An empty shard names no generation: none of the rows is its own, so any state of it will do.
         states = tuple(each.generation for each in found)
-        return Found(rows.gather(2, order), scores, ages, states if any(each is not None for each in states) else None)
+        is_empty = all(each is None for each in states)
+        return Found(rows.gather(2, order), scores, ages, None if is_empty else states, sizes)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows, in a dtype that holds those of all shards that are read."""
@@ -223,6 +222,18 @@ def _bank_of(shard: MemoryBank | BankView) -> MemoryBank:
     bank = shard.bank if isinstance(shard, BankView) else shard
     assert isinstance(bank, MemoryBank)  # nothing else has views
     return bank
+
+
+def _side_by_side(
+    parts: Sequence[Tensor | None], like: Sequence[Tensor], default: float, order: Tensor
+) -> Tensor | None:
+    """Return what the shards say of the chunks they found, in one order, with a default for those that say nothing."""
+    if all(part is None for part in parts):
+        return None
+    filled = [
+        torch.full_like(other, default) if part is None else part for part, other in zip(parts, like, strict=True)
+    ]
+    return torch.cat(filled, dim=2).gather(2, order)
 
 
 def _in_order(

@@ -170,7 +170,7 @@ class Snapshot:
     def _take(self) -> None:
         """Take the state of this moment."""
         ledger, standing = self._table.ledger, self._visibility.now()
-        self.num_rows = ledger.num_rows
+        self.num_rows, self._has_short = ledger.num_rows, ledger.num_missing > 0
         self._rows = standing.among(None if self._selection is None else self._selection.rows(ledger))
         self._reader, self._readable = self._freshness.read_by(self._model)
         self._has_prior, self._weights = self._visibility.prior is not None, None
@@ -210,7 +210,8 @@ class Snapshot:
         self.edition.table.ledger.count_reads(there)  # of what the bank has given up since, nobody counts reads
         ages = None if weights is None else weights[found.clamp(min=0).cpu()].to(found.device)
         generation: Hashable = self if self._is_held else table.ledger.generation
-        return Found(found, scores, ages, generation if self.num_rows else None)
+        sizes = self.edition.sizes(found) if self._has_short else None
+        return Found(found, scores, ages, generation if self.num_rows else None, sizes)
 
     def _may_encode(self) -> bool:
         """Return whether what is found may be encoded again: nothing was read yet, and nothing has changed."""

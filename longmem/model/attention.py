@@ -7,6 +7,7 @@ score l_m and value o_m: the same softmax, exactly, whatever kernel computes the
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -253,21 +254,25 @@ def attend_found(
     needs_grad = torch.is_grad_enabled() and queries.requires_grad
 
     def block(
-        some_queries: Tensor, some_rows: Tensor, some_weights: Tensor | None = None
+        some_queries: Tensor, some_rows: Tensor, some_weights: Tensor | None, some_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         kv_heads, count, chunks = some_rows.shape
         keys, values = memory.gather(layer, some_rows.clamp_min(0).flatten(1), found.generation)
         keys, values = (part.to(some_queries).unflatten(1, (count, chunks)).flatten(2, 3) for part in (keys, values))
-        is_found = (some_rows >= 0).repeat_interleave(keys.shape[2] // chunks, dim=-1)
+        size = keys.shape[2] // chunks
+        is_found = (some_rows >= 0).repeat_interleave(size, dim=-1)
+        if some_sizes is not None:  # what fills up a shorter chunk is not there
+            is_found &= (torch.arange(size, device=some_sizes.device) < some_sizes.unsqueeze(-1)).flatten(2)
         if some_weights is not None:
-            some_weights = some_weights.repeat_interleave(keys.shape[2] // chunks, dim=-1)
+            some_weights = some_weights.repeat_interleave(size, dim=-1)
         output, logsumexp, weights = attend_block(some_queries, keys, values, is_found, scaling, softcap, some_weights)
         return output, logsumexp, weights.unflatten(-1, (chunks, -1)).sum(-1)
 
     results = []
     # Split, not sliced: the gradient of each slice would be a tensor of zeros as large as all queries.
-    parts = (queries, found.rows, found.log_weights)
-    for arguments in zip(*(part.split(QUERY_BLOCK, dim=1) for part in parts if part is not None), strict=True):
+    parts = (queries, found.rows, found.log_weights, found.sizes)
+    blocks = (itertools.repeat(None) if part is None else part.split(QUERY_BLOCK, dim=1) for part in parts)
+    for arguments in zip(*blocks, strict=False):  # the queries say how many there are
         if needs_grad:
             results.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from longmem.configuration import ALL_LINEAR
+from longmem.console import without_warnings_of
 from longmem.errors import did_you_mean
-from longmem.quiet import without_warnings_of
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

@@ -40,7 +40,7 @@ from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
 from longmem.memory.checks import checked, got, validate_count
 from longmem.memory.finding import FindableMemory, FoundPassage
-from longmem.memory.memorize import memorize
+from longmem.memory.memorize import Memorized, memorize
 from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
 from longmem.model.memory_attention import banks_per_lane, refuse_other_encoder
@@ -191,6 +191,7 @@ class LongMemModel(LongMemPreTrainedModel):
             )
         return self._states(input_ids, with_keys, extra_hidden_layers, **inputs)
 
+    @torch.compiler.disable  # as `run_backbone`
     def _states(
         self, input_ids: Tensor, with_keys: bool, extra_hidden_layers: Sequence[int] = (), **inputs: Any
     ) -> BackboneStates:
@@ -263,8 +264,10 @@ class LongMemModel(LongMemPreTrainedModel):
         reuse: tuple[MemoryBank, str] | None = None,
         batch_size: int = 1,
         progress: Callable[[int, int], None] | None = None,
-    ) -> int:
-        """Encode a document with the frozen backbone and write it to the bank; return the number of tokens encoded.
+    ) -> Memorized:
+        """Encode a document with the frozen backbone and write it to the bank; return how many of its tokens can be read.
+
+        That is a number with attributes: `num_encoded`, and `num_forgotten` if the bank was too full to keep all it had.
 
         The text is read in windows of `segment_length` tokens, counted from the start of the document. When anything fails,
         nothing of a new document stays; in a folder, nothing of what was to be appended either.
@@ -273,8 +276,9 @@ class LongMemModel(LongMemPreTrainedModel):
             bank: where to write.
             text_or_ids: text, or token ids of the backbone's tokenizer.
             document_id: name of the document; must be new to the bank, or with `append` known.
-            append: continue the document. The tokens of the window that it ends in are read again, so that the bank holds
-                what it would if all had been memorized at once; if they are not known, a new window begins.
+            append: continue the document, with text that may be blank, such as an empty line. The tokens of the window that
+                it ends in are read again, so that the bank holds what it would if all had been memorized at once; if they are
+                not known, a new window begins.
             tags: of a new document; `bank.select(tags=...)` reads by them.
             dated: when the content of a new document was true, in seconds since 1970; None: when it was written.
             valid_until: when it ceases to be; from then on no search finds it. None: never.
@@ -472,6 +476,7 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
         return stream
 
 
+@torch.compiler.disable
 def check_inputs(
     model: LongMemModel,
     input_ids: Any,
@@ -544,6 +549,7 @@ def check_inputs(
             raise ValueError(f"`{name}` must be from {least} to {most}, got {low} to {high}; {way_out}")
 
 
+@torch.compiler.disable
 def check_choices(flags: dict[str, Any], reads: Any, logits_to_keep: Any = 0, num_items_in_batch: Any = None) -> None:
     """Raise ValueError for what `forward` is to return, and in which way, if it has no meaning."""
     for name, value in (flags if isinstance(reads, AllReads) else {**flags, "output_memory_reads": reads}).items():

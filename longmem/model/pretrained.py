@@ -26,13 +26,13 @@ from longmem.backbone.loading import (
 )
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
 from longmem.configuration import LongMemConfig
+from longmem.console import without_transformers_bars
 from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configuration_recipe
 from longmem.encoder.watch import Encoder
 from longmem.memory.checks import checked, got
 from longmem.model import saving, side_state
 from longmem.model.names import backbone_location, look_up
 from longmem.model.side_network import SideNetwork
-from longmem.quiet import without_transformers_bars
 
 # How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
 STORED_FORMAT = 1

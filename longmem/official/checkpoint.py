@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longmem.console import without_transformers_bars
 from longmem.official.weights import OWN_BACKBONE, backbone_weights, build_backbone, build_model, side_weights
-from longmem.quiet import without_transformers_bars
 
 # fairseq's names of activations; its "gelu" is the exact one, its other two are one tanh form.
 ACTIVATIONS = {"gelu": "gelu", "gelu_accurate": "gelu_new", "gelu_fast": "gelu_new", "relu": "relu", "swish": "silu"}

@@ -24,7 +24,7 @@ from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
 from longmem.memory.checks import checked_methods, got
-from longmem.memory.memorize import to_token_ids
+from longmem.memory.memorize import encodable
 from longmem.streaming import state as saved
 from longmem.streaming.state import StreamingModel, StreamState, own_random_numbers, random_state, set_random_state
 
@@ -43,6 +43,8 @@ DRAWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "min_p": ("from 0 to 1", lambda value: 0 <= value <= 1),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), ("from 0 to below 1", lambda value: 0 <= value < 1)),
 }
+# How tokenizers that fall back to bytes write them.
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 @checked_methods("__init__")  # made by `stream` and `load` alone
@@ -83,10 +85,11 @@ class MemoryStream:
     def read(self, text_or_ids: str | Sequence[int] | Tensor) -> int:
         """Take in text or token ids, as many as there are; return how many tokens these were.
 
-        Raises ValueError if there is nothing to read, or ids are outside the vocabulary.
+        A text may come in any pieces, also blank ones: the tokens of all pieces decode to the whole. Raises ValueError if
+        ids are none, or outside the vocabulary.
         """
         refuse_training(self.model)
-        ids = to_token_ids(self.model, text_or_ids).tolist()
+        ids = self._to_ids(text_or_ids).tolist()
         for _ in self._take_in(ids, logits_to_keep=1):
             pass
         return len(ids)
@@ -94,14 +97,12 @@ class MemoryStream:
     def score(self, text_or_ids: str | Sequence[int] | Tensor) -> Float[Tensor, " tokens"]:
         """Take in text or token ids; return the negative log-likelihood of each in nats, given everything before it.
 
-        The very first token of a stream has nothing before it: its entry is NaN.
-
-        Raises ValueError if there is nothing to read, or ids are outside the vocabulary.
+        The very first token of a stream has nothing before it: its entry is NaN. Arguments and errors as for `read`.
         """
         refuse_training(self.model)
-        ids = to_token_ids(self.model, text_or_ids)
-        losses = [torch.tensor([math.nan])] if self.num_tokens == 0 else []
-        done = len(losses)
+        ids = self._to_ids(text_or_ids)
+        done = int(self.num_tokens == 0 and len(ids) > 0)
+        losses = [torch.full((done,), math.nan)]
         for logits in self._take_in(ids.tolist(), logits_to_keep=0):
             targets = ids[done : done + len(logits)].to(logits.device)
             losses.append(torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").cpu())
@@ -126,6 +127,20 @@ class MemoryStream:
         chooser = copy.copy(self.model)
         chooser.generation_config = config
         return self._generate(max_new_tokens, chooser)
+
+    def generate_text(
+        self, max_new_tokens: int | None = None, *, skip_special_tokens: bool = False, **options: Any
+    ) -> Iterator[str]:
+        """Yield the text of what `generate` yields, as soon as it is certain; the pieces together are what all ids decode to.
+
+        A token may be part of a character, and the space before a word is none of it in some tokenizers, so tokens that are
+        decoded one by one lose both. `skip_special_tokens`: leave out those that end a text and the like. Other arguments and
+        errors as for `generate`.
+        """
+        return decoded(self.model.tokenizer, self.generate(max_new_tokens, **options), skip_special_tokens)
+
+    def _to_ids(self, text_or_ids: str | Sequence[int] | Tensor) -> Int[Tensor, " tokens"]:
+        return encodable(self.model, text_or_ids, is_piece=True, continues=self.num_tokens > 0).token_ids
 
     def _generate(self, max_new_tokens: int | None, chooser: StreamingModel) -> Iterator[int]:
         ends = end_tokens(chooser.generation_config)
@@ -303,6 +318,30 @@ def one_token_config(defaults: GenerationConfig, options: dict[str, Any]) -> Gen
             raise ValueError(f"`{name}` acts on what is drawn, and nothing is, got {got(value)}; add `do_sample=True`.")
     given = {name: value for name in CHOICE if (value := getattr(defaults, name, None)) is not None}
     return GenerationConfig(**{**given, **options}, max_new_tokens=1, return_dict_in_generate=True)
+
+
+def decoded(tokenizer: Any, tokens: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
+    """Yield the text of tokens, as soon as it is certain; the pieces together are what decoding all of them gives."""
+    # Tokens that were shown, which say what stands between them and the next ones, and those that wait.
+    window: list[int] = []
+    num_shown = 0
+
+    def waiting() -> str:
+        shown, text = (
+            tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in (window[:num_shown], window)
+        )
+        return text[len(shown) :]
+
+    for token in tokens:
+        window.append(token)
+        text = waiting()
+        # Half a character; or a byte, which makes the bytes before it unreadable if it does not go on with them.
+        if not text or text.endswith("\ufffd") or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
+            continue
+        yield text
+        window, num_shown = window[num_shown:], len(window) - num_shown
+    if text := waiting():
+        yield text
 
 
 def end_tokens(config: GenerationConfig) -> set[int]:

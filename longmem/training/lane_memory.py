@@ -124,10 +124,9 @@ class LaneMemories:
                 bank.clear()
                 continue
             for known in bank.documents():
-                # One that comes again, in the next epoch, would find itself. Of one that has left memory but for tokens
-                # that wait for a full chunk, nothing will ever be found.
-                again = is_new and known.document_id == document_id
-                if again or (known.document_id != document_id and not known.num_chunks):
+                if (
+                    is_new and known.document_id == document_id
+                ):  # it comes again, in the next epoch, and would find itself
                     bank.delete(known.document_id)
 
     def _reach(self, step: int, batch_at: BatchAt) -> int:
@@ -140,7 +139,7 @@ class LaneMemories:
             for lane, length in enumerate(batch.lengths):
                 tokens[lane] += length
                 border = batch.is_new[lane] and not self.keep_documents
-                # A chunk more than fits: tokens that wait for their chunk are not in the bank yet.
+                # A chunk more than fits: a first one may be cut at another place.
                 full = tokens[lane] >= self.capacity + self.model.config.chunk_size
                 missing[lane] = missing[lane] and not border and not full
         return reach

@@ -11,13 +11,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from longmem.backbone.loading import digest
+from longmem.console import without_warnings_of
 from longmem.data import Lanes, load_corpus
 from longmem.encoder.stamp import BackboneStamp, hash_tensors
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
 from longmem.model.opening import refuse_config_of_saved
 from longmem.model.side_network import SideLayer
-from longmem.quiet import without_warnings_of
 from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
 from longmem.training.validation import Validation, validation_texts

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import failing_calls
 import faiss
 import pytest
 import torch
@@ -28,20 +29,23 @@ class Workers:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
+        self.fails_calls = False  # whether system calls of workers can be made to fail, once there is one
 
     def start(
         self, function: str, kill_after: float | None = None, **arguments: Any
     ) -> Callable[[], tuple[list[Any], int]]:
         """Start a function of `folder_worker.py`; return a function that waits for its reports and its exit status."""
         if self.process is None:
-            here = Path(__file__).parent
+            here, library = Path(__file__).parent, failing_calls.build()
+            self.fails_calls = library is not None
             self.process = subprocess.Popen(
                 [sys.executable, here / "folder_worker.py"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=os.environ
-                | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path]), "OMP_NUM_THREADS": "1"},
+                | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), *sys.path]), "OMP_NUM_THREADS": "1"}
+                | ({} if library is None else {"LD_PRELOAD": library}),
             )
         process = self.process
         assert process.stdin is not None

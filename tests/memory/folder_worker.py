@@ -6,24 +6,32 @@ answers each with a line: [what the worker reported, its exit status as `os.wait
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from fake_encoder import FakeModel
+from failing_calls import FailingCalls
+from fake_encoder import FakeModel, stored
+from fake_encoder import make_bank as make_fake_bank
+from fake_encoder import write as write_segment
 from folder_banks import RandomSteps, write
 
-from longmem.memory import MemoryBank
-from longmem.memory.folder import tensor_file
+from longmem.memory import MemoryBank, has_bank
+from longmem.memory.folder import disk_storage
 from longmem.memory.folder.catalogue import Catalogue
+from longmem.memory.index import approximate
 
 Report = Callable[[Any], None]
 EXIT_AT = 77
@@ -65,9 +73,9 @@ def exit_at(count: int) -> None:
         return connection
 
     Catalogue._connect = traced  # type: ignore[method-assign]
-    tensor_file.save_file = between_ticks(tensor_file.save_file)
+    disk_storage.write_tensors = between_ticks(disk_storage.write_tensors)
     os.fsync = between_ticks(os.fsync)
-    Path.unlink = between_ticks(Path.unlink)  # type: ignore[method-assign]
+    os.unlink = between_ticks(os.unlink)
 
 
 def change_and_exit(report: Report, folder: str, change: str, count: int) -> None:
@@ -161,6 +169,199 @@ def fill_under_quota(report: Report, folder: str, max_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         write(bank, "after", range(10**9, 10**9 + 100))
         report([info.document_id for info in bank.documents()])
+
+
+def read_as_nobody(report: Report, folder: str) -> None:
+    """Report what another user is told about a bank."""
+    os.setgid(65534)
+    os.setuid(65534)
+    for use in (has_bank, MemoryBank.load, MemoryBank.open, lambda folder: MemoryBank.open(folder, read_only=True)):
+        try:
+            report(str(use(folder)))
+        except Exception as error:
+            report(f"{type(error).__name__}: {error}")
+
+
+STEPS = {
+    "add": lambda bank: write_segment(bank, FakeModel("a"), "new", list(range(900, 923))),
+    "append": lambda bank: write_segment(bank, FakeModel("a"), "one", list(range(900, 917))),
+    "update": lambda bank: _replace(bank),
+    "delete": lambda bank: bank.delete("one"),
+    "compact": lambda bank: bank.folder.compact(),
+    "refresh": lambda bank: bank.freshness.reencode(FakeModel("b")),
+    "merge": lambda bank: write_segment(bank, FakeModel("a"), "new", list(range(900, 908))),
+    "close": lambda bank: bank.close(),
+}
+
+
+def _replace(bank: MemoryBank) -> None:
+    with bank.transaction():
+        bank.delete("one")
+        write_segment(bank, FakeModel("a"), "one", list(range(900, 917)))
+
+
+def state(bank: MemoryBank) -> dict[str, Any]:
+    """Return all that can be read of a bank of `fake_encoder`."""
+    found: dict[str, Any] = {}
+    for info in bank.documents():
+        name = info.document_id
+        ids = bank.token_ids(name)
+        numbers = stored(bank, name).tolist() if info.num_chunks else []
+        found[name] = [info, bank.segments(name), None if ids is None else ids.tolist(), numbers]
+    return found
+
+
+def state_or_refusal(bank: MemoryBank) -> dict[str, Any] | str:
+    """Return all that can be read or, from a bank that refuses everything, what it says."""
+    refusals = set()
+    asked = (bank.documents, lambda: bank.search(1, torch.ones(2, 1, 6), 2), lambda: "one" in bank, bank.folder.reload)
+    for ask in (*asked, lambda: write_segment(bank, FakeModel("a"), "never", [1])):
+        try:
+            if ask is asked[0]:
+                return state(bank)
+            ask()
+        except ValueError as error:
+            refusals.add(str(error))
+    assert len(refusals) == 1, refusals
+    assert "open the bank again" in (refusal := refusals.pop()), refusal
+    return refusal
+
+
+def fail_calls(report: Report, start: str, step: str, faults: list[tuple[int, int, int]]) -> None:
+    """Do one step on copies of a bank, with other system calls that fail each time; report what came out of each.
+
+    Args:
+        report: is told, for each fault, the name of the first call that failed, empty if none did; whether the step raised;
+            whether the bank then refused everything; and all that was not as it must be.
+        start: folder of the bank.
+        step: of `STEPS`, "open", "save" or "create".
+        faults: the first call that fails, counted from 1, the number of its error, and how many calls fail from there on.
+    """
+    disk_storage.SEGMENTS_TO_MERGE = 3 if step == "merge" else 8
+    approximate.EXACT_BELOW = 4
+    place = Path(start).parent / "copies"
+    outcomes = _outcomes(Path(start), place, step)
+    calls = FailingCalls(place)
+    for fault in faults:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(start, place / "bank")
+        descriptors = len(os.listdir("/proc/self/fd"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            told = _fail_call(place, step, outcomes, calls, fault)
+        gc.collect()
+        # When a file cannot be mapped, torch leaves it open.
+        if len(os.listdir("/proc/self/fd")) > descriptors and not calls.name.startswith("mmap"):
+            told["wrong"].append("a file is left open")
+        report({"call": calls.name, "number": fault[0], **told})
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _outcomes(start: Path, place: Path, step: str) -> list[Any]:
+    """Return what a bank may hold after a step that was not done, and after one that was."""
+    found = []
+    for is_done in (False, True):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(start, place / "bank")
+        if is_done:
+            _do(place, step)
+        if step == "create" and not is_done:
+            found.append({})
+            continue
+        with MemoryBank.open(place / ("new" if step == "create" else "bank"), read_only=True) as bank:
+            found.append(state(bank))
+    return found
+
+
+def _other_bank() -> MemoryBank:
+    bank = make_fake_bank(FakeModel("a"))
+    write_segment(bank, FakeModel("a"), "other", list(range(700, 721)))
+    return bank
+
+
+def _do(place: Path, step: str) -> None:
+    if step == "save":
+        _other_bank().save(place / "bank")
+    elif step == "create":
+        MemoryBank.create(place / "new", memory_layers=[1, 4], chunk_size=4).close()
+    elif step == "open":
+        MemoryBank.open(place / "bank").close()
+    else:
+        with MemoryBank.open(place / "bank") as bank:
+            _prepare(bank, step)
+            STEPS[step](bank)
+
+
+def _prepare(bank: MemoryBank, step: str) -> None:
+    """Do what must not fail: what is read is counted when the bank is closed, and an index is saved then."""
+    if step == "close":
+        bank.search(1, torch.ones(2, 1, 6), 2)
+
+
+def _is_one_of(found: dict[str, Any], allowed: list[dict[str, Any]], step: str) -> bool:
+    """Return whether a state is allowed; a refresh commits document by document, so each may be old or new."""
+    if step != "refresh":
+        return found in allowed
+    return all(found.keys() == one.keys() for one in allowed) and all(
+        found[name] in [one[name] for one in allowed] for name in found
+    )
+
+
+def _fail_call(
+    place: Path, step: str, outcomes: list[Any], calls: FailingCalls, fault: tuple[int, int, int]
+) -> dict[str, Any]:
+    raised, refuses, wrong = None, False, []
+    folder = place / ("new" if step == "create" else "bank")
+    bank = MemoryBank.open(folder) if step in STEPS else None
+    other = _other_bank() if step == "save" else None
+    if bank is not None:
+        _prepare(bank, step)
+    with calls.failing(*fault):
+        try:
+            if bank is not None:
+                STEPS[step](bank)
+            elif other is not None:
+                other.save(folder)
+            else:
+                _do(place, step)
+        except Exception as error:
+            raised = error
+    if raised is not None and type(raised) is not ValueError:
+        wrong.append(f"raised {raised!r}")
+    allowed = outcomes
+    if bank is not None and step != "close":
+        found = state_or_refusal(bank)
+        refuses = isinstance(found, str)
+        if not refuses:
+            allowed = outcomes[:1] if raised else outcomes[1:]
+            if not _is_one_of(found, outcomes if step == "refresh" else allowed, step):
+                wrong.append("the bank was changed by a call that failed" if raised else "the bank was not changed")
+            bank.rename("two", "zwei")
+            allowed = outcomes if step == "refresh" else allowed
+            allowed = [{"zwei" if name == "two" else name: each for name, each in one.items()} for one in allowed]
+            for one in allowed:
+                one["zwei"] = [dataclasses.replace(one["zwei"][0], document_id="zwei"), *one["zwei"][1:]]
+        elif not raised:
+            allowed = outcomes[1:]
+    if bank is not None:
+        bank.close()
+    if step == "create" and not has_bank(folder):
+        if not raised:
+            wrong.append("no bank was made")
+        return {"raised": raised is not None, "refuses": refuses, "wrong": wrong}
+    try:
+        with MemoryBank.open(folder, read_only=True) as reader:
+            reader.folder.verify()
+            if not _is_one_of(state(reader), allowed, step):
+                wrong.append(f"on the disk is another state: {sorted(state(reader))}")
+        with MemoryBank.open(folder) as writer:
+            left = {path.name for path in (folder / "segments").glob("*")}
+            if left != {segment.file.path.name for segment in writer._table.storage.segments}:
+                wrong.append(f"files are left: {left}")
+            writer.folder.verify()
+    except ValueError as error:
+        wrong.append(f"the bank is lost: {error}")
+    return {"raised": raised is not None, "refuses": refuses, "wrong": wrong}
 
 
 def run(function: str, arguments: dict[str, Any], kill_after: float | None) -> tuple[list[Any], int]:

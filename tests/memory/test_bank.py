@@ -86,11 +86,11 @@ def test_pieces_equal_the_whole():
     pieces.add("a", part(keys, 0, 1), part(values, 0, 1), [0])
     for start, stop in ((1, 2), (2, 3), (3, 5), (5, 18), (18, 23)):
         pieces.append("a", part(keys, start, stop), part(values, start, stop), range(start, stop))
-    assert pieces.documents() == whole.documents() == [DocumentInfo("a", 23, 5, 3, 0)]
+    assert pieces.documents() == whole.documents() == [DocumentInfo("a", 23, 6, 3, 0)]
     assert pieces.token_ids("a").tolist() == whole.token_ids("a").tolist() == list(range(23))
     for layer in LAYERS:
         assert everything(pieces, layer) == everything(whole, layer)
-        assert len(everything(whole, layer)) == 5
+        assert len(everything(whole, layer)) == 6
 
 
 def test_half_precision_pieces_equal_the_whole():
@@ -160,23 +160,27 @@ def test_fifo_takes_the_oldest_chunks_of_any_document():
     assert bank.token_ids("c") is None
 
 
-def test_an_evicted_document_stays_while_its_tail_waits():
-    bank = new_bank(capacity_tokens=8)
+def test_a_document_goes_with_its_last_chunk_however_short():
+    bank = new_bank(capacity_tokens=12)
     bank.add("a", *random_tokens(9))
     bank.add("b", *random_tokens(8, seed=1))
-    assert bank.documents() == [DocumentInfo("a", 9, 0, 1, 8), DocumentInfo("b", 8, 2, 0, 0)]
+    assert bank.documents() == [DocumentInfo("a", 9, 1, 1, 8), DocumentInfo("b", 8, 2, 0, 0)]
     bank.append("a", *random_tokens(3, seed=2))
-    assert bank.documents() == [DocumentInfo("a", 12, 1, 0, 8), DocumentInfo("b", 8, 1, 0, 4)]
-    assert set(everything(bank)) == {("a", 8, 12), ("b", 4, 8)}
+    assert bank.documents() == [DocumentInfo("a", 12, 1, 0, 8), DocumentInfo("b", 8, 2, 0, 0)]
+    bank.append("b", *random_tokens(1, seed=3))
+    assert set(everything(bank)) == {("a", 8, 12), ("b", 4, 8), ("b", 8, 9)}
+    assert (bank.num_tokens, bank.num_evicted_tokens) == (9, 8 + 4)
+    bank.add("c", *random_tokens(9, seed=4))
+    assert bank.documents() == [DocumentInfo("c", 9, 3, 1, 0)]
 
 
 def test_one_add_beyond_the_capacity_keeps_its_end_and_warns():
     bank = new_bank(capacity_tokens=8)
-    with pytest.warns(UserWarning, match=r"'a'.*first 12 tokens are dropped.*`capacity_tokens` by 12"):
+    with pytest.warns(UserWarning, match=r"'a'.*first 16 tokens are dropped.*`capacity_tokens` by 16"):
         bank.add("a", *random_tokens(21), range(21))
-    assert bank.documents() == [DocumentInfo("a", 21, 2, 1, 12)]
-    assert bank.token_ids("a").tolist() == list(range(12, 21))
-    assert set(everything(bank)) == {("a", 12, 16), ("a", 16, 20)}
+    assert bank.documents() == [DocumentInfo("a", 21, 2, 1, 16)]
+    assert bank.token_ids("a").tolist() == list(range(16, 21))
+    assert set(everything(bank)) == {("a", 16, 20), ("a", 20, 21)}
 
 
 def test_a_warning_that_is_an_error_writes_nothing():
@@ -258,7 +262,7 @@ def test_a_view_reads_only_its_documents_and_sees_them_grow():
 
 
 def test_update_replaces_the_text_and_a_failure_changes_nothing():
-    bank = MemoryBank.for_model(TinyEncoder(), capacity_tokens=16)
+    bank = MemoryBank.for_model(TinyEncoder(), capacity_tokens=20)
     TinyEncoder().memorize(bank, "keep", document_id="k")
     TinyEncoder().memorize(bank, "old text.", document_id="a")
     before = everything(bank), bank.documents()
@@ -274,8 +278,8 @@ def test_update_replaces_the_text_and_a_failure_changes_nothing():
     assert everything(bank.select("a")) == everything(fresh)
     assert everything(bank.select("k")) == {("k", 0, 4): before[0][("k", 0, 4)]}
     assert bank.token_ids("a").tolist() == [ord(letter) for letter in "new text, now"]
-    bank.append("a", *random_tokens(3), range(3))  # the tail of the new text waits like any other
-    assert bank.documents() == [DocumentInfo("a", 16, 4, 0, 0)]
+    bank.append("a", *random_tokens(3), range(3))  # the last chunk of the new text is filled up like any other
+    assert bank.documents() == [DocumentInfo("k", 4, 1, 0, 0), DocumentInfo("a", 16, 4, 0, 0)]
 
 
 def test_for_model_reads_config_and_fingerprint():
@@ -292,9 +296,9 @@ def test_an_empty_bank_answers_searches():
         assert (rows == -1).all()
         assert torch.isneginf(scores).all()
         assert bank.locate(rows) == [None] * 24
-        bank.add("short", *random_tokens(3))
-        assert bank.is_empty
-        assert (bank.search(3, torch.ones(2, 3, 6), 4).rows == -1).all()
+        bank.add("short", *random_tokens(1))
+        assert not bank.is_empty
+        assert (bank.search(3, torch.ones(2, 3, 6), 4).rows == torch.tensor([0, -1, -1, -1])).all()
 
 
 def test_work_is_proportional_to_what_is_written(monkeypatch):

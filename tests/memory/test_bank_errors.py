@@ -108,7 +108,7 @@ BAD_CALLS = {
     "query width": (lambda bank: bank.search(3, torch.ones(2, 1, 7), 1), ["queries", "(2, queries, 6)", "(2, 1, 7)"]),
     "query heads": (lambda bank: bank.search(3, torch.ones(6, 1, 6), 1), ["queries", "(6, 1, 6)"]),
     "query batch": (lambda bank: bank.search(3, torch.ones(1, 2, 1, 6), 1), ["queries", "(1, 2, 1, 6)"]),
-    "rows of the past": (lambda bank: bank.locate(torch.tensor([0, 2])), ["rows", "from -1 to 1", "0 to 2"]),
+    "rows of the past": (lambda bank: bank.locate(torch.tensor([0, 3])), ["rows", "from -1 to 2", "0 to 3"]),
     "gather from nothing": (
         lambda bank: gather_first(bank.empty_like()),
         ["empty", "num_chunks"],

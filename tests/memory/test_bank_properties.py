@@ -78,9 +78,13 @@ class NaiveBank:
         """Return whether all new chunks of a document, or at least the last of them, find room beside what is pinned."""
         document = self.find(name)
         num_waiting = len(document.tokens) % self.chunk_size if document else 0
-        num_chunks = (num_waiting + num_tokens) // self.chunk_size
+        num_chunks = self.chunks_in(num_waiting + num_tokens)
         room = self.capacity - sum(owner.is_pinned for owner, _ in self.resident)
+        room += bool(document and document.is_pinned and num_waiting)  # the row of the last chunk is taken over
         return num_chunks <= room or (room > 0 and not (document and document.is_pinned))
+
+    def chunks_in(self, num_tokens):
+        return -(-num_tokens // self.chunk_size)
 
     def write(self, name, tokens):
         document = self.find(name)
@@ -89,10 +93,11 @@ class NaiveBank:
             self.documents.append(document)
         first = len(document.tokens) // self.chunk_size
         document.tokens.extend(tokens)
-        self.resident += [(document, i) for i in range(first, len(document.tokens) // self.chunk_size)]
+        self.resident = [each for each in self.resident if each != (document, first)]  # it is written anew
+        self.resident += [(document, i) for i in range(first, self.chunks_in(len(document.tokens)))]
         while len(self.resident) > self.capacity:
             self.resident.remove(next(each for each in self.resident if not each[0].is_pinned))
-        self.documents = [d for d in self.documents if self.chunks_of(d) or len(d.tokens) % self.chunk_size]
+        self.documents = [each for each in self.documents if self.chunks_of(each)]
 
     def delete(self, name):
         document = self.find(name)
@@ -104,18 +109,17 @@ class NaiveBank:
 
     def info(self, document):
         chunks, num_tokens = self.chunks_of(document), len(document.tokens)
-        first = chunks[0] if chunks else num_tokens // self.chunk_size
         return DocumentInfo(
             document.name,
             num_tokens,
             len(chunks),
             num_tokens % self.chunk_size,
-            first * self.chunk_size,
+            chunks[0] * self.chunk_size,
             is_pinned=document.is_pinned,
         )
 
     def chunk(self, document, i, layer):
-        """Return keys and values (kv_heads, chunk_size, dim) of one chunk."""
+        """Return keys and values (kv_heads, tokens, dim) of one chunk."""
         tokens = document.tokens[i * self.chunk_size : (i + 1) * self.chunk_size]
         return tuple(torch.stack([token[part][layer] for token in tokens], dim=1) for part in (1, 2))
 
@@ -249,7 +253,7 @@ class BankMachine(RuleBasedStateMachine):
 
         document = self.naive.find(name)
         room = self.naive.capacity - sum(owner.is_pinned and owner is not document for owner, _ in self.naive.resident)
-        if min(self.naive.capacity, count // self.naive.chunk_size) > room:
+        if min(self.naive.capacity, self.naive.chunks_in(count)) > room:
             with pytest.raises(ValueError, match="are pinned"), mock.patch("longmem.memory.bank.memorize", memorize):
                 self.bank.update(name, "", model=NamedEncoder())
             return
@@ -284,6 +288,8 @@ class BankMachine(RuleBasedStateMachine):
         if hasattr(self, "bank"):
             assert self.bank.documents() == [self.naive.info(document) for document in self.naive.documents]
             assert self.bank.num_chunks == len(self.naive.resident)
+            resident = map(self.naive.info, self.naive.documents)
+            assert self.bank.num_tokens == sum(each.num_tokens - each.first_resident_token for each in resident)
             for document in self.naive.documents:
                 ids, first = self.bank.token_ids(document.name), self.naive.info(document).first_resident_token
                 expected = [token[0] for token in document.tokens[first:]] if self.with_ids else None
@@ -299,7 +305,7 @@ class BankMachine(RuleBasedStateMachine):
     def compare(self, reader, resident):
         """Compare search, gather and locate with the resident chunks, in both layers."""
         size = self.naive.chunk_size
-        places = {(owner.name, i * size, (i + 1) * size): (owner, i) for owner, i in resident}
+        places = {(owner.name, i * size, min((i + 1) * size, len(owner.tokens))): (owner, i) for owner, i in resident}
         assert len(places) == len(resident)
         assert reader.is_empty == (not resident)
         for layer in LAYERS:
@@ -309,7 +315,7 @@ class BankMachine(RuleBasedStateMachine):
             own = list(means.values())
             queries = torch.stack([*own, torch.ones(HEADS[layer], dim, dtype=torch.double)], dim=1)
             num_chunks = len(resident) + 2
-            rows, scores, *_ = reader.search(layer, queries, num_chunks)
+            rows, scores, _, _, sizes = reader.search(layer, queries, num_chunks)
             assert (rows >= 0).sum(dim=-1).eq(len(resident)).all()
             assert (rows[..., len(resident) :] == -1).all()
             assert torch.isneginf(scores[..., len(resident) :]).all()
@@ -320,6 +326,10 @@ class BankMachine(RuleBasedStateMachine):
             number = {place: i for i, place in enumerate(places)}
             found = torch.tensor([number[place[:3]] for place in reader.locate(rows)]).view(rows.shape)
             assert (found.sort(dim=-1).values == torch.arange(len(resident))).all()
+            lengths = torch.tensor([stop - start for _, start, stop in places])
+            assert torch.equal(
+                torch.full_like(rows, size) if sizes is None else sizes[..., : len(resident)], lengths[found]
+            )
             naive = (queries @ torch.stack(own, dim=2)).gather(2, found)
             torch.testing.assert_close(scores.double(), naive, rtol=1e-4, atol=1e-4)
             assert (naive.diff(dim=-1) < 1e-4).all()
@@ -327,8 +337,9 @@ class BankMachine(RuleBasedStateMachine):
                 assert (found[0, : len(own), 0] == torch.arange(len(own))).all()
             keys, values = reader.gather(layer, rows[:, -1], reader.generation)
             for part, stored in enumerate((keys, values)):
-                expected = torch.stack([pair[part] for pair in chunks.values()], dim=1)
-                expected = decode(encode(expected, self.storage_dtype)).float()
+                filled = [pair[part] for pair in chunks.values()]  # up, with copies of their last tokens
+                filled = [each[:, torch.arange(size).clamp(max=each.shape[1] - 1)] for each in filled]
+                expected = decode(encode(torch.stack(filled, dim=1), self.storage_dtype)).float()
                 for head in range(HEADS[layer]):
                     assert torch.equal(stored[head].float(), expected[head, found[head, -1]])
 

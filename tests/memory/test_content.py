@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sqlite3
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -105,17 +106,42 @@ def test_what_is_hidden_is_left_out_of_all_rows_or_of_a_copy(num_hidden, few, pr
     assert not {place.document_id for place in not_numbers if place} & set(names[:num_hidden])
 
 
-def test_a_successor_is_followed_when_renamed_and_remembered_when_deleted():
+def test_a_successor_is_followed_when_renamed_and_forgotten_when_deleted():
     bank = new_bank("old", "new")
     bank.supersede("old", by="new")
     bank.rename("new", "newer")
     assert said(bank, "old")[3] == "newer"
     bank.rename("old", "oldest")
     bank.delete("newer")
-    assert said(bank, "oldest") == (None, None, True, "newer")
+    assert said(bank, "oldest") == (None, None, True, None)
     assert found_in(bank) == set()
     bank.restore("oldest")
     assert found_in(bank) == {"oldest"}
+
+
+@pytest.mark.parametrize("how", ["delete", "evict", "expire", "clear others"])
+def test_a_name_that_is_forgotten_is_left_nowhere(how, tmp_path, monkeypatch):
+    eviction = "ttl:seconds=60" if how == "expire" else "fifo"
+    bank = MemoryBank.create(
+        tmp_path, memory_layers=[LAYER], chunk_size=2, capacity_tokens=24, eviction=eviction, age_prior=None
+    )
+    write(bank, "the secret", 5)
+    write(bank, "old", 4)
+    bank.supersede("old", by="the secret")
+    bank.pin("old")
+    if how == "evict":
+        write(bank, "new", 20)
+    elif how == "expire":
+        monkeypatch.setattr("longmem.memory.rows.ledger.time", SimpleNamespace(time=lambda: time.time() + 60))
+        assert "the secret" not in bank
+    else:
+        bank.delete("the secret")
+    assert said(bank, "old")[2:] == (True, None)
+    bank.folder.compact()
+    bank.close()
+    with MemoryBank.open(tmp_path) as again:
+        assert said(again, "old")[2:] == (True, None)
+    assert not any(b"the secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_who_supersedes_whom_makes_no_circle():

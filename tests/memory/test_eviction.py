@@ -128,6 +128,52 @@ def test_time_to_live_ends_at_a_search_or_a_listing(clock):
     assert bank.documents() == []
 
 
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize("step", [-3600, -100, -1, 0, 3600])
+def test_a_clock_that_is_set_does_not_keep_texts_alive(clock, step, in_folder, tmp_path):
+    bank = new_bank(eviction="ttl:seconds=60")
+    if in_folder:
+        bank.save(tmp_path / "bank")
+        bank = MemoryBank.open(tmp_path / "bank")
+    add(bank, "before", 1, seed=1)
+    add(bank, "goes on", 1, seed=2)
+    clock.now += step
+    assert ("before" in bank) == (step < 60)
+    add(bank, "after", 1, seed=3)
+    add(bank, "goes on", 1, seed=4)
+    if in_folder:
+        bank.close()
+        bank = MemoryBank.open(tmp_path / "bank")
+    clock.now += 59
+    assert set(resident(bank)) == {"after", "goes on"} | ({"before"} if step <= 0 else set())
+    clock.now += 1
+    assert bank.search(1, torch.ones(1, 1, 4), 1).rows.item() == -1
+    assert resident(bank) == {}
+    if in_folder:
+        bank.close()
+        with MemoryBank.open(tmp_path / "bank", read_only=True) as again:
+            assert again._table.ledger.num_rows == 0, "what a search has dropped is gone from the disk as well"
+
+
+def test_a_clock_that_stays_set_back_ends_texts_in_time(clock):
+    """Nothing is written after the clock was set back, so that only the clock itself tells that it was."""
+    bank = new_bank(eviction="ttl:seconds=60")
+    add(bank, "a", 1)
+    clock.now -= 3600
+    assert "a" in bank
+    clock.now += 60
+    assert "a" not in bank
+
+
+def test_a_run_of_chunks_ends_where_the_clock_is_set_back(clock):
+    bank = new_bank(eviction="ttl:seconds=60")
+    add(bank, "a", 1, seed=1)
+    clock.now -= 0.5
+    add(bank, "a", 1, seed=2)
+    clock.now += 60
+    assert resident(bank) == {}
+
+
 def test_reads_are_counted_for_each_query():
     bank = new_bank()
     add(bank, "a", 2, seed=1)
@@ -189,13 +235,18 @@ def test_a_document_that_expired_is_not_continued(clock, tmp_path, in_folder):
     settings = {"memory_layers": [1], "chunk_size": 4, "eviction": "ttl:seconds=60"}
     bank = MemoryBank.create(**folder, **settings) if in_folder else MemoryBank(**settings)
     bank.add("gone", *tokens(8))
-    bank.add("waits", *tokens(9))
-    clock.now += 60
-    with pytest.raises(ValueError, match="deleted or evicted"):
-        bank.append("gone", *tokens(8))
-    bank.append("waits", *tokens(8))
+    bank.add("short", *tokens(3))
+    bank.add("goes on", *tokens(9))
+    clock.now += 30
+    bank.append("goes on", *tokens(2))  # its last chunk, of one token, is written again
+    clock.now += 30
+    for name in ("gone", "short"):
+        with pytest.raises(ValueError, match="deleted or evicted"):
+            bank.append(name, *tokens(8))
+    assert resident(bank) == {"goes on": 1}
+    bank.append("goes on", *tokens(5))
     assert bank.search(1, torch.ones(1, 1, 4), 3).rows[0, 0, 2] == -1, "no row is left without an owner"
-    assert resident(bank) == {"waits": 2}
+    assert resident(bank) == {"goes on": 2}
     bank.add("gone", *tokens(4))  # the name is free
     assert "gone" in bank
     clock.now += 60

@@ -16,9 +16,9 @@ from longmem.memory.folder.catalogue import CATALOGUE
 
 @pytest.fixture(scope="module")
 def bank_folder(tmp_path_factory) -> Path:
-    """Return a bank with several segments, tails, texts, tags, a pin, and free pages in its catalogue."""
+    """Return a bank with several segments, short chunks, texts, tags, a pin, and free pages in its catalogue."""
     folder = tmp_path_factory.mktemp("bank") / "bank"
-    with MemoryBank.create(folder, **SETTINGS, capacity_tokens=100) as bank:
+    with MemoryBank.create(folder, **SETTINGS, capacity_tokens=140) as bank:
         for position, name in enumerate("abcd"):
             write(bank, name, range(100 * position, 100 * position + 23), tags=[f"tag {name}", "all"], segment="new")
         write(bank, "b", range(123, 170))  # evicts

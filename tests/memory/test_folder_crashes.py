@@ -73,8 +73,8 @@ def test_many_killed_processes(workers, tmp_path):
 
 
 def make_bank(folder: Path) -> None:
-    """Make a bank with several segments, a deleted and an evicted part, and a tail."""
-    with MemoryBank.create(folder, **SETTINGS, capacity_tokens=60) as bank:
+    """Make a bank with several segments, a deleted and an evicted part, and short chunks."""
+    with MemoryBank.create(folder, **SETTINGS, capacity_tokens=80) as bank:
         for position, name in enumerate("abcd"):
             write(bank, name, range(100 * position, 100 * position + 18))
         write(bank, "c", range(218, 226))

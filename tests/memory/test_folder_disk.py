@@ -12,7 +12,7 @@ import torch
 from folder_banks import SETTINGS, contents, segment_files, write
 
 from longmem.memory import MemoryBank
-from longmem.memory.folder import disk_storage, tensor_file
+from longmem.memory.folder import disk_storage
 
 NOT_WRITTEN = "`folder` must be a folder that can be written.*unharmed.*Free some room"
 
@@ -158,7 +158,7 @@ def test_what_waits_within_a_transaction_meets_a_full_disk(tmp_path, monkeypatch
         def write_much(patch: pytest.MonkeyPatch) -> None:
             with bank.transaction():
                 write(bank, "d", range(1000, 1200))
-                patch.setattr(tensor_file, "save_file", full)
+                patch.setattr(disk_storage, "write_tensors", full)
                 write(bank, "e", range(1200, 1400))
 
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=NOT_WRITTEN):

@@ -33,21 +33,23 @@ def check_version(reader: MemoryBank) -> int | None:
 def check_snapshot(reader: MemoryBank) -> None:
     """Check that a reader that opened the first version still has its chunks."""
     assert [(info.document_id, info.num_chunks) for info in reader.documents()] == [
-        ("stable", 9),
-        ("one", 1),
-        ("twin", 1),
-        ("log", 1),
+        ("stable", 10),
+        ("one", 2),
+        ("twin", 2),
+        ("log", 2),
     ]
-    for name, first, num_chunks in (("stable", 800, 9), ("one", 0, 1), ("twin", 500, 1), ("log", 700, 1)):
-        keys, values = keys_and_values(torch.arange(first, first + 4 * num_chunks))
+    every = reader.locate(torch.arange(reader.num_chunks))
+    for name, first, num_tokens in (("stable", 800, 37), ("one", 0, 5), ("twin", 500, 5), ("log", 700, 5)):
+        keys, values = keys_and_values(torch.arange(first, first + num_tokens))
+        found = sorted((place.start, place.stop, row) for row, place in enumerate(every) if place.document_id == name)
+        assert [place[:2] for place in found] == [(i, min(i + 4, num_tokens)) for i in range(0, num_tokens, 4)]
         for position, layer in enumerate(LAYERS):
             heads = SIZES[layer][0]
-            means = keys[position].unflatten(1, (-1, 4)).mean(dim=2)
-            rows = reader.search(layer, means, 1).rows[..., 0]
-            places = [place[:3] for place in reader.locate(rows)]
-            assert places == heads * [(name, 4 * i, 4 * i + 4) for i in range(num_chunks)]
+            means = torch.stack([keys[position][:, start:stop].mean(dim=1) for start, stop, _ in found], dim=1)
+            assert (reader.search(layer, means, len(every)).rows.sort().values == torch.arange(len(every))).all()
+            rows = torch.tensor([row for _, _, row in found]).expand(heads, -1)
             for stored, written in zip(reader.gather(layer, rows, reader.generation), (keys, values), strict=True):
-                assert torch.equal(stored.float().flatten(1, 2), written[position])
+                assert torch.equal(stored.float().flatten(1, 2)[:, :num_tokens], written[position])
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])

@@ -1,5 +1,7 @@
 """Writing documents with a model: windows, appended text, updates that copy what did not change."""
 
+import warnings
+
 import pytest
 import torch
 from tiny_models import save_tiny_backbone, some_text
@@ -180,6 +182,78 @@ def test_windows_are_not_copied_behind_a_tail(model):
     tensors = [torch.randn(2, 5, 8) for _ in bank.memory_layers]
     bank.add("other", tensors, tensors, [1] * 5)
     assert model.memorize(bank, ids, "other", append=True, reuse=(bank, "a")) == 64
+
+
+NOTES = ["Hi Bob", "My locker code is 4417.", *(f"Note {n}: {'tea ' * n}at {n}." for n in range(10))]
+
+
+@pytest.mark.parametrize("search", ["token", "chunk_mean"])
+def test_every_token_of_every_note_is_found_and_memorize_says_so(search, tmp_path):
+    folder = save_tiny_backbone(tmp_path)
+    model = LongMemForCausalLM.from_backbone(str(folder), segment_length=LENGTH, search=search).eval()
+    bank = MemoryBank.for_model(model, storage_dtype="float32")
+    for number, note in enumerate(NOTES):
+        written = model.memorize(bank, note, f"{number}")
+        tokens = len(model.tokenizer(note, add_special_tokens=False)["input_ids"])
+        assert (written, written.num_encoded, written.num_forgotten) == (tokens, tokens, 0)
+    for number in range(len(NOTES)):
+        ids, view, found = bank.token_ids(f"{number}"), bank.select(f"{number}"), set()
+        keys, _ = model.encode(ids[:LENGTH][None])
+        rows, _, _, _, sizes = view.search(bank.memory_layers[0], keys[0][0], bank.num_chunks)
+        size = rows[0, 0] >= 0
+        for place in bank.locate(rows[0, 0][size]):
+            found |= set(range(place.start, place.stop))
+        assert found == set(range(len(ids)))
+        if search == "token" and len(ids) <= LENGTH:  # a key finds a chunk in which no key is longer in its direction
+            stored, _ = bank.gather(bank.memory_layers[0], rows[:, :, 0], bank.generation)
+            best = torch.einsum("hqd,hqtd->hqt", keys[0][0], stored)
+            every, _ = bank.gather(
+                bank.memory_layers[0],
+                bank._table.ledger.documents[f"{number}"].rows.values.expand(len(stored), -1),
+                bank.generation,
+            )
+            own = torch.einsum("hqd,hctd->hqct", keys[0][0], every).flatten(2).amax(-1)
+            torch.testing.assert_close(best.amax(-1), own)
+    assert bank.num_tokens == sum(info.num_tokens for info in bank.documents())
+
+
+def test_memorize_says_what_was_forgotten(model):
+    bank = MemoryBank.for_model(model, capacity_tokens=64)
+    first = model.memorize(bank, random_ids(30), "a")
+    assert (first, first.num_forgotten) == (30, 0)
+    second = model.memorize(bank, random_ids(49, seed=1), "b")
+    assert (second, second.num_encoded, second.num_forgotten) == (49, 49, 20)
+    third = model.memorize(bank, random_ids(90, seed=2), "c")
+    assert (third, third.num_encoded) == (62, 90)
+    assert third.num_forgotten == 30 + 49 + 90 - 20 - 62
+    fourth = model.memorize(bank, random_ids(7, seed=3), "c", append=True)
+    assert fourth == 7
+    with pytest.raises(ValueError, match="some text"):
+        model.memorize(bank, "\n", "d")
+
+
+def test_a_bank_of_the_default_capacity_says_once_that_it_forgets(monkeypatch, model):
+    monkeypatch.setattr("longmem.memory.rows.table.DEFAULT_CAPACITY", 16)
+    bank, chosen = (MemoryBank.for_model(model, capacity_tokens=size) for size in (16, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.memorize(bank, random_ids(16), "a")
+        model.memorize(chosen, random_ids(12), "a")
+        model.memorize(chosen, random_ids(12), "b")
+    with pytest.warns(UserWarning, match="default `capacity_tokens` of 16 is full.*forgets by `eviction='fifo'`"):
+        model.memorize(bank, random_ids(1), "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.memorize(bank, random_ids(4), "c").num_forgotten == 4
+
+
+def test_a_document_grows_by_lines_of_which_some_are_blank(model):
+    text = some_text(20)
+    lines = f"{text[:20]}\n\n  \n{text[20:50]}\n".splitlines(keepends=True)
+    bank = bank_of(model, *lines)
+    assert bank.text("a") == "".join(lines)
+    assert model.tokenizer.decode(bank.token_ids("a")) == "".join(lines)
+    assert model.memorize(bank, "", "a", append=True) == 0
 
 
 def test_ids_are_not_copied_into_a_document_with_text(model):

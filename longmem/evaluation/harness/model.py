@@ -12,10 +12,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
+from longmem.console import without_warnings_of
 from longmem.evaluation.systems import Banks, MemorySystem, Question
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.opening import open_model
-from longmem.quiet import without_warnings_of
 
 Tokens = tuple[int, ...]
 

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from rich.console import Console
 
+from longmem.console import without_warnings_of
 from longmem.errors import did_you_mean
 from longmem.evaluation.folder import RunFolder, digest, spread
 from longmem.evaluation.harness.model import LongMemLM, validate_tokenizer
@@ -24,7 +25,6 @@ from longmem.evaluation.registry import CONFIGS
 from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
 from longmem.evaluation.task import Axis, Case, Measure, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
-from longmem.quiet import without_warnings_of
 
 SYSTEMS = ("backbone", "off", "on")
 OWN_TASKS = CONFIGS / "harness_tasks"

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
 from longmem.backbone.cache_names import as_keyword, cache_of
+from longmem.memory.memorize import tokenised
 
 Passages = Sequence[Sequence[int]]  # pieces of a stream of tokens
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a text, without special tokens."""
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, continues: bool = False) -> list[int]:
+    """Return the token ids of a text, without special tokens; `continues`: it stands behind another one."""
+    return tokenised(tokenizer, text, continues)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,8 @@ class System(ABC):
 
     def feed(self, chunk: str | Sequence[int] | Int[Tensor, " tokens"]) -> None:
         """Take in the next piece: text, or token ids of the model's tokenizer."""
-        self.passages.append(self.tokens(chunk) if isinstance(chunk, str) else as_ids(chunk))
+        ids = self.tokens(chunk, continues=bool(self.passages)) if isinstance(chunk, str) else as_ids(chunk)
+        self.passages.append(ids)
 
     def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
         """Forget everything and feed these passages. `instead`: what a wrong memory holds. `local_tokens`: None: as before."""
@@ -103,9 +104,9 @@ class System(ABC):
         for passage in passages:
             self.feed(passage)
 
-    def tokens(self, text: str) -> list[int]:
-        """Return the token ids of a text, without special tokens."""
-        return tokenize(self.model.tokenizer, text)
+    def tokens(self, text: str, *, continues: bool = False) -> list[int]:
+        """Return the token ids of a text, without special tokens; `continues`: it stands behind another one."""
+        return tokenize(self.model.tokenizer, text, continues=continues)
 
     @property
     def stream(self) -> list[int]:
@@ -254,16 +255,15 @@ class Banks:
     ) -> int:
         """Write a document into a bank, or what follows it; return how many tokens were encoded, which are counted."""
         options: dict[str, Any] = {"append": append, "batch_size": self.batch_size}
-        encoded = self.model.memorize(bank, torch.tensor(list(token_ids)), name, **options)
+        encoded = self.model.memorize(bank, torch.tensor(list(token_ids)), name, **options).num_encoded
         self.encoded_tokens += encoded
         return encoded
 
 
 class MemorySystem(System):
-    """LongMem: the end of the stream in the window, everything before it in memory, so that no token is in both.
+    """LongMem: the end of the stream in the window, everything before it in memory, so that no token is in both, or neither.
 
-    All systems with one window have the same tokens in it. Therefore up to `chunk_size - 1` tokens at the border may wait in
-    the bank for their chunk to be full, where no search finds them.
+    All systems with one window have the same tokens in it.
 
     Args:
         name: "off" reads nothing, "on" the stream's memory, "wrong" what `read` was given instead; anything else is as "on".

@@ -124,7 +124,7 @@ class DemonstrationTask(Task):
             raise ValueError("`bos_per_line` must be false for a tokenizer without a bos token, got true.")
 
         def tokens(text: str) -> list[int]:
-            return [*start, *tokenize(model.tokenizer, text)]
+            return [*start, *tokenize(model.tokenizer, text, continues=True)]
 
         asked = {}
         for name, (_, examples) in self.examples.items():

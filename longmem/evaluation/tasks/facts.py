@@ -7,6 +7,7 @@ sentence about a city. The question stands in the window alone; the text is in m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,8 +92,8 @@ def value_item(
 ) -> Item:
     """Return a question with the values to choose from, which follow it after `before_value`."""
     return Item(
-        token_ids=tokenize(tokenizer, question),
-        candidates=[tokenize(tokenizer, before_value + value) for value in values],
+        token_ids=tokenize(tokenizer, question, continues=True),
+        candidates=[tokenize(tokenizer, before_value + value, continues=True) for value in values],
         about={"question": question, "values": list(values), "right": right, **about},
     )
 
@@ -229,11 +230,12 @@ class Facts(ValueTask):
         self, task: str, size: int, item: int, maker: FactMaker, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[Case]:
         settings, length = self.settings, len(self.windows[0])
+        tokens = functools.partial(tokenize, tokenizer, continues=True)
         generator = random.Random(f"{settings.seed}/{task}/{size}/{item}")
         places = settings.windows(size, length)
         facts = list(maker.draw(task, generator, len(places)))
         hidden = [
-            hide(self.windows[window], tokenize(tokenizer, fact.text), tokenize(tokenizer, fact.after), generator)
+            hide(self.windows[window], tokens(fact.text), tokens(fact.after), generator)
             for window, fact in zip(places.values(), facts, strict=True)
         ]
         together = {window: ids for window, (ids, _) in zip(places.values(), hidden, strict=True)}

@@ -129,12 +129,12 @@ class ReadingTask(Task):
         All its questions, asked or not, decide how much of its end stays in the window: a document is split between window
         and memory at one place, and encoded once.
         """
-        tokens = functools.partial(tokenize, model.tokenizer)
+        tokens = functools.partial(tokenize, model.tokenizer, continues=True)
         items = {each: self.item(each, tokens) for each in document.asked}
         case = Case(
             name=document.name,
             group=document.name,
-            memory=[tokens(passage) for passage in document.passages],
+            memory=[tokens(passage, continues=number > 0) for number, passage in enumerate(document.passages)],
             prefix=tokens(self.settings.prefix),
             items=[items[each] for each in asked],
             max_new_tokens=self.max_new_tokens,

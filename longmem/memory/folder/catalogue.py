@@ -26,7 +26,8 @@ from longmem.memory.folder.tensor_file import not_written
 
 CATALOGUE = "catalogue.sqlite"
 APPLICATION_ID = 0x4C4D4231  # "LMB1": says to other programs what this file is
-SCHEMA_VERSION = 3  # 1 was a folder with a manifest.json; 2 knew no segments
+# 1 was a folder with a manifest.json; 2 knew no segments; in 3, which is read, a last, shorter chunk stood in `waiting`.
+SCHEMA_VERSION, READABLE_VERSIONS = 4, (3, 4)
 MODULUS = 2**63
 HALF = 2**32 - 1
 LARGEST = 2**62  # of a number, so that sums of two are numbers, too
@@ -48,8 +49,13 @@ LIMITS = {
     sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 1,
     sqlite3.SQLITE_LIMIT_WORKER_THREADS: 0,
 }
-# So a name is none of another folder, and none of what is there for something else.
-SEGMENT_NAME = re.compile(r"segment-\d{12,20}-[0-9a-f]{8}\.safetensors")
+SEGMENT_FOLDER, INDEX_FOLDER = "segments", "indexes"
+# What a bank calls its files: kind, place or layer, then the word of the folder and a random one, eight letters each. So a
+# name is none of another folder, and none of what is there for something else.
+NAMES = {
+    SEGMENT_FOLDER: re.compile(r"segment-[0-9]{12,19}-([0-9a-f]{8})?[0-9a-f]{8}\.safetensors"),
+    INDEX_FOLDER: re.compile(r"layer[0-9]{1,9}-([0-9a-f]{8})[0-9a-f]{8}\.(faiss|safetensors)"),
+}
 KINDS = {"INTEGER": int, "REAL": float, "TEXT": str, "BLOB": bytes}
 ENCODER = {"weights": str, "recipe": dict, "sketch": (None, {"norm": float, "sums": str})}
 SETTINGS = {
@@ -65,9 +71,13 @@ SETTINGS = {
     "search?": str,
     "age_prior?": str,
 }
-DESCRIPTION = {"settings": SETTINGS, "encoders": [ENCODER], "shapes": [[(int, bool)]]} | dict.fromkeys(
-    ("commit", "next_serial", "next_order", "next_slot"), int
-)
+DESCRIPTION: dict[str, Any] = {
+    "settings": SETTINGS,
+    "encoders": [ENCODER],
+    "shapes": [[(int, bool)]],
+    "word?": (str, None),
+}
+DESCRIPTION |= dict.fromkeys(("commit", "next_serial", "next_order", "next_slot"), int)
 
 
 class Table(NamedTuple):
@@ -130,15 +140,16 @@ class Catalogue:
             )
         self.content: dict[str, Any] = {}
         self.is_closed = self.is_new = False
+        self._version = SCHEMA_VERSION  # of the file, as it was read
         # Threads of one process share the connection, which can be in one transaction at a time.
-        self._turn = threading.RLock()
+        self.turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
         self._steps_left = math.inf
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
             try:
                 self._protect(write)
-                self.is_new = create is not None and self._is_blank()
+                self.is_new = create is not None and self.is_blank()
                 if create is None or not self.is_new:
                     self._check_kind()
                 elif not with_first_commit:
@@ -168,7 +179,8 @@ class Catalogue:
         except ValueError:
             return True
 
-    def _is_blank(self) -> bool:
+    def is_blank(self) -> bool:
+        """Return whether no commit has been made yet."""
         return not self._connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
 
     def _connect(self, modes: Sequence[str]) -> sqlite3.Connection:
@@ -247,8 +259,8 @@ class Catalogue:
         kind = self._connection.execute("PRAGMA application_id").fetchone()[0]
         if kind != APPLICATION_ID:
             raise damaged(self.path, "is not the catalogue of a memory bank")
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != SCHEMA_VERSION:
+        version = self._version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in READABLE_VERSIONS:
             raise ValueError(
                 f"`folder` must hold a bank of schema version {SCHEMA_VERSION}, got version {version} in "
                 f"{str(self.path)!r}; use the version of longmem that wrote it, or a newer one."
@@ -266,15 +278,18 @@ class Catalogue:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make the changes inside the block together, or none of them, for good."""
-        with self._turn:
+        with self.turn:
             totals = {name: list(total) for name, total in self._totals.items()}
             self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._size = self.path.stat().st_size
                 if self.is_new:
                     self._make_tables()
+                elif self._version != SCHEMA_VERSION:
+                    self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 yield
                 self._connection.execute("COMMIT")
-                self.is_new = False
+                self.is_new, self._version = False, SCHEMA_VERSION
             except BaseException:
                 self._totals = totals
                 if self._connection.in_transaction:
@@ -316,7 +331,7 @@ class Catalogue:
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Read inside the block from one commit, whatever others commit meanwhile."""
-        with self._turn:
+        with self.turn:
             self.refuse_closed()
             try:
                 self._connection.execute("BEGIN")
@@ -355,8 +370,8 @@ class Catalogue:
         self._check_types(table, table.columns[: table.num_small], rows)
         if not table.num_large and any(row_checksum(table, row[:-1]) != row[-1] for row in rows):
             raise damaged(self.path, f"was changed after it was written (a row of {table.name})")
-        for row in rows if table is SEGMENTS else ():
-            self._check_file_named(*row[2:5])
+        if table is SEGMENTS or table is INDEXES:
+            self._check_files_named(table, rows)
         total = [len(rows), sum(row[-1] for row in rows) % MODULUS]
         if total != self._totals[table.name]:
             raise damaged(self.path, f"was changed after it was written (rows of {table.name})")
@@ -410,12 +425,20 @@ class Catalogue:
         if self.is_closed:
             raise ValueError(f"the bank in {str(self.path.parent)!r} was closed; open it again with `MemoryBank.open`.")
 
-    def _check_file_named(self, name: str, num_bytes: int, digests: str) -> None:
-        with contextlib.suppress(ValueError):
-            known = parse_json(digests)
-            if SEGMENT_NAME.fullmatch(name) and type(known) is dict and fits(list(known.values()), [str]):
-                return
-        raise damaged(self.path, f"names {name!r} for a file of {num_bytes} bytes, as no bank does")
+    def _check_files_named(self, table: Table, rows: Sequence[tuple[Any, ...]]) -> None:
+        place, end = table.names.index("name"), ".safetensors" if table is INDEXES else ""
+        for name, num_bytes, digests in (row[place : place + 3] for row in rows):
+            with contextlib.suppress(ValueError):
+                known = (
+                    parse_json(digests) if table is SEGMENTS else {}
+                )  # an index that is not as written is built anew
+                if (
+                    NAMES[table.name].fullmatch(name + end)
+                    and type(known) is dict
+                    and fits(list(known.values()), [str])
+                ):
+                    continue
+            raise damaged(self.path, f"names {name!r} for a file of {num_bytes} bytes, as no bank does")
 
     def _check_types(self, table: Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
         """Raise ValueError unless every column holds what it is declared to hold, which SQLite does not see to."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import copy
 import math
-import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from longmem.memory.folder.tensor_file import TensorFile, not_written, sync, write_tensor_file
+from longmem.memory.folder.place import SEGMENT_FOLDER, Place
+from longmem.memory.folder.tensor_file import TensorFile, not_written, write_tensors
 from longmem.memory.rows.codec import decode
 from longmem.memory.rows.documents import Run
 from longmem.memory.rows.storage import Chunks, KeysValues, LayerShape, bytes_of_chunk, shape_of, with_rows
@@ -69,18 +69,25 @@ class Segment:
 class DiskStorage:
     """The storage of a bank in a folder; `commit` of the folder makes what was written here count.
 
-    `before_write` is called before a file is written, and raises where the bank may not be changed.
+    Args:
+        folder: with the segments.
+        place: to write them; None: they are read only.
+        storage_dtype: of keys and values.
+        device: where search keys are, and gathered chunks go.
+        mapped: whether files are read by mapping them.
+        before_write: called before anything is written; raises where the bank may not be changed.
     """
 
     def __init__(
         self,
         folder: Path,
+        place: Place | None,
         storage_dtype: torch.dtype,
         device: torch.device,
         mapped: bool,
         before_write: Callable[[], None],
     ) -> None:
-        self.folder = folder
+        self.folder, self._place = folder, place
         self.storage_dtype = storage_dtype
         self.device = device
         self.mapped = mapped
@@ -88,6 +95,9 @@ class DiskStorage:
         self.num_rows = 0
         self.next_slot = 0
         self.segments: list[Segment] = []  # by slot
+        # Changes with every change, so that it is known whether a call that failed has done anything; and whether one has
+        # failed midway, so that what is here must never be committed.
+        self.num_changes, self.is_torn = 0, False
         self._before_write = before_write
         self._waiting_bytes = 0  # counted when they come, because many small writes wait together
         self._slots = torch.empty(0, dtype=torch.int64)  # of each row
@@ -120,12 +130,10 @@ class DiskStorage:
 
     def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None:
         self._before_write()
+        self.num_changes += 1
         if not self.shapes:
             self.shapes = [shape_of(layer) for layer in layers]
-        if num_rows > len(self._slots):
-            slots = torch.empty(max(num_rows, 2 * len(self._slots)), dtype=torch.int64)
-            slots[: self.num_rows] = self._slots[: self.num_rows]
-            self._slots = slots
+        self._make_room(num_rows)
 
     def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         """Write one chunk of every layer into each row; return the slot of the first, the others follow it."""
@@ -145,6 +153,7 @@ class DiskStorage:
         return self._append(rows, layers)
 
     def drop(self, rows: Int[Tensor, " rows"]) -> None:
+        self.num_changes += 1
         for segment, which in self._by_segment(self._slots[rows]):
             segment.num_live -= len(which)
 
@@ -159,9 +168,20 @@ class DiskStorage:
         self.num_rows = num_rows
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
-        """Return copies of these rows, of every layer, in this order, on the CPU."""
+        """Return copies of these rows, of every layer, in this order, on the CPU, from files that are as they were written.
+
+        Copies are what is written anew, and damage must not get a checksum that fits.
+        """
         slots = self._slots[rows]
-        return [Chunks(*self._take(position, Chunks._fields, slots)) for position in range(len(self.shapes))]
+        return [
+            Chunks(*self._take(position, Chunks._fields, slots, check=True)) for position in range(len(self.shapes))
+        ]
+
+    def recheck(self, segments: Sequence[Segment] | None = None) -> None:
+        """Check segments, all if none are named, again before they are next copied."""
+        for segment in self.segments if segments is None else segments:
+            if segment.file is not None:
+                segment.file.distrust()
 
     def keep(self, rows: Int[Tensor, " chunks"]) -> DiskStorage:
         """Return these rows as a storage that is only read, also when their files have been removed."""
@@ -229,11 +249,13 @@ class DiskStorage:
                 for position in range(len(self.shapes))
                 for name in Chunks._fields
             }
-            self.folder.mkdir(exist_ok=True)
-            path = self.folder / f"segment-{first_slot:012d}-{secrets.token_hex(4)}.safetensors"
-            digests = write_tensor_file(path, tensors)
-            sync(self.folder)
-            file = TensorFile(path, path.stat().st_size, digests, self.mapped)
+            assert self._place is not None
+            name = self._place.new_name(f"segment-{first_slot:012d}", ".safetensors")
+            with self._place.new_file(SEGMENT_FOLDER, name) as new:
+                digests = write_tensors(new, tensors)
+                num_bytes = new.tell()
+            self._place.sync(SEGMENT_FOLDER)
+            file = TensorFile(self.folder / name, num_bytes, digests, self.mapped)
             written = [Segment(first_slot, num_slots, num_live, file)]
         self.segments = [segment for segment in self.segments if segment.waiting is None] + written
         self._waiting_bytes = 0
@@ -247,6 +269,8 @@ class DiskStorage:
         return [file.path for file in files]
 
     def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
+        self.num_changes += 1
+        was_torn, self.is_torn = self.is_torn, True
         if self._waiting_bytes > SEGMENT_BYTES:
             try:
                 self.flush()
@@ -258,8 +282,16 @@ class DiskStorage:
         self.segments.append(Segment(first_slot, len(rows), len(rows), waiting=waiting))
         self._waiting_bytes += sum(tensor.nbytes for layer in waiting for tensor in layer)
         self.next_slot += len(rows)
+        self._make_room(int(rows.max()) + 1)
         self._slots[rows] = torch.arange(first_slot, self.next_slot)
+        self.is_torn = was_torn
         return first_slot
+
+    def _make_room(self, num_rows: int) -> None:
+        if num_rows > len(self._slots):
+            slots = torch.empty(max(num_rows, 2 * len(self._slots)), dtype=torch.int64)
+            slots[: self.num_rows] = self._slots[: self.num_rows]
+            self._slots = slots
 
     def _take(
         self, position: int, names: Sequence[str], slots: Int[Tensor, "*shape"], *, check: bool = False
@@ -346,6 +378,7 @@ def rewrite(contents: Table, storage: DiskStorage, victims: Sequence[Segment]) -
     As many runs as make a segment are written at once: one by one, a segment of many small ones would take a time that
     grows with the square of their number.
     """
+    storage.recheck(victims)
     chunks_at_once = SEGMENT_BYTES // bytes_of_chunk(storage.shapes, contents.chunk_size, contents.storage_dtype)
     batch: list[tuple[Run, Int[Tensor, " _rows"]]] = []
     num_chunks = 0

@@ -34,6 +34,8 @@ def damaged(path: Path, problem: str) -> ValueError:
 
 def not_read(path: Path, error: Exception) -> ValueError:
     """Return the error for a file of a bank that the system does not open or read, with the system's own cause."""
+    if isinstance(error, PermissionError):
+        return denied(path, error)
     number = getattr(error, "errno", None)
     if number in (errno.EMFILE, errno.ENFILE):
         return ValueError(
@@ -50,6 +52,14 @@ def not_read(path: Path, error: Exception) -> ValueError:
     return ValueError(
         f"the bank needs to read {str(path)!r}, and the system does not let it ({error}); that says nothing about damage. "
         "See who may read the file, and whether its disk is in order."
+    )
+
+
+def denied(path: Path, error: Exception) -> ValueError:
+    """Return the error for a part of a bank that this user may not read."""
+    return ValueError(
+        f"this user may not read {str(path)!r} of a bank ({error}), and nothing is damaged: a bank is its owner's alone unless "
+        "`LONGMEM_ACCESS` said otherwise when it was made; its owner can give access, for example by `chmod -R g+rX`."
     )
 
 

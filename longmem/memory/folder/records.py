@@ -6,12 +6,12 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from longmem.encoder.history import UNKNOWN, Encoders
@@ -19,7 +19,7 @@ from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Ca
 from longmem.memory.folder.disk_storage import DiskStorage, Segment
 from longmem.memory.folder.foreign import damaged, fits, parse_json
 from longmem.memory.rows.codec import STORAGE_DTYPES, stored_width
-from longmem.memory.rows.documents import Document, IntQueue, Run, Source, SourcePart, Tail
+from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Source, SourcePart
 from longmem.memory.rows.segments import Segments
 from longmem.memory.rows.storage import LayerShape
 from longmem.memory.rows.table import Table
@@ -62,12 +62,7 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
     }
     # Only what was said, so that a bank without dates is as it was before there were any.
     content |= {name: getattr(document, name) for name in DATES if getattr(document, name) not in (None, False)}
-    tails = {
-        f"{layer}.{name}": tensor.cpu().contiguous()
-        for layer, pair in enumerate(document.waiting)
-        for name, tensor in zip(("keys", "values"), pair, strict=True)
-    }
-    catalogue.put(DOCUMENTS, (document.serial, json.dumps(content), save(tails) if tails else b""))
+    catalogue.put(DOCUMENTS, (document.serial, json.dumps(content), b""))
     put_usage(catalogue, document)
     _put_spans(catalogue, document, chunk_size)
     if isinstance(document.source_or_reader, Source):
@@ -215,8 +210,8 @@ def _is_document(fields: Any) -> bool:
     ) or fits(fields, DOCUMENT)
 
 
-def _tails_of(waiting: bytes, shapes: Sequence[LayerShape]) -> list[Tail]:
-    """Return the keys and values that wait, of each layer."""
+def _end_of(waiting: bytes, shapes: Sequence[LayerShape]) -> list[LayerTokens]:
+    """Return the keys and values of each layer of a last, shorter chunk of schema version 3, which stood here in float32."""
     tensors = load(waiting) if waiting else {}
     tails = [(tensors[f"{each}.keys"], tensors[f"{each}.values"]) for each in range(len(tensors) // 2)]
     for shape, pair in zip(shapes if tails else (), tails, strict=True):
@@ -233,7 +228,6 @@ def restore(
     segments: Sequence[Segment],
     rows: dict[str, list[tuple[Any, ...]]],
     read_source_of: Callable[[int, int, int], Source | None],
-    device: torch.device,
 ) -> None:
     """Fill empty contents, over a storage in the folder, with what the catalogue says, after a check that it can be so.
 
@@ -243,7 +237,6 @@ def restore(
         segments: open files, by slot.
         rows: of all tables, by their names.
         read_source_of: given a document's serial and a range of tokens, returns their source.
-        device: for the tails.
     """
     storage, ledger, chunk_size = contents.storage, contents.ledger, contents.chunk_size
     assert isinstance(storage, DiskStorage)
@@ -253,25 +246,31 @@ def restore(
     check_places(content, segments, spans)
     storage.restore(segments, content["next_slot"], content["shapes"])
     contents.encoders = Encoders.from_json(content["encoders"])
-    documents = _documents_of(content, rows, storage.shapes, chunk_size, len(contents.encoders.versions), device)
+    documents = _documents_of(content, rows, storage.shapes, chunk_size, len(contents.encoders.versions))
     by_order = spans[:, 4].argsort()
-    runs = _enter_runs(spans[by_order], [rows["spans"][place][5] for place in by_order.tolist()], documents)
-    for document, has_source in documents.values():
-        if has_source:
-            start = document.first_chunk(chunk_size) * chunk_size
-            document.source_or_reader = functools.partial(read_source_of, document.serial, start, document.num_tokens)
+    # A clock that was set back has dated some runs after others that were written later (`Ledger.not_after`).
+    written_at = np.array([row[5] for row in rows["spans"]], dtype=np.float64)[by_order]
+    written_at = np.minimum.accumulate(written_at[::-1])[::-1]
+    runs = _enter_runs(spans[by_order], written_at.tolist(), documents)
     serials, first, count, slot, _ = spans[by_order].T
     within = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)  # the place of a chunk in its run
-    table = np.empty((4, len(within)), dtype=np.int64)
+    table = np.empty((5, len(within)), dtype=np.int64)
     table[0], table[1] = np.repeat(serials, count), np.repeat(first, count) + within
+    num_tokens = np.array([run.document.num_tokens for run in runs], dtype=np.int64)
+    table[2] = np.minimum(np.repeat(num_tokens, count) - table[1] * chunk_size, chunk_size)
     kinds = [run.document.segments.of_all_chunks() for run in runs]
     known = [(UNKNOWN, UNKNOWN) if kind is None else kind for kind in kinds]
-    table[2:] = np.repeat(np.array(known, dtype=np.int64).reshape(-1, 2).T, count, axis=1)
-    ledger.fill((document for document, _ in documents.values()), runs, torch.from_numpy(table))
+    table[3:] = np.repeat(np.array(known, dtype=np.int64).reshape(-1, 2).T, count, axis=1)
+    ledger.fill((each.document for each in documents.values()), runs, torch.from_numpy(table))
     storage.point(torch.from_numpy(np.repeat(slot, count) + within))
+    ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
+    contents.put_ends([(each.document, each.end) for each in documents.values() if each.end])
     for document in {run.document for run, kind in zip(runs, kinds, strict=True) if kind is None}:
         ledger.read_versions(document)
-    ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
+    for serial, (document, has_source, _) in documents.items():
+        if has_source and serial in ledger.by_serial:
+            start = document.first_chunk(chunk_size) * chunk_size
+            document.source_or_reader = functools.partial(read_source_of, serial, start, document.num_tokens)
 
 
 @contextlib.contextmanager
@@ -286,22 +285,29 @@ def without_collections() -> Iterator[None]:
             gc.enable()
 
 
+class Described(NamedTuple):
+    """A document of the catalogue, whether it has a source, and what stood in `waiting` of its last, shorter chunk."""
+
+    document: Document
+    has_source: bool
+    end: list[LayerTokens]
+
+
 def _documents_of(
     content: dict[str, Any],
     rows: dict[str, list[tuple[Any, ...]]],
     shapes: Sequence[LayerShape],
     chunk_size: int,
     num_versions: int,
-    device: torch.device,
-) -> dict[int, tuple[Document, bool]]:
-    """Return all documents by their serials, without their rows, and whether each has a source."""
+) -> dict[int, Described]:
+    """Return all documents by their serials, without their rows."""
     usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
     first: dict[int, int] = {}
     kept: dict[int, int] = {}
     for serial, start, count, *_ in rows["spans"]:
         first.setdefault(serial, start)
         kept[serial] = kept.get(serial, 0) + count
-    documents: dict[int, tuple[Document, bool]] = {}
+    documents: dict[int, Described] = {}
     names: set[str] = set()
     tags: dict[tuple[str, ...], tuple[str, ...]] = {}
     # Most short documents are encoded alike: what is known to be right need not be checked, nor kept, once more.
@@ -311,10 +317,11 @@ def _documents_of(
         if not _is_document(fields) or serial >= content["next_serial"] or fields["document_id"] in names:
             raise ValueError(f"document {serial} is not described")
         names.add(fields["document_id"])
-        tails = [(keys.to(device), values.to(device)) for keys, values in _tails_of(waiting, shapes)] if waiting else []
-        num_waiting, num_tokens = tails[0][0].shape[1] if tails else 0, fields["num_tokens"]
-        num_chunks = kept.get(serial, 0)
-        if num_chunks and (num_tokens - num_waiting) // chunk_size - num_chunks != first[serial]:
+        end = _end_of(waiting, shapes) if waiting else []
+        num_waiting, num_tokens = end[0][0].shape[1] if end else 0, fields["num_tokens"]
+        num_chunks, whole = kept.get(serial, 0), num_tokens - num_waiting
+        is_end = not end or (0 < num_waiting < chunk_size and not whole % chunk_size)
+        if not is_end or (num_chunks and -(-whole // chunk_size) - num_chunks != first[serial]):
             raise ValueError(f"document {serial} has not the tokens of its chunks")
         key = str(fields["segments"]), num_tokens, num_chunks, num_waiting
         if key not in alike:
@@ -324,18 +331,18 @@ def _documents_of(
         said = tuple(fields["tags"])
         fields["tags"], has_source = tags.setdefault(said, said), fields.pop("has_source")
         num_reads, last_read = usage[serial]
-        document = Document(serial=serial, num_reads=num_reads, last_read=last_read, waiting=tails, **fields)
-        documents[serial] = document, has_source
+        document = Document(serial=serial, num_reads=num_reads, last_read=last_read, **fields)
+        documents[serial] = Described(document, has_source, end)
     return documents
 
 
 def _enter_runs(
-    spans: Int[np.ndarray, "spans 5"], written_at: Sequence[float], documents: dict[int, tuple[Document, bool]]
+    spans: Int[np.ndarray, "spans 5"], written_at: Sequence[float], documents: dict[int, Described]
 ) -> list[Run]:
     """Return all runs, after giving them, and their rows, to their documents."""
     runs, row = [], 0
     for (serial, first, count, slot, order), moment in zip(spans.tolist(), written_at, strict=True):
-        document = documents[serial][0]
+        document = documents[serial].document
         run = Run(document, count, moment, order, slot, (first, count, slot))
         document.runs.append(run)
         runs.append(run)

@@ -1,18 +1,16 @@
 """Safetensors files that are written once, synced to the disk, mapped, and checked tensor by tensor."""
 
-import contextlib
 import hashlib
+import json
 import math
 import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from jaxtyping import Int, Shaped
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longmem.memory.folder.foreign import damaged, fits, not_read, open_plain, parse_json, said_by
@@ -45,44 +43,26 @@ def digest(data: Any) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened, and needs no sync
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Remove a file if that is possible: one that is still mapped, where the system forbids it, goes the next time."""
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Write tensors to a new file and to the disk itself; return the digest of each, and of the header.
-
-    Raises OSError where there is no room or no permission; nothing is left then.
-    """
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, path)
-        sync(path)
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            header = file.read(8 + length)
-    except (OSError, SafetensorError) as error:
-        remove(path)
-        raise OSError(str(error)) from error
-    digests = {
-        name: digest(tensor.flatten().view(torch.uint8).numpy()) if tensor.numel() else digest(b"")
-        for name, tensor in contiguous.items()
-    }
-    return digests | {HEADER: digest(header)}
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors to a new file in the format of safetensors; return the digest of each, and of the header."""
+    # Wide numbers first, so that each tensor begins at a multiple of its numbers' size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header, start = {}, 0
+    for name in names:
+        stop = start + tensors[name].nbytes
+        kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensors[name].dtype)
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    file.write(head)
+    digests = {HEADER: digest(head)}
+    for name in names:
+        data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        file.write(memoryview(data))  # type: ignore[arg-type]  # arrays are buffers
+        digests[name] = digest(data)
+    return digests
 
 
 class TensorFile:
@@ -158,9 +138,13 @@ class TensorFile:
 
     def verify(self) -> None:
         """Raise ValueError unless every byte is as it was written."""
+        self.distrust()
         for name in self._places:
-            self._checked.discard(name)
             self.tensor(name, check=True)
+
+    def distrust(self) -> None:
+        """Compare tensors with their digests again when they are next checked."""
+        self._checked.clear()
 
     def _read(self, view: memoryview, start: int) -> None:
         assert self._descriptor is not None

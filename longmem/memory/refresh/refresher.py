@@ -21,7 +21,7 @@ from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.errors import StaleMemoryError
 from longmem.memory.protocols import Writer
 from longmem.memory.rows.codec import decode, largest_number
-from longmem.memory.rows.documents import Document, Tail
+from longmem.memory.rows.documents import Document, LayerTokens
 from longmem.memory.rows.segments import Segment
 from longmem.memory.rows.storage import Chunks
 from longmem.memory.rows.table import Table
@@ -30,7 +30,7 @@ CLOCKS = ("version", "gap", "probe")
 # Documents with some of their segments; and these with the ids of each, or with what they were encoded to.
 Targets = list[tuple[Document, list[Segment]]]
 Job = tuple[Document, list[tuple[Segment, Tensor]]]
-Encoded = tuple[Document, list[tuple[Segment, list[Tail]]]]
+Encoded = tuple[Document, list[tuple[Segment, list[LayerTokens]]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +259,7 @@ class Refresher:
                     return float("inf")  # of what is not finite no distance is known
                 for chunks, now in zip(stored.chunks, encoded, strict=True):
                     first = stored.first * size - segment.start
-                    old = vectors(chunks)[0]
+                    old = vectors(chunks)[0][:, : stored.num_tokens]
                     new = now[0][:, first : first + old.shape[1]].to(old)
                     moved, length = moved + float((new - old).square().sum()), length + float(new.square().sum())
         return (moved / length) ** 0.5 if length else float("inf")  # nothing was comparable: nobody knows
@@ -283,7 +283,7 @@ class Refresher:
         return [each for each in known if each.start in chosen]
 
     def _write(
-        self, document: Document, encoded: list[tuple[Segment, list[Tail]]], version: int, report: RefreshReport
+        self, document: Document, encoded: list[tuple[Segment, list[LayerTokens]]], version: int, report: RefreshReport
     ) -> None:
         """Write what an encoder version has encoded of a document, as far as that is still there as it was."""
         table = self.table
@@ -357,7 +357,7 @@ def sharing_chunks(segments: Sequence[Segment], chunk_size: int) -> list[list[Se
     return groups
 
 
-def fits(tokens: Sequence[Tail], shapes: Sequence[Any] | None, largest: float) -> bool:
+def fits(tokens: Sequence[LayerTokens], shapes: Sequence[Any] | None, largest: float) -> bool:
     """Return whether keys and values are finite and none is beyond the `largest` number.
 
     Raises StaleMemoryError if they have other sizes than the bank's.
@@ -373,9 +373,9 @@ def fits(tokens: Sequence[Tail], shapes: Sequence[Any] | None, largest: float) -
     return True
 
 
-def stretches(encoded: Sequence[tuple[Segment, list[Tail]]]) -> list[tuple[int, list[Tail]]]:
+def stretches(encoded: Sequence[tuple[Segment, list[LayerTokens]]]) -> list[tuple[int, list[LayerTokens]]]:
     """Return first token, keys and values of each stretch of adjacent segments."""
-    found: list[tuple[int, int, list[list[Tail]]]] = []
+    found: list[tuple[int, int, list[list[LayerTokens]]]] = []
     for segment, tokens in sorted(encoded, key=lambda each: each[0].start):
         if found and found[-1][1] == segment.start:
             start, _, parts = found.pop()
@@ -383,7 +383,7 @@ def stretches(encoded: Sequence[tuple[Segment, list[Tail]]]) -> list[tuple[int, 
         else:
             found.append((segment.start, segment.stop, [tokens]))
 
-    def joined(layer: Sequence[Tail]) -> Tail:
+    def joined(layer: Sequence[LayerTokens]) -> LayerTokens:
         return torch.cat([key for key, _ in layer], dim=1), torch.cat([value for _, value in layer], dim=1)
 
     return [(start, [joined(layer) for layer in zip(*parts, strict=True)]) for start, _, parts in found]
@@ -407,16 +407,16 @@ def encode_all(jobs: Iterable[Job], writers: Sequence[Writer], note: Callable[[i
     for writer in writers:
         idle.put(writer)
 
-    def encode(ids: Tensor) -> list[Tail]:
+    def encode(ids: Tensor) -> list[LayerTokens]:
         writer = idle.get()
         try:
             return encode_segment(writer, ids)
         finally:
             idle.put(writer)
 
-    parts: dict[int, dict[int, list[Tail]]] = {}  # what is done of each document, by its number
+    parts: dict[int, dict[int, list[LayerTokens]]] = {}  # what is done of each document, by its number
     tasks = ((number, job, place) for number, job in enumerate(jobs) for place in range(len(job[1])))
-    running: dict[Future[list[Tail]], tuple[int, Job, int]] = {}
+    running: dict[Future[list[LayerTokens]], tuple[int, Job, int]] = {}
     with ThreadPoolExecutor(len(writers)) as threads:
         while True:
             # One in hand and one waiting for each.
@@ -434,27 +434,28 @@ def encode_all(jobs: Iterable[Job], writers: Sequence[Writer], note: Callable[[i
                     yield document, [(segment, own[each]) for each, (segment, _) in enumerate(segments)]
 
 
-def encode_segment(writer: Writer, ids: Tensor) -> list[Tail]:
+def encode_segment(writer: Writer, ids: Tensor) -> list[LayerTokens]:
     """Return keys and values of one segment for each memory layer, encoded by itself, as it was when it was written."""
     keys, values = writer.encode(ids[None])
     return [(key[0], value[0]) for key, value in zip(keys, values, strict=True)]
 
 
 class Stored(NamedTuple):
-    """The whole chunks of a segment: the first of them, counted in the document, and their numbers of each layer."""
+    """The chunks of a segment: the first of them, counted in the document, their numbers of each layer, and their tokens."""
 
     first: int
     chunks: list[Chunks]
+    num_tokens: int
 
 
 def stored_chunks(table: Table, document: Document, segment: Segment) -> Stored:
-    """Return what is stored of a segment, without chunks that it only begins or ends."""
+    """Return what is stored of a segment, without chunks that it only begins or ends; the document's last one is whole."""
     size = table.chunk_size
     resident = document.first_chunk(size)
     first = max(-(-segment.start // size), resident)
-    last = min(segment.stop // size, document.num_whole_chunks(size))
-    rows = document.rows.values[first - resident : max(first, last) - resident]
-    return Stored(first, table.storage.select(rows))
+    stop = segment.stop if segment.stop == document.num_tokens else segment.stop - segment.stop % size
+    rows = document.rows.values[first - resident : max(first, -(-stop // size)) - resident]
+    return Stored(first, table.storage.select(rows), max(0, stop - first * size))
 
 
 def vectors(chunks: Chunks) -> tuple[Tensor, Tensor]:

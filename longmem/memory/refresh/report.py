@@ -24,7 +24,7 @@ class VersionStaleness:
 
     version: int  # -1: nobody knows which encoder
     digest: str | None  # its fingerprint
-    tokens: int  # in whole chunks
+    tokens: int
     lag: int | None  # changes of the encoder since, 0 for the one compared with; None for the unknown one
     gap: float | None  # how far the weights have moved since, relative to their norm; None if not known
     drift: float | None  # how far keys have moved, relative to their length, on a sample; None unless probed
@@ -42,7 +42,7 @@ class DocumentStaleness:
 
     document_id: str
     entries: int
-    tokens: int  # in whole chunks
+    tokens: int
     tokens_of: Mapping[int, int]  # of them, by version of the encoder that wrote them
     stale_share: float
     lag_max: int  # of the versions that are known
@@ -107,29 +107,30 @@ def report_staleness(
         # What was probed before is of the bank's own encoder.
         probed = drifts or ({} if known is None or known.digest != encoders.versions[-1].stamp.digest else state.probed)
         readable = would_be_readable(policy, own, encoders, probed, versions)
-        of_versions = version_reports(table.chunk_size, encoders, drifts, versions)
+        of_versions = version_reports(encoders, drifts, versions, ledger.sizes(torch.arange(ledger.num_rows)))
         documents = tuple(document_report(table, each, encoders, fresh, readable) for each in ledger.documents.values())
         refresher = Refresher(state, [])
         reads_mapped = policy.reads_mapped() and encoders.current == own.current
         targets = [] if for_good else refresher.stale(fresh.tolist(), mapped_is_fresh=reads_mapped)
-    tokens = ledger.num_rows * table.chunk_size
-    known_versions = [each for each in of_versions if each.lag is not None]
+        tokens = ledger.num_tokens
+    entries = max(1, ledger.num_rows)
+    counts = {each.version: int((versions[0] == each.version).sum()) for each in of_versions}
+    known_lags = {each.version: each.lag for each in of_versions if each.lag is not None}
     gaps = [each.gap for each in of_versions]
-    stale = sum(each.tokens for each in known_versions if each.lag)
     return StalenessReport(
         entries=ledger.num_rows,
         tokens=tokens,
-        stale_share=stale / max(1, tokens),
-        unknown_share=sum(each.tokens for each in of_versions if each.version == UNKNOWN) / max(1, tokens),
+        stale_share=sum(counts[version] for version, lag in known_lags.items() if lag) / entries,
+        unknown_share=counts.get(UNKNOWN, 0) / entries,
         masked=int((~readable).sum()),
         mapped=sum(each.mapped for each in documents),
         unreachable=sum(each.is_unreachable for each in documents),
         tokens_to_encode=refresher.num_tokens(targets),
-        lag_mean=sum(each.tokens * (each.lag or 0) for each in known_versions)
-        / max(1, sum(each.tokens for each in known_versions)),
-        lag_max=max((each.lag or 0 for each in known_versions), default=0),
+        lag_mean=sum(counts[version] * lag for version, lag in known_lags.items())
+        / max(1, sum(counts[version] for version in known_lags)),
+        lag_max=max(known_lags.values(), default=0),
         gap_max=None if None in gaps else max((gap for gap in gaps if gap is not None), default=0.0),
-        age_mean=sum(each.age * each.tokens for each in documents) / max(1, tokens),
+        age_mean=sum(each.age * each.entries for each in documents) / entries,
         probe_drift=max(drifts.values(), default=None),
         tokens_reencoded=state.refreshed.tokens,
         seconds=state.refreshed.seconds,
@@ -176,13 +177,13 @@ def would_be_readable(
 
 
 def version_reports(
-    chunk_size: int, encoders: Encoders, drifts: Mapping[int, float], versions: Int[Tensor, "2 _rows"]
+    encoders: Encoders, drifts: Mapping[int, float], versions: Int[Tensor, "2 _rows"], sizes: Int[Tensor, " _rows"]
 ) -> tuple[VersionStaleness, ...]:
-    """Return what each encoder has written that is there."""
+    """Return what each encoder has written that is there; `sizes`: tokens of each row."""
     lags, gaps = encoders.lags(), encoders.gaps()
     found = []
-    for version, count in zip(*(each.tolist() for each in versions[0].unique(return_counts=True)), strict=True):
-        tokens = count * chunk_size
+    for version in versions[0].unique().tolist():
+        tokens = int(sizes[versions[0] == version].sum())
         if version == UNKNOWN:
             found.append(VersionStaleness(UNKNOWN, None, tokens, None, None, drifts.get(UNKNOWN), ()))
             continue
@@ -201,9 +202,9 @@ def document_report(
     readable: Bool[Tensor, " _rows"],
 ) -> DocumentStaleness:
     """Return how stale a document is; `fresh` for each version, `readable` for each row of the bank."""
-    rows, size, now = document.rows.values, table.chunk_size, time.time()
-    versions, mapped_to = table.ledger.versions[:, rows]
-    counts = dict(zip(*(each.tolist() for each in versions.unique(return_counts=True)), strict=True))
+    rows, now = document.rows.values, time.time()
+    (versions, mapped_to), sizes = table.ledger.versions[:, rows], table.ledger.sizes(rows)
+    counts = {version: int(sizes[versions == version].sum()) for version in versions.unique().tolist()}
     lags = encoders.lags()
     is_stale = ~fresh[versions]
     ages = sum(run.num_chunks * (now - run.written_at) for run in document.runs)
@@ -211,8 +212,8 @@ def document_report(
     return DocumentStaleness(
         document_id=document.document_id,
         entries=len(rows),
-        tokens=len(rows) * size,
-        tokens_of={version: count * size for version, count in counts.items()},
+        tokens=int(sizes.sum()),
+        tokens_of=counts,
         stale_share=float(is_stale.sum()) / max(1, len(rows)),
         lag_max=max((lags[version] for version in counts if version != UNKNOWN), default=0),
         age=ages / max(1, len(rows)),

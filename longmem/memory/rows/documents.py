@@ -14,7 +14,7 @@ from torch import Tensor
 from longmem.memory.rows.segments import Segments
 
 # Keys and values of one memory layer; layers may differ in heads and widths, so sizes have no names (underscore).
-Tail = tuple[Float[Tensor, "_kv_heads _waiting _key_dim"], Float[Tensor, "_kv_heads _waiting _value_dim"]]
+LayerTokens = tuple[Float[Tensor, "_kv_heads _tokens _key_dim"], Float[Tensor, "_kv_heads _tokens _value_dim"]]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class DocumentInfo:
     document_id: str
     num_tokens: int  # written so far, also those since evicted
     num_chunks: int  # resident, so found by search, unless hidden
-    num_waiting_tokens: int  # the tail that is shorter than a chunk and waits for more
-    first_resident_token: int  # where the first resident chunk starts, or will, if none is resident
+    num_waiting_tokens: int  # in the last chunk, if it is shorter than the others: found like them, and waits for more
+    first_resident_token: int  # where the first resident chunk starts
     tags: tuple[str, ...] = ()
     is_pinned: bool = False
     dated: float | None = None  # when the content was true; None: when it was written
@@ -36,9 +36,15 @@ class DocumentInfo:
     last_read: float = field(default=0.0, compare=False, repr=False)  # 0: never
     written_at: float = field(default=0.0, compare=False, repr=False)
 
+    @property
+    def num_resident_tokens(self) -> int:
+        """Return the number of tokens that a search can find, unless the document is hidden."""
+        return self.num_tokens - self.first_resident_token
+
 
 # What a summary takes from a document as it is.
-KEPT_AND_SHOWN = [each.name for each in fields(DocumentInfo) if each.name not in ("num_chunks", "first_resident_token")]
+COUNTED = ("num_chunks", "num_waiting_tokens", "first_resident_token")
+KEPT_AND_SHOWN = [each.name for each in fields(DocumentInfo) if each.name not in COUNTED]
 
 
 class IntQueue:
@@ -126,7 +132,7 @@ class SourcePart:
 
 
 class Source:
-    """The source of a document, empty at first: the tokens that are resident or wait, and the text from which they came.
+    """The source of a document, empty at first: the tokens that are resident, and the text from which they came.
 
     Characters are counted from the start of the document, also when its first tokens have been dropped.
 
@@ -232,15 +238,13 @@ class Document:
     written_at: float = field(default_factory=time.time)
     rows: IntQueue = field(default_factory=IntQueue)
     runs: Runs = field(default_factory=Runs)
-    # Source of the resident and the waiting tokens; None where the writer gave none. A bank on disk puts a function here
-    # that reads it when it is needed.
+    # Source of the resident tokens; None where the writer gave none. A bank on disk puts a function here that reads it when
+    # it is needed.
     source_or_reader: Source | Callable[[], Source | None] | None = None
-    # For each memory layer the float32 keys and values of the tokens that wait; empty if none do.
-    waiting: list[Tail] = field(default_factory=list)
 
     @property
     def source(self) -> Source | None:
-        """Return the source of the resident and the waiting tokens, None if the writer gave none."""
+        """Return the source of the resident tokens, None if the writer gave none."""
         if callable(self.source_or_reader):
             self.source_or_reader = self.source_or_reader()
         return self.source_or_reader
@@ -250,17 +254,13 @@ class Document:
         """Return when the content was true: when it was written, if nobody said."""
         return self.written_at if self.dated is None else self.dated
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        return self.waiting[0][0].shape[1] if self.waiting else 0
-
-    def num_whole_chunks(self, chunk_size: int) -> int:
-        """Return how many chunks were written so far, also those since evicted."""
-        return (self.num_tokens - self.num_waiting_tokens) // chunk_size
+    def num_chunks(self, chunk_size: int) -> int:
+        """Return how many chunks were written so far, also those since evicted; the last one may be shorter."""
+        return -(-self.num_tokens // chunk_size)
 
     def first_chunk(self, chunk_size: int) -> int:
         """Return the position in the document, in chunks, of its first resident chunk."""
-        return self.num_whole_chunks(chunk_size) - len(self.rows)
+        return self.num_chunks(chunk_size) - len(self.rows)
 
     def push_source(self, part: SourcePart) -> None:
         """Add the source of new tokens."""
@@ -270,6 +270,6 @@ class Document:
         self.source.push(part)
 
     def info(self, chunk_size: int) -> DocumentInfo:
-        said = {name: getattr(self, name) for name in KEPT_AND_SHOWN}
-        first = self.first_chunk(chunk_size) * chunk_size
-        return DocumentInfo(**said, num_chunks=len(self.rows), first_resident_token=first)
+        counted = len(self.rows), self.num_tokens % chunk_size, self.first_chunk(chunk_size) * chunk_size
+        said = {name: getattr(self, name) for name in KEPT_AND_SHOWN} | dict(zip(COUNTED, counted, strict=True))
+        return DocumentInfo(**said)

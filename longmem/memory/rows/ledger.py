@@ -1,5 +1,8 @@
 """The book-keeping of the memory bank: which document owns which row, and in which order rows were written.
 
+A document's last chunk may be shorter than the others. It has a row like them, and so it is found, evicted and forgotten like
+them; what is appended takes its row over.
+
 Nothing here touches keys or values, so every promise about rows and documents can be read, and tested, in this file and
 `documents.py` alone.
 """
@@ -7,7 +10,7 @@ Nothing here touches keys or values, so every promise about rows and documents c
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +28,7 @@ SECONDS_OF_A_RUN = 1.0
 
 
 class ChunkPlace(NamedTuple):
-    """Where a chunk is from: tokens and characters of its document, and its text.
+    """Where a chunk is from: tokens (fewer than `chunk_size` at a document's end) and characters of its document, its text.
 
     Characters and text are None where the writer gave no text.
     """
@@ -47,6 +50,9 @@ class Ledger:
         self.documents: dict[str, Document] = {}
         self.num_rows = 0
         self.num_pinned_rows = 0
+        # What rows of shorter chunks lack, in tokens; and how many tokens were evicted so far because the bank was full.
+        self.num_missing = 0
+        self.num_evicted = 0
         # `version` changes with every change, so that a selection knows when to look again; `generation` only when a row
         # that was live may hold something else, or other numbers of the same chunk, so that a reader knows whether rows
         # found before are still good.
@@ -62,14 +68,14 @@ class Ledger:
         # Runs of chunks in the order of writing, oldest first.
         self.runs: OrderedDict[int, Run] = OrderedDict()
         self.next_order = 0
-        # For each row the serial of its document, its position there, in chunks, the version of its encoder and the one
-        # that a map has moved it to; never without a column, so that row -1 can be looked up, too.
-        self._table = torch.zeros(4, 1, dtype=torch.int64)
+        # For each row the serial of its document, its position there, in chunks, its tokens, the version of its encoder and
+        # the one that a map has moved it to; never without a column, so that row -1 can be looked up, too.
+        self._table = torch.zeros(5, 1, dtype=torch.int64)
 
     # Writing.
 
     def open(self, document: Document) -> None:
-        """Enter a document; it stays until it is closed, or evicted to the last chunk with no tail waiting."""
+        """Enter a document; it stays until it is closed, or evicted to the last chunk."""
         if document.serial < 0:
             document.serial = self.next_serial
         self.next_serial = max(self.next_serial, document.serial + 1)
@@ -79,7 +85,7 @@ class Ledger:
         self._mark(document)
 
     def record(self, document: Document, rows: Int[Tensor, " chunks"], slot: int = -1) -> None:
-        """Enter the rows of the newest chunks of `document`, whose length and tail are already up to date.
+        """Enter the rows of the newest chunks of `document`, whose length is already up to date.
 
         `slot`: where the first of them is on disk, the others behind it.
         """
@@ -89,13 +95,30 @@ class Ledger:
             return
         last = next(reversed(self.runs.values()), None)
         follows = slot < 0 or (last is not None and slot == last.slot + last.num_chunks)
-        if last is None or last.document is not document or now - last.written_at > SECONDS_OF_A_RUN or not follows:
+        is_late = last is None or not 0 <= now - last.written_at <= SECONDS_OF_A_RUN
+        if last is None or last.document is not document or is_late or not follows:
             last = self.enter_run(Run(document, 0, now, self.next_order, slot))
         last.num_chunks += len(rows)
-        self.place(document, rows, document.num_whole_chunks(self.chunk_size) - len(rows))
+        self.place(document, rows, document.num_chunks(self.chunk_size) - len(rows))
+
+    def take_end(self, document: Document) -> Int[Tensor, " rows"]:
+        """Return the row of a document's last chunk if it is not full, else none; what is written next takes it over.
+
+        Who has found the row may go on to read it: its tokens are the first of what it will hold.
+        """
+        if not document.num_tokens % self.chunk_size:
+            return torch.empty(0, dtype=torch.int64)
+        row = document.rows.values[-1:].clone()
+        self._let_go(document, row)
+        document.rows.cut(len(document.rows) - 1)
+        document.runs[-1].num_chunks -= 1
+        if not document.runs[-1].num_chunks:
+            del self.runs[document.runs.pop().order]
+        return row
 
     def enter_run(self, run: Run) -> Run:
-        """Return `run`, which now is the newest of all."""
+        """Return `run`, which now is the newest of all, whatever the clock said before."""
+        self.not_after(run.written_at)
         self.runs[run.order] = run
         self.next_order = run.order + 1
         run.document.runs.append(run)
@@ -107,14 +130,17 @@ class Ledger:
         self.num_pinned_rows += len(rows) * document.is_pinned
         self.num_rows = max(self.num_rows, int(rows.max()) + 1)
         if self.num_rows > self._table.shape[1]:
-            table = torch.zeros(4, 2 * self.num_rows, dtype=torch.int64)
+            table = torch.zeros(5, 2 * self.num_rows, dtype=torch.int64)
             table[:, : self._table.shape[1]] = self._table
             self._table = table
-        self._table[0, rows] = document.serial
-        self._table[1, rows] = torch.arange(start, start + len(rows))
-        self._table[2:, rows] = document.segments.of_chunks(start, len(rows), self.chunk_size)
+        positions = torch.arange(start, start + len(rows))
+        self._table[0, rows], self._table[1, rows] = document.serial, positions
+        sizes = (document.num_tokens - positions * self.chunk_size).clamp(max=self.chunk_size)
+        self._table[2, rows] = sizes
+        self.num_missing += len(rows) * self.chunk_size - int(sizes.sum())
+        self._table[3:, rows] = document.segments.of_chunks(start, len(rows), self.chunk_size)
 
-    def fill(self, documents: Iterable[Document], runs: Sequence[Run], rows: Int[Tensor, "4 rows"]) -> None:
+    def fill(self, documents: Iterable[Document], runs: Sequence[Run], rows: Int[Tensor, "5 rows"]) -> None:
         """Enter all that a bank holds into an empty ledger, with its rows: for each what the table of this class has of it."""
         for document in documents:
             self.documents[document.document_id] = self.by_serial[document.serial] = document
@@ -124,6 +150,7 @@ class Ledger:
         self.num_rows, self.num_pinned_rows = rows.shape[1], sum(r.num_chunks for r in runs if r.document.is_pinned)
         if self.num_rows:
             self._table = rows
+            self.num_missing = self.num_rows * self.chunk_size - int(rows[2].sum())
 
     def note_encoding(self, document: Document) -> None:
         """Take over the versions of a document's segments, some of which were encoded again."""
@@ -135,7 +162,7 @@ class Ledger:
         """Note for each row of a document of which encoder it is."""
         rows = document.rows.values
         first = document.first_chunk(self.chunk_size)
-        self._table[2:, rows] = document.segments.of_chunks(first, len(rows), self.chunk_size)
+        self._table[3:, rows] = document.segments.of_chunks(first, len(rows), self.chunk_size)
 
     def rename(self, old: str, new: str) -> None:
         self._touch(self.documents[old])
@@ -177,17 +204,46 @@ class Ledger:
         """
         if not num_chunks:
             return torch.empty(0, dtype=torch.int64)
+        missing = self.num_missing
+        rows = self._take(self.choose(num_chunks), keep)
+        self.num_evicted += len(rows) * self.chunk_size - missing + self.num_missing
+        return rows
+
+    def choose(self, num_chunks: int) -> list[tuple[Document, int]]:
+        """Return documents and how many of their oldest chunks the policy would let go of, `num_chunks` in all."""
         taken: list[tuple[Document, int]] = []
         for run in self.policy.order(self._unpinned_runs()):
+            if not num_chunks:
+                break
             taken.append((run.document, min(run.num_chunks, num_chunks)))
             num_chunks -= taken[-1][1]
-            if not num_chunks:
-                return self._take(taken, keep)
-        raise AssertionError("a policy must offer all runs that it is given")
+        assert not num_chunks, "a policy must offer all runs that it is given"
+        return taken
+
+    def skip(self, document: Document, num_chunks: int) -> None:
+        """Note that of what was just written the first chunks, for which there was no room, were never stored."""
+        self.generation = next(_STAMPS)
+        self.num_evicted += num_chunks * self.chunk_size
+        document.segments.drop(document.first_chunk(self.chunk_size) * self.chunk_size)
+        if document.source is not None:
+            document.source.drop(num_chunks * self.chunk_size)
 
     def expired(self) -> list[tuple[Document, int]]:
         """Return documents and how many of their oldest chunks have outlived the policy's time."""
-        return [(run.document, run.num_chunks) for run in self.policy.expired(self._unpinned_runs(), time.time())]
+        now = time.time()
+        self.not_after(now)
+        return [(run.document, run.num_chunks) for run in self.policy.expired(self._unpinned_runs(), now)]
+
+    def not_after(self, moment: float) -> None:
+        """Count all runs as written by this moment: a clock that was set back has dated some of them after it.
+
+        So runs are in the order of their times, and none outlives those that were written after it.
+        """
+        for run in reversed(self.runs.values()):
+            if run.written_at <= moment:
+                return
+            run.written_at, run.stored = moment, None
+            self.changed.add(run.document.serial)
 
     def release(
         self, taken: Iterable[tuple[Document, int]]
@@ -199,6 +255,7 @@ class Ledger:
         """Forget a document; return its rows, and the live rows to move (from, to) so that rows stay dense."""
         self._touch(document)
         rows = document.rows.values.clone()
+        self._let_go(document, rows)
         self._forget(document)
         for run in document.runs:
             del self.runs[run.order]
@@ -207,14 +264,18 @@ class Ledger:
     def _take(self, taken: Iterable[tuple[Document, int]], keep: Document | None) -> Int[Tensor, " chunks"]:
         """Take so many of the oldest chunks from each document; return their rows."""
         self.generation = next(_STAMPS)
-        rows = [torch.empty(0, dtype=torch.int64)]
+        rows, forgotten = [torch.empty(0, dtype=torch.int64)], set()
         for document, count in taken:
             self._touch(document)
             rows.append(document.rows.pop(count))
-            if len(rows[-1]):
+            self._let_go(document, rows[-1])
+            if len(document.rows) or document is keep:
                 document.segments.drop((int(self._table[1, rows[-1][-1]]) + 1) * self.chunk_size)
-            if document.source is not None:
-                document.source.drop(count * self.chunk_size)
+                if document.source is not None:
+                    document.source.drop(count * self.chunk_size)
+            else:
+                self._forget(document)
+                forgotten.add(document.document_id)
             while count:
                 run = document.runs[0]
                 gone = min(count, run.num_chunks)
@@ -223,8 +284,7 @@ class Ledger:
                 count -= gone
                 if not run.num_chunks:
                     del self.runs[document.runs.popleft().order]
-            if not len(document.rows) and not document.waiting and document is not keep:
-                self._forget(document)
+        self.forget_names(forgotten)
         return torch.cat(rows)
 
     def _fill_holes(
@@ -247,8 +307,19 @@ class Ledger:
         self.num_rows = num_rows
         return dropped, sources, destinations
 
+    def forget_names(self, names: Collection[str]) -> None:
+        """Name these documents, which are gone for good, no longer as what superseded another."""
+        for serial in self.marked if names else ():
+            if (document := self.by_serial[serial]).superseded_by in names:
+                self._touch(document)
+                document.superseded_by = None
+
+    def _let_go(self, document: Document, rows: Int[Tensor, " rows"]) -> None:
+        """Count rows no longer as those of a document."""
+        self.num_pinned_rows -= len(rows) * document.is_pinned
+        self.num_missing -= len(rows) * self.chunk_size - int(self._table[2, rows].sum())
+
     def _forget(self, document: Document) -> None:
-        self.num_pinned_rows -= len(document.rows) * document.is_pinned
         del self.documents[document.document_id], self.by_serial[document.serial]
         self.marked.discard(document.serial)
 
@@ -270,7 +341,16 @@ class Ledger:
     @property
     def versions(self) -> Int[Tensor, "2 rows"]:
         """Return for each live row the version of its encoder, and the version that a map has moved it to or -1."""
-        return self._table[2:, : self.num_rows]
+        return self._table[3:, : self.num_rows]
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens in live rows."""
+        return self.num_rows * self.chunk_size - self.num_missing
+
+    def sizes(self, rows: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return how many tokens the chunks in these rows have; of row -1, those of row 0."""
+        return self._table[2][rows.clamp(min=0).cpu()].to(rows.device)
 
     def positions(self, rows: Int[Tensor, " _rows"]) -> tuple[Int[Tensor, " _rows"], Int[Tensor, " _rows"]]:
         """Return the serial of each live row's document, and its position there, in chunks."""
@@ -304,9 +384,10 @@ class Ledger:
 
     def _place_of(self, document: Document, chunk: int) -> ChunkPlace:
         start = chunk * self.chunk_size
-        place = ChunkPlace(document.document_id, start, start + self.chunk_size)
+        stop = min(start + self.chunk_size, document.num_tokens)
+        place = ChunkPlace(document.document_id, start, stop)
         source = document.source
         if source is None or not source.has_text:
             return place
         first = (chunk - document.first_chunk(self.chunk_size)) * self.chunk_size
-        return ChunkPlace(*place[:3], *source.characters(first, first + self.chunk_size))
+        return ChunkPlace(*place[:3], *source.characters(first, first + stop - start))

@@ -32,7 +32,9 @@ class LayerShape(NamedTuple):
 class Chunks(NamedTuple):
     """The chunks of one memory layer, ready to be written: keys and values encoded, search keys not.
 
-    Where chunks are found by their best token, search keys have no width.
+    Where chunks are found by their best token, search keys have no width. A chunk that is shorter than the others, the last
+    of its document, is filled up with copies of its last token: so its best key is the best of its own, and only attention,
+    which would count them, has to leave the copies out (`Found.sizes`).
     """
 
     keys: Num[Tensor, "kv_heads chunks chunk_size stored_key_dim"]
@@ -91,18 +93,36 @@ def cut_into_chunks(
     chunk_size: int,
     storage_dtype: torch.dtype,
     by_token: bool = False,
+    begun: tuple[Chunks, int] | None = None,
 ) -> Chunks:
     """Return the tokens as chunks; the search key is the float32 mean of the keys before they are rounded.
 
-    `tokens` must be a multiple of `chunk_size`. `by_token`: there are no search keys.
+    A last, shorter chunk is filled up with copies of its last token, which do not count in the mean. `by_token`: there are no
+    search keys. `begun`: a chunk with so many tokens, which the first of these tokens go on to fill; what comes out is, bit
+    for bit, what all tokens at once would give.
 
-    >>> chunks = cut_into_chunks(torch.ones(2, 8, 3), torch.ones(2, 8, 5), 4, torch.float16)
+    >>> chunks = cut_into_chunks(torch.ones(2, 7, 3), torch.ones(2, 7, 5), 4, torch.float16)
     >>> [tuple(tensor.shape) for tensor in chunks]
     [(2, 2, 4, 3), (2, 2, 4, 5), (2, 2, 3)]
     """
-    keys, values = (tensor.unflatten(1, (-1, chunk_size)) for tensor in (keys, values))
-    search_keys = keys.new_empty(*keys.shape[:2], 0).float() if by_token else keys.float().mean(dim=2)
-    return Chunks(encode(keys, storage_dtype), encode(values, storage_dtype), search_keys)
+    first = 0 if begun is None else begun[1]
+    stop = first + keys.shape[1]
+    places = torch.arange(-(-stop // chunk_size) * chunk_size, device=keys.device)
+    search_keys = keys.new_zeros(len(keys), len(places) // chunk_size, 0 if by_token else keys.shape[2]).float()
+    encoded = [encode(tensor, storage_dtype) for tensor in (keys, values)]
+    if begun is not None:
+        before = begun[0].keys, begun[0].values
+        encoded = [torch.cat([old[:, 0, :first], new], dim=1) for old, new in zip(before, encoded, strict=True)]
+        search_keys[:, :1] = begun[0].search_keys
+    if len(places) > stop:
+        encoded = [tensor.index_select(1, places.clamp(max=stop - 1)) for tensor in encoded]
+    for place in range(0 if by_token else chunk_size):
+        # From token to token, with nothing but the mean so far: the same roundings, whatever pieces the tokens come in.
+        own = keys[:, (place - first) % chunk_size if place < first else place - first :: chunk_size].float()
+        means = search_keys[:, int(place < first) :][:, : own.shape[1]]
+        means.mul_(place).add_(own).div_(place + 1)
+    cut_keys, cut_values = (tensor.unflatten(1, (-1, chunk_size)) for tensor in encoded)
+    return Chunks(cut_keys, cut_values, search_keys)
 
 
 class ChunkStore:
@@ -169,11 +189,10 @@ class ChunkStore:
 
     def reserve(self, num_rows: int) -> None:
         """Make room for `num_rows` rows in all: the only step of a write that allocates, so the only one to fail."""
-        assert self.capacity is None or num_rows <= self.capacity
         allocated = self._tensors.keys.shape[1]
         if num_rows > allocated:
-            rows = max(num_rows, 2 * allocated)
-            rows = rows if self.capacity is None else min(self.capacity, rows)
+            rows = 2 * allocated if self.capacity is None else min(self.capacity, 2 * allocated)
+            rows = max(num_rows, rows)
             self._tensors = Chunks(*(with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
 
     def write(self, rows: Int[Tensor, " chunks"], chunks: Chunks) -> None:
@@ -246,6 +265,7 @@ class Storage(Protocol):
     def truncate(self, num_rows: int) -> None: ...
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]: ...
     def keep(self, rows: Int[Tensor, " chunks"]) -> Storage: ...
+    def recheck(self) -> None: ...  # so that what is selected next is found to be as it was written
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
 
 
@@ -288,6 +308,9 @@ class MemoryStorage:
     def truncate(self, num_rows: int) -> None:
         for store in self.stores:
             store.truncate(num_rows)
+
+    def recheck(self) -> None:
+        """Nothing to do here: memory has no checksums."""
 
     def select(self, rows: Int[Tensor, " chunks"]) -> list[Chunks]:
         return [store.select(rows) for store in self.stores]

@@ -20,7 +20,7 @@ from longmem.encoder.history import Encoders
 from longmem.memory.checks import MOST_CHUNKS, refuse_search
 from longmem.memory.eviction import EvictionPolicy, make_policy
 from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, TokenIndex, make_index
-from longmem.memory.rows.documents import Document, IntQueue, Run, Runs, Source, SourcePart, Tail
+from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Runs, Source, SourcePart
 from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.segments import Joins
 from longmem.memory.rows.storage import (
@@ -45,6 +45,7 @@ SETTINGS = (
     "device",
     "by_token",
 )
+DEFAULT_CAPACITY = 65_536  # tokens that a bank can hold if nobody says how many: the paper's
 # What stays when the text of a document is replaced.
 SAID_OF_A_DOCUMENT = ("tags", "is_pinned", "dated", "valid_until", "is_superseded", "superseded_by")
 
@@ -54,6 +55,16 @@ class Journal(Protocol):
 
     def transaction(self) -> contextlib.AbstractContextManager[None]: ...
     def refuse_reader(self) -> None: ...
+
+
+class Broken:
+    """What stands in the place of something that can no longer be trusted."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(self._message)
 
 
 class Table:
@@ -92,6 +103,7 @@ class Table:
         self.ledger = Ledger(chunk_size, make_policy(eviction))
         # Whether anything goes by itself; then the policy is asked before every read and write.
         self.forgets_by_itself = type(self.ledger.policy).expired is not EvictionPolicy.expired
+        self._has_told = False  # that it forgets
         self.encoders = Encoders()
         self.journal: Journal | None = None  # of a bank on disk
         # Indexes that were needed so far, by the position of their layer; and how to find what is saved of one.
@@ -121,6 +133,12 @@ class Table:
             self.storage, self.ledger, self.encoders = other.storage, other.ledger, other.encoders
             self.indexes, self.find_saved, self.index = other.indexes, other.find_saved, other.index
 
+    def refuse(self, message: str) -> None:
+        """Hold nothing that could be trusted: whatever is asked from now on raises ValueError with this message."""
+        with self.lock:
+            self.storage = self.ledger = Broken(message)  # type: ignore[assignment]
+            self.indexes, self.find_saved = {}, None
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make all changes inside the block durable together at its end or, if it raises, none; in memory, do nothing."""
@@ -147,8 +165,7 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        tails = (tensor for document in self.ledger.documents.values() for pair in document.waiting for tensor in pair)
-        return self.storage.nbytes + sum(tensor.nbytes for tensor in tails)
+        return self.storage.nbytes
 
     @property
     def capacity(self) -> int | None:
@@ -169,50 +186,29 @@ class Table:
         joins: Joins,
         version: int,
     ) -> None:
-        """Write tokens of an encoder version to the end of a document, new or known, with the tail that waited there."""
-        tokens = [
-            (key.detach().to(self.device), value.detach().to(self.device))
-            for key, value in zip(keys, values, strict=True)
-        ]
-        new_tokens = tokens[0][0].shape[1]
-        if document.waiting:
-            tokens = [
-                (torch.cat([old_key, key], dim=1), torch.cat([old_value, value], dim=1))
-                for (old_key, old_value), (key, value) in zip(document.waiting, tokens, strict=True)
-            ]
-        num_chunks = tokens[0][0].shape[1] // self.chunk_size
+        """Write tokens of an encoder version to the end of a document, with those of its last chunk that is not full."""
+        tokens = [(key.detach(), value.detach()) for key, value in zip(keys, values, strict=True)]
+        new_tokens, begun = tokens[0][0].shape[1], document.num_tokens % self.chunk_size
         if self.capacity_bytes is not None and self.shapes is None:  # how many chunks that is depends on their sizes
-            self.fix_sizes(tokens)
-        skipped = self._chunks_without_room(document, num_chunks)
-        start, stop = skipped * self.chunk_size, num_chunks * self.chunk_size
-        chunks = self._chunks_of(tokens, slice(start, stop))
-        # Tails stay in float32, so that a chunk is the same however its tokens arrive; `copy` lets go of the rest.
-        tails = [
-            (key[:, stop:].to(torch.float32, copy=True), value[:, stop:].to(torch.float32, copy=True))
-            for key, value in tokens
-        ]
-        self._reserve(chunks)
-
-        document.num_tokens += new_tokens
-        document.segments.push(new_tokens, joins, version)
-        document.waiting = tails if tails[0][0].shape[1] else []
-        self._write_with_source(document, chunks, source, skipped)
-
-    def fix_sizes(self, tokens: Sequence[Tail]) -> None:
-        """Take over the sizes of heads from the keys and values of each layer, without writing any."""
-        self.storage.reserve(self._chunks_of(tokens, slice(0)), 0)
+            self.storage.reserve(self._chunks_of(tokens, slice(0)), 0)
+        skipped = self._chunks_without_room(document, -(-(begun + new_tokens) // self.chunk_size))
+        if skipped or not begun:
+            chunks = self._chunks_of(tokens, slice(max(0, skipped * self.chunk_size - begun), None))
+        else:
+            ends = self.storage.select(document.rows.values[-1:])
+            ends = [Chunks(*(tensor.to(self.device) for tensor in layer)) for layer in ends]
+            chunks = self._chunks_of(tokens, slice(None), [(end, begun) for end in ends])
+        self._write_after(document, chunks, new_tokens, joins, source, version, skipped)
 
     def extend_with_chunks(
         self, document: Document, chunks: list[Chunks], source: SourcePart | None, version: int
     ) -> None:
-        """Write whole chunks, as they are stored, to the end of a document without a tail: a segment of an encoder version."""
-        assert not document.waiting
-        skipped = self._chunks_without_room(document, chunks[0].keys.shape[1])
-        document.num_tokens += chunks[0].keys.shape[1] * self.chunk_size
-        document.segments.push(chunks[0].keys.shape[1] * self.chunk_size, "new", version)
+        """Write whole chunks, as they are stored, to the end of a document of whole chunks: a segment of an encoder version."""
+        assert not document.num_tokens % self.chunk_size
+        num_chunks = chunks[0].keys.shape[1]
+        skipped = self._chunks_without_room(document, num_chunks)
         chunks = [Chunks(*(tensor[:, skipped:].to(self.device) for tensor in layer)) for layer in chunks]
-        self._reserve(chunks)
-        self._write_with_source(document, chunks, source, skipped)
+        self._write_after(document, chunks, num_chunks * self.chunk_size, "new", source, version, skipped)
 
     def replace(self, old: Document, draft: Table, new: Document) -> None:
         """Put a document of `draft`, whose chunks are as they are stored here, in place of `old`."""
@@ -220,35 +216,25 @@ class Table:
         room = None if self.capacity is None else self.capacity - self.ledger.num_pinned_rows
         if room is not None and len(new.rows) > room + len(old.rows) * old.is_pinned:
             raise self._too_full(new.document_id, len(new.rows))
-        self._reserve(chunks)
-        self.drop(old)
+        self._tell_if_it_forgets(len(new.rows) - len(old.rows))
+        self._reserve(chunks, len(new.rows))
+        self._hold_sizes()
+        self._remove(*self.ledger.close(old))
         # What was said of the document stays; the other fields are of the new text.
         said = {name: getattr(old, name) for name in SAID_OF_A_DOCUMENT}
         twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=Runs(), **said)
-        self._write(twin, chunks)
+        self._write(twin, chunks, torch.empty(0, dtype=torch.int64))
 
-    def overwrite(self, document: Document, start: int, tokens: Sequence[Tail]) -> None:
-        """Put other keys and values in the place of those from token `start` on: in chunks that they fill, and what waits.
+    def overwrite(self, document: Document, start: int, tokens: Sequence[LayerTokens]) -> None:
+        """Put other keys and values in the place of those from token `start` on, in chunks all of whose tokens are given.
 
         Rows, order of eviction and source stay. On disk a run is written anew as a whole: its places are consecutive.
         """
-        stop = start + tokens[0][0].shape[1]
-        whole = document.num_whole_chunks(self.chunk_size)
-        resident = document.first_chunk(self.chunk_size)
-        first, last = max(-(-start // self.chunk_size), resident), min(stop // self.chunk_size, whole)
-        if last > first:
-            cut = slice(first * self.chunk_size - start, last * self.chunk_size - start)
-            self.overwrite_chunks(document, first, self._chunks_of(tokens, cut))
-        if document.waiting and stop > whole * self.chunk_size:
-            place = max(start - whole * self.chunk_size, 0)
-            source = whole * self.chunk_size + place - start
-            document.waiting = [
-                tuple(
-                    torch.cat([old[:, :place], new[:, source:].to(old)], dim=1)
-                    for old, new in zip(pair, fresh, strict=True)
-                )  # type: ignore[misc]
-                for pair, fresh in zip(document.waiting, tokens, strict=True)
-            ]
+        size, stop = self.chunk_size, start + tokens[0][0].shape[1]
+        first = max(-(-start // size), document.first_chunk(size))
+        stop -= stop % size if stop < document.num_tokens else 0
+        if stop > first * size:
+            self.overwrite_chunks(document, first, self._chunks_of(tokens, slice(first * size - start, stop - start)))
 
     def overwrite_chunks(self, document: Document, first: int, chunks: list[Chunks]) -> None:
         """Put other chunks in the place of a document's resident ones from the `first` on, counted in the document."""
@@ -277,27 +263,27 @@ class Table:
             done += run.num_chunks
 
     def drop(self, document: Document) -> None:
-        """Forget a document, and move the last live rows into the holes it leaves."""
+        """Forget a document, also its name, and move the last live rows into the holes it leaves."""
+        self._hold_sizes()
         self._remove(*self.ledger.close(document))
+        self.ledger.forget_names({document.document_id})
 
     def drop_expired(self) -> None:
         """Forget what has outlived the policy's time; most policies know none."""
         if self.forgets_by_itself:
             with self.lock:
                 if expired := self.ledger.expired():
+                    self._hold_sizes()
                     self._remove(*self.ledger.release(expired))
 
     def copy_to(self, target: Table) -> None:
         """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
-        if (tails := next((each.waiting for each in self.ledger.documents.values() if each.waiting), None)) is not None:
-            # There may be no chunk that would; and where they are, chunks of a bank in memory will be.
-            target.fix_sizes([(key.to(target.device), value.to(target.device)) for key, value in tails])
+        self.storage.recheck()
         target.encoders = self.encoders.copy()
         twins: dict[int, Document] = {}
         for document in self.ledger.documents.values():
             twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=Runs(), source_or_reader=None)
             twin.segments = document.segments.copy()
-            twin.waiting = [(key.to(target.device), value.to(target.device)) for key, value in document.waiting]
             if document.source is not None:  # characters go on to be counted from the start of the document
                 twin.source_or_reader = Source(document.source.has_text, document.source.first_char)
                 twin.push_source(document.source.part(0, len(document.source.token_ids)))
@@ -314,6 +300,29 @@ class Table:
             target.ledger.enter_run(Run(twin, run.num_chunks, run.written_at, run.order, slot))
             target.ledger.place(twin, rows, document.first_chunk(self.chunk_size) + done)
             target._tell_indexes_of(rows)
+
+    def put_ends(self, ends: Sequence[tuple[Document, Sequence[LayerTokens]]]) -> None:
+        """Give rows to the ends of documents that were saved before these had any: fewer tokens than a chunk for each.
+
+        They are in no file yet, so their documents count as changed. Where the bank gets too full, its policy chooses.
+        """
+        if not ends:
+            return
+        parts = zip(*(self._chunks_of(tokens, slice(None)) for _, tokens in ends), strict=True)
+        layers = [Chunks(*(torch.cat(each, dim=1) for each in zip(*part, strict=True))) for part in parts]
+        num_rows = self.ledger.num_rows
+        slot = self.storage.write(num_rows + torch.arange(len(ends)), layers)
+        for number, (document, _) in enumerate(ends):
+            last = next(reversed(self.ledger.runs.values()), None)
+            written_at = document.written_at if last is None else max(last.written_at, document.written_at)
+            self.ledger.enter_run(Run(document, 1, written_at, self.ledger.next_order, slot + number))
+            place = document.num_chunks(self.chunk_size) - 1
+            self.ledger.place(document, torch.tensor([num_rows + number]), place)
+        room = self.ledger.num_rows - self.ledger.num_pinned_rows
+        excess = 0 if self.capacity is None else self.ledger.num_rows - self.capacity
+        if excess > 0:
+            self._remove(*self.ledger.release(self.ledger.choose(min(excess, room))))
+        self.ledger.changed |= {document.serial for document, _ in ends}
 
     def use_index(self, index: str) -> None:
         """Search with indexes of another kind or with other settings; those that were built are let go."""
@@ -366,10 +375,21 @@ class Table:
         for edition in self._editions:
             edition.keep(rows)
 
-    def _chunks_of(self, tokens: Sequence[Tail], part: slice) -> list[Chunks]:
-        """Return some tokens of each layer as chunks; there are whole chunks of them."""
+    def _hold_sizes(self) -> None:
+        """Keep how many tokens rows have, which the ledger is about to forget, for those who still read them."""
+        for edition in self._editions:
+            edition.hold_sizes()
+
+    def _chunks_of(
+        self, tokens: Sequence[LayerTokens], part: slice, begun: Sequence[tuple[Chunks, int]] | None = None
+    ) -> list[Chunks]:
+        """Return some tokens of each layer as chunks, the first of which may have begun with others."""
         cut = ((key[:, part].to(self.device), value[:, part].to(self.device)) for key, value in tokens)
-        return [cut_into_chunks(*pair, self.chunk_size, self.storage_dtype, self.by_token) for pair in cut]
+        ends = [None] * len(tokens) if begun is None else begun
+        return [
+            cut_into_chunks(*pair, self.chunk_size, self.storage_dtype, self.by_token, end)
+            for pair, end in zip(cut, ends, strict=True)
+        ]
 
     def _chunks_without_room(self, document: Document, num_chunks: int) -> int:
         """Return how many of so many new chunks can't be kept even if all that is not pinned is evicted.
@@ -378,10 +398,13 @@ class Table:
         """
         if self.capacity is None:
             return 0
-        room = self.capacity - self.ledger.num_pinned_rows
+        # What is appended takes over the row of a last chunk that is not full.
+        is_begun = document.num_tokens % self.chunk_size > 0
+        room = self.capacity - self.ledger.num_pinned_rows + (document.is_pinned and is_begun)
+        self._tell_if_it_forgets(num_chunks - is_begun)
         if num_chunks <= room:
             return 0
-        if document.is_pinned or not room:
+        if document.is_pinned or room <= 0:
             raise self._too_full(document.document_id, num_chunks)
         warnings.warn(
             f"document {document.document_id!r}: {num_chunks} chunks were written at once to a bank with room for {room}, "
@@ -390,6 +413,17 @@ class Table:
             stacklevel=5,
         )
         return num_chunks - room
+
+    def _tell_if_it_forgets(self, num_new: int) -> None:
+        """Warn, once, where a bank of whose capacity nobody has thought is about to let go of chunks for so many new ones."""
+        is_full = self.capacity is not None and self.ledger.num_rows + num_new > self.capacity
+        if is_full and self.capacity_tokens == DEFAULT_CAPACITY and not self._has_told:
+            self._has_told = True
+            warnings.warn(
+                f"a bank with the default `capacity_tokens` of {DEFAULT_CAPACITY} is full, so from now on it forgets by "
+                f"`eviction={self.eviction!r}`; give it a larger one, or None for no limit, to keep all.",
+                stacklevel=6,
+            )
 
     def _too_full(self, document_id: str, num_chunks: int) -> ValueError:
         assert self.capacity is not None
@@ -400,38 +434,55 @@ class Table:
             "`capacity_bytes`."
         )
 
-    def _reserve(self, chunks: list[Chunks]) -> None:
-        num_rows = self.ledger.num_rows + chunks[0].keys.shape[1]
-        self.storage.reserve(chunks, num_rows if self.capacity is None else min(self.capacity, num_rows))
+    def _reserve(self, chunks: list[Chunks], num_new: int) -> None:
+        num_rows = self.ledger.num_rows + num_new
+        if self.capacity is not None:
+            num_rows = max(self.ledger.num_rows, min(self.capacity, num_rows))
+        self.storage.reserve(chunks, num_rows)
 
-    def _write(self, document: Document, chunks: list[Chunks]) -> None:
-        """Write chunks, at most as many as there is room for, over those that the policy chooses where the bank is full."""
-        num_rows, num_new = self.ledger.num_rows, chunks[0].keys.shape[1]
+    def _write(self, document: Document, chunks: list[Chunks], taken: Int[Tensor, " rows"]) -> None:
+        """Write chunks, at most as many as there is room for, into rows `taken` from the document, then into new ones.
+
+        Where the bank is full these are the rows of chunks that the policy chooses.
+        """
+        num_rows, num_new = self.ledger.num_rows, chunks[0].keys.shape[1] - len(taken)
         if document.serial < 0:
             self.ledger.open(document)
-        excess = 0 if self.capacity is None else max(0, num_rows + num_new - self.capacity)
-        evicted = self.ledger.evict(excess, keep=document)
-        rows = torch.cat([evicted, torch.arange(num_rows, num_rows + num_new - len(evicted))])
-        if len(evicted):
-            self._keep(evicted)
+        excess = 0 if self.capacity is None else min(num_new, max(0, num_rows + num_new - self.capacity))
+        taken = torch.cat([taken, self.ledger.evict(excess, keep=document)])
+        rows = torch.cat([taken, torch.arange(num_rows, num_rows + num_new - excess)])
+        if len(taken):
+            self._keep(taken)
             for index in self.indexes.values():
-                index.rows_dropped(evicted)
-            self.storage.drop(evicted)
-        slot = self.storage.write(rows, chunks) if num_new else -1
+                index.rows_dropped(taken)
+            self.storage.drop(taken)
+        slot = self.storage.write(rows, chunks)
         self._tell_indexes_of(rows)
         self.ledger.record(document, rows, slot)
 
-    def _write_with_source(
-        self, document: Document, chunks: list[Chunks], source: SourcePart | None, skipped: int
+    def _write_after(
+        self,
+        document: Document,
+        chunks: list[Chunks],
+        num_tokens: int,
+        joins: Joins,
+        source: SourcePart | None,
+        version: int,
+        skipped: int,
     ) -> None:
-        """Write the newest chunks, behind `skipped` ones that there is no room for, and the source of all of them."""
+        """Write the newest chunks behind what a document has, without `skipped` ones that there is no room for.
+
+        `source`: of all `num_tokens` new tokens.
+        """
+        self._reserve(chunks, chunks[0].keys.shape[1])
+        taken = self.ledger.take_end(document)
+        document.num_tokens += num_tokens
+        document.segments.push(num_tokens, joins, version)
         if source is not None:
             document.push_source(source)
-        self._write(document, chunks)
+        self._write(document, chunks, taken)
         if skipped:
-            document.segments.drop(document.first_chunk(self.chunk_size) * self.chunk_size)
-        if skipped and document.source is not None:
-            document.source.drop(skipped * self.chunk_size)
+            self.ledger.skip(document, skipped)
 
     def _tell_indexes_of(self, rows: Int[Tensor, " rows"]) -> None:
         for index in self.indexes.values():
@@ -462,9 +513,11 @@ class Edition:
         self.table, self.generation, self.num_rows = table, table.ledger.generation, table.ledger.num_rows
         self._kept: list[tuple[Tensor, Storage]] = []  # rows, and what they held
         self.is_kept: Bool[Tensor, " rows"] | None = None  # which rows these are; None: none yet
+        self._sizes: Int[Tensor, " rows"] | None = None  # tokens of each row, before the ledger has changed any
 
     def keep(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep rows that the table is about to give up."""
+        self.hold_sizes()
         if self.is_kept is None:
             self.is_kept = torch.zeros(self.num_rows, dtype=torch.bool)
         rows = rows[rows < self.num_rows]
@@ -472,6 +525,17 @@ class Edition:
         if len(rows):
             self.is_kept[rows] = True
             self._kept.append((rows, self.table.storage.keep(rows)))
+
+    def hold_sizes(self) -> None:
+        """Keep how many tokens each row has."""
+        if self._sizes is None:
+            self._sizes = self.table.ledger.sizes(torch.arange(self.num_rows))
+
+    def sizes(self, rows: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return how many tokens the chunks in these rows have; of row -1, those of row 0."""
+        if self._sizes is None:
+            return self.table.ledger.sizes(rows)
+        return self._sizes[rows.clamp(min=0).cpu()].to(rows.device)
 
     def is_there(self, rows: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """Return for each row, -1 for none, whether the table still has it under this number."""
