@@ -99,7 +99,10 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     with _drafted(path) as draft:
-        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        try:
+            os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        except OSError as error:  # told of the file that was asked for
+            raise type(error)(error.errno, error.strerror, str(path)) from None
         yield draft
         draft.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() else modes()[0])
         sync(draft)

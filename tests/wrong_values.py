@@ -39,6 +39,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "date": ("x", NAN, INF, 1e15, True, [1]),
     "progress": (5, "x", lambda: None, []),
     "text": ("", " \n", None, 5, [0.5], [True, False], [[1, 2], [3, 4]], [999], [-1], b"x", ["a"], HALF),
+    "piece": (None, 5, [0.5], [True, False], [[1, 2], [3, 4]], [999], [-1], b"x", ["a"], HALF),  # a blank one is nothing, and no mistake
     "ids": ("x", None, IDS[0], IDS.float(), IDS.bool(), IDS + 300, IDS - 20, IDS[:, :0], IDS[:0], [[1, 2]]),
     "mask": (
         *(torch.ones(1, 12), torch.ones(1, 5).long(), torch.ones(2, 12).long(), torch.ones(12).long(), "x"),
@@ -340,8 +341,8 @@ CALLS: dict[str, Call] = {
         lambda w, memory=None, **k: w.model.stream(w.bank if memory is None else memory, **k),
         {"document_id": "document", "window": "integer", "keep": "integer", "seed": "integer", "memory": "memory"},
     ),
-    "MemoryStream.read": (lambda w, text_or_ids: w.read_stream().read(text_or_ids), {"text_or_ids": "text"}),
-    "MemoryStream.score": (lambda w, text_or_ids: w.read_stream().score(text_or_ids), {"text_or_ids": "text"}),
+    "MemoryStream.read": (lambda w, text_or_ids: w.read_stream().read(text_or_ids), {"text_or_ids": "piece"}),
+    "MemoryStream.score": (lambda w, text_or_ids: w.read_stream().score(text_or_ids), {"text_or_ids": "piece"}),
     "MemoryStream.generate": (
         lambda w, max_new_tokens=1, **k: w.read_stream().generate(max_new_tokens, **{"do_sample": True, **k}),
         {"max_new_tokens": "integer", "temperature": "drawn", "top_p": "drawn", "top_k": "drawn"},

@@ -39,7 +39,6 @@ def add(commands: Any) -> None:
     command = add_command(
         commands, "chat", run, "talk to a model with memory", EXAMPLES, bank, model_option(DEFAULT_MODEL)
     )
-    common.add_device(command)
     command.add_argument("--max-new-tokens", type=int, default=200, help="tokens of an answer")
     command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     command.add_argument("--seed", type=int, default=0, help="for a temperature above 0")

@@ -33,7 +33,6 @@ def add(actions: Any) -> None:
         by_tag,
         model_option(),
     )
-    common.add_device(command)
     command.add_argument("text", help="a question, or any text")
     command.add_argument("--by", choices=("both", "heads", "words"), default="both", help="who finds")
     command.add_argument("--count", type=int, default=5, help="passages")

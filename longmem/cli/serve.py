@@ -31,7 +31,6 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--banks", type=Path, metavar="DIR", help="folder for banks; default: in memory, gone at the end"
     )
-    common.add_device(command)
     command.add_argument("--host", default="127.0.0.1", help="address to listen at")
     command.add_argument("--port", type=int, default=8765, help="port to listen at")
     command.add_argument("--token", help="that requests must bear; default: the environment's LONGMEM_TOKEN, if set")

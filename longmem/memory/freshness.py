@@ -39,7 +39,7 @@ class Reader:
     stamp: EncoderStamp
 
 
-@checked_methods("ready_for", "search")
+@checked_methods("ready_for", "read_by", "mask", "search")
 class Freshness:
     """What a bank knows of its encoders, and what it does when they change; `refresh` names the policy, with its settings.
 

@@ -506,7 +506,7 @@ def check_inputs(
         () if cache is None else (each.get_seq_length() for each in cache.layers if hasattr(each, "get_seq_length"))
     )
     past = max(map(int, lengths), default=0)
-    embeddings: Any = model.backbone.get_input_embeddings()
+    embeddings: Any = model._backbone.model.get_input_embeddings()
     vocabulary = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
     limit = model._backbone.position_limit
     ranges = [("input_ids", input_ids, 0, vocabulary - 1, "were they made by the tokenizer of another model?")]

@@ -190,7 +190,7 @@ def test_memorize_dates_new_documents_alone(llama, document):
     with pytest.raises(ValueError, match="`dated` must be left out with `append`, got 6"):
         model.memorize(bank, document, "a", append=True, dated=6)
     assert bank.info("a").num_tokens == len(document)
-    encoded = model.memorize(bank, document, "b", reuse=(bank, "a"), dated=7, tags=["y"])
+    encoded = model.memorize(bank, document, "b", reuse=(bank, "a"), dated=7, tags=["y"]).num_encoded
     assert encoded < len(document)  # its first windows were copied
     assert (bank.info("b").dated, bank.info("b").tags) == (7, ("y",))
     bank.update("a", document.flip(0), model=model)

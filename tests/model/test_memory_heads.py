@@ -87,7 +87,7 @@ def test_a_null_slot_far_below_changes_nothing_and_one_far_above_closes_memory(i
         ({"memory_heads": [[0], []]}, "none of them empty"),
         ({"memory_heads": [[0], [2]]}, "from 0 to 1"),
         ({"memory_heads": [[1, 0], [0]]}, "ascending"),
-        ({"memory_null_init": 0.0, "fusion": "gated"}, '`memory_null_init` belongs to `fusion="joint"`'),
+        ({"memory_null_init": 0.0, "fusion": "gated"}, '`memory_null_init` must come with `fusion="joint"`'),
     ],
 )
 def test_settings_that_break_a_rule(fields, words):

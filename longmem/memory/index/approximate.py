@@ -114,7 +114,7 @@ class ApproximateIndex(FlatIndex):
     def is_exact(self, rows: Tensor | None) -> bool:
         """Return whether the store, or the subset, is so small that all of it is compared; on a GPU all is, always."""
         num_rows = self.store.num_rows
-        if self.store.device.type != "cpu" or num_rows < self.exact_below() * self.rows_per_chunk:
+        if self.device.type != "cpu" or num_rows < self.exact_below() * self.rows_per_chunk:
             return True
         return rows is not None and len(rows) < max(EXACT_BELOW * self.rows_per_chunk, self.exact_share * num_rows)
 

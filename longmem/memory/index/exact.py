@@ -98,7 +98,7 @@ class ChunkIndex:
     rows_per_chunk = 1  # more where rows are tokens
 
     def __init__(self, store: LayerRows) -> None:
-        self.store = store
+        self.store, self.device = store, store.device
 
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return scores and rows of the best chunks, best first; there are at least `num_chunks`, and a query."""
@@ -120,7 +120,7 @@ class ChunkIndex:
         `rows`: search only these live rows (sorted, without duplicates). `bonus`: for every live row, added to its
         scores; the best with it are found. Results are where `queries` are.
         """
-        device, kept = queries.device, self.store.device
+        device, kept = queries.device, self.device
         num_found = min(num_chunks, self.store.num_rows if rows is None else len(rows))
         if num_found and queries.shape[1]:
             rows = None if rows is None else rows.to(kept)
