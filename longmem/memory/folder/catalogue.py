@@ -217,6 +217,11 @@ class Catalogue:
                 )
         return size
 
+    def _measure(self) -> None:
+        """Take over the length of the file, which others may have changed; moved away, it is as it was."""
+        with contextlib.suppress(FileNotFoundError):
+            self._size = self.path.stat().st_size
+
     def _protect(self, write: bool) -> None:
         """Bound what a statement may do."""
         self._connection.set_progress_handler(self._has_run_too_long, STEPS_BETWEEN)
@@ -282,7 +287,7 @@ class Catalogue:
             totals = {name: list(total) for name, total in self._totals.items()}
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                self._size = self.path.stat().st_size
+                self._measure()
                 if self.is_new:
                     self._make_tables()
                 elif self._version != SCHEMA_VERSION:
@@ -335,7 +340,7 @@ class Catalogue:
             self.refuse_closed()
             try:
                 self._connection.execute("BEGIN")
-                self._size = self.path.stat().st_size
+                self._measure()
                 self._steps_left = LEAST_STEPS + STEPS_PER_BYTE * self._size
                 yield
             except UNREADABLE as error:
