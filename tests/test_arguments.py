@@ -538,7 +538,11 @@ def test_every_argument_has_a_row() -> None:
         arguments = set(inspect.signature(function).parameters) - {"self", "cls", "kwargs"}
         if name == "LongMemConfig":
             arguments -= OF_TRANSFORMERS
-        if name not in ELSEWHERE and not name.startswith("LongMemModel") and not name.endswith("register_for_auto_class"):
+        if (
+            name not in ELSEWHERE
+            and not name.startswith("LongMemModel")
+            and not name.endswith("register_for_auto_class")
+        ):
             arguments -= ARGUMENTS_ELSEWHERE.get(name, set())
             missing += [f"{name}({each})" for each in sorted(arguments - set(EFFECTS.get(name, ())))]
             left_over += [f"{name}({each})" for each in sorted(set(EFFECTS.get(name, ())) - arguments)]

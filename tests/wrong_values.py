@@ -39,7 +39,18 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "date": ("x", NAN, INF, 1e15, True, [1]),
     "progress": (5, "x", lambda: None, []),
     "text": ("", " \n", None, 5, [0.5], [True, False], [[1, 2], [3, 4]], [999], [-1], b"x", ["a"], HALF),
-    "piece": (None, 5, [0.5], [True, False], [[1, 2], [3, 4]], [999], [-1], b"x", ["a"], HALF),  # a blank one is nothing, and no mistake
+    "piece": (
+        None,
+        5,
+        [0.5],
+        [True, False],
+        [[1, 2], [3, 4]],
+        [999],
+        [-1],
+        b"x",
+        ["a"],
+        HALF,
+    ),  # a blank one is nothing, and no mistake
     "ids": ("x", None, IDS[0], IDS.float(), IDS.bool(), IDS + 300, IDS - 20, IDS[:, :0], IDS[:0], [[1, 2]]),
     "mask": (
         *(torch.ones(1, 12), torch.ones(1, 5).long(), torch.ones(2, 12).long(), torch.ones(12).long(), "x"),

@@ -7,8 +7,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from longmem.backbone.structure import adapters_in_words
 from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
+from longmem.backbone.structure import adapters_in_words
 
 CONFIG_ROWS = [
     ("chunk_sise", 4, ["chunk_sise", "not a field", "Did you mean `chunk_size`"]),
