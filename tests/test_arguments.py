@@ -504,7 +504,7 @@ ELSEWHERE = {"LongMemConfig.source_layer", "LongMemConfig.memory_layer_of", "Lon
     "LongMemConfig.get_text_config",
     "calibrate_heads",
 }
-# Arguments whose effect another file shows: test_ecosystem.py where transformers has them too, and those of finding and tracing.
+# Arguments whose effect another file shows: test_ecosystem.py where transformers has them, those of finding and tracing.
 # A LongMemModel is a LongMemForCausalLM without its head: of the same functions.
 ARGUMENTS_ELSEWHERE = {
     "LongMemConfig.from_dict": {"config_dict"},
