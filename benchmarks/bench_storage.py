@@ -23,7 +23,7 @@ from longmem import LongMemForCausalLM, MemoryBank
 from longmem.cli.texts import read_text
 from longmem.data.sample_texts import first_tokens
 from longmem.evaluation.perplexity.scoring import Cut, View, WindowScores, loss_difference, score_windows
-from longmem.memory.rows.codec import STORAGE_DTYPES
+from longmem.memory.rows.storage import STORAGE_DTYPES
 from longmem.model.opening import open_model
 from longmem.settings.environment import environment
 

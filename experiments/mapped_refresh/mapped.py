@@ -19,10 +19,9 @@ from experiments.mapped_refresh.drift_map import DriftMap, fit_map, neighbours_k
 from longmem.memory.index import Ranked
 from longmem.memory.refresh.policy import RefreshPolicy, Search, make_policy
 from longmem.memory.refresh.refresher import Lags, Refresher, Targets, draw_segments, stored_chunks, vectors
-from longmem.memory.rows.codec import decode, encode
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.segments import Segment
-from longmem.memory.rows.storage import Chunks
+from longmem.memory.rows.storage import Chunks, decode, encode
 from longmem.plugins import Setting, register
 
 # Old and new vectors of segments, for each (layer, 0 for keys or 1 for values).

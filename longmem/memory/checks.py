@@ -11,9 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.errors import did_you_mean, name_known
-from longmem.memory.rows.codec import STORAGE_DTYPES, largest_number
 from longmem.memory.rows.documents import Document, SourcePart
-from longmem.memory.rows.storage import LayerShape
+from longmem.memory.rows.storage import STORAGE_DTYPES, LayerShape, largest_number
 
 FIRST_DATE, LAST_DATE = -62_135_596_800, 253_402_300_799  # those that a calendar shows
 SEARCHES = ("chunk_mean", "token")

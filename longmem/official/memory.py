@@ -16,7 +16,7 @@ from torch import Tensor
 from longmem.errors import ChangedMemoryError
 from longmem.memory.checks import validate_storage_dtype
 from longmem.memory.protocols import EncodingModel, Found
-from longmem.memory.rows.codec import FLOATING_DTYPES
+from longmem.memory.rows.storage import FLOATING_DTYPES
 
 
 class ReleasedCodeError(ValueError):

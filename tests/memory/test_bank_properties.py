@@ -17,7 +17,7 @@ from named_encoder import NamedEncoder
 from longmem.memory import DocumentInfo, MemoryBank
 from longmem.memory.folder import disk_storage, tensor_file
 from longmem.memory.index import FlatIndex, approximate
-from longmem.memory.rows.codec import STORAGE_DTYPES, decode, encode
+from longmem.memory.rows.storage import STORAGE_DTYPES, decode, encode
 from longmem.plugins import PLUGINS
 
 LAYERS = (2, 5)

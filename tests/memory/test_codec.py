@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longmem.memory import MemoryBank
-from longmem.memory.rows.codec import SMALLEST_SCALE, STORAGE_DTYPES, decode, encode, stored_width, vector_width
+from longmem.memory.rows.storage import SMALLEST_SCALE, STORAGE_DTYPES, decode, encode, stored_width, vector_width
 from longmem.model.attention import read_memory
 
 LARGEST = torch.finfo(torch.float32).max

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from longmem import MemoryBank, StaleMemoryError
 from longmem.errors import ChangedMemoryError
 from longmem.memory.index import approximate
-from longmem.memory.rows.codec import STORAGE_DTYPES
+from longmem.memory.rows.storage import STORAGE_DTYPES
 
 NAMES = st.sampled_from("de")
 # For each policy, how many encoder changes back what is read may have been written.

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from longmem.memory.rows.codec import decode
-from longmem.memory.rows.storage import Chunks, ChunkStore, LayerShape, cut_into_chunks
+from longmem.memory.rows.storage import Chunks, ChunkStore, LayerShape, cut_into_chunks, decode
 
 SHAPE = LayerShape(kv_heads=2, key_dim=3, value_dim=5)
 CHUNK_SIZE = 4

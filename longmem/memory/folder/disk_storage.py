@@ -21,9 +21,8 @@ from torch import Tensor
 
 from longmem.memory.folder.place import SEGMENT_FOLDER, Place
 from longmem.memory.folder.tensor_file import TensorFile, not_written, write_tensors
-from longmem.memory.rows.codec import decode
 from longmem.memory.rows.documents import Run
-from longmem.memory.rows.storage import Chunks, KeysValues, LayerShape, bytes_of_chunk, shape_of, with_rows
+from longmem.memory.rows.storage import Chunks, KeysValues, LayerShape, bytes_of_chunk, decode, shape_of, with_rows
 from longmem.memory.rows.table import Table
 
 # Chunks of so many bytes wait in memory at most, and make one file.

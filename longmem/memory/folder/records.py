@@ -18,10 +18,9 @@ from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment
 from longmem.memory.folder.foreign import damaged, fits, parse_json
-from longmem.memory.rows.codec import STORAGE_DTYPES, stored_width
 from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Source, SourcePart
 from longmem.memory.rows.segments import Segments
-from longmem.memory.rows.storage import LayerShape
+from longmem.memory.rows.storage import STORAGE_DTYPES, LayerShape, stored_width
 from longmem.memory.rows.table import Table
 
 DATES = ("dated", "valid_until", "is_superseded", "superseded_by")

@@ -20,10 +20,9 @@ from torch import Tensor
 from longmem.encoder.history import UNKNOWN, Encoders
 from longmem.errors import StaleMemoryError
 from longmem.memory.protocols import Writer
-from longmem.memory.rows.codec import decode, largest_number
 from longmem.memory.rows.documents import Document, LayerTokens
 from longmem.memory.rows.segments import Segment
-from longmem.memory.rows.storage import Chunks
+from longmem.memory.rows.storage import Chunks, decode, largest_number
 from longmem.memory.rows.table import Table
 
 CLOCKS = ("version", "gap", "probe")
