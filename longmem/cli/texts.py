@@ -143,7 +143,7 @@ def looks_like_text(path: Path) -> bool:
 
 
 def readable_name(name: str) -> str:
-    """Return the name of a file whose bytes the system could not read as characters, with these bytes written out.
+    r"""Return the name of a file whose bytes the system could not read as characters, with these bytes written out.
 
     >>> readable_name("caf\udce9.txt")
     'caf\\xe9.txt'

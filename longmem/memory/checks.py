@@ -82,10 +82,10 @@ def checked_methods(*unchecked: str) -> Callable[[Class], Class]:
 
 
 def got(value: object) -> str:
-    """Return how an error message shows a value: in one line, and a long one by its beginning.
+    r"""Return how an error message shows a value: in one line, and a long one by its beginning.
 
     >>> got("a\nb"), got(range(3)), len(got("a" * 1000))
-    ("'a\\\\nb'", 'range(0, 3)', 80)
+    ("'a\\nb'", 'range(0, 3)', 80)
     """
     shown = " ".join(repr(value).split())
     return shown if len(shown) <= 80 else shown[:77] + "..."

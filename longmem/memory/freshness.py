@@ -158,7 +158,7 @@ class Freshness:
         """Read with this model's encoder all that another one wrote, as it is: its encoder is unknown from now on."""
         with self._table.change():
             stamp = model.encoder.stamp()
-            self.encoders.enter(stamp)
+            self._enter_sketched(model.encoder, stamp)
             self._read_as(model.encoder, stamp)
             lags = self.encoders.lags()
             for document in self._table.ledger.documents.values():

@@ -350,8 +350,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
             with without_transformers_bars():
                 self.backbone.save_pretrained(places[1])
         if (tokenizer := self._tokenizer_if_any()) is not None:
-            for place in places:
-                tokenizer.save_pretrained(place)
+            for each in places:
+                tokenizer.save_pretrained(each)
         num_trained = sum(weight.numel() for weight in self.side_network.trained_parameters().values())
         saving.write_description(self.config, num_trained, folder, with_backbone=save_backbone, place=place)
         saving.seal_weights(folder, self.backbone)

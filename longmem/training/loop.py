@@ -289,8 +289,8 @@ class Trainer:
         state = {f"side_network.{name}": each for name, each in whole.items()}
         own_backbone = self.model.backbone_was_trained
         self.model.save_pretrained(self.folder / "side-network", state_dict=state, save_backbone=own_backbone)
-        steps, validations = read_log(self.folder / "log.jsonl")
-        if steps:
+        if (log := self.folder / "log.jsonl").is_file() and (read := read_log(log)).steps:
+            steps, validations = read
             plot_training(self.folder / "curve.png", steps, validations)
         self.console.print(
             f"In {self.folder}: side-network (for `LongMemForCausalLM.from_pretrained`), curve.png, log.jsonl, checkpoints.",

@@ -181,7 +181,8 @@ def drawn() -> Iterator[dict[str, Result]]:
     figures: dict[str, Result] = {}
 
     def keep(figure: Any, path: Any, **_: Any) -> None:
-        figures[Path(path).stem] = figure_of(figure)
+        # Figures are drawn into drafts of their files, named `.NAME.WORD.draft`.
+        figures[re.sub(r"^\.(\d{5}-)?|\.[^.]+\.draft$", "", Path(path).stem)] = figure_of(figure)
 
     with patch("matplotlib.figure.Figure.savefig", keep):
         yield figures
