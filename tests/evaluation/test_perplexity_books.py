@@ -130,7 +130,7 @@ def test_each_book_is_encoded_once_and_longer_contexts_are_run_once(model, texts
     starts = Starts(model, max(map(SETTINGS.memorized, CUTS)))
     for text in texts:
         score_text(model, text, SETTINGS, starts)
-    whole = [count for count in encoded if count]
+    whole = [count.num_encoded for count in encoded if count.num_encoded]
     # Books a, b and c, and a again, whose memory was not kept: it is the wrong one of the last.
     assert whole == [64, 64, 64, 64]
     assert len(encoded) == 4 + 3 * 2 * 2  # and two copies for each cut of each book

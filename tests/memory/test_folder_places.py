@@ -81,7 +81,7 @@ def test_a_bank_that_was_copied_or_moved_is_opened_there(tmp_path, move):
         bank.folder.verify()
 
 
-def memorize_in_two_pieces(model, bank, text_or_ids, document_id, *, reuse=None):
+def memorize_in_two_pieces(model, bank, text_or_ids, document_id, **options):
     write(bank, document_id, text_or_ids[:13])
     write(bank, document_id, text_or_ids[13:])
 

@@ -485,7 +485,7 @@ def test_a_folder_has_a_name(folder, tmp_path, monkeypatch):
         lambda: has_bank(folder),
     )
     for use in uses:
-        with pytest.raises(ValueError, match=r"`folder` must be the path of a folder.*'\.' is the current one"):
+        with pytest.raises(ValueError, match="`folder` must be the path of a folder"):
             use()
     assert not list(tmp_path.iterdir())
 
