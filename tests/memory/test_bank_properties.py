@@ -246,7 +246,7 @@ class BankMachine(RuleBasedStateMachine):
             return
         tokens, machine = self.new_tokens(count), self
 
-        def memorize(model, bank, text_or_ids, document_id, *, reuse):
+        def memorize(model, bank, text_or_ids, document_id, *, reuse, **options):
             for piece in (tokens[:cut], tokens[cut:]):
                 if piece:
                     machine.write(bank, document_id, piece)
