@@ -94,11 +94,8 @@ class Conversation:
 
         self.turns.append({"role": "user", "content": text})
         whole = chat_text(self.model.tokenizer, self.turns)
-        new = (
-            whole.removeprefix(self.said)
-            if whole.startswith(self.said)
-            else chat_text(self.model.tokenizer, self.turns[-1:])
-        )
+        goes_on = whole.startswith(self.said)
+        new = whole.removeprefix(self.said) if goes_on else chat_text(self.model.tokenizer, self.turns[-1:])
         self.stream.read(self.model.tokenizer(new, add_special_tokens=False)["input_ids"])
         before = self.stream.local_ids.tolist()
         ids, answer = [], ""
@@ -108,7 +105,7 @@ class Conversation:
             if not so_far.endswith("\ufffd"):  # a character that is not whole yet
                 on_text(so_far[len(answer) :])
                 answer = so_far
-        self.said = (self.said + new if whole.startswith(self.said) else whole) + str(self.model.tokenizer.decode(ids))
+        self.said = whole + str(self.model.tokenizer.decode(ids))  # what went before and what is new are the whole
         self.turns.append({"role": "assistant", "content": answer})
         self.last = before, ids
 

@@ -530,9 +530,9 @@ class MemoryBank:
     def parts(self) -> list[tuple[TextBank, list[str]]]:
         """Return this bank, with the names of its documents that a search can find."""
         with self._table.lock:
-            moment, documents = self._visibility.moment, self._table.ledger.documents
-            hidden = {name for name, each in documents.items() if each.is_superseded or has_expired(each, moment)}
-            return [(self, [info.document_id for info in self.documents() if info.document_id not in hidden])]
+            self._table.drop_expired()
+            moment, documents = self._visibility.moment, self._table.ledger.documents.items()
+            return [(self, [name for name, each in documents if not (each.is_superseded or has_expired(each, moment))])]
 
     def find(self, text: str, model: FindingModel | None = None, k: int = 10) -> list[FoundPassage]:
         """Return the `k` passages of 32 tokens that have most to do with a text, best first.

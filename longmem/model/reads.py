@@ -131,7 +131,8 @@ def passages_read(
 ) -> list[FoundPassage]:
     """Return the `k` passages in which what was read stands out most; their scores are sums of `Reads.surprise`."""
     places = memory.locate(torch.from_numpy(reads.rows))
-    sizes = {name: bank.info(name).num_tokens for bank, names in memory.parts() for name in names}
+    read = {place.document_id for place in places if place is not None}
+    sizes = {name: bank.info(name).num_tokens for bank, names in memory.parts() for name in read.intersection(names)}
     scores = np.bincount(reads.chunks, reads.surprise().clip(min=0), minlength=len(reads.rows))
     spans: dict[tuple[str, int, int], float] = {}
     for place, score in zip(places, scores.tolist(), strict=True):

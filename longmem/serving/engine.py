@@ -117,8 +117,7 @@ class Engine:
     def explain(self, request: Request, answer: str) -> Trace:
         """Return who read what in an answer that was given."""
         ids, memory = self.place(request)
-        empty = MemoryBank.for_model(self.model)
-        return explain(self.model, ids, memory=empty if memory is None else memory, answer=answer)
+        return explain(self.model, ids, memory=memory or MemoryBank.for_model(self.model), answer=answer)
 
     def place(self, request: Request) -> tuple[list[int], Any]:
         """Return the tokens that go into the window, and the memory: of those before them, and of the bank that is named."""

@@ -5,34 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
 from fake_encoder import DIM, HEADS, LAYERS, FakeModel, make_bank, write
 from model.conftest import SETTINGS, build_backbone
+from threads import in_a_thread
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.encoder.history import UNKNOWN
 from longmem.errors import StaleMemoryError
 
 IDS = list(range(16))
-
-
-def in_a_thread(call: Callable[[], object]) -> None:
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
 
 
 def read_keys(bank: MemoryBank) -> list[torch.Tensor]:

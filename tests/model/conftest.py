@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_memory
 import torch
-from tiny_models import save_tiny_backbone
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-from longmem import LongMemForCausalLM, MemoryBank  # makes the classes of this package known to transformers
 
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4)
 NO_TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -58,26 +55,4 @@ def document() -> torch.Tensor:
 
 
 # A model with a tokenizer, a text, and a memory of what stands before it.
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> LongMemForCausalLM:
-    backbone = save_tiny_backbone(tmp_path / "backbone")
-    return LongMemForCausalLM.from_backbone(str(backbone), segment_length=16, num_retrieved_tokens=8).eval()
-
-
-@pytest.fixture
-def past() -> torch.Tensor:
-    return torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def rest() -> torch.Tensor:
-    return torch.randint(0, 256, (83,), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture
-def bank(model: LongMemForCausalLM, past: torch.Tensor) -> MemoryBank:
-    bank = MemoryBank.for_model(model)
-    model.memorize(bank, past, "past")
-    return bank
+bank, model, past, rest = tiny_memory.bank, tiny_memory.model, tiny_memory.past, tiny_memory.rest

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from model.conftest import SETTINGS, build_backbone
+from threads import in_a_thread
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.memory import BankShards
@@ -47,23 +48,6 @@ def make(model: LongMemForCausalLM, names: str = "abcd", **options: Any) -> Memo
     for name in names:
         model.memorize(bank, tokens(ord(name)), name, tags=["private" if name in "ab" else "public"])
     return bank
-
-
-def in_a_thread(call: Callable[[], object]) -> None:
-    """Run a call in a thread of its own, to its end; raise what it raises."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
 
 
 @contextlib.contextmanager
