@@ -8,17 +8,40 @@ from tiny_models import save_tiny_backbone, some_text
 from transformers import AutoTokenizer
 
 from longmem.data import load_corpus
-from longmem.data.recall import FactMaker, hide_and_ask, paragraphs
+from longmem.data.recall import FactMaker, LabelledPassages, hide_and_ask, paragraphs
 
 TEXT = "\n\n".join(some_text(200, seed).replace(".", ".\n") for seed in range(60))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_answer_stands_once_behind_its_cue(seed):
-    facts = FactMaker(TEXT).draw(random.Random(seed))
-    for question in facts.questions:
-        assert facts.text.count(f"{question.cue} {question.answer}") == 1
-        assert facts.text.count(question.cue) == 1
+    maker = FactMaker(TEXT, random.Random(seed))
+    maker.examples.labels = []  # they have the same cue on purpose
+    drawn = [maker.draw() if number % 2 else maker.sentence() for number in range(40)]
+    text = "\n".join(facts.text for facts in drawn)
+    for question in [question for facts in drawn for question in facts.questions]:
+        cue = question.cues[0]
+        assert len(re.findall(rf"(?<!\w){re.escape(cue)} {re.escape(question.answer)}(?!\w)", text)) == 1
+        assert len(re.findall(rf"(?<!\w){re.escape(cue)} ", text)) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_labels_follow_one_rule_that_examples_show(seed):
+    speech = "Yes! She went to the old house with a lamp in her hand? He took the road to the sea and never came back again. "
+    examples = LabelledPassages(40 * (TEXT + speech), ["house", "road", "sea", "lamp"], random.Random(seed))
+    if not examples.labels:
+        pytest.skip("the text has one kind of sentence by this rule")
+    facts = examples.draw()
+    labels = dict[str, str]()
+    for line in facts.text.split("\n"):
+        passage, label = line.rsplit(": ", 1)
+        assert labels.setdefault(passage, label) == label
+        assert label in examples.labels
+    assert len(facts.text.split("\n")) == 24
+    assert all(
+        labels.get(f"{each.ask} {each.cues[0].removesuffix(':')}", each.answer) == each.answer
+        for each in facts.questions
+    )
 
 
 @pytest.mark.parametrize("text", ["", "word", "a\n\nb", TEXT, TEXT.replace("\n", " "), "x" * 9000], ids=len)
@@ -33,7 +56,7 @@ def test_questions_take_their_share_and_come_after_their_facts():
     asked = hide_and_ask(4 * TEXT, 0.3, random.Random(4), lambda turns: "".join(f"<{a}|{b}>\n" for a, b in turns))
     assert 0.15 < (len(asked) - 4 * len(TEXT)) / len(asked) < 0.5
     assert "<" in asked
-    for found in re.finditer(r"When was (.+?) born\? (.+)", asked):
+    for found in re.finditer(r"When was (.+?) born\? (\1 .+)", asked):
         assert found[2] in asked[: found.start()]
 
 
