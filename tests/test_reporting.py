@@ -19,12 +19,20 @@ def finished(folder, value: float = 50.0, title: str = "Recall of passkeys") -> 
         name: {"title": f"LongMem, memory {name}", "value": value + 5 * number, "interval": [value - 5, value + 15]}
         for number, name in enumerate(("off", "on"))
     }
+    parity = {
+        "of": "all",
+        "measure": "accuracy, %",
+        "system": "context-8192",
+        "window_gain": 20.0,
+        "memory_gain": value / 5,
+    }
+    parity["share_percent"] = {"value": value, "interval": [value - 5, value + 5]}
     with RunFolder(folder, {"settings": {"model": "tiny", "limit": 7, "dtype": None}}) as run:
         run.write([{"id": "a", "right": 1}, {"id": "b", "right": 0}])
         plot_accuracies(folder / "accuracy.png", {"all": {"systems": systems}}, title="Accuracy", chance=10)
         run.finish(
             title=title,
-            metrics={"summary": {"measure": "accuracy", "chance": 10, "systems": systems}},
+            metrics={"summary": {"measure": "accuracy", "chance": 10, "systems": systems}, "parity": [parity]},
             table="## All items\n\n| | accuracy |\n|---|---:|\n| on & off | 55.0 |\n",
             seed=3,
         )
@@ -44,6 +52,8 @@ def test_the_page_holds_tables_figures_and_what_is_needed_to_repeat(tmp_path, ru
         "model = tiny, limit = 7",
         "seed 3, commit ",
         "| Recall two | tiny | 2 |",
+        "| Recall one: all: accuracy, % | 8,192 | +20 | +10 | 50 (45 to 55) |",
+        "| Recall two: all: accuracy, % | 8,192 | +20 | +10.2 | 51 (46 to 56) |",
     ):
         assert part in text
     assert text.index("## Recall one") < text.index("## Recall two")
@@ -141,6 +151,8 @@ def test_a_page_embeds_no_file_but_the_figures_of_its_runs(tmp_path, where, text
     [
         ("metrics.json", []),
         ("metrics.json", {"summary": 3}),
+        ("metrics.json", {"parity": 3}),
+        ("metrics.json", {"parity": [{"of": "all"}]}),
         ("metrics.json", {"summary": {"measure": "a", "systems": {"on": {}}}}),
         ("metrics.json", {"summary": {"measure": "a", "systems": {str(number): {} for number in range(10_000)}}}),
         ("environment.json", {"versions": 3}),

@@ -149,7 +149,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
 
     Raises ValueError if there is no folder, two have one name, or one is not of a finished run; nothing is written.
     """
-    from longmem.evaluation.tables import markdown_table
+    from longmem.evaluation.tables import PARITY, markdown_table, parity_rows
     from longmem.plots import plot_summaries
 
     runs = [read_run(folder) for folder in folders]
@@ -173,6 +173,9 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
                 plot_summaries(Path(folder, "overview.png"), panels)
                 figures["figures/overview.png"] = Path(folder, "overview.png").read_bytes()
             parts += ["![All runs: means and 95 % intervals](figures/overview.png)", ""]
+        joined = [each | {"of": f"{run.title}: {each['of']}"} for run in runs for each in run.metrics.get("parity", ())]
+        if joined:
+            parts += [f"## {PARITY}", "", harmless(markdown_table(parity_rows({"parity": joined}))), ""]
         for run in runs:
             facts = [f"- {harmless(line)}" for line in run.facts]
             parts += [f"## {harmless(run.title)}", "", *facts, "", deeper(harmless(run.table)), ""]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from longmem.evaluation.intervals import Estimate, stratified_mean
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from longmem.evaluation.intervals import Estimate, as_values, ratio_of_means, stratified_mean
+from longmem.evaluation.systems.making import is_longer_window
 from longmem.evaluation.task import Axis, Measure, Record, Task
 
 
@@ -27,7 +33,8 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
     """Return the metrics of a finished run.
 
     `measures` has for each measure its title, unit and `cells`: by the values of axes, such as "passkey, 4096", and "all",
-    what `compare` returns. `axes` has the values of each axis, `tables` what the task adds, `costs` what systems cost.
+    what `compare` returns. `parity` says what share of the window's gain memory has. `axes` has the values of each axis,
+    `tables` what the task adds, `costs` what systems cost.
     `summary` is the main figure, the first with intervals, if there is one. Raises ValueError if systems have not answered the
     same questions.
     """
@@ -49,6 +56,12 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
         **summary_of([each for name, each in measures.items() if task.measures[name].aggregate is None]),
         "systems": {name: task.title_of(name) for name in dict.fromkeys(record["system"] for record, _ in scored)},
         "measures": measures,
+        "parity": [
+            {"of": cell, "measure": f"{measure['title']}, {measure['unit']}", "system": system, **own}
+            for measure in measures.values()
+            for cell, values in measure["cells"].items()
+            for system, own in values.get("parity", {}).items()
+        ],
         "axes": axes,
         "baselines": list(task.baselines),
         "tables": dict(task.tables(records)),
@@ -138,7 +151,8 @@ def compare(
 
     Intervals hold 95 % and are over groups, whose items are not independent; where there is one group, over its items. Of
     `strata`, an axis, all values count the same, however many items they have. Of `repeat`, an axis of draws, there are the
-    values of each draw, and their standard deviation as numpy's `std` computes it.
+    values of each draw, and their standard deviation as numpy's `std` computes it. Where the backbone was also run with the
+    text in its window, `parity` has for each such window `share_of_window`.
     """
     with_intervals = with_intervals and measure.aggregate is None
     systems = aligned(rows)
@@ -175,7 +189,34 @@ def compare(
             found[name]["seconds_per_item"] = statistics.fmean(seconds)
     chances = [row.chance for row in first if row.chance is not None]
     chance = {"chance": statistics.fmean(chances)} if chances else {}
-    return {"baseline": baseline, "groups": len({row.group for row in first}), **chance, "systems": found}
+    parity = {}
+    if measure.aggregate is None and with_intervals and {"backbone", "off", "on"} <= systems.keys():
+        sums = {name: torch.tensor(totals(own, groups, parts), dtype=torch.float64) for name, own in systems.items()}
+        gain = sums["on"] - sums["off"]
+        for name in filter(is_longer_window, systems):
+            parity[name] = share_of_window(gain, sums[name] - sums["backbone"], seed=task.settings.seed)
+    about = {"baseline": baseline, "groups": len({row.group for row in first}), **chance}
+    return about | {"systems": found} | ({"parity": parity} if parity else {})
+
+
+def totals(rows: Sequence[Row], groups: Sequence[str], parts: Sequence[str]) -> list[float]:
+    """Return the sum of each group's scores, scaled so that the sum of all is the mean over parts of their means."""
+    sizes = Counter(parts)
+    found: dict[tuple[str, str], float] = {}
+    for row, group, part in zip(rows, groups, parts, strict=True):
+        found[part, group] = found.get((part, group), 0.0) + row.value / sizes[part] / len(sizes)
+    return list(found.values())
+
+
+def share_of_window(memory: Float[Tensor, " units"], window: Float[Tensor, " units"], *, seed: int) -> dict[str, Any]:
+    """Return what share memory's gain has of the window's, with the interval, in percent; None: the window may gain nothing.
+
+    `memory`: memory on less memory off; `window`: the backbone with the text in its window less without. Both are parts of
+    the whole gains, one for each group.
+    """
+    share = ratio_of_means(100 * memory, window, seed=seed)
+    gains = {"memory_gain": memory.sum().item(), "window_gain": window.sum().item()}
+    return {"share_percent": None if share is None else as_values(share), **gains}
 
 
 def aligned(rows: Sequence[Row]) -> dict[str, list[Row]]:

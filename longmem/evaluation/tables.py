@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Rows = list[list[str]]
+PARITY = "Parity: of what the backbone gains from a text in its window, the share that memory gains from it"
 
 
 def markdown_table(rows: Rows) -> str:
@@ -61,11 +62,27 @@ def tables_of(metrics: Mapping[str, Any], *, brief: bool = False) -> list[tuple[
                 heading = f"{panel}: {heading}" if panel else heading
                 found += tables_of_cells(metrics["systems"], heading, cells, brief=brief)
     found += metrics["tables"].items()
+    if metrics.get("parity"):
+        found.append((PARITY, parity_rows(metrics)))
     rows = [["", "s per item", "s of preparing", "tokens encoded"]]
     for name, own in metrics["costs"]["systems"].items():
         numbers = [f"{own['seconds_per_item']:.2f}", f"{own['preparing_seconds']:.1f}", f"{own['encoded_tokens']:,}"]
         rows.append([metrics["systems"][name], *numbers])
     return [*found, ("Costs; a memory is encoded for the first system that reads it", rows)]
+
+
+def parity_rows(metrics: Mapping[str, Any]) -> Rows:
+    """Return the table of what share memory has of what the backbone gains by the same text in its window, its head first."""
+    rows = [["", "window", "the window gains", "memory gains", "share, %"]]
+    for each in metrics["parity"]:
+        share = each["share_percent"]
+        said = (
+            "the window may gain nothing" if share is None else with_interval(share["value"], share["interval"], ".0f")
+        )
+        gains = (f"{each[name]:+.3g}" for name in ("window_gain", "memory_gain"))
+        size = f"{int(each['system'].partition('-')[2]):,}"
+        rows.append([f"{each['of']}: {each['measure']}", size, *gains, said])
+    return rows
 
 
 def tables_of_cells(

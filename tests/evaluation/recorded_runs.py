@@ -278,9 +278,6 @@ def books(settings: Settings) -> Result:
                 note(metrics, "perplexity", system, f"{axis}, book {name}", value)
         for pair, own in part["reductions_percent"].items():
             note_estimates(metrics, pair, axis, reduction_of_pair=own)
-        for system, own in part["share_of_gain_percent"].items():
-            if own is not None:
-                note_estimates(metrics, system, axis, share_of_gain=own)
     cases = [{"case": record["id"]} for record in run.records]
     return run.result(cases, records, metrics, without=("cost",))  # of the backbone's seconds
 

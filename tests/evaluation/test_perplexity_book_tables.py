@@ -81,15 +81,12 @@ def test_the_metrics_are_those_of_naive_formulas():
                 assert own["reduction_percent"]["value"] == pytest.approx(reduction(system, "backbone"))
                 assert own["bits_per_byte"]["value"] == pytest.approx(means[system].mean() / np.log(2) / 4)
                 assert list(own["documents"].values()) == pytest.approx(np.exp(means[system]))
-        means_of_on, long = means["on"], means["context-32"]
-        samples = [
-            100 * (means["backbone"][pick] - means_of_on[pick]).mean() / (means["backbone"][pick] - long[pick]).mean()
-            for pick in picks
-        ]
-        share = values["share_of_gain_percent"]["context-32"]
-        expected = 100 * (means["backbone"] - means_of_on).mean() / (means["backbone"] - long).mean()
-        assert share["value"] == pytest.approx(expected)
-        assert share["interval"] == pytest.approx(np.quantile(samples, [0.025, 0.975]))
+        memory, window = means["off"] - means["on"], means["backbone"] - means["context-32"]
+        samples = [100 * memory[pick].mean() / window[pick].mean() for pick in picks]
+        parity = values["parity"]["context-32"]
+        assert parity["share_percent"]["value"] == pytest.approx(100 * memory.mean() / window.mean())
+        assert parity["share_percent"]["interval"] == pytest.approx(np.quantile(samples, [0.025, 0.975]))
+        assert (parity["memory_gain"], parity["window_gain"]) == pytest.approx((memory.mean(), window.mean()))
         assert "context-32" not in metrics["parts"][str(cut)]["systems"]
     shown = metrics["summary"]["systems"]
     assert shown["on"]["value"] == metrics["parts"]["8/8"]["systems"]["on"]["perplexity"]["value"]
@@ -123,15 +120,19 @@ def test_intervals_of_a_single_book_are_over_its_windows():
 def test_the_tables_have_all_systems_of_their_windows():
     metrics = summarize_texts(books(3), SETTINGS)
     found = list(sections(metrics))
-    assert len(found) == 4
+    assert len(found) == 5
     assert "3 books, the first 6 windows of each, after 40 memorized tokens" in found[0][0]
     assert "Windows of 16 tokens, the last 8 of each scored" in found[2][0]
-    assert [len(systems) for _, (systems, _) in found] == [5, 6, 5, 6]
+    assert [len(systems) for _, (systems, _) in found[:4]] == [5, 6, 5, 6]
     assert found[1][1][0][-1][0] == "backbone, window 32"
-    assert found[1][1][1][-1][0] == "gain of memory on, as a share of the gain of a window of 32"
+    assert [row[:2] for row in found[4][1][0][1:]] == [
+        [f"{cut}, first 2 windows: nats per token", "32"] for cut in ("8/8", "16/8")
+    ]
     assert markdown(metrics).count("| LongMem, memory on |") == 4
     everywhere = dataclasses.replace(SETTINGS, windows_per_document=2, context_windows=None)
-    assert len(list(sections(summarize_texts(books(3, everywhere), everywhere)))) == 2  # one table holds everything
+    assert (
+        len(list(sections(summarize_texts(books(3, everywhere), everywhere)))) == 3
+    )  # one table holds everything, and parity
 
 
 def test_a_window_that_gains_nothing_has_no_share():
@@ -143,8 +144,8 @@ def test_a_window_that_gains_nothing_has_no_share():
         for book in books(3)
     ]
     metrics = summarize_texts(found, SETTINGS)
-    assert metrics["parts"]["8/8, first 2 windows"]["share_of_gain_percent"] == {"context-32": None}
-    assert "the longer window may gain nothing" in markdown(metrics)
+    assert metrics["parts"]["8/8, first 2 windows"]["parity"]["context-32"]["share_percent"] is None
+    assert "the window may gain nothing" in markdown(metrics)
 
 
 @pytest.mark.parametrize("count", [1, 10])

@@ -292,6 +292,39 @@ def test_tables_have_every_system_panel_and_measure(finished):
     assert all(f"## {heading}\n" in text for heading in tables)
 
 
+def test_parity_is_the_share_that_memory_has_of_what_the_window_gains(finished):
+    task, records, _ = finished
+    right = {"backbone": (), "off": (0,), "on": (0, 1, 2), "context-64": range(5)}
+    made = []
+    for record in [each for each in records if each["system"] == "backbone"]:
+        for system, known in right.items():
+            logprobs = [0.0, 0.0]
+            logprobs[record["right"] if int(record["item"][-1]) in known else 1 - record["right"]] = 1.0
+            made.append({**record, "system": system, "logprobs": logprobs})
+    metrics = summarize(task, made)
+    parity = {(each["of"], each["measure"]): each for each in metrics["parity"]}
+    for name, sets in {"all": "ab", "a": "a", "b": "b"}.items():
+        shares = {
+            system: sum(
+                100 * sum(int(each["item"][-1]) in known for each in own) / len(own) / len(sets)
+                for own in ([each for each in made if each["set"] == one and each["system"] == system] for one in sets)
+            )
+            for system, known in right.items()
+        }
+        gains = shares["on"] - shares["off"], shares["context-64"] - shares["backbone"]
+        own = parity[name, "accuracy, %"]
+        assert (own["memory_gain"], own["window_gain"]) == pytest.approx(gains)
+        assert own["share_percent"]["value"] == pytest.approx(100 * gains[0] / gains[1])
+        assert (
+            own["share_percent"]["interval"][0] <= own["share_percent"]["value"] <= own["share_percent"]["interval"][1]
+        )
+    (rows,) = (rows for heading, rows in tables_of(metrics) if heading.startswith("Parity"))
+    assert rows[1][:2] == ["all: accuracy, %", "64"]
+    assert summarize(task, [each for each in made if each["system"] != "off"])["parity"] == []
+    level = summarize(task, [{**each, "logprobs": [0.0, 1.0]} for each in made])
+    assert {each["share_percent"] for each in level["parity"]} == {None}
+
+
 def test_the_figure_has_lines_along_numbers_and_bars_otherwise(finished, tmp_path, monkeypatch):
     task, records, metrics = finished
     drawn = []

@@ -20,8 +20,9 @@ from longmem.evaluation.intervals import (
 from longmem.evaluation.perplexity.scoring import Cut
 from longmem.evaluation.perplexity.settings import PerplexitySettings
 from longmem.evaluation.perplexity.texts import DISTANCES, TextScores, bits_per_byte, distance_groups
+from longmem.evaluation.summary import share_of_window
 from longmem.evaluation.systems.making import title_of_system
-from longmem.evaluation.tables import Rows, markdown_table, with_interval
+from longmem.evaluation.tables import PARITY, Rows, markdown_table, parity_rows, with_interval
 
 # The groups of the paper's table, and documents that are shorter than its shortest; each ends before so many tokens.
 LENGTHS = {
@@ -70,7 +71,12 @@ def summarize_texts(texts: Sequence[Mapping[Cut, TextScores]], settings: Perplex
     }
     summary = {"measure": "perplexity", "systems": systems}
     about = {"plan": settings.plan, "baseline": settings.baseline}
-    return {**about, "parts": parts, "distances": distances, "summary": summary}
+    parity = [
+        {"of": name, "measure": "nats per token", "system": system, **own}
+        for name, part in parts.items()
+        for system, own in part["parity"].items()
+    ]
+    return {**about, "parts": parts, "parity": parity, "distances": distances, "summary": summary}
 
 
 def book_parts(texts: Sequence[Mapping[Cut, TextScores]], settings: PerplexitySettings) -> dict[str, Any]:
@@ -88,14 +94,14 @@ def book_parts(texts: Sequence[Mapping[Cut, TextScores]], settings: PerplexitySe
 def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings: PerplexitySettings) -> dict[str, Any]:
     """Return perplexity, reduction against the baseline, bits per byte and seconds per scored token of systems on some texts.
 
-    `reductions_percent` compares pairs of systems. `share_of_gain_percent` of a longer context is what memory saves against
-    the backbone (in nats) as a share of what the longer window saves; None where that may be nothing.
+    `reductions_percent` compares pairs of systems. `parity` has for each longer context, where memory is also off,
+    `share_of_window` of the nats that are saved.
     """
     units, seed = texts if len(texts) > 1 else texts[0].by_window(), settings.seed
     scores = {system: [unit.systems[system] for unit in units] for system in systems}
     losses = {system: torch.tensor([each.loss for each in own], dtype=torch.float64) for system, own in scores.items()}
     num_bytes = torch.stack([unit.num_bytes.sum() for unit in units])
-    found, pairs, shares = {}, [pair for pair in COMPARISONS if set(pair) <= set(systems)], {}
+    found, pairs, parity = {}, [pair for pair in COMPARISONS if set(pair) <= set(systems)], {}
     for system, own in losses.items():
         nats = own * torch.tensor([each.num_tokens for each in scores[system]])
         bits = bits_per_byte(nats, num_bytes)[num_bytes > 0]
@@ -110,10 +116,9 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
             "preparing_seconds_per_token": sum(each.preparing_seconds for each in whole) / count,
             "documents": {text.name: perplexity_of(each.loss) for text, each in zip(texts, whole, strict=True)},
         }
-        if system in settings.contexts and ("on", "backbone") in pairs:
-            gain, most = (losses["backbone"] - losses[each] for each in ("on", system))
-            share = ratio_of_means(100 * gain, most, seed=seed)
-            shares[system] = None if share is None else as_values(share)
+        if system in settings.contexts and {"backbone", "off", "on"} <= set(systems):
+            gains = (losses["off"] - losses["on"], losses["backbone"] - own)
+            parity[system] = share_of_window(*(each / len(own) for each in gains), seed=seed)
     reductions = {f"{one}/{two}": perplexity_reduction(losses[one], losses[two], seed) for one, two in pairs}
     return {
         "documents": len(texts),
@@ -122,7 +127,7 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
         "scored_bytes": int(num_bytes.sum()),
         "systems": found,
         "reductions_percent": {pair: as_values(values) for pair, values in reductions.items()},
-        "share_of_gain_percent": shares,
+        "parity": parity,
     }
 
 
@@ -195,6 +200,8 @@ def sections(metrics: Mapping[str, Any], *, brief: bool = False) -> Iterator[tup
         for name, part in metrics["parts"].items():
             rows += [[document_heading(name, part), "", "", "", ""], *system_rows(part, metrics, with_bits=True)]
         yield "", [rows]
+    if metrics["parity"] and not brief:
+        yield PARITY, [parity_rows(metrics)]
     if metrics["distances"] is not None:
         yield distance_heading(metrics), [distance_rows(metrics, brief=brief)]
 
@@ -233,15 +240,11 @@ def system_rows(part: Mapping[str, Any], metrics: Mapping[str, Any], *, with_bit
 
 
 def comparison_rows(part: Mapping[str, Any]) -> Rows:
-    """Return the table of comparisons, its head first: reductions of perplexity and shares of a gain, in percent."""
+    """Return the table of comparisons, its head first: reductions of perplexity, in percent."""
     rows = [["", "% (95 %)"]]
     for pair, values in part["reductions_percent"].items():
         better, worse = (title_of_system(system).removeprefix("LongMem, ") for system in pair.split("/"))
         rows.append([f"perplexity: {better} below {worse}", spelled(values, "+.2f")])
-    for system, share in part["share_of_gain_percent"].items():
-        size = f"{int(system.partition('-')[2]):,}"
-        said = "the longer window may gain nothing" if share is None else spelled(share, ".1f")
-        rows.append([f"gain of memory on, as a share of the gain of a window of {size}", said])
     return rows
 
 

@@ -32,6 +32,11 @@ def title_of_system(name: str) -> str:
     return f"backbone, window {int(size):,}" if kind == "context" and size.isdecimal() else TITLES.get(name, name)
 
 
+def is_longer_window(name: str) -> bool:
+    """Return whether a system is the backbone with a window of its own."""
+    return name.startswith("context-")
+
+
 def context_size(name: str) -> int:
     """Return the N of "context-N". Raises ValueError if it is no number."""
     size = name.partition("-")[2]
@@ -45,7 +50,7 @@ def validate_systems(names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"`systems` must be at least one, and none twice, got {list(names)}.")
     for name in names:
-        if name.startswith("context-"):
+        if is_longer_window(name):
             context_size(name)
         elif name not in TITLES:
             import_plugins_of_packages()
