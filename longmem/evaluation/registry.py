@@ -39,6 +39,7 @@ TASKS = {
     "squad": Entry("tasks.squad:Squad", "questions about passages after demonstrations (SQuAD v1.1)"),
     "quality": Entry("tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
     "recall": Entry("tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"),
+    "notes": Entry("tasks.notes:Notes", "questions about notes in memory, in the chat format"),
     "longeval": Entry("tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"),
     "harness": Entry("harness.task:Harness", "any task of lm-evaluation-harness"),
     "locomo": Entry("tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),

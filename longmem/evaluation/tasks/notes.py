@@ -1,0 +1,120 @@
+"""Notes told to memory, and questions about them in the chat format of an instruction-tuned model."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from longmem.evaluation.settings import Count
+from longmem.evaluation.systems import tokenize
+from longmem.evaluation.task import Axis, Case, Item, Measure, Record
+from longmem.evaluation.tasks.facts import ValueSettings, ValueTask, shuffled
+from longmem.evaluation.tasks.haystack import read_haystack
+from longmem.model.modeling import LongMemForCausalLM
+
+NOTES = Path(__file__).with_name("notes.yaml")
+ASKED = ("chat", "text")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NotesSettings(ValueSettings):
+    """Which notes, and the text around them; wrong values are the answers to other notes. `limit` is of notes."""
+
+    data: str | None = None
+    """YAML file with a list of [note, question, answer]; None: twenty notes that come with the package."""
+
+    haystack: str = "python-manual"
+    """Text that the notes are spread over, as that of recall: a file, a folder, "python-manual" or "filler"."""
+
+    sizes: tuple[Count, ...] = (1024, 4096)
+    """Tokens of that text in memory."""
+
+
+class Notes(ValueTask):
+    """All notes stand in one memory, and each is asked for; the wrong memory is the text without them."""
+
+    name, title, kind = "notes", "questions about notes", NotesSettings
+    measures = {"answered": Measure("answered"), **ValueTask.measures}
+    text: Sequence[int] = ()  # what notes stand in, from `cases` on
+    axes = (Axis("asked", "panel", values=ASKED), Axis("size", title="tokens in memory"))
+
+    def cases(self, model: LongMemForCausalLM) -> list[Case]:
+        """Return a case for each size and way of asking."""
+        settings, tokenizer = self.settings, model.tokenizer
+        notes = read_notes(settings.data or NOTES)[: settings.limit]
+        shortest = len(notes)
+        if min(settings.sizes) < shortest:
+            raise ValueError(f"`sizes` must have a token for each of {shortest} notes, got {min(settings.sizes)}.")
+        self.text = read_haystack(tokenizer, settings.haystack, max(settings.sizes))
+        asked = ASKED if tokenizer.chat_template else ASKED[1:]
+        return [self._case(tokenizer, notes, size, way) for size in settings.sizes for way in asked]
+
+    def _case(self, tokenizer: PreTrainedTokenizerBase, notes: Sequence[Sequence[str]], size: int, way: str) -> Case:
+        step, memory, items = size // len(notes), list[Sequence[int]](), []
+        answers = [answer for _, _, answer in notes]
+        for number, (note, question, answer) in enumerate(notes):
+            memory.append(self.text[number * step : (number + 1) * step])
+            memory.append(tokenize(tokenizer, f"\n\n{note}\n\n", continues=True))
+            generator = random.Random(f"{self.settings.seed}/{number}")
+            wrong = generator.sample(sorted({*answers} - {answer}), min(self.settings.num_choices, len({*answers})) - 1)
+            values, right = shuffled(generator, answer, wrong)
+            ids = as_asked(tokenizer, question, way)
+            before = "" if way == "chat" else " "
+            choices = [tokenize(tokenizer, before + value, continues=True) for value in values]
+            about = {"question": question, "values": list(values), "right": right}
+            items.append(Item(name=str(number), token_ids=ids, candidates=choices, about=about))
+        name = f"{way}/{size}"
+        axes = {"asked": way, "size": size}
+        return Case(name=name, group=name, items=items, memory=memory, axes=axes, max_new_tokens=self.max_new_tokens)
+
+    def wrong(self, case: Case, cases: Sequence[Case]) -> Case:
+        """Return the text alone."""
+        return Case(name="text", group="text", items=(), memory=[self.text[: case.axes["size"]]])
+
+    def score(self, record: Record) -> Mapping[str, float]:
+        """Count an answer that has the value anywhere, beside what other values count."""
+        found = dict(super().score(record))
+        if "prediction" in record:
+            found["answered"] = float(has_value(record["prediction"], record["values"][record["right"]]))
+        return found
+
+
+def as_asked(tokenizer: PreTrainedTokenizerBase, question: str, way: str) -> list[int]:
+    """Return the tokens of a question up to where its answer begins."""
+    if way == "text":
+        return tokenize(tokenizer, f"\n\nQuestion: {question}\nAnswer:", continues=True)
+    messages = [{"role": "user", "content": question}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def has_value(text: str, value: str) -> bool:
+    """Return whether a value is among the words of a text.
+
+    >>> has_value("It is under the Blue  Flowerpot.", "blue flowerpot"), has_value("in 44170", "4417")
+    (True, False)
+    """
+    said, wanted = (" ".join(["", *re.findall(r"\w+", each.lower()), ""]) for each in (text, value))
+    return wanted in said
+
+
+def read_notes(path: str | Path) -> list[list[str]]:
+    """Return notes with question and answer. Raises ValueError if a file holds anything else."""
+    try:
+        rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"`data` must be a YAML file, got {str(path)!r}, which can't be read as one: {error}."
+        ) from error
+    is_list = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 3 for row in rows)
+    if not is_list or len(rows) < 2 or not all(isinstance(part, str) and part.strip() for row in rows for part in row):
+        raise ValueError(
+            f"`data` must be a list of at least two [note, question, answer], each a text, got another in {str(path)!r}; "
+            'write numbers in quotes, such as "4417".'
+        )
+    return rows
