@@ -33,6 +33,9 @@ def add_adapters(layers: nn.ModuleList, settings: dict[str, Any]) -> None:
     # installed, which warns of a missing kernel for inference that nothing here uses.
     with without_warnings_of("bitsandbytes"):
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import Linear
+
+        from longmem.model.lora_linear import InferenceLinear
 
     linear = {name: module for name, module in layers.named_modules() if is_linear(module)}
     names = list(linear)
@@ -56,6 +59,8 @@ def add_adapters(layers: nn.ModuleList, settings: dict[str, Any]) -> None:
         layers,
     )
     for _, layer in adapted_layers(layers):
+        if type(layer) is Linear:  # not one of quantized weights
+            layer.__class__ = InferenceLinear
         for part in (layer.lora_A, layer.lora_B):
             part.to(torch.promote_types(next(part.parameters()).dtype, torch.float32))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from model.architectures import ARCHITECTURES, build
@@ -9,6 +12,7 @@ from model.conftest import SETTINGS, build_backbone
 from torch import nn
 
 from longmem import LongMemForCausalLM, MemoryBank
+from longmem.model.lora import adapted_layers, add_adapters
 from longmem.training.setup import select_trained
 
 RANK = {"rank": 4}
@@ -220,3 +224,46 @@ def test_every_architecture_can_have_adapters_and_lose_them(model_type, input_id
     changed = model(input_ids).logits
     assert (changed - before).abs().max() > 1e-3
     torch.testing.assert_close(model.merge_lora()(input_ids).logits, changed, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", VARIED)
+@torch.no_grad()
+def test_without_gradients_layers_give_what_peft_gives(model_type, dtype, input_ids, document):
+    model, bank = make(build(model_type).to(dtype), document)
+    change_adapters(model)
+    with torch.enable_grad():
+        expected = model(input_ids, memory=bank).logits.detach()
+    found = model(input_ids, memory=bank).logits
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected)
+    assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()  # routers of experts may choose another one
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids, memory=bank).logits, found)
+
+
+@torch.no_grad()
+def test_one_layer_computes_what_peft_does_in_every_state():
+    plain = nn.ModuleList([nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False))])
+    add_adapters(plain, {"rank": 3, "alpha": 6, "dropout": 0.5, "target_modules": "all-linear"})
+    for layer in (layer for _, layer in adapted_layers(plain)):
+        layer.lora_B["default"].weight.normal_()
+        inputs = torch.randn(2, 40, layer.in_features, generator=torch.Generator().manual_seed(1))
+        assert type(layer).__name__ == "InferenceLinear"
+        expected = layer.base_layer(inputs) + 2 * layer.lora_B["default"](layer.lora_A["default"](inputs))
+        layer.eval()
+        kept = inputs.clone()
+        torch.testing.assert_close(layer(inputs), expected)
+        assert torch.equal(inputs, kept)
+        torch.testing.assert_close(layer(inputs.transpose(0, 1)), expected.transpose(0, 1))
+        torch.testing.assert_close(layer(inputs[0, 0]), expected[0, 0])
+        torch.testing.assert_close(layer(inputs[:, :3]), expected[:, :3])
+        assert (layer.train()(inputs) - expected).abs().max() > 1e-3  # dropout
+        layer.eval().enable_adapters(False)
+        torch.testing.assert_close(layer(inputs), layer.base_layer(inputs))
+        layer.enable_adapters(True)
+        layer.merge()
+        torch.testing.assert_close(layer(inputs), expected)
+        layer.unmerge()
+        torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(inputs), expected)
+        torch.testing.assert_close(copy.deepcopy(layer)(inputs), expected)
