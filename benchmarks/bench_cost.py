@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.backbone.cache_names import as_keyword
+from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.data.sample_texts import python_manual
 from longmem.model.opening import open_model
 from longmem.settings.environment import chosen_device
@@ -87,7 +87,7 @@ def generating(run: Callable[..., Any], ids: torch.Tensor, cache: Any) -> Callab
     def call() -> None:
         nonlocal cache
         for token in ids[0, :GENERATED]:
-            cache = run(token.reshape(1, 1), **as_keyword(cache), use_cache=True).past_key_values
+            cache = cache_of(run(token.reshape(1, 1), **as_keyword(cache), use_cache=True))
 
     return call
 
@@ -123,7 +123,7 @@ def main() -> None:
         note("memory off / backbone, forward", off / plain)
         encode = seconds(lambda: model.encode(segment))
         note("encoding speed / what skipped layers and head allow", plain / encode / allowed)
-        step = seconds(generating(backbone, segment, backbone(segment, use_cache=True).past_key_values))
+        step = seconds(generating(backbone, segment, cache_of(backbone(segment, use_cache=True))))
         far = seconds(generating(backbone, segment, random_cache(backbone, given.stored, device)))
         for name, bank in banks.items():
             on = seconds(lambda bank=bank: model(segment, memory=bank))
@@ -132,7 +132,7 @@ def main() -> None:
             def reading(*arguments: Any, bank: MemoryBank = bank, **options: Any) -> Any:
                 return model(*arguments, memory=bank, **options)
 
-            own = seconds(generating(reading, segment, reading(segment, use_cache=True).past_key_values))
+            own = seconds(generating(reading, segment, cache_of(reading(segment, use_cache=True))))
             note(f"speed of generating / backbone's with the window of {given.segment:,}; {name} index", step / own)
             note(f"speed of generating / backbone's with all in its window; {name} index", far / own)
     sizes = {
