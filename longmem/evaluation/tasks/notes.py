@@ -48,9 +48,8 @@ class Notes(ValueTask):
         """Return a case for each size and way of asking."""
         settings, tokenizer = self.settings, model.tokenizer
         notes = read_notes(settings.data or NOTES)[: settings.limit]
-        shortest = len(notes)
-        if min(settings.sizes) < shortest:
-            raise ValueError(f"`sizes` must have a token for each of {shortest} notes, got {min(settings.sizes)}.")
+        if min(settings.sizes) < len(notes):
+            raise ValueError(f"`sizes` must have a token for each of {len(notes)} notes, got {min(settings.sizes)}.")
         self.text = read_haystack(tokenizer, settings.haystack, max(settings.sizes))
         asked = ASKED if tokenizer.chat_template else ASKED[1:]
         return [self._case(tokenizer, notes, size, way) for size in settings.sizes for way in asked]
@@ -67,7 +66,7 @@ class Notes(ValueTask):
             ids = as_asked(tokenizer, question, way)
             before = "" if way == "chat" else " "
             choices = [tokenize(tokenizer, before + value, continues=True) for value in values]
-            about = {"question": question, "values": list(values), "right": right}
+            about = {"question": question, "values": list(values), "right": right, "group": note}
             items.append(Item(name=str(number), token_ids=ids, candidates=choices, about=about))
         name = f"{way}/{size}"
         axes = {"asked": way, "size": size}
