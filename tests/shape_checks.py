@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_args
 
+import jaxtyping
 from beartype import beartype
-from jaxtyping import AbstractArray
+from jaxtyping import AbstractArray, jaxtyped
 
 
 def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,3 +23,31 @@ def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
 def gives_shape(hint: object) -> bool:
     """Return whether an annotation is, or contains, a shape such as `Float[Tensor, "lanes tokens"]`."""
     return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(map(gives_shape, get_args(hint)))
+
+
+def has_shapes(target: Any) -> bool:
+    """Return whether an annotation of a function, or of a dataclass, gives a shape; True where that can't be told."""
+    function = target.__init__ if isinstance(target, type) else target
+    if not hasattr(function, "__globals__"):
+        return True
+    return any(gives_shape(_evaluated(hint, function.__globals__)) for hint in function.__annotations__.values())
+
+
+def _evaluated(hint: object, names: dict[str, Any]) -> object:
+    try:
+        return eval(hint, names) if isinstance(hint, str) else hint
+    except Exception:  # a name for type checkers alone: jaxtyping checks nothing there, either
+        return None
+
+
+def jaxtyped_where_shapes_are(*args: Any, **options: Any) -> Any:
+    """Return what `jaxtyped` does, but as a decorator leave functions without shapes as they are.
+
+    The option puts the decorator before every function, and it costs more than many of them.
+    """
+    decorate = jaxtyped(*args, **options)
+    return decorate if args else lambda target: decorate(target) if has_shapes(target) else target
+
+
+# What the option writes before functions is `jaxtyping.jaxtyped`; it asks for this module at the first of them.
+jaxtyping.jaxtyped = jaxtyped_where_shapes_are  # type: ignore[assignment]

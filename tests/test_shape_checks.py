@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import TYPE_CHECKING, Protocol, Self
 
 import pytest
@@ -10,7 +12,9 @@ from jaxtyping import Float, TypeCheckError, jaxtyped
 from shape_checks import check_shapes
 from torch import Tensor
 
+from longmem.memory import finding, shards
 from longmem.memory.index import exact_top_chunks
+from longmem.model import attention, memory_attention, side_network
 
 if TYPE_CHECKING:
     from nowhere import Absent
@@ -43,6 +47,21 @@ class Mixed:
 def test_the_package_is_checked():
     with pytest.raises(TypeCheckError, match="search_keys"):
         exact_top_chunks(torch.ones(1, 1, 2), torch.ones(1, 3, 4), 1)
+
+
+def test_all_functions_with_shapes_are_checked_and_no_others():
+    """Told by the text of annotations; the names of jaxtyping have no other use in the package."""
+    checked = {True: 0, False: 0}
+    for module in (attention, memory_attention, side_network, finding, shards):
+        owners = [module, *(each for each in vars(module).values() if inspect.isclass(each))]
+        for function in (each for owner in owners for each in vars(owner).values() if inspect.isfunction(each)):
+            if getattr(function, "__module__", "") == module.__name__ and function.__qualname__ != "<lambda>":
+                source = inspect.unwrap(function)
+                shaped = any(re.search(r"\b(Float|Int|Bool)\[", str(hint)) for hint in source.__annotations__.values())
+                assert not shaped or hasattr(function, "__wrapped__"), function.__qualname__
+                checked[shaped] += 1
+    assert min(checked.values()) > 10
+    assert not hasattr(finding.span_around, "__wrapped__")
 
 
 def test_right_shapes_pass_whatever_the_other_annotations():

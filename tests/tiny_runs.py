@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,21 @@ def make_trainer(
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return Trainer(settings_of(path, kind, **overrides), extensions=extensions)
+
+
+def run_for(trainer: Trainer, steps: int) -> Trainer:
+    """Train as a run does that is told to stop after some steps."""
+    train_step, done = trainer.train_step, []
+
+    def stopping() -> StepRecord:
+        done.append(train_step())
+        if len(done) == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done[-1]
+
+    trainer.train_step = stopping  # type: ignore[method-assign]
+    trainer.run()
+    return trainer
 
 
 def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:

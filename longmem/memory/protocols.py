@@ -72,7 +72,7 @@ class Memory(Protocol):
         """
         ...
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+    def locate(self, rows: Int[Tensor, "*shape"]) -> list[ChunkPlace | None]:
         """Return where each row is from, flattened; None for row -1."""
         ...
 

@@ -149,5 +149,5 @@ class BankView:
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         return self.bank.gather(layer, rows, generation)
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+    def locate(self, rows: Int[Tensor, "*shape"]) -> list[ChunkPlace | None]:
         return self.bank.locate(rows)

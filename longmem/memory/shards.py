@@ -191,7 +191,7 @@ class BankShards:
             weights[numbers == number] = shard.log_weights(own_rows[numbers == number], newest=newest)
         return weights
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+    def locate(self, rows: Int[Tensor, "*shape"]) -> list[ChunkPlace | None]:
         """Return (document id, first token, token after the last) for each row, flattened; None for row -1."""
         rows = rows.detach().to("cpu", torch.int64).flatten()
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)

@@ -104,10 +104,11 @@ def test_many_changed_bytes_are_refused_or_harmless(folder, bank_folder, answers
 
 
 # Bytes that say how SQLite must read the file: page size, journal, reserved bytes, encoding, and the like.
-def test_every_byte_of_the_header_of_the_catalogue(folder, bank_folder, answers):
+@pytest.mark.parametrize("masks", [(3, 255), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_every_byte_of_the_header_of_the_catalogue(folder, bank_folder, answers, masks):
     path, outcomes = folder / CATALOGUE, Counter()
     for place in range(100):
-        for mask in (1, 2, 3, 255):
+        for mask in masks:
             flip(path, place, mask)
             kind = outcome(folder, answers, path)
             outcomes[kind] += 1
@@ -115,7 +116,7 @@ def test_every_byte_of_the_header_of_the_catalogue(folder, bank_folder, answers)
             shutil.copyfile(bank_folder / CATALOGUE, path)
             for left in folder.glob(f"{CATALOGUE}-*"):
                 raise AssertionError(f"byte {place} ^ {mask} left {left.name}")
-    assert min(outcomes.values()) > 20
+    assert min(outcomes.values()) > 10
 
 
 def test_a_catalogue_that_keeps_a_log_beside_it_is_refused(folder):

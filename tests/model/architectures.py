@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from longmem.backbone import Backbone, UnsupportedBackboneError
 
 # What a tiny model has, where its configuration knows the field.
 SIZES = dict(
@@ -20,6 +23,7 @@ SIZES = dict(
     **dict(n_embd=32, n_head=4, n_layer=4, n_inner=48, d_model=32, ffn_dim=48, word_embed_proj_dim=32),
     **dict(decoder_layers=4, decoder_attention_heads=4, decoder_ffn_dim=48),
     **dict(num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    **dict(shared_expert_intermediate_size=16, dff=48),
     **dict(n_group=1, topk_group=1),
     **dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
     **dict(bos_token_id=None, eos_token_id=None, pad_token_id=None),
@@ -32,7 +36,7 @@ PLAIN = (
     "doge ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode "
     "gpt_neox gpt_oss granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe "
     "lfm3 llama mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron "
-    "nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 "
+    "olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 "
     "qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma"
 )
 # Options of the tiny model, beside `SIZES`.
@@ -44,6 +48,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "falcon": dict(alibi=True),
     "gemma4_text": dict(vocab_size_per_layer_input=97, hidden_size_per_layer_input=8),
     "llama4_text": {},
+    "nemotron_h": dict(mamba_num_heads=4, mamba_head_dim=8, ssm_state_size=8, n_groups=2, chunk_size=16),
     "lfm2": MIXED,
     "lfm2_moe": MIXED,
     "modernbert-decoder": dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=3, sep_token_id=4),
@@ -94,12 +99,9 @@ def build(model_type: str, options: dict[str, Any] | None = None) -> PreTrainedM
     return model
 
 
-def describe(model_type: str) -> list[str]:
+def describe(model_type: str, backbone: Backbone) -> str:
     """Return the row of a type in the docs: name, class, positions, attention, layers that can be stored, remark."""
-    from longmem.backbone import Backbone
-
-    model = build(model_type)
-    structure = Backbone(model).structure
+    model, structure = backbone.model, backbone.structure
     layers = [structure.layers[number] for number in structure.storable_layers]
     turned = [layer for layer in layers if layer.rotation is not None]
     positions = (
@@ -113,20 +115,18 @@ def describe(model_type: str) -> list[str]:
         "layers without attention" if any(not layer.num_heads for layer in structure.layers) else "",
         REMARKS.get(model_type, ""),
     ]
-    return [f"`{model_type}`", f"`{type(model).__name__}`", positions, ", ".join(filter(None, traits))]
+    cells = [f"`{model_type}`", f"`{type(model).__name__}`", positions, ", ".join(filter(None, traits))]
+    return f"| {' | '.join(cells)} |"
 
 
-def document() -> str:
+def document(rows: Sequence[str]) -> str:
     """Return the text of `docs/supported-models.md`."""
-    rows = "\n".join(f"| {' | '.join(describe(model_type))} |" for model_type in sorted(ARCHITECTURES))
     refused = "\n".join(f"| `{model_type}` | {refusal(model_type)} |" for model_type in sorted(REFUSED))
-    return TEXT.format(count=len(ARCHITECTURES), rows=rows, refused=refused)
+    return TEXT.format(count=len(ARCHITECTURES), rows="\n".join(rows), refused=refused)
 
 
 def refusal(model_type: str) -> str:
     """Return the sentence with which a type is refused."""
-    from longmem.backbone import Backbone, UnsupportedBackboneError
-
     try:
         Backbone(build(model_type, REFUSED[model_type][0]))
     except UnsupportedBackboneError as error:
@@ -159,4 +159,5 @@ comes back the same; continuations that share a cached context have the likeliho
 """
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(document(), encoding="utf-8")
+    rows = [describe(model_type, Backbone(build(model_type))) for model_type in sorted(ARCHITECTURES)]
+    Path(sys.argv[1]).write_text(document(rows), encoding="utf-8")

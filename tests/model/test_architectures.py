@@ -24,6 +24,7 @@ from longmem.evaluation.systems import Question, answer_questions
 class Case:
     """A model with a filled bank, and its logits."""
 
+    model_type: str
     backbone: PreTrainedModel
     model: LongMemForCausalLM
     bank: MemoryBank
@@ -41,7 +42,8 @@ def case(request: pytest.FixtureRequest) -> Case:
     model.memorize(bank, tokens[:152], document_id="a")
     input_ids = tokens[152:].view(2, 24)
     with torch.no_grad():
-        return Case(backbone, model, bank, tokens[:152], input_ids, model(input_ids, memory=bank).logits)
+        logits = model(input_ids, memory=bank).logits
+        return Case(request.param, backbone, model, bank, tokens[:152], input_ids, logits)
 
 
 @torch.no_grad()
@@ -154,12 +156,28 @@ def test_a_memory_layer_whose_keys_cannot_be_stored_is_refused():
         LongMemForCausalLM.from_backbone(build("llama4_text"), **SETTINGS)
 
 
-def test_the_docs_list_these_architectures():
-    root = Path(__file__).parents[2]
-    if f"transformers=={transformers.__version__}\n" not in (root / "constraints.txt").read_text(encoding="utf-8"):
+SUPPORTED = Path(__file__).parents[2] / "docs" / "supported-models.md"
+
+
+def refuse_another_transformers() -> None:
+    """Skip where the docs list what another version has."""
+    constraints = (SUPPORTED.parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    if f"transformers=={transformers.__version__}\n" not in constraints:
         pytest.skip("the docs list what the tested transformers has, and this is another")
-    path = root / "docs" / "supported-models.md"
-    assert path.read_text(encoding="utf-8") == architectures.document(), "run `make docs`"
+
+
+def test_the_docs_describe_this_architecture(case):
+    refuse_another_transformers()
+    row = architectures.describe(case.model_type, case.model._backbone)
+    assert row in SUPPORTED.read_text(encoding="utf-8").splitlines(), "run `make docs`"
+
+
+def test_the_docs_list_these_architectures_and_no_others():
+    refuse_another_transformers()
+    text = SUPPORTED.read_text(encoding="utf-8")
+    rows = [line for line in text.partition("## Refused")[0].splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == sorted(ARCHITECTURES)
+    assert text == architectures.document(rows), "run `make docs`"
 
 
 @torch.no_grad()

@@ -181,19 +181,27 @@ def test_what_checkpointing_refuses(input_ids, document):
 # Compilation ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_side_network_computes_the_same(compiler, input_ids, document, monkeypatch):
+@pytest.mark.parametrize(
+    ("compiler", "trains"),
+    [
+        ("eager", False),
+        pytest.param("eager", True, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_side_network_computes_the_same(compiler, trains, input_ids, document, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shape checks can't be compiled
     model, bank = make(build_backbone("llama"), document)
-    expected = loss_gradients_and_bytes(model.train(), bank, input_ids)[:2]
+    expected = loss_gradients_and_bytes(model.train(), bank, input_ids)[:2] if trains else None
     with torch.no_grad():
         logits = model.eval()(input_ids, memory=bank).logits
     torch._dynamo.reset()
     model.side_network.compile(backend=compiler)
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids, memory=bank).logits, logits, rtol=1e-4, atol=1e-5)
-    found = loss_gradients_and_bytes(model.train(), bank, input_ids)[:2]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    if trains:
+        found = loss_gradients_and_bytes(model.train(), bank, input_ids)[:2]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import make_files, make_trainer, trained_weights, without_times
+from tiny_runs import make_files, make_trainer, run_for, trained_weights, without_times
 
 from longmem.training.records import read_log
 
@@ -36,22 +35,6 @@ def logged(folder):
     return without_times(log.steps), [vars(record) for record in log.validations]
 
 
-def run_for(trainer, steps):
-    """Train as a run does that is told to stop after some steps."""
-    train_step, done = trainer.train_step, []
-
-    def stopping():
-        done.append(train_step())
-        if len(done) == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return done[-1]
-
-    trainer.train_step = stopping
-    trainer.run()
-    return trainer
-
-
-@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -64,7 +47,8 @@ def run_for(trainer, steps):
     ],
     ids=lambda overrides: ",".join(overrides),
 )
-def test_resumed_equals_uninterrupted(files, short_files, tmp_path, overrides, steps):
+def test_resumed_equals_uninterrupted(files, short_files, tmp_path, overrides):
+    """One run is stopped after its first step and again after its fourth."""
     overrides = dict(overrides)
     if "features__folder" in overrides:
         overrides["features__folder"] = tmp_path / "features"
@@ -72,11 +56,12 @@ def test_resumed_equals_uninterrupted(files, short_files, tmp_path, overrides, s
         files, overrides = short_files, {**overrides, "data__validation": "null"}
     whole = make_trainer(files, output=tmp_path / "whole", **overrides)
     whole.run()
-    run_for(make_trainer(files, output=tmp_path / "parts", **overrides), steps)
-    assert len(logged(tmp_path / "parts")[0]) == steps
-    resumed = make_trainer(files, output=tmp_path / "parts", **overrides)
-    assert resumed.step == steps
-    resumed.run()
+    run_for(make_trainer(files, output=tmp_path / "parts", **overrides), 1)
+    for stop, more in ((1, 3), (4, None)):
+        assert len(logged(tmp_path / "parts")[0]) == stop
+        resumed = make_trainer(files, output=tmp_path / "parts", **overrides)
+        assert resumed.step == stop
+        resumed.run() if more is None else run_for(resumed, more)
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
     weights, expected = trained_weights(resumed), trained_weights(whole)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
