@@ -78,7 +78,35 @@ def test_the_command_talks_over_a_bank_on_disk_and_survives_mistakes(model_folde
     assert main(["chat", "--bank", str(tmp_path / "bank")]) == 0  # opened with the model that wrote it
 
 
-@pytest.mark.parametrize("option", [("--temperature", "nan"), ("--max-new-tokens", "0")])
+def test_what_was_written_before_ctrl_c_is_part_of_the_talk(model_folder):
+    talk, said = conversation(model_folder), []
+
+    def stop(text):
+        said.append(text)
+        if len(said) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("the cat sat", stop)
+    talk.ask("on a mat", lambda _: None)
+    assert talk.turns[1] == {"role": "assistant", "content": "".join(said)}
+    assert talk.said.count("the cat sat") == 1
+    left = [talk.bank.token_ids(each.document_id).tolist() for each in talk.bank.documents()]
+    assert talk.model.tokenizer.decode([*sum(left, []), *talk.stream.local_ids.tolist()]) == talk.said
+
+
+def test_what_a_terminal_would_obey_is_shown(model_folder, monkeypatch, capsys):
+    talk = conversation(model_folder)
+    monkeypatch.setattr(talk, "_tokens", lambda: iter(talk.model.tokenizer("a\x1b[2Jb")["input_ids"]))
+    talk.model.memorize(talk.bank, some_text(20), "\x1b[31mred")
+    chat.talk(talk, iter(["the cat", "/documents", "/forget \x1b[31m"]))
+    out, error = capsys.readouterr()
+    assert "a\\x1b[2Jb" in out
+    assert "\\x1b[31mred" in out
+    assert "\x1b" not in out + error
+
+
+@pytest.mark.parametrize("option", [("--temperature", "nan"), ("--max-new-tokens", "0"), ("--seed", str(2**70))])
 def test_wrong_options_are_refused_before_a_model_is_opened(option, capsys):
     assert main(["chat", *option]) == 2
     assert option[0] in capsys.readouterr().err

@@ -20,6 +20,7 @@ from longmem.cli.texts import find_files, looks_like_text, read_text, readable_n
 from longmem.console import plain_table
 from longmem.evaluation.intervals import clustered_mean, perplexity_estimate
 from longmem.memory import MemoryBank
+from longmem.serving.engine import chat_text
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,17 @@ def test_generate_reads_what_it_is_told(bank, tmp_path, run):
     assert stopped == whole["text"][: whole["text"].index(letter) + 1]
 
 
+def test_a_message_is_continued_in_the_form_of_a_talk(bank, run):
+    """The tiny tokenizer has no chat template: so a talk is lines that name who speaks, as in `chat` and `serve`."""
+    asked = ("generate", "--bank", bank, "--max-new-tokens", "12", "--json")
+    by_hand = chat_text(types.SimpleNamespace(chat_template=None), [{"role": "user", "content": "the cat"}])
+    answers = [
+        json.loads(run(*asked, "--prompt", prompt, *more)[1])["text"]
+        for prompt, *more in (["the cat", "--chat"], [by_hand], ["the cat"])
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -198,7 +210,7 @@ def test_generate_reads_what_it_is_told(bank, tmp_path, run):
         (["--tag", "dgs"], "`tags` must be one of the known names"),
         (["--id", "one.tx"], "Did you mean `one.txt`?"),
         (["--stop", ""], "`--stop` must be some text"),
-        (["--chat"], "no chat template"),
+        (["--max-new-tokens", "0"], "`--max-new-tokens` must be at least 1"),
         (["--device", "cuda:99"], "`--device` must be a device of this machine"),
         (["--encoding", "latin-1"], "`--encoding` must come with `--prompt-file`"),
         (["--seed", str(2**70)], "`--seed` must be an integer"),

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_memory
 import torch
-from tiny_models import save_tiny_backbone, some_text
+from tiny_models import some_text
 from tiny_trained import save_tiny_trained
 
-from longmem import LongMemForCausalLM, MemoryBank
+from longmem import MemoryBank
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -23,10 +24,7 @@ def load(name):
     return module
 
 
-@pytest.fixture
-def model(tmp_path):
-    backbone = save_tiny_backbone(tmp_path / "backbone")
-    return LongMemForCausalLM.from_backbone(str(backbone), segment_length=16, num_retrieved_tokens=8).eval()
+model = tiny_memory.model
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from longmem.cli import common
 from longmem.cli.common import DEFAULT_MODEL, add_command, model_option, option
 from longmem.cli.texts import read_text
+from longmem.errors import printable
 
 if TYPE_CHECKING:
     from longmem.memory import MemoryBank
@@ -39,19 +40,14 @@ def add(commands: Any) -> None:
     command = add_command(
         commands, "chat", run, "talk to a model with memory", EXAMPLES, bank, model_option(DEFAULT_MODEL)
     )
-    command.add_argument("--max-new-tokens", type=int, default=200, help="tokens of an answer")
-    command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    command.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
+    common.add_writing(command, max_new_tokens=200)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Talk until the end of the input."""
     from longmem.memory import MemoryBank, has_bank
 
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise ValueError(f"`--temperature` must be a number from 0 up, got {arguments.temperature}.")
+    common.drawing(arguments)  # before a model is opened
     if arguments.bank is not None and has_bank(arguments.bank):
         _, model = common.open_model_of(arguments)
         bank = common.open_bank(arguments.bank, model, write=True)
@@ -91,27 +87,34 @@ class Conversation:
     def ask(self, text: str, on_text: Callable[[str], None]) -> None:
         """Answer; `on_text` gets the answer in pieces."""
         from longmem.serving.engine import chat_text
+        from longmem.streaming.stream import decoded
 
+        tokenizer = self.model.tokenizer
         self.turns.append({"role": "user", "content": text})
-        whole = chat_text(self.model.tokenizer, self.turns)
+        whole = chat_text(tokenizer, self.turns)
         goes_on = whole.startswith(self.said)
-        new = whole.removeprefix(self.said) if goes_on else chat_text(self.model.tokenizer, self.turns[-1:])
-        self.stream.read(self.model.tokenizer(new, add_special_tokens=False)["input_ids"])
+        new = whole.removeprefix(self.said) if goes_on else chat_text(tokenizer, self.turns[-1:])
+        self.stream.read(tokenizer(new, add_special_tokens=False)["input_ids"])
         before = self.stream.local_ids.tolist()
-        ids, answer = [], ""
-        for token in self._tokens():
-            ids.append(token)
-            so_far = str(self.model.tokenizer.decode(ids, skip_special_tokens=True))
-            if not so_far.endswith("\ufffd"):  # a character that is not whole yet
-                on_text(so_far[len(answer) :])
-                answer = so_far
-        self.said = whole + str(self.model.tokenizer.decode(ids))  # what went before and what is new are the whole
-        self.turns.append({"role": "assistant", "content": answer})
-        self.last = before, ids
+        ids: list[int] = []
+        answer = ""
+
+        def noted() -> Iterator[int]:
+            for token in self._tokens():
+                ids.append(token)
+                yield token
+
+        try:
+            for piece in decoded(tokenizer, noted(), skip_special_tokens=True):
+                answer += piece
+                on_text(piece)
+        finally:  # also what was written before Ctrl-C is in the stream
+            self.said = whole + str(tokenizer.decode(ids))  # what went before and what is new are the whole
+            self.turns.append({"role": "assistant", "content": answer})
+            self.last = before, ids
 
     def _tokens(self) -> Iterator[int]:
-        warm = self.arguments.temperature
-        options: dict[str, Any] = {"do_sample": True, "temperature": warm} if warm else {"do_sample": False}
+        options = common.drawing(self.arguments)
         if self.uses_memory:
             yield from self.stream.generate(self.arguments.max_new_tokens, **options)
             return
@@ -161,16 +164,20 @@ class Conversation:
 
 def talk(conversation: Conversation, lines: Iterator[str]) -> None:
     """Answer line by line; what goes wrong with one of them is told, and the talk goes on."""
+
+    def say(text: str, end: str = "") -> None:
+        print(printable(text), end=end, flush=True)
+
     for line in lines:
         if line.strip() == "/bye":
             return
         try:
             if line.startswith("/"):
-                print(conversation.command(line.strip()))
+                say(conversation.command(line.strip()), end="\n")
             elif line.strip():
-                conversation.ask(line, lambda text: print(text, end="", flush=True))
+                conversation.ask(line, say)
                 print()
         except (ValueError, OSError) as error:
-            print(f"longmem: {error}", file=sys.stderr)
+            print(f"longmem: {printable(str(error))}", file=sys.stderr)
         except KeyboardInterrupt:
             print("\n(stopped)")

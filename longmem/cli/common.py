@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -116,6 +117,26 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", default="auto", metavar="NAME", help='"cpu", "cuda", "cuda:1"; auto: a GPU where there is one'
     )
+
+
+def add_writing(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the options that say how new tokens are written."""
+    command.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="tokens to write")
+    command.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    command.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
+
+
+def drawing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return how `generate` is to choose tokens. Raises ValueError for an option of `add_writing` that makes no sense."""
+    from longmem.memory.checks import validate_integer
+
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
+    warmth = arguments.temperature
+    if not 0 <= warmth < math.inf:
+        raise ValueError(f"`--temperature` must be 0 or more, got {warmth}; 0 takes the likeliest token.")
+    validate_integer("--seed", arguments.seed)
+    return {"do_sample": True, "temperature": warmth} if warmth else {"do_sample": False}
 
 
 def use_device(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,6 @@ from longmem.cli.texts import read_text, readable_name
 from longmem.errors import printable
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding
-
     from longmem.memory import MemoryBank
     from longmem.memory.finding import FindableMemory
     from longmem.model.modeling import LongMemForCausalLM
@@ -52,11 +49,9 @@ def add(commands: Any) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end behind this text; repeatable"
     )
     generate.add_argument(
-        "--chat", action="store_true", help="the prompt is a message to a model that was trained to chat"
+        "--chat", action="store_true", help='the prompt is a message, in the model\'s chat format or "User: ..."'
     )
-    generate.add_argument("--max-new-tokens", type=int, default=100, help="tokens to write")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    generate.add_argument("--seed", type=int, default=0, help="for a temperature above 0")
+    common.add_writing(generate, max_new_tokens=100)
     generate.add_argument("--show-reads", action="store_true", help="list the passages that were read most")
     generate.add_argument(
         "--explain", type=Path, metavar="HTML", help="write a page that shows which word read which passage"
@@ -65,8 +60,6 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the continuation as it comes, then, if asked, the passages that were read most."""
-    from longmem.memory import checks
-
     if arguments.encoding is not None and arguments.prompt_file is None:
         raise ValueError(
             f"`--encoding` must come with `--prompt-file`, got {arguments.encoding!r} without one; leave it out."
@@ -80,13 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if "" in arguments.stop:
         raise ValueError("`--stop` must be some text, got an empty one; leave it out.")
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
-    if not 0 <= arguments.temperature < math.inf:
-        raise ValueError(
-            f"`--temperature` must be 0 or more, got {arguments.temperature}; 0 takes the likeliest token."
-        )
-    checks.validate_integer("--seed", arguments.seed)
+    common.drawing(arguments)
     with common.open_bank(arguments.bank) as bank:  # says what is wrong with it before a model is opened
         chosen(bank, arguments)
     model_name, model = common.open_model_of(arguments)
@@ -106,34 +93,33 @@ def answer(
     import torch
     from transformers import TextStreamer
 
+    from longmem.serving.engine import prompt_ids
     from longmem.tracing import explain, read_passages
 
     class SafeStreamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(printable(text), stream_end)
 
-    inputs = (conversation if arguments.chat else plain)(prompt, model).to(model.input_device)
+    said = prompt_ids(model.tokenizer, [{"role": "user", "content": prompt}] if arguments.chat else prompt)
+    start = torch.tensor([said], device=model.input_device, dtype=torch.int64)
     memory = chosen(bank, arguments)
     options: dict[str, Any] = {
         "memory": memory,
         "max_new_tokens": arguments.max_new_tokens,
-        "do_sample": arguments.temperature > 0,
+        **common.drawing(arguments),
     }
-    if options["do_sample"]:
-        torch.manual_seed(arguments.seed)
-        options["temperature"] = arguments.temperature
+    torch.manual_seed(arguments.seed)
     if arguments.stop:
         options |= {"stop_strings": arguments.stop, "tokenizer": model.tokenizer}
     if not arguments.json:
         options["streamer"] = SafeStreamer(model.tokenizer, skip_special_tokens=True)
-    names = ("input_ids", "attention_mask")
     began = time.perf_counter()
-    ids = model.generate(**{name: inputs[name] for name in names}, **options)[0].cpu()
+    ids = model.generate(start, attention_mask=torch.ones_like(start), **options)[0].cpu()
     seconds = time.perf_counter() - began
-    new = ids[inputs["input_ids"].shape[1] :]
+    new = ids[len(said) :]
     window = ids[-model.config.segment_length :]
     if arguments.explain is not None:
-        explain(model, inputs["input_ids"][0], memory=memory, answer=new).to_html(arguments.explain)
+        explain(model, said, memory=memory, answer=new).to_html(arguments.explain)
     reads = []
     if arguments.show_reads and len(window) > 1:
         (reads,) = read_passages(model, bank, window, [slice(1, len(window))], count=5, memory=memory)
@@ -158,20 +144,3 @@ def answer(
     for read in reads:
         text = f"{read.before}[{read.chunk}]{read.after}".replace("\n", "\\n")
         console.print(f"  {read.share:6.2%}  {read.document_id}, tokens {read.start:,} to {read.stop:,}: …{text}…")
-
-
-def plain(prompt: str, model: LongMemForCausalLM) -> BatchEncoding:
-    """Return the tokens of a text to continue."""
-    return model.tokenizer(prompt, return_tensors="pt")
-
-
-def conversation(prompt: str, model: LongMemForCausalLM) -> BatchEncoding:
-    """Return the tokens of a conversation that begins with a message, up to its answer."""
-    if not model.tokenizer.chat_template:
-        raise ValueError(
-            f"`--chat` needs a model that was trained to chat, got {model.config.backbone_name_or_path}, whose tokenizer has "
-            "no chat template; leave it out."
-        )
-    message = [{"role": "user", "content": prompt}]
-    form: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    return model.tokenizer.apply_chat_template(message, **form)  # type: ignore[return-value]

@@ -111,14 +111,12 @@ def _passages(memory: Findable) -> Iterator[tuple[str, str, int, int]]:
                 yield bank.text(name, max(start, first), stop) or "", name, start, stop
 
 
-def text_of(memory: Findable, document_id: str, start: int, stop: int, decode: Callable[[Any], str]) -> str:
+def text_of(bank: TextBank | None, document_id: str, start: int, stop: int, decode: Callable[[Any], str]) -> str:
     """Return the text of a document's tokens: as it was given or, where ids alone were, decoded; empty without either."""
-    for bank, names in memory.parts():
-        if document_id not in names:
-            continue
-        first = bank.info(document_id).first_resident_token
-        if (text := bank.text(document_id, max(start, first), stop)) is not None:
-            return text
-        if (ids := bank.token_ids(document_id)) is not None:
-            return decode(ids[max(start - first, 0) : max(stop - first, 0)])
-    return ""
+    if bank is None:
+        return ""
+    first = bank.info(document_id).first_resident_token
+    if (text := bank.text(document_id, max(start, first), stop)) is not None:
+        return text
+    ids = bank.token_ids(document_id)
+    return "" if ids is None else decode(ids[max(start - first, 0) : max(stop - first, 0)])

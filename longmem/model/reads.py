@@ -132,7 +132,9 @@ def passages_read(
     """Return the `k` passages in which what was read stands out most; their scores are sums of `Reads.surprise`."""
     places = memory.locate(torch.from_numpy(reads.rows))
     read = {place.document_id for place in places if place is not None}
-    sizes = {name: bank.info(name).num_tokens for bank, names in memory.parts() for name in read.intersection(names)}
+    # Where several banks have a document of one name, the first tells of it.
+    homes = {name: bank for bank, names in reversed(memory.parts()) for name in read.intersection(names)}
+    sizes = {name: bank.info(name).num_tokens for name, bank in homes.items()}
     scores = np.bincount(reads.chunks, reads.surprise().clip(min=0), minlength=len(reads.rows))
     spans: dict[tuple[str, int, int], float] = {}
     for place, score in zip(places, scores.tolist(), strict=True):
@@ -141,7 +143,7 @@ def passages_read(
             spans[span] = spans.get(span, 0.0) + score
     best = sorted(spans.items(), key=lambda each: -each[1])[:k]
     return [
-        FoundPassage(*span, score, text_of(memory, *span, lambda ids: str(tokenizer.decode(ids))))
+        FoundPassage(*span, score, text_of(homes.get(span[0]), *span, lambda ids: str(tokenizer.decode(ids))))
         for span, score in best
     ]
 

@@ -152,8 +152,8 @@ def make_app(
             raise HTTPException(404, f"`model` must be {model_id!r}, the one that is served, got {name!r}.")
 
     async def respond(body: _Sampling, work: Work, kind: str) -> Any:
-        if work.bank is not None:
-            engine.banks.get(work.bank)  # an unknown one is told before anything is sent
+        if (name := work.bank) is not None:  # an unknown one is told before anything is sent
+            await engine.run(lambda: engine.banks.get(name), aside=True)
         engine.refuse_if_busy()
         shape = _Shape(kind, model_id, len(work.token_ids))
         if body.stream:
@@ -173,7 +173,7 @@ def make_app(
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest) -> Any:
         refuse_other_model(body.model)
-        ids = engine.chat_ids([turn.plain() for turn in body.messages])
+        ids = await engine.run(lambda: engine.ids([turn.plain() for turn in body.messages]), aside=True)
         return await respond(
             body, body.work(ids, max_new_tokens, body.max_completion_tokens or body.max_tokens), "chat"
         )
@@ -181,17 +181,18 @@ def make_app(
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest) -> Any:
         refuse_other_model(body.model)
-        ids = list(engine.model.tokenizer(body.prompt)["input_ids"])
+        ids = await engine.run(lambda: engine.ids(body.prompt), aside=True)
         return await respond(body, body.work(ids, max_new_tokens, body.max_tokens), "text")
 
     @app.post("/v1/explain", response_class=HTMLResponse)
     async def explain(body: ExplainRequest) -> str:
-        work = Work(engine.chat_ids([turn.plain() for turn in body.messages]), bank=body.bank)
-        return (await engine.run(lambda: engine.explain(work, body.answer))).to_html()
+        ids = await engine.run(lambda: engine.ids([turn.plain() for turn in body.messages]), aside=True)
+        return await engine.run(lambda: engine.explain(Work(ids, bank=body.bank), body.answer).to_html())
 
     @app.get("/v1/banks")
     async def list_banks() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "bank"} for name in engine.banks.names()]}
+        names = await engine.run(engine.banks.names, aside=True)
+        return {"object": "list", "data": [{"id": name, "object": "bank"} for name in names]}
 
     @app.delete("/v1/banks/{name}")
     async def delete_bank(name: str) -> dict[str, Any]:
@@ -200,8 +201,7 @@ def make_app(
 
     @app.get("/v1/banks/{name}/documents")
     async def list_documents(name: str) -> dict[str, Any]:
-        bank = engine.banks.get(name)
-        found = await engine.run(bank.documents)
+        found = await engine.run(lambda: engine.banks.get(name).documents())
         listed = [
             {"id": each.document_id, "object": "document", "tokens": each.num_tokens, "tags": each.tags}
             for each in found
@@ -218,8 +218,7 @@ def make_app(
 
     @app.delete("/v1/banks/{name}/documents/{document_id:path}")
     async def delete_document(name: str, document_id: str) -> dict[str, Any]:
-        bank = engine.banks.get(name)
-        await engine.run(lambda: bank.delete(document_id))
+        await engine.run(lambda: engine.banks.get(name).delete(document_id))
         return {"id": document_id, "object": "document", "deleted": True}
 
     @app.get("/v1/banks/{name}/find")
@@ -229,8 +228,8 @@ def make_app(
         k: Annotated[int, Query(ge=1, le=100)] = 10,
         by: Literal["heads", "words"] = "heads",
     ) -> dict[str, Any]:
-        bank = engine.banks.get(name)
-        found = await engine.run(lambda: bank.find(text, engine.model if by == "heads" else None, k))
+        reader = engine.model if by == "heads" else None
+        found = await engine.run(lambda: engine.banks.get(name).find(text, reader, k))
         return {"object": "list", "data": [passage._asdict() for passage in found]}
 
     return app

@@ -29,14 +29,15 @@ class NamedBanks:
     def __init__(self, model: LongMemForCausalLM, folder: Path | None, limit: int = 1000) -> None:
         self.model, self.folder, self.limit = model, folder, limit
         self._open: dict[str, MemoryBank] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def names(self) -> list[str]:
         """Return the names of all banks."""
         on_disk = [] if self.folder is None else [each.name for each in self.folder.iterdir() if self._is_bank(each)]
-        return sorted({*self._open, *on_disk})
+        with self._lock:
+            return sorted({*self._open, *on_disk})
 
     def get(self, name: str, *, make: bool = False) -> MemoryBank:
         """Return a bank; `make`: an empty one, where there is none.

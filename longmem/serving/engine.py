@@ -61,31 +61,31 @@ class Engine:
         self.model, self.banks, self.max_waiting = model, banks, max_waiting
         self._waiting = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="longmem")
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="longmem-aside")
 
     def refuse_if_busy(self) -> None:
         """Raise BusyError if as many wait as may."""
         if self._waiting >= self.max_waiting:
             raise BusyError(f"{self._waiting} requests wait already; ask again in a moment.")
 
-    async def run(self, work: Callable[[], Result]) -> Result:
-        """Return what `work` returns, when its turn comes."""
+    async def run(self, work: Callable[[], Result], *, aside: bool = False) -> Result:
+        """Return what `work` returns, when its turn comes; `aside`: beside the model's work, for what does without it."""
         self.refuse_if_busy()
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+            return await asyncio.get_running_loop().run_in_executor(self._aside if aside else self._worker, work)
         finally:
             self._waiting -= 1
 
     def close(self) -> None:
         """Finish what runs, and close the banks."""
+        self._aside.shutdown(cancel_futures=True)
         self._worker.shutdown(cancel_futures=True)
         self.banks.close()
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the tokens of a conversation in the model's chat format, up to where its answer begins."""
-        return list(
-            self.model.tokenizer(chat_text(self.model.tokenizer, messages), add_special_tokens=False)["input_ids"]
-        )
+    def ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the tokens of a text or, up to where its answer begins, of a conversation."""
+        return prompt_ids(self.model.tokenizer, prompt)
 
     def answer(self, request: Request, on_text: Callable[[str], None], cancelled: threading.Event) -> Answer:
         """Write an answer; `on_text` gets its text in pieces, and `cancelled` ends it early."""
@@ -147,6 +147,13 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
         f"{each['role'].capitalize()}:{' ' * (each['role'] != 'assistant')}{each['content']}\n" for each in messages
     )
     return f"{''.join(said)}Assistant:"
+
+
+def prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Return the tokens of a text or, by `chat_text`, of a conversation up to where its answer begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"])
 
 
 class _Watcher(TextStreamer):

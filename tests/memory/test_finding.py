@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import tiny_memory
 import torch
-from tiny_models import save_tiny_backbone, some_text
+from tiny_models import some_text
 
-from longmem import LongMemForCausalLM, MemoryBank
+from longmem import MemoryBank
 from longmem.memory import BankShards
 from longmem.model.index_queries import QueryRecorder
 
-
-@pytest.fixture
-def model(tmp_path):
-    backbone = save_tiny_backbone(tmp_path / "backbone")
-    return LongMemForCausalLM.from_backbone(str(backbone), segment_length=16, num_retrieved_tokens=8).eval()
+model = tiny_memory.model
 
 
 @pytest.fixture

@@ -95,6 +95,34 @@ def test_what_is_in_a_bank_changes_the_answer_of_those_who_name_it(theirs, clien
     assert client.get("/v1/banks/notes/documents").status_code == 404
 
 
+def test_nothing_that_takes_time_keeps_the_loop_from_other_requests(client, engine, monkeypatch):
+    """Templates, tokens, and banks that are opened: in no thread with a loop."""
+    asked = []
+
+    def off_the_loop(name, function):
+        def called(*args, **options):
+            asked.append(name)
+            with pytest.raises(RuntimeError):
+                asyncio.get_running_loop()
+            return function(*args, **options)
+
+        return called
+
+    client.post("/v1/banks/notes/documents", json={"id": "a", "text": some_text(20)})
+    for owner, name in ((engine, "ids"), (engine.banks, "get"), (engine.banks, "names"), (engine, "explain")):
+        monkeypatch.setattr(owner, name, off_the_loop(name, getattr(owner, name)))
+    answers = [
+        client.post("/v1/chat/completions", json=CHAT | {"bank": "notes"}),
+        client.post("/v1/completions", json={"prompt": "the cat", "max_tokens": 2}),
+        client.post("/v1/explain", json={"messages": SAID, "answer": "on", "bank": "notes"}),
+        *(client.get(f"/v1/banks{path}") for path in ("", "/notes/documents", "/notes/find?text=cat&by=words")),
+        client.delete("/v1/banks/notes/documents/a"),
+        client.delete("/v1/banks/notes"),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * len(answers)
+    assert set(asked) == {"ids", "get", "names", "explain"}
+
+
 def test_conversations_at_once_are_as_each_alone(client, engine):
     """Each is far longer than the window: what has left it is in a memory that nobody else reads."""
     talks = [[{"role": "user", "content": some_text(80, seed)}] for seed in range(4)]
@@ -104,7 +132,7 @@ def test_conversations_at_once_are_as_each_alone(client, engine):
         together = list(pool.map(lambda each: client.post("/v1/chat/completions", json=each).json()["choices"], asked))
     assert together == alone
     assert len({each[0]["message"]["content"] for each in alone}) > 1
-    ids = engine.chat_ids(talks[0])
+    ids = engine.ids(talks[0])
     window, memory = engine.place(Request(ids))
     (info,) = memory.documents()
     known = torch.cat([memory.token_ids(info.document_id), torch.tensor(window)])
