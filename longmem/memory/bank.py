@@ -267,7 +267,8 @@ class MemoryBank:
         """Make all changes inside the block durable together at its end or, if it raises, none of them.
 
         Without it, every change is a transaction of its own. A block inside a block is part of it. One thread at a time may
-        change a bank. Of a bank in memory nothing is undone.
+        change a bank, and another that wants to waits for two minutes at most; then it raises ValueError. Of a bank in memory
+        nothing is undone.
         """
         return self._table.transaction()
 
@@ -731,7 +732,7 @@ class MemoryBank:
                 self._refuse_rows(rows, kv_heads=self._table.storage.shapes[position].kv_heads)
                 raise
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+    def locate(self, rows: Int[Tensor, "*shape"]) -> list[ChunkPlace | None]:
         """Return document, tokens, characters and text of each row, flattened; None for row -1.
 
         Characters and text are None where the writer gave no text, or where it was deleted since a reader opened the bank.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import pytest
 import torch
+from folder_banks import SETTINGS as FOLDER_SETTINGS
+from folder_banks import write
 from test_bank import LAYERS, new_bank, random_tokens
 
 from longmem.errors import ChangedMemoryError
-from longmem.memory import BankShards
+from longmem.memory import BankShards, MemoryBank
+from longmem.memory.rows import table
 from longmem.model.attention import read_memory
 
 LAYER, KV_HEADS, DIM = LAYERS[0], 2, 6
@@ -89,3 +93,39 @@ def test_old_names_of_parts_still_answer_and_say_so(tmp_path):
         bank.compact()
     with pytest.raises(AttributeError, match="no_such_name"):
         bank.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("change", ["write", "transaction", "compact"])
+def test_a_thread_waited_for_inside_a_transaction_is_refused_its_change(change, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "TURN_SECONDS", 0.05)
+    errors = []
+    with MemoryBank.create(tmp_path, **FOLDER_SETTINGS) as bank:
+
+        def act():
+            if change == "compact":
+                bank.folder.compact()
+            elif change == "write":
+                write(bank, "other", range(40, 50))
+            else:
+                with bank.transaction():
+                    pass
+
+        def other():
+            try:
+                act()
+            except ValueError as error:
+                errors.append(str(error))
+
+        with bank.transaction():
+            write(bank, "mine", range(10))
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join(30)
+            assert not thread.is_alive()
+        assert re.fullmatch(
+            r"a bank must be changed by one thread at a time.*0\.05 seconds; if that one waits.*", *errors
+        )
+        assert [each.document_id for each in bank.documents()] == ["mine"]
+        act()  # behind the block there is nothing to wait for
+        bank.folder.verify()
+    assert len(errors) == 1

@@ -579,7 +579,7 @@ class OnDisk:
         Files that hold some of it are written anew, one after the other: there must be room for one more.
         """
         self.refuse_reader()
-        with self._table.turn:
+        with self._table.taking_turn():
             if self._in_transaction:
                 raise ValueError(
                     "`compact` must not be called inside a transaction, which it would end; call it afterwards."

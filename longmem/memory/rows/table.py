@@ -45,6 +45,7 @@ SETTINGS = (
     "device",
     "by_token",
 )
+TURN_SECONDS = 120.0  # that a thread waits for another that changes the bank
 DEFAULT_CAPACITY = 65_536  # tokens that a bank can hold if nobody says how many: the paper's
 # What stays when the text of a document is replaced.
 SAID_OF_A_DOCUMENT = ("tags", "is_pinned", "dated", "valid_until", "is_superseded", "superseded_by")
@@ -145,8 +146,21 @@ class Table:
         if self.journal is None:
             yield
             return
-        with self.turn, self.journal.transaction():
+        with self.taking_turn(), self.journal.transaction():
             yield
+
+    @contextlib.contextmanager
+    def taking_turn(self) -> Iterator[None]:
+        """Let no other thread change the table inside the block; raise ValueError where another does not come to its end."""
+        if not self.turn.acquire(timeout=TURN_SECONDS):
+            raise ValueError(
+                f"a bank must be changed by one thread at a time, and another has been at it for {TURN_SECONDS:g} seconds; if "
+                "that one waits for this one inside `bank.transaction()`, let it wait behind the block; else try again."
+            )
+        try:
+            yield
+        finally:
+            self.turn.release()
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
