@@ -56,6 +56,7 @@ NAMES = {
     SEGMENT_FOLDER: re.compile(r"segment-[0-9]{12,19}-([0-9a-f]{8})?[0-9a-f]{8}\.safetensors"),
     INDEX_FOLDER: re.compile(r"layer[0-9]{1,9}-([0-9a-f]{8})[0-9a-f]{8}\.(faiss|safetensors)"),
 }
+NUMBERS = {int: "int", float: "float"}
 KINDS = {"INTEGER": int, "REAL": float, "TEXT": str, "BLOB": bytes}
 ENCODER = {"weights": str, "recipe": dict, "sketch": (None, {"norm": float, "sums": str})}
 SETTINGS = {
@@ -468,14 +469,14 @@ def row_checksum(table: Table, row: Sequence[Any]) -> int:
     for value in row:
         # Text and blobs as they are, behind their type and length; numbers as Python writes them.
         kind = type(value)
-        if kind is str or kind is bytes:
+        if kind is int or kind is float:
+            number = repr(value)
+            text += f"{NUMBERS[kind]} {len(number)} {number}"
+        else:
             data = value.encode("utf-8", "surrogatepass") if kind is str else value
             parts += [f"{text}{kind.__name__} {len(data)} ".encode(), data]
             text = ""
-        else:
-            number = repr(value)
-            text = f"{text}{kind.__name__} {len(number)} {number}"
-    return _checksum(b"".join(parts) + text.encode())
+    return _checksum(b"".join(parts) + text.encode() if parts else text.encode())
 
 
 def _checksum(data: bytes) -> int:

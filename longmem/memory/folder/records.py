@@ -39,6 +39,7 @@ DOCUMENT = {
 }
 MUST_SAY = [name for name in DOCUMENT if not name.endswith("?")]
 KINDS_SAID = tuple(list if isinstance(DOCUMENT[name], list) else DOCUMENT[name] for name in MUST_SAY)
+PARSED_AT_ONCE, LINES = 1000, ",\n"
 LARGEST_WIDTH = 2**20  # of a key or a value, and the largest number of heads
 CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
 
@@ -311,8 +312,7 @@ def _documents_of(
     tags: dict[tuple[str, ...], tuple[str, ...]] = {}
     # Most short documents are encoded alike: what is known to be right need not be checked, nor kept, once more.
     alike: dict[tuple[Any, ...], Sequence[Sequence[int]]] = {}
-    for serial, text, waiting in rows["documents"]:
-        fields = parse_json(text)
+    for (serial, _, waiting), fields in zip(rows["documents"], _described(rows["documents"]), strict=True):
         if not _is_document(fields) or serial >= content["next_serial"] or fields["document_id"] in names:
             raise ValueError(f"document {serial} is not described")
         names.add(fields["document_id"])
@@ -333,6 +333,17 @@ def _documents_of(
         document = Document(serial=serial, num_reads=num_reads, last_read=last_read, **fields)
         documents[serial] = Described(document, has_source, end)
     return documents
+
+
+def _described(rows: Sequence[tuple[int, str, bytes]]) -> Iterator[Any]:
+    """Yield what is said of each document; one text of many is read in a third of the time of many texts."""
+    for start in range(0, len(rows), PARSED_AT_ONCE):
+        part = rows[start : start + PARSED_AT_ONCE]
+        # No string of JSON goes on in another line, so each text begins anew.
+        described = parse_json(f"[{LINES.join(text for _, text, _ in part)}]")
+        if len(described) != len(part):
+            raise ValueError(f"documents from {part[0][0]} on are not described")
+        yield from described
 
 
 def _enter_runs(

@@ -50,6 +50,8 @@ KEPT_AND_SHOWN = [each.name for each in fields(DocumentInfo) if each.name not in
 class IntQueue:
     """A queue of integers in one tensor; pushing and popping cost O(what is pushed or popped), amortised.
 
+    Consecutive integers (`of_range`), and none, become a tensor when somebody looks: most are never looked at.
+
     >>> queue = IntQueue()
     >>> queue.push(torch.tensor([1, 2, 3])); queue.pop(2), queue.values
     (tensor([1, 2]), tensor([3]))
@@ -58,12 +60,15 @@ class IntQueue:
     __slots__ = ("_held", "_start", "_stop")
 
     def __init__(self, values: Int[Tensor, " values"] | None = None, dtype: torch.dtype = torch.int64) -> None:
-        self._held: Tensor | range = torch.empty(0, dtype=dtype) if values is None else values
+        if values is None:
+            self._held: Tensor | range = range(0) if dtype is torch.int64 else torch.empty(0, dtype=dtype)
+        else:
+            self._held = values
         self._start, self._stop = 0, len(self._held)
 
     @classmethod
     def of_range(cls, values: range) -> IntQueue:
-        """Return a queue of consecutive integers, which is a tensor when somebody looks: most are never looked at."""
+        """Return a queue of consecutive integers."""
         queue = cls.__new__(cls)
         queue._held, queue._start, queue._stop = values, 0, len(values)
         return queue
