@@ -25,6 +25,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # of another system, where nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
 ACCESS = "LONGMEM_ACCESS"
 MODES = {"private": (0o600, 0o700), "group": (0o640, 0o750)}
 MAX_BYTES = (
@@ -204,6 +209,22 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     if is_new:
         path.chmod(modes()[0])
         sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, made if missing, inside the block; others wait for it. Raises OSError.
+
+    Whatever fails, the lock goes with the block.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), modes()[0])
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def remove(path: Path) -> None:

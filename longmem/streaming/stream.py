@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, GenerationConfig
@@ -240,7 +239,7 @@ class MemoryStream:
         folder, bank = Path(folder), f"bank-{secrets.token_hex(8)}"
         try:
             files.make_folder(folder)
-            with FileLock(folder / LOCK, mode=files.modes()[0]):
+            with files.locked(folder / LOCK):
                 try:
                     self.memory.save(folder / bank)
                     files.sync(folder)

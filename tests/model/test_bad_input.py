@@ -3,12 +3,14 @@
 import pytest
 import torch
 from model.conftest import SETTINGS, build_backbone
+from tokenizers import normalizers
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
 from longmem.backbone.structure import adapters_in_words
+from longmem.tracing import explain
 
 CONFIG_ROWS = [
     ("chunk_sise", 4, ["chunk_sise", "not a field", "Did you mean `chunk_size`"]),
@@ -260,3 +262,26 @@ def test_generate_returns_who_read_what(llama):
         model.generate(torch.arange(8)[None], memory=bank, max_new_tokens=3, output_memory_reads=True)
     with pytest.raises(ValueError, match="`output_memory_keys` must be left out"):
         model.generate(torch.arange(8)[None], memory=bank, max_new_tokens=3, output_memory_keys=True)
+
+
+def test_a_text_of_which_the_tokenizer_makes_nothing_is_refused_for_what_it_is(model, bank):
+    """It is not blank: a normalizer drops what no model was taught, such as spaces of no width."""
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    text, before = "\u200b\u200b", bank.documents()
+    calls = {
+        "text_or_ids": [
+            lambda: model.memorize(bank, text, "new"),
+            lambda: bank.update("past", text, model=model),
+        ],
+        "text": [lambda: bank.find(text, model)],
+        "prompt": [lambda: explain(model, text, memory=bank)],
+        "input_ids": [lambda: model(torch.tensor([model.tokenizer(text)["input_ids"]], dtype=torch.int64))],
+    }
+    for name, doors in calls.items():
+        for door in doors:
+            with pytest.raises(ValueError, match=rf"^`{name}` must hold [^\n]*token[^\n]*, got [^\n]*\.$"):
+                door()
+    # A piece of a text may be nothing.
+    assert model.stream(bank).read(text) == 0
+    assert model.memorize(bank, text, "past", append=True) == 0
+    assert bank.documents() == before
