@@ -20,7 +20,7 @@ LOAD_OPTIONS = frozenset(
     ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers", "quantization_config")
     + ("attn_implementation", "experts_implementation", "use_kernels", "kernel_config", "allow_all_kernels")
     + ("distributed_config", "device_mesh", "tp_plan", "tp_size", "disable_mmap", "low_cpu_mem_usage", "proxies")
-    + ("fusion_config",)
+    + ("fusion_config", "tqdm_class")
 )
 # Those of the files of a backbone, which a side network's own are not.
 BACKBONE_OPTIONS = LOAD_OPTIONS | {"trust_remote_code", "code_revision", "variant", "use_safetensors", "weights_only"}
