@@ -7,11 +7,15 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
+RELATIVE_IMAGE = re.compile(r"!\[([^\]]*)\]\((?![a-z]+:)([^)\s]+)\)\n*")
 RELATIVE_LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)")
 
 
 def description(readme: str, source: str | None) -> str:
-    """Return the text with every relative link made whole: below `source`, or named as a file of the source distribution."""
+    """Return the text with every relative link made whole: below `source`, or named as a file of the source distribution.
+
+    Pictures without a `source` are left out.
+    """
 
     def whole(match: re.Match[str]) -> str:
         text, path = match.groups()
@@ -19,7 +23,8 @@ def description(readme: str, source: str | None) -> str:
             return f"[{text}]({source.rstrip('/')}/blob/main/{path})"
         return f"`{path}`" if text == path else f"{text} (`{path}`)"
 
-    return RELATIVE_LINK.sub(whole, readme)
+    picture = "" if source is None else rf"![\1]({source.rstrip('/')}/raw/main/\2)\n\n"
+    return RELATIVE_LINK.sub(whole, RELATIVE_IMAGE.sub(picture, readme))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ def test_the_description_has_no_link_that_leads_nowhere() -> None:
     assert RELATIVE.search((ROOT / "README.md").read_text(encoding="utf-8"))
     assert not RELATIVE.search(described(None))
     assert "docs/install.md" in described(None)
+    assert "method.svg" not in described(None)
 
 
 def test_with_a_repository_links_lead_there() -> None:
     told = described("https://example.org/longmem/")
     assert not RELATIVE.search(told)
     assert "](https://example.org/longmem/blob/main/docs/install.md)" in told
+    assert "](https://example.org/longmem/raw/main/docs/pictures/method.svg)" in told
 
 
 @pytest.mark.slow
