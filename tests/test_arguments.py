@@ -196,6 +196,10 @@ BANK_CALLS: dict[str, dict[str, Effect]] = {
         "strict": lambda w: not raises(lambda: MemoryBank.load(w.folder / "bank", other_model(w), strict=False)),
     },
     "save": {"folder": lambda w: w.bank.save("saved") is None and Path("saved").is_dir()},
+    "to": {
+        "device": lambda w: w.bank.copy().to("meta").device.type == "meta",
+        "device_budget": lambda w: raises(lambda: w.bank.copy().to("meta", device_budget=1)),
+    },
     "copy": {"device": lambda w: w.bank.copy(device="meta").device.type == "meta"},
     "add": {
         "document_id": lambda w: "n" in added(w),

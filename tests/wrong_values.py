@@ -228,6 +228,10 @@ CALLS: dict[str, Call] = {
             "part": "string",
         },
     ),
+    "MemoryBank.to": (
+        lambda w, **k: w.bank.to(**{"device": "cpu", **k}),
+        {"device": "device", "device_budget": "count"},
+    ),
     "MemoryBank.delete": (lambda w, document_id: w.bank.delete(document_id), {"document_id": "known document"}),
     "MemoryBank.rename": (
         lambda w, old="a", new="n": w.bank.rename(old, new),
