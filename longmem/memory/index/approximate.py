@@ -63,6 +63,10 @@ class ApproximateIndex(FlatIndex):
         self._rows_added = self._rows_reencoded = 0  # since it was trained
         self._copies: list[Any] = []  # of the files, on a GPU
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes along: not what is on a GPU, which it makes anew."""
+        return {**self.__dict__, "_copies": []}
+
     # What a kind says.
 
     def layout(self, dim: int, num_rows: int) -> str:

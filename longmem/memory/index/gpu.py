@@ -27,7 +27,7 @@ def searches_on(device: torch.device) -> bool:
 
 @functools.cache
 def _made_resources(device: torch.device) -> Any:
-    resources = faiss.StandardGpuResources()  # type: ignore[attr-defined]  # of the GPU build, like what else is ignored here
+    resources = faiss.StandardGpuResources()
     resources.setTempMemory(SCRATCH_BYTES)
     return resources
 
@@ -45,20 +45,20 @@ def knn(queries: Float[Tensor, "queries dim"], keys: Float[Tensor, "rows dim"], 
     """Return the largest inner products of each query and their rows, best first, without a copy; `num_found` <= MOST_FOUND."""
     queries, keys = queries.contiguous(), keys.contiguous()
     scores, rows = _room(queries, num_found)
-    asked = faiss.GpuDistanceParams()  # type: ignore[attr-defined]
+    asked = faiss.GpuDistanceParams()
     asked.metric, asked.k, asked.dims = faiss.METRIC_INNER_PRODUCT, num_found, queries.shape[1]
     asked.vectors, asked.numVectors = _floats(keys), len(keys)
     asked.queries, asked.numQueries = _floats(queries), len(queries)
     asked.outDistances, asked.outIndices, asked.device = _floats(scores), _integers(rows), queries.device.index
-    faiss.bfKnn(resources_of(queries.device), asked)  # type: ignore[attr-defined]
+    faiss.bfKnn(resources_of(queries.device), asked)
     return scores, rows
 
 
 def copy_of(index: Any, device: torch.device) -> Any:
     """Return a copy of an inverted file on a GPU. Raises RuntimeError where FAISS has no such index there."""
-    options = faiss.GpuClonerOptions()  # type: ignore[attr-defined]
+    options = faiss.GpuClonerOptions()
     options.useFloat16 = True  # tables of codes, which in float32 are too large for 64 codes of a key
-    return faiss.index_cpu_to_gpu(resources_of(device), device.index, index, options)  # type: ignore[attr-defined]
+    return faiss.index_cpu_to_gpu(resources_of(device), device.index, index, options)
 
 
 def search(copy: Any, queries: Float[Tensor, "queries dim"], num_found: int, probes: int) -> Ranked:
