@@ -296,6 +296,10 @@ BANK_CALLS: dict[str, dict[str, Effect]] = {
         ),
     },
     "search_keys": {"layer": lambda w: raises(lambda: w.bank.search_keys(1))},
+    "stored": {
+        "layer": lambda w: raises(lambda: w.bank.stored(1, w.bank.generation)),
+        "generation": lambda w: w.bank.stored(2, w.bank.generation) is not None and w.bank.stored(2, -1) is None,
+    },
     "gather": {
         "layer": lambda w: raises(lambda: gathered(w.bank, layer=1)),
         "rows": lambda w: differ(gathered(w.bank), gathered(w.bank, rows=torch.tensor([[3], [3]]))),

@@ -268,6 +268,7 @@ CALLS: dict[str, Call] = {
     ),
     "MemoryBank.log_weights": (lambda w, rows, **k: w.bank.log_weights(rows, **k), {"rows": "rows"}),
     "MemoryBank.search_keys": (lambda w, layer: w.bank.search_keys(layer), {"layer": "layer"}),
+    "MemoryBank.stored": (lambda w, layer: w.bank.stored(layer, w.bank.generation), {"layer": "layer"}),
     "MemoryBank.gather": (
         lambda w, layer=2, rows=ROWS: w.bank.gather(layer, rows, w.bank.generation),
         {"layer": "layer", "rows": "gathered"},

@@ -55,7 +55,7 @@ RENAMED = {
 }
 
 
-@checks.checked_methods("search", "gather", "ready_for", "update")
+@checks.checked_methods("search", "gather", "stored", "ready_for", "update")
 class MemoryBank:
     """A store of named documents: the attention keys and values of the `memory_layers` of one backbone, in chunks.
 
@@ -769,6 +769,19 @@ class MemoryBank:
                 checks.validate_rows("rows", rows)
                 self._refuse_rows(rows, kv_heads=self._table.storage.shapes[position].kv_heads)
                 raise
+
+    def stored(self, layer: int, generation: Hashable) -> KeysValues | None:
+        """Return keys and values of a layer as they are stored, for who reads rows without a copy of them.
+
+        None where they are not on the bank's device, or not of that `generation`: then `gather` has them.
+        """
+        position, storage = position_of(self.memory_layers, layer), self._table.storage
+        with self._table.lock:
+            is_now = generation == self._table.ledger.generation
+            if isinstance(generation, Snapshot):
+                is_now = generation.edition.is_kept is None and generation.edition.table is self._table
+            whole = storage.stored(position) if is_now else None
+        return None if whole is None or {each.device for each in whole} != {storage.layer(position).device} else whole
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
         """Return document, tokens, characters and text of each row, flattened; None for row -1.

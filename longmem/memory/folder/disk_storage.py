@@ -232,6 +232,14 @@ class DiskStorage:
         )
         return keys, values
 
+    def stored(self, position: int) -> KeysValues | None:
+        names = "keys", "values"
+        if not all(map(self._is_held, names)):
+            return None
+        for name in names:
+            self.held(position, name)
+        return self._held[position, "keys"], self._held[position, "values"]
+
     # Slots and segments.
 
     def slots_of(self, rows: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:

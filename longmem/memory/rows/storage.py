@@ -334,6 +334,11 @@ class ChunkStore:
             rows = max(num_rows, min(2 * allocated, most))
             self._tensors = Chunks(*(with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
 
+    @property
+    def stored(self) -> KeysValues:
+        """Return the keys and values of all rows, as they are stored, with the room for rows to come."""
+        return self._tensors.keys, self._tensors.values
+
     def write(self, rows: Int[Tensor, " chunks"], chunks: Chunks) -> None:
         """Write one chunk into each row; rows beyond the live ones must continue them without a gap."""
         if not len(rows):
@@ -399,6 +404,7 @@ class Storage(Protocol):
     def keep(self, rows: Int[Tensor, " chunks"]) -> Storage: ...
     def recheck(self) -> None: ...  # so that what is selected next is found to be as it was written
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
+    def stored(self, position: int) -> KeysValues | None: ...  # tensors with all rows, None where there are none
 
 
 class MemoryStorage:
@@ -476,3 +482,6 @@ class MemoryStorage:
 
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         return self.stores[position].gather(rows)
+
+    def stored(self, position: int) -> KeysValues | None:
+        return self.stores[position].stored
