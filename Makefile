@@ -39,7 +39,7 @@ test: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 	    { echo "test-gpu needs a CUDA device and a torch that knows it; benchmarks/bench_gpu.py --small runs on a CPU"; exit 1; }
-	@$(BIN)/python -m pytest -q -m gpu $(PYTEST)
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu $(PYTEST)
 	@$(BIN)/python benchmarks/bench_gpu.py --output build/gpu-results
 
 # All four, also when the first fails.

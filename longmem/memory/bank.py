@@ -770,7 +770,7 @@ class MemoryBank:
                 self._refuse_rows(rows, kv_heads=self._table.storage.shapes[position].kv_heads)
                 raise
 
-    def stored(self, layer: int, generation: Hashable) -> KeysValues | None:
+    def stored(self, layer: int, generation: Hashable) -> tuple[Tensor, Tensor] | None:
         """Return keys and values of a layer as they are stored, for who reads rows without a copy of them.
 
         None where they are not on the bank's device, or not of that `generation`: then `gather` has them.

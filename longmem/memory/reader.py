@@ -38,7 +38,7 @@ class Selectable(FindableMemory, Protocol):
         self, rows: Tensor, *, newest: float | None = None, selection: Selection | None = None
     ) -> Tensor: ...
 
-    def stored(self, layer: int, generation: Hashable) -> KeysValues | None: ...
+    def stored(self, layer: int, generation: Hashable) -> tuple[Tensor, Tensor] | None: ...
 
 
 class BankView:
@@ -151,7 +151,7 @@ class BankView:
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         return self.bank.gather(layer, rows, generation)
 
-    def stored(self, layer: int, generation: Hashable) -> KeysValues | None:
+    def stored(self, layer: int, generation: Hashable) -> tuple[Tensor, Tensor] | None:
         return self.bank.stored(layer, generation)
 
     def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:

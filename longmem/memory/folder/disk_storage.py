@@ -232,7 +232,7 @@ class DiskStorage:
         )
         return keys, values
 
-    def stored(self, position: int) -> KeysValues | None:
+    def stored(self, position: int) -> tuple[Tensor, Tensor] | None:
         names = "keys", "values"
         if not all(map(self._is_held, names)):
             return None

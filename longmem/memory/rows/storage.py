@@ -335,7 +335,7 @@ class ChunkStore:
             self._tensors = Chunks(*(with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
 
     @property
-    def stored(self) -> KeysValues:
+    def stored(self) -> tuple[Tensor, Tensor]:
         """Return the keys and values of all rows, as they are stored, with the room for rows to come."""
         return self._tensors.keys, self._tensors.values
 
@@ -404,7 +404,9 @@ class Storage(Protocol):
     def keep(self, rows: Int[Tensor, " chunks"]) -> Storage: ...
     def recheck(self) -> None: ...  # so that what is selected next is found to be as it was written
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
-    def stored(self, position: int) -> KeysValues | None: ...  # tensors with all rows, None where there are none
+    def stored(
+        self, position: int
+    ) -> tuple[Tensor, Tensor] | None: ...  # tensors with all rows, None where there are none
 
 
 class MemoryStorage:
@@ -483,5 +485,5 @@ class MemoryStorage:
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         return self.stores[position].gather(rows)
 
-    def stored(self, position: int) -> KeysValues | None:
+    def stored(self, position: int) -> tuple[Tensor, Tensor] | None:
         return self.stores[position].stored
