@@ -259,8 +259,9 @@ def attend_found(
     if stored is not None:
         from longmem.model.fused_read import attend_rows
 
-        ages, sizes = found.log_weights, found.sizes
-        return GroupRead(*attend_rows(queries, *stored, found.rows, sizes, ages, scaling, softcap, NO_MEMORY), found)
+        (keys, values), ages, sizes = stored, found.log_weights, found.sizes
+        read = attend_rows(queries, keys, values, found.rows, sizes, ages, scaling, softcap, NO_MEMORY)
+        return GroupRead(*read, found)
 
     def block(
         some_queries: Tensor, some_rows: Tensor, some_weights: Tensor | None, some_sizes: Tensor | None
