@@ -2,6 +2,7 @@
 #
 #   make demo           frozen model, memory bank and side network at work, on this machine
 #   make test           the fast tests
+#   make test-gpu       on a machine with an NVIDIA GPU: its tests, then what memory costs there, in ten minutes
 #   make check          format, lint, types, import layers
 #   make check-latest   a few tests with the newest releases that pyproject.toml allows, in .venv-latest
 #   make check-pythons  the same tests with each Python from 3.11 to 3.13 that this machine has
@@ -26,7 +27,7 @@ INSTALLED := $(VENV)/.installed
 # One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
 WORKERS := auto --maxprocesses 4
 
-.PHONY: demo test check check-latest check-pythons docs site format env
+.PHONY: demo test test-gpu check check-latest check-pythons docs site format env
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -34,6 +35,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
+
+test-gpu: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	    { echo "test-gpu needs a CUDA device and a torch that knows it; benchmarks/bench_gpu.py --small runs on a CPU"; exit 1; }
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu $(PYTEST)
+	@$(BIN)/python benchmarks/bench_gpu.py --output build/gpu-results
 
 # All four, also when the first fails.
 check: $(INSTALLED)

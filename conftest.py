@@ -6,11 +6,13 @@ the package's first import.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on a CPU, from Triton's first import on; 0 compiles them
 
 import numpy as np
 import pytest
@@ -21,6 +23,17 @@ import torch
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 share = cores // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", share))))
+
+# It imports Triton, which comes with torch for CUDA.
+collect_ignore = [] if importlib.util.find_spec("triton") else ["longmem/model/fused_read.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.backbone.cache_names import as_keyword, cache_of
+from longmem.cli.common import add_device, use_device
 from longmem.data.sample_texts import python_manual
 from longmem.model.opening import open_model
 from longmem.settings.environment import chosen_device
@@ -101,8 +102,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path)
+    add_device(parser)
     given = parser.parse_args()
-    device = torch.device(chosen_device())
+    use_device(given.device)
+    device = chosen_device()
     model = open_model(given.model, dtype=given.dtype).eval().to(device)
     backbone = model.backbone
     ids = model.tokenizer(python_manual(), verbose=False, return_tensors="pt")["input_ids"][0].to(device)

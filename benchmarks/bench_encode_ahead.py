@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from longmem.cli.common import add_device, use_device
 from longmem.settings.environment import environment
 from longmem.training import Trainer, load_settings
 from longmem.training.encode_ahead import EncodeAhead
@@ -55,7 +56,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
     parser.add_argument("--threads", type=int, help="of torch, for each of both; default: torch's own choice")
     parser.add_argument("--output", type=Path)
+    add_device(parser)
     given = parser.parse_args()
+    use_device(given.device)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     times: dict[str, list[float]] = {"in the step": [], "ahead": []}

@@ -25,7 +25,9 @@ from rich.progress import track
 from rich.table import Table
 
 from longmem import LongMemForCausalLM, MemoryBank
+from longmem.cli.common import add_device, use_device
 from longmem.data.sample_texts import python_manual
+from longmem.settings.environment import chosen_device
 
 
 class Slowed:
@@ -97,8 +99,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shared", type=int, default=8_192)
     parser.add_argument("--output", type=Path)
+    add_device(parser)
     given = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    use_device(given.device)
+    device = chosen_device()
     model = LongMemForCausalLM.from_backbone(given.backbone, segment_length=given.segment).eval().to(device)
     ids = model.tokenizer(python_manual(), verbose=False, return_tensors="pt")["input_ids"][0].to(device)
     ids = ids.repeat(-(-(given.stored + given.segment) // len(ids)))
@@ -144,7 +148,7 @@ def main() -> None:
     Console().print(table)
     if given.output:
         load = os.getloadavg() if hasattr(os, "getloadavg") else None
-        setup = {**vars(given), "output": None, "device": device, "threads": torch.get_num_threads(), "load": load}
+        setup = {**vars(given), "output": None, "device": str(device), "threads": torch.get_num_threads(), "load": load}
         given.output.write_text(json.dumps({"setup": setup, "result": result}, indent=2))
 
 

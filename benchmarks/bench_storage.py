@@ -20,12 +20,13 @@ from rich.progress import track
 from rich.table import Table
 
 from longmem import LongMemForCausalLM, MemoryBank
+from longmem.cli.common import add_device, use_device
 from longmem.cli.texts import read_text
 from longmem.data.sample_texts import first_tokens
 from longmem.evaluation.perplexity.scoring import Cut, View, WindowScores, loss_difference, score_windows
 from longmem.memory.rows.storage import STORAGE_DTYPES
 from longmem.model.opening import open_model
-from longmem.settings.environment import environment
+from longmem.settings.environment import chosen_device, environment
 
 BASELINE = "float32"
 
@@ -77,10 +78,12 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens the model sees at once")
     parser.add_argument("--rounds", type=int, default=101, help="of timing")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    add_device(parser)
     given = parser.parse_args()
+    use_device(given.device)
     torch.manual_seed(0)
     times = gather_times(given.rounds)
-    model = open_model(given.model)
+    model = open_model(given.model).to(chosen_device())
     windows = Cut(given.window, given.window).row(0, given.windows)
     scores: dict[str, list[WindowScores]] = {name: [] for name in ("no memory", *STORAGE_DTYPES)}
     for file in track(given.texts, "reading"):

@@ -20,6 +20,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longmem import LongMemForCausalLM, MemoryBank
+from longmem.cli.common import add_device, use_device
+from longmem.settings.environment import chosen_device
 
 STEP = 2_000
 MEGABYTE = 1 << 20
@@ -51,8 +53,10 @@ def main() -> None:
     parser.add_argument("--backbone", help="name or folder; default: the tiny twin")
     parser.add_argument("--capacity", type=int, default=16_384, help="tokens that the bank holds")
     parser.add_argument("--output", type=Path, default=Path("stream-results"))
+    add_device(parser)
     given = parser.parse_args()
-    model = LongMemForCausalLM.from_backbone(given.backbone or tiny_twin()).eval()
+    use_device(given.device)
+    model = LongMemForCausalLM.from_backbone(given.backbone or tiny_twin()).eval().to(chosen_device())
     bank = MemoryBank.for_model(model, capacity_tokens=given.capacity)
     stream = model.stream(bank)
     vocabulary = model.config.get_text_config().vocab_size

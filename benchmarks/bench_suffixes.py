@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from longmem.cli.common import add_device, use_device
 from longmem.data.sample_texts import python_manual
 from longmem.evaluation.systems import Question, System, make_systems
 from longmem.model.opening import open_model
-from longmem.settings.environment import environment
+from longmem.settings.environment import chosen_device, environment
 
 NAMES = ("backbone", "on")
 
@@ -62,8 +63,10 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=8192, help="tokens in memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
+    add_device(parser)
     given = parser.parse_args()
-    model = open_model(given.model, dtype=given.dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    use_device(given.device)
+    model = open_model(given.model, dtype=given.dtype).to(chosen_device())
     ids: list[int] = model.tokenizer(python_manual(), verbose=False)["input_ids"]
     asked = given.suffixes * given.suffix_tokens
     needed = given.stored + max(given.contexts) + asked

@@ -31,8 +31,6 @@ def numbers(name: str, ids: tuple[int, ...]) -> Tensor:
 class FakeModel(NamedEncoder):
     """Encodes, and counts the tokens that it has encoded; `broken` segments come out as NaN."""
 
-    input_device = torch.device("cpu")
-
     def __init__(self, name: str = "a") -> None:
         super().__init__(name)
         self.num_encoded = 0

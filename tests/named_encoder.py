@@ -12,6 +12,7 @@ class NamedEncoder:
     """Stands for a model, and for the encoder of that model, whose fingerprint is a word."""
 
     is_moving = False
+    input_device = torch.device("cpu")
 
     def __init__(self, fingerprint: str = "encoder-a") -> None:
         self.fingerprint = fingerprint

@@ -196,6 +196,10 @@ BANK_CALLS: dict[str, dict[str, Effect]] = {
         "strict": lambda w: not raises(lambda: MemoryBank.load(w.folder / "bank", other_model(w), strict=False)),
     },
     "save": {"folder": lambda w: w.bank.save("saved") is None and Path("saved").is_dir()},
+    "to": {
+        "device": lambda w: w.bank.copy().to("meta").device.type == "meta",
+        "device_budget": lambda w: raises(lambda: w.bank.copy().to("meta", device_budget=1)),
+    },
     "copy": {"device": lambda w: w.bank.copy(device="meta").device.type == "meta"},
     "add": {
         "document_id": lambda w: "n" in added(w),
@@ -292,6 +296,10 @@ BANK_CALLS: dict[str, dict[str, Effect]] = {
         ),
     },
     "search_keys": {"layer": lambda w: raises(lambda: w.bank.search_keys(1))},
+    "stored": {
+        "layer": lambda w: raises(lambda: w.bank.stored(1, w.bank.generation)),
+        "generation": lambda w: w.bank.stored(2, w.bank.generation) is not None and w.bank.stored(2, -1) is None,
+    },
     "gather": {
         "layer": lambda w: raises(lambda: gathered(w.bank, layer=1)),
         "rows": lambda w: differ(gathered(w.bank), gathered(w.bank, rows=torch.tensor([[3], [3]]))),

@@ -46,7 +46,7 @@ class Mixed:
 
 def test_the_package_is_checked():
     with pytest.raises(TypeCheckError, match="search_keys"):
-        exact_top_chunks(torch.ones(1, 1, 2), torch.ones(1, 3, 4), 1)
+        exact_top_chunks(torch.ones(1, 1, 2), torch.ones(2, 3, 2), 1)
 
 
 def test_all_functions_with_shapes_are_checked_and_no_others():

@@ -228,6 +228,10 @@ CALLS: dict[str, Call] = {
             "part": "string",
         },
     ),
+    "MemoryBank.to": (
+        lambda w, **k: w.bank.to(**{"device": "cpu", **k}),
+        {"device": "device", "device_budget": "count"},
+    ),
     "MemoryBank.delete": (lambda w, document_id: w.bank.delete(document_id), {"document_id": "known document"}),
     "MemoryBank.rename": (
         lambda w, old="a", new="n": w.bank.rename(old, new),
@@ -264,6 +268,7 @@ CALLS: dict[str, Call] = {
     ),
     "MemoryBank.log_weights": (lambda w, rows, **k: w.bank.log_weights(rows, **k), {"rows": "rows"}),
     "MemoryBank.search_keys": (lambda w, layer: w.bank.search_keys(layer), {"layer": "layer"}),
+    "MemoryBank.stored": (lambda w, layer: w.bank.stored(layer, w.bank.generation), {"layer": "layer"}),
     "MemoryBank.gather": (
         lambda w, layer=2, rows=ROWS: w.bank.gather(layer, rows, w.bank.generation),
         {"layer": "layer", "rows": "gathered"},

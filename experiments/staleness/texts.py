@@ -193,7 +193,7 @@ def recall_of(rows: Int[Tensor, "*where chunks"], wanted: Int[Tensor, "*where ch
 
 def written(model: LongMemForCausalLM, ids: Int[Tensor, " tokens"]) -> MemoryBank:
     """Return a bank with one document, written by the model's encoder."""
-    bank = MemoryBank.for_model(model, capacity_tokens=None, index="flat", device=model.input_device)
+    bank = MemoryBank.for_model(model, capacity_tokens=None, index="flat")
     model.memorize(bank, ids, "text")
     return bank
 

@@ -139,21 +139,21 @@ def drawing(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"do_sample": True, "temperature": warmth} if warmth else {"do_sample": False}
 
 
-def use_device(arguments: argparse.Namespace) -> None:
+def use_device(name: str, argument: str = "--device") -> None:
     """Let models be opened on the device that was chosen. Raises ValueError if this machine has no such device."""
     from longmem.memory.checks import validate_device
     from longmem.settings.environment import DEVICE
 
-    if arguments.device != "auto":
-        validate_device("--device", arguments.device)
-    DEVICE.set(arguments.device)
-    if ":" in arguments.device:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = arguments.device
+    if name != "auto":
+        validate_device(argument, name)
+    DEVICE.set(name)
+    if ":" in name:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = name
 
 
 def open_named(name: str, arguments: argparse.Namespace) -> LongMemForCausalLM:
     """Return the model of a name, on the device that was chosen."""
-    use_device(arguments)
+    use_device(arguments.device)
 
     from longmem.model.opening import open_model
     from longmem.settings.environment import chosen_device

@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the demonstration with the settings of the command line."""
-    common.use_device(arguments)
+    common.use_device(arguments.device)
 
     from longmem.cli.demonstration import DemoSettings, run_demo
 

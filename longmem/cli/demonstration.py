@@ -327,7 +327,7 @@ def reopened_difference(
     """Save model and bank, open both again, and return the largest difference of a loss in the first window."""
     model.save_pretrained(settings.output / "side-network")
     bank.save(settings.output / "bank")
-    reopened = LongMemForCausalLM.from_pretrained(settings.output / "side-network")
+    reopened = LongMemForCausalLM.from_pretrained(settings.output / "side-network").to(model.input_device)  # type: ignore[arg-type]
     with MemoryBank.open(settings.output / "bank", reopened, read_only=True) as reopened_bank:
         again = score_windows(View(reopened, rest, reopened_bank), settings.cut.row(0, 1))
     return (again.losses[0] - scores["on"].losses[0]).abs().max().item()

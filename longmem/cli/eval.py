@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("`longmem eval` needs the name of an evaluation; `longmem eval --list` shows all.")
     refuse_unknown_task(arguments.task)  # a wrong name is told before anything slow is imported
 
-    common.use_device(arguments)
+    common.use_device(arguments.device)
 
     from longmem.plots import plot_finished, require_matplotlib
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def run_script(task: str, overrides: Sequence[str], usage: str | None) -> None:
-    """Run an evaluation and draw its figures: all that the scripts in `eval/` do.
+    """Run an evaluation and draw its figures: all that the scripts in `eval/` do; `device=NAME` is their `--device`.
 
     Raises SystemExit if settings, model and data do not go together: it says why, and then `usage`.
     """
@@ -71,7 +71,10 @@ def run_script(task: str, overrides: Sequence[str], usage: str | None) -> None:
 
     require_matplotlib()
     try:
-        finished = run_task(task, overrides)
+        for each in overrides:
+            if each.startswith("device="):
+                common.use_device(each.removeprefix("device="), "device")
+        finished = run_task(task, [each for each in overrides if not each.startswith("device=")])
     except ValueError as error:
         raise SystemExit(f"{error}\n{usage}") from error
     plot_finished(finished)

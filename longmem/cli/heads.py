@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output.exists():
         raise ValueError(f"`--output` must be a new folder, got {arguments.output}, which is there.")
     given = common.parse_settings(arguments.settings)
-    common.use_device(arguments)
+    common.use_device(arguments.device)
 
     from longmem.errors import did_you_mean
     from longmem.training.heads import HeadSettings, calibrate_heads

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, or go on with a run that was stopped, and say where it is."""
     settings = settings_file(CONFIGS, arguments.config)  # a wrong name is told before anything slow is imported
 
-    common.use_device(arguments)
+    common.use_device(arguments.device)
 
     from longmem.training import Trainer, load_settings
 

@@ -31,7 +31,14 @@ from longmem.memory.reader import BankView
 from longmem.memory.rows.documents import Document, DocumentInfo, SourcePart
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.segments import Joins, Segment
-from longmem.memory.rows.storage import KeysValues, LayerShape
+from longmem.memory.rows.storage import (
+    KeysValues,
+    LayerShape,
+    bytes_by_name,
+    decode,
+    default_budget,
+    searched_name,
+)
 from longmem.memory.rows.table import DEFAULT_CAPACITY, Table
 from longmem.memory.visibility import READING, Selection, Snapshot, Visibility, has_expired, position_of, take
 
@@ -48,7 +55,7 @@ RENAMED = {
 }
 
 
-@checks.checked_methods("search", "gather", "ready_for", "update")
+@checks.checked_methods("search", "gather", "stored", "ready_for", "update")
 class MemoryBank:
     """A store of named documents: the attention keys and values of the `memory_layers` of one backbone, in chunks.
 
@@ -70,7 +77,7 @@ class MemoryBank:
         eviction: what goes when the bank is full. "fifo": the chunks written first, whichever document owns them; "lru":
             the document that was not read for longest; "ttl:seconds=3600": what was written an hour ago, full or not.
         storage_dtype: of stored keys and values, "float16", "bfloat16", "float32" or "int8"; search keys are float32.
-        device: where the tensors are.
+        device: where the bank is; `to` says how much of it, and moves it.
         refresh: what happens when the encoder changes: "frozen" (nothing stale is ever read, the bank is refused), "eager",
             "bounded:max_lag=4,clock=version" or "lazy" (`longmem/memory/refresh/`); also as a dict with a `name`.
         fingerprint: of the encoder that writes (`LongMemForCausalLM.encoder_stamp`, or its digest); None is not checked.
@@ -132,7 +139,11 @@ class MemoryBank:
     def for_model(
         cls, model: EncodingModel, *, folder: str | PathLike[str] | None = None, **options: Any
     ) -> MemoryBank:
-        """Return an empty bank for what `model` writes, in memory or in `folder`; `options`: other arguments of the class."""
+        """Return an empty bank for what `model` writes, in memory or in `folder`; `options`: other arguments of the class.
+
+        It is on the model's device unless `device` says another.
+        """
+        options.setdefault("device", model.input_device)
         own = {
             "memory_layers": model.config.memory_layers or (),
             "chunk_size": model.config.chunk_size,
@@ -165,7 +176,7 @@ class MemoryBank:
         model: EncodingModel | None = None,
         *,
         read_only: bool = False,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         mmap: bool = True,
         refresh: str | Mapping[str, Any] | None = None,
         strict: bool = True,
@@ -181,7 +192,7 @@ class MemoryBank:
             folder: that `create` or `save` wrote.
             model: that will read the bank; if its encoder is not the one that wrote it, the refresh policy acts.
             read_only: change nothing, and keep nobody from changing it.
-            device: where search keys are, and what is read goes.
+            device: where the bank is, see `to`; None: with the model or, without one, in host memory.
             mmap: False: nothing of what was read stays in this process; reading takes two to five times as long.
             refresh: policy to follow from now on; None: the bank's own, by default "frozen", which refuses another encoder.
             strict: False: read what another encoder wrote as it is, from now on with every entry's encoder unknown.
@@ -190,7 +201,8 @@ class MemoryBank:
         one, if another encoder wrote it and the policy is "frozen".
         """
         checks.refuse_strict_alone(strict, model)
-        opened = BankFolder(folder, write=not read_only, device=torch.device(device), mapped=mmap)
+        device = torch.device(device or ("cpu" if model is None else model.input_device))
+        opened = BankFolder(folder, write=not read_only, device=device, mapped=mmap)
         try:
             with said_by(opened.catalogue.path):
                 bank = cls(**opened.read_content()["settings"], device=device)
@@ -207,7 +219,7 @@ class MemoryBank:
         folder: str | PathLike[str],
         model: EncodingModel | None = None,
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         refresh: str | Mapping[str, Any] | None = None,
         strict: bool = True,
     ) -> Self:
@@ -215,7 +227,7 @@ class MemoryBank:
         checks.refuse_strict_alone(strict, model)
         with cls.open(folder, read_only=True) as saved:
             saved.folder.verify()
-            bank = saved.copy(device=device)
+            bank = saved.copy(device=device or ("cpu" if model is None else model.input_device))
         bank._open_for(model, refresh, strict)
         return bank
 
@@ -245,6 +257,33 @@ class MemoryBank:
             twin = self._empty(self.device if device is None else device)
             self._table.copy_to(twin._table)
         return twin
+
+    def to(self, device: torch.device | str, *, device_budget: int | None = None) -> Self:
+        """Keep this bank on a device from now on, and return it; `device_bytes` says before how much that is.
+
+        What a search compares is on the device, and so are keys and values where all of them fit in the budget. Where they do
+        not, or no longer do after a write, they stay in host memory or in the folder; of a GPU, what was found is copied to
+        it through pinned memory, without waiting. A bank in a folder reads what it keeps when it is first needed, and in host
+        memory keeps no more than what is searched.
+
+        Args:
+            device: "cpu", "cuda", "cuda:1".
+            device_budget: bytes there, of tensors that grow by doubling as far as they may; None: half of what is free on a
+                GPU now, and no limit elsewhere.
+
+        Raises ValueError, with figures, where the budget has no room for what a search compares, now or at a later write.
+        """
+        device = torch.device(device)
+        self._table.place(device, default_budget(device) if device_budget is None else device_budget)
+        self.device = device
+        return self
+
+    def device_bytes(self) -> tuple[int, int]:
+        """Return the bytes of what a search of all resident chunks compares, and of these with all keys and values."""
+        if not self.shapes:
+            return 0, 0
+        sizes = bytes_by_name(self.shapes, self.chunk_size, self.storage_dtype)
+        return self.num_chunks * sizes[searched_name(self.shapes[0])], self.num_chunks * sum(sizes.values())
 
     @property
     def folder(self) -> OnDisk:
@@ -704,10 +743,10 @@ class MemoryBank:
         if not self.num_chunks:
             raise ValueError("`search_keys` needs a bank that holds chunks, got an empty one; ask `num_chunks` first.")
         with self._table.lock:
-            return self._table.storage.layer(position).search_keys.clone()
+            return decode(self._table.storage.layer(position).search_keys).to(torch.float32, copy=True)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
-        """Return copies of the keys and values of these rows (float32 for int8, else in the storage dtype).
+        """Return copies of the keys and values of these rows (float32 for int8, else in the storage dtype), where `rows` are.
 
         The caller masks rows of -1, and tokens beyond `Found.sizes`. Raises ChangedMemoryError unless the bank is of the
         `generation` that the rows are of.
@@ -731,6 +770,19 @@ class MemoryBank:
                 checks.validate_rows("rows", rows)
                 self._refuse_rows(rows, kv_heads=self._table.storage.shapes[position].kv_heads)
                 raise
+
+    def stored(self, layer: int, generation: Hashable) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values of a layer as they are stored, for who reads rows without a copy of them.
+
+        None where they are not on the bank's device, or not of that `generation`: then `gather` has them.
+        """
+        position, storage = position_of(self.memory_layers, layer), self._table.storage
+        with self._table.lock:
+            is_now = generation == self._table.ledger.generation
+            if isinstance(generation, Snapshot):
+                is_now = generation.edition.is_kept is None and generation.edition.table is self._table
+            whole = storage.stored(position) if is_now else None
+        return None if whole is None or {each.device for each in whole} != {storage.layer(position).device} else whole
 
     def locate(self, rows: Int[Tensor, "*shape"]) -> list[ChunkPlace | None]:
         """Return document, tokens, characters and text of each row, flattened; None for row -1.

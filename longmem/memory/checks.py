@@ -556,7 +556,7 @@ RULES: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(
         ("append", "exact", "is_pinned", "mmap", "probe", "read_only", "save_backbone", "strict"), validate_flag
     ),
-    **dict.fromkeys(("batch_size",), validate_count),
+    **dict.fromkeys(("batch_size", "device_budget"), validate_count),
     **dict.fromkeys(("keep", "seed", "window"), validate_integer),
     **dict.fromkeys(("budget_tokens", "max_new_tokens"), validate_budget),
     **dict.fromkeys(("folder", "save_directory"), validate_folder),

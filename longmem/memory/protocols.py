@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -115,6 +116,9 @@ class EncodingModel(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
+
+    @property
+    def input_device(self) -> torch.device: ...
 
 
 class WritableBank(Protocol):

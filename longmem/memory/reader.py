@@ -38,6 +38,8 @@ class Selectable(FindableMemory, Protocol):
         self, rows: Tensor, *, newest: float | None = None, selection: Selection | None = None
     ) -> Tensor: ...
 
+    def stored(self, layer: int, generation: Hashable) -> tuple[Tensor, Tensor] | None: ...
+
 
 class BankView:
     """A read-only view of some documents of a bank: those named, and those with one of the tags.
@@ -148,6 +150,9 @@ class BankView:
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         return self.bank.gather(layer, rows, generation)
+
+    def stored(self, layer: int, generation: Hashable) -> tuple[Tensor, Tensor] | None:
+        return self.bank.stored(layer, generation)
 
     def locate(self, rows: Int[Tensor, "*shape"]) -> list[ChunkPlace | None]:
         return self.bank.locate(rows)

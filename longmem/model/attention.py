@@ -8,6 +8,7 @@ score l_m and value o_m: the same softmax, exactly, whatever kernel computes the
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longmem.errors import ChangedMemoryError
+from longmem.memory import BankView, MemoryBank
 from longmem.memory.protocols import Found, Memory
 
 # Queries per key-value head whose retrieved keys are gathered at once: a few MB, so that they stay in cache.
@@ -252,6 +254,14 @@ def attend_found(
     if found.generation is None:
         return nothing_found(queries, found.rows.shape[2])
     needs_grad = torch.is_grad_enabled() and queries.requires_grad
+    fuses = not needs_grad and reads_fused(queries) and isinstance(memory, MemoryBank | BankView)
+    stored = memory.stored(layer, found.generation) if fuses else None  # type: ignore[attr-defined]
+    if stored is not None:
+        from longmem.model.fused_read import attend_rows
+
+        (keys, values), ages, sizes = stored, found.log_weights, found.sizes
+        read = attend_rows(queries, keys, values, found.rows, sizes, ages, scaling, softcap, NO_MEMORY)
+        return GroupRead(*read, found)
 
     def block(
         some_queries: Tensor, some_rows: Tensor, some_weights: Tensor | None, some_sizes: Tensor | None
@@ -279,6 +289,11 @@ def attend_found(
             results.append(block(*arguments))
     output, logsumexp, weights = (torch.cat(column, dim=1) for column in zip(*results, strict=True))
     return GroupRead(output, logsumexp, weights, found)
+
+
+def reads_fused(queries: Tensor) -> bool:
+    """Return whether a Triton kernel is to read these queries' chunks where they are stored: on a GPU, and only when asked."""
+    return queries.is_cuda and os.environ.get("LONGMEM_FUSED_READ") == "1"
 
 
 def fold_groups(

@@ -38,9 +38,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def chosen_device() -> torch.device:
-    """Return the device that models are opened on by name: the one that a command was told, else a GPU where there is one."""
-    name = DEVICE.get()
+def chosen_device(name: str | None = None) -> torch.device:
+    """Return the device of this name, None for what a command was told; "auto", where nobody said: a GPU where there is one."""
+    name = DEVICE.get() if name is None else name
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 

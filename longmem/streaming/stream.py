@@ -258,9 +258,11 @@ class MemoryStream:
 
     @classmethod
     def load(
-        cls, folder: str | PathLike[str], model: StreamingModel, *, device: torch.device | str = "cpu"
+        cls, folder: str | PathLike[str], model: StreamingModel, *, device: torch.device | str | None = None
     ) -> MemoryStream:
-        """Return the stream saved in `folder`, with its bank on `device`; it goes on as if it had never stopped.
+        """Return the stream saved in `folder`; it goes on as if it had never stopped.
+
+        Its bank is on `device`; None: with the model.
 
         Raises ValueError if there is no stream, it is damaged, or another encoder wrote it.
         """

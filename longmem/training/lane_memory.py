@@ -70,8 +70,7 @@ class LaneMemories:
         self.banks: list[MemoryBank] = [self._new_bank(model.config.chunk_size) for _ in range(num_lanes)]
 
     def _new_bank(self, capacity: int) -> MemoryBank:
-        device = self.model.input_device
-        return MemoryBank.for_model(self.model, capacity_tokens=capacity, device=device, **self.bank_options)
+        return MemoryBank.for_model(self.model, capacity_tokens=capacity, **self.bank_options)
 
     @property
     def mean_tokens(self) -> float:

@@ -28,7 +28,7 @@ from longmem.evaluation.folder import as_json
 from longmem.files import make_folder, write_file
 from longmem.plots import require_matplotlib
 from longmem.settings import save_settings
-from longmem.settings.environment import DEVICE, environment
+from longmem.settings.environment import chosen_device, environment
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints, Interruption, Trained
 from longmem.training.curve import plot_training
@@ -77,7 +77,7 @@ class Trainer:
             )
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # empty memories give biases no gradient
         # Without an accelerator it must be told: else processes started on a CPU would not know of each other.
-        on_cpu, precision = not torch.accelerator.is_available() or DEVICE.get() == "cpu", optimization.mixed_precision
+        on_cpu, precision = chosen_device().type == "cpu", optimization.mixed_precision
         self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[ddp])
         if self.accelerator.gradient_accumulation_steps != 1:  # it would divide every loss by it
             raise ValueError(

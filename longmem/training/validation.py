@@ -86,7 +86,7 @@ class Validation:
         return self.cut.row(0, len(text.rest) // self.cut.window)
 
     def _memorized(self, text: ValidationText) -> MemoryBank:
-        bank = MemoryBank.for_model(self.model, capacity_tokens=None, device=self.model.input_device)
+        bank = MemoryBank.for_model(self.model, capacity_tokens=None)
         self.model.memorize(bank, text.past, text.name)
         return bank
 

@@ -16,6 +16,7 @@ from longmem.console import without_warnings_of
 from longmem.evaluation.systems import Banks, MemorySystem, Question
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.opening import open_model
+from longmem.settings.environment import chosen_device
 
 Tokens = tuple[int, ...]
 
@@ -63,8 +64,8 @@ class LongMemLM(HFLM):
         if isinstance(pretrained, str):
             model = open_model(pretrained, dtype=None if dtype == "auto" else dtype)
             # lm-eval's command line says cuda:0 where nothing was said, also without a GPU.
-            on_cpu = not torch.cuda.is_available() and (device is None or device.startswith("cuda"))
-            model.to("cpu" if on_cpu else device or "cuda")  # type: ignore[arg-type]
+            is_missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+            model.to(chosen_device("auto" if is_missing else device))  # type: ignore[arg-type]
         else:
             model = pretrained
         validate_tokenizer(model)

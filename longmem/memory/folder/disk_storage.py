@@ -16,13 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Num, Shaped
 from torch import Tensor
 
 from longmem.memory.folder.place import SEGMENT_FOLDER, Place
 from longmem.memory.folder.tensor_file import TensorFile, not_written, write_tensors
 from longmem.memory.rows.documents import Run
-from longmem.memory.rows.storage import Chunks, KeysValues, LayerShape, bytes_of_chunk, decode, shape_of, with_rows
+from longmem.memory.rows.storage import (
+    Chunks,
+    KeysValues,
+    LayerShape,
+    bytes_of_chunk,
+    chunks_at,
+    decode,
+    names_on_device,
+    rows_within,
+    searched_name,
+    sent,
+    shape_of,
+    with_rows,
+)
 from longmem.memory.rows.table import Table
 
 # Chunks of so many bytes wait in memory at most, and make one file.
@@ -100,7 +113,10 @@ class DiskStorage:
         self._before_write = before_write
         self._waiting_bytes = 0  # counted when they come, because many small writes wait together
         self._slots = torch.empty(0, dtype=torch.int64)  # of each row
-        self._keys: dict[int, Tensor] = {}  # search keys of layers that were searched, with room for rows to come
+        # What was read into memory, by layer and name, with room for rows to come: what a search compares of layers that were
+        # searched and, on a GPU with room for it, keys and values that were gathered.
+        self._held: dict[tuple[int, str], Tensor] = {}
+        self._budget: int | None = None
 
     # What the bank's contents ask of a storage.
 
@@ -120,9 +136,23 @@ class DiskStorage:
             if segment.file is not None
         )
 
-    def searched(self, position: int) -> str:
-        """Return which tensor of a layer is searched."""
-        return "keys" if self.shapes[position].by_token else "search_keys"
+    def place(self, device: torch.device, budget: int | None) -> None:
+        self._names_on(device, budget, self.num_rows)
+        self.device, self._budget = device, budget
+        self._held = {name: sent(tensor, device) for name, tensor in self._held.items() if self._is_held(name[1])}
+
+    def _names_on(self, device: torch.device, budget: int | None, num_rows: int) -> tuple[str, ...]:
+        if not self.shapes or device.type == "cpu":
+            return (searched_name(self.shapes[0]),) if self.shapes else ()
+        return names_on_device(*self._sizes, num_rows, budget)
+
+    @property
+    def _sizes(self) -> tuple[list[LayerShape], int, torch.dtype]:
+        chunk_size = self.segments[0].empty(0, "keys", 0).shape[1] if self.segments else 1
+        return self.shapes, chunk_size, self.storage_dtype
+
+    def _is_held(self, name: str) -> bool:
+        return name in self._names_on(self.device, self._budget, self.num_rows)
 
     def layer(self, position: int) -> DiskLayer:
         return DiskLayer(self, position)
@@ -132,17 +162,20 @@ class DiskStorage:
         self.num_changes += 1
         if not self.shapes:
             self.shapes = [shape_of(layer) for layer in layers]
+        self._names_on(self.device, self._budget, num_rows)
         self._make_room(num_rows)
 
     def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         """Write one chunk of every layer into each row; return the slot of the first, the others follow it."""
         first_slot, live = self._append(rows, layers), self.num_rows
         self.num_rows = max(live, int(rows.max()) + 1)
-        for position, keys in self._keys.items():
-            if self.num_rows > keys.shape[1]:
-                keys = self._keys[position] = with_rows(keys, max(self.num_rows, 2 * keys.shape[1]), live)
-            written = getattr(layers[position], self.searched(position))
-            keys.index_copy_(1, rows.to(self.device), written.to(self.device))
+        self._held = {key: tensor for key, tensor in self._held.items() if self._is_held(key[1])}
+        for (position, name), tensor in self._held.items():
+            if self.num_rows > tensor.shape[1]:
+                most = rows_within(self._budget, self._names_on(self.device, self._budget, self.num_rows), *self._sizes)
+                tensor = with_rows(tensor, max(self.num_rows, min(2 * tensor.shape[1], most)), live)
+                self._held[position, name] = tensor
+            tensor.index_copy_(1, rows.to(self.device), sent(getattr(layers[position], name), self.device))
         return first_slot
 
     def rewrite(self, rows: Int[Tensor, " chunks"]) -> int:
@@ -160,7 +193,7 @@ class DiskStorage:
         """Let rows point where other rows do."""
         if len(sources):
             self._slots[destinations] = self._slots[sources]
-            for keys in self._keys.values():
+            for keys in self._held.values():
                 keys.index_copy_(1, destinations.to(self.device), keys.index_select(1, sources.to(self.device)))
 
     def truncate(self, num_rows: int) -> None:
@@ -185,13 +218,27 @@ class DiskStorage:
     def keep(self, rows: Int[Tensor, " chunks"]) -> DiskStorage:
         """Return these rows as a storage that is only read, also when their files have been removed."""
         twin = copy.copy(self)
-        twin.segments, twin._slots, twin.num_rows, twin._keys = list(self.segments), self._slots[rows], len(rows), {}
+        twin.segments, twin._slots, twin.num_rows, twin._held = list(self.segments), self._slots[rows], len(rows), {}
         return twin
 
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
+        names = ("keys", "values")
+        read = [name for name in names if not self._is_held(name)]
         slots = self._slots[rows.detach().cpu().clamp(min=0)]
-        keys, values = (decode(each.to(self.device)) for each in self._take(position, ("keys", "values"), slots))
+        parts = dict(zip(read, self._take(position, read, slots), strict=True)) if read else {}
+        keys, values = (
+            decode(sent(parts[name], rows.device)) if name in parts else chunks_at(self.held(position, name), rows)
+            for name in names
+        )
         return keys, values
+
+    def stored(self, position: int) -> tuple[Tensor, Tensor] | None:
+        names = "keys", "values"
+        if not all(map(self._is_held, names)):
+            return None
+        for name in names:
+            self.held(position, name)
+        return self._held[position, "keys"], self._held[position, "values"]
 
     # Slots and segments.
 
@@ -226,13 +273,17 @@ class DiskStorage:
             segment.num_live += len(which)
 
     @torch.inference_mode(False)  # a first search while the model runs must not keep later ones from being written
-    def search_keys(self, position: int) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return the search keys of the live rows of one layer, read from the segments, and checked, the first time."""
-        if position not in self._keys:
-            (keys,) = self._take(position, (self.searched(position),), self._slots[: self.num_rows], check=True)
-            self._keys[position] = keys.to(self.device)
-        keys = self._keys[position][:, : self.num_rows]
-        return decode(keys).float().flatten(1, 2) if self.shapes[position].by_token else keys
+    def held(self, position: int, name: str) -> Tensor:
+        """Return one tensor of the live rows of one layer, read from the segments, and checked, the first time."""
+        if (position, name) not in self._held:
+            (tensor,) = self._take(position, (name,), self._slots[: self.num_rows], check=True)
+            self._held[position, name] = sent(tensor, self.device)
+        return self._held[position, name][:, : self.num_rows]
+
+    def search_keys(self, position: int) -> Num[Tensor, "kv_heads rows stored_key_dim"]:
+        """Return what a search of the live rows of one layer compares."""
+        keys = self.held(position, searched_name(self.shapes[position]))
+        return keys.flatten(1, 2) if self.shapes[position].by_token else keys
 
     def flush(self) -> None:
         """Write what waits to a file, and to the disk itself; what waits goes on to wait where that raises OSError."""
@@ -349,7 +400,7 @@ class DiskLayer:
         return self._storage.num_rows
 
     @property
-    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
+    def search_keys(self) -> Num[Tensor, "kv_heads rows stored_key_dim"]:
         return self._storage.search_keys(self._position)
 
     @property

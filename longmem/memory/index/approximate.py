@@ -1,5 +1,7 @@
 """Approximate search: FAISS indexes, one for each key-value head, that follow the rows of a store."""
 
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,12 +9,13 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from torch import Tensor
 
+from longmem.memory.index import gpu
 from longmem.memory.index.exact import FlatIndex, Ranked
 from longmem.memory.index.saved import SavedIndex
-from longmem.memory.rows.storage import LayerRows
+from longmem.memory.rows.storage import LayerRows, decode
 
 EXACT_BELOW = 8_192  # rows; a store, or a subset, of so few is searched faster exactly
 # A store that has grown by this factor wants other clusters than it was trained with, and so does one to which as many
@@ -41,9 +44,12 @@ class ApproximateIndex(FlatIndex):
     - Clusters are made by distance and searched by inner product. Made by inner product, a few with long centres would
       draw most keys to themselves.
 
-    On a GPU every search is exact: FAISS's indexes there know no filter and let go of no vector.
+    On a GPU FAISS's indexes know no filter and let go of no vector. So a search of all rows asks a copy there for as many more
+    as are dead, and ranks what lives again; the copy is made anew after rows were added. A search of some rows is exact, and so
+    is every one of kinds that FAISS does not have there, or without its GPU build.
     """
 
+    has_gpu_form = False
     # Share of the rows below which a filtered search is exact: see the kinds.
     exact_share = 0.0
 
@@ -55,6 +61,11 @@ class ApproximateIndex(FlatIndex):
         self._centres: Float[np.ndarray, "kv_heads dim"] = np.empty((0, 0), dtype=np.float32)
         self._trained_rows = 0
         self._rows_added = self._rows_reencoded = 0  # since it was trained
+        self._copies: list[Any] = []  # of the files, on a GPU
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes along: not what is on a GPU, which it makes anew."""
+        return {**self.__dict__, "_copies": []}
 
     # What a kind says.
 
@@ -94,7 +105,7 @@ class ApproximateIndex(FlatIndex):
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return the best rows that FAISS finds, and the exact answer to queries for which it finds too few."""
         num_rows = self.store.num_rows
-        if self.is_exact(rows):
+        if self.is_exact(rows) or (self.is_on_gpu and num_chunks > gpu.MOST_FOUND):
             return super().best_rows(queries, num_chunks, rows, bonus)
         if bonus is not None:
             count = min(CANDIDATES_WITH_BONUS * num_chunks, num_rows if rows is None else len(rows))
@@ -102,9 +113,12 @@ class ApproximateIndex(FlatIndex):
             scores, slots = (products + bonus[candidates.clamp(min=0)]).topk(num_chunks, dim=2)
             return scores, candidates.gather(2, slots)
         self._catch_up()
-        scores, found = self._look_up(queries, num_chunks, rows)
-        if not self.is_exact_in_scores:
-            scores, found = self._rank_again(queries, found, num_chunks)
+        if self.is_on_gpu:
+            scores, found = self._look_up_on_gpu(queries, num_chunks)
+        else:
+            scores, found = self._look_up(queries, num_chunks, rows)
+            if not self.is_exact_in_scores:
+                scores, found = self._rank_again(queries, found, num_chunks)
         # Clusters that hold too few, or a filter that cuts the graph: rare, but nobody else would fill the slots.
         short = (found < 0).any(dim=2).any(dim=0).nonzero().flatten()
         if len(short):
@@ -112,11 +126,39 @@ class ApproximateIndex(FlatIndex):
         return scores, found
 
     def is_exact(self, rows: Tensor | None) -> bool:
-        """Return whether the store, or the subset, is so small that all of it is compared; on a GPU all is, always."""
+        """Return whether all of the store, or of the subset, is compared: it is small, or a GPU has nothing else for it."""
         num_rows = self.store.num_rows
-        if self.device.type != "cpu" or num_rows < self.exact_below() * self.rows_per_chunk:
+        if num_rows < self.exact_below() * self.rows_per_chunk:
+            return True
+        if self.is_on_gpu and not (rows is None and self.has_gpu_form and gpu.searches_on(self.device)):
             return True
         return rows is not None and len(rows) < max(EXACT_BELOW * self.rows_per_chunk, self.exact_share * num_rows)
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Return whether the store is on a device where FAISS's indexes for the CPU cannot search it."""
+        return self.device.type != "cpu"
+
+    def probes(self, file: Any) -> int:
+        """Return how many clusters a query looks into, for kinds that have a form for GPUs."""
+        raise NotImplementedError
+
+    def _look_up_on_gpu(self, queries: Tensor, num_chunks: int) -> Ranked:
+        table = self._table
+        try:
+            self._copies = self._copies or [gpu.copy_of(file, self.device) for file in self._files]
+        except RuntimeError as error:
+            warnings.warn(f"FAISS has no such index on a GPU, so all is compared there: {error}", stacklevel=2)
+            self.has_gpu_form = False
+            return super().best_rows(queries, num_chunks, None)
+        # Dead vectors take places: by so much more is asked for, and half of that again, for they stand together.
+        count = math.ceil(self.candidates(num_chunks) * (1 + 1.5 * table.num_dead / max(1, table.num_live)))
+        count, rows_of = min(count, table.num_live, gpu.MOST_FOUND), torch.from_numpy(table.rows.copy()).to(self.device)
+        found = []
+        for copy, file, query in zip(self._copies, self._files, queries, strict=True):
+            labels = gpu.search(copy, query, max(count, num_chunks), self.probes(file))[1]
+            found.append(torch.where(labels < 0, -1, rows_of[labels.clamp(min=0)]))
+        return self._rank_again(queries, torch.stack(found), num_chunks)
 
     def _look_up(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Ranked:
         mask = self._table.mask(None if rows is None else rows.numpy())
@@ -137,7 +179,9 @@ class ApproximateIndex(FlatIndex):
         heads = []
         for query, keys, rows in zip(queries, search_keys, found, strict=True):
             blocks = zip(query.split(step), rows.split(step), strict=True)
-            products = [torch.einsum("qcd,qd->qc", keys[block.clamp(min=0)], part) for part, block in blocks]
+            products = [
+                torch.einsum("qcd,qd->qc", decode(keys[block.clamp(min=0)]).float(), part) for part, block in blocks
+            ]
             scores, slots = torch.cat(products).masked_fill(rows < 0, -torch.inf).topk(num_chunks, dim=1)
             heads.append((scores, rows.gather(1, slots)))
         return torch.stack([scores for scores, _ in heads]), torch.stack([rows for _, rows in heads])
@@ -183,21 +227,22 @@ class ApproximateIndex(FlatIndex):
         self._add(np.arange(num_rows))
 
     def _train(self) -> None:
-        num_rows, search_keys = self.store.num_rows, self.store.search_keys.numpy()
+        num_rows = self.store.num_rows
         sample = np.arange(num_rows)
         if num_rows > (count := self.training_points(num_rows)):
             sample = np.sort(np.random.default_rng(0).choice(num_rows, count, replace=False))
         files, centres = [], []
-        for keys in search_keys:
-            points = keys[sample]
+        for keys in self.store.search_keys:
+            points = _floats(keys, sample)
+            dim = points.shape[1]
             centres.append(points.mean(axis=0))
-            file = faiss.index_factory(keys.shape[1], self.layout(keys.shape[1], num_rows), faiss.METRIC_INNER_PRODUCT)
+            file = faiss.index_factory(dim, self.layout(dim, num_rows), faiss.METRIC_INNER_PRODUCT)
             self.prepare(file)
             with self._by_distance(file):
                 file.train(self._vectors(points, centres[-1]))
             files.append(file)
         self._files, self._centres, self._trained_rows, self._rows_added = files, np.stack(centres), num_rows, 0
-        self._rows_reencoded = 0
+        self._rows_reencoded, self._copies = 0, []
 
     def _vectors(self, keys: np.ndarray, centre: np.ndarray) -> np.ndarray:
         """Return what FAISS gets for these keys; what it rounds must not become inf, so it is cut off first."""
@@ -207,12 +252,13 @@ class ApproximateIndex(FlatIndex):
     def _add(self, rows: Int[np.ndarray, " rows"]) -> None:
         if not len(rows):
             return
-        for file, keys, centre in zip(self._files, self.store.search_keys.numpy(), self._centres, strict=True):
+        for file, keys, centre in zip(self._files, self.store.search_keys, self._centres, strict=True):
             with self._by_distance(file):
                 for start in range(0, len(rows), ROWS_PER_STEP):
-                    file.add(self._vectors(keys[rows[start : start + ROWS_PER_STEP]], centre))
+                    file.add(self._vectors(_floats(keys, rows[start : start + ROWS_PER_STEP]), centre))
         self._table.add(rows)
         self._rows_added += len(rows)
+        self._copies = []
 
     @contextmanager
     def _by_distance(self, file: Any) -> Iterator[None]:
@@ -244,6 +290,7 @@ class ApproximateIndex(FlatIndex):
         if not fits or not self._table.adopt(saved.rows, self.store.num_rows):
             return False
         self._files, self._centres, self._trained_rows = saved.files, saved.centres, saved.trained_rows
+        self._copies = []
         for file in self._files:
             self.prepare(file)
         # Of tombstones nobody knows whether they were encoded again, which leaves clusters of another encoder.
@@ -375,6 +422,11 @@ class LabelTable:
         if stop > known:
             self._labels = _with_length(self._labels, stop, known, fill=-1)
             self._is_waiting = _with_length(self._is_waiting, len(self._labels), known, fill=0)
+
+
+def _floats(keys: Num[Tensor, "rows stored_dim"], rows: Int[np.ndarray, " some"]) -> Float[np.ndarray, "some dim"]:
+    """Return some of the keys in float32, on the CPU."""
+    return decode(keys[torch.from_numpy(rows).to(keys.device)]).float().cpu().numpy()
 
 
 def _with_length(array: np.ndarray, length: int, used: int, fill: int = -1) -> np.ndarray:

@@ -7,18 +7,21 @@ from typing import ClassVar
 
 import faiss
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import functional
 
+from longmem.memory.index import gpu
 from longmem.memory.index.saved import SavedIndex
-from longmem.memory.rows.storage import LayerRows
+from longmem.memory.rows.storage import LayerRows, decode
 from longmem.plugins import Setting, register
 
 Ranked = tuple[Float[Tensor, "kv_heads queries chunks"], Int[Tensor, "kv_heads queries chunks"]]
 
 # Scores that one step of exact search holds at a time (64 MiB of float32): a book has too many for all its queries.
 SCORES_PER_STEP = 2**24
+# Numbers of keys that one step turns to float32: on a CPU 4 MiB, which stay in its cache.
+NUMBERS_PER_STEP = {"cpu": 2**20, "cuda": 2**26}
 # So few queries are answered sooner over all rows, without those that are left out, than over a copy of the others
 # (65,535 of 65,536 rows, one query: 8 ms against 80 ms).
 FEW_QUERIES = 32
@@ -26,41 +29,70 @@ FEW_QUERIES = 32
 
 def exact_top_chunks(
     queries: Float[Tensor, "kv_heads queries dim"],
-    search_keys: Float[Tensor, "kv_heads rows dim"],
+    search_keys: Num[Tensor, "kv_heads keys stored_dim"],
     num_chunks: int,
-    bonus: Float[Tensor, " rows"] | None = None,
+    bonus: Float[Tensor, " all_chunks"] | None = None,
+    rows: Int[Tensor, " subset"] | None = None,
+    size: int = 1,
 ) -> Ranked:
-    """Return the `num_chunks` largest inner products and their rows, largest first, by torch on any device.
+    """Return the best scores and the rows of their chunks, best first, by torch on any device: what other searches must find.
 
-    `bonus`: added to the products with each row.
+    Keys are read as they are stored, and a block of them at a time becomes float32; the whole of a bank never does.
+
+    Args:
+        queries: in float32.
+        search_keys: `size` for each chunk, one after the other; the best of them counts.
+        num_chunks: at most all that are searched.
+        bonus: for each chunk, added to its score.
+        rows: search only these chunks (sorted).
 
     >>> exact_top_chunks(torch.ones(1, 1, 2), torch.tensor([[[0.0, 1.0], [2.0, 1.0], [1.0, 1.0]]]), 2)
     (tensor([[[3., 2.]]]), tensor([[[1, 2]]]))
     """
-    step = max(1, SCORES_PER_STEP // (search_keys.shape[0] * search_keys.shape[1]))
-    found = []
-    for block in queries.split(step, dim=1):
-        scores = block @ search_keys.transpose(1, 2)
-        found.append((scores if bonus is None else scores.add_(bonus)).topk(num_chunks, dim=2))
-    return torch.cat([scores for scores, _ in found], dim=1), torch.cat([rows for _, rows in found], dim=1)
+    heads, total, device = len(search_keys), search_keys.shape[1] // size, search_keys.device
+    is_left_out = picked = None
+    if rows is not None and 2 * len(rows) > total:  # a mask costs less than a copy
+        is_left_out = torch.ones(total, dtype=torch.bool, device=device)
+        is_left_out[rows] = False
+    elif rows is not None:
+        picked, total = rows, len(rows)
+    is_copied = picked is not None or search_keys.dtype != torch.float32
+    numbers = NUMBERS_PER_STEP["cpu" if device.type == "cpu" else "cuda"]
+    step = max(1, numbers // (heads * queries.shape[2] * size)) if is_copied else max(1, total)
+    some = max(1, SCORES_PER_STEP // (heads * min(step, max(1, total)) * size))
+    best: list[list[Ranked]] = [[] for _ in range(0, queries.shape[1], some)]
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        here = slice(start, stop) if picked is None else picked[start:stop]
+        if isinstance(here, slice):
+            keys = search_keys[:, start * size : stop * size]
+        else:
+            keys = search_keys.index_select(1, tokens_of(here, size))
+        keys = decode(keys).float().transpose(1, 2)
+        for own, block in zip(best, queries.split(some, dim=1), strict=True):
+            scores = block @ keys
+            scores = scores if size == 1 else scores.unflatten(2, (-1, size)).amax(dim=3)
+            if bonus is not None:
+                scores += bonus[here]
+            if is_left_out is not None:  # filled, not added: whatever a query holds, also NaN, it is never the best
+                scores.masked_fill_(is_left_out[here], -torch.inf)
+            scores, places = scores.topk(min(num_chunks, stop - start), dim=2)
+            own.append((scores, places + start))
+            if len(own) > 1:
+                scores, places = (torch.cat(parts, dim=2) for parts in zip(*own, strict=True))
+                scores, slots = scores.topk(min(num_chunks, scores.shape[2]), dim=2)
+                own[:] = [(scores, places.gather(2, slots))]
+    scores, places = (torch.cat(parts, dim=1) for parts in zip(*(own[0] for own in best), strict=True))
+    return scores, places if picked is None else picked[places]
 
 
-def top_of_most_rows(
-    queries: Float[Tensor, "kv_heads queries dim"],
-    search_keys: Float[Tensor, "kv_heads rows dim"],
-    num_chunks: int,
-    subset: Int[Tensor, " subset"],
-    bonus: Float[Tensor, " rows"] | None = None,
-) -> Ranked:
-    """Return the `num_chunks` largest inner products with a `subset` of the rows, which is not copied and not smaller."""
-    scores = queries @ search_keys.transpose(1, 2)
-    if bonus is not None:
-        scores = scores + bonus
-    is_left_out = torch.ones(search_keys.shape[1], dtype=torch.bool, device=search_keys.device)
-    is_left_out[subset] = False
-    # Filled, not added: whatever a query holds, also NaN, what is left out is never the best.
-    scores, rows = scores.masked_fill_(is_left_out, -torch.inf).topk(num_chunks, dim=2)
-    return scores, rows
+def tokens_of(rows: Int[Tensor, " rows"], size: int) -> Int[Tensor, " tokens"]:
+    """Return the places of the tokens of chunks of so many.
+
+    >>> tokens_of(torch.tensor([0, 2]), 3)
+    tensor([0, 1, 2, 6, 7, 8])
+    """
+    return (rows.unsqueeze(1) * size + torch.arange(size, device=rows.device)).flatten()
 
 
 def faiss_top_chunks(
@@ -70,19 +102,16 @@ def faiss_top_chunks(
 
     On a GPU this needs faiss-gpu; where it is missing, torch does the same search.
     """
-    metric = faiss.METRIC_INNER_PRODUCT
-    if not search_keys.is_cuda:
-        heads = zip(queries.numpy(), search_keys.numpy(), strict=True)
+    pairs = zip(queries, search_keys, strict=True)
+    if search_keys.device.type == "cpu":
+        metric = faiss.METRIC_INNER_PRODUCT
         found: list[Iterable[Tensor]] = [
-            map(torch.from_numpy, faiss.knn(query, keys, num_chunks, metric)) for query, keys in heads
+            map(torch.from_numpy, faiss.knn(query.numpy(), keys.numpy(), num_chunks, metric)) for query, keys in pairs
         ]
-    elif not hasattr(faiss, "StandardGpuResources"):
-        return exact_top_chunks(queries, search_keys, num_chunks)
+    elif gpu.searches_on(search_keys.device) and num_chunks <= gpu.MOST_FOUND:
+        found = [gpu.knn(query, keys, num_chunks) for query, keys in pairs]
     else:
-        from faiss.contrib import torch_utils  # noqa: F401  lets faiss read torch tensors where they are
-
-        resources, pairs = faiss.StandardGpuResources(), zip(queries, search_keys, strict=True)
-        found = [faiss.knn_gpu(resources, query, keys, num_chunks, metric=metric) for query, keys in pairs]
+        return exact_top_chunks(queries, search_keys, num_chunks)
     scores, rows = (torch.stack(part) for part in zip(*found, strict=True))
     return scores, rows
 
@@ -165,28 +194,24 @@ class ExactIndex(ChunkIndex):
     """The reference: a matrix product and `topk`, on whatever device the store is."""
 
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
-        """Return the best rows by `top_chunks` over the store's rows, or over a copy of a subset of them."""
-        search_keys = self.store.search_keys
-        if rows is not None and queries.shape[1] <= FEW_QUERIES and 2 * len(rows) > search_keys.shape[1]:
-            return top_of_most_rows(queries, search_keys, num_chunks, rows, bonus)
-        if rows is not None:
-            search_keys = search_keys.index_select(1, rows)
-        if bonus is None:
-            scores, found = self.top_chunks(queries, search_keys, num_chunks)
-        else:  # FAISS knows no such thing
-            bonus = bonus if rows is None else bonus[rows]
-            scores, found = exact_top_chunks(queries, search_keys, num_chunks, bonus)
-        if rows is None:
-            return scores, found
-        return scores, torch.where(found < 0, -1, rows[found.clamp(min=0)])
-
-    def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Ranked:
-        return exact_top_chunks(queries, search_keys, num_chunks)
+        """Return the best of the store's rows, or of some of them."""
+        return exact_top_chunks(queries, self.store.search_keys, num_chunks, bonus, rows)
 
 
 @register("index", "flat")
 class FlatIndex(ExactIndex):
-    """Exact search by FAISS straight over the store's rows: nothing to build, nothing stored twice."""
+    """Exact search by FAISS straight over the store's rows, where these are float32: nothing to build, nothing stored twice."""
+
+    def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
+        """Return the best rows by FAISS over the store's rows, or over a copy of some, and by torch where FAISS cannot."""
+        search_keys = self.store.search_keys
+        are_most = rows is not None and queries.shape[1] <= FEW_QUERIES and 2 * len(rows) > search_keys.shape[1]
+        if bonus is not None or are_most or search_keys.dtype != torch.float32:
+            return super().best_rows(queries, num_chunks, rows, bonus)
+        if rows is None:
+            return self.top_chunks(queries, search_keys, num_chunks)
+        scores, found = self.top_chunks(queries, search_keys.index_select(1, rows), num_chunks)
+        return scores, torch.where(found < 0, -1, rows[found.clamp(min=0)])
 
     def top_chunks(self, queries: Tensor, search_keys: Tensor, num_chunks: int) -> Ranked:
         return faiss_top_chunks(queries, search_keys, num_chunks)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Num, Shaped
 from torch import Tensor
 
 FLOATING_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -113,9 +113,10 @@ KeysValues = tuple[
 
 @runtime_checkable
 class LayerRows(Protocol):
-    """What an index sees of one layer: `num_rows` live rows and their search keys, dense for each head.
+    """What an index sees of one layer: `num_rows` live rows and their search keys, dense for each head, as they are stored.
 
-    Where chunks are found by their best token, search keys are those of all tokens, row by row.
+    Where chunks are found by their best token, search keys are those of all tokens, row by row, in the storage dtype; else
+    they are float32. What is searched is a view; `decode` is for the part that is compared at a time.
     """
 
     @property
@@ -123,7 +124,7 @@ class LayerRows(Protocol):
     @property
     def num_rows(self) -> int: ...
     @property
-    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]: ...
+    def search_keys(self) -> Num[Tensor, "kv_heads rows stored_key_dim"]: ...
     @property
     def device(self) -> torch.device: ...
 
@@ -142,12 +143,75 @@ def bytes_of_chunk(shapes: Sequence[LayerShape], chunk_size: int, storage_dtype:
     >>> bytes_of_chunk([LayerShape(2, 64, 64, by_token=True)], 4, torch.float16)
     2048
     """
-    total = 0
-    for heads, key_dim, value_dim, by_token in shapes:
-        stored = stored_width(key_dim, storage_dtype) + stored_width(value_dim, storage_dtype)
-        search_bytes = 0 if by_token else key_dim * torch.float32.itemsize
-        total += heads * (chunk_size * stored * storage_dtype.itemsize + search_bytes)
-    return total
+    return sum(bytes_by_name(shapes, chunk_size, storage_dtype).values())
+
+
+def bytes_by_name(shapes: Sequence[LayerShape], chunk_size: int, storage_dtype: torch.dtype) -> dict[str, int]:
+    """Return the bytes of one chunk in all layers, for each field of `Chunks`."""
+    number = chunk_size * storage_dtype.itemsize
+    return {
+        "keys": sum(shape.kv_heads * stored_width(shape.key_dim, storage_dtype) * number for shape in shapes),
+        "values": sum(shape.kv_heads * stored_width(shape.value_dim, storage_dtype) * number for shape in shapes),
+        "search_keys": sum(shape.kv_heads * shape.key_dim * 4 for shape in shapes if not shape.by_token),
+    }
+
+
+def searched_name(shape: LayerShape) -> str:
+    """Return which field of `Chunks` a search compares."""
+    return "keys" if shape.by_token else "search_keys"
+
+
+def names_on_device(
+    shapes: Sequence[LayerShape], chunk_size: int, storage_dtype: torch.dtype, num_rows: int, budget: int | None
+) -> tuple[str, ...]:
+    """Return which fields of so many chunks a device holds: all, if they fit in `budget` bytes, else what a search compares.
+
+    Raises ValueError if that does not fit.
+    """
+    if budget is None or not shapes:
+        return Chunks._fields
+    sizes, searched = bytes_by_name(shapes, chunk_size, storage_dtype), searched_name(shapes[0])
+    whole, needed = num_rows * sum(sizes.values()), num_rows * sizes[searched]
+    if needed > budget:
+        raise ValueError(
+            f"`device_budget` must have room for what a search compares, {needed:,} bytes for {num_rows:,} chunks "
+            f"({whole:,} with all keys and values), got {budget:,}; raise it, or keep the bank in host memory: "
+            '`bank.to("cpu")`.'
+        )
+    return Chunks._fields if whole <= budget else (searched,)
+
+
+def rows_within(
+    budget: int | None, names: Sequence[str], shapes: Sequence[LayerShape], chunk_size: int, storage_dtype: torch.dtype
+) -> int:
+    """Return for how many chunks there is room in a budget where these fields are on the device."""
+    if budget is None:
+        return 2**63
+    sizes = bytes_by_name(shapes, chunk_size, storage_dtype)
+    return budget // max(1, sum(sizes[name] for name in names))
+
+
+def default_budget(device: torch.device) -> int | None:
+    """Return the bytes that a bank may take of a device: half of what is free on a GPU now; None: as many as it needs."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else None
+
+
+def sent(tensor: Shaped[Tensor, "*shape"], device: torch.device) -> Shaped[Tensor, "*shape"]:
+    """Return a tensor on a device; from host memory to a GPU through pinned memory, so that nobody waits for the copy."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def chunks_at(
+    tensor: Num[Tensor, "kv_heads rows chunk_size stored_dim"], rows: Int[Tensor, "kv_heads chunks"]
+) -> Float[Tensor, "kv_heads chunks chunk_size dim"]:
+    """Return copies of these rows, decoded, other ones for each head, where `rows` are; row -1 is read as row 0."""
+    heads, allocated = tensor.shape[:2]
+    places = rows.to(tensor.device).clamp(min=0) + allocated * torch.arange(heads, device=tensor.device).unsqueeze(1)
+    # One index_select over (heads * rows) copies whole chunks; `gather` would need an index for every number.
+    taken = tensor.flatten(0, 1).index_select(0, places.flatten())
+    return decode(sent(taken, rows.device)).unflatten(0, rows.shape)
 
 
 def cut_into_chunks(
@@ -235,28 +299,45 @@ class ChunkStore:
         return Chunks(*(tensor[:, : self.num_rows] for tensor in self._tensors))
 
     @property
-    def search_keys(self) -> Float[Tensor, "kv_heads rows key_dim"]:
-        """Return the float32 search keys of the live rows, dense for each head: a view, or the keys of all tokens."""
+    def search_keys(self) -> Num[Tensor, "kv_heads rows stored_key_dim"]:
+        """Return a view of what a search compares: float32 search keys of the live rows, or all tokens' keys as stored."""
         if self.shape.by_token:
-            return decode(self._tensors.keys[:, : self.num_rows]).float().flatten(1, 2)
+            return self._tensors.keys[:, : self.num_rows].flatten(1, 2)
         return self._tensors.search_keys[:, : self.num_rows]
 
     @property
     def device(self) -> torch.device:
-        return self._tensors.keys.device
+        """Return where a search compares."""
+        return getattr(self._tensors, searched_name(self.shape)).device
+
+    def place(self, device: torch.device, names: Sequence[str]) -> None:
+        """Keep the tensors of these names on a device, and the others in host memory."""
+        host = torch.device("cpu")
+        places = (device if name in names else host for name in Chunks._fields)
+        self._tensors = Chunks(*(sent(tensor, place) for tensor, place in zip(self._tensors, places, strict=True)))
+
+    @property
+    def num_allocated(self) -> int:
+        """Return how many rows there is room for."""
+        return self._tensors.keys.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Return the bytes of the tensors, with the room that growth has reserved."""
         return sum(tensor.nbytes for tensor in self._tensors)
 
-    def reserve(self, num_rows: int) -> None:
-        """Make room for `num_rows` rows in all: the only step of a write that allocates, so the only one to fail."""
-        allocated = self._tensors.keys.shape[1]
+    def reserve(self, num_rows: int, most: int = 2**63) -> None:
+        """Make room for `num_rows` rows in all, and for up to `most`: the only step of a write that allocates and may fail."""
+        allocated = self.num_allocated
         if num_rows > allocated:
-            rows = 2 * allocated if self.capacity is None else min(self.capacity, 2 * allocated)
-            rows = max(num_rows, rows)
+            most = most if self.capacity is None else min(most, self.capacity)
+            rows = max(num_rows, min(2 * allocated, most))
             self._tensors = Chunks(*(with_rows(tensor, rows, self.num_rows) for tensor in self._tensors))
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all rows, as they are stored, with the room for rows to come."""
+        return self._tensors.keys, self._tensors.values
 
     def write(self, rows: Int[Tensor, " chunks"], chunks: Chunks) -> None:
         """Write one chunk into each row; rows beyond the live ones must continue them without a gap."""
@@ -265,18 +346,17 @@ class ChunkStore:
         num_rows = max(self.num_rows, int(rows.max()) + 1)
         assert num_rows <= self.num_rows + len(rows)
         self.reserve(num_rows)
-        rows = rows.to(self.device)
         for tensor, written in zip(self._tensors, chunks, strict=True):
-            tensor.index_copy_(1, rows, written)
+            tensor.index_copy_(1, rows.to(tensor.device), sent(written, tensor.device))
         self.num_rows = num_rows
 
     def move(self, sources: Int[Tensor, " rows"], destinations: Int[Tensor, " rows"]) -> None:
         """Copy rows onto other rows; no row may be both a source and a destination."""
         if not len(sources):
             return
-        sources, destinations = sources.to(self.device), destinations.to(self.device)
         for tensor in self._tensors:
-            tensor.index_copy_(1, destinations, tensor.index_select(1, sources))
+            moved = tensor.index_select(1, sources.to(tensor.device))
+            tensor.index_copy_(1, destinations.to(tensor.device), moved)
 
     def truncate(self, num_rows: int) -> None:
         """Forget the rows from `num_rows` on; their memory is kept for the rows to come."""
@@ -285,19 +365,11 @@ class ChunkStore:
 
     def select(self, rows: Int[Tensor, " chunks"]) -> Chunks:
         """Return copies of these rows, the same for every head, in this order."""
-        rows = rows.to(self.device)
-        return Chunks(*(tensor.index_select(1, rows) for tensor in self._tensors))
+        return Chunks(*(tensor.index_select(1, rows.to(tensor.device)) for tensor in self._tensors))
 
     def gather(self, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
-        """Return copies of the keys and values of these rows, decoded, other rows for each head; row -1 is read as row 0."""
-        keys, values, _ = self._tensors
-        heads, allocated = keys.shape[:2]
-        offsets = allocated * torch.arange(heads, device=keys.device).unsqueeze(1)
-        flat_rows = (rows.to(keys.device).clamp(min=0) + offsets).flatten()
-        # One index_select over (heads * rows) copies whole chunks; `gather` would need an index for every number.
-        taken = (tensor.flatten(0, 1).index_select(0, flat_rows) for tensor in (keys, values))
-        is_coded = keys.dtype == torch.int8
-        return tuple((decode(each) if is_coded else each).unflatten(0, rows.shape) for each in taken)
+        """Return copies of the keys and values of these rows, as `chunks_at` does."""
+        return chunks_at(self._tensors.keys, rows), chunks_at(self._tensors.values, rows)
 
 
 def with_rows(tensor: Tensor, rows: int, num_live: int) -> Tensor:
@@ -313,13 +385,15 @@ class Storage(Protocol):
     Layers are counted by position. `reserve` allocates whatever the writes up to `num_rows` rows need, so that they cannot
     fail for want of memory. `write` writes one chunk of every layer into each row, and returns where the first of them is on
     disk, -1 for nowhere. `drop` names rows that are given up, before they are overwritten or moved onto; `keep` returns some
-    rows as they are, in a storage of their own that is only read.
+    rows as they are, in a storage of their own that is only read. `place` keeps it on a device, within a budget of bytes there:
+    see `names_on_device`; what has no room there stays in host memory or on disk. `gather` answers where its rows are.
     """
 
     @property
     def shapes(self) -> list[LayerShape]: ...  # of each layer; none before the first write has fixed them
     @property
     def nbytes(self) -> int: ...
+    def place(self, device: torch.device, budget: int | None) -> None: ...
     def layer(self, position: int) -> LayerRows: ...
     def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None: ...
     def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int: ...
@@ -330,6 +404,9 @@ class Storage(Protocol):
     def keep(self, rows: Int[Tensor, " chunks"]) -> Storage: ...
     def recheck(self) -> None: ...  # so that what is selected next is found to be as it was written
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
+    def stored(
+        self, position: int
+    ) -> tuple[Tensor, Tensor] | None: ...  # tensors with all rows, None where there are none
 
 
 class MemoryStorage:
@@ -339,6 +416,22 @@ class MemoryStorage:
         self.capacity = capacity
         self.stores: list[ChunkStore] = []
         self.shapes: list[LayerShape] = []  # of each layer
+        self._device = torch.device("cpu")
+        self._budget: int | None = None
+        self._names: tuple[str, ...] = Chunks._fields  # of what is on the device
+
+    def place(self, device: torch.device, budget: int | None) -> None:
+        if self.stores:
+            sizes = self._sizes
+            self._names = names_on_device(*sizes, self.stores[0].num_allocated, budget)
+            for store in self.stores:
+                store.place(device, self._names)
+        self._device, self._budget = device, budget
+
+    @property
+    def _sizes(self) -> tuple[list[LayerShape], int, torch.dtype]:
+        keys = self.stores[0].live.keys
+        return self.shapes, keys.shape[2], keys.dtype
 
     @property
     def nbytes(self) -> int:
@@ -352,8 +445,13 @@ class MemoryStorage:
             empty = [Chunks(*(tensor[:, :0].clone() for tensor in layer)) for layer in layers]
             self.stores = [ChunkStore.of(layer, capacity=self.capacity) for layer in empty]
             self.shapes = [store.shape for store in self.stores]
+        names = names_on_device(*self._sizes, num_rows, self._budget)
+        if names != self._names:
+            self._names = names
+            for store in self.stores:
+                store.place(self._device, names)
         for store in self.stores:
-            store.reserve(num_rows)
+            store.reserve(num_rows, rows_within(self._budget, names, *self._sizes))
 
     def write(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         """Write one chunk of every layer into each row; there is no place on disk, -1."""
@@ -386,3 +484,6 @@ class MemoryStorage:
 
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         return self.stores[position].gather(rows)
+
+    def stored(self, position: int) -> tuple[Tensor, Tensor] | None:
+        return self.stores[position].stored

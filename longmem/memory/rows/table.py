@@ -32,6 +32,7 @@ from longmem.memory.rows.storage import (
     Storage,
     bytes_of_chunk,
     cut_into_chunks,
+    default_budget,
 )
 
 # Arguments of a table, beside its storage.
@@ -100,6 +101,8 @@ class Table:
         self.index, self.eviction = index, eviction
         self.storage_dtype = storage_dtype
         self.device = device
+        self.device_budget = default_budget(device)
+        self.storage.place(device, self.device_budget)
         self.by_token = by_token
         self.ledger = Ledger(chunk_size, make_policy(eviction))
         # Whether anything goes by itself; then the policy is asked before every read and write.
@@ -133,6 +136,14 @@ class Table:
                 before._editions, self._editions = self._editions, weakref.WeakSet()
             self.storage, self.ledger, self.encoders = other.storage, other.ledger, other.encoders
             self.indexes, self.find_saved, self.index = other.indexes, other.find_saved, other.index
+            self.storage.place(self.device, self.device_budget)
+
+    def place(self, device: torch.device, budget: int | None) -> None:
+        """Keep the rows on a device from now on, as `Storage.place` does."""
+        with self.lock, torch.inference_mode(False):
+            self.storage.place(device, budget)
+            self.device, self.device_budget = device, budget
+            self.indexes.clear()
 
     def refuse(self, message: str) -> None:
         """Hold nothing that could be trusted: whatever is asked from now on raises ValueError with this message."""
