@@ -53,9 +53,9 @@ Changes = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 class ClusterBank:
     """A bank whose shards run on the machines of a Ray cluster, each with a folder of its own.
 
-    It is read like a `MemoryBank`, and gives what `BankShards` over the same folders gives. Queries, and what attention makes of
-    them, cross the network; keys and values do when something is written, and in a backward pass. A document is in the shard that
-    a hash of its name chooses. A transaction is of one shard.
+    It is read like a `MemoryBank`, and gives what `BankShards` over the same folders gives. Queries, and what attention makes
+    of them, cross the network; keys and values do when something is written, and in a backward pass. A document is in the
+    shard that a hash of its name chooses. A transaction is of one shard.
 
     A shard that died is started again from its folder, on another node if need be, and asked again. So every node that may run
     it must see that folder under the same path.
@@ -116,7 +116,9 @@ class ClusterBank:
         return [str(folder) for folder in folders]
 
     @classmethod
-    def start(cls, name: str, root: str | Path, *, actor_options: Mapping[str, Any] | None = None, **options: Any) -> Self:
+    def start(
+        cls, name: str, root: str | Path, *, actor_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> Self:
         """Start the shards that are in a folder, under a name, and connect to them.
 
         `actor_options`: of Ray's actors, such as `{"num_cpus": 2}`. Raises ValueError if there are none, or a folder can't be
@@ -131,10 +133,12 @@ class ClusterBank:
         return _made, (type(self), self.shards, own, self._selection)
 
     def __repr__(self) -> str:
-        return f"ClusterBank({len(self.shards)} shards, memory_layers={self.memory_layers}, chunk_size={self.chunk_size})"
+        return (
+            f"ClusterBank({len(self.shards)} shards, memory_layers={self.memory_layers}, chunk_size={self.chunk_size})"
+        )
 
     def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> ClusterBank:
-        """Return these documents, and those with one of these tags, to be read by themselves. Raises ValueError for an unknown one."""
+        """Return these documents, and those with one of these tags, by themselves. Raises ValueError for an unknown one."""
         names = checks.validate_names("document_ids", document_ids)
         chosen = checks.validate_tags((tags,) if isinstance(tags, str) else tags)
         if not names and not chosen:
@@ -164,7 +168,7 @@ class ClusterBank:
     def _ask_all(self, method: str, *given: Any, may_skip: bool = False) -> list[Any]:
         """Return what all shards answer, in order; None for those left out. Raises MissingShardError."""
         everyone = range(len(self.shards))
-        answers = self.shards.ask({number: (method, *given) for number in everyone}, timeout=self.timeout)
+        answers = self.shards.ask(dict.fromkeys(everyone, (method, *given)), timeout=self.timeout)
         if may_skip and self.on_missing == "skip" and answers:
             self._leave_out(set(everyone) - answers.keys())
         else:
@@ -232,6 +236,21 @@ class ClusterBank:
         return Encoders([] if stamp is None else [EncoderStamp.from_json(stamp)])
 
     @property
+    def model_name(self) -> str | None:
+        """Return the name of the model that `longmem cluster start` made the bank for; None where that is not known."""
+        return self._told[0]["model"]
+
+    @property
+    def folder(self) -> Any:
+        """Raise ValueError: each shard has a folder of its own."""
+        raise ValueError(
+            "a bank on a cluster has no folder, and no refresh policy, of its own: its shards have. End it by `longmem cluster "
+            f"stop`, and use the folders, {', '.join(each['folder'] for each in self._told)}."
+        )
+
+    freshness = folder
+
+    @property
     def fingerprint(self) -> str | None:
         stamp = self.encoders.stamp
         return None if stamp is None else stamp.digest
@@ -239,13 +258,14 @@ class ClusterBank:
     # Reading.
 
     def ready_for(self, model: EncodingModel) -> None:
-        """Make every shard ready to be read by a model; see `Freshness.ready_for`. What is stale is encoded by `reencode` alone."""
+        """Make every shard ready to be read by a model; see `Freshness.ready_for`. `reencode` encodes what is stale."""
         self._stamp = model.encoder.stamp_for_reading()
         answers = self._ask_all("status", self._stamp.to_json(), self._selection, may_skip=True)
         self._status = [each for each in answers if each is not None]
         if masked := sum(each["masked_chunks"] for each in self._status):
             warnings.warn(
-                f"{masked} chunks of an earlier encoder are not read until `reencode` has encoded them again.", stacklevel=2
+                f"{masked} chunks of an earlier encoder are not read until `reencode` has encoded them again.",
+                stacklevel=2,
             )
 
     def attend(
@@ -260,8 +280,8 @@ class ClusterBank:
     ) -> Attended | None:
         """Return each query's attention over the best chunks of all shards, put together from what each computes of its own.
 
-        Of each shard's best chunks scores, rows, log-sum-exps l_c and outputs o_c come back. Of all, the best by score are kept;
-        their attention is `sum softmax(l)_c o_c`, as exact as the numbers that were sent (docs/scaling.md, section 3, C).
+        Of each shard's best chunks scores, rows, log-sum-exps l_c and outputs o_c come back. Of all, the best by score are
+        kept; their attention is `sum softmax(l)_c o_c`, as exact as the numbers that were sent (docs/scaling.md, section 3, C).
         """
         own = self._pass()
         name = str(queries.dtype if dtype is None else dtype).removeprefix("torch.")
@@ -338,7 +358,9 @@ class ClusterBank:
 
     def parts(self) -> list[tuple[TextBank, list[str]]]:
         """Return the bank, with the names of the documents that a search can find."""
-        return [(self, [name for names in self._ask_all("names", self._selection, may_skip=True) for name in names or ()])]
+        return [
+            (self, [name for names in self._ask_all("names", self._selection, may_skip=True) for name in names or ()])
+        ]
 
     def find(self, text: str, model: FindingModel | None = None, k: int = 10) -> list[FoundPassage]:
         """Return passages of all shards; arguments as for `MemoryBank.find`."""
@@ -416,7 +438,9 @@ class ClusterBank:
         parts = [answers[each].get(name) for each in numbers]
         if fill is not None:
             like = (answers[each]["scores"] for each in numbers)
-            parts = [torch.full_like(other, fill) if part is None else part for part, other in zip(parts, like, strict=True)]
+            parts = [
+                torch.full_like(other, fill) if part is None else part for part, other in zip(parts, like, strict=True)
+            ]
         whole = torch.cat([part.to(queries.device) for part in parts], dim=2)
         if whole.ndim == 4:
             order = order.unsqueeze(-1).expand(*order.shape, whole.shape[-1])
@@ -434,14 +458,35 @@ class ClusterBank:
 
     def _look(self, document_id: object, method: str, *given: Any) -> Any:
         checks.validate_document_id("document_id", document_id)
+        if self._pending(document_id) and not self._is_draft:
+            raise ValueError(
+                f"{document_id!r} was changed in this transaction, so its `{method}` must not be read before the end of it; "
+                "make one transaction for each change."
+            )
         return self._ask(self.shard_of(str(document_id)), "look", method, document_id, *given)
 
+    def _pending(self, document_id: object) -> Changes:
+        """Return what the transaction that is open is going to change of a document."""
+        return [each for each in self._changes or () if each[1][0] == document_id]
+
     def __contains__(self, document_id: object) -> bool:
-        return isinstance(document_id, str) and not self._is_draft and self._look(document_id, "__contains__")
+        if not isinstance(document_id, str) or self._is_draft:
+            return False
+        if changes := self._pending(document_id):
+            return changes[-1][0] != "delete"
+        return bool(self._look(document_id, "__contains__"))
 
     def info(self, document_id: str) -> DocumentInfo:
-        """Return a summary of one document; inside a transaction, as it was before."""
-        return self._look(document_id, "info")
+        """Return a summary of one document; in a transaction that has changed it, with its tokens alone up to date."""
+        if self._is_draft or not (changes := self._pending(document_id)):
+            return self._look(document_id, "info")
+        own, self._changes = self._changes, []
+        try:
+            known = self.info(document_id) if document_id in self else DocumentInfo(document_id, 0, 0, 0, 0)
+        finally:
+            self._changes = own
+        length = lengths_after(changes, {document_id: known.num_tokens})[document_id]
+        return dataclasses.replace(known, num_tokens=length or 0)
 
     def text(self, document_id: str, start: int | None = None, stop: int | None = None) -> str | None:
         """Return the text of resident tokens; see `MemoryBank.text`."""
@@ -465,7 +510,7 @@ class ClusterBank:
     def transaction(self) -> Iterator[None]:
         """Make all changes inside the block at its end, together, or none of them if it raises; all must be of one shard.
 
-        What is read inside the block is as it was before. Raises ValueError for documents of two shards.
+        A document that was changed inside the block can be read, and continued, behind it. Raises ValueError for two shards.
         """
         if self._changes is not None:
             yield
@@ -487,8 +532,8 @@ class ClusterBank:
             return
         if self._shard_of_changes not in (None, number):
             raise ValueError(
-                f"a transaction must stay within one shard, got documents of shards {self._shard_of_changes} and {number}; make "
-                "one for each document."
+                f"a transaction must stay within one shard, got documents of shards {self._shard_of_changes} and {number}; "
+                "make one for each document."
             )
         self._shard_of_changes = number
         self._changes.append((method, (document_id, *given), options))
@@ -538,12 +583,16 @@ class ClusterBank:
         batch_size: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
-        """Replace a document by the encoding of a new text; see `MemoryBank.update`. What did not change is copied in its shard."""
+        """Replace a document by the encoding of a new text; see `MemoryBank.update`. Its shard copies what did not change."""
         if self._stamp is None or self._stamp.digest != model.encoder.stamp().digest:
             self.ready_for(model)
         known = self.info(document_id)
         draft = copy.copy(self)
-        draft._is_draft, draft._changes, draft._shard_of_changes = True, [], None  # as in a transaction, which never commits
+        draft._is_draft, draft._changes, draft._shard_of_changes = (
+            True,
+            [],
+            None,
+        )  # as in a transaction, which never commits
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
         assert self._stamp is not None
@@ -588,7 +637,9 @@ class ClusterBank:
         """Give back the space of what was deleted, in all shards."""
         self._ask_all("compact")
 
-    def reencode(self, model: EncodingModel, workers: Sequence[Any], *, budget_tokens: int | None = None) -> RefreshReport:
+    def reencode(
+        self, model: EncodingModel, workers: Sequence[Any], *, budget_tokens: int | None = None
+    ) -> RefreshReport:
         """Encode again all that another encoder than this model's wrote, by encoding workers, and return what was done.
 
         Each worker is given a segment when it is free, so that those of unequal speed end together. One shard after the other.
@@ -620,7 +671,7 @@ def lengths_after(changes: Changes, before: Mapping[str, int | None]) -> dict[st
         if method == "delete":
             lengths[given[0]] = None
         elif method in ("add", "append"):
-            known = lengths[given[0]] if method == "append" else None
+            known = lengths.get(given[0]) if method == "append" else None
             lengths[given[0]] = (known or 0) + given[1][0].shape[1]
     return lengths
 

@@ -30,8 +30,8 @@ class Shards(Protocol):
         ...
 
 
-def join(address: str | None = None) -> Any:
-    """Return the module `ray`, once this process belongs to a cluster: that of an address, of RAY_ADDRESS, or of this machine."""
+def join() -> Any:
+    """Return the module `ray`, once this process belongs to a cluster: the one of RAY_ADDRESS or of this machine."""
     try:
         import ray
     except ImportError as error:
@@ -41,7 +41,7 @@ def join(address: str | None = None) -> Any:
     if not ray.is_initialized():
         try:
             ray.init(
-                address=address or os.environ.get("RAY_ADDRESS") or "auto",
+                address=os.environ.get("RAY_ADDRESS") or "auto",
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -81,7 +81,12 @@ def start(name: str, folders: Sequence[str], options: Mapping[str, Any]) -> None
     actor = ray.remote(ShardActor)
     actors = [
         actor.options(
-            name=f"{name}/{number}", namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_task_retries=0, **chosen
+            name=f"{name}/{number}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            max_task_retries=0,
+            **chosen,
         ).remote(folder)
         for number, folder in enumerate(folders)
     ]
@@ -178,6 +183,6 @@ def refuse_missing(asked: Sequence[int], answers: Mapping[int, Any], timeout: fl
     """Raise MissingShardError unless all have answered."""
     if missing := [number for number in asked if number not in answers]:
         raise MissingShardError(
-            f"shards {missing} did not answer within {timeout:g} s, so what they hold is not known; try again, raise `timeout`, "
-            'or read the others alone with `on_missing="skip"`.'
+            f"shards {missing} did not answer within {timeout:g} s, so what they hold is not known; try again, raise "
+            '`timeout`, or read the others alone with `on_missing="skip"`.'
         )

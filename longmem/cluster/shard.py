@@ -21,6 +21,7 @@ from longmem.encoder.sketch import Sketch
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError, StaleMemoryError
 from longmem.memory import BankView, MemoryBank
+from longmem.memory.folder.foreign import parse_json
 from longmem.memory.protocols import Found
 from longmem.memory.refresh import RefreshReport
 from longmem.memory.visibility import READING
@@ -117,8 +118,16 @@ class Shard:
             "settings": bank._settings(),
             "stamp": None if stamp is None else stamp.to_json(),
             "folder": str(self._folder.resolve()),
+            "model": self._model_name(),
             "age_prior": bank.age_prior is not None,
         }
+
+    def _model_name(self) -> str | None:
+        try:
+            name = parse_json((self._folder / "model.json").read_text(encoding="utf-8"))["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return name if isinstance(name, str) else None
 
     def status(self, stamp: dict[str, Any] | None = None, selection: Any = None) -> dict[str, Any]:
         """Return sizes and state; with a stamp, after the bank was made ready to be read by that encoder."""
@@ -194,13 +203,18 @@ class Shard:
 
         All calls with one `read` are of one state, which is named in each answer.
         """
-        found, memory, state = self._search(read, digest, layer, queries.float(), num_chunks, selection, scaling, newest)
+        found, memory, state = self._search(
+            read, digest, layer, queries.float(), num_chunks, selection, scaling, newest
+        )
         if found is None or memory is None:
             return {"state": state}
         meeting = queries.to(getattr(torch, dtype))
         parts = (meeting, found.rows, found.log_weights, found.sizes)
         blocks = (itertools.repeat(None) if each is None else each.split(QUERY_BLOCK, dim=1) for each in parts)
-        done = [self._attend(memory, layer, found.generation, scaling, softcap, *block) for block in zip(*blocks)]
+        done = [
+            self._attend(memory, layer, found.generation, scaling, softcap, *block)
+            for block in zip(*blocks, strict=False)
+        ]
         output, logsumexp = (torch.cat(column, dim=1) for column in zip(*done, strict=True))
         answer = {"rows": found.rows, "scores": found.scores, "logsumexp": logsumexp, "state": state}
         answer["output"] = output.to(getattr(torch, wire))
@@ -275,7 +289,9 @@ class Shard:
         """Return rows and scores; arguments as for `MemoryBank.search`."""
         found, _, state = self._search(read, digest, layer, queries, num_chunks, selection, scaling, newest)
         known = {} if found is None else found._asdict()
-        return {name: each for name, each in known.items() if name != "generation" and each is not None} | {"state": state}
+        return {name: each for name, each in known.items() if name != "generation" and each is not None} | {
+            "state": state
+        }
 
     def gather(self, read: str, state: str, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of rows that a read has found or, if it is forgotten here, that are of the present state."""

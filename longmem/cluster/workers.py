@@ -153,7 +153,7 @@ class Pool:
     def __init__(self, workers: Encoders, ask: Callable[[Any, Any], Any]) -> None:
         self._workers, self._ask = workers, ask
         self.running: dict[Any, tuple[Any, int, int]] = {}  # by reference: task, worker, attempt
-        self._load = collections.Counter({number: 0 for number in range(len(workers.actors))})
+        self._load = collections.Counter(dict.fromkeys(range(len(workers.actors)), 0))
 
     @property
     def has_room(self) -> bool:

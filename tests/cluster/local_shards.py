@@ -12,7 +12,7 @@ from longmem.cluster.wire import Traffic, num_bytes, pack, raised, unpack
 
 
 class LocalShards:
-    """Answers for shards that run here; one in `silent` does not, one in `dies_after` dies when it has done what it was asked."""
+    """Answers for shards that run here; those in `silent` do not, those in `dies_after` die when they have."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.folders = [str(each) for each in folders]

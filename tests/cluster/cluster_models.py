@@ -1,0 +1,60 @@
+"""What workers of a cluster make by name: this module is on the path of every node."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+from fake_encoder import CHUNK, DIM, HEADS, LAYERS, FakeModel
+from torch import Tensor
+
+from longmem.cluster.workers import EncodingWorker
+from longmem.encoder.stamp import EncoderStamp
+
+
+class VersionedModel(FakeModel):
+    """An encoder whose values are the number of its version, so that who reads sees how old it is."""
+
+    class Config:
+        memory_layers, chunk_size, search, segment_length = LAYERS, CHUNK, "chunk_mean", 8
+
+        def get_text_config(self) -> Any:
+            return type("Text", (), {"vocab_size": 100})()
+
+    config, tokenizer = Config(), None
+
+    def __init__(self, version: int = 0) -> None:
+        super().__init__()
+        self.version = version
+
+    def encoder_stamp(self) -> EncoderStamp:
+        return EncoderStamp(f"version-{self.version}")
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        return {"version": torch.tensor(self.version)}
+
+    def load_encoder_weights(self, weights: dict[str, Tensor]) -> None:
+        self.version = int(weights["version"])
+
+    def encode(self, ids: Tensor) -> Any:
+        keys = torch.randn(len(LAYERS), 1, HEADS, ids.shape[1], DIM, generator=torch.Generator().manual_seed(0))
+        return list(keys), [torch.full_like(each, float(self.version)) for each in keys]
+
+
+class SlowWorker(EncodingWorker):
+    """A worker that takes so many seconds longer for each segment as its node's name says."""
+
+    pause = 0.02
+
+    def slow_down(self, factor: int) -> None:
+        self.pause = 0.02 * factor
+
+    def encode(self, stamp: Any, ids: Any) -> Any:
+        time.sleep(self.pause)
+        return super().encode(stamp, ids)
+
+
+def pid(*_: Any) -> int:
+    return os.getpid()
