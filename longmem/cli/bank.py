@@ -104,7 +104,8 @@ def add(commands: Any) -> None:
             command.add_argument("--by", metavar="DOCUMENT", help="what took their place; default: nothing did")
         if name == "tag":
             command.add_argument("--tag", action="append", default=[], help="may be given several times; none: no tags")
-    add_command(actions, "verify", verify, "compare every byte with its checksum", VERIFY_EXAMPLE, bank)
+    own = bank_folder(on_cluster=False)
+    add_command(actions, "verify", verify, "compare every byte with its checksum", VERIFY_EXAMPLE, own)
     add_command(actions, "compact", compact, "give back the space of what was deleted", COMPACT_EXAMPLE, bank)
     written = add_command(actions, "export", export, "write documents as lines of JSON", EXPORT_EXAMPLES, bank, by_tag)
     written.add_argument("output", type=Path, metavar="OUT", help="file to write (.jsonl)")

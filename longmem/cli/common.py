@@ -86,11 +86,19 @@ def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def bank_folder() -> argparse.ArgumentParser:
-    """Return the option of all commands that use a bank."""
-    return option(
-        "--bank", required=True, type=place, metavar="DIR", help="folder of the bank; ray://NAME: one on a cluster"
-    )
+def bank_folder(on_cluster: bool = True) -> argparse.ArgumentParser:
+    """Return the option of all commands that use a bank; not `on_cluster`: of those that work on folders alone."""
+    kind, more = (place, "; ray://NAME: one on a cluster") if on_cluster else (folder_alone, "")
+    return option("--bank", required=True, type=kind, metavar="DIR", help=f"folder of the bank{more}")
+
+
+def folder_alone(name: str) -> Path:
+    """Return the folder of a bank, for a command that knows no other kind of place."""
+    if isinstance(found := place(name), str):
+        raise argparse.ArgumentTypeError(
+            f"this command works on folders, got {name}; end the bank by `longmem cluster stop`, and name a shard's folder"
+        )
+    return found
 
 
 def place(name: str) -> Path | str:

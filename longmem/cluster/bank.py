@@ -241,16 +241,6 @@ class ClusterBank:
         return self._told[0]["model"]
 
     @property
-    def folder(self) -> Any:
-        """Raise ValueError: each shard has a folder of its own."""
-        raise ValueError(
-            "a bank on a cluster has no folder, and no refresh policy, of its own: its shards have. End it by `longmem cluster "
-            f"stop`, and use the folders, {', '.join(each['folder'] for each in self._told)}."
-        )
-
-    freshness = folder
-
-    @property
     def fingerprint(self) -> str | None:
         stamp = self.encoders.stamp
         return None if stamp is None else stamp.digest

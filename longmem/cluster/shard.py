@@ -334,7 +334,7 @@ class Shard:
             for method, given, options in parts:
                 given = (given[0], self.bank, *given[1:]) if method == "copy_tokens" else given
                 getattr(draft, method)(*given, **options)
-            self.bank.take_version(document_id, draft)
+            self.bank._take_version(document_id, draft)
 
     @contextlib.contextmanager
     def _as_written_by(self, stamp: dict[str, Any] | None) -> Iterator[DistantWriter | None]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -362,6 +364,12 @@ _SENT: dict[int, LocalShards] = {}
 
 def _same(number: int) -> LocalShards:
     return _SENT[number]
+
+
+def test_nothing_imports_ray_before_a_cluster_is_joined():
+    program = "import sys, longmem.cluster, longmem.cli.cluster, longmem.cli.memorize; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_another_encoder_is_refused_as_by_a_bank(backbone, make, model, prompt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import signal
 import subprocess
@@ -20,14 +21,18 @@ from longmem.cluster import ClusterBank, Encoders, Feed
 from longmem.cluster.engine import NAMESPACE, actors_of, stop
 from longmem.memory import BankShards
 
-ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 OPTIONS = {"segment_length": 16, "num_retrieved_tokens": 8, "memory_layers": [1, 3], "layer_reduction_factor": 1}
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_log_monitor": False, "no_monitor": True}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[object]:
+    import ray
     from ray.cluster_utils import Cluster
 
     made, patient = Cluster(), pytest.MonkeyPatch()
@@ -45,7 +50,8 @@ def cluster() -> Iterator[object]:
 
 def wait_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Ray wait for a node that starts: by itself it gives up after 30 seconds, and a busy machine may take longer."""
-    services = ray._private.services
+    from ray._private import services
+
     look = services.get_node
 
     def get_node(*given: object, **options: object) -> object:
@@ -90,6 +96,8 @@ def opened(bank: ClusterBank) -> BankShards:
 
 def kill(actor: object) -> None:
     """Kill the process of an actor as the system would."""
+    import ray
+
     os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
 
 
@@ -194,6 +202,8 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_does_the_rest(cluster, 
 
 
 def test_unequal_workers_that_encode_again_end_together(cluster, tmp_path):
+    import ray
+
     old, new, segments = VersionedModel(0), VersionedModel(1), 120
     ClusterBank.create(tmp_path, 1, old, storage_dtype="float32", refresh="bounded:max_lag=0")
     bank = ClusterBank.start("stale", tmp_path, actor_options={"num_cpus": 0.1}, timeout=120)
