@@ -30,6 +30,9 @@ class EncodingWorker:
         self.model = make()
         self._stamp: EncoderStamp | None = None
 
+    def ready(self) -> None:
+        """Return when this worker lives."""
+
     def encode(self, stamp: dict[str, Any], ids: Any) -> Any:
         """Return keys and values of a segment; raise StaleMemoryError if this worker's encoder is another one."""
         known = self.model.encoder.stamp() if self._stamp is None else self._stamp
@@ -142,7 +145,7 @@ class Encoders:
         while True:
             while pool.has_room and (task := next(source, None)) is not None:
                 pool.give(task)
-            if not pool.running:
+            if not pool.is_busy:
                 return
             yield from pool.done(timeout=None)
 
@@ -152,35 +155,55 @@ class Pool:
 
     def __init__(self, workers: Encoders, ask: Callable[[Any, Any], Any]) -> None:
         self._workers, self._ask = workers, ask
-        self.running: dict[Any, tuple[Any, int, int]] = {}  # by reference: task, worker, attempt
-        self._load = collections.Counter(dict.fromkeys(range(len(workers.actors)), 0))
+        self._running: dict[Any, tuple[Any, int, int]] = {}  # by reference: task, worker, attempt
+        self._ill: dict[Any, int] = {}  # workers that have died, by the reference that says when they are back
+        self._again: collections.deque[tuple[Any, int]] = collections.deque()  # what they had in hand, and the attempt
+
+    @property
+    def is_busy(self) -> bool:
+        """Return whether something is still to be done."""
+        return bool(self._running or self._again)
 
     @property
     def has_room(self) -> bool:
         """Return whether some worker would take one more."""
-        return len(self.running) < IN_FLIGHT * len(self._workers.actors)
+        return not self._again and self._free() is not None
+
+    def _free(self) -> int | None:
+        """Return the worker that has least to do, None if all have enough."""
+        loads = collections.Counter(number for _, number, _ in self._running.values())
+        well = [number for number in range(len(self._workers.actors)) if number not in self._ill.values()]
+        number = min(well, key=lambda each: loads[each], default=None)
+        return None if number is None or loads[number] >= IN_FLIGHT else number
 
     def give(self, task: Any, attempt: int = 1) -> None:
-        """Hand a task to the worker that has least to do."""
-        number = min(self._load, key=lambda each: self._load[each])
-        self._load[number] += 1
-        self.running[self._ask(self._workers.actors[number], task)] = task, number, attempt
+        """Hand a task to the worker that has least to do; there must be room."""
+        number = self._free()
+        assert number is not None
+        self._running[self._ask(self._workers.actors[number], task)] = task, number, attempt
 
     def done(self, timeout: float | None) -> Iterator[tuple[Any, Any]]:
-        """Yield what is done, after a wait for one of them; what a worker that died had in hand is given out again."""
+        """Yield what is done, after a wait for one of them; what a worker that died had in hand is given to others."""
         ray = engine.join()
-        ready, _ = ray.wait(list(self.running), timeout=timeout) if self.running else ([], [])
-        for each in ready:
-            task, number, attempt = self.running.pop(each)
-            self._load[number] -= 1
+        waited = [*self._running, *self._ill]
+        ready = ray.wait(waited, num_returns=1, timeout=timeout)[0] if waited else []
+        for each in ray.wait(waited, num_returns=len(waited), timeout=0)[0] if ready else ():
+            if self._ill.pop(each, None) is not None:
+                continue
+            task, number, attempt = self._running.pop(each)
             try:
                 answer = ray.get(each)
             except ray.exceptions.RayActorError as error:
                 if attempt == ATTEMPTS:
                     raise RuntimeError(f"{ATTEMPTS} encoding workers died of one task, {task!r:.200}.") from error
-                self.give(task, attempt + 1)
+                if number not in self._ill.values():
+                    back = self._workers.actors[number].ready.options(max_task_retries=-1).remote()
+                    self._ill[back] = number
+                self._again.append((task, attempt + 1))
                 continue
             yield task, answer
+        while self._again and self._free() is not None:
+            self.give(*self._again.popleft())
 
 
 class Waiting(NamedTuple):
