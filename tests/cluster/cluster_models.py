@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -44,17 +43,22 @@ class VersionedModel(FakeModel):
 
 
 class SlowWorker(EncodingWorker):
-    """A worker that takes so many seconds longer for each segment as its node's name says."""
+    """A worker that takes so many seconds longer for each segment, and knows how many it did in which time."""
 
-    pause = 0.02
+    pause = 0.0
 
-    def slow_down(self, factor: int) -> None:
-        self.pause = 0.02 * factor
+    def slow_down(self, pause: float) -> None:
+        """Take so long from now on, and count anew."""
+        self.pause, self.times = pause, []
+
+    def speed(self) -> float:
+        """Return segments per second, from the first that was begun to the last that was done."""
+        return len(self.times) / (self.times[-1][1] - self.times[0][0])
 
     def encode(self, stamp: Any, ids: Any) -> Any:
+        began = time.monotonic()
         time.sleep(self.pause)
-        return super().encode(stamp, ids)
-
-
-def pid(*_: Any) -> int:
-    return os.getpid()
+        answer = super().encode(stamp, ids)
+        if self.pause:
+            self.times.append((began, time.monotonic()))
+        return answer

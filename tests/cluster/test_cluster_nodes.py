@@ -224,11 +224,12 @@ def test_unequal_workers_that_encode_again_end_together(cluster, tmp_path):
             functools.partial(VersionedModel, 1), 2, kind=SlowWorker, actor_options={"num_cpus": 0.1}
         ) as pool:
             ray.get([each.encode.remote(new.encoder_stamp().to_json(), torch.zeros(1, 8)) for each in pool.actors])
-            ray.get(pool.actors[0].slow_down.remote(10))
-            ray.get(pool.actors[1].slow_down.remote(40))
+            ray.get([each.slow_down.remote(pause) for each, pause in zip(pool.actors, (0.2, 0.8), strict=True)])
             done = bank.reencode(new, pool.actors)
+            speeds = ray.get([each.speed.remote() for each in pool.actors])
         assert done.tokens == segments * 8
-        ideal = segments / (1 / 0.2 + 1 / 0.8)
+        ideal = segments / sum(speeds)  # if each had worked at its speed, which the machine's load tells, to the end
+        assert speeds[0] > 2 * speeds[1]
         assert done.seconds <= 1.1 * ideal + 0.5, (done.seconds, ideal)  # half a second for the first call of each
         bank.ready_for(new)
         found = bank.search(1, torch.randn(2, 3, 6), 4)
