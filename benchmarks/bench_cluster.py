@@ -26,10 +26,12 @@ import torch
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.cluster import ClusterBank, Encoders, engine
+from longmem.cluster.wire import raised
 from longmem.memory import BankShards
 
 HEADS, GROUP, DIM, CHUNK, FOUND, LAYER = 3, 3, 64, 4, 8, 16
 PIECE = 8_192  # tokens of a document
+NODE = {"num_cpus": 2, "object_store_memory": 200 * 2**20, "include_log_monitor": False, "no_monitor": True}
 
 
 @contextlib.contextmanager
@@ -41,10 +43,10 @@ def three_nodes() -> Iterator[None]:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    cluster = Cluster()
     try:
-        for _ in range(2):
-            cluster.add_node(**NODE)
+        for number in range(3):
+            cluster.add_node(**NODE, **({} if number else {"include_dashboard": False}))
         ray.init(address=cluster.address, namespace=engine.NAMESPACE, log_to_driver=False, logging_level="ERROR")
         yield
     finally:
@@ -52,15 +54,15 @@ def three_nodes() -> Iterator[None]:
         cluster.shutdown()
 
 
-NODE = {"num_cpus": 2, "object_store_memory": 200 * 2**20}
-
-
 def make_shards(root: Path, num_tokens: int, num_shards: int) -> None:
     """Write so many random tokens, evenly into so many shards."""
     generator = torch.Generator().manual_seed(0)
     for number in range(num_shards):
         folder = root / f"shard-{number}"
-        with MemoryBank.create(folder, memory_layers=[LAYER], chunk_size=CHUNK, index="flat") as bank, bank.transaction():
+        with (
+            MemoryBank.create(folder, memory_layers=[LAYER], chunk_size=CHUNK, index="flat") as bank,
+            bank.transaction(),
+        ):
             for start in range(0, num_tokens // num_shards, PIECE):
                 count = min(PIECE, num_tokens // num_shards - start)
                 keys, values = (torch.randn(HEADS, count, DIM, generator=generator) for _ in range(2))
@@ -146,7 +148,8 @@ def fill(num_tokens: int, num_workers: int) -> dict[str, Any]:
                 tasks = [(f"document-{start}", [2 + start % 1000] * 1024) for start in range(0, num_tokens, 1024)]
                 for part in (warm, tasks):
                     began = time.perf_counter()
-                    done = sum(answer for _, answer in workers.run(part, lambda actor, task: actor.work.remote(memorize, bank, task)))
+                    answers = workers.run(part, lambda actor, task: actor.work.remote(memorize, bank, task))
+                    done = sum(raised(answer) for _, answer in answers)
                     seconds = time.perf_counter() - began
         finally:
             engine.stop(name)

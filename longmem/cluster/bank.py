@@ -132,6 +132,11 @@ class ClusterBank:
         own = {"timeout": self.timeout, "on_missing": self.on_missing, "wire_dtype": self.wire_dtype}
         return _made, (type(self), self.shards, own, self._selection)
 
+    def __copy__(self) -> Self:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __repr__(self) -> str:
         return (
             f"ClusterBank({len(self.shards)} shards, memory_layers={self.memory_layers}, chunk_size={self.chunk_size})"

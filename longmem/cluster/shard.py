@@ -135,12 +135,15 @@ class Shard:
             self._ready_for(EncoderStamp.from_json(stamp))
         memory = self._chosen(selection)
         mask = self.bank.freshness.mask()
+        reader = None if stamp is None else self._writers[EncoderStamp.from_json(stamp).digest]
+        with self._reading_as(reader, {}):
+            is_empty = memory is None or memory.is_empty
         return {
             "state": self._state(),
             "num_chunks": 0 if memory is None else memory.num_chunks,
             "num_tokens": 0 if memory is None else memory.num_tokens,
             "num_evicted_tokens": self.bank.num_evicted_tokens,
-            "is_empty": memory is None or memory.is_empty,
+            "is_empty": is_empty,
             "newest_date": -torch.inf if memory is None else memory.newest_date,
             "masked_chunks": 0 if mask is None else int((~mask).sum()),
         }
@@ -264,16 +267,22 @@ class Shard:
                 while len(self._reads) > KEPT_READS:
                     self._reads.popitem(last=False)
             known = self._reads[read]
-            if known.memory is None or known.memory.is_empty:
-                return None, None, known.state
-            token = READING.set((known.reader, known.taken))  # type: ignore[arg-type]
-            try:
-                # As if a backward pass were to come: then no policy encodes again while it searches.
-                with torch.enable_grad():
-                    found = known.memory.search(layer, queries, num_chunks, scaling=scaling, newest=newest)
-            finally:
-                READING.reset(token)
+            # As if a backward pass were to come: then no policy encodes again while it searches.
+            with self._reading_as(known.reader, known.taken), torch.enable_grad():
+                if known.memory is None or known.memory.is_empty:
+                    return None, None, known.state
+                found = known.memory.search(layer, queries, num_chunks, scaling=scaling, newest=newest)
         return (None if found.generation is None else found), known.memory, known.state
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _reading_as(reader: DistantWriter | None, taken: dict[Any, Any]) -> Iterator[None]:
+        """Read as an encoder or, with None, as the current one: not as the one that this thread has last read or written as."""
+        token = READING.set((reader or DistantWriter(EncoderStamp("")), taken))  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            READING.reset(token)
 
     def search(
         self,

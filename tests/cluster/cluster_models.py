@@ -9,8 +9,11 @@ import torch
 from fake_encoder import CHUNK, DIM, HEADS, LAYERS, FakeModel
 from torch import Tensor
 
+from longmem import LongMemForCausalLM
 from longmem.cluster.workers import EncodingWorker
 from longmem.encoder.stamp import EncoderStamp
+
+OPTIONS = {"segment_length": 16, "num_retrieved_tokens": 8, "memory_layers": [1, 3], "layer_reduction_factor": 1}
 
 
 class VersionedModel(FakeModel):
@@ -40,6 +43,18 @@ class VersionedModel(FakeModel):
     def encode(self, ids: Tensor) -> Any:
         keys = torch.randn(len(LAYERS), 1, HEADS, ids.shape[1], DIM, generator=torch.Generator().manual_seed(0))
         return list(keys), [torch.full_like(each, float(self.version)) for each in keys]
+
+
+def make_model(backbone: str) -> LongMemForCausalLM:
+    """Return the model of a worker."""
+    return LongMemForCausalLM.from_backbone(backbone, **OPTIONS).eval()
+
+
+def memorize_once(bank: Any, model: LongMemForCausalLM, task: tuple[str, str]) -> None:
+    """Memorize a text, unless a worker before this one has."""
+    name, text = task
+    if name not in bank:
+        model.memorize(bank, text, name)
 
 
 class SlowWorker(EncodingWorker):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cluster_models import SlowWorker, VersionedModel
+from cluster_models import OPTIONS, SlowWorker, VersionedModel, make_model, memorize_once
 from tiny_models import save_tiny_backbone, some_text
 
 from longmem import LongMemForCausalLM, MemoryBank
@@ -26,7 +26,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-OPTIONS = {"segment_length": 16, "num_retrieved_tokens": 8, "memory_layers": [1, 3], "layer_reduction_factor": 1}
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_log_monitor": False, "no_monitor": True}
 
 
@@ -148,7 +147,7 @@ def test_a_node_that_goes_takes_no_shard_with_it(cluster, notes, model, prompt):
 
 def test_a_worker_that_is_killed_leaves_nothing_out_and_nothing_twice(notes, model, backbone):
     texts = {f"filled-{number}": some_text(120, seed=number) for number in range(12)}
-    make = functools.partial(LongMemForCausalLM.from_backbone, backbone, **OPTIONS)
+    make = functools.partial(make_model, backbone)
     done = []
     with Encoders(make, 2, actor_options={"num_cpus": 0.1}) as encoders:
         ask = lambda actor, task: actor.work.remote(memorize_once, notes, task)  # noqa: E731
@@ -165,13 +164,6 @@ def test_a_worker_that_is_killed_leaves_nothing_out_and_nothing_twice(notes, mod
     assert len(listed) == len(set(listed))
     for name in texts:
         notes.delete(name)
-
-
-def memorize_once(bank: ClusterBank, model: LongMemForCausalLM, task: tuple[str, str]) -> None:
-    """Memorize a text, unless a worker before this one has."""
-    name, text = task
-    if name not in bank:
-        model.memorize(bank, text, name)
 
 
 def test_a_driver_that_is_killed_is_followed_by_one_that_does_the_rest(cluster, notes, backbone, tmp_path):
