@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,12 @@ class Shards(Protocol):
 
     def __len__(self) -> int: ...
 
-    def ask(self, asked: Mapping[int, tuple[Any, ...]], **options: Any) -> dict[int, Any]:
+    def ask(
+        self, asked: Mapping[int, tuple[Any, ...]], *, timeout: float = 60.0, repeats: bool = True
+    ) -> dict[int, Any]:
         """Return the answers of shards, by number, to (method, arguments ...); those that did not answer are left out.
 
-        Options: `timeout`, seconds in all; `repeats`: ask again who died meanwhile (reading), or raise InterruptedError.
+        `timeout`: seconds in all. `repeats`: ask again who died meanwhile (reading), or raise InterruptedError.
         """
         ...
 
@@ -44,7 +47,7 @@ def join() -> Any:
                 address=os.environ.get("RAY_ADDRESS") or "auto",
                 namespace=NAMESPACE,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
         except ConnectionError as error:
             raise ValueError(

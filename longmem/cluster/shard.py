@@ -380,7 +380,7 @@ class Shard:
 
         known = EncoderStamp.from_json(stamp)
         first, *others = [DistantWriter(known, by(worker)) for worker in workers]
-        return self.bank.freshness.reencode(first, workers=others, budget_tokens=budget_tokens)  # type: ignore[arg-type,misc]
+        return self.bank.freshness.reencode(first, workers=others, budget_tokens=budget_tokens)  # type: ignore[arg-type]
 
 
 CHANGES = frozenset(("add", "append", "delete", "rename", "tag", "pin", "supersede", "restore", "clear"))

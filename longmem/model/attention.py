@@ -280,7 +280,7 @@ class _ComputedThere(torch.autograd.Function):
         return output.clone(), logsumexp.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
         (queries,) = ctx.saved_tensors
         with torch.enable_grad():
             own = queries.detach().requires_grad_()
