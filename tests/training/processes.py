@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(
-    files: Path, output: Path, num_processes: int, *settings: str, script: str = "train/train_longmem.py", nodes: bool = False
+    files: Path,
+    output: Path,
+    num_processes: int,
+    *settings: str,
+    script: str = "train/train_longmem.py",
+    nodes: bool = False,
 ) -> tuple[list[int], str]:
     """Train in so many processes that talk over gloo, as `accelerate launch` starts them; return exit codes and output.
 
