@@ -56,6 +56,10 @@ class StaleMemoryError(ValueError):
     """What a bank holds was not made by the encoder that wants to read it, or the encoder is about to change."""
 
 
+class MissingShardError(RuntimeError):
+    """A shard of a bank on several machines did not answer in time."""
+
+
 class ChangedMemoryError(RuntimeError):
     """Chunks that a search found have moved, or were overwritten or encoded again, before they were read.
 

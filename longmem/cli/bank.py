@@ -104,7 +104,8 @@ def add(commands: Any) -> None:
             command.add_argument("--by", metavar="DOCUMENT", help="what took their place; default: nothing did")
         if name == "tag":
             command.add_argument("--tag", action="append", default=[], help="may be given several times; none: no tags")
-    add_command(actions, "verify", verify, "compare every byte with its checksum", VERIFY_EXAMPLE, bank)
+    own = bank_folder(on_cluster=False)
+    add_command(actions, "verify", verify, "compare every byte with its checksum", VERIFY_EXAMPLE, own)
     add_command(actions, "compact", compact, "give back the space of what was deleted", COMPACT_EXAMPLE, bank)
     written = add_command(actions, "export", export, "write documents as lines of JSON", EXPORT_EXAMPLES, bank, by_tag)
     written.add_argument("output", type=Path, metavar="OUT", help="file to write (.jsonl)")
@@ -145,8 +146,10 @@ def list_documents(arguments: argparse.Namespace) -> None:
 
 def show_info(arguments: argparse.Namespace) -> None:
     """Print sizes and settings of a bank."""
-    from rich.table import Table
-
+    if isinstance(arguments.bank, str):
+        with common.open_bank(arguments.bank) as bank:
+            print_values(on_cluster(bank), arguments)
+        return
     with common.open_bank(arguments.bank) as bank:
         documents, versions = bank.documents(), bank.freshness.report().versions
         values = {
@@ -171,6 +174,28 @@ def show_info(arguments: argparse.Namespace) -> None:
             "encoders": [version.stamp.digest for version in bank.encoders.versions],
             "tokens_of_other_encoders": sum(each.tokens for each in versions if not each.is_fresh),
         }
+    print_values(values, arguments)
+
+
+def on_cluster(bank: Any) -> dict[str, Any]:
+    """Return sizes and settings of a bank whose shards are on the nodes of a cluster."""
+    documents = bank.documents()
+    return {
+        "model": bank.model_name,
+        "documents": len(documents),
+        "tokens": bank.num_tokens,
+        "shards": [each["folder"] for each in bank._told],
+        "memory_layers": list(bank.memory_layers),
+        "chunk_size": bank.chunk_size,
+        "refresh": bank.refresh,
+        "fingerprint": bank.fingerprint,
+    }
+
+
+def print_values(values: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print named values, as JSON where a program reads them."""
+    from rich.table import Table
+
     if arguments.json:
         common.print_json(values)
         return
@@ -225,6 +250,11 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def compact(arguments: argparse.Namespace) -> None:
     """Give back the space of what was deleted or evicted."""
+    if isinstance(arguments.bank, str):
+        with common.open_bank(arguments.bank) as bank:
+            bank.compact()
+        common.tell(arguments, {"bank": arguments.bank}, f"{arguments.bank}: what was deleted is gone from all shards.")
+        return
     with common.open_bank(arguments.bank, write=True) as bank:
         before = common.bytes_on_disk(arguments.bank)
         bank.folder.compact()

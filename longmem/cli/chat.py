@@ -35,7 +35,10 @@ COMMANDS = """\
 def add(commands: Any) -> None:
     """Add the command `chat`."""
     bank = option(
-        "--bank", type=Path, metavar="DIR", help="folder of the bank; default: a memory that ends with the talk"
+        "--bank",
+        type=common.folder_alone,
+        metavar="DIR",
+        help="folder of the bank; default: a memory that ends with the talk",
     )
     command = add_command(
         commands, "chat", run, "talk to a model with memory", EXAMPLES, bank, model_option(DEFAULT_MODEL)

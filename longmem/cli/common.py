@@ -87,15 +87,26 @@ def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def bank_folder() -> argparse.ArgumentParser:
-    """Return the option of all commands that use a bank."""
-    return option("--bank", required=True, type=_folder, metavar="DIR", help="folder of the bank")
+def bank_folder(on_cluster: bool = True) -> argparse.ArgumentParser:
+    """Return the option of all commands that use a bank; not `on_cluster`: of those that work on folders alone."""
+    kind, more = (place, "; ray://NAME: one on a cluster") if on_cluster else (folder_alone, "")
+    return option("--bank", required=True, type=kind, metavar="DIR", help=f"folder of the bank{more}")
 
 
-def _folder(name: str) -> Path:
+def folder_alone(name: str) -> Path:
+    """Return the folder of a bank, for a command that knows no other kind of place."""
+    if isinstance(found := place(name), str):
+        raise argparse.ArgumentTypeError(
+            f"this command works on folders, got {name}; end the bank by `longmem cluster stop`, and name a shard's folder"
+        )
+    return found
+
+
+def place(name: str) -> Path | str:
+    """Return the folder of a bank, or the name of one on a cluster as it was given."""
     if not name:
         raise argparse.ArgumentTypeError("it must name a folder; '.' is the current one")
-    return Path(name)
+    return name if name.startswith("ray://") else Path(name)
 
 
 def labels() -> argparse.ArgumentParser:
@@ -205,14 +216,22 @@ def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def open_bank(folder: Path, model: LongMemForCausalLM | None = None, *, write: bool = False) -> MemoryBank:
-    """Return the bank in a folder, to be closed.
+def open_bank(folder: Path | str, model: LongMemForCausalLM | None = None, *, write: bool = False) -> MemoryBank:
+    """Return the bank in a folder, or on a cluster, to be closed.
 
     Where something is stale and its refresh policy has work to do, also a bank that is only read is opened for writing.
 
     Raises ValueError if there is none; StaleMemoryError if another encoder wrote it and its policy is "frozen", or encoding
     again would not help.
     """
+    if isinstance(folder, str):
+        from longmem.cluster import ClusterBank
+
+        shards = ClusterBank.connect(folder)
+        if model is not None:
+            shards.ready_for(model)
+        return shards  # type: ignore[return-value]  # it has what these commands use of a bank, or says that it has not
+
     from longmem.memory import MemoryBank, has_bank
 
     if not has_bank(folder):
@@ -241,15 +260,19 @@ def refuse_stale(folder: Path, bank: MemoryBank, model: LongMemForCausalLM) -> N
     )
 
 
-def bytes_on_disk(folder: Path) -> int:
-    """Return the size of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def bytes_on_disk(folder: Path | str) -> int:
+    """Return the size of all files in a folder; 0 for a bank on a cluster, whose folders are elsewhere."""
+    return 0 if isinstance(folder, str) else sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def model_of_bank(folder: Path) -> str | None:
+def model_of_bank(folder: Path | str) -> str | None:
     """Return the name of the model that wrote a bank; None where that is not known."""
     from longmem.memory.folder.foreign import open_plain, parse_json
 
+    if isinstance(folder, str):
+        from longmem.cluster import ClusterBank
+
+        return ClusterBank.connect(folder).model_name
     try:
         with open(open_plain(folder.resolve() / MODEL_FILE), encoding="utf-8") as file:
             name = parse_json(file.read(LARGEST_MODEL_FILE))["model"]

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from longmem import __version__
-from longmem.cli import bank, chat, demo, generate, heads, memorize, official, report, serve, train
+from longmem.cli import bank, chat, cluster, demo, generate, heads, memorize, official, report, serve, train
 from longmem.cli import eval as evaluation
 from longmem.cli.common import Parser, TeachingFormatter, UsageError, print_json
 from longmem.errors import printable
 
 # In the order of `longmem --help`. Each adds itself to the parser and names the function that runs.
-COMMANDS = (demo, memorize, generate, chat, serve, bank, heads, train, evaluation, report, official)
+COMMANDS = (demo, memorize, generate, chat, serve, bank, cluster, heads, train, evaluation, report, official)
 DESCRIPTION = """\
 Long-term memory for Hugging Face language models (LongMem, arXiv 2306.07174): documents are read once by a frozen
 model, kept in a memory bank, and read again by a small side network while text is scored or written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ MEMORIZE_EXAMPLES = """\
   pdftotext paper.pdf - | longmem memorize - --id paper --bank memory
   longmem memorize *.md --bank memory --tag notes --pin         to be read by tag, and never evicted
   longmem memorize *.md --bank memory --model Qwen/Qwen3-0.6B   another model, for a new bank
+
+  longmem memorize corpus --bank ray://notes                    by workers of a cluster (`longmem cluster start`)
 
 A document is on the disk once it is whole, a long one in pieces of 100,000 characters: a run that was interrupted keeps
 them, and the same command goes on. A bank belongs to the model that wrote it, and remembers its name. `longmem bank add` is
@@ -81,6 +84,12 @@ def add_memorize(to: Any, name: str) -> None:
     )
     command.add_argument("--id", metavar="NAME", help="name of the document (one FILE only); default: the file's name")
     command.add_argument("--replace", action="store_true", help="replace documents that are there under that name")
+    command.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="encoding workers of ray://NAME; default: one for each GPU, or each node",
+    )
     new = command.add_argument_group("options of a new bank")
     new.add_argument("--capacity", dest="capacity_tokens", type=int, metavar="TOKENS", help="default: no limit")
     new.add_argument("--index", help='"auto", "flat", "ivf:probed_share=0.06", ...; default: auto')
@@ -112,6 +121,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"longmem: {len(passed_over)} files hold no text and are left out, such as {passed_over[0]}.",
             file=sys.stderr,
         )
+    if isinstance(arguments.bank, str):
+        return fill(texts, arguments)
+    if arguments.workers is not None:
+        raise ValueError(f"`--workers` is for a bank on a cluster, ray://NAME, got {arguments.workers} for a folder.")
     folder, is_new = arguments.bank, not has_bank(arguments.bank)
     options = {name: vars(arguments)[name] for name in OPTIONS_OF_A_NEW_BANK if vars(arguments)[name] is not None}
     # All that can be said before a model is opened is said before.
@@ -137,6 +150,54 @@ def run(arguments: argparse.Namespace) -> None:
         written = {text.name: write(bank, model, text, arguments) for text in texts}
         supersede(bank, texts)
         report(bank, model_name, written, time.perf_counter() - began, arguments)
+
+
+def fill(texts: list[Text], arguments: argparse.Namespace) -> None:
+    """Let workers of a cluster encode documents and write them; what an earlier run has written is not written again."""
+    from longmem.cluster import Encoders
+    from longmem.cluster.wire import raised
+    from longmem.console import token_progress
+    from longmem.model.names import lasting_name
+
+    for name in OPTIONS_OF_A_NEW_BANK:
+        if vars(arguments)[name] is not None:
+            raise ValueError(f"`--{name.replace('_', '-')}` is set when a bank is made, by `longmem cluster start`.")
+    bank = common.open_bank(arguments.bank)
+    left = [text for text in texts if not is_there(bank, text)]
+    refuse_known(bank, left, arguments.replace)
+    model_name = arguments.model or common.model_of_bank(arguments.bank)
+    if model_name is None:
+        raise ValueError(f"the bank {arguments.bank} does not say which model writes it; name it with `--model`.")
+    plain = argparse.Namespace(tag=arguments.tag, pin=arguments.pin, json=True, quiet=True)
+    make = functools.partial(model_of_worker, lasting_name(model_name))
+    written, began = {text.name: Written(0) for text in texts}, time.perf_counter()
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
+    with Encoders(make, arguments.workers) as workers, token_progress(f"{len(left)} documents", console) as progress:
+        in_all, done, tokens = sum(len(text.text) for text in left), 0, 0
+        for text, answer in workers.run(left, lambda actor, text: actor.work.remote(write_there, bank, (text, plain))):
+            written[text.name] = raised(answer)
+            done, tokens = done + len(text.text), tokens + sum(written[text.name])
+            progress(tokens, round(tokens * in_all / done))
+    report(bank, model_name, written, time.perf_counter() - began, arguments)
+
+
+def model_of_worker(name: str) -> LongMemForCausalLM:
+    """Return a model on the GPU that a worker was given or, without one, on its CPU."""
+    from longmem.model.opening import open_model
+    from longmem.settings.environment import chosen_device
+
+    return open_model(name).to(chosen_device())  # type: ignore[arg-type]
+
+
+def write_there(bank: MemoryBank, model: LongMemForCausalLM, task: tuple[Text, argparse.Namespace]) -> Written:
+    """Write a document in a worker, unless one before it died with all of it written."""
+    text, arguments = task
+    return Written(0) if is_there(bank, text) else write(bank, model, text, arguments)
+
+
+def is_there(bank: MemoryBank, text: Text) -> bool:
+    """Return whether the bank holds just this text under its name."""
+    return text.name in bank and bank.text(text.name) == text.text
 
 
 def supersede(bank: MemoryBank, texts: list[Text]) -> None:
@@ -224,6 +285,10 @@ def append_files(arguments: argparse.Namespace) -> None:
     from longmem.console import token_progress
 
     texts = [read_text(path, arguments.encoding) for path in arguments.files]
+    if isinstance(arguments.bank, str) and len(texts) > 1:
+        raise ValueError(
+            f"one file at a time can be appended on a cluster, got {len(texts)}; each is a transaction there."
+        )
     with common.open_bank(arguments.bank) as bank:
         bank.info(arguments.id)
     model_name, model = common.open_model_of(arguments)
@@ -274,8 +339,11 @@ def report(
     limit = "" if bank.capacity_tokens is None else f" of {bank.capacity_tokens:,}"
     sentence = (
         f"{arguments.bank}: {encoded:,} tokens encoded ({encoded / seconds:,.0f} tokens/s), {copied:,} copied; "
-        f"{bank.num_tokens:,}{limit} tokens in memory, {common.bytes_on_disk(arguments.bank) / 1e6:,.1f} MB on disk."
+        f"{bank.num_tokens:,}{limit} tokens in memory"
     )
+    if size := common.bytes_on_disk(arguments.bank):
+        sentence += f", {size / 1e6:,.1f} MB on disk"
+    sentence += "."
     common.tell(arguments, values, sentence)
 
 

@@ -40,7 +40,7 @@ and the next one goes on. --policy also says what the bank does from now on when
 
 def add(actions: Any) -> None:
     """Add `bank staleness` and `bank refresh`."""
-    bank = bank_folder()
+    bank = bank_folder(on_cluster=False)
     reader = model_option("the bank's own encoder, and no model is opened; with --probe, the model that wrote the bank")
     report = add_command(actions, "staleness", show, "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader)
     report.add_argument("--probe", action="store_true", help="measure how far keys have moved")

@@ -29,7 +29,7 @@ first memory layer is measured unless you name another.
 
 def add(actions: Any) -> None:
     """Add `bank tune`."""
-    parents = (bank_folder(), model_option())
+    parents = (bank_folder(on_cluster=False), model_option())
     tune = add_command(actions, "tune", run, "measure recall and speed of index settings", TUNE_EXAMPLES, *parents)
     tune.add_argument("--queries", type=Path, metavar="FILE", help="text to read; default: the bank's longest document")
     tune.add_argument("--layer", type=int, help="memory layer to measure; default: the first")

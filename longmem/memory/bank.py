@@ -417,6 +417,11 @@ class MemoryBank:
         if progress is not None:
             checks.validate_callable("progress", progress)
         written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
+        self._take_version(document_id, draft)
+        return written and written.num_encoded
+
+    def _take_version(self, document_id: str, draft: MemoryBank) -> None:
+        """Replace a document by that of the same name in a bank with the same settings; tags, pin and dates stay."""
         if draft._table.shapes != self._table.shapes:
             raise ValueError(
                 f"`model` must write the sizes that the bank holds, {self._table.shapes}, got "
@@ -425,7 +430,6 @@ class MemoryBank:
         with self._table.change():
             old = self._document("document_id", document_id)
             self._table.replace(old, draft._table, draft._table.ledger.documents[document_id])
-        return written and written.num_encoded
 
     def copy_tokens(
         self, document_id: str, bank: MemoryBank, origin_id: str, origin: int, part: SourcePart, **said: Any

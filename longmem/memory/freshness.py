@@ -88,6 +88,20 @@ class Freshness:
         reader = self.reader
         return self.encoders.current if reader is None else self.encoders.version_of(reader.stamp.digest)
 
+    def write_as(self, writer: Writer) -> int:
+        """Write in this thread as an encoder that is, or once was, the current one, and return its version.
+
+        What is current stays so. Raises StaleMemoryError for an encoder that never was.
+        """
+        stamp = writer.stamp()
+        if all(each.stamp.digest != stamp.digest for each in self.encoders.versions):
+            raise StaleMemoryError(
+                f"what is written must be of an encoder that the bank was made ready for, got {stamp.digest}; call "
+                "`bank.ready_for(model)` with its model first."
+            )
+        self._read_as(writer, stamp)
+        return self.encoders.version_of(stamp.digest)
+
     @property
     def encoders(self) -> Encoders:
         return self._table.encoders

@@ -78,6 +78,26 @@ class Memory(Protocol):
         ...
 
 
+class Attended(NamedTuple):
+    """What queries get of a memory: attention over the chunks that were found, its log-sum-exp, each chunk's share."""
+
+    output: Float[Tensor, "kv_heads queries dim"]
+    logsumexp: Float[Tensor, "kv_heads queries"]
+    chunk_weights: Float[Tensor, "kv_heads queries chunks"]
+    found: Found
+
+
+@runtime_checkable
+class AttendingMemory(Protocol):
+    """A memory that attends where its keys and values are, so that they need not be fetched to be read."""
+
+    def attend(
+        self, layer: int, queries: Tensor, num_chunks: int, *, scaling: float, softcap: float | None, dtype: torch.dtype
+    ) -> Attended | None:
+        """Return what the queries get of the best chunks, computed in a dtype; None if nothing is there to be found."""
+        ...
+
+
 class Writer(Protocol):
     """All that a bank may ask of what writes to it: encode, say which encoder it is, and whether it is about to move."""
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longmem.errors import ChangedMemoryError
 from longmem.memory import BankView, MemoryBank
-from longmem.memory.protocols import Found, Memory
+from longmem.memory.protocols import AttendingMemory, Found, Memory
 
 # Queries per key-value head whose retrieved keys are gathered at once: a few MB, so that they stay in cache.
 QUERY_BLOCK = 256
@@ -155,8 +155,7 @@ def read_memory(
     for number, (bank, own) in enumerate(groups):
         folded = fold_groups(queries if len(own) == lanes else queries[own], num_kv_heads)
         if found:
-            folded = folded.to(product_dtype(folded))
-            reads.append(attend_found(folded, found[number], bank, layer, scaling, softcap))
+            reads.append(_read_again(folded, found[number], bank, layer, scaling, softcap))
         else:
             reads.append(search_and_attend(folded, bank, layer, num_chunks, scaling, softcap))
     # From groups of lanes, in the order of memories, back to lanes.
@@ -204,6 +203,8 @@ def search_and_attend(
 
     Where somebody else changes the memory between the two, both are done again.
     """
+    if isinstance(memory, AttendingMemory):
+        return _attend_there(queries, memory, memory, layer, num_chunks, scaling, softcap)
     for _ in range(ATTEMPTS_TO_READ):
         found = memory.search(layer, queries.detach(), num_chunks, scaling=scaling)
         rows = found.rows.to(queries.device)
@@ -215,6 +216,78 @@ def search_and_attend(
         except ChangedMemoryError:
             continue
     raise ChangedMemoryError
+
+
+def _attend_there(
+    queries: Float[Tensor, "kv_heads queries dim"],
+    there: AttendingMemory,
+    memory: Memory,
+    layer: int,
+    num_chunks: int,
+    scaling: float,
+    softcap: float | None,
+) -> GroupRead:
+    """Return what a memory has computed where it is; in a backward pass keys and values of what was found are fetched."""
+    dtype = product_dtype(queries)
+    attended = there.attend(layer, queries.detach(), num_chunks, scaling=scaling, softcap=softcap, dtype=dtype)
+    if attended is None:
+        return nothing_found(queries, num_chunks)
+    return _with_gradients(GroupRead(*attended), queries, memory, layer, scaling, softcap)
+
+
+def _read_again(
+    queries: Float[Tensor, "kv_heads queries dim"],
+    found: Found,
+    memory: Memory,
+    layer: int,
+    scaling: float,
+    softcap: float | None,
+) -> GroupRead:
+    """Return the attention over what was found before, recorded for a backward pass as the first time."""
+    if not isinstance(memory, AttendingMemory):
+        return attend_found(queries.to(product_dtype(queries)), found, memory, layer, scaling, softcap)
+    with torch.no_grad():
+        read = attend_found(queries.to(product_dtype(queries)), found, memory, layer, scaling, softcap)
+    return _with_gradients(read, queries, memory, layer, scaling, softcap)
+
+
+def _with_gradients(
+    read: GroupRead,
+    queries: Float[Tensor, "kv_heads queries dim"],
+    memory: Memory,
+    layer: int,
+    scaling: float,
+    softcap: float | None,
+) -> GroupRead:
+    """Return a read that was computed elsewhere; its gradients are those of computing it here, from keys that are fetched."""
+    if not (torch.is_grad_enabled() and queries.requires_grad) or read.found.generation is None:
+        return read
+    dtype = product_dtype(queries)
+
+    def again(own: Tensor) -> tuple[Tensor, Tensor]:
+        computed = attend_found(own.to(dtype), read.found, memory, layer, scaling, softcap)
+        return computed.output, computed.logsumexp
+
+    output, logsumexp = _ComputedThere.apply(queries, read.output, read.logsumexp, again)
+    return dataclasses.replace(read, output=output, logsumexp=logsumexp)
+
+
+class _ComputedThere(torch.autograd.Function):
+    """Results that came from elsewhere, whose gradients are those of computing them here."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, output: Tensor, logsumexp: Tensor, again: Callable[..., Any]) -> Any:
+        ctx.save_for_backward(queries)
+        ctx.again = again
+        return output.clone(), logsumexp.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (queries,) = ctx.saved_tensors
+        with torch.enable_grad():
+            own = queries.detach().requires_grad_()
+            results = ctx.again(own)
+        return (*torch.autograd.grad(results, own, gradients), None, None, None)
 
 
 def nothing_found(queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> GroupRead:
@@ -270,9 +343,7 @@ def attend_found(
         keys, values = memory.gather(layer, some_rows.clamp_min(0).flatten(1), found.generation)
         keys, values = (part.to(some_queries).unflatten(1, (count, chunks)).flatten(2, 3) for part in (keys, values))
         size = keys.shape[2] // chunks
-        is_found = (some_rows >= 0).repeat_interleave(size, dim=-1)
-        if some_sizes is not None:  # what fills up a shorter chunk is not there
-            is_found &= (torch.arange(size, device=some_sizes.device) < some_sizes.unsqueeze(-1)).flatten(2)
+        is_found = tokens_found(some_rows, some_sizes, size)
         if some_weights is not None:
             some_weights = some_weights.repeat_interleave(size, dim=-1)
         output, logsumexp, weights = attend_block(some_queries, keys, values, is_found, scaling, softcap, some_weights)
@@ -294,6 +365,16 @@ def attend_found(
 def reads_fused(queries: Tensor) -> bool:
     """Return whether a Triton kernel is to read these queries' chunks where they are stored: on a GPU, and only when asked."""
     return queries.is_cuda and os.environ.get("LONGMEM_FUSED_READ") == "1"
+
+
+def tokens_found(
+    rows: Int[Tensor, "kv_heads queries chunks"], sizes: Int[Tensor, "kv_heads queries chunks"] | None, chunk_size: int
+) -> Bool[Tensor, "kv_heads queries retrieved"]:
+    """Return which tokens of the chunks are there: not those of missing rows, nor what fills up a shorter chunk."""
+    is_found = (rows >= 0).repeat_interleave(chunk_size, dim=-1)
+    if sizes is not None:
+        is_found &= (torch.arange(chunk_size, device=sizes.device) < sizes.unsqueeze(-1)).flatten(2)
+    return is_found
 
 
 def fold_groups(

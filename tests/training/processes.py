@@ -12,9 +12,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(
-    files: Path, output: Path, num_processes: int, *settings: str, script: str = "train/train_longmem.py"
+    files: Path,
+    output: Path,
+    num_processes: int,
+    *settings: str,
+    script: str = "train/train_longmem.py",
+    nodes: bool = False,
 ) -> tuple[list[int], str]:
-    """Train in so many processes that talk over gloo, as `accelerate launch` starts them; return exit codes and output."""
+    """Train in so many processes that talk over gloo, as `accelerate launch` starts them; return exit codes and output.
+
+    `nodes`: each is the only one of a machine of its own, as after `accelerate launch --num_machines`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -29,7 +37,7 @@ def run(
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
     processes = []
     for rank in range(num_processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} if num_processes > 1 else {}
+        own = {"RANK": str(rank), "LOCAL_RANK": "0" if nodes else str(rank), **shared} if num_processes > 1 else {}
         processes.append(
             subprocess.Popen(
                 command,

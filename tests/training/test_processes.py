@@ -32,9 +32,10 @@ def same_runs(folder, other):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(files, tmp_path):
+@pytest.mark.parametrize("nodes", [False, True])
+def test_two_processes_equal_one(files, tmp_path, nodes):
     settings = ["data.validation=null", "optimization.gradient_accumulation=2"]
-    codes, output = run(files, tmp_path / "two", 2, *settings)
+    codes, output = run(files, tmp_path / "two", 2, *settings, nodes=nodes)
     assert codes == [0, 0], output
     assert output.count("step 6/6") == 1  # the first process alone tells
     codes, output = run(files, tmp_path / "one", 1, *settings)

@@ -1,0 +1,691 @@
+"""A bank on several machines: a memory like any other, whose keys and values stay where they are."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import secrets
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longmem.cluster import engine
+from longmem.cluster.engine import RayShards, Shards, refuse_missing
+from longmem.cluster.shard import UNKNOWN_ENCODER
+from longmem.encoder.history import Encoders
+from longmem.encoder.stamp import EncoderStamp
+from longmem.errors import ChangedMemoryError, StaleMemoryError
+from longmem.memory import MemoryBank, SourcePart, checks, has_bank
+from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
+from longmem.memory.memorize import memorize, to_token_ids
+from longmem.memory.protocols import Attended, EncodingModel, Found
+from longmem.memory.refresh import RefreshReport
+from longmem.memory.rows.documents import DocumentInfo
+from longmem.memory.rows.ledger import ChunkPlace
+from longmem.memory.rows.segments import Segment
+from longmem.memory.visibility import READING
+from longmem.model.attention import NO_MEMORY
+
+ON_MISSING = ("error", "skip")
+
+
+@dataclasses.dataclass(eq=False)
+class Pass:
+    """One forward pass that reads the bank, or one search outside of any: its name, and the state of each shard it reads."""
+
+    read: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
+    states: dict[int, str] = dataclasses.field(default_factory=dict)
+    missing: set[int] = dataclasses.field(default_factory=set)
+    newest: float | None = None
+    some: int = 0  # a shard that holds chunks, for places where nothing was found
+
+
+Changes = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+
+
+class ClusterBank:
+    """A bank whose shards run on the machines of a Ray cluster, each with a folder of its own.
+
+    It is read like a `MemoryBank`, and gives what `BankShards` over the same folders gives. Queries, and what attention makes
+    of them, cross the network; keys and values do when something is written, and in a backward pass. A document is in the
+    shard that a hash of its name chooses. A transaction is of one shard.
+
+    A shard that died is started again from its folder, on another node if need be, and asked again. So every node that may run
+    it must see that folder under the same path.
+
+    Args:
+        shards: who answers for them; `connect` finds those that run.
+        timeout: seconds within which all shards must have answered.
+        on_missing: what happens if one has not: "error", or "skip", which reads the others and warns; `missing` names them.
+        wire_dtype: in which queries and outputs are sent, such as "float16"; None: that of the queries.
+    """
+
+    def __init__(
+        self, shards: Shards, *, timeout: float = 60.0, on_missing: str = "error", wire_dtype: str | None = None
+    ) -> None:
+        checks.validate_choice("on_missing", on_missing, ON_MISSING)
+        if wire_dtype is not None:
+            checks.validate_choice("wire_dtype", wire_dtype, ("float16", "bfloat16", "float32"))
+        if not 0 < timeout < torch.inf:
+            raise ValueError(f"`timeout` must be seconds above 0, got {timeout!r}.")
+        self.shards, self.timeout, self.on_missing, self.wire_dtype = shards, timeout, on_missing, wire_dtype
+        self.missing: tuple[int, ...] = ()
+        self._selection: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+        self._stamp: EncoderStamp | None = None
+        self._status: list[dict[str, Any]] = []
+        self._changes: Changes | None = None  # of the transaction that is open
+        self._shard_of_changes: int | None = None
+        self._is_draft = False
+        told = self._ask_all("describe")
+        self._told = told
+        settings = told[0]["settings"]
+        for name in ("memory_layers", "chunk_size", "search", "storage_dtype"):
+            values = [each["settings"].get(name) for each in told]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"shards must agree in `{name}`, got {values}; make them by `ClusterBank.create`.")
+        self.memory_layers, self.chunk_size = tuple(settings["memory_layers"]), settings["chunk_size"]
+        self.by_token = settings.get("search") == "token"
+        self.storage_dtype = checks.validate_storage_dtype(settings["storage_dtype"])
+        self.capacity_tokens, self.refresh = settings["capacity_tokens"], settings["refresh"]
+        self.has_age_prior = any(each["age_prior"] for each in told)
+
+    # Making and finding.
+
+    @classmethod
+    def connect(cls, name: str, **options: Any) -> Self:
+        """Return the bank of this name that runs on the cluster; `options`: arguments of the class.
+
+        Raises ValueError if none does, or there is no cluster.
+        """
+        return cls(RayShards(engine.name_of(name)), **options)
+
+    @classmethod
+    def create(cls, root: str | Path, num_shards: int, model: EncodingModel, **options: Any) -> list[str]:
+        """Return the folders of new, empty shards in a folder; `options`: as for `MemoryBank.for_model`."""
+        checks.validate_count("num_shards", num_shards)
+        folders = [Path(root) / f"shard-{number}" for number in range(num_shards)]
+        for folder in folders:
+            MemoryBank.for_model(model, folder=folder, **options).close()
+        return [str(folder) for folder in folders]
+
+    @classmethod
+    def start(
+        cls, name: str, root: str | Path, *, actor_options: Mapping[str, Any] | None = None, **options: Any
+    ) -> Self:
+        """Start the shards that are in a folder, under a name, and connect to them.
+
+        `actor_options`: of Ray's actors, such as `{"num_cpus": 2}`. Raises ValueError if there are none, or a folder can't be
+        opened, as when the bank is running already.
+        """
+        folders = shard_folders(root)
+        engine.start(engine.name_of(name), [str(each.resolve()) for each in folders], actor_options or {})
+        return cls.connect(name, **options)
+
+    def __reduce__(self) -> Any:
+        own = {"timeout": self.timeout, "on_missing": self.on_missing, "wire_dtype": self.wire_dtype}
+        return _made, (type(self), self.shards, own, self._selection)
+
+    def __copy__(self) -> Self:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __repr__(self) -> str:
+        return (
+            f"ClusterBank({len(self.shards)} shards, memory_layers={self.memory_layers}, chunk_size={self.chunk_size})"
+        )
+
+    def select(self, document_ids: str | Iterable[str] | None = None, *, tags: str | Iterable[str] = ()) -> ClusterBank:
+        """Return these documents, and those with one of these tags, by themselves. Raises ValueError for an unknown one."""
+        names = checks.validate_names("document_ids", document_ids)
+        chosen = checks.validate_tags((tags,) if isinstance(tags, str) else tags)
+        if not names and not chosen:
+            raise ValueError(
+                "`document_ids` or `tags` must name at least one document or tag, got none; read the bank itself for all."
+            )
+        documents = self.documents()
+        for name in names:
+            checks.validate_known("document_ids", name, [each.document_id for each in documents])
+        for tag in chosen:
+            checks.validate_choice("tags", tag, sorted({known for each in documents for known in each.tags}))
+        view = copy.copy(self)
+        view._selection, view._status = (names, chosen), []
+        return view
+
+    def close(self) -> None:
+        """Do nothing: the shards go on, for others; `longmem cluster stop` ends them."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # Asking.
+
+    def _ask_all(self, method: str, *given: Any, may_skip: bool = False) -> list[Any]:
+        """Return what all shards answer, in order; None for those left out. Raises MissingShardError."""
+        everyone = range(len(self.shards))
+        answers = self.shards.ask(dict.fromkeys(everyone, (method, *given)), timeout=self.timeout)
+        if may_skip and self.on_missing == "skip" and answers:
+            self._leave_out(set(everyone) - answers.keys())
+        else:
+            refuse_missing(everyone, answers, self.timeout)
+        return [answers.get(number) for number in everyone]
+
+    def _ask(self, number: int, method: str, *given: Any, repeats: bool = True) -> Any:
+        answers = self.shards.ask({number: (method, *given)}, timeout=self.timeout, repeats=repeats)
+        refuse_missing([number], answers, self.timeout)
+        return answers[number]
+
+    def _leave_out(self, missing: set[int]) -> None:
+        self.missing = tuple(sorted(missing))
+        if missing:
+            warnings.warn(
+                f"shards {sorted(missing)} of {len(self.shards)} did not answer within {self.timeout:g} s: what they hold is "
+                "left out of what is read.",
+                stacklevel=4,
+            )
+
+    def shard_of(self, document_id: str) -> int:
+        """Return the shard that a document belongs to, by a hash of its name that is the same everywhere."""
+        digest = hashlib.blake2b(document_id.encode(errors="surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % len(self.shards)
+
+    def _statuses(self) -> list[dict[str, Any]]:
+        """Return what the shards last said in this forward pass or, outside of one, say now."""
+        if READING.get() is None or not self._status:
+            self._status = [each for each in self._ask_all("status", None, self._selection, may_skip=True) if each]
+        return self._status
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(each["num_chunks"] for each in self._statuses())
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(each["num_tokens"] for each in self._statuses())
+
+    @property
+    def num_evicted_tokens(self) -> int:
+        return sum(each["num_evicted_tokens"] for each in self._statuses())
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether a search can find nothing."""
+        return all(each["is_empty"] for each in self._statuses())
+
+    @property
+    def newest_date(self) -> float:
+        """Return the date of the newest document that a search can find; -inf if there is none."""
+        return max(each["newest_date"] for each in self._statuses())
+
+    @property
+    def generation(self) -> Hashable:
+        """Return a word for the state of all shards; it stays when one is started again."""
+        return tuple(each["state"] for each in self._statuses())
+
+    version = generation
+
+    @property
+    def encoders(self) -> Encoders:
+        """Return the encoder of the shards, as the only one of a history: they may differ in what was before."""
+        stamp = self._told[0]["stamp"] if self._stamp is None else self._stamp.to_json()
+        return Encoders([] if stamp is None else [EncoderStamp.from_json(stamp)])
+
+    @property
+    def model_name(self) -> str | None:
+        """Return the name of the model that `longmem cluster start` made the bank for; None where that is not known."""
+        return self._told[0]["model"]
+
+    @property
+    def fingerprint(self) -> str | None:
+        stamp = self.encoders.stamp
+        return None if stamp is None else stamp.digest
+
+    # Reading.
+
+    def ready_for(self, model: EncodingModel) -> None:
+        """Make every shard ready to be read by a model; see `Freshness.ready_for`. `reencode` encodes what is stale."""
+        self._stamp = model.encoder.stamp_for_reading()
+        answers = self._ask_all("status", self._stamp.to_json(), self._selection, may_skip=True)
+        self._status = [each for each in answers if each is not None]
+        if masked := sum(each["masked_chunks"] for each in self._status):
+            warnings.warn(
+                f"{masked} chunks of an earlier encoder are not read until `reencode` has encoded them again.",
+                stacklevel=2,
+            )
+
+    def attend(
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Attended | None:
+        """Return each query's attention over the best chunks of all shards, put together from what each computes of its own.
+
+        Of each shard's best chunks scores, rows, log-sum-exps l_c and outputs o_c come back. Of all, the best by score are
+        kept; their attention is `sum softmax(l)_c o_c`, as exact as the numbers that were sent (docs/scaling.md, section 3, C).
+        """
+        own = self._pass()
+        name = str(queries.dtype if dtype is None else dtype).removeprefix("torch.")
+        wire = self.wire_dtype or name
+        sent = queries if self.wire_dtype is None else queries.to(getattr(torch, self.wire_dtype))
+        request = (layer, sent, num_chunks, scaling, softcap, name, wire, self._newest(own), self._selection)
+        answers = self._read(own, "attend", *request)
+        found = self._best(own, answers, queries, num_chunks)
+        if found is None:
+            return None
+        best, order, numbers = found
+        logsumexp, output = (self._joined(answers, each, numbers, queries, order) for each in ("logsumexp", "output"))
+        logsumexp = logsumexp.masked_fill(best.rows < 0, -torch.inf)
+        is_empty = (best.rows < 0).all(-1)
+        weights = logsumexp.masked_fill(is_empty.unsqueeze(-1), 0.0).softmax(-1).masked_fill(best.rows < 0, 0.0)
+        together = logsumexp.logsumexp(-1).clamp_min(NO_MEMORY)
+        return Attended((weights.unsqueeze(-2) @ output.float()).squeeze(-2), together, weights, best)
+
+    def search(
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        scaling: float | None = None,
+        newest: float | None = None,
+    ) -> Found:
+        """Return the best chunks of all shards; row r of shard s is row `r * len(shards) + s` here, as in `BankShards`."""
+        own = self._pass()
+        newest = self._newest(own) if newest is None and scaling is not None else newest
+        answers = self._read(own, "search", layer, queries, num_chunks, self._selection, scaling, newest)
+        found = self._best(own, answers, queries, num_chunks)
+        if found is None:
+            rows = torch.full((*queries.shape[:2], num_chunks), -1, device=queries.device)
+            return Found(rows, torch.full(rows.shape, -torch.inf, device=queries.device), None, None)
+        return found[0]
+
+    def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
+        """Return keys and values of rows, fetched from their shards: what a backward pass, and nothing else, has need of."""
+        if not isinstance(generation, Pass | tuple):
+            raise ChangedMemoryError
+        states = generation.states if isinstance(generation, Pass) else dict(enumerate(generation))
+        read = generation.read if isinstance(generation, Pass) else ""
+        count, cpu = len(self.shards), rows.cpu()
+        cpu = torch.where(cpu < 0, generation.some if isinstance(generation, Pass) else 0, cpu)
+        wanted = sorted((cpu % count).unique().tolist())
+        # Each shard gets the whole table, with row 0 where a row is another shard's, so that all heads ask for as many.
+        asked = {
+            each: ("gather", read, states[each], layer, torch.where(cpu % count == each, cpu // count, 0))
+            for each in wanted
+        }
+        answers = self.shards.ask(asked, timeout=self.timeout)
+        refuse_missing(wanted, answers, self.timeout)
+        keys, values = (each.clone() for each in answers[wanted[0]])
+        for number in wanted[1:]:
+            is_its = cpu % count == number
+            for part, other in zip((keys, values), answers[number], strict=True):
+                part[is_its] = other[is_its]
+        return keys.to(rows.device), values.to(rows.device)
+
+    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+        """Return document, tokens, characters and text of each row, flattened; None for row -1."""
+        flat, count = rows.detach().to("cpu", torch.int64).flatten(), len(self.shards)
+        places: list[ChunkPlace | None] = [None] * len(flat)
+        numbers = torch.where(flat < 0, -1, flat % count)
+        own = {number: (numbers == number).nonzero().flatten() for number in numbers[numbers >= 0].unique().tolist()}
+        asked = {number: ("locate", flat[each] // count) for number, each in own.items()}
+        answers = self.shards.ask(asked, timeout=self.timeout)
+        refuse_missing(list(asked), answers, self.timeout)
+        for number, found in answers.items():
+            for place, located in zip(own[number].tolist(), found, strict=True):
+                places[place] = located
+        return places
+
+    def parts(self) -> list[tuple[TextBank, list[str]]]:
+        """Return the bank, with the names of the documents that a search can find."""
+        return [
+            (self, [name for names in self._ask_all("names", self._selection, may_skip=True) for name in names or ()])
+        ]
+
+    def find(self, text: str, model: FindingModel | None = None, k: int = 10) -> list[FoundPassage]:
+        """Return passages of all shards; arguments as for `MemoryBank.find`."""
+        return find(self, text, model, k)
+
+    def _pass(self) -> Pass:
+        """Return the forward pass that runs here or, outside of one, a new one."""
+        reading = READING.get()
+        taken: dict[Any, Any] = {} if reading is None else reading[1]
+        return taken.setdefault(self, Pass())
+
+    def _newest(self, own: Pass) -> float | None:
+        """Return the date from which ages count in a pass; None where age does not."""
+        if self.has_age_prior and own.newest is None:
+            own.newest = self.newest_date
+        return own.newest
+
+    def _read(self, own: Pass, method: str, *request: Any) -> dict[int, Any]:
+        """Return the answers of the shards, all of the states that this pass has met first."""
+        digest = None if self._stamp is None else self._stamp.digest
+        asked = {
+            number: (method, own.read, digest, *request)
+            for number in range(len(self.shards))
+            if number not in own.missing
+        }
+        try:
+            answers = self.shards.ask(asked, timeout=self.timeout)
+        except StaleMemoryError as error:
+            if str(error) != UNKNOWN_ENCODER or self._stamp is None:
+                raise
+            self._ask_all("status", self._stamp.to_json(), self._selection, may_skip=True)
+            answers = self.shards.ask(asked, timeout=self.timeout)
+        if missing := asked.keys() - answers.keys():
+            if self.on_missing == "error" or missing & own.states.keys():
+                refuse_missing(list(asked), answers, self.timeout)
+            own.missing |= missing
+            self._leave_out(own.missing)
+        for number, answer in answers.items():
+            if own.states.setdefault(number, answer["state"]) != answer["state"]:
+                raise ChangedMemoryError  # it was started again meanwhile, and somebody has written to it
+        return answers
+
+    def _best(
+        self, own: Pass, answers: Mapping[int, Any], queries: Tensor, num_chunks: int
+    ) -> tuple[Found, Tensor, list[int]] | None:
+        """Return the best of all chunks, their places among those of all shards, and the shards that have found any."""
+        numbers = [number for number, each in answers.items() if "rows" in each]
+        if not numbers:
+            return None
+        numbers.sort()
+        count, device, own.some = len(self.shards), queries.device, numbers[0]
+        scores = torch.cat([answers[each]["scores"].to(device) for each in numbers], dim=2)
+        there = [(answers[each]["rows"].to(device), each) for each in numbers]
+        rows = torch.cat([torch.where(each < 0, -1, each * count + number) for each, number in there], dim=2)
+        scores, order = scores.sort(dim=2, descending=True, stable=True)
+        scores, order = scores[..., :num_chunks], order[..., :num_chunks]
+        extra = {}
+        for name, fill in (("log_weights", 0.0), ("sizes", self.chunk_size)):
+            if any(name in answers[each] for each in numbers):
+                extra[name] = self._joined(answers, name, numbers, queries, order, fill)
+        sizes = extra.get("sizes")
+        sizes = None if sizes is None else sizes.long()
+        return Found(rows.gather(2, order), scores, extra.get("log_weights"), own, sizes), order, numbers
+
+    @staticmethod
+    def _joined(
+        answers: Mapping[int, Any],
+        name: str,
+        numbers: Sequence[int],
+        queries: Tensor,
+        order: Tensor,
+        fill: float | None = None,
+    ) -> Tensor:
+        """Return what the shards say of the chunks that are kept, in their order; `fill`: for those that say nothing."""
+        parts = [answers[each].get(name) for each in numbers]
+        if fill is not None:
+            like = (answers[each]["scores"] for each in numbers)
+            parts = [
+                torch.full_like(other, fill) if part is None else part for part, other in zip(parts, like, strict=True)
+            ]
+        whole = torch.cat([part.to(queries.device) for part in parts], dim=2)
+        if whole.ndim == 4:
+            order = order.unsqueeze(-1).expand(*order.shape, whole.shape[-1])
+        return whole.gather(2, order)
+
+    # Documents.
+
+    def documents(self) -> list[DocumentInfo]:
+        """Return a summary of each document, shard after shard."""
+        listed = [each for answer in self._ask_all("look", "documents", may_skip=True) for each in answer or ()]
+        if self._selection is None:
+            return listed
+        names, tags = map(set, self._selection)
+        return [each for each in listed if each.document_id in names or tags.intersection(each.tags)]
+
+    def _look(self, document_id: object, method: str, *given: Any) -> Any:
+        checks.validate_document_id("document_id", document_id)
+        if self._pending(document_id) and not self._is_draft:
+            raise ValueError(
+                f"{document_id!r} was changed in this transaction, so its `{method}` must not be read before the end of it; "
+                "make one transaction for each change."
+            )
+        return self._ask(self.shard_of(str(document_id)), "look", method, document_id, *given)
+
+    def _pending(self, document_id: object) -> Changes:
+        """Return what the transaction that is open is going to change of a document."""
+        return [each for each in self._changes or () if each[1][0] == document_id]
+
+    def __contains__(self, document_id: object) -> bool:
+        if not isinstance(document_id, str) or self._is_draft:
+            return False
+        if changes := self._pending(document_id):
+            return changes[-1][0] != "delete"
+        return bool(self._look(document_id, "__contains__"))
+
+    def info(self, document_id: str) -> DocumentInfo:
+        """Return a summary of one document; in a transaction that has changed it, with its tokens alone up to date."""
+        if self._is_draft or not (changes := self._pending(document_id)):
+            return self._look(document_id, "info")
+        own, self._changes = self._changes, []
+        try:
+            known = self.info(document_id) if document_id in self else DocumentInfo(document_id, 0, 0, 0, 0)
+        finally:
+            self._changes = own
+        length = lengths_after(changes, {document_id: known.num_tokens})[document_id]
+        return dataclasses.replace(known, num_tokens=length or 0)
+
+    def text(self, document_id: str, start: int | None = None, stop: int | None = None) -> str | None:
+        """Return the text of resident tokens; see `MemoryBank.text`."""
+        return self._look(document_id, "text", start, stop)
+
+    def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
+        """Return the ids of resident tokens; None if none were given."""
+        return self._look(document_id, "token_ids")
+
+    def segments(self, document_id: str) -> list[Segment]:
+        """Return a document's segments."""
+        return self._look(document_id, "segments")
+
+    # Writing.
+
+    def write_as(self, stamp: EncoderStamp) -> None:
+        """Write from now on as an encoder that the shards have heard of; what is current there stays so."""
+        self._stamp = stamp
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make all changes inside the block at its end, together, or none of them if it raises; all must be of one shard.
+
+        A document that was changed inside the block can be read, and continued, behind it. Raises ValueError for two shards.
+        """
+        if self._changes is not None:
+            yield
+            return
+        self._changes, self._shard_of_changes = [], None
+        try:
+            yield
+            changes, number = self._changes, self._shard_of_changes
+        finally:
+            self._changes, self._shard_of_changes = None, None
+        if number is not None:
+            self._commit(number, changes)
+
+    def _change(self, document_id: str, method: str, *given: Any, **options: Any) -> None:
+        checks.validate_document_id("document_id", document_id)
+        number = self.shard_of(document_id)
+        if self._changes is None:
+            self._commit(number, [(method, (document_id, *given), options)])
+            return
+        if self._shard_of_changes not in (None, number):
+            raise ValueError(
+                f"a transaction must stay within one shard, got documents of shards {self._shard_of_changes} and {number}; "
+                "make one for each document."
+            )
+        self._shard_of_changes = number
+        self._changes.append((method, (document_id, *given), options))
+
+    def _commit(self, number: int, changes: Changes) -> None:
+        """Let a shard make changes; where it dies meanwhile, look whether it had made them, and else do it again."""
+        names = dict.fromkeys(given[0] for method, given, _ in changes if method in ("add", "append", "delete"))
+        before = {name: self.info(name).num_tokens if name in self else None for name in names}
+        for method, given, _ in changes:
+            if method == "delete" and before[given[0]] is None and len(changes) == 1:
+                checks.validate_known("document_id", given[0], [each.document_id for each in self.documents()])
+        stamp = None if self._stamp is None else self._stamp.to_json()
+        try:
+            self._ask(number, "commit", changes, before, stamp, repeats=False)
+        except InterruptedError:
+            if any(self._length(name) != count for name, count in before.items()):
+                after = lengths_after(changes, before)
+                if {name: self._length(name) for name in after} != after:
+                    raise
+                return
+            self._ask(number, "commit", changes, before, stamp, repeats=False)
+
+    def _length(self, document_id: str) -> int | None:
+        return self.info(document_id).num_tokens if document_id in self else None
+
+    def add(self, document_id: str, *given: Any, **options: Any) -> None:
+        """Write a new document; arguments as for `MemoryBank.add`."""
+        self._change(document_id, "add", *given, **options)
+
+    def append(self, document_id: str, *given: Any, **options: Any) -> None:
+        """Continue a document; arguments as for `MemoryBank.append`."""
+        self._change(document_id, "append", *given, **options)
+
+    def copy_tokens(
+        self, document_id: str, bank: Any, origin_id: str, origin: int, part: SourcePart, **said: Any
+    ) -> None:
+        """Note, for a new version of a document, a segment that its shard is to copy from the old one."""
+        assert self._is_draft
+        self._change(document_id, "copy_tokens", origin_id, origin, part, **said)
+
+    def update(
+        self,
+        document_id: str,
+        text_or_ids: str | Sequence[int] | Tensor,
+        *,
+        model: EncodingModel,
+        batch_size: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Replace a document by the encoding of a new text; see `MemoryBank.update`. Its shard copies what did not change."""
+        if self._stamp is None or self._stamp.digest != model.encoder.stamp().digest:
+            self.ready_for(model)
+        known = self.info(document_id)
+        draft = copy.copy(self)
+        draft._is_draft, draft._changes, draft._shard_of_changes = (
+            True,
+            [],
+            None,
+        )  # as in a transaction, which never commits
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
+        assert self._stamp is not None
+        request = (document_id, draft._changes, known.num_tokens, self._stamp.to_json())
+        try:
+            self._ask(self.shard_of(document_id), "replace", *request, repeats=False)
+        except InterruptedError:
+            ids = self.token_ids(document_id)
+            if ids is None or not torch.equal(ids, to_token_ids(model, text_or_ids)):  # it was not made yet
+                self._ask(self.shard_of(document_id), "replace", *request, repeats=False)
+        return written.num_encoded
+
+    def delete(self, document_id: str) -> None:
+        """Forget a document. Raises ValueError if there is none."""
+        self._change(document_id, "delete")
+
+    def tag(self, document_id: str, tags: Iterable[str]) -> None:
+        """Give a document these tags instead of those it had."""
+        self._change(document_id, "tag", tuple(tags))
+
+    def pin(self, document_id: str, is_pinned: bool = True) -> None:
+        """Keep a document from eviction or, with False, no longer."""
+        self._change(document_id, "pin", is_pinned)
+
+    def supersede(self, document_id: str, by: str | None = None) -> None:
+        """Hide a document whose text no longer holds; `by` must be in the same shard, or None.
+
+        Raises ValueError for one in another shard, whose renaming and deletion this one would not hear of.
+        """
+        if by is not None and self.shard_of(by) != self.shard_of(document_id):
+            raise ValueError(
+                f"`by` must be a document of the shard that {document_id!r} is in, {self.shard_of(document_id)}, got {by!r} of "
+                f"{self.shard_of(by)}; leave it out, and the document is hidden all the same."
+            )
+        self._change(document_id, "supersede", by)
+
+    def restore(self, document_id: str) -> None:
+        """Let searches find a document again that was superseded or has expired."""
+        self._change(document_id, "restore")
+
+    def compact(self) -> None:
+        """Give back the space of what was deleted, in all shards."""
+        self._ask_all("compact")
+
+    def reencode(
+        self, model: EncodingModel, workers: Sequence[Any], *, budget_tokens: int | None = None
+    ) -> RefreshReport:
+        """Encode again all that another encoder than this model's wrote, by encoding workers, and return what was done.
+
+        Each worker is given a segment when it is free, so that those of unequal speed end together. One shard after the other.
+
+        Args:
+            model: whose encoder it is.
+            workers: as `Encoders(...).actors`, equal models.
+            budget_tokens: stop before more tokens than that; None: do it all.
+        """
+        if not workers:
+            raise ValueError("`workers` must be at least one encoding worker, got none; start some by `Encoders(...)`.")
+        stamp, done = model.encoder.stamp().to_json(), RefreshReport()
+        for number in range(len(self.shards)):
+            left = None if budget_tokens is None else budget_tokens - done.tokens
+            if left is None or left > 0:
+                answers = self.shards.ask({number: ("reencode", stamp, list(workers), left)}, timeout=86_400.0)
+                done.add(answers[number])
+        return done
+
+
+def lengths_after(changes: Changes, before: Mapping[str, int | None]) -> dict[str, int | None]:
+    """Return how many tokens documents have once changes were made.
+
+    >>> lengths_after([("delete", ("a",), {})], {"a": 3})
+    {'a': None}
+    """
+    lengths = dict(before)
+    for method, given, _ in changes:
+        if method == "delete":
+            lengths[given[0]] = None
+        elif method in ("add", "append"):
+            known = lengths.get(given[0]) if method == "append" else None
+            lengths[given[0]] = (known or 0) + given[1][0].shape[1]
+    return lengths
+
+
+def shard_folders(root: str | Path) -> list[Path]:
+    """Return the folders of the shards in a folder, in order. Raises ValueError if there are none, or one is missing."""
+    found = sorted(
+        (each for each in Path(root).glob("shard-*") if each.name[6:].isdigit() and has_bank(each)),
+        key=lambda each: int(each.name[6:]),
+    )
+    if not found or int(found[-1].name[6:]) != len(found) - 1:
+        raise ValueError(
+            f"`root` must hold the folders shard-0, shard-1, ... of a bank's shards, got {str(root)!r} with "
+            f"{[each.name for each in found] or 'none'}; `ClusterBank.create` makes them."
+        )
+    return found
+
+
+def _made(kind: type[ClusterBank], shards: Shards, options: dict[str, Any], selection: Any) -> ClusterBank:
+    bank = kind(shards, **options)
+    bank._selection = selection
+    return bank

@@ -1,0 +1,191 @@
+"""Ray: joining a cluster, the actors of a bank, and calls that wait so long and no longer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from longmem.cluster.wire import Traffic, num_bytes, pack, raised, unpack
+from longmem.errors import MissingShardError
+
+NAMESPACE = "longmem"
+SCHEME = "ray://"
+PAUSE = 0.2  # seconds from a call that found nobody to the next
+
+
+class Shards(Protocol):
+    """Who answers for the shards of a bank."""
+
+    traffic: Traffic
+
+    def __len__(self) -> int: ...
+
+    def ask(
+        self, asked: Mapping[int, tuple[Any, ...]], *, timeout: float = 60.0, repeats: bool = True
+    ) -> dict[int, Any]:
+        """Return the answers of shards, by number, to (method, arguments ...); those that did not answer are left out.
+
+        `timeout`: seconds in all. `repeats`: ask again who died meanwhile (reading), or raise InterruptedError.
+        """
+        ...
+
+
+def join() -> Any:
+    """Return the module `ray`, once this process belongs to a cluster: the one of RAY_ADDRESS or of this machine."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            "banks on several machines need Ray, which is not installed; `pip install 'longmem-lm[cluster]'`."
+        ) from error
+    if not ray.is_initialized():
+        try:
+            ray.init(
+                address=os.environ.get("RAY_ADDRESS") or "auto",
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except ConnectionError as error:
+            raise ValueError(
+                "there is no Ray cluster that this process can join; start one with `ray start --head`, or give its address "
+                "in RAY_ADDRESS."
+            ) from error
+    return ray
+
+
+def name_of(given: str) -> str:
+    """Return the name of a bank on a cluster, given with or without `ray://`. Raises ValueError for none.
+
+    >>> name_of("ray://notes")
+    'notes'
+    """
+    name = given.removeprefix(SCHEME)
+    if not name or not all(each.isalnum() or each in "-_." for each in name):
+        raise ValueError(
+            f"a bank on a cluster must be named by letters, digits, '-', '_' and '.', as in 'ray://notes', got {given!r}."
+        )
+    return name
+
+
+def start(name: str, folders: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Start the actors of a bank, one for each folder, spread over the nodes; they stay when this process ends."""
+    ray = join()
+    from longmem.cluster.shard import Shard
+
+    class ShardActor(Shard):
+        def members(self) -> int:
+            return len(folders)
+
+    chosen = {"num_cpus": 1, "scheduling_strategy": "SPREAD", "max_concurrency": 8} | dict(options)
+    actor = ray.remote(ShardActor)
+    actors = [
+        actor.options(
+            name=f"{name}/{number}",
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            max_task_retries=0,
+            **chosen,
+        ).remote(folder)
+        for number, folder in enumerate(folders)
+    ]
+    try:
+        ray.get([each.ask.remote("describe") for each in actors])
+    except ray.exceptions.RayActorError as error:
+        for each in actors:
+            ray.kill(each)
+        said = str(error).strip().splitlines()[-1]
+        raise ValueError(f"a shard of {name!r} could not open its folder, one of {list(folders)}: {said}") from error
+
+
+def stop(name: str) -> None:
+    """End the actors of a bank, after they have closed their folders."""
+    ray = join()
+    for actor in actors_of(name):
+        ray.get(actor.ask.remote("close"))
+        ray.kill(actor)
+
+
+def actors_of(name: str) -> list[Any]:
+    """Return the actors of a bank, in order. Raises ValueError if it was not started."""
+    ray = join()
+    try:
+        first = ray.get_actor(f"{name}/0", namespace=NAMESPACE)
+        count = _patiently(lambda: ray.get(first.members.remote()), 60)
+        return [first, *(ray.get_actor(f"{name}/{number}", namespace=NAMESPACE) for number in range(1, count))]
+    except ValueError as error:
+        known = sorted({each["name"].rpartition("/")[0] for each in ray.util.list_named_actors(all_namespaces=True)})
+        raise ValueError(
+            f"no bank {name!r} runs on this cluster, known: {', '.join(filter(None, known)) or 'none'}; "
+            f"`longmem cluster start {name} --folder DIR` starts it."
+        ) from error
+
+
+class RayShards:
+    """The shards of a bank that runs on the cluster."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.traffic = name, Traffic()
+        self.actors = actors_of(name)
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    def __reduce__(self) -> Any:
+        return RayShards, (self.name,)
+
+    def ask(
+        self, asked: Mapping[int, tuple[Any, ...]], *, timeout: float = 60.0, repeats: bool = True
+    ) -> dict[int, Any]:
+        """Return the answers; see `Shards`."""
+        ray, deadline = join(), time.monotonic() + timeout
+        requests = {number: pack(list(request)) for number, request in asked.items()}
+
+        def call(number: int) -> Any:
+            self.traffic.calls += 1
+            self.traffic.sent += num_bytes(requests[number])
+            return self.actors[number].ask.remote(*requests[number])
+
+        waiting, answers = {call(number): number for number in asked}, {}
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            done, _ = ray.wait(list(waiting), timeout=left)
+            for each in done:
+                number = waiting.pop(each)
+                try:
+                    answer = ray.get(each)
+                except ray.exceptions.RayActorError as error:  # it died; it is started again from its folder
+                    if not repeats:
+                        raise InterruptedError(f"shard {number} died while it was written to") from error
+                    time.sleep(PAUSE)
+                    waiting[call(number)] = number
+                    continue
+                self.traffic.received += num_bytes(answer)
+                answers[number] = raised(unpack(answer))
+        return answers
+
+
+def _patiently(ask: Callable[[], Any], seconds: float) -> Any:
+    """Return what is asked of an actor that may be starting again."""
+    import ray
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return ask()
+        except ray.exceptions.RayActorError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE)
+
+
+def refuse_missing(asked: Sequence[int], answers: Mapping[int, Any], timeout: float) -> None:
+    """Raise MissingShardError unless all have answered."""
+    if missing := [number for number in asked if number not in answers]:
+        raise MissingShardError(
+            f"shards {missing} did not answer within {timeout:g} s, so what they hold is not known; try again, raise "
+            '`timeout`, or read the others alone with `on_missing="skip"`.'
+        )

@@ -1,0 +1,387 @@
+"""A shard: the process that has one folder open, and answers for it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longmem.cluster.wire import Failure, failure_of, pack, unpack
+from longmem.encoder.history import UNKNOWN
+from longmem.encoder.sketch import Sketch
+from longmem.encoder.stamp import EncoderStamp
+from longmem.errors import ChangedMemoryError, StaleMemoryError
+from longmem.memory import BankView, MemoryBank
+from longmem.memory.folder.foreign import parse_json
+from longmem.memory.protocols import Found
+from longmem.memory.refresh import RefreshReport
+from longmem.memory.visibility import READING
+from longmem.model.attention import QUERY_BLOCK, attend_block, tokens_found
+
+KEPT_READS = 16  # forward passes whose state is kept; one that is older goes on only if nothing has changed
+SECONDS_TO_OPEN = 30  # for whom to let go of a folder: a shard on a node that is being given up
+UNKNOWN_ENCODER = "this shard does not know the encoder"  # it was started again; who asks says it once more
+
+
+class NoEncoderError(RuntimeError):
+    """Something is to be encoded again where there is no encoder."""
+
+
+class DistantWriter:
+    """An encoder that is somewhere else: known here by its stamp and, where there is a way to it, asked to encode."""
+
+    is_moving = True  # a sketch would need the weights
+
+    def __init__(self, stamp: EncoderStamp, encode: Callable[[Tensor], Any] | None = None) -> None:
+        self._stamp, self._encode = stamp, encode
+
+    @property
+    def encoder(self) -> DistantWriter:
+        """Return itself: it stands for a model, too."""
+        return self
+
+    def stamp(self, *, exact: bool = False) -> EncoderStamp:
+        return self._stamp
+
+    def stamp_for_reading(self) -> EncoderStamp:
+        return self._stamp
+
+    def sketch(self) -> Sketch:
+        """Raise ValueError: a shard has no weights to summarise."""
+        raise ValueError(
+            'a refresh policy must not use the clock "gap" on a cluster, whose shards have no weights; use "version".'
+        )
+
+    def encode(self, input_ids: Tensor) -> Any:
+        """Return keys and values from where the encoder is; raise NoEncoderError if nobody has said where that is."""
+        if self._encode is None:
+            raise NoEncoderError
+        return self._encode(input_ids)
+
+
+class Read(NamedTuple):
+    """A forward pass that is under way somewhere: who reads what, and the word for its state."""
+
+    reader: DistantWriter | None
+    taken: dict[Any, Any]  # the bank's snapshot, once something was searched
+    memory: MemoryBank | BankView | None
+    state: str
+
+
+class Shard:
+    """One folder, open for writing, and the answers to what is asked of it.
+
+    All calls come through `ask`, which returns errors as words. Threads may call at once: the bank has locks.
+
+    Args:
+        folder: of a bank.
+        waits: seconds that an other process may take to close it.
+    """
+
+    def __init__(self, folder: str, waits: float = SECONDS_TO_OPEN) -> None:
+        deadline = time.monotonic() + waits
+        while True:
+            try:
+                self.bank = MemoryBank.open(folder)
+                break
+            except ValueError as error:
+                if "somebody is writing" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        self._folder = Path(folder)
+        self._writers: dict[str, DistantWriter] = {}
+        self._reads: OrderedDict[str, Read] = OrderedDict()
+        self._known_state: tuple[int, str] | None = None
+
+    def ask(self, method: str, *given: Any, **options: Any) -> Any:
+        """Return what a method makes of the arguments, or its error."""
+        try:
+            return pack(getattr(self, method)(*unpack(given), **unpack(options)))
+        except Exception as error:
+            return failure_of(error)
+
+    # What is there.
+
+    def describe(self) -> dict[str, Any]:
+        """Return settings that never change, and the encoder."""
+        bank, stamp = self.bank, self.bank.encoders.stamp
+        return {
+            "settings": bank._settings(),
+            "stamp": None if stamp is None else stamp.to_json(),
+            "folder": str(self._folder.resolve()),
+            "model": self._model_name(),
+            "age_prior": bank.age_prior is not None,
+        }
+
+    def _model_name(self) -> str | None:
+        try:
+            name = parse_json((self._folder / "model.json").read_text(encoding="utf-8"))["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return name if isinstance(name, str) else None
+
+    def status(self, stamp: dict[str, Any] | None = None, selection: Any = None) -> dict[str, Any]:
+        """Return sizes and state; with a stamp, after the bank was made ready to be read by that encoder."""
+        if stamp is not None:
+            self._ready_for(EncoderStamp.from_json(stamp))
+        memory = self._chosen(selection)
+        mask = self.bank.freshness.mask()
+        reader = None if stamp is None else self._writers[EncoderStamp.from_json(stamp).digest]
+        with self._reading_as(reader, {}):
+            is_empty = memory is None or memory.is_empty
+        return {
+            "state": self._state(),
+            "num_chunks": 0 if memory is None else memory.num_chunks,
+            "num_tokens": 0 if memory is None else memory.num_tokens,
+            "num_evicted_tokens": self.bank.num_evicted_tokens,
+            "is_empty": is_empty,
+            "newest_date": -torch.inf if memory is None else memory.newest_date,
+            "masked_chunks": 0 if mask is None else int((~mask).sum()),
+        }
+
+    def _ready_for(self, stamp: EncoderStamp) -> None:
+        writer = self._writers.setdefault(stamp.digest, DistantWriter(stamp))
+        with contextlib.suppress(NoEncoderError):  # what is stale is not read, until `ClusterBank.reencode`
+            self.bank.ready_for(writer)  # type: ignore[arg-type]
+
+    def _state(self) -> str:
+        """Return a word for rows and what they hold, the same after this folder was opened anew."""
+        with self.bank.lock:
+            ledger = self.bank._table.ledger
+            if self._known_state is None or self._known_state[0] != ledger.version:
+                digest = hashlib.blake2b(ledger._table[:, : ledger.num_rows].numpy().tobytes(), digest_size=12)
+                digest.update(repr(sorted((each.serial, name) for name, each in ledger.documents.items())).encode())
+                self._known_state = ledger.version, digest.hexdigest()
+            return self._known_state[1]
+
+    def _chosen(self, selection: tuple[Sequence[str], Sequence[str]] | None) -> MemoryBank | BankView | None:
+        """Return what is read: all, or those of the named documents and tags that are here; None if none is."""
+        if selection is None:
+            return self.bank
+        documents = self.bank.documents()
+        names = [each.document_id for each in documents if each.document_id in selection[0]]
+        tags = sorted({tag for each in documents for tag in each.tags} & set(selection[1]))
+        return self.bank.select(names or None, tags=tags) if names or tags else None
+
+    def names(self, selection: Any = None) -> list[str]:
+        """Return the documents that a search can find."""
+        memory = self._chosen(selection)
+        return [] if memory is None else [name for _, names in memory.parts() for name in names]
+
+    def look(self, method: str, *given: Any) -> Any:
+        """Return what the bank says of its documents."""
+        assert method in ("documents", "info", "text", "token_ids", "segments", "__contains__")
+        answer = getattr(self.bank, method)(*given)
+        if method == "segments":  # versions are a matter of each shard: 0 is the encoder that all agree on
+            lags = [*self.bank.encoders.lags(), 1]
+            return [dataclasses.replace(each, version=UNKNOWN if lags[each.version] else 0) for each in answer]
+        return answer
+
+    # Reading.
+
+    def attend(
+        self,
+        read: str,
+        digest: str | None,
+        layer: int,
+        queries: Tensor,
+        num_chunks: int,
+        scaling: float,
+        softcap: float | None,
+        dtype: str,
+        wire: str,
+        newest: float | None,
+        selection: Any,
+    ) -> dict[str, Any]:
+        """Return, for each query and each of its best chunks, score, row, log-sum-exp and partial output.
+
+        All calls with one `read` are of one state, which is named in each answer.
+        """
+        found, memory, state = self._search(
+            read, digest, layer, queries.float(), num_chunks, selection, scaling, newest
+        )
+        if found is None or memory is None:
+            return {"state": state}
+        meeting = queries.to(getattr(torch, dtype))
+        parts = (meeting, found.rows, found.log_weights, found.sizes)
+        blocks = (itertools.repeat(None) if each is None else each.split(QUERY_BLOCK, dim=1) for each in parts)
+        done = [
+            self._attend(memory, layer, found.generation, scaling, softcap, *block)
+            for block in zip(*blocks, strict=False)
+        ]
+        output, logsumexp = (torch.cat(column, dim=1) for column in zip(*done, strict=True))
+        answer = {"rows": found.rows, "scores": found.scores, "logsumexp": logsumexp, "state": state}
+        answer["output"] = output.to(getattr(torch, wire))
+        answer |= {} if found.log_weights is None else {"log_weights": found.log_weights}
+        return answer | ({} if found.sizes is None else {"sizes": found.sizes.to(torch.int16)})
+
+    @staticmethod
+    def _attend(
+        memory: MemoryBank | BankView,
+        layer: int,
+        generation: Any,
+        scaling: float,
+        softcap: float | None,
+        queries: Tensor,
+        rows: Tensor,
+        ages: Tensor | None,
+        sizes: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return output and log-sum-exp of each chunk alone: each query stands once for each of its chunks."""
+        kv_heads, count, chunks = rows.shape
+        keys, values = (each.to(queries) for each in memory.gather(layer, rows.clamp_min(0).flatten(1), generation))
+        size = keys.shape[2]
+        alone = queries.repeat_interleave(chunks, dim=1)
+        is_found = tokens_found(rows, sizes, size).unflatten(-1, (chunks, size)).flatten(1, 2)
+        weights = None if ages is None else ages.flatten(1, 2).unsqueeze(-1).expand(-1, -1, size)
+        output, logsumexp, _ = attend_block(alone, keys, values, is_found, scaling, softcap, weights)
+        return output.unflatten(1, (count, chunks)), logsumexp.unflatten(1, (count, chunks))
+
+    def _search(
+        self,
+        read: str,
+        digest: str | None,
+        layer: int,
+        queries: Tensor,
+        num_chunks: int,
+        selection: Any,
+        scaling: float | None,
+        newest: float | None,
+    ) -> tuple[Found | None, MemoryBank | BankView | None, str]:
+        """Return what a search finds in the state that the earlier calls of this read have met, and the word for that."""
+        if digest is not None and digest not in self._writers:
+            raise StaleMemoryError(UNKNOWN_ENCODER)
+        with self.bank.lock:
+            if read not in self._reads:
+                reader = None if digest is None else self._writers[digest]
+                self._reads[read] = Read(reader, {}, self._chosen(selection), self._state())
+                while len(self._reads) > KEPT_READS:
+                    self._reads.popitem(last=False)
+            known = self._reads[read]
+            # As if a backward pass were to come: then no policy encodes again while it searches.
+            with self._reading_as(known.reader, known.taken), torch.enable_grad():
+                if known.memory is None or known.memory.is_empty:
+                    return None, None, known.state
+                found = known.memory.search(layer, queries, num_chunks, scaling=scaling, newest=newest)
+        return (None if found.generation is None else found), known.memory, known.state
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _reading_as(reader: DistantWriter | None, taken: dict[Any, Any]) -> Iterator[None]:
+        """Read as an encoder or, with None, as the current one: not as the one that this thread has last read or written as."""
+        token = READING.set((reader or DistantWriter(EncoderStamp("")), taken))  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            READING.reset(token)
+
+    def search(
+        self,
+        read: str,
+        digest: str | None,
+        layer: int,
+        queries: Tensor,
+        num_chunks: int,
+        selection: Any,
+        scaling: float | None,
+        newest: float | None,
+    ) -> dict[str, Any]:
+        """Return rows and scores; arguments as for `MemoryBank.search`."""
+        found, _, state = self._search(read, digest, layer, queries, num_chunks, selection, scaling, newest)
+        known = {} if found is None else found._asdict()
+        return {name: each for name, each in known.items() if name != "generation" and each is not None} | {
+            "state": state
+        }
+
+    def gather(self, read: str, state: str, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of rows that a read has found or, if it is forgotten here, that are of the present state."""
+        with self.bank.lock:
+            known = self._reads.get(read)
+            if known is None and state != self._state():
+                raise ChangedMemoryError
+            snapshot = None if known is None else next(iter(known.taken.values()), None)
+            return self.bank.gather(layer, rows, self.bank.generation if snapshot is None else snapshot)
+
+    def locate(self, rows: Tensor) -> list[Any]:
+        """Return the place of each row."""
+        return self.bank.locate(rows)
+
+    # Writing.
+
+    def commit(
+        self, changes: Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]], before: dict[str, int | None], stamp: Any
+    ) -> None:
+        """Make changes in one transaction, if documents have the number of tokens that whoever asks has seen.
+
+        Raises ChangedMemoryError if they have another one: somebody else has written, or this very commit was made before.
+        """
+        with self.bank.transaction(), self._as_written_by(stamp):
+            for name, count in before.items():
+                if (self.bank.info(name).num_tokens if name in self.bank else None) != count:
+                    raise ChangedMemoryError
+            for method, given, options in changes:
+                assert method in CHANGES
+                getattr(self.bank, method)(*given, **options)
+
+    def replace(self, document_id: str, parts: Sequence[Any], num_tokens: int, stamp: Any) -> None:
+        """Put a new version of a document in the place of the old one: segments that are encoded, or copied from it."""
+        with self.bank.transaction(), self._as_written_by(stamp) as writer:
+            if self.bank.info(document_id).num_tokens != num_tokens:
+                raise ChangedMemoryError
+            draft = self.bank.empty_like()
+            if writer is not None:
+                draft.freshness.write_as(writer)
+            for method, given, options in parts:
+                given = (given[0], self.bank, *given[1:]) if method == "copy_tokens" else given
+                getattr(draft, method)(*given, **options)
+            self.bank._take_version(document_id, draft)
+
+    @contextlib.contextmanager
+    def _as_written_by(self, stamp: dict[str, Any] | None) -> Iterator[DistantWriter | None]:
+        """Note an encoder as the one that has encoded what is written; refuse one that the policy would not read."""
+        if stamp is None:
+            yield None
+            return
+        known, freshness = EncoderStamp.from_json(stamp), self.bank.freshness
+        if self.bank.encoders.stamp is None:
+            self._ready_for(known)
+        writer = self._writers.setdefault(known.digest, DistantWriter(known))
+        version = freshness.write_as(writer)
+        if not bool(freshness.policy.readable(freshness.lags())[version]):
+            raise StaleMemoryError(
+                f"what is written must be of an encoder that the policy {freshness.name!r} reads, got one that is "
+                f"{self.bank.encoders.lags()[version]} changes behind; encode it again with newer weights."
+            )
+        yield writer
+
+    def close(self) -> None:
+        """Save indexes, and let others write."""
+        self.bank.close()
+
+    def compact(self) -> None:
+        """Give back the space of what was deleted."""
+        self.bank.folder.compact()
+
+    def reencode(self, stamp: dict[str, Any], workers: Sequence[Any], budget_tokens: int | None) -> RefreshReport:
+        """Encode again what is stale, by workers that are asked over the network; each takes the next when it is free."""
+        import ray
+
+        def by(worker: Any) -> Callable[[Tensor], Any]:
+            return lambda ids: unpack(ray.get(worker.encode.remote(stamp, pack(ids))))
+
+        known = EncoderStamp.from_json(stamp)
+        first, *others = [DistantWriter(known, by(worker)) for worker in workers]
+        return self.bank.freshness.reencode(first, workers=others, budget_tokens=budget_tokens)  # type: ignore[arg-type]
+
+
+CHANGES = frozenset(("add", "append", "delete", "rename", "tag", "pin", "supersede", "restore", "clear"))
+__all__ = ["CHANGES", "UNKNOWN_ENCODER", "DistantWriter", "Failure", "Shard"]

@@ -1,0 +1,79 @@
+"""What workers of a cluster make by name: this module is on the path of every node."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from fake_encoder import CHUNK, DIM, HEADS, LAYERS, FakeModel
+from torch import Tensor
+
+from longmem import LongMemForCausalLM
+from longmem.cluster.workers import EncodingWorker
+from longmem.encoder.stamp import EncoderStamp
+
+OPTIONS = {"segment_length": 16, "num_retrieved_tokens": 8, "memory_layers": [1, 3], "layer_reduction_factor": 1}
+
+
+class VersionedModel(FakeModel):
+    """An encoder whose values are the number of its version, so that who reads sees how old it is."""
+
+    class Config:
+        memory_layers, chunk_size, search, segment_length = LAYERS, CHUNK, "chunk_mean", 8
+
+        def get_text_config(self) -> Any:
+            return type("Text", (), {"vocab_size": 100})()
+
+    config, tokenizer = Config(), None
+
+    def __init__(self, version: int = 0) -> None:
+        super().__init__()
+        self.version = version
+
+    def encoder_stamp(self) -> EncoderStamp:
+        return EncoderStamp(f"version-{self.version}")
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        return {"version": torch.tensor(self.version)}
+
+    def load_encoder_weights(self, weights: dict[str, Tensor]) -> None:
+        self.version = int(weights["version"])
+
+    def encode(self, ids: Tensor) -> Any:
+        keys = torch.randn(len(LAYERS), 1, HEADS, ids.shape[1], DIM, generator=torch.Generator().manual_seed(0))
+        return list(keys), [torch.full_like(each, float(self.version)) for each in keys]
+
+
+def make_model(backbone: str) -> LongMemForCausalLM:
+    """Return the model of a worker."""
+    return LongMemForCausalLM.from_backbone(backbone, **OPTIONS).eval()
+
+
+def memorize_once(bank: Any, model: LongMemForCausalLM, task: tuple[str, str]) -> None:
+    """Memorize a text, unless a worker before this one has."""
+    name, text = task
+    if name not in bank:
+        model.memorize(bank, text, name)
+
+
+class SlowWorker(EncodingWorker):
+    """A worker that takes so many seconds longer for each segment, and knows how many it did in which time."""
+
+    pause = 0.0
+
+    def slow_down(self, pause: float) -> None:
+        """Take so long from now on, and count anew."""
+        self.pause, self.times = pause, []
+
+    def speed(self) -> float:
+        """Return segments per second, from the first that was begun to the last that was done."""
+        return len(self.times) / (self.times[-1][1] - self.times[0][0])
+
+    def encode(self, stamp: Any, ids: Any) -> Any:
+        began = time.monotonic()
+        time.sleep(self.pause)
+        answer = super().encode(stamp, ids)
+        if self.pause:
+            self.times.append((began, time.monotonic()))
+        return answer

@@ -1,0 +1,281 @@
+"""Three nodes of a real cluster: shards, workers, drivers and nodes die, and nothing committed is lost or read twice."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cluster_models import OPTIONS, SlowWorker, VersionedModel, make_model, memorize_once
+from tiny_models import save_tiny_backbone, some_text
+
+from longmem import LongMemForCausalLM, MemoryBank
+from longmem.cluster import ClusterBank, Encoders, Feed
+from longmem.cluster.engine import NAMESPACE, actors_of, stop
+from longmem.memory import BankShards
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_log_monitor": False, "no_monitor": True}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[object]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    made, patient = Cluster(), pytest.MonkeyPatch()
+    wait_for_nodes(patient)
+    try:
+        for number in range(3):
+            made.add_node(**NODE, **({} if number else {"include_dashboard": False}))
+        ray.init(address=made.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+        patient.undo()
+
+
+def wait_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Ray wait for a node that starts: by itself it gives up after 30 seconds, and a busy machine may take longer."""
+    from ray._private import services
+
+    look = services.get_node
+
+    def get_node(*given: object, **options: object) -> object:
+        deadline = time.monotonic() + 400
+        while True:
+            try:
+                return look(*given, **options)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    monkeypatch.setattr(services, "get_node", get_node)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_backbone(tmp_path_factory.mktemp("backbone")))
+
+
+@pytest.fixture(scope="module")
+def model(backbone: str) -> LongMemForCausalLM:
+    return LongMemForCausalLM.from_backbone(backbone, **OPTIONS).eval()
+
+
+@pytest.fixture(scope="module")
+def notes(
+    cluster: object, model: LongMemForCausalLM, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ClusterBank]:
+    root = tmp_path_factory.mktemp("notes")
+    ClusterBank.create(root, 3, model)
+    bank = ClusterBank.start("notes", root, actor_options={"num_cpus": 0.1}, timeout=120)
+    for number in range(6):
+        model.memorize(bank, some_text(14, seed=number), f"document-{number}")
+    yield bank
+    stop("notes")
+
+
+def opened(bank: ClusterBank) -> BankShards:
+    return BankShards(MemoryBank.open(each["folder"], read_only=True) for each in bank._told)
+
+
+def kill(actor: object) -> None:
+    """Kill the process of an actor as the system would."""
+    import ray
+
+    os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+
+
+@pytest.fixture
+def prompt() -> torch.Tensor:
+    return torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(5))
+
+
+def test_it_reads_what_the_shards_hold(notes, model, prompt):
+    with torch.no_grad():
+        got = model(prompt, memory=ClusterBank.connect("ray://notes"), output_memory_reads=True)
+        expected = model(prompt, memory=opened(notes), output_memory_reads=True)
+        without = model(prompt)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    assert (got.logits - without.logits).abs().max() > 1e-3
+    torch.testing.assert_close(got.memory_reads[0].rows, expected.memory_reads[0].rows)
+    with pytest.raises(ValueError, match="no bank 'letters' runs"):
+        ClusterBank.connect("letters")
+
+
+def test_a_shard_that_is_killed_is_read_again_and_written_once(notes, model, prompt):
+    with torch.no_grad():
+        expected = model(prompt, memory=notes).logits
+    for actor in actors_of("notes")[:2]:
+        kill(actor)
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt, memory=notes).logits, expected)
+    name = next(f"new-{number}" for number in range(99) if notes.shard_of(f"new-{number}") == 2)
+    kill(actors_of("notes")[2])
+    model.memorize(notes, "the dog sat", name)
+    assert notes.text(name) == "the dog sat"
+    assert sorted(each.document_id for each in notes.documents()).count(name) == 1
+    notes.delete(name)
+
+
+def test_a_node_that_goes_takes_no_shard_with_it(cluster, notes, model, prompt):
+    with torch.no_grad():
+        expected = model(prompt, memory=notes).logits
+    lost = cluster.worker_nodes and sorted(cluster.worker_nodes, key=lambda each: each.node_id)[0]
+    cluster.remove_node(lost, allow_graceful=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt, memory=notes).logits, expected)
+    cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt, memory=notes).logits, expected)
+
+
+def test_a_worker_that_is_killed_leaves_nothing_out_and_nothing_twice(notes, model, backbone):
+    texts = {f"filled-{number}": some_text(120, seed=number) for number in range(12)}
+    make = functools.partial(make_model, backbone)
+    done = []
+    with Encoders(make, 2, actor_options={"num_cpus": 0.1}) as encoders:
+        ask = lambda actor, task: actor.work.remote(memorize_once, notes, task)  # noqa: E731
+        for (name, _), answer in encoders.run(texts.items(), ask):
+            assert answer is None, answer
+            done.append(name)
+            if len(done) == 2:
+                kill(encoders.actors[0])
+    assert sorted(done) == sorted(texts)
+    for name, text in texts.items():
+        assert notes.text(name) == text
+        assert notes.info(name).num_tokens == len(text)
+    listed = [each.document_id for each in notes.documents()]
+    assert len(listed) == len(set(listed))
+    for name in texts:
+        notes.delete(name)
+
+
+def test_a_driver_that_is_killed_is_followed_by_one_that_does_the_rest(cluster, notes, backbone, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    texts = {f"page-{number}.txt": some_text(150, seed=100 + number) for number in range(10)}
+    for name, text in texts.items():
+        (corpus / name).write_text(text)
+    model_folder = tmp_path / "model"
+    LongMemForCausalLM.from_backbone(backbone, **OPTIONS).save_pretrained(model_folder)
+    command = [sys.executable, "-m", "longmem.cli.main", "memorize", str(corpus), "--bank", "ray://notes"]
+    command += ["--model", str(model_folder), "--workers", "2", "--quiet"]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 240
+    while not any(name in notes for name in texts) and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    driver.kill()
+    driver.communicate()
+    there = {name for name in texts if name in notes}
+    assert there
+    for name in there:
+        assert texts[name].startswith(notes.text(name))
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert {name: notes.text(name) for name in texts} == texts
+    assert all(notes.info(name).num_tokens == len(text) for name, text in texts.items())
+
+
+def test_unequal_workers_that_encode_again_end_together(cluster, tmp_path):
+    import ray
+
+    old, new, segments = VersionedModel(0), VersionedModel(1), 120
+    ClusterBank.create(tmp_path, 1, old, storage_dtype="float32", refresh="bounded:max_lag=0")
+    bank = ClusterBank.start("stale", tmp_path, actor_options={"num_cpus": 0.1}, timeout=120)
+    try:
+        bank.ready_for(old)
+        for number in range(segments // 4):
+            old_keys = old.encode(torch.zeros(1, 32))
+            parts = [[layer[0] for layer in part] for part in old_keys]
+            with bank.transaction():
+                for start in range(0, 32, 8):
+                    piece = [[layer[:, start : start + 8] for layer in part] for part in parts]
+                    ids = [1] * 8
+                    if start:
+                        bank.append(f"d{number}", *piece, ids, segment="new")
+                    else:
+                        bank.add(f"d{number}", *piece, ids, segment="new")
+        with Encoders(
+            functools.partial(VersionedModel, 1), 2, kind=SlowWorker, actor_options={"num_cpus": 0.1}
+        ) as pool:
+            ray.get([each.encode.remote(new.encoder_stamp().to_json(), torch.zeros(1, 8)) for each in pool.actors])
+            ray.get([each.slow_down.remote(pause) for each, pause in zip(pool.actors, (0.2, 0.8), strict=True)])
+            done = bank.reencode(new, pool.actors)
+            speeds = ray.get([each.speed.remote() for each in pool.actors])
+        assert done.tokens == segments * 8
+        ideal = segments / sum(speeds)  # if each had worked at its speed, which the machine's load tells, to the end
+        assert speeds[0] > 2 * speeds[1]
+        assert done.seconds <= 1.1 * ideal + 0.5, (done.seconds, ideal)  # half a second for the first call of each
+        bank.ready_for(new)
+        found = bank.search(1, torch.randn(2, 3, 6), 4)
+        assert (bank.gather(1, found.rows.flatten(1), found.generation)[1] == 1).all()
+    finally:
+        stop("stale")
+
+
+@pytest.mark.filterwarnings("ignore:.* chunks of an earlier encoder")
+def test_no_read_is_older_than_the_bound_while_a_trainer_goes_on(cluster, tmp_path):
+    model, bound = VersionedModel(0), 4
+    policy = f"bounded:max_lag={bound},on_violation=mask"
+    ClusterBank.create(tmp_path, 2, model, storage_dtype="float32", refresh=policy)
+    bank = ClusterBank.start("moving", tmp_path, actor_options={"num_cpus": 0.1}, timeout=120)
+    ages, longest = [], 0
+    try:
+        with Encoders(VersionedModel, 2, actor_options={"num_cpus": 0.1}) as workers:
+            feed = Feed(bank, workers, max_waiting=3, patience=120)
+            for step in range(200):
+                model.version = step
+                feed.publish(model)
+                if step < 12:
+                    feed.put(f"document-{step}", list(range(24)))
+                longest = max(longest, len(feed.waiting))
+                if step == 100:
+                    kill(workers.actors[0])
+                found = bank.search(1, torch.randn(2, 2, 6), 8)
+                if found.generation is None or not (found.rows >= 0).any():
+                    continue
+                values = bank.gather(1, found.rows.flatten(1), found.generation)[1]
+                ages.append(step - float(values[found.rows.flatten(1) >= 0].min()))
+            deadline = time.monotonic() + 60
+            while len(feed.versions) < 12 and time.monotonic() < deadline:
+                feed.pump(0.5)
+        assert longest <= 3
+        assert len(feed.versions) == 12
+        assert ages
+        assert max(ages) <= bound, max(ages)
+        assert len({each.document_id for each in bank.documents()}) == len(bank.documents()) == 12
+    finally:
+        stop("moving")
+
+
+def test_the_feed_gives_up_when_no_worker_is_left(cluster, tmp_path):
+    model = VersionedModel(0)
+    ClusterBank.create(tmp_path, 1, model, storage_dtype="float32", refresh="bounded:max_lag=1,on_violation=mask")
+    bank = ClusterBank.start("alone", tmp_path, actor_options={"num_cpus": 0.1}, timeout=120)
+    try:
+        with Encoders(VersionedModel, 1, actor_options={"num_cpus": 999}) as workers:  # no node has room for it
+            feed = Feed(bank, workers, max_waiting=2, patience=1)
+            feed.publish(model)
+            for number in range(4):  # two wait for a worker, and two to be given to one
+                feed.put(f"document-{number}", [1, 2, 3])
+            with pytest.raises(TimeoutError, match="no encoding worker"):
+                feed.put("document-4", [1, 2, 3])
+    finally:
+        stop("alone")
