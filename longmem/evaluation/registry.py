@@ -40,6 +40,7 @@ TASKS = {
     "quality": Entry("tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
     "recall": Entry("tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"),
     "longeval": Entry("tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"),
+    "dated": Entry("tasks.dated:Dated", "facts of dated texts that are newer than the model, and which text was read"),
     "harness": Entry("harness.task:Harness", "any task of lm-evaluation-harness"),
     "locomo": Entry("tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }
