@@ -81,6 +81,10 @@ class Standing:
     def tokenizer(self) -> Any:
         return self._model.tokenizer
 
+    @property
+    def input_device(self) -> torch.device:
+        return self._model.input_device
+
 
 def weights_of(model: Any) -> dict[str, Tensor]:
     """Return the tensors that what is stored depends on; a model that has no such path says itself what its weights are."""
