@@ -17,7 +17,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if ad
 def settings(tmp_path: Path, **options: Any) -> NotesSettings:
     systems = ("backbone", "context-1024", "off", "on", "wrong")
     common = {"output": str(tmp_path / "run"), "systems": systems, "window": 128, "haystack": "filler"}
-    return NotesSettings(**{**common, "sizes": (64, 200), "max_new_tokens": 2, "num_choices": 3, "limit": 4, **options})
+    return NotesSettings(**{**common, "sizes": (64, 200), "max_new_tokens": 2, "limit": 4, **options})
 
 
 def test_every_note_is_in_memory_and_asked_for_in_both_ways(model, tmp_path, monkeypatch):
@@ -36,8 +36,7 @@ def test_every_note_is_in_memory_and_asked_for_in_both_ways(model, tmp_path, mon
             assert asked == (
                 f"<user>{question}<assistant>" if case.axes["asked"] == "chat" else f"\n\nQuestion: {question}\nAnswer:"
             )
-            assert item.about["values"][item.about["right"]] == answer
-            assert len(set(item.about["values"])) == 3
+            assert item.about["answer"] == answer
 
 
 def test_the_wrong_memory_is_the_text_alone(model, tmp_path):
@@ -51,19 +50,20 @@ def test_the_wrong_memory_is_the_text_alone(model, tmp_path):
 
 def test_an_answer_counts_where_it_has_the_value(model, tmp_path):
     task = Notes(settings(tmp_path))
-    record = {"logprobs": [-1.0, -4.0], "tokens": [1, 2], "values": ["seven", "copper heron"], "right": 0}
-    assert task.score(record) == {"accuracy": 1.0}
-    assert task.score({**record, "prediction": "She needs Seven."}) == {"accuracy": 1.0, "exact": 0.0, "answered": 1.0}
-    assert task.score({**record, "prediction": "seventeen"})["answered"] == 0
+    answered = {
+        said: task.score({"answer": "Copper Heron", "prediction": said})["answered"]
+        for said in ("It is copper  heron.", "copper", "heron copper", "COPPER HERON", "copper herons")
+    }
+    assert list(answered.values()) == [1, 0, 0, 1, 0]
 
 
 def test_a_run_has_every_system_and_parity(model, tmp_path):
-    task = Notes(settings(tmp_path, sizes=(64,), limit=2, num_choices=2))
+    task = Notes(settings(tmp_path, sizes=(64,), limit=2))
     records, metrics = run(task, model)
     asked = [each for each in records if "item" in each]
     assert len(asked) == 5 * 2  # without a chat format, as text alone
     assert {each["asked"] for each in asked} == {"text"}
-    assert list(metrics["measures"]) == ["answered", "accuracy", "exact"]
+    assert list(metrics["measures"]) == ["answered"]
     assert {each["system"] for each in metrics["parity"]} == {"context-1024"}
 
 

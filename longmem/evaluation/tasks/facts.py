@@ -37,14 +37,8 @@ NUMBERS = range(10_000, 100_000)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ValueSettings(EvaluationSettings):
-    """Questions whose answer is a value: the right one is compared with wrong ones, and may also be written."""
-
-    num_choices: Annotated[int, From(2)] = 10
-    """Values whose likelihoods are compared: the right one and wrong ones of the same kind."""
-
-    generate: bool = True
-    """Let the model also write its answer, and count those that are exact."""
+class WrittenSettings(EvaluationSettings):
+    """Answers that are written, with the bank's form."""
 
     max_new_tokens: Count = 16
     """Tokens of a written answer at most."""
@@ -60,7 +54,25 @@ class ValueSettings(EvaluationSettings):
         validate_index(self.index)
 
 
-class ValueTask(Task):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueSettings(WrittenSettings):
+    """Questions whose answer is a value: the right one is compared with wrong ones, and may also be written."""
+
+    num_choices: Annotated[int, From(2)] = 10
+    """Values whose likelihoods are compared: the right one and wrong ones of the same kind."""
+
+    generate: bool = True
+    """Let the model also write its answer, and count those that are exact."""
+
+
+class BankTask(Task):
+    """A task that settings tell the form of its banks."""
+
+    def banks(self, model: LongMemForCausalLM) -> Banks:
+        return Banks(model, index=self.settings.index, storage_dtype=self.settings.storage_dtype)
+
+
+class ValueTask(BankTask):
     """A choice is right if the right value is the likeliest per token, a written answer if it begins with it."""
 
     measures = {"accuracy": Measure("accuracy", has_chance=True), "exact": Measure("written exactly")}
@@ -76,9 +88,6 @@ class ValueTask(Task):
         if "prediction" in record:
             found["exact"] = float(is_exact(record["prediction"], record["values"][record["right"]]))
         return found
-
-    def banks(self, model: LongMemForCausalLM) -> Banks:
-        return Banks(model, index=self.settings.index, storage_dtype=self.settings.storage_dtype)
 
 
 def value_item(

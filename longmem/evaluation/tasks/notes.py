@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from longmem.evaluation.settings import Count
 from longmem.evaluation.systems import tokenize
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record
-from longmem.evaluation.tasks.facts import ValueSettings, ValueTask, shuffled
+from longmem.evaluation.tasks.facts import BankTask, WrittenSettings
 from longmem.evaluation.tasks.haystack import read_haystack
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -23,8 +22,8 @@ ASKED = ("chat", "text")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NotesSettings(ValueSettings):
-    """Which notes, and the text around them; wrong values are the answers to other notes. `limit` is of notes."""
+class NotesSettings(WrittenSettings):
+    """Which notes, and the text around them. `limit` is of notes."""
 
     data: str | None = None
     """YAML file with a list of [note, question, answer]; None: twenty notes that come with the package."""
@@ -36,11 +35,11 @@ class NotesSettings(ValueSettings):
     """Tokens of that text in memory."""
 
 
-class Notes(ValueTask):
+class Notes(BankTask):
     """All notes stand in one memory, and each is asked for; the wrong memory is the text without them."""
 
     name, title, kind = "notes", "questions about notes", NotesSettings
-    measures = {"answered": Measure("answered"), **ValueTask.measures}
+    measures = {"answered": Measure("answered")}
     text: Sequence[int] = ()  # what notes stand in, from `cases` on
     axes = (Axis("asked", "panel", values=ASKED), Axis("size", title="tokens in memory"))
 
@@ -56,32 +55,25 @@ class Notes(ValueTask):
 
     def _case(self, tokenizer: PreTrainedTokenizerBase, notes: Sequence[Sequence[str]], size: int, way: str) -> Case:
         step, memory, items = size // len(notes), list[Sequence[int]](), []
-        answers = [answer for _, _, answer in notes]
         for number, (note, question, answer) in enumerate(notes):
             memory.append(self.text[number * step : (number + 1) * step])
             memory.append(tokenize(tokenizer, f"\n\n{note}\n\n", continues=True))
-            generator = random.Random(f"{self.settings.seed}/{number}")
-            wrong = generator.sample(sorted({*answers} - {answer}), min(self.settings.num_choices, len({*answers})) - 1)
-            values, right = shuffled(generator, answer, wrong)
             ids = as_asked(tokenizer, question, way)
-            before = "" if way == "chat" else " "
-            choices = [tokenize(tokenizer, before + value, continues=True) for value in values]
-            about = {"question": question, "values": list(values), "right": right, "group": note}
-            items.append(Item(name=str(number), token_ids=ids, candidates=choices, about=about))
+            about = {"question": question, "answer": answer, "group": note}
+            items.append(Item(name=str(number), token_ids=ids, about=about))
         name = f"{way}/{size}"
         axes = {"asked": way, "size": size}
-        return Case(name=name, group=name, items=items, memory=memory, axes=axes, max_new_tokens=self.max_new_tokens)
+        return Case(
+            name=name, group=name, items=items, memory=memory, axes=axes, max_new_tokens=self.settings.max_new_tokens
+        )
 
     def wrong(self, case: Case, cases: Sequence[Case]) -> Case:
         """Return the text alone."""
         return Case(name="text", group="text", items=(), memory=[self.text[: case.axes["size"]]])
 
     def score(self, record: Record) -> Mapping[str, float]:
-        """Count an answer that has the value anywhere, beside what other values count."""
-        found = dict(super().score(record))
-        if "prediction" in record:
-            found["answered"] = float(has_value(record["prediction"], record["values"][record["right"]]))
-        return found
+        """Count an answer that has the value anywhere."""
+        return {"answered": float(has_value(record["prediction"], record["answer"]))}
 
 
 def as_asked(tokenizer: PreTrainedTokenizerBase, question: str, way: str) -> list[int]:
