@@ -251,8 +251,8 @@ def verify(arguments: argparse.Namespace) -> None:
 def compact(arguments: argparse.Namespace) -> None:
     """Give back the space of what was deleted or evicted."""
     if isinstance(arguments.bank, str):
-        with common.open_bank(arguments.bank) as bank:
-            bank.compact()
+        with common.open_bank(arguments.bank) as shards:
+            shards.compact()
         common.tell(arguments, {"bank": arguments.bank}, f"{arguments.bank}: what was deleted is gone from all shards.")
         return
     with common.open_bank(arguments.bank, write=True) as bank:
