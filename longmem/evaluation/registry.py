@@ -41,6 +41,7 @@ TASKS = {
     "recall": Entry("tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"),
     "notes": Entry("tasks.notes:Notes", "questions about notes in memory, in the chat format"),
     "longeval": Entry("tasks.longeval:LongEval", "a fact in a long record of lines or topics (LongEval)"),
+    "dated": Entry("tasks.dated:Dated", "facts of dated texts that are newer than the model, and which text was read"),
     "harness": Entry("harness.task:Harness", "any task of lm-evaluation-harness"),
     "locomo": Entry("tasks.locomo:Locomo", "written answers about months of conversation (LoCoMo)"),
 }
