@@ -12,7 +12,7 @@ import functools
 import importlib.metadata
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -154,7 +154,7 @@ class Dated(ValueTask):
         Axis("kind", "panel", values=("version", "latest", "continuation")),
         Axis("age", values=("new", "old", "undated")),
     )
-    sort_by = ("case",)
+    sort_by = ("case", "item")
     measures = {
         **ValueTask.measures,
         "likelihood": Measure("log-likelihood of what is right", "nats per token"),
@@ -264,7 +264,8 @@ class Dated(ValueTask):
         output = local(ids[:, :-1], output_memory_reads=True, use_cache=False)
         reads = table_of_reads([output.memory_reads or ()], ids.shape[1] - 1)
         first = ids.shape[1] - 1 - len(answer)  # the position that predicts the answer's first token
-        weights, passages = Counter[str](), Counter[tuple[str, int, int]]()
+        weights: dict[str, float] = defaultdict(float)
+        passages: dict[tuple[str, int, int], float] = defaultdict(float)
         places = [] if local.memory is None else local.memory.locate(torch.from_numpy(reads.rows))
         for entry in range(reads.of(first).start, len(reads.weights)):
             place, weight = places[reads.chunks[entry]], float(reads.weights[entry])
@@ -276,7 +277,7 @@ class Dated(ValueTask):
         if not total:
             return {}
         own, older = weights[case.group], weights[case.group + SUPERSEDED] + weights[""]
-        found = {"source": own / total, "memory_share": total / len(answer)}
+        found: dict[str, Any] = {"source": own / total, "memory_share": total / len(answer)}
         found["freshness"] = own / (own + older) if item.about["kind"] == "latest" and own + older else None
         if not passages:
             return found
@@ -453,8 +454,8 @@ def read_texts(data: str) -> list[DatedText]:
 def installed_texts() -> Iterator[DatedText]:
     """Yield the lists of changes of installed packages: the longest of each, in its description or a file of its own."""
     for package in importlib.metadata.distributions():
-        name = package.metadata["Name"]
-        texts = [str(package.metadata.get_payload() or "")]
+        metadata: Any = package.metadata
+        name, texts = str(metadata["Name"]), [str(metadata.get_payload() or "")]
         for file in package.files or ():
             if (
                 _LOG_NAME.match(file.name)
@@ -487,7 +488,7 @@ def dated_text(name: str, text: str) -> DatedText:
 def releases_of(text: str) -> Iterator[Release]:
     """Yield the releases of a list of changes, the newest first; a version that comes again is left out."""
     heads = [(each, date) for each in _HEAD.finditer(text) if (date := date_of_head(each)) is not None]
-    found = []
+    found: list[Release] = []
     for number, (head, date) in enumerate(heads):
         stop = heads[number + 1][0].start() if number + 1 < len(heads) else len(text)
         if head["version"] not in {each.version for each in found}:
