@@ -178,6 +178,7 @@ def test_cells_go_on_and_become_a_page(backbone, tmp_path, monkeypatch, capsys):
     text = page.read_text()
     assert "| LongMem |" in text
     assert "2 questions" in text
+    assert "decide nothing about quality" in text
     assert text.index("Where LongMem loses") < text.index("## ")
     assert sorted(each.name for each in (tmp_path / "pictures").iterdir()) == [
         "comparison-bytes.png",

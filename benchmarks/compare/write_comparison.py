@@ -110,14 +110,14 @@ def losses(cells: Mapping[str, Mapping[str, Cell]]) -> list[str]:
         better = sorted((name for name in own if own[name].value > own[MINE].value), key=lambda name: -own[name].value)
         if better:
             value, *ends = above(own, better[0], MINE, work)
-            sure = "" if ends[0] > 0 else ", which may be chance"
+            sure = "" if ends[0] > 0 and count >= FEWEST else ", which may be chance"
             form = "+.1f" if unit == "%" else "+.3f"
             names = ", ".join(SYSTEMS[name].title for name in better)
             found.append(
                 f"- **{WORK[work].title}** ({count} questions): {names}; the best of them by "
-                f"{with_interval(value, ends, form)} {unit}{sure}."
+                f"{with_interval(value, ends if count > 1 else (), form)} {unit}{sure}."
             )
-    return found or ["Nowhere in what was measured."]
+    return found or ["Nowhere in what was measured, which may be chance."]
 
 
 def table_of(work: str, cells: Mapping[str, Cell]) -> str:
@@ -143,7 +143,7 @@ def table_of(work: str, cells: Mapping[str, Cell]) -> str:
         rows.append(
             [
                 f"{SYSTEMS[name].title}{stars}",
-                with_interval(own.value, own.interval, form),
+                with_interval(own.value, own.interval if len(own.records) > 1 else (), form),
                 f"{own.seconds:.2f}",
                 f"{own.feeding:.2f}",
                 f"{own.run:,.0f}",
@@ -197,7 +197,7 @@ def page_of(
     counts = {len(cell.records) for own in cells.values() for cell in own.values()}
     spelled = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     small = (
-        f" With fewer than {FEWEST} questions in some cells, most differences are not told from chance: read the intervals."
+        f" **Fewer than {FEWEST} questions in some cells decide nothing about quality**; costs need fewer."
         if min(counts) < FEWEST
         else ""
     )

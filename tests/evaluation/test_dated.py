@@ -6,10 +6,12 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from longmem.evaluation.runner import evaluate
 from longmem.evaluation.tasks import dated
@@ -55,6 +57,12 @@ BETA = f"""3.0 (released 2026-02-01)
 - Beta {CHANGES[1]}
 """
 WORDS = "The rain fell on the old house while a dog sat in it. "
+
+
+@pytest.fixture(scope="module")
+def model(backbone_folder: str) -> Any:
+    """What questions are made with: a tokenizer alone."""
+    return SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(backbone_folder))
 
 
 @pytest.fixture
@@ -187,7 +195,7 @@ def test_a_change_is_asked_with_the_versions_of_its_list_and_stands_in_memory(mo
 
 
 def test_a_run_leaves_what_was_read_and_the_hash(settings):
-    finished = evaluate(Dated(dataclasses.replace(settings, limit=1, generate=False)), Console(file=io.StringIO()))
+    finished = evaluate(Dated(dataclasses.replace(settings, limit=2, generate=False)), Console(file=io.StringIO()))
     records = [json.loads(line) for line in (finished.folder / "predictions.jsonl").read_text().splitlines()]
     config = json.loads((finished.folder / "config.json").read_text())
     assert config["data"]["dated"] in finished.metrics["notes"][0]
