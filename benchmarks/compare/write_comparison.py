@@ -214,7 +214,8 @@ def page_of(
     lines = [
         "# Comparison",
         "",
-        f"{len({name for own in cells.values() for name in own})} systems on {len(cells)} kinds of work, questions in each cell: {spelled}, "
+        f"{len({name for own in cells.values() for name in own})} systems on {len(cells)} kinds of work; questions in each "
+        f"cell: {spelled}, "
         f"the same for all systems of a kind; backbone {settings['model']} in {settings['dtype']}, a window of "
         f"{settings['window']} tokens, texts of about {settings['size']:,} tokens where the work leaves that open. Seconds "
         f"are those of one processor. What LongMem and the systems written as its configurations run for recall and notes "
