@@ -169,6 +169,7 @@ def test_cells_go_on_and_become_a_page(backbone, tmp_path, monkeypatch, capsys):
     record = json.loads(more.splitlines()[1])
     assert record["fed_tokens"] > 100 and record["tokens_run"] > record["fed_tokens"] and record["kept_bytes"] > 10_000  # noqa: PT018
     assert not {"question", "values", "prediction"} & record.keys()  # texts stay where they are
+    assert (output / "books" / "longmem" / "environment.json").exists()
     capsys.readouterr()
     run(monkeypatch, *common, "--trials", "2", *cells)
     assert capsys.readouterr().out.count("0 asked") == 6
@@ -177,7 +178,7 @@ def test_cells_go_on_and_become_a_page(backbone, tmp_path, monkeypatch, capsys):
     write_comparison.main()
     text = page.read_text()
     assert "| LongMem |" in text
-    assert "2 questions" in text
+    assert "Questions: 2." in text
     assert "decide nothing about quality" in text
     assert text.index("Where LongMem loses") < text.index("## ")
     assert sorted(each.name for each in (tmp_path / "pictures").iterdir()) == [

@@ -2,7 +2,7 @@
 
 python benchmarks/compare/run_compare.py docs/results/comparison --trials 4
 python benchmarks/compare/run_compare.py docs/results/comparison --trials 10 --data books=BOOKS locomo=locomo10.json
-longmem report docs/results/comparison/* --output report     # what `write_comparison.py` has put there
+python benchmarks/compare/write_comparison.py docs/results/comparison docs/comparison.md
 
 Each cell, a kind of work and a system, is a folder with settings and a record for every question; without texts. Seconds are
 those of processors, so that a busy machine does not count.
@@ -26,10 +26,12 @@ from rich.console import Console
 from systems import SYSTEMS, TOKEN_BYTES, make, models_by_config
 from work import WORK
 
-from longmem.evaluation.folder import RunFolder, describe
+from longmem.evaluation.folder import RunFolder, as_json, describe
 from longmem.evaluation.runner import ask, record_id
 from longmem.evaluation.systems import System
 from longmem.evaluation.task import Case, Task
+from longmem.files import write_file
+from longmem.settings.environment import environment
 
 
 class Meter:
@@ -122,6 +124,7 @@ def run_cell(
                 run.write([{**names, **task.score({**prepared, **record}), **costs}])
             asked += len(left)
         task.close()
+        write_file(folder / "environment.json", as_json(environment()))
     return asked
 
 

@@ -117,6 +117,16 @@ def losses(cells: Mapping[str, Mapping[str, Cell]]) -> list[str]:
                 f"- **{WORK[work].title}** ({count} questions): {names}; the best of them by "
                 f"{with_interval(value, ends if count > 1 else (), form)} {unit}{sure}."
             )
+        mine = own[MINE]
+        cheap = [
+            SYSTEMS[name].title
+            for name, each in own.items()
+            if each.value >= mine.value and each.kept < mine.kept and each.feeding < mine.feeding
+        ]
+        if cheap:
+            found.append(
+                f"- **{WORK[work].title}**: as good or better, quicker to feed, fewer bytes: {', '.join(cheap)}."
+            )
     return found or ["Nowhere in what was measured, which may be chance."]
 
 
@@ -204,10 +214,12 @@ def page_of(
     lines = [
         "# Comparison",
         "",
-        f"{len({name for own in cells.values() for name in own})} systems on {len(cells)} kinds of work, {spelled} questions "
-        f"in each cell, the same for all systems of a kind; backbone {settings['model']} in {settings['dtype']}, a window of "
+        f"{len({name for own in cells.values() for name in own})} systems on {len(cells)} kinds of work; questions in each "
+        f"cell: {spelled}, "
+        f"the same for all systems of a kind; backbone {settings['model']} in {settings['dtype']}, a window of "
         f"{settings['window']} tokens, texts of about {settings['size']:,} tokens where the work leaves that open. Seconds "
-        f"are those of one processor.{small}",
+        f"are those of one processor. What LongMem and the systems written as its configurations run for recall and notes "
+        f"includes text without the fact, or before an update, that other questions share.{small}",
         "",
         "**Where LongMem loses.** On each kind of work, the systems with a better mean, the best first:",
         "",
@@ -224,7 +236,7 @@ def page_of(
         lines += [
             f"## {WORK[work].title}",
             "",
-            f"{len(next(iter(own.values())).records)} questions.",
+            f"Questions: {len(next(iter(own.values())).records)}.",
             "",
             table_of(work, own),
             "",
@@ -238,7 +250,7 @@ def page_of(
         "on with more `--trials`:",
         "",
         f"    python benchmarks/compare/run_compare.py {folder} --trials 10 --size {settings['size']} --window "
-        f"{settings['window']}",
+        f"{settings['window']} --data WORK=PATH",
         f"    python benchmarks/compare/write_comparison.py {folder} docs/comparison.md",
         "",
     ]
