@@ -34,11 +34,14 @@ SAVE_HABITS = ("safe_serialization", "save_function", "save_original_format")
 SHIM = "longmem_model"
 SHIM_CODE = '''"""Lets transformers open this folder by `trust_remote_code=True`; needs `pip install longmem-lm`."""
 
+import contextlib
+
 import transformers
 from longmem import LongMemConfig, LongMemForCausalLM, LongMemModel  # noqa: F401
 
 # `transformers serve` looks for the class of a model among the names of transformers, of which it makes several copies.
-type(transformers).LongMemForCausalLM = LongMemForCausalLM
+with contextlib.suppress(TypeError):  # a module of Python's own type needs no such help
+    type(transformers).LongMemForCausalLM = LongMemForCausalLM
 '''
 AUTO_MAP = {
     "AutoConfig": f"{SHIM}.LongMemConfig",
