@@ -70,6 +70,20 @@ def test_a_file_is_dropped_asked_about_explained_and_forgotten(page, url, tmp_pa
     assert ask(page, "the cat sat") == alone
 
 
+@pytest.mark.parametrize("width", [320, 400, 900, 1200])
+def test_nothing_of_the_page_stands_out_of_the_window_or_of_its_frame(browser, url, width):
+    page = browser.new_page(viewport={"width": width, "height": 700})
+    page.goto(url)
+    page.get_by_label("Your message").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    outside = """() => [...document.querySelectorAll("body *")].filter(each => {
+        const own = each.getBoundingClientRect(), frame = each.parentElement.getBoundingClientRect();
+        return own.width && (own.right > frame.right + 1 || own.left < frame.left - 1);
+    }).map(each => each.outerHTML.slice(0, 80))"""
+    assert page.evaluate(outside) == []
+    page.close()
+
+
 def test_a_trace_is_read_by_keyboard_in_the_dark_and_on_a_telephone(browser, model, tmp_path):
     bank = MemoryBank.for_model(model)
     model.memorize(bank, some_text(40), "<b>notes</b>")
