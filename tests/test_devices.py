@@ -38,7 +38,7 @@ LINES = {
     "eval": "recall model={model} output={folder}/recall",
 }
 # Those that compute with none, or replay a recording of a CPU to the last bit.
-WITHOUT = {"report", "official convert", "official compare"} | {
+WITHOUT = {"cluster start", "cluster stop", "report", "official convert", "official compare"} | {
     f"bank {name}"
     for name in ("list", "info", "delete", "tag", "pin", "unpin", "supersede", "restore", "verify", "compact", "export")
 }
