@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,9 @@ def cluster() -> Iterator[object]:
     from ray.cluster_utils import Cluster
 
     made, patient = Cluster(), pytest.MonkeyPatch()
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    patient.setenv("PYTHONPATH", paths, prepend=os.pathsep)  # workers have what pytest has given this process
     wait_for_nodes(patient)
     try:
         for number in range(3):
