@@ -38,6 +38,9 @@ MAX_BYTES = (
 PENDING = ".longmem-new"
 # With a word for the machine, a process of it, and the ending of the name, by which libraries know what to write.
 DRAFT = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.draft(\.[^.]*)?")
+SYSTEM_ERROR = re.compile(
+    r"\(os error (\d+)\)"
+)  # how safetensors, which raises its own kind of error, tells of the system's
 CHECKSUMS = "checksums.json"
 DIGEST, ABOUT = "longmem_blake2b", "longmem"  # in the metadata of a file of tensors
 _umask_lock = threading.Lock()
@@ -253,8 +256,10 @@ def _drafted(path: Path) -> Iterator[Path]:
     draft = path.with_name(name)
     try:
         yield draft
-    except BaseException:
+    except BaseException as error:
         remove(draft)
+        if (found := SYSTEM_ERROR.search(str(error))) and type(error).__name__ == "SafetensorError":
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise
     sync(path.parent)
 

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import os
 import hashlib
 import json
 import re
@@ -102,6 +103,17 @@ def read_state(folder: Path) -> tuple[str, StreamState]:
         raise not_opened(folder / STATE_FILE, error) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`folder` must hold a saved stream, got {str(folder)!r}: {error!r}.") from error
+
+
+def may_name(folder: Path, bank: str) -> bool:
+    """Return whether the state in a folder names this bank, or can't be read: then the bank must stay."""
+    try:
+        os.lstat(folder / STATE_FILE)
+        return read_state(folder)[0] == bank
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def write_state(folder: Path, bank: str, state: StreamState) -> None:

@@ -245,7 +245,9 @@ class MemoryStream:
                     files.sync(folder)
                     saved.write_state(folder, bank, self._state)
                 except BaseException:
-                    files.remove(folder / bank)
+                    # An error after the state was put into its place, such as that of a sync, leaves it there.
+                    if not saved.may_name(folder, bank):
+                        files.remove(folder / bank)
                     raise
                 for path in folder.iterdir():
                     if re.fullmatch(saved.BANK_NAME, path.name) and path.name != bank:
