@@ -166,7 +166,9 @@ def _settle(folder: Path, stale: str) -> None:
     pending = folder / PENDING
     if not pending.is_dir():
         return
-    names = [path.relative_to(pending) for path in pending.rglob("*") if path.is_file()]
+    # Not `Path.is_file`, which takes a file that can't be looked at for none: it would go with the folder.
+    found = os.walk(pending, onerror=_refuse)
+    names = [Path(root, name).relative_to(pending) for root, _, own in found for name in own]
     for name in names:
         make_folder((folder / name).parent)
         with new_file(folder / name) as draft:
@@ -181,6 +183,10 @@ def _settle(folder: Path, stale: str) -> None:
     with _drafted(pending) as done:  # no longer under its name while it goes
         pending.rename(done)
     remove(done)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -90,7 +90,7 @@ class ModelWriter:
         self.model.save_pretrained(folder)
 
     def found(self, folder: Path) -> Hashable:
-        load_side_network(self.twin, folder)
+        load_side_network(self.twin, current(folder))  # as `from_pretrained` finds it
         (value,) = {each for weight in self.twin.trained_parameters().values() for each in weight.unique().tolist()}
         return value
 

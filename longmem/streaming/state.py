@@ -2,9 +2,9 @@
 
 import base64
 import dataclasses
-import os
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
