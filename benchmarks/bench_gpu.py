@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_cost import random_cache
 from rich.console import Console
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.backbone.cache_names import as_keyword, cache_of
@@ -217,16 +218,6 @@ def decoder(model: Any, cache: Any, token: Tensor, steps: int, **options: Any) -
     return decode
 
 
-def random_cache(model: LongMemForCausalLM, tokens: int) -> DynamicCache:
-    """Return a cache of the backbone with so many random tokens."""
-    config = model.backbone.config
-    cache, width = DynamicCache(), config.hidden_size // config.num_attention_heads
-    for layer in range(config.num_hidden_layers):
-        shape = 1, config.num_key_value_heads, tokens, width
-        cache.update(*torch.randn(2, *shape, device=model.device, dtype=model.backbone.dtype), layer)
-    return cache
-
-
 def bytes_of(cache: Any) -> int:
     """Return the bytes of the keys and values of a cache."""
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None)
@@ -238,13 +229,13 @@ def decoding(run: Run, name: str) -> None:
     sizes = run.sizes
     model = random_model(name, run.device, sizes.segment)
     token, prompt = random_ids(model, 1, 1), random_ids(model, 1, sizes.segment - sizes.steps)
-    plain = decoder(model.backbone, random_cache(model, prompt.shape[1]), token, sizes.steps)
+    plain = decoder(model.backbone, random_cache(model.backbone, prompt.shape[1], model.device), token, sizes.steps)
     for stored in sizes.stored:
 
         def measure(stored: int = stored) -> None:
             bank = random_bank(model, stored)
             cache = cache_of(model(prompt, memory=bank, use_cache=True))
-            long = random_cache(model, sizes.window)
+            long = random_cache(model.backbone, sizes.window, model.device)
             calls = {
                 "plain": plain,
                 "window": decoder(model.backbone, long, token, sizes.steps),

@@ -38,9 +38,8 @@ MAX_BYTES = (
 PENDING = ".longmem-new"
 # With a word for the machine, a process of it, and the ending of the name, by which libraries know what to write.
 DRAFT = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.draft(\.[^.]*)?")
-SYSTEM_ERROR = re.compile(
-    r"\(os error (\d+)\)"
-)  # how safetensors, which raises its own kind of error, tells of the system's
+# How safetensors, which raises its own kind of error, tells of the system's.
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 CHECKSUMS = "checksums.json"
 DIGEST, ABOUT = "longmem_blake2b", "longmem"  # in the metadata of a file of tensors
 _umask_lock = threading.Lock()

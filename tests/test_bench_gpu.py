@@ -16,6 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """Return a function that runs the script with some arguments, and returns what it wrote."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as where a script is run
     spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "bench_gpu", module)

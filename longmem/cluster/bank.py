@@ -337,7 +337,7 @@ class ClusterBank:
                 part[is_its] = other[is_its]
         return keys.to(rows.device), values.to(rows.device)
 
-    def locate(self, rows: Int[Tensor, ...]) -> list[ChunkPlace | None]:
+    def locate(self, rows: Int[Tensor, "*shape"]) -> list[ChunkPlace | None]:
         """Return document, tokens, characters and text of each row, flattened; None for row -1."""
         flat, count = rows.detach().to("cpu", torch.int64).flatten(), len(self.shards)
         places: list[ChunkPlace | None] = [None] * len(flat)

@@ -278,7 +278,6 @@ class Feed:
                 self.num_written += 1
                 self.versions[task.document_id] = version
         while self._weights is not None and self._pool.has_room and (task := self._next()) is not None:
-            self._given[task.document_id] = self.version
             self._pool.give(task)
 
     def _next(self) -> Waiting | None:
