@@ -109,6 +109,9 @@ class LongMemConfig(PreTrainedConfig):
         search: what a query is compared with to find chunks: their mean keys (`"chunk_mean"`, the paper's form) or the key of
             each token (`"token"`), the best of which finds its chunk. A mean of keys hardly finds a single token; tokens take
             `chunk_size` times the search.
+        choice_per: whether each query `"head"` chooses chunks for itself (the paper's form), or the query heads of a key-value
+            head as a `"group"`, by their mean query, which takes as many searches as there are key-value heads. It changes
+            what is read, not what is stored.
         num_retrieved_tokens: K, tokens read by every query and head, a multiple of `chunk_size`. The paper reads 64; the
             default is 32, which halves the cost of reading and keeps most of the gain (`docs/experiments.md`).
         segment_length: tokens of one window of text, in encoding and in training (paper: 1,024). The default is that or,
@@ -154,6 +157,7 @@ class LongMemConfig(PreTrainedConfig):
     chunk_size: int = 4
     forget_sinks: bool = False
     search: Literal["chunk_mean", "token"] = "chunk_mean"
+    choice_per: Literal["head", "group"] = "head"
     num_retrieved_tokens: int = 32
     segment_length: int = DEFAULT_SEGMENT_LENGTH
     memory_distance: int = 64

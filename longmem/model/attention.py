@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -82,31 +82,40 @@ class Retrieved:
         return Retrieved(spread(self.output, 0), spread(self.logsumexp, NO_MEMORY), read)
 
 
+def beside_queries(
+    chosen: Shaped[Tensor, "kv_heads choices *rest"], queries: Float[Tensor, "kv_heads queries dim"]
+) -> Shaped[Tensor, "kv_heads queries *rest"]:
+    """Return for each query what goes with its choice; the queries that share one stand side by side."""
+    return chosen.repeat_interleave(queries.shape[1] // max(1, chosen.shape[1]), dim=1)
+
+
 def attend_block(
     queries: Float[Tensor, "kv_heads queries dim"],
-    keys: Float[Tensor, "kv_heads queries retrieved dim"],
-    values: Float[Tensor, "kv_heads queries retrieved value_dim"],
-    found: Bool[Tensor, "kv_heads queries retrieved"],
+    keys: Float[Tensor, "kv_heads choices retrieved dim"],
+    values: Float[Tensor, "kv_heads choices retrieved value_dim"],
+    found: Bool[Tensor, "kv_heads choices retrieved"],
     scaling: float,
     softcap: float | None = None,
-    log_weights: Float[Tensor, "kv_heads queries retrieved"] | None = None,
+    log_weights: Float[Tensor, "kv_heads choices retrieved"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return output, log-sum-exp and weights of each query's attention over its own retrieved tokens, in float32.
+    """Return output, log-sum-exp and weights of each query's attention over what was retrieved for it, in float32.
 
-    `log_weights`: added to the scores, and not capped with them.
+    Queries that share a choice stand side by side. `log_weights`: added to the scores, and not capped with them.
     """
-    scores = (keys @ queries.unsqueeze(-1)).squeeze(-1).float() * scaling
+    sharing = queries.unflatten(1, (keys.shape[1], -1))
+    scores = (sharing @ keys.transpose(-1, -2)).flatten(1, 2).float() * scaling
+    found = beside_queries(found, queries)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if log_weights is not None:
-        scores = scores + log_weights
+        scores = scores + beside_queries(log_weights, queries)
     scores = scores.masked_fill(~found, -torch.inf)
     # Nothing found: all scores 0, so that there is no NaN, and what is computed of them is replaced below.
     is_empty = ~found.any(dim=-1)
     scores = scores.masked_fill(is_empty.unsqueeze(-1), 0.0)
     logsumexp = scores.logsumexp(dim=-1)
     weights = scores.softmax(dim=-1).masked_fill(~found, 0.0)
-    output = (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2).float()
+    output = (weights.to(values.dtype).unflatten(1, (values.shape[1], -1)) @ values).flatten(1, 2).float()
     return output, logsumexp.masked_fill(is_empty, NO_MEMORY).clamp_min(NO_MEMORY), weights
 
 
@@ -117,7 +126,7 @@ class GroupRead:
     output: Float[Tensor, "kv_heads queries dim"]
     logsumexp: Float[Tensor, "kv_heads queries"]
     chunk_weights: Float[Tensor, "kv_heads queries chunks"]
-    found: Found
+    found: Found  # of each choice; one choice may be of several queries
 
 
 @torch.compiler.disable  # search and rows live outside of any graph
@@ -130,13 +139,15 @@ def read_memory(
     num_chunks: int,
     scaling: float,
     softcap: float | None = None,
+    choice_per: Literal["head", "group"] = "head",
     found: Sequence[Found] = (),
 ) -> Retrieved:
-    """Return each query's attention over the `num_chunks` chunks whose mean keys have the largest inner product with it.
+    """Return each query's attention over the `num_chunks` chunks whose search keys have the largest inner product with it.
 
     Where a bank has an age prior, log w(age) counts in the choice of chunks and in the softmax over their tokens.
-    Query heads of one group search the index of their key-value head (LongMem, token-to-chunk retrieval, per head). Lanes
-    that share a bank are searched together. Gradients reach the queries; what is stored has none.
+    Query heads of one group search the index of their key-value head (LongMem, token-to-chunk retrieval, per head), each by
+    itself or all together, by their mean query. Lanes that share a bank are searched together. Gradients reach the queries;
+    what is stored has none.
 
     Args:
         queries: position-treated queries, not yet scaled.
@@ -144,37 +155,40 @@ def read_memory(
         layer: the memory layer to read.
         scaling: factor on the scores before their softmax.
         softcap: bound of the scores, for models that have one.
+        choice_per: whether each query head chooses chunks, or the query heads of a key-value head together.
         found: of an earlier call with the same memory (`MemoryRead.found`), to read that instead of searching.
 
     Raises:
         ChangedMemoryError: what was found before is no longer there, or a memory changes faster than it can be read.
     """
     lanes, heads, tokens, _ = queries.shape
-    groups = lanes_by_memory(memory)
+    groups, shared = lanes_by_memory(memory), heads // num_kv_heads if choice_per == "group" else 1
     reads = []
     for number, (bank, own) in enumerate(groups):
-        folded = fold_groups(queries if len(own) == lanes else queries[own], num_kv_heads)
+        folded = fold_groups(queries if len(own) == lanes else queries[own], num_kv_heads, shared)
         if found:
             reads.append(_read_again(folded, found[number], bank, layer, scaling, softcap))
         else:
-            reads.append(search_and_attend(folded, bank, layer, num_chunks, scaling, softcap))
+            reads.append(search_and_attend(folded, bank, layer, num_chunks, scaling, softcap, shared))
     # From groups of lanes, in the order of memories, back to lanes.
     order = torch.tensor([lane for _, own in groups for lane in own], device=queries.device).argsort()
 
     def unfold(parts: Iterable[Tensor]) -> Tensor:
         sizes = [len(own) for _, own in groups]
-        unfolded = [unfold_groups(part, size, heads, tokens) for part, size in zip(parts, sizes, strict=True)]
+        unfolded = [unfold_groups(part, size, heads, tokens, shared) for part, size in zip(parts, sizes, strict=True)]
         return unfolded[0] if len(unfolded) == 1 else torch.cat(unfolded)[order]
 
     ages: Tensor | None = None
     if any(read.found.log_weights is not None for read in reads):
         ages = unfold(
-            torch.zeros_like(read.chunk_weights) if read.found.log_weights is None else read.found.log_weights
+            torch.zeros_like(read.chunk_weights)
+            if read.found.log_weights is None
+            else beside_queries(read.found.log_weights, read.output)
             for read in reads
         )
     memory_read = MemoryRead(
         layer,
-        rows=unfold(read.found.rows for read in reads),
+        rows=unfold(beside_queries(read.found.rows, read.output) for read in reads),
         chunk_weights=unfold(read.chunk_weights for read in reads).detach(),
         log_weights=ages,
         found=tuple(read.found for read in reads),
@@ -198,15 +212,20 @@ def search_and_attend(
     num_chunks: int,
     scaling: float,
     softcap: float | None,
+    shared: int = 1,
 ) -> GroupRead:
     """Return the queries' attention over what a memory holds; search and reading are of one state of it.
 
-    Where somebody else changes the memory between the two, both are done again.
+    Where somebody else changes the memory between the two, both are done again. `shared`: as many queries, side by side, choose
+    together.
     """
     if isinstance(memory, AttendingMemory):
         return _attend_there(queries, memory, memory, layer, num_chunks, scaling, softcap)
+    searched = queries.detach()
+    if shared > 1:
+        searched = searched.unflatten(1, (-1, shared)).float().mean(dim=2)
     for _ in range(ATTEMPTS_TO_READ):
-        found = memory.search(layer, queries.detach(), num_chunks, scaling=scaling)
+        found = memory.search(layer, searched, num_chunks, scaling=scaling)
         rows = found.rows.to(queries.device)
         try:
             # The search has the queries as they are. Here they take the dtype of products, and stored keys follow them: under
@@ -332,9 +351,11 @@ def attend_found(
     if stored is not None:
         from longmem.model.fused_read import attend_rows
 
-        (keys, values), ages, sizes = stored, found.log_weights, found.sizes
-        read = attend_rows(queries, keys, values, found.rows, sizes, ages, scaling, softcap, NO_MEMORY)
-        return GroupRead(*read, found)
+        own = [
+            None if part is None else beside_queries(part, queries)
+            for part in (found.rows, found.sizes, found.log_weights)
+        ]
+        return GroupRead(*attend_rows(queries, *stored, *own, scaling, softcap, NO_MEMORY), found)
 
     def block(
         some_queries: Tensor, some_rows: Tensor, some_weights: Tensor | None, some_sizes: Tensor | None
@@ -351,8 +372,10 @@ def attend_found(
 
     results = []
     # Split, not sliced: the gradient of each slice would be a tensor of zeros as large as all queries.
-    parts = (queries, found.rows, found.log_weights, found.sizes)
-    blocks = (itertools.repeat(None) if part is None else part.split(QUERY_BLOCK, dim=1) for part in parts)
+    choices = (found.rows, found.log_weights, found.sizes)
+    shared = queries.shape[1] // max(1, found.rows.shape[1])
+    blocks = [queries.split(QUERY_BLOCK * shared, dim=1)]
+    blocks += (itertools.repeat(None) if part is None else part.split(QUERY_BLOCK, dim=1) for part in choices)
     for arguments in zip(*blocks, strict=False):  # the queries say how many there are
         if needs_grad:
             results.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
@@ -378,16 +401,24 @@ def tokens_found(
 
 
 def fold_groups(
-    states: Shaped[Tensor, "lanes heads tokens dim"], num_kv_heads: int
+    states: Shaped[Tensor, "lanes heads tokens dim"], num_kv_heads: int, shared: int = 1
 ) -> Shaped[Tensor, "kv_heads queries dim"]:
-    """Return the states with lanes, the query heads of a group and tokens in one axis, one row of work per key-value head."""
-    return states.unflatten(1, (num_kv_heads, -1)).transpose(0, 1).flatten(1, 3)
+    """Return the states with lanes, the query heads of a group and tokens in one axis, one row of work per key-value head.
+
+    As many heads of a group as are `shared`, 1 or all, stand side by side.
+    """
+    grouped = states.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
+    return (grouped if shared == 1 else grouped.transpose(2, 3)).flatten(1, 3)
 
 
-def unfold_groups(states: Tensor, lanes: int, heads: int, tokens: int) -> Tensor:
+def unfold_groups(states: Tensor, lanes: int, heads: int, tokens: int, shared: int = 1) -> Tensor:
     """Return what `fold_groups` folded, `lanes heads tokens ...`, with any trailing axes."""
     group = heads // states.shape[0]
-    return states.unflatten(1, (lanes, group, tokens)).transpose(0, 1).flatten(1, 2)
+    if shared == 1:
+        grouped = states.unflatten(1, (lanes, group, tokens))
+    else:
+        grouped = states.unflatten(1, (lanes, tokens, group)).transpose(2, 3)
+    return grouped.transpose(0, 1).flatten(1, 2)
 
 
 def fuse_gated(

@@ -81,6 +81,7 @@ class MemoryReader:
             num_chunks=self._config.num_retrieved_tokens // self._config.chunk_size,
             scaling=scaling,
             softcap=softcap,
+            choice_per=self._config.choice_per,
             found=() if self.read is None else self.read.found,
         )
         if reading is not None:

@@ -161,6 +161,7 @@ def candidate_fields(backbone: str, settings: HeadSettings) -> dict[str, Any]:
         "segment_length": settings.segment_length,
         "forget_sinks": True,
         "search": "token",
+        "choice_per": "group",
         "chunk_size": settings.chunk_size,
         "num_retrieved_tokens": settings.num_retrieved_tokens,
         "memory_bias_init": START_BIAS,

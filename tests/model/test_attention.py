@@ -40,27 +40,47 @@ def read(query, banks, **changes):
     return read_memory(query, banks, LAYER, **options)
 
 
-def naive_read(query, bank, num_chunks=3, scaling=0.4):
+def naive_read(query, bank, num_chunks=3, scaling=0.4, choice_per="head"):
     """One query head at a time, straight from the definition."""
     keys, values = bank.gather(LAYER, torch.arange(bank.num_chunks).expand(KV_HEADS, -1), bank.generation)
     outputs, sums = torch.empty_like(query), torch.empty(query.shape[:2])
     for head in range(HEADS):
         group = head // (HEADS // KV_HEADS)
         for token in range(TOKENS):
-            best = (keys[group].mean(1) @ query[head, token]).topk(num_chunks).indices
+            size = HEADS // KV_HEADS
+            chooser = (
+                query[group * size : (group + 1) * size, token].mean(0) if choice_per == "group" else query[head, token]
+            )
+            best = (keys[group].mean(1) @ chooser.detach()).topk(num_chunks).indices
             scores = keys[group, best].flatten(0, 1) @ query[head, token] * scaling
             sums[head, token] = scores.logsumexp(0)
             outputs[head, token] = scores.softmax(0) @ values[group, best].flatten(0, 1)
     return outputs, sums
 
 
-def test_every_head_reads_its_own_best_chunks(banks, qkv):
-    found = read(qkv[0], banks)
+@pytest.mark.parametrize("choice_per", ["head", "group"])
+def test_heads_read_the_chunks_that_they_choose_alone_or_as_a_group(banks, qkv, choice_per):
+    found = read(qkv[0], banks, choice_per=choice_per)
     for lane, bank in enumerate(banks):
-        output, sums = naive_read(qkv[0][lane].detach(), bank)
+        output, sums = naive_read(qkv[0][lane], bank, choice_per=choice_per)
         torch.testing.assert_close(found.output[lane], output, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.logsumexp[lane], sums, rtol=1e-5, atol=1e-5)
+        for result, expected in ((found.output[lane], output), (found.logsumexp[lane], sums)):
+            gradients = [
+                torch.autograd.grad(each.sin().sum(), qkv[0], retain_graph=True)[0] for each in (result, expected)
+            ]
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.read.chunk_weights.sum(-1), torch.ones(LANES, HEADS, TOKENS))
+    rows = found.read.rows.unflatten(1, (KV_HEADS, -1))
+    assert (choice_per == "group") == bool((rows == rows[:, :, :1]).all())
+
+
+@pytest.mark.parametrize("options", [{}, {"choice_per": "group"}])
+def test_what_was_found_is_read_again_as_it_was(banks, qkv, options):
+    first = read(qkv[0], banks, **options)
+    again = read(qkv[0], banks, found=first.read.found, **options)
+    assert torch.equal(first.output, again.output)
+    assert torch.equal(first.read.rows, again.read.rows)
 
 
 def test_lanes_that_share_a_bank_are_read_as_alone(banks, qkv):
@@ -72,10 +92,11 @@ def test_lanes_that_share_a_bank_are_read_as_alone(banks, qkv):
     torch.testing.assert_close(mixed.output[1], shared.output[1], rtol=1e-6, atol=1e-6)
 
 
-def test_blocks_do_not_matter(banks, qkv, monkeypatch):
-    whole = read(qkv[0], banks)
+@pytest.mark.parametrize("choice_per", ["head", "group"])
+def test_blocks_do_not_matter(banks, qkv, monkeypatch, choice_per):
+    whole = read(qkv[0], banks, choice_per=choice_per)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 2)
-    parts = read(qkv[0], banks)
+    parts = read(qkv[0], banks, choice_per=choice_per)
     torch.testing.assert_close(whole.output, parts.output, rtol=1e-6, atol=1e-6)
     (gradient_whole,) = torch.autograd.grad(whole.output.square().sum(), qkv[0])
     (gradient_parts,) = torch.autograd.grad(parts.output.square().sum(), qkv[0])
