@@ -89,16 +89,17 @@ class Rotation:
         squared_scale = cos.square() + sin.square()
         return self.rotate(states.float(), (cos / squared_scale, -sin / squared_scale)).to(states.dtype)
 
-    def move_queries(
-        self, queries: Float[Tensor, "lanes heads tokens dim"], here: CosSin, there: CosSin
-    ) -> Float[Tensor, "lanes heads tokens dim"]:
-        """Return queries taken from their own positions (`here`) to the memory distance (`there`).
 
-        Keys are stored without the rotary scale `a`, so the query carries it twice, once for each side of the product.
-        """
-        cos, sin = (part.to(queries.device, torch.float32) for part in there)
-        scale = (cos.square() + sin.square()).sqrt()
-        return self.rotate(self.undo(queries.float(), here), (cos * scale, sin * scale)).to(queries.dtype)
+def turn_between(here: CosSin, there: CosSin) -> CosSin:
+    """Return cosines and sines that take queries from their own positions (`here`) to the memory distance (`there`).
+
+    They are those of the difference of the angles. Keys are stored without the rotary scale `a`, so the query carries it twice,
+    once for each side of the product.
+    """
+    (cos, sin), (own_cos, own_sin) = ([part.float() for part in pair] for pair in (there, here))
+    own_cos, own_sin = own_cos.to(cos.device), own_sin.to(cos.device)
+    scale = (cos.square() + sin.square()).sqrt() / (own_cos.square() + own_sin.square())
+    return (cos * own_cos + sin * own_sin) * scale, (sin * own_cos - cos * own_sin) * scale
 
 
 def candidate_rotations(attention: nn.Module, cos: Tensor, head_dim: int) -> Iterator[Rotation]:

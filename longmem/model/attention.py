@@ -459,12 +459,9 @@ def fuse_joint(
     width = width if width > 1 else width + 8
     extra_query = torch.stack([coarse, fine], dim=-1)
     query_and_score = torch.cat([query, nn.functional.pad(extra_query, (0, width - 2))], dim=-1)
-    memory_key = key.new_zeros(*key.shape[:2], 1, key.shape[-1] + width)
-    memory_key[..., key.shape[-1] : key.shape[-1] + 2] = 1
-    memory_value = value.new_zeros(*value.shape[:2], 1, value.shape[-1] + value_width)
-    memory_value[..., value.shape[-1]] = 1
-    keys = torch.cat([memory_key, nn.functional.pad(key, (0, width))], dim=2)
-    values = torch.cat([memory_value, nn.functional.pad(value, (0, value_width))], dim=2)
+    keys, values = (nn.functional.pad(states, (0, more, 1, 0)) for states, more in ((key, width), (value, value_width)))
+    keys[:, :, 0, key.shape[-1] : key.shape[-1] + 2] = 1
+    values[:, :, 0, value.shape[-1]] = 1
     is_causal_by_position = attention_mask is None and query.shape[2] > 1
     if is_causal_by_position:
         query_and_score = nn.functional.pad(query_and_score, (0, 0, 1, 0))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longmem.backbone.interception import LocalAttention
-from longmem.backbone.positions import CosSin
+from longmem.backbone.positions import CosSin, turn_between
 from longmem.backbone.structure import LayerStructure
 from longmem.configuration import LongMemConfig
 from longmem.memory.protocols import EncodingModel, Memory
@@ -18,6 +18,8 @@ from longmem.model.attention import (
     fuse_joint_plain,
     read_memory,
 )
+
+Turns = dict[tuple[int, int], tuple[CosSin, CosSin]]
 
 
 class MemoryReader:
@@ -35,6 +37,7 @@ class MemoryReader:
         heads: key-value heads that read; None: all.
         memory: one bank for each lane.
         position_embeddings: cosines and sines that the layer is called with, None for models without.
+        turns: what other layers of the same call have turned their queries by, which this one may use and add to.
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class MemoryReader:
         position_embeddings: CosSin | None,
         null: Tensor | None = None,
         heads: Sequence[int] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._config, self._memory_layer, self._source = config, memory_layer, source
         self._bias, self._null, self._memory, self._heads = bias, null, memory, heads
-        self._position_embeddings = position_embeddings
+        self._position_embeddings, self._turns = position_embeddings, {} if turns is None else turns
         self.read: MemoryRead | None = None
 
     def __call__(
@@ -100,11 +104,13 @@ class MemoryReader:
 
     def _memory_query(self, query: Tensor) -> Tensor:
         """Return the queries that meet stored keys: turned from their own positions to the memory distance."""
-        rotary, rotation = self._source.rotary, self._source.rotation
-        if rotary is None or rotation is None or self._position_embeddings is None:
+        rotary, rotation, here = self._source.rotary, self._source.rotation, self._position_embeddings
+        if rotary is None or rotation is None or here is None:
             return query
-        there = rotary.at([self._config.memory_distance], query)
-        return rotation.move_queries(query, self._position_embeddings, there)
+        key = id(rotary.module), id(here[0])
+        if key not in self._turns:  # `here` is kept, so that nothing else gets its id
+            self._turns[key] = here, turn_between(here, rotary.at([self._config.memory_distance], query))
+        return rotation.rotate(query.float(), self._turns[key][1]).to(query.dtype)
 
 
 @torch.compiler.disable  # the encoder is watched, and banks are prepared, outside of any graph

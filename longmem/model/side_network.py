@@ -19,7 +19,7 @@ from longmem.memory.visibility import READING
 from longmem.model.attention import MemoryRead
 from longmem.model.copies import ModuleCopier
 from longmem.model.lora import adapter_names, add_adapters, merge_adapters
-from longmem.model.memory_attention import MemoryReader
+from longmem.model.memory_attention import MemoryReader, Turns
 
 
 class SideLayer(nn.Module):
@@ -70,6 +70,7 @@ class SideLayer(nn.Module):
         hidden_states: Float[Tensor, "lanes tokens hidden"],
         call: LayerCall,
         memory: Sequence[Memory] | None,
+        turns: Turns | None = None,
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], MemoryRead | None]:
         """Return the layer's output, without the cross-network residual, and what it read.
 
@@ -77,6 +78,7 @@ class SideLayer(nn.Module):
             hidden_states: what enters the layer.
             call: how the backbone called the layer that this one copies.
             memory: one bank for each lane, or None to read nothing.
+            turns: shared by the layers of one pass (`MemoryReader`).
         """
         reader = None
         if memory is not None and self.memory_bias is not None and self.memory_layer is not None:
@@ -90,6 +92,7 @@ class SideLayer(nn.Module):
                 positions,
                 self.memory_null,
                 self.reading_heads,
+                turns,
             )
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # Around all of it: in the backward pass, the handler would no longer be there for a layer that recomputes
@@ -211,12 +214,13 @@ class SideNetwork(nn.Module):
             memory = None
         dtype = self.dtype
         reads: list[MemoryRead] = []
+        turns: Turns = {}
         start = states.hidden_states[self.entry]
         hidden_states = start.to(dtype)
         for number, layer in zip(self.numbers, self.layers, strict=True):
             source: int = layer.source_layer  # type: ignore[assignment]
             call = states.calls[source].to(dtype, computed_in=start.dtype)
-            hidden_states, read = layer(hidden_states, call, memory)
+            hidden_states, read = layer(hidden_states, call, memory, turns)
             if read is not None:
                 reads.append(read)
             if ends := self.residual_ends(number):
