@@ -1,4 +1,4 @@
-"""`longmem heads`: which heads of a model look back far, and a model that reads by them."""
+"""`longmem heads`: which heads of a model look back far, or matter in a trained one, and a model that reads by them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ examples:
   longmem heads smollm2-135m --texts my-books --output runs/heads
   longmem heads smollm2-135m steps=120 pull=0.4 dtype=bfloat16 --texts my-books --output runs/heads
   longmem eval recall model=runs/heads output=runs/heads-recall
+  longmem heads runs/trained/side-network --keep 10 --texts my-books --output runs/ten-heads
 
 Texts are named as for `longmem train`: a folder of .txt files, a .jsonl file, a dataset. The output opens like any model, and
-`longmem train CONFIG model.backbone=runs/heads` trains it further. Settings behind MODEL are those of `HeadSettings`.
+`longmem train CONFIG model.backbone=runs/heads` trains it further. Settings behind MODEL are those of `HeadSettings`; with
+--keep, MODEL is a trained one, and they are `memory_tokens`, `num_texts` and `recall_share` of `head_costs`.
 """
 
 
@@ -28,6 +30,9 @@ def add(commands: Any) -> None:
     common.add_device(heads)
     heads.add_argument("--texts", required=True, help="what to look at while reading: a source of texts")
     heads.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the model that is made")
+    heads.add_argument(
+        "--keep", type=int, metavar="N", help="leave a trained model the N heads without which it loses most"
+    )
     heads.add_argument("settings", nargs="*", metavar="key=value", help="how to look, such as steps=120")
 
 
@@ -43,14 +48,21 @@ def run(arguments: argparse.Namespace) -> None:
     common.use_device(arguments.device)
 
     from longmem.errors import did_you_mean
+    from longmem.settings import read_section
+    from longmem.training.fewer_heads import CostSettings, keep_heads
     from longmem.training.heads import HeadSettings, calibrate_heads
 
-    known = [field.name for field in dataclasses.fields(HeadSettings)]
+    kind = HeadSettings if arguments.keep is None else CostSettings
+    known = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in known:
             raise ValueError(f"`{name}` is no setting.{did_you_mean(name, known)} Settings: {', '.join(known)}.")
     console = common.console_for(arguments.json, quiet=arguments.quiet)
-    model = calibrate_heads(arguments.model, arguments.texts, settings=HeadSettings(**given), console=console)
+    if arguments.keep is None:
+        model = calibrate_heads(arguments.model, arguments.texts, settings=HeadSettings(**given), console=console)
+    else:
+        trained = common.open_named(arguments.model, arguments)
+        model = keep_heads(trained, arguments.keep, arguments.texts, read_section(CostSettings, given), console)
     model.save_pretrained(arguments.output)
     layers, heads = model.config.memory_layers or [], model.config.memory_heads or []
     chosen = dict(zip(map(str, layers), heads, strict=True))

@@ -351,11 +351,13 @@ def attend_found(
     if stored is not None:
         from longmem.model.fused_read import attend_rows
 
-        own = [
-            None if part is None else beside_queries(part, queries)
-            for part in (found.rows, found.sizes, found.log_weights)
-        ]
-        return GroupRead(*attend_rows(queries, *stored, *own, scaling, softcap, NO_MEMORY), found)
+        keys, values = stored
+        sizes, ages = (
+            None if part is None else beside_queries(part, queries) for part in (found.sizes, found.log_weights)
+        )
+        rows = beside_queries(found.rows, queries)
+        read = attend_rows(queries, keys, values, rows, sizes, ages, scaling, softcap, NO_MEMORY)
+        return GroupRead(*read, found)
 
     def block(
         some_queries: Tensor, some_rows: Tensor, some_weights: Tensor | None, some_sizes: Tensor | None

@@ -8,6 +8,7 @@ from tiny_models import save_tiny_backbone, some_text
 
 from longmem import LongMemForCausalLM, MemoryBank, calibrate_heads
 from longmem.cli.main import main
+from longmem.training.fewer_heads import CostSettings, head_costs, with_heads
 from longmem.training.heads import HeadSettings, chosen_heads, reading_layers
 
 QUICK = HeadSettings(steps=3, memory_tokens=64, window=32, segment_length=48, num_retrieved_tokens=8, lora_rank=2)
@@ -83,3 +84,77 @@ def test_the_command_saves_a_model_that_opens(backbone, tmp_path, capsys):
     assert "must be a new folder" in capsys.readouterr().err
     assert main(["heads", backbone, "step=2", *command[2 + len(quick) :], str(tmp_path / "other")]) == 2
     assert "Did you mean `steps`?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def weighed(backbone, tmp_path):
+    """A model with four memory heads, of which (1, 1) reads nothing at all, and texts."""
+    fields = {"memory_layers": [1, 2], "chunk_size": 4, "segment_length": 48, "search": "token", "lora": {"rank": 1}}
+    model = LongMemForCausalLM.from_backbone(backbone, memory_bias_init=2.0, **fields).eval()
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(some_text(400, number), encoding="utf-8")
+    with torch.no_grad():
+        reading_layers(model)[0].memory_bias.unflatten(0, (2, -1))[1] = -1e4
+        for weight in model.side_network.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape)) if weight.requires_grad and weight.ndim > 1 else None
+    return model, texts
+
+
+SMALL = CostSettings(memory_tokens=96, num_texts=2)
+
+
+def test_a_head_costs_what_the_loss_rises_by_without_it(weighed):
+    model, texts = weighed
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    costs = head_costs(model, texts, SMALL)
+    assert {each[:2] for each in costs} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    assert [each.cost for each in costs] == sorted((each.cost for each in costs), reverse=True)
+    assert next(each.cost for each in costs if each[:2] == (1, 1)) == 0
+    assert all(abs(each.cost) > 1e-6 for each in costs if each[:2] != (1, 1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_model_with_fewer_heads_computes_what_the_first_does_without_the_others(weighed):
+    model, _ = weighed
+    fewer = with_heads(model, [(1, 0), (2, 1)])
+    assert (fewer.config.memory_layers, fewer.config.memory_heads) == ([1, 2], [[0], [1]])
+    reading_layers(model)[1].memory_bias.unflatten(0, (2, -1))[0] = -1e4
+    ids = model.tokenizer(some_text(40), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :24]
+    logits = []
+    for each in (model, fewer):
+        bank = MemoryBank.for_model(each)
+        each.memorize(bank, some_text(90, seed=9), document_id="a")
+        logits.append(each(ids, memory=bank).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert (logits[1] - fewer(ids).logits).abs().max() > 1e-3
+    for wrong in ([], [(1, 2)], [(0, 0)]):
+        with pytest.raises(ValueError, match="`heads` must be some of the model's memory heads"):
+            with_heads(model, wrong)
+
+
+def test_a_side_network_begins_where_the_first_kept_head_reads(weighed):
+    model, _ = weighed
+    assert [layer.source_layer for layer in with_heads(model, [(2, 0)]).side_network.layers][0] == 2
+
+
+def test_the_command_keeps_the_dearest_heads(weighed, tmp_path, capsys):
+    model, texts = weighed
+    model.save_pretrained(tmp_path / "model")
+
+    def command(keep, output, memory_tokens=96):
+        settings = [f"memory_tokens={memory_tokens}", "num_texts=2"]
+        options = ["--texts", str(texts), "--keep", str(keep), "--output", str(tmp_path / output), "--json"]
+        return main(["heads", str(tmp_path / "model"), *settings, *options])
+
+    assert command(3, "three") == 0
+    chosen = json.loads(capsys.readouterr().out)["memory_heads"]
+    assert sum(map(len, chosen.values())) == 3
+    assert chosen["1"] == [0]
+    assert LongMemForCausalLM.from_pretrained(tmp_path / "three").config.memory_heads == list(chosen.values())
+    for wrong, said in (((5, "none"), "`number` must be from 1 to 4"), ((2, "none", 9999), "at least 10047 tokens")):
+        assert command(*wrong) != 0
+        assert said in "".join(capsys.readouterr())
+        assert not (tmp_path / "none").exists()
