@@ -54,7 +54,9 @@ class EncodingWorker:
             if self._stamp is None or self._stamp.digest != known.digest:
                 load_weights(self.model, unpack(dict(weights)))
                 self._stamp = known
-            writer = Standing(self.model, known)
+            model = self.model
+            encoder = DistantWriter(known, model.encoder.encode)
+            writer = Standing(encoder, model.config, model.tokenizer, model.input_device)
             bank.write_as(known)
             if task.document_id in bank:
                 bank.update(task.document_id, task.text_or_ids, model=writer)
@@ -67,23 +69,13 @@ class EncodingWorker:
             return failure_of(error)
 
 
-class Standing:
+class Standing(NamedTuple):
     """A model that encodes under the stamp of the weights that it was sent."""
 
-    def __init__(self, model: EncodingModel, stamp: EncoderStamp) -> None:
-        self._model, self.encoder = model, DistantWriter(stamp, model.encoder.encode)
-
-    @property
-    def config(self) -> Any:
-        return self._model.config
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._model.tokenizer
-
-    @property
-    def input_device(self) -> torch.device:
-        return self._model.input_device
+    encoder: DistantWriter
+    config: Any
+    tokenizer: Any
+    input_device: torch.device
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
