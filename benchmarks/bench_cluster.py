@@ -138,13 +138,12 @@ def read(num_tokens: int, num_shards: int, times: int) -> dict[str, Any]:
                 for trips in (1, 2):
                     own = ClusterBank(bank.shards, timeout=600, wire_dtype="float16", trips=trips)
                     attend = functools.partial(own.attend, LAYER, queries, FOUND, scaling=DIM**-0.5)
+                    traffic, before = bank.shards.traffic, dataclasses.replace(bank.shards.traffic)
                     figures = dict(zip(("ms", "cpu"), clock.of(attend, repeats), strict=True))
-                    before = dataclasses.replace(bank.shards.traffic)
-                    attend()
-                    figures["sent"] = bank.shards.traffic.sent - before.sent
-                    figures["received"] = bank.shards.traffic.received - before.received
-                    figures["predicted"] = bytes_of_read(trips, num_shards, HEADS * GROUP * count, FOUND, DIM)
-                    figures["ratio"] = round((figures["sent"] + figures["received"]) / figures["predicted"], 4)
+                    crossed = traffic.sent - before.sent + traffic.received - before.received
+                    figures["bytes"] = crossed // (repeats + 1)  # all calls send as much
+                    figures["predicted"] = round(bytes_of_read(trips, num_shards, HEADS * GROUP * count, FOUND, DIM))
+                    figures["ratio"] = round(figures["bytes"] / figures["predicted"], 4)
                     found[f"{what}_in_{trips}_trips"] = figures
         finally:
             engine.stop(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import secrets
 import warnings
@@ -123,6 +124,11 @@ class ClusterBank:
         """Return the folders of new, empty shards in a folder; `options`: as for `MemoryBank.for_model`."""
         checks.validate_count("num_shards", num_shards)
         folders = [Path(root) / f"shard-{number}" for number in range(num_shards)]
+        if taken := [each.name for each in Path(root).glob("shard-*")]:
+            raise ValueError(
+                f"`root` must hold no shards before they are made, got {str(root)!r} with {sorted(taken)}; "
+                "`ClusterBank.start`, or `longmem cluster start` without `--shards`, starts those."
+            )
         for folder in folders:
             MemoryBank.for_model(model, folder=folder, **options).close()
         return [str(folder) for folder in folders]
@@ -142,7 +148,7 @@ class ClusterBank:
 
     def __reduce__(self) -> Any:
         own = {name: getattr(self, name) for name in ("timeout", "on_missing", "wire_dtype", "trips")}
-        return _made, (type(self), self.shards, own, self._selection)
+        return functools.partial(type(self), **own), (self.shards,), {"_selection": self._selection}
 
     def __copy__(self) -> Self:
         twin = type(self).__new__(type(self))
@@ -311,11 +317,12 @@ class ClusterBank:
         ranking = merge.rank(answers, request.num_chunks, request.queries.device)
         if ranking is None:
             return None
-        wanted = {number: count for number in ranking.numbers if (count := ranking.wanted(number)).any()}
-        if not wanted:
+        wanted = {number: ranking.wanted(number).cpu() for number in ranking.numbers}
+        holders = {number: count for number, count in wanted.items() if count.any()}
+        if not holders:
             return None
-        picked = self._read(own, "attend_best", request._replace(queries=None), wanted)
-        answers = merge.in_places(answers, picked, ranking, self.chunk_size)
+        picked = self._read(own, "attend_best", request._replace(queries=None), holders)
+        answers = merge.in_places(answers, picked, wanted, self.chunk_size)
         return merge.attended(answers, ranking, self._found(own, answers, ranking))
 
     def search(
@@ -570,11 +577,7 @@ class ClusterBank:
             self.ready_for(model)
         known = self.info(document_id)
         draft = copy.copy(self)
-        draft._is_draft, draft._changes, draft._shard_of_changes = (
-            True,
-            [],
-            None,
-        )  # as in a transaction, which never commits
+        draft._is_draft, draft._changes, draft._shard_of_changes = True, [], None  # a transaction that never commits
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
         assert self._stamp is not None
@@ -670,9 +673,3 @@ def shard_folders(root: str | Path) -> list[Path]:
             f"{[each.name for each in found] or 'none'}; `ClusterBank.create` makes them."
         )
     return found
-
-
-def _made(kind: type[ClusterBank], shards: Shards, options: dict[str, Any], selection: Any) -> ClusterBank:
-    bank = kind(shards, **options)
-    bank._selection = selection
-    return bank

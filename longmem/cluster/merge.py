@@ -73,25 +73,26 @@ def found(
 
 
 def in_places(
-    answers: Mapping[int, Answer], picked: Mapping[int, Answer], ranking: Ranking, chunk_size: int
+    answers: Mapping[int, Answer], picked: Mapping[int, Answer], wanted: Mapping[int, Tensor], chunk_size: int
 ) -> dict[int, Answer]:
     """Return answers of the second trip in the form of those of the first: with a place for each chunk that was found.
 
     `output` alone has one for each query, for it is of all chunks of a shard that were wanted.
     """
     whole: dict[int, Answer] = {}
+    nothing = {"rows": torch.empty(0, dtype=torch.int64), "logsumexp": torch.empty(0)}
     fills = {"rows": -1, "logsumexp": -torch.inf, "log_weights": 0.0, "sizes": chunk_size}
-    for number in ranking.numbers:
-        scores, wanted = answers[number]["scores"], ranking.wanted(number).cpu()
-        is_wanted, told = torch.arange(scores.shape[2]) < wanted.unsqueeze(-1), picked.get(number, {})
-        whole[number] = {"scores": scores}
-        for name, fill in fills.items():
-            if name in told or name in ("rows", "logsumexp"):
-                part = told.get(name, torch.empty(0, dtype=torch.int64 if name == "rows" else torch.float32))
-                whole[number][name] = part.new_full(scores.shape, fill).masked_scatter(is_wanted, part)
-        if told:
-            output = told["output"].new_zeros(*wanted.shape, told["output"].shape[-1])
-            output[wanted > 0] = told["output"]
+    for number, count in wanted.items():
+        scores, told = answers[number]["scores"], nothing | picked.get(number, {})
+        is_wanted = torch.arange(scores.shape[2]) < count.unsqueeze(-1)
+        parts = {name: (told[name], fill) for name, fill in fills.items() if name in told}
+        whole[number] = {"scores": scores} | {
+            name: part.new_full(scores.shape, fill).masked_scatter(is_wanted, part)
+            for name, (part, fill) in parts.items()
+        }
+        if "output" in told:
+            output = told["output"].new_zeros(*count.shape, told["output"].shape[-1])
+            output[count > 0] = told["output"]
             whole[number]["output"] = output
     return whole
 

@@ -189,7 +189,7 @@ class Pool:
             task, number, attempt = self._running.pop(each)
             try:
                 answer = ray.get(each)
-            except ray.exceptions.RayActorError as error:
+            except engine.lost(ray) as error:
                 if attempt == ATTEMPTS:
                     raise RuntimeError(f"{ATTEMPTS} encoding workers died of one task, {task!r:.200}.") from error
                 if number not in self._ill.values():
