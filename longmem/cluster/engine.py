@@ -65,6 +65,11 @@ def lost(ray: Any) -> tuple[type[Exception], ...]:
     return ray.exceptions.RayActorError, ray.exceptions.ObjectLostError
 
 
+def reason(error: Exception) -> str:
+    """Return what an error of Ray says last, behind the calls that led to it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def name_of(given: str) -> str:
     """Return the name of a bank on a cluster, given with or without `ray://`. Raises ValueError for none.
 
@@ -102,7 +107,7 @@ def start(name: str, folders: Sequence[str], options: Mapping[str, Any]) -> None
     except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
         for each in actors:
             ray.kill(each)
-        said = str(error).strip().splitlines()[-1]
+        said = reason(error)
         if isinstance(error, TimeoutError):
             said = f"they did not start within {PATIENCE:g} s; is there a node with {chosen.get('num_cpus')} processors free?"
         raise ValueError(f"the shards of {name!r} could not open their folders, {list(folders)}: {said}") from error
@@ -185,10 +190,8 @@ class RayShards:
                     if not repeats:
                         raise InterruptedError(f"shard {number} died while it was written to") from error
                     if getattr(error, "actor_init_failed", False):  # Ray does not try again
-                        said = str(error).strip().splitlines()[-1]
-                        warnings.warn(
-                            f"shard {number} of {self.name!r} could not open its folder: {said}", stacklevel=4
-                        )
+                        said = f"shard {number} of {self.name!r} could not open its folder: {reason(error)}"
+                        warnings.warn(said, stacklevel=4)
                         continue
                     time.sleep(PAUSE)
                     waiting[call(number)] = number

@@ -113,11 +113,12 @@ class Encoders:
         kind: type[EncodingWorker] = EncodingWorker,
         actor_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if count is not None:
+            validate_count("count", count)
         ray = engine.join()
         gpus = int(ray.cluster_resources().get("GPU", 0))
         nodes = sum(each["Alive"] for each in ray.nodes())
         count = count or gpus or nodes
-        validate_count("count", count)
         chosen = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         options = {"max_restarts": -1, "scheduling_strategy": "SPREAD", **chosen, **(actor_options or {})}
         actor = ray.remote(kind)
@@ -190,6 +191,8 @@ class Pool:
             try:
                 answer = ray.get(each)
             except engine.lost(ray) as error:
+                if getattr(error, "actor_init_failed", False):  # so would be the next
+                    raise ValueError(f"an encoding worker could not make its model: {engine.reason(error)}") from error
                 if attempt == ATTEMPTS:
                     raise RuntimeError(f"{ATTEMPTS} encoding workers died of one task, {task!r:.200}.") from error
                 if number not in self._ill.values():

@@ -245,3 +245,21 @@ def test_a_shard_whose_answer_is_lost_is_asked_again_or_is_interrupted(error, mo
     shards.traffic.calls = 0
     with pytest.raises(InterruptedError, match="shard 0 died while it was written to"):
         shards.ask({0: ("commit", 1)}, repeats=False)
+
+
+def test_a_worker_that_can_not_make_its_model_is_an_error_at_once(monkeypatch):
+    actor, done = LocalActor(1), []
+
+    class CannotStart(LocalRay.exceptions.RayActorError):
+        actor_init_failed = True
+
+        def __str__(self) -> str:
+            return "Traceback of Ray\nValueError: no model 'x'"
+
+    monkeypatch.setattr(LocalRay, "lost", [CannotStart])
+    actor.is_dead = True
+    with pytest.raises(ValueError, match="could not make its model: ValueError: no model 'x'"):
+        done.extend(pool_of(actor).run([1], lambda actor, task: actor.work.remote(None, None, task)))
+    assert not done
+    with pytest.raises(ValueError, match="`count` must be"):
+        Encoders(VersionedModel, 0)
