@@ -45,17 +45,19 @@ def join() -> Any:
             "banks on several machines need Ray, which is not installed; `pip install 'longmem-lm[cluster]'`."
         ) from error
     if not ray.is_initialized():
-        try:
-            ray.init(
-                address=os.environ.get("RAY_ADDRESS") or "auto",
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+        if address.startswith(SCHEME):
             raise ValueError(
-                "there is no Ray cluster that this process can join; start one with `ray start --head`, or give its address "
-                "in RAY_ADDRESS."
+                f"`RAY_ADDRESS` must be HOST:PORT of the cluster itself, as `ray start --head` prints it, got {address!r} of a "
+                "Ray client."
+            )
+        said = {"log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            ray.init(address=address, namespace=NAMESPACE, **said)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ValueError(
+                f"there is no Ray cluster that this process can join at {address!r} ({reason(error)}); start one with "
+                "`ray start --head`, or give its address in RAY_ADDRESS."
             ) from error
     return ray
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import pickle
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -437,6 +439,32 @@ def test_no_module_imports_ray_before_a_cluster_is_joined():
             names = [each.name for each in statement.names] if isinstance(statement, ast.Import) else []
             names += [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
             assert "ray" not in {name.partition(".")[0] for name in names}, path
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "said"),
+    [
+        (None, ConnectionError("Could not find any running Ray instance"), r"at 'auto' \(Could not find any"),
+        ("host:1", RuntimeError("trace\nfailed to connect to GCS"), r"at 'host:1' \(failed to connect to GCS\)"),
+        ("nowhere", ValueError("Malformed address"), r"at 'nowhere' \(Malformed address\)"),
+        ("host:1", OSError("a token"), r"\(a token\)"),
+        ("ray://host:10001", None, "HOST:PORT of the cluster itself.*got 'ray://host:10001'"),
+    ],
+    ids=str,
+)
+def test_a_cluster_that_can_not_be_joined(address, error, said, monkeypatch):
+    def init(**given: object) -> None:
+        assert error is not None
+        raise error
+
+    known = types.SimpleNamespace(RayError=OSError)
+    fake = types.SimpleNamespace(is_initialized=lambda: False, init=init, exceptions=known)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=said):
+        ClusterBank.connect("notes")
 
 
 def test_another_encoder_is_refused_as_by_a_bank(backbone, make, model, prompt):
