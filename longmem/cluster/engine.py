@@ -51,9 +51,8 @@ def join() -> Any:
                 f"`RAY_ADDRESS` must be HOST:PORT of the cluster itself, as `ray start --head` prints it, got {address!r} of a "
                 "Ray client."
             )
-        said = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
-            ray.init(address=address, namespace=NAMESPACE, **said)
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ValueError(
                 f"there is no Ray cluster that this process can join at {address!r} ({reason(error)}); start one with "

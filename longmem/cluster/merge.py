@@ -44,7 +44,7 @@ def rank(answers: Mapping[int, Answer], num_chunks: int, device: torch.device) -
     return Ranking(numbers, scores, owners.to(device)[order], order)
 
 
-def joined(answers: Mapping[int, Answer], name: str, ranking: Ranking, fill: float | None = None) -> Tensor:
+def joined(answers: Mapping[int, Answer], name: str, ranking: Ranking, fill: float = 0.0) -> Tensor:
     """Return what the shards say of the best chunks, in their order; `fill`: for shards that say nothing of it."""
     parts = []
     for number in ranking.numbers:

@@ -199,8 +199,8 @@ class Shard:
         if found is None or request.queries is None:
             return _told(known, found)
         chunks, (_, _, ages, _, sizes) = found.rows.shape[2], found
-        pairs = [None if each is None else each.flatten(1).unsqueeze(-1) for each in (found.rows, ages, sizes)]
-        alone = found._replace(rows=pairs[0], log_weights=pairs[1], sizes=pairs[2])
+        pairs = [None if each is None else each.flatten(1).unsqueeze(-1) for each in (ages, sizes)]
+        alone = found._replace(rows=found.rows.flatten(1).unsqueeze(-1), log_weights=pairs[0], sizes=pairs[1])
         read = _attended(request, request.queries.repeat_interleave(chunks, dim=1), alone, known)
         parts = {"output": read.output.to(request.wire), "logsumexp": read.logsumexp}
         return _told(known, found) | {name: each.unflatten(1, (-1, chunks)) for name, each in parts.items()}
@@ -225,12 +225,10 @@ class Shard:
             ranked, found = known.found.pop(request.layer)
         queries = wanted.any(0).nonzero().flatten()
         width, wanted = int(wanted.max()), wanted[:, queries].to(found.rows.device)
-        best = [
-            None if each is None else each[:, queries, :width] for each in (found.rows, found.log_weights, found.sizes)
-        ]
         is_wanted = torch.arange(width, device=wanted.device) < wanted.unsqueeze(-1)
-        rows = best[0].masked_fill(~is_wanted, -1)  # type: ignore[union-attr]
-        chosen = found._replace(rows=rows, log_weights=best[1], sizes=best[2])
+        rows = found.rows[:, queries, :width].masked_fill(~is_wanted, -1)
+        extra = [None if each is None else each[:, queries, :width] for each in (found.log_weights, found.sizes)]
+        chosen = found._replace(rows=rows, log_weights=extra[0], sizes=extra[1])
         assert ranked.queries is not None
         read = _attended(request, ranked.queries[:, queries], chosen, known)
         told = _told(known, chosen) | {"logsumexp": read.logsumexp.unsqueeze(-1) + read.chunk_weights.log()}
