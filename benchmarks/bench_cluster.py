@@ -2,6 +2,7 @@
 
     python benchmarks/bench_cluster.py                                   65,536 and 262,144 tokens in 1, 2 and 4 shards
     python benchmarks/bench_cluster.py --tokens 4096 --shards 1 2 --fill 2048 --output results.json
+    PYTHONPATH=tests/cluster python benchmarks/bench_cluster.py --without-ray       bytes alone, and processor time
 
 Shards are processes of a Ray cluster: of the one in RAY_ADDRESS or, without one, of three nodes that are started on this
 machine, which then share its cores. Keys and values are random, of one memory layer of SmolLM2-135M (3 heads of 64, 9 query
@@ -150,6 +151,44 @@ def read(num_tokens: int, num_shards: int, times: int) -> dict[str, Any]:
     return found
 
 
+def read_here(num_tokens: int, num_shards: int) -> dict[str, Any]:
+    """Return what one read sends, and takes of this process, where shards are here and their answers go through bytes."""
+    from local_shards import LocalShards  # of tests/cluster
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"tokens": num_tokens, "shards": num_shards}
+    with tempfile.TemporaryDirectory() as folder:
+        make_shards(Path(folder), num_tokens, num_shards)
+        shards = LocalShards([Path(folder) / f"shard-{number}" for number in range(num_shards)])
+        whole = BankShards(each.bank for each in shards.shards)
+        for what, count in (("token", 1), ("64_tokens", 64)):
+            queries = torch.randn(HEADS, GROUP * count, DIM, generator=torch.Generator().manual_seed(1))
+            plain = search_and_attend(queries, whole, LAYER, FOUND, DIM**-0.5, None)
+            began = time.process_time()
+            search_and_attend(queries, whole, LAYER, FOUND, DIM**-0.5, None)
+            found[f"{what}_in_one_process"] = {"cpu": round(1e3 * (time.process_time() - began), 1)}
+            for trips in (1, 2):
+                bank, before = (
+                    ClusterBank(shards, wire_dtype="float16", trips=trips),
+                    dataclasses.replace(shards.traffic),
+                )
+                began = time.process_time()
+                read = bank.attend(LAYER, queries, FOUND, scaling=DIM**-0.5)
+                cpu = round(1e3 * (time.process_time() - began), 1)
+                sent = shards.traffic.sent - before.sent + shards.traffic.received - before.received
+                ratio = sent / bytes_of_read(trips, num_shards, HEADS * GROUP * count, FOUND, DIM)
+                assert read is not None
+                same = round(float((read.found.rows == plain.found.rows).float().mean()), 4)
+                found[f"{what}_in_{trips}_trips"] = {
+                    "bytes": sent,
+                    "ratio": round(ratio, 4),
+                    "cpu": cpu,
+                    "same_rows": same,
+                }
+        shards.close()
+    return found
+
+
 def make_model(folder: str) -> LongMemForCausalLM:
     """Return the model of an encoding worker, which computes with one thread."""
     torch.set_num_threads(1)
@@ -205,17 +244,25 @@ def main() -> None:
     parser.add_argument(
         "--pause", type=float, nargs="+", default=[0.0, 1.0], help="seconds that a document takes elsewhere"
     )
+    parser.add_argument("--without-ray", action="store_true", help="bytes alone, with PYTHONPATH=tests/cluster")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     results: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "reading": [], "filling": []}
-    with three_nodes():
-        for num_tokens in given.tokens:
-            for num_shards in given.shards:
-                results["reading"].append(read(num_tokens, num_shards, given.times))
-                print(json.dumps(results["reading"][-1]), flush=True)
-        for pause, num_workers in itertools.product(given.pause, (1, 2)) if given.fill else ():
-            results["filling"].append(fill(given.fill, num_workers, pause))
-            print(json.dumps(results["filling"][-1]), flush=True)
+
+    def note(kind: str, figures: dict[str, Any]) -> None:
+        results[kind].append(figures)
+        print(json.dumps(figures), flush=True)
+
+    sizes = list(itertools.product(given.tokens, given.shards))
+    if given.without_ray:
+        for num_tokens, num_shards in sizes:
+            note("reading", read_here(num_tokens, num_shards))
+    else:
+        with three_nodes():
+            for num_tokens, num_shards in sizes:
+                note("reading", read(num_tokens, num_shards, given.times))
+            for pause, num_workers in itertools.product(given.pause, (1, 2)) if given.fill else ():
+                note("filling", fill(given.fill, num_workers, pause))
     if given.output is not None:
         given.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
