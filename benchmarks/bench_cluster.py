@@ -1,36 +1,45 @@
 """What it costs to read and to fill a bank on a cluster: time, and bytes on the wire against the formula of docs/scaling.md.
 
-    python benchmarks/bench_cluster.py                                   262,144 tokens in 1, 2 and 4 shards
+    python benchmarks/bench_cluster.py                                   65,536 and 262,144 tokens in 1, 2 and 4 shards
     python benchmarks/bench_cluster.py --tokens 4096 --shards 1 2 --fill 2048 --output results.json
+    PYTHONPATH=tests/cluster python benchmarks/bench_cluster.py --without-ray       bytes alone, and processor time
 
 Shards are processes of a Ray cluster: of the one in RAY_ADDRESS or, without one, of three nodes that are started on this
 machine, which then share its cores. Keys and values are random, of one memory layer of SmolLM2-135M (3 heads of 64, 9 query
-heads); figures are for one reading layer.
+heads); figures are for one reading layer. `cpu` is what all shards and the driver compute, which other programs of a machine
+change less than the time that passes.
+
+Workers that fill a bank share the cores as well. With `--pause` each document takes so many seconds more, in which its worker
+computes nothing here, as if it had a device of its own: what is left to limit them is the cluster.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.cluster import ClusterBank, Encoders, engine
 from longmem.cluster.wire import raised
 from longmem.memory import BankShards
+from longmem.model.attention import search_and_attend
 
 HEADS, GROUP, DIM, CHUNK, FOUND, LAYER = 3, 3, 64, 4, 8, 16
-PIECE = 8_192  # tokens of a document
+PIECE, DOCUMENT = 8_192, 1_024  # tokens of a document that is read, and of one that is written
 NODE = {"num_cpus": 2, "object_store_memory": 200 * 2**20, "include_log_monitor": False, "no_monitor": True}
 
 
@@ -69,20 +78,41 @@ def make_shards(root: Path, num_tokens: int, num_shards: int) -> None:
                 bank.add(f"{number}-{start}", [keys], [values])
 
 
-def predicted_bytes(num_queries: int, num_shards: int) -> int:
-    """Return queries out and C back: for each chunk a score, a row, an output and a log-sum-exp, in float16 and float32."""
-    return num_queries * num_shards * (DIM * 2 + FOUND * (DIM * 2 + 16))
+def bytes_of_read(trips: int, num_shards: int, num_queries: int, num_chunks: int, dim: int, size: int = 2) -> float:
+    """Return the bytes of a read, queries included; `size`: of a number of queries and outputs.
+
+    In two trips it is a mean, for chunks that are spread over the shards at random.
+
+    >>> bytes_of_read(1, 4, 9, 8, 64), round(bytes_of_read(2, 4, 9, 8, 64))
+    (46080.0, 10842)
+    """
+    vector = dim * size
+    if trips == 1:  # of each chunk score, row, log-sum-exp and output
+        return float(num_queries * num_shards * (vector + num_chunks * (4 + 8 + 4 + vector)))
+    asked = num_shards * (vector + 4 * num_chunks + 2)  # of each shard scores; then how many are wanted
+    holders = num_shards * (1 - (1 - 1 / num_shards) ** num_chunks)  # shards that hold one of the best
+    return num_queries * (asked + holders * vector + num_chunks * (8 + 4))
 
 
-def milliseconds(call: Callable[[], Any], times: int) -> float:
-    """Return the median time of a call."""
-    call()
-    taken = []
-    for _ in range(times):
-        began = time.perf_counter()
+class Clock:
+    """Time that passes, and processor time of this process and of others, in milliseconds."""
+
+    def __init__(self, pids: Sequence[int] = ()) -> None:
+        self.processes = [psutil.Process(each) for each in (os.getpid(), *pids)]
+
+    def cpu(self) -> float:
+        """Return the processor time of all of them since they began."""
+        return 1e3 * sum(sum(each.cpu_times()[:2]) for each in self.processes)
+
+    def of(self, call: Callable[[], Any], times: int) -> tuple[float, float]:
+        """Return the median time of a call, and its mean processor time; processor time is counted in steps of 10 ms."""
         call()
-        taken.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(taken)
+        taken, before = [], self.cpu()
+        for _ in range(times):
+            began = time.perf_counter()
+            call()
+            taken.append(1e3 * (time.perf_counter() - began))
+        return round(statistics.median(taken), 2), round((self.cpu() - before) / times, 2)
 
 
 def read(num_tokens: int, num_shards: int, times: int) -> dict[str, Any]:
@@ -91,29 +121,71 @@ def read(num_tokens: int, num_shards: int, times: int) -> dict[str, Any]:
         make_shards(Path(folder), num_tokens, num_shards)
         name = f"bench-{num_tokens}-{num_shards}"
         bank = ClusterBank.start(name, folder, actor_options={"num_cpus": 0.5}, timeout=600, wire_dtype="float16")
-        found: dict[str, Any] = {"tokens": num_tokens, "shards": num_shards}
+        found: dict[str, Any] = {"tokens": num_tokens, "shards": num_shards, "load": os.getloadavg()[0]}
         try:
-            found["call_ms"] = milliseconds(lambda: bank._ask(0, "look", "__contains__", "nothing"), times)
+            ray = engine.join()
+            pids = ray.get([each.__ray_call__.remote(lambda self: os.getpid()) for each in engine.actors_of(name)])
+            clock, alone = Clock(pids), Clock()
+            found["call_ms"] = clock.of(lambda: bank._ask(0, "look", "__contains__", "nothing"), times)[0]
             local = BankShards(MemoryBank.open(each["folder"], read_only=True) for each in bank._told)
-            for what, count in (("token", 1), ("prompt_of_1024", 1024)):
+            for what, count in (("token", 1), ("prompt", 1024)):
                 queries = torch.randn(HEADS, GROUP * count, DIM, generator=torch.Generator().manual_seed(1))
-                attend = functools.partial(bank.attend, LAYER, queries, FOUND, scaling=DIM**-0.5, dtype=torch.float32)
                 repeats = times if count == 1 else max(1, times // 5)
-                found[f"{what}_ms"] = milliseconds(attend, repeats)
-                traffic = bank.shards.traffic
-                before = traffic.sent + traffic.received
-                attend()
-                found[f"{what}_bytes"] = traffic.sent + traffic.received - before
-                found[f"{what}_bytes_predicted"] = predicted_bytes(HEADS * GROUP * count, num_shards)
 
                 def in_process(queries: torch.Tensor = queries) -> None:
-                    there = local.search(LAYER, queries, FOUND, scaling=DIM**-0.5)
-                    for rows in there.rows.split(256, dim=1):
-                        local.gather(LAYER, rows.flatten(1), there.generation)
+                    search_and_attend(queries, local, LAYER, FOUND, DIM**-0.5, None)
 
-                found[f"{what}_in_one_process_ms"] = milliseconds(in_process, repeats)
+                found[f"{what}_in_one_process"] = dict(zip(("ms", "cpu"), alone.of(in_process, repeats), strict=True))
+                for trips in (1, 2):
+                    own = ClusterBank(bank.shards, timeout=600, wire_dtype="float16", trips=trips)
+                    attend = functools.partial(own.attend, LAYER, queries, FOUND, scaling=DIM**-0.5)
+                    traffic, before = bank.shards.traffic, dataclasses.replace(bank.shards.traffic)
+                    figures = dict(zip(("ms", "cpu"), clock.of(attend, repeats), strict=True))
+                    crossed = traffic.sent - before.sent + traffic.received - before.received
+                    figures["bytes"] = crossed // (repeats + 1)  # all calls send as much
+                    figures["predicted"] = round(bytes_of_read(trips, num_shards, HEADS * GROUP * count, FOUND, DIM))
+                    figures["ratio"] = round(figures["bytes"] / figures["predicted"], 4)
+                    found[f"{what}_in_{trips}_trips"] = figures
         finally:
             engine.stop(name)
+    return found
+
+
+def read_here(num_tokens: int, num_shards: int) -> dict[str, Any]:
+    """Return what one read sends, and takes of this process, where shards are here and their answers go through bytes."""
+    from local_shards import LocalShards  # of tests/cluster
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"tokens": num_tokens, "shards": num_shards}
+    with tempfile.TemporaryDirectory() as folder:
+        make_shards(Path(folder), num_tokens, num_shards)
+        shards = LocalShards([Path(folder) / f"shard-{number}" for number in range(num_shards)])
+        whole = BankShards(each.bank for each in shards.shards)
+        for what, count in (("token", 1), ("64_tokens", 64)):
+            queries = torch.randn(HEADS, GROUP * count, DIM, generator=torch.Generator().manual_seed(1))
+            plain = search_and_attend(queries, whole, LAYER, FOUND, DIM**-0.5, None)
+            began = time.process_time()
+            search_and_attend(queries, whole, LAYER, FOUND, DIM**-0.5, None)
+            found[f"{what}_in_one_process"] = {"cpu": round(1e3 * (time.process_time() - began), 1)}
+            for trips in (1, 2):
+                bank, before = (
+                    ClusterBank(shards, wire_dtype="float16", trips=trips),
+                    dataclasses.replace(shards.traffic),
+                )
+                began = time.process_time()
+                read = bank.attend(LAYER, queries, FOUND, scaling=DIM**-0.5)
+                cpu = round(1e3 * (time.process_time() - began), 1)
+                sent = shards.traffic.sent - before.sent + shards.traffic.received - before.received
+                ratio = sent / bytes_of_read(trips, num_shards, HEADS * GROUP * count, FOUND, DIM)
+                assert read is not None
+                same = round(float((read.found.rows == plain.found.rows).float().mean()), 4)
+                found[f"{what}_in_{trips}_trips"] = {
+                    "bytes": sent,
+                    "ratio": round(ratio, 4),
+                    "cpu": cpu,
+                    "same_rows": same,
+                }
+        shards.close()
     return found
 
 
@@ -123,13 +195,14 @@ def make_model(folder: str) -> LongMemForCausalLM:
     return LongMemForCausalLM.from_backbone(folder, segment_length=256).eval()
 
 
-def memorize(bank: ClusterBank, model: LongMemForCausalLM, task: tuple[str, list[int]]) -> int:
-    """Write a document of ids; return its tokens."""
-    name, ids = task
+def memorize(bank: ClusterBank, model: LongMemForCausalLM, task: tuple[str, list[int], float]) -> int:
+    """Write a document of ids, after a pause; return its tokens."""
+    name, ids, pause = task
+    time.sleep(pause)
     return int(model.memorize(bank, ids, name))
 
 
-def fill(num_tokens: int, num_workers: int) -> dict[str, Any]:
+def fill(num_tokens: int, num_workers: int, pause: float) -> dict[str, Any]:
     """Return the throughput of encoding workers with a small random backbone, from the second task of each on."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -144,36 +217,52 @@ def fill(num_tokens: int, num_workers: int) -> dict[str, Any]:
             with Encoders(
                 functools.partial(make_model, f"{folder}/backbone"), num_workers, actor_options={"num_cpus": 0.5}
             ) as workers:
-                warm = [(f"warm-{number}", [1] * 256) for number in range(4 * num_workers)]
-                tasks = [(f"document-{start}", [2 + start % 1000] * 1024) for start in range(0, num_tokens, 1024)]
+                warm = [(f"warm-{number}", [1] * 256, 0.5) for number in range(4 * num_workers)]
+                starts = range(0, num_tokens, DOCUMENT)
+                tasks = [(f"document-{start}", [2 + start % 1000] * DOCUMENT, pause) for start in starts]
+                ray = engine.join()
+                actors = [*workers.actors, *engine.actors_of(name)]
+                clock = Clock(ray.get([each.__ray_call__.remote(lambda self: os.getpid()) for each in actors]))
                 for part in (warm, tasks):
-                    began = time.perf_counter()
+                    began, before = time.perf_counter(), clock.cpu()
                     answers = workers.run(part, lambda actor, task: actor.work.remote(memorize, bank, task))
                     done = sum(raised(answer) for _, answer in answers)
-                    seconds = time.perf_counter() - began
+                    seconds, cpu = time.perf_counter() - began, (clock.cpu() - before) / 1e3
         finally:
             engine.stop(name)
-    return {"workers": num_workers, "tokens": done, "tokens_per_second": round(done / seconds, 1)}
+    told = {"workers": num_workers, "pause": pause, "tokens": done, "load": os.getloadavg()[0]}
+    return {**told, "tokens_per_second": round(done / seconds, 1), "tokens_per_cpu_second": round(done / cpu, 1)}
 
 
 def main() -> None:
     """Measure, print a table, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[262_144], help="sizes of the bank")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[65_536, 262_144], help="sizes of the bank")
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--times", type=int, default=20, help="calls of which the median is taken")
     parser.add_argument("--fill", type=int, default=32_768, help="tokens to fill in, 0 for none")
+    parser.add_argument(
+        "--pause", type=float, nargs="+", default=[0.0, 1.0], help="seconds that a document takes elsewhere"
+    )
+    parser.add_argument("--without-ray", action="store_true", help="bytes alone, with PYTHONPATH=tests/cluster")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     results: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "reading": [], "filling": []}
-    with three_nodes():
-        for num_tokens in given.tokens:
-            for num_shards in given.shards:
-                results["reading"].append(read(num_tokens, num_shards, given.times))
-                print(json.dumps(results["reading"][-1]), flush=True)
-        for num_workers in (1, 2) if given.fill else ():
-            results["filling"].append(fill(given.fill, num_workers))
-            print(json.dumps(results["filling"][-1]), flush=True)
+
+    def note(kind: str, figures: dict[str, Any]) -> None:
+        results[kind].append(figures)
+        print(json.dumps(figures), flush=True)
+
+    sizes = list(itertools.product(given.tokens, given.shards))
+    if given.without_ray:
+        for num_tokens, num_shards in sizes:
+            note("reading", read_here(num_tokens, num_shards))
+    else:
+        with three_nodes():
+            for num_tokens, num_shards in sizes:
+                note("reading", read(num_tokens, num_shards, given.times))
+            for pause, num_workers in itertools.product(given.pause, (1, 2)) if given.fill else ():
+                note("filling", fill(given.fill, num_workers, pause))
     if given.output is not None:
         given.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -1,18 +1,26 @@
-"""Encode-ahead: the same training steps with the backbone in the step itself, and in a thread that runs ahead of it.
+"""Encode-ahead: the same training steps with the backbone in the step itself, in a thread that runs ahead, and in a process.
 
     python benchmarks/bench_encode_ahead.py [--backbone smollm2-135m] [--lanes 2] [--window 256] [--memory-tokens 4096]
         [--ahead 2] [--steps 3] [--rounds 3] [--threads 1]
         [--config longmem/training/configs/smollm2-books.yaml] [--output FILE.json]
 
 Blocks of steps take turns, with and without, on consecutive text of Python's reference manual. A block begins with nothing
-encoded, and the thread encodes nothing for the next one, so both do the same work. Ratios are of blocks of the same round.
+encoded, and nothing is encoded for the next one, so all do the same work. Ratios are of blocks of the same round.
+
+The process has a copy of the backbone and gives features as `features.folder` would keep them, in float16. Where it has no
+cores of its own, the processor time of the trainer alone says what a machine for each of both would give at best.
 """
 
 import argparse
 import json
 import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from bench_cost import seconds, summary
 from bench_training import own_settings
@@ -24,9 +32,43 @@ from longmem.cli.common import add_device, use_device
 from longmem.settings.environment import environment
 from longmem.training import Trainer, load_settings
 from longmem.training.encode_ahead import EncodeAhead
+from longmem.training.features import Features, FrozenFeatures
 
 
-def block(trainer: Trainer, steps: int, ahead: int) -> None:
+class Elsewhere:
+    """Features of windows, computed by a process of its own."""
+
+    def __init__(self, frozen: FrozenFeatures, config: str, settings: list[str], threads: int) -> None:
+        self.frozen, self.calls = frozen, {}
+        self.process = ProcessPoolExecutor(1, get_context("spawn"), begin, (config, settings, threads))
+
+    def of(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> Features:
+        """Return the features of a batch of windows."""
+        shape = tuple(input_ids.shape)
+        if (
+            shape not in self.calls
+        ):  # what layers are called with beside hidden states: the same for all windows of a shape
+            self.calls[shape] = self.frozen.of(input_ids, lengths).states
+        rows = self.process.submit(rows_of, input_ids.numpy(), tuple(lengths)).result()
+        rows = [{name: torch.from_numpy(each) for name, each in row.items()} for row in rows]
+        return self.frozen._stacked(rows, self.calls[shape], input_ids)
+
+
+def begin(config: str, settings: list[str], threads: int) -> None:
+    """Open the backbone in the process that encodes."""
+    torch.set_num_threads(threads)
+    globals()["FROZEN"] = Trainer(load_settings(config, settings)).frozen
+
+
+def rows_of(input_ids: np.ndarray, lengths: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """Return what each window of a batch has in a cache of features."""
+    frozen = globals()["FROZEN"]
+    features = frozen.of(torch.from_numpy(input_ids), lengths)
+    rows = (frozen._row(features, number) for number in range(len(lengths)))
+    return [{name: each.numpy() for name, each in row.items()} for row in rows]
+
+
+def block(trainer: Trainer, steps: int, ahead: int, elsewhere: Elsewhere | None = None) -> None:
     """Train so many steps; `ahead` 0: the backbone runs in each of them."""
     if not ahead:
         for _ in range(steps):
@@ -35,7 +77,11 @@ def block(trainer: Trainer, steps: int, ahead: int) -> None:
     device, plain = trainer.accelerator.device, trainer.features
     first, last = trainer.step, trainer.step + steps
     source = EncodeAhead(
-        trainer.frozen, lambda number: trainer.lanes.batch(number).to(device), first=first, last=last, ahead=ahead
+        elsewhere or trainer.frozen,
+        lambda number: trainer.lanes.batch(number).to(device),
+        first=first,
+        last=last,
+        ahead=ahead,
     )
     with source:
         trainer.features = source
@@ -61,24 +107,37 @@ def main() -> None:
     use_device(given.device)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    times: dict[str, list[float]] = {"in the step": [], "ahead": []}
+    kinds = ("in the step", "in a thread", "in a process")
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    cpu: dict[str, list[float]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder:
         own = ["data.validation=null", "data.max_validation_tokens=null", "optimization.gradient_accumulation=1"]
-        trainer = Trainer(load_settings(given.config, own_settings(given, folder) + own))
+        settings = own_settings(given, folder) + own
+        trainer = Trainer(load_settings(given.config, settings))
         trainer.step = -(-given.memory_tokens // given.window) + 1  # memories are full, as later in a run
+        other = [*settings, f"output={folder}/other"]
+        elsewhere = Elsewhere(trainer.frozen, given.config, other, torch.get_num_threads())
         for number in track(range(given.rounds + 1), "rounds, the first to warm up"):
-            for name, ahead in (("in the step", 0), ("ahead", given.ahead)):
-                taken = seconds(lambda ahead=ahead: block(trainer, given.steps, ahead))
+            for name in kinds:
+                ahead, source = (0 if name == kinds[0] else given.ahead), elsewhere if name == kinds[2] else None
+                before = time.process_time()
+                taken = seconds(lambda ahead=ahead, source=source: block(trainer, given.steps, ahead, source))
                 times[name].extend([taken] if number else [])
-    ratios = summary([plain / ahead for plain, ahead in zip(*times.values(), strict=True)])
+                cpu[name].extend([time.process_time() - before] if number else [])
+        elsewhere.process.shutdown()
     table = Table("seconds a block", "median", "min", "max", title=f"{given.backbone}, {given.steps} steps a block")
-    for name, figures in {name: summary(each) for name, each in times.items()}.items():
-        table.add_row(name, *(f"{each:.2f}" for each in figures.values()))
-    table.add_row("speed, ahead / in the step", *(f"{each:.2f}" for each in ratios.values()))
+    ratios = {}
+    for what, kept in (("", times), (", processor time of the trainer", cpu)):
+        for name, figures in kept.items():
+            table.add_row(name + what, *(f"{each:.2f}" for each in summary(figures).values()))
+        for name in kinds[1:]:
+            ratio = summary([plain / ahead for plain, ahead in zip(kept[kinds[0]], kept[name], strict=True)])
+            ratios[f"{name}{what}"] = ratio
+            table.add_row(f"in the step / {name}{what}", *(f"{each:.2f}" for each in ratio.values()))
     Console().print(table)
     if given.output:
         setup = {**vars(given), "output": None, "threads": torch.get_num_threads()}
-        result = {"seconds_per_block": times, "speed_ratio": ratios}
+        result = {"seconds_per_block": times, "trainer_cpu_seconds_per_block": cpu, "speed_ratio": ratios}
         given.output.write_text(json.dumps({"setup": setup, "environment": environment(), "result": result}, indent=2))
 
 

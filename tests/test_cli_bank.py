@@ -442,10 +442,17 @@ def test_find_shows_passages_by_heads_and_by_words(bank, answer, run):
     assert "`text` must have a word" in error
 
 
-@pytest.mark.parametrize("command", ["bank tune", "bank staleness", "bank refresh", "bank verify", "chat"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"{name} --bank" for name in ("bank tune", "bank staleness", "bank refresh", "bank verify", "chat")),
+        "serve --banks",
+        "cluster start notes --folder",
+    ],
+)
 def test_commands_that_work_on_folders_say_so_of_a_bank_on_a_cluster(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        main([*command.split(), "--bank", "ray://notes"])
+        main([*command.split(), "ray://notes"])
     assert "works on folders, got ray://notes" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     model = option("--model", help=f"that writes the bank, if it is new; default: {DEFAULT_MODEL}")
     started = add_command(actions, "start", start, "start the shards of a bank", EXAMPLES, name, model)
     started.add_argument(
-        "--folder", required=True, type=Path, metavar="DIR", help="that holds, or will hold, the shards"
+        "--folder", required=True, type=common.folder_alone, metavar="DIR", help="that holds, or will hold, the shards"
     )
     started.add_argument("--shards", type=int, metavar="N", help="of a new bank; placement depends on it, so it stays")
     started.add_argument("--cpus", type=float, default=1, metavar="N", help="that a shard takes of its node")

@@ -157,11 +157,14 @@ def fill(texts: list[Text], arguments: argparse.Namespace) -> None:
     from longmem.cluster import Encoders
     from longmem.cluster.wire import raised
     from longmem.console import token_progress
+    from longmem.memory.checks import validate_count
     from longmem.model.names import lasting_name
 
     for name in OPTIONS_OF_A_NEW_BANK:
         if vars(arguments)[name] is not None:
             raise ValueError(f"`--{name.replace('_', '-')}` is set when a bank is made, by `longmem cluster start`.")
+    if arguments.workers is not None:
+        validate_count("--workers", arguments.workers)
     bank = common.open_bank(arguments.bank)
     left = [text for text in texts if not is_there(bank, text)]
     refuse_known(bank, left, arguments.replace)

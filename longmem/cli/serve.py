@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
@@ -29,7 +28,7 @@ def add(commands: Any) -> None:
         commands, "serve", run, "serve a model with memory: API and page", EXAMPLES, model_option(DEFAULT_MODEL)
     )
     command.add_argument(
-        "--banks", type=Path, metavar="DIR", help="folder for banks; default: in memory, gone at the end"
+        "--banks", type=common.folder_alone, metavar="DIR", help="folder for banks; default: in memory, gone at the end"
     )
     command.add_argument("--host", default="127.0.0.1", help="address to listen at")
     command.add_argument("--port", type=int, default=8765, help="port to listen at")

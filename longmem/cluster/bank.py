@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import secrets
 import warnings
@@ -16,9 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longmem.cluster import engine
+from longmem.cluster import engine, merge
 from longmem.cluster.engine import RayShards, Shards, refuse_missing
 from longmem.cluster.shard import UNKNOWN_ENCODER
+from longmem.cluster.wire import Request
 from longmem.encoder.history import Encoders
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError, StaleMemoryError
@@ -31,9 +33,10 @@ from longmem.memory.rows.documents import DocumentInfo
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.segments import Segment
 from longmem.memory.visibility import READING
-from longmem.model.attention import NO_MEMORY
+from longmem.model.attention import nothing_found
 
 ON_MISSING = ("error", "skip")
+BYTES_OF_A_TRIP = 2**20  # that a network of 10 Gbit/s carries in about the time of a call
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,17 +68,27 @@ class ClusterBank:
         timeout: seconds within which all shards must have answered.
         on_missing: what happens if one has not: "error", or "skip", which reads the others and warns; `missing` names them.
         wire_dtype: in which queries and outputs are sent, such as "float16"; None: that of the queries.
+        trips: calls to a shard for each reading layer, 1 or 2 (docs/scaling.md, section 3, C or E); None: which sends less.
     """
 
     def __init__(
-        self, shards: Shards, *, timeout: float = 60.0, on_missing: str = "error", wire_dtype: str | None = None
+        self,
+        shards: Shards,
+        *,
+        timeout: float = 60.0,
+        on_missing: str = "error",
+        wire_dtype: str | None = None,
+        trips: int | None = None,
     ) -> None:
         checks.validate_choice("on_missing", on_missing, ON_MISSING)
         if wire_dtype is not None:
             checks.validate_choice("wire_dtype", wire_dtype, ("float16", "bfloat16", "float32"))
         if not 0 < timeout < torch.inf:
             raise ValueError(f"`timeout` must be seconds above 0, got {timeout!r}.")
+        if trips not in (None, 1, 2):
+            raise ValueError(f"`trips` must be 1, 2 or None, which takes the one that sends less, got {trips!r}.")
         self.shards, self.timeout, self.on_missing, self.wire_dtype = shards, timeout, on_missing, wire_dtype
+        self.trips = trips
         self.missing: tuple[int, ...] = ()
         self._selection: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self._stamp: EncoderStamp | None = None
@@ -111,6 +124,11 @@ class ClusterBank:
         """Return the folders of new, empty shards in a folder; `options`: as for `MemoryBank.for_model`."""
         checks.validate_count("num_shards", num_shards)
         folders = [Path(root) / f"shard-{number}" for number in range(num_shards)]
+        if taken := [each.name for each in Path(root).glob("shard-*")]:
+            raise ValueError(
+                f"`root` must hold no shards before they are made, got {str(root)!r} with {sorted(taken)}; "
+                "`ClusterBank.start`, or `longmem cluster start` without `--shards`, starts those."
+            )
         for folder in folders:
             MemoryBank.for_model(model, folder=folder, **options).close()
         return [str(folder) for folder in folders]
@@ -129,8 +147,8 @@ class ClusterBank:
         return cls.connect(name, **options)
 
     def __reduce__(self) -> Any:
-        own = {"timeout": self.timeout, "on_missing": self.on_missing, "wire_dtype": self.wire_dtype}
-        return _made, (type(self), self.shards, own, self._selection)
+        own = {name: getattr(self, name) for name in ("timeout", "on_missing", "wire_dtype", "trips")}
+        return functools.partial(type(self), **own), (self.shards,), {"_selection": self._selection}
 
     def __copy__(self) -> Self:
         twin = type(self).__new__(type(self))
@@ -275,25 +293,37 @@ class ClusterBank:
     ) -> Attended | None:
         """Return each query's attention over the best chunks of all shards, put together from what each computes of its own.
 
-        Of each shard's best chunks scores, rows, log-sum-exps l_c and outputs o_c come back. Of all, the best by score are
-        kept; their attention is `sum softmax(l)_c o_c`, as exact as the numbers that were sent (docs/scaling.md, section 3, C).
+        Of all shards' best chunks the best by score are kept (`merge`); the result is as exact as the numbers that were sent.
         """
         own = self._pass()
-        name = str(queries.dtype if dtype is None else dtype).removeprefix("torch.")
-        wire = self.wire_dtype or name
-        sent = queries if self.wire_dtype is None else queries.to(getattr(torch, self.wire_dtype))
-        request = (layer, sent, num_chunks, scaling, softcap, name, wire, self._newest(own), self._selection)
-        answers = self._read(own, "attend", *request)
-        found = self._best(own, answers, queries, num_chunks)
-        if found is None:
+        dtype = queries.dtype if dtype is None else dtype
+        wire = dtype if self.wire_dtype is None else getattr(torch, self.wire_dtype)
+        sent = queries if self.wire_dtype is None else queries.to(wire)
+        given = {"scaling": scaling, "newest": self._newest(own), "softcap": softcap, "dtype": dtype, "wire": wire}
+        request = self._request(own, layer, sent, num_chunks, **given)
+        # At least that is not sent if shards hear which chunks are wanted before they attend to any.
+        saved = len(self.shards) * (num_chunks - 1) * sent.nbytes
+        if self.trips == 2 or (self.trips is None and saved > BYTES_OF_A_TRIP):
+            with contextlib.suppress(ChangedMemoryError):  # a shard was started again between the two: then one
+                return self._attend_twice(own, request)
+        answers = self._read(own, "attend", request)
+        ranking = merge.rank(answers, num_chunks, queries.device)
+        return None if ranking is None else merge.attended(answers, ranking, self._found(own, answers, ranking))
+
+    def _attend_twice(self, own: Pass, request: Request) -> Attended | None:
+        """Return attention in two trips: the shards say how good their best chunks are, and attend to those of all."""
+        assert request.queries is not None
+        answers = self._read(own, "rank", request)
+        ranking = merge.rank(answers, request.num_chunks, request.queries.device)
+        if ranking is None:
             return None
-        best, order, numbers = found
-        logsumexp, output = (self._joined(answers, each, numbers, queries, order) for each in ("logsumexp", "output"))
-        logsumexp = logsumexp.masked_fill(best.rows < 0, -torch.inf)
-        is_empty = (best.rows < 0).all(-1)
-        weights = logsumexp.masked_fill(is_empty.unsqueeze(-1), 0.0).softmax(-1).masked_fill(best.rows < 0, 0.0)
-        together = logsumexp.logsumexp(-1).clamp_min(NO_MEMORY)
-        return Attended((weights.unsqueeze(-2) @ output.float()).squeeze(-2), together, weights, best)
+        wanted = {number: ranking.wanted(number).cpu() for number in ranking.numbers}
+        holders = {number: count for number, count in wanted.items() if count.any()}
+        if not holders:
+            return None
+        picked = self._read(own, "attend_best", request._replace(queries=None), holders)
+        answers = merge.in_places(answers, picked, wanted, self.chunk_size)
+        return merge.attended(answers, ranking, self._found(own, answers, ranking))
 
     def search(
         self,
@@ -307,12 +337,10 @@ class ClusterBank:
         """Return the best chunks of all shards; row r of shard s is row `r * len(shards) + s` here, as in `BankShards`."""
         own = self._pass()
         newest = self._newest(own) if newest is None and scaling is not None else newest
-        answers = self._read(own, "search", layer, queries, num_chunks, self._selection, scaling, newest)
-        found = self._best(own, answers, queries, num_chunks)
-        if found is None:
-            rows = torch.full((*queries.shape[:2], num_chunks), -1, device=queries.device)
-            return Found(rows, torch.full(rows.shape, -torch.inf, device=queries.device), None, None)
-        return found[0]
+        request = self._request(own, layer, queries, num_chunks, scaling=scaling, newest=newest)
+        answers = self._read(own, "search", request)
+        ranking = merge.rank(answers, num_chunks, queries.device)
+        return nothing_found(queries, num_chunks).found if ranking is None else self._found(own, answers, ranking)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
         """Return keys and values of rows, fetched from their shards: what a backward pass, and nothing else, has need of."""
@@ -373,14 +401,19 @@ class ClusterBank:
             own.newest = self.newest_date
         return own.newest
 
-    def _read(self, own: Pass, method: str, *request: Any) -> dict[int, Any]:
-        """Return the answers of the shards, all of the states that this pass has met first."""
+    def _request(self, own: Pass, layer: int, queries: Tensor, num_chunks: int, **more: Any) -> Request:
         digest = None if self._stamp is None else self._stamp.digest
-        asked = {
-            number: (method, own.read, digest, *request)
-            for number in range(len(self.shards))
-            if number not in own.missing
+        return Request(own.read, digest, self._selection, layer, queries, num_chunks, **more)
+
+    def _read(
+        self, own: Pass, method: str, request: Request, wanted: Mapping[int, Tensor] | None = None
+    ) -> dict[int, Any]:
+        """Return the answers of the shards, all of the states that this pass has met first; `wanted`: of these, of so many."""
+        asked: dict[int, tuple[Any, ...]] = {
+            number: (method, request) for number in range(len(self.shards)) if number not in own.missing
         }
+        if wanted is not None:
+            asked = {number: (method, request, count) for number, count in wanted.items()}
         try:
             answers = self.shards.ask(asked, timeout=self.timeout)
         except StaleMemoryError as error:
@@ -398,48 +431,9 @@ class ClusterBank:
                 raise ChangedMemoryError  # it was started again meanwhile, and somebody has written to it
         return answers
 
-    def _best(
-        self, own: Pass, answers: Mapping[int, Any], queries: Tensor, num_chunks: int
-    ) -> tuple[Found, Tensor, list[int]] | None:
-        """Return the best of all chunks, their places among those of all shards, and the shards that have found any."""
-        numbers = [number for number, each in answers.items() if "rows" in each]
-        if not numbers:
-            return None
-        numbers.sort()
-        count, device, own.some = len(self.shards), queries.device, numbers[0]
-        scores = torch.cat([answers[each]["scores"].to(device) for each in numbers], dim=2)
-        there = [(answers[each]["rows"].to(device), each) for each in numbers]
-        rows = torch.cat([torch.where(each < 0, -1, each * count + number) for each, number in there], dim=2)
-        scores, order = scores.sort(dim=2, descending=True, stable=True)
-        scores, order = scores[..., :num_chunks], order[..., :num_chunks]
-        extra = {}
-        for name, fill in (("log_weights", 0.0), ("sizes", self.chunk_size)):
-            if any(name in answers[each] for each in numbers):
-                extra[name] = self._joined(answers, name, numbers, queries, order, fill)
-        sizes = extra.get("sizes")
-        sizes = None if sizes is None else sizes.long()
-        return Found(rows.gather(2, order), scores, extra.get("log_weights"), own, sizes), order, numbers
-
-    @staticmethod
-    def _joined(
-        answers: Mapping[int, Any],
-        name: str,
-        numbers: Sequence[int],
-        queries: Tensor,
-        order: Tensor,
-        fill: float | None = None,
-    ) -> Tensor:
-        """Return what the shards say of the chunks that are kept, in their order; `fill`: for those that say nothing."""
-        parts = [answers[each].get(name) for each in numbers]
-        if fill is not None:
-            like = (answers[each]["scores"] for each in numbers)
-            parts = [
-                torch.full_like(other, fill) if part is None else part for part, other in zip(parts, like, strict=True)
-            ]
-        whole = torch.cat([part.to(queries.device) for part in parts], dim=2)
-        if whole.ndim == 4:
-            order = order.unsqueeze(-1).expand(*order.shape, whole.shape[-1])
-        return whole.gather(2, order)
+    def _found(self, own: Pass, answers: Mapping[int, Any], ranking: merge.Ranking) -> Found:
+        own.some = ranking.numbers[0]
+        return merge.found(answers, ranking, len(self.shards), self.chunk_size, own)
 
     # Documents.
 
@@ -583,11 +577,7 @@ class ClusterBank:
             self.ready_for(model)
         known = self.info(document_id)
         draft = copy.copy(self)
-        draft._is_draft, draft._changes, draft._shard_of_changes = (
-            True,
-            [],
-            None,
-        )  # as in a transaction, which never commits
+        draft._is_draft, draft._changes, draft._shard_of_changes = True, [], None  # a transaction that never commits
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
         assert self._stamp is not None
@@ -683,9 +673,3 @@ def shard_folders(root: str | Path) -> list[Path]:
             f"{[each.name for each in found] or 'none'}; `ClusterBank.create` makes them."
         )
     return found
-
-
-def _made(kind: type[ClusterBank], shards: Shards, options: dict[str, Any], selection: Any) -> ClusterBank:
-    bank = kind(shards, **options)
-    bank._selection = selection
-    return bank

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from longmem.errors import MissingShardError
 NAMESPACE = "longmem"
 SCHEME = "ray://"
 PAUSE = 0.2  # seconds from a call that found nobody to the next
+PATIENCE = 120.0  # seconds for a shard to start, or to close
 
 
 class Shards(Protocol):
@@ -42,19 +45,30 @@ def join() -> Any:
             "banks on several machines need Ray, which is not installed; `pip install 'longmem-lm[cluster]'`."
         ) from error
     if not ray.is_initialized():
-        try:
-            ray.init(
-                address=os.environ.get("RAY_ADDRESS") or "auto",
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+        if address.startswith(SCHEME):
             raise ValueError(
-                "there is no Ray cluster that this process can join; start one with `ray start --head`, or give its address "
-                "in RAY_ADDRESS."
+                f"`RAY_ADDRESS` must be HOST:PORT of the cluster itself, as `ray start --head` prints it, got {address!r} of a "
+                "Ray client."
+            )
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise ValueError(
+                f"there is no Ray cluster that this process can join at {address!r} ({reason(error)}); start one with "
+                "`ray start --head`, or give its address in RAY_ADDRESS."
             ) from error
     return ray
+
+
+def lost(ray: Any) -> tuple[type[Exception], ...]:
+    """Return the errors of a call whose process died, or whose answer went with a node."""
+    return ray.exceptions.RayActorError, ray.exceptions.ObjectLostError
+
+
+def reason(error: Exception) -> str:
+    """Return what an error of Ray says last, behind the calls that led to it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def name_of(given: str) -> str:
@@ -81,48 +95,64 @@ def start(name: str, folders: Sequence[str], options: Mapping[str, Any]) -> None
             return len(folders)
 
     chosen = {"num_cpus": 1, "scheduling_strategy": "SPREAD", "max_concurrency": 8} | dict(options)
-    actor = ray.remote(ShardActor)
-    actors = [
-        actor.options(
-            name=f"{name}/{number}",
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=-1,
-            max_task_retries=0,
-            **chosen,
-        ).remote(folder)
-        for number, folder in enumerate(folders)
-    ]
+    if name in (known := running()):
+        raise ValueError(
+            f"`name` must be that of a bank that does not run yet, got {name!r}, known: {', '.join(known)}."
+        )
+    chosen |= {"namespace": NAMESPACE, "lifetime": "detached", "max_restarts": -1, "max_task_retries": 0}
+    made, actors = ray.remote(ShardActor), []
     try:
-        ray.get([each.ask.remote("describe") for each in actors])
-    except ray.exceptions.RayActorError as error:
+        for number, folder in enumerate(folders):
+            actors.append(made.options(name=f"{name}/{number}", **chosen).remote(folder))
+        ray.get([each.ask.remote("describe") for each in actors], timeout=PATIENCE)
+    except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
         for each in actors:
             ray.kill(each)
-        said = str(error).strip().splitlines()[-1]
-        raise ValueError(f"a shard of {name!r} could not open its folder, one of {list(folders)}: {said}") from error
+        said = reason(error)
+        if isinstance(error, TimeoutError):
+            said = f"they did not start within {PATIENCE:g} s; is there a node with {chosen.get('num_cpus')} processors free?"
+        raise ValueError(f"the shards of {name!r} could not open their folders, {list(folders)}: {said}") from error
+
+
+def running() -> dict[str, list[int]]:
+    """Return the banks that run on this cluster, and the shards of each that live or are being started again."""
+    banks: dict[str, list[int]] = {}
+    for each in join().util.list_named_actors(all_namespaces=True):
+        if each["namespace"] == NAMESPACE:
+            name, _, number = each["name"].rpartition("/")
+            banks.setdefault(name, []).append(int(number))
+    return {name: sorted(numbers) for name, numbers in sorted(banks.items())}
 
 
 def stop(name: str) -> None:
-    """End the actors of a bank, after they have closed their folders."""
+    """End the actors of a bank, after they have closed their folders. Raises ValueError if it does not run."""
     ray = join()
-    for actor in actors_of(name):
-        ray.get(actor.ask.remote("close"))
+    for actor in _found(name):
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # it is dead, and has lost nothing but time
+            ray.get(actor.ask.remote("close"), timeout=PATIENCE)
         ray.kill(actor)
 
 
 def actors_of(name: str) -> list[Any]:
-    """Return the actors of a bank, in order. Raises ValueError if it was not started."""
-    ray = join()
-    try:
-        first = ray.get_actor(f"{name}/0", namespace=NAMESPACE)
-        count = _patiently(lambda: ray.get(first.members.remote()), 60)
-        return [first, *(ray.get_actor(f"{name}/{number}", namespace=NAMESPACE) for number in range(1, count))]
-    except ValueError as error:
-        known = sorted({each["name"].rpartition("/")[0] for each in ray.util.list_named_actors(all_namespaces=True)})
+    """Return the actors of a bank, in order. Raises ValueError if it does not run, or not all of it."""
+    ray, actors = join(), _found(name)
+    count = _patiently(lambda: ray.get(actors[0].members.remote(), timeout=PATIENCE), 60)
+    if len(actors) != count:
         raise ValueError(
-            f"no bank {name!r} runs on this cluster, known: {', '.join(filter(None, known)) or 'none'}; "
+            f"{count - len(actors)} of the {count} shards of {name!r} have ended, as when a folder can't be opened; see that "
+            f"each node finds all of them, then `longmem cluster stop {name}`, and start it again."
+        )
+    return actors
+
+
+def _found(name: str) -> list[Any]:
+    ray, banks = join(), running()
+    if name not in banks:
+        raise ValueError(
+            f"no bank {name!r} runs on this cluster, known: {', '.join(banks) or 'none'}; "
             f"`longmem cluster start {name} --folder DIR` starts it."
-        ) from error
+        )
+    return [ray.get_actor(f"{name}/{number}", namespace=NAMESPACE) for number in banks[name]]
 
 
 class RayShards:
@@ -157,9 +187,13 @@ class RayShards:
                 number = waiting.pop(each)
                 try:
                     answer = ray.get(each)
-                except ray.exceptions.RayActorError as error:  # it died; it is started again from its folder
+                except lost(ray) as error:  # it died, or its node with the answer; it is started again from its folder
                     if not repeats:
                         raise InterruptedError(f"shard {number} died while it was written to") from error
+                    if getattr(error, "actor_init_failed", False):  # Ray does not try again
+                        said = f"shard {number} of {self.name!r} could not open its folder: {reason(error)}"
+                        warnings.warn(said, stacklevel=4)
+                        continue
                     time.sleep(PAUSE)
                     waiting[call(number)] = number
                     continue

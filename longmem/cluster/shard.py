@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longmem.cluster.wire import Failure, failure_of, pack, unpack
+from longmem.cluster.wire import Request, failure_of, pack, unpack
 from longmem.encoder.history import UNKNOWN
 from longmem.encoder.sketch import Sketch
 from longmem.encoder.stamp import EncoderStamp
@@ -25,7 +24,7 @@ from longmem.memory.folder.foreign import parse_json
 from longmem.memory.protocols import Found
 from longmem.memory.refresh import RefreshReport
 from longmem.memory.visibility import READING
-from longmem.model.attention import QUERY_BLOCK, attend_block, tokens_found
+from longmem.model.attention import GroupRead, attend_found
 
 KEPT_READS = 16  # forward passes whose state is kept; one that is older goes on only if nothing has changed
 SECONDS_TO_OPEN = 30  # for whom to let go of a folder: a shard on a node that is being given up
@@ -75,6 +74,7 @@ class Read(NamedTuple):
     taken: dict[Any, Any]  # the bank's snapshot, once something was searched
     memory: MemoryBank | BankView | None
     state: str
+    found: dict[int, tuple[Request, Found]]  # by layer, of a search whose best chunks somebody is choosing
 
 
 class Shard:
@@ -188,91 +188,77 @@ class Shard:
 
     # Reading.
 
-    def attend(
-        self,
-        read: str,
-        digest: str | None,
-        layer: int,
-        queries: Tensor,
-        num_chunks: int,
-        scaling: float,
-        softcap: float | None,
-        dtype: str,
-        wire: str,
-        newest: float | None,
-        selection: Any,
-    ) -> dict[str, Any]:
-        """Return, for each query and each of its best chunks, score, row, log-sum-exp and partial output.
+    def search(self, request: Request) -> dict[str, Any]:
+        """Return rows and scores of the best chunks, and the word for the state that was searched."""
+        known, found = self._search(request)
+        return _told(known, found)
 
-        All calls with one `read` are of one state, which is named in each answer.
+    def attend(self, request: Request) -> dict[str, Any]:
+        """Return, of each query's best chunks, also log-sum-exp and output, as if it attended to that chunk alone."""
+        known, found = self._search(request)
+        if found is None or request.queries is None:
+            return _told(known, found)
+        chunks, (_, _, ages, _, sizes) = found.rows.shape[2], found
+        pairs = [None if each is None else each.flatten(1).unsqueeze(-1) for each in (ages, sizes)]
+        alone = found._replace(rows=found.rows.flatten(1).unsqueeze(-1), log_weights=pairs[0], sizes=pairs[1])
+        read = _attended(request, request.queries.repeat_interleave(chunks, dim=1), alone, known)
+        parts = {"output": read.output.to(request.wire), "logsumexp": read.logsumexp}
+        return _told(known, found) | {name: each.unflatten(1, (-1, chunks)) for name, each in parts.items()}
+
+    def rank(self, request: Request) -> dict[str, Any]:
+        """Return the scores of the best chunks, which are kept for `attend_best`."""
+        known, found = self._search(request)
+        if found is None:
+            return _told(known, None)
+        known.found[request.layer] = request, found
+        return {"state": known.state, "scores": found.scores}
+
+    def attend_best(self, request: Request, wanted: Tensor) -> dict[str, Any]:
+        """Return attention over so many of the best chunks that `rank` has found, for queries that want any, one after another.
+
+        Raises ChangedMemoryError if they are forgotten, as by a shard that was started again.
         """
-        found, memory, state = self._search(
-            read, digest, layer, queries.float(), num_chunks, selection, scaling, newest
-        )
-        if found is None or memory is None:
-            return {"state": state}
-        meeting = queries.to(getattr(torch, dtype))
-        parts = (meeting, found.rows, found.log_weights, found.sizes)
-        blocks = (itertools.repeat(None) if each is None else each.split(QUERY_BLOCK, dim=1) for each in parts)
-        done = [
-            self._attend(memory, layer, found.generation, scaling, softcap, *block)
-            for block in zip(*blocks, strict=False)
-        ]
-        output, logsumexp = (torch.cat(column, dim=1) for column in zip(*done, strict=True))
-        answer = {"rows": found.rows, "scores": found.scores, "logsumexp": logsumexp, "state": state}
-        answer["output"] = output.to(getattr(torch, wire))
-        answer |= {} if found.log_weights is None else {"log_weights": found.log_weights}
-        return answer | ({} if found.sizes is None else {"sizes": found.sizes.to(torch.int16)})
-
-    @staticmethod
-    def _attend(
-        memory: MemoryBank | BankView,
-        layer: int,
-        generation: Any,
-        scaling: float,
-        softcap: float | None,
-        queries: Tensor,
-        rows: Tensor,
-        ages: Tensor | None,
-        sizes: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return output and log-sum-exp of each chunk alone: each query stands once for each of its chunks."""
-        kv_heads, count, chunks = rows.shape
-        keys, values = (each.to(queries) for each in memory.gather(layer, rows.clamp_min(0).flatten(1), generation))
-        size = keys.shape[2]
-        alone = queries.repeat_interleave(chunks, dim=1)
-        is_found = tokens_found(rows, sizes, size).unflatten(-1, (chunks, size)).flatten(1, 2)
-        weights = None if ages is None else ages.flatten(1, 2).unsqueeze(-1).expand(-1, -1, size)
-        output, logsumexp, _ = attend_block(alone, keys, values, is_found, scaling, softcap, weights)
-        return output.unflatten(1, (count, chunks)), logsumexp.unflatten(1, (count, chunks))
-
-    def _search(
-        self,
-        read: str,
-        digest: str | None,
-        layer: int,
-        queries: Tensor,
-        num_chunks: int,
-        selection: Any,
-        scaling: float | None,
-        newest: float | None,
-    ) -> tuple[Found | None, MemoryBank | BankView | None, str]:
-        """Return what a search finds in the state that the earlier calls of this read have met, and the word for that."""
-        if digest is not None and digest not in self._writers:
-            raise StaleMemoryError(UNKNOWN_ENCODER)
         with self.bank.lock:
-            if read not in self._reads:
-                reader = None if digest is None else self._writers[digest]
-                self._reads[read] = Read(reader, {}, self._chosen(selection), self._state())
+            known = self._reads.get(request.read)
+            if known is None or request.layer not in known.found:
+                raise ChangedMemoryError
+            ranked, found = known.found.pop(request.layer)
+        queries = wanted.any(0).nonzero().flatten()
+        width, wanted = int(wanted.max()), wanted[:, queries].to(found.rows.device)
+        is_wanted = torch.arange(width, device=wanted.device) < wanted.unsqueeze(-1)
+        rows = found.rows[:, queries, :width].masked_fill(~is_wanted, -1)
+        extra = [None if each is None else each[:, queries, :width] for each in (found.log_weights, found.sizes)]
+        chosen = found._replace(rows=rows, log_weights=extra[0], sizes=extra[1])
+        assert ranked.queries is not None
+        read = _attended(request, ranked.queries[:, queries], chosen, known)
+        told = _told(known, chosen) | {"logsumexp": read.logsumexp.unsqueeze(-1) + read.chunk_weights.log()}
+        flat = {name: each[is_wanted] for name, each in told.items() if name not in ("state", "scores")}
+        return {"state": known.state, **flat, "output": read.output[wanted > 0].to(request.wire)}
+
+    def _search(self, request: Request) -> tuple[Read, Found | None]:
+        """Return what a search finds in the state that the earlier requests of this read have met; None if nothing is there."""
+        if request.encoder is not None and request.encoder not in self._writers:
+            raise StaleMemoryError(UNKNOWN_ENCODER)
+        assert request.queries is not None
+        with self.bank.lock:
+            if request.read not in self._reads:
+                reader = None if request.encoder is None else self._writers[request.encoder]
+                self._reads[request.read] = Read(reader, {}, self._chosen(request.selection), self._state(), {})
                 while len(self._reads) > KEPT_READS:
                     self._reads.popitem(last=False)
-            known = self._reads[read]
+            known = self._reads[request.read]
             # As if a backward pass were to come: then no policy encodes again while it searches.
             with self._reading_as(known.reader, known.taken), torch.enable_grad():
                 if known.memory is None or known.memory.is_empty:
-                    return None, None, known.state
-                found = known.memory.search(layer, queries, num_chunks, scaling=scaling, newest=newest)
-        return (None if found.generation is None else found), known.memory, known.state
+                    return known, None
+                found = known.memory.search(
+                    request.layer,
+                    request.queries.float(),
+                    request.num_chunks,
+                    scaling=request.scaling,
+                    newest=request.newest,
+                )
+        return known, None if found.generation is None else found
 
     @staticmethod
     @contextlib.contextmanager
@@ -283,24 +269,6 @@ class Shard:
             yield
         finally:
             READING.reset(token)
-
-    def search(
-        self,
-        read: str,
-        digest: str | None,
-        layer: int,
-        queries: Tensor,
-        num_chunks: int,
-        selection: Any,
-        scaling: float | None,
-        newest: float | None,
-    ) -> dict[str, Any]:
-        """Return rows and scores; arguments as for `MemoryBank.search`."""
-        found, _, state = self._search(read, digest, layer, queries, num_chunks, selection, scaling, newest)
-        known = {} if found is None else found._asdict()
-        return {name: each for name, each in known.items() if name != "generation" and each is not None} | {
-            "state": state
-        }
 
     def gather(self, read: str, state: str, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of rows that a read has found or, if it is forgotten here, that are of the present state."""
@@ -383,5 +351,21 @@ class Shard:
         return self.bank.freshness.reencode(first, workers=others, budget_tokens=budget_tokens)  # type: ignore[arg-type]
 
 
+def _told(known: Read, found: Found | None) -> dict[str, Any]:
+    """Return what is said of a search: the word for the state, and what was found, if anything is there."""
+    if found is None:
+        return {"state": known.state}
+    told = {"rows": found.rows, "scores": found.scores, "log_weights": found.log_weights}
+    told["sizes"] = None if found.sizes is None else found.sizes.to(torch.int16)
+    return {"state": known.state} | {name: each for name, each in told.items() if each is not None}
+
+
+@torch.no_grad()
+def _attended(request: Request, queries: Tensor, found: Found, known: Read) -> GroupRead:
+    """Return the queries' attention over what was found for each of them."""
+    assert known.memory is not None
+    queries = queries.to(request.dtype)
+    return attend_found(queries, found, known.memory, request.layer, request.scaling or 1.0, request.softcap)
+
+
 CHANGES = frozenset(("add", "append", "delete", "rename", "tag", "pin", "supersede", "restore", "clear"))
-__all__ = ["CHANGES", "UNKNOWN_ENCODER", "DistantWriter", "Failure", "Shard"]

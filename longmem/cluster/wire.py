@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,26 @@ class Packed(NamedTuple):
 
     array: np.ndarray
     dtype: str
+
+
+class Request(NamedTuple):
+    """What a reading layer asks of a shard; all requests with one `read` are answered from one state of it.
+
+    `encoder`: the digest of its stamp, None for the current one. `selection`: names and tags, None for all documents. `dtype`:
+    in which attention is computed; `wire`: in which its outputs come back. The others: as for `MemoryBank.search`.
+    """
+
+    read: str
+    encoder: str | None
+    selection: tuple[Sequence[str], Sequence[str]] | None
+    layer: int
+    queries: Tensor | None
+    num_chunks: int
+    scaling: float | None = None
+    newest: float | None = None
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+    wire: torch.dtype = torch.float32
 
 
 class Failure(NamedTuple):
@@ -86,6 +106,8 @@ def raised(answer: Any) -> Any:
 def _inside(content: Any, change: Any) -> Any:
     if isinstance(content, dict):
         return {name: change(each) for name, each in content.items()}
+    if isinstance(content, Request):
+        return content._replace(queries=change(content.queries))
     if type(content) in (list, tuple):
         return type(content)(change(each) for each in content)
     return content

@@ -54,7 +54,9 @@ class EncodingWorker:
             if self._stamp is None or self._stamp.digest != known.digest:
                 load_weights(self.model, unpack(dict(weights)))
                 self._stamp = known
-            writer = Standing(self.model, known)
+            model = self.model
+            encoder = DistantWriter(known, model.encoder.encode)
+            writer = Standing(encoder, model.config, model.tokenizer, model.input_device)
             bank.write_as(known)
             if task.document_id in bank:
                 bank.update(task.document_id, task.text_or_ids, model=writer)
@@ -67,23 +69,13 @@ class EncodingWorker:
             return failure_of(error)
 
 
-class Standing:
+class Standing(NamedTuple):
     """A model that encodes under the stamp of the weights that it was sent."""
 
-    def __init__(self, model: EncodingModel, stamp: EncoderStamp) -> None:
-        self._model, self.encoder = model, DistantWriter(stamp, model.encoder.encode)
-
-    @property
-    def config(self) -> Any:
-        return self._model.config
-
-    @property
-    def tokenizer(self) -> Any:
-        return self._model.tokenizer
-
-    @property
-    def input_device(self) -> torch.device:
-        return self._model.input_device
+    encoder: DistantWriter
+    config: Any
+    tokenizer: Any
+    input_device: torch.device
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
@@ -121,11 +113,12 @@ class Encoders:
         kind: type[EncodingWorker] = EncodingWorker,
         actor_options: Mapping[str, Any] | None = None,
     ) -> None:
+        if count is not None:
+            validate_count("count", count)
         ray = engine.join()
         gpus = int(ray.cluster_resources().get("GPU", 0))
         nodes = sum(each["Alive"] for each in ray.nodes())
         count = count or gpus or nodes
-        validate_count("count", count)
         chosen = {"num_gpus": 1} if gpus else {"num_cpus": 1}
         options = {"max_restarts": -1, "scheduling_strategy": "SPREAD", **chosen, **(actor_options or {})}
         actor = ray.remote(kind)
@@ -197,7 +190,9 @@ class Pool:
             task, number, attempt = self._running.pop(each)
             try:
                 answer = ray.get(each)
-            except ray.exceptions.RayActorError as error:
+            except engine.lost(ray) as error:
+                if getattr(error, "actor_init_failed", False):  # so would be the next
+                    raise ValueError(f"an encoding worker could not make its model: {engine.reason(error)}") from error
                 if attempt == ATTEMPTS:
                     raise RuntimeError(f"{ATTEMPTS} encoding workers died of one task, {task!r:.200}.") from error
                 if number not in self._ill.values():

@@ -60,3 +60,12 @@ class LocalShards:
             self.traffic.received += num_bytes(answer)
             answers[number] = raised(unpack(answer))
         return answers
+
+
+def bytes_of_read(trips: int, num_shards: int, num_queries: int, num_chunks: int, dim: int) -> float:
+    """Return what docs/scaling.md, section 3, says of C (one trip) and of E (two), with numbers of two bytes."""
+    vector = 2 * dim
+    if trips == 1:
+        return num_queries * num_shards * (vector + num_chunks * (vector + 16))
+    holders = num_shards * (1 - (1 - 1 / num_shards) ** num_chunks)
+    return num_queries * (num_shards * (vector + 4 * num_chunks + 2) + holders * vector + num_chunks * 12)

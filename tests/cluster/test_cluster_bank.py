@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import pickle
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from local_shards import LocalShards
+from local_shards import LocalShards, bytes_of_read
 from tiny_models import save_tiny_backbone, some_text
 
 import longmem
@@ -19,6 +21,7 @@ from longmem.cluster import ClusterBank
 from longmem.errors import ChangedMemoryError, MissingShardError, StaleMemoryError
 from longmem.memory import BankShards
 from longmem.memory.protocols import AttendingMemory, Memory
+from longmem.model.attention import search_and_attend
 
 NAMES = [f"document-{number}" for number in range(7)]
 OPTIONS = {
@@ -254,16 +257,74 @@ def test_a_silent_shard_is_an_error_or_is_left_out_and_named(model, make, prompt
     assert not (got.memory_reads[0].rows % 3 == 1).logical_and(got.memory_reads[0].rows >= 0).any()
 
 
-def test_bytes_on_the_wire_are_those_of_the_formula(model, make):
+@pytest.mark.parametrize("trips", [1, 2])
+def test_bytes_on_the_wire_are_those_of_the_formula(trips, model, make):
     bank, shards = make(model)
-    bank = ClusterBank(shards, wire_dtype="float16")
-    layer, queries, k, dim = bank.memory_layers[0], torch.randn(2, 6, 8), 2, 8
-    before = shards.traffic.sent, shards.traffic.received
+    bank = ClusterBank(shards, wire_dtype="float16", trips=trips)
+    layer, queries, k, dim = bank.memory_layers[0], torch.randn(2, 200, 8), 2, 8
+    before = shards.traffic.sent + shards.traffic.received
     bank.attend(layer, queries, k, scaling=0.3, dtype=torch.float32)
-    sent, received = shards.traffic.sent - before[0], shards.traffic.received - before[1]
-    per_query = k * (dim * 2 + 16)
-    assert 12 * dim * 2 * 3 <= sent <= 12 * dim * 2 * 3 + 3 * 200
-    assert 12 * per_query * 3 <= received <= 12 * (per_query + 2 * k) * 3 + 3 * 200
+    done = shards.traffic.sent + shards.traffic.received - before
+    assert done == pytest.approx(bytes_of_read(trips, 3, 400, k, dim), rel=0.15)  # sizes of short chunks are not in it
+    assert trips == 1 or done < 0.7 * bytes_of_read(1, 3, 400, k, dim)
+
+
+@pytest.mark.parametrize("options", [{}, {"age_prior": "poly:a=0.1"}, {"storage_dtype": "int8"}], ids=str)
+def test_two_trips_give_what_one_gives(options, model, make, prompt):
+    _, shards = make(model, count=5, **options)
+    reads = []
+    for trips in (1, 2):
+        shards.methods.clear()
+        bank = ClusterBank(shards, trips=trips)
+        with torch.no_grad():
+            reads.append(model(prompt, memory=bank, output_memory_reads=True))
+            nothing = (
+                model(prompt, memory=bank.select(NAMES[0])).logits,
+                model(prompt, memory=bank.select(NAMES[1])).logits,
+            )
+        assert not torch.equal(*nothing)
+        assert ({"rank", "attend_best"} <= set(shards.methods)) == ("attend" not in shards.methods) == (trips == 2)
+    torch.testing.assert_close(reads[1].logits, reads[0].logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reads[1].memory_reads[0].rows, reads[0].memory_reads[0].rows, rtol=0, atol=0)
+    for one, two in zip(*(each.memory_reads for each in reads), strict=True):
+        assert (one.rows != two.rows).float().mean() < 0.06  # of ties, the order is a matter of the last bit
+        for name in ("chunk_weights", "memory_share", "log_weights"):
+            if (expected := getattr(one, name)) is not None:
+                torch.testing.assert_close(getattr(two, name), expected, rtol=1e-4, atol=1e-6)
+    gradients = []
+    for trips in (1, 2):
+        own = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        read = search_and_attend(own, ClusterBank(shards, trips=trips), model.config.memory_layers[0], 6, 0.3, None)
+        (read.output.sum() + read.logsumexp.sum()).backward()
+        gradients.append(own.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 1e-4
+
+
+def test_a_shard_that_starts_again_between_two_trips_is_asked_in_one(model, make, prompt):
+    _, shards = make(model)
+    bank = ClusterBank(shards, trips=2)
+    with torch.no_grad():
+        expected, ask = model(prompt, memory=bank).logits, shards.ask
+
+        def ask_and_die(asked, **options):
+            if "attend_best" in {request[0] for request in asked.values()} and "attend" not in shards.methods:
+                shards.restart(min(asked))
+            return ask(asked, **options)
+
+        shards.ask = ask_and_die
+        torch.testing.assert_close(model(prompt, memory=bank).logits, expected)
+    assert "attend" in shards.methods
+
+
+def test_the_number_of_trips_is_what_sends_less(model, make):
+    bank, shards = make(model)
+    for count, method in ((1, "attend"), (4_000, "rank")):
+        shards.methods.clear()
+        bank.attend(bank.memory_layers[0], torch.randn(2, count, 8), 8, scaling=0.3)
+        assert method in shards.methods
+    with pytest.raises(ValueError, match="`trips` must be 1, 2 or None.*got 3"):
+        ClusterBank(shards, trips=3)
 
 
 # Writing.
@@ -378,6 +439,32 @@ def test_no_module_imports_ray_before_a_cluster_is_joined():
             names = [each.name for each in statement.names] if isinstance(statement, ast.Import) else []
             names += [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
             assert "ray" not in {name.partition(".")[0] for name in names}, path
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "said"),
+    [
+        (None, ConnectionError("Could not find any running Ray instance"), r"at 'auto' \(Could not find any"),
+        ("host:1", RuntimeError("trace\nfailed to connect to GCS"), r"at 'host:1' \(failed to connect to GCS\)"),
+        ("nowhere", ValueError("Malformed address"), r"at 'nowhere' \(Malformed address\)"),
+        ("host:1", OSError("a token"), r"\(a token\)"),
+        ("ray://host:10001", None, "HOST:PORT of the cluster itself.*got 'ray://host:10001'"),
+    ],
+    ids=str,
+)
+def test_a_cluster_that_can_not_be_joined(address, error, said, monkeypatch):
+    def init(**given: object) -> None:
+        assert error is not None
+        raise error
+
+    known = types.SimpleNamespace(RayError=OSError)
+    fake = types.SimpleNamespace(is_initialized=lambda: False, init=init, exceptions=known)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=said):
+        ClusterBank.connect("notes")
 
 
 def test_another_encoder_is_refused_as_by_a_bank(backbone, make, model, prompt):

@@ -18,8 +18,9 @@ from cluster_models import OPTIONS, SlowWorker, VersionedModel, make_model, memo
 from tiny_models import save_tiny_backbone, some_text
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.cluster import ClusterBank, Encoders, Feed
+from longmem.cluster import ClusterBank, Encoders, Feed, engine
 from longmem.cluster.engine import NAMESPACE, actors_of, stop
+from longmem.errors import MissingShardError
 from longmem.memory import BankShards
 
 pytestmark = [
@@ -149,7 +150,7 @@ def test_a_node_that_goes_takes_no_shard_with_it(cluster, notes, model, prompt):
         torch.testing.assert_close(model(prompt, memory=notes).logits, expected)
 
 
-def test_a_worker_that_is_killed_leaves_nothing_out_and_nothing_twice(notes, model, backbone):
+def test_workers_shards_and_a_node_that_go_in_a_fill_leave_nothing_out_and_nothing_twice(cluster, notes, backbone):
     texts = {f"filled-{number}": some_text(120, seed=number) for number in range(12)}
     make = functools.partial(make_model, backbone)
     done = []
@@ -160,6 +161,10 @@ def test_a_worker_that_is_killed_leaves_nothing_out_and_nothing_twice(notes, mod
             done.append(name)
             if len(done) == 2:
                 kill(encoders.actors[0])
+            if len(done) == 5:  # with the shards and workers that are there
+                cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+    cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
     assert sorted(done) == sorted(texts)
     for name, text in texts.items():
         assert notes.text(name) == text
@@ -168,6 +173,43 @@ def test_a_worker_that_is_killed_leaves_nothing_out_and_nothing_twice(notes, mod
     assert len(listed) == len(set(listed))
     for name in texts:
         notes.delete(name)
+
+
+def test_what_can_not_be_started_is_an_error_in_one_sentence(cluster, notes, model, tmp_path, monkeypatch):
+    for name, root, said in (
+        ("notes", Path(notes._told[0]["folder"]).parent, "'notes', known: notes"),
+        ("none", tmp_path, "must hold the folders shard-0"),
+        ("a/b", tmp_path, "must be named by letters"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ClusterBank.start(name, root)
+    ClusterBank.create(tmp_path, 1, model)
+    with pytest.raises(ValueError, match="must hold no shards before they are made"):
+        ClusterBank.create(tmp_path, 2, model)
+    monkeypatch.setattr(engine, "PATIENCE", 3)
+    with pytest.raises(ValueError, match="is there a node with 99 processors free"):
+        ClusterBank.start("large", tmp_path, actor_options={"num_cpus": 99})
+    assert "large" not in engine.running()
+
+
+def test_a_folder_that_is_gone_is_said_and_is_read_again_when_it_is_back(cluster, model, tmp_path):
+    ClusterBank.create(tmp_path, 2, model)
+    bank = ClusterBank.start("moved", tmp_path, actor_options={"num_cpus": 0.1}, timeout=60)
+    model.memorize(bank, "the dog sat", "kept")
+    number = bank.shard_of("kept")
+    folder = tmp_path / f"shard-{number}"
+    folder.rename(tmp_path / "elsewhere")
+    kill(actors_of("moved")[number])
+    said = f"shard {number} of 'moved' could not open its folder"
+    with pytest.warns(UserWarning, match=said), pytest.raises(MissingShardError):
+        bank.documents()
+    with pytest.raises(ValueError, match="1 of the 2 shards of 'moved' have ended"):
+        ClusterBank.connect("moved")
+    stop("moved")
+    (tmp_path / "elsewhere").rename(folder)
+    with ClusterBank.start("moved", tmp_path, actor_options={"num_cpus": 0.1}, timeout=60) as bank:
+        assert bank.text("kept") == "the dog sat"
+    stop("moved")
 
 
 def test_a_driver_that_is_killed_is_followed_by_one_that_does_the_rest(cluster, notes, backbone, tmp_path):

@@ -12,6 +12,8 @@ from cluster_models import VersionedModel
 from local_shards import LocalShards
 
 from longmem.cluster import ClusterBank, Encoders, Feed, engine
+from longmem.cluster.engine import RayShards
+from longmem.cluster.wire import Traffic
 from longmem.cluster.workers import ATTEMPTS, IN_FLIGHT, EncodingWorker, Pool
 from longmem.errors import StaleMemoryError
 
@@ -26,6 +28,11 @@ class LocalRay:
         class RayActorError(Exception):
             pass
 
+        class ObjectLostError(Exception):  # a node has gone, and the answer with it
+            pass
+
+    lost = [exceptions.RayActorError]  # how a worker that is dead is told of; a test may say another
+
     @staticmethod
     def put(content: Any) -> Any:
         return content
@@ -33,12 +40,12 @@ class LocalRay:
     @staticmethod
     def get(task: LocalTask) -> Any:
         if task.actor.is_dead:
-            raise LocalRay.exceptions.RayActorError
+            raise LocalRay.lost[0]
         return task.call()
 
     @staticmethod
     def wait(
-        tasks: list[LocalTask], num_returns: int, timeout: float | None
+        tasks: list[LocalTask], num_returns: int = 1, timeout: float | None = None
     ) -> tuple[list[LocalTask], list[LocalTask]]:
         for _ in range(100):
             for task in tasks:
@@ -178,7 +185,9 @@ def test_a_queue_that_nobody_empties_is_given_up(bank):
         feed.put("one more", [1, 2, 3])
 
 
-def test_tasks_are_done_once_and_in_bounded_numbers():
+@pytest.mark.parametrize("error", ["RayActorError", "ObjectLostError"])
+def test_tasks_are_done_once_and_in_bounded_numbers(error, monkeypatch):
+    monkeypatch.setattr(LocalRay, "lost", [getattr(LocalRay.exceptions, error)])
     first, second = LocalActor(1), LocalActor(3)
     workers, taken, longest = pool_of(first, second), [], 0
 
@@ -214,3 +223,43 @@ def test_a_task_that_kills_its_workers_is_an_error():
 
     with pytest.raises(RuntimeError, match=f"{ATTEMPTS} encoding workers died"):
         wait()
+
+
+@pytest.mark.parametrize("error", ["RayActorError", "ObjectLostError"])
+def test_a_shard_whose_answer_is_lost_is_asked_again_or_is_interrupted(error, monkeypatch):
+    monkeypatch.setattr(LocalRay, "lost", [getattr(LocalRay.exceptions, error)])
+    monkeypatch.setattr(engine, "PAUSE", 0)
+    actor = LocalActor(1)
+    actor.worker = type("Folder", (), {"ask": lambda self, *given: list(given)})()
+    shards = RayShards.__new__(RayShards)
+    shards.actors, shards.traffic = [actor], Traffic()
+    send = LocalMethod.remote
+
+    def die_once(method: LocalMethod, *given: Any) -> LocalTask:
+        actor.is_dead = shards.traffic.calls == 1
+        return send(method, *given)
+
+    monkeypatch.setattr(LocalMethod, "remote", die_once)
+    assert shards.ask({0: ("look", 1)}) == {0: ["look", 1]}
+    assert shards.traffic.calls == 2
+    shards.traffic.calls = 0
+    with pytest.raises(InterruptedError, match="shard 0 died while it was written to"):
+        shards.ask({0: ("commit", 1)}, repeats=False)
+
+
+def test_a_worker_that_can_not_make_its_model_is_an_error_at_once(monkeypatch):
+    actor, done = LocalActor(1), []
+
+    class CannotStart(LocalRay.exceptions.RayActorError):
+        actor_init_failed = True
+
+        def __str__(self) -> str:
+            return "Traceback of Ray\nValueError: no model 'x'"
+
+    monkeypatch.setattr(LocalRay, "lost", [CannotStart])
+    actor.is_dead = True
+    with pytest.raises(ValueError, match="could not make its model: ValueError: no model 'x'"):
+        done.extend(pool_of(actor).run([1], lambda actor, task: actor.work.remote(None, None, task)))
+    assert not done
+    with pytest.raises(ValueError, match="`count` must be"):
+        Encoders(VersionedModel, 0)

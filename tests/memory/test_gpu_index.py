@@ -150,7 +150,21 @@ def test_clusters_on_a_gpu_follow_changes(kind, device, monkeypatch):
     store.write(rows, Chunks(keys.unsqueeze(2), keys.unsqueeze(2), keys))
     index.rows_written(rows)
     check()
+    assert index._copies is copies  # the new ones were compared one by one
+    assert (index.search(queries, 5)[1] >= ROWS - 500).any()
     check(torch.arange(0, store.num_rows, 2))
+    index.rows_dropped(rows[:20])  # some of these die and move, too
+    store.move(rows[20:], rows[:20])
+    store.truncate(store.num_rows - 20)
+    index.rows_moved(rows[20:], rows[:20])
+    check()
+    more = torch.arange(store.num_rows, store.num_rows + 600)
+    keys = 2 * some(HEADS, 600, DIM, seed=6).to(device)
+    store.write(more, Chunks(keys.unsqueeze(2), keys.unsqueeze(2), keys))
+    index.rows_written(more)
+    check()
+    assert index._copies is not copies  # too many to be compared: copied anew
+    assert index._num_copied == index._table.num_labels
 
 
 def test_resources_are_made_once_and_bounded(device):

@@ -45,8 +45,9 @@ class ApproximateIndex(FlatIndex):
       draw most keys to themselves.
 
     On a GPU FAISS's indexes know no filter and let go of no vector. So a search of all rows asks a copy there for as many more
-    as are dead, and ranks what lives again; the copy is made anew after rows were added. A search of some rows is exact, and so
-    is every one of kinds that FAISS does not have there, or without its GPU build.
+    as are dead, and ranks what lives again. Rows that were added since the copy was made are all compared; when they are many,
+    another is made. A search of some rows is exact, and so is every one of kinds that FAISS does not have there, or without
+    its GPU build.
     """
 
     has_gpu_form = False
@@ -62,6 +63,7 @@ class ApproximateIndex(FlatIndex):
         self._trained_rows = 0
         self._rows_added = self._rows_reencoded = 0  # since it was trained
         self._copies: list[Any] = []  # of the files, on a GPU
+        self._num_copied = 0  # vectors that the copies hold, the first of the files
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes along: not what is on a GPU, which it makes anew."""
@@ -146,7 +148,9 @@ class ApproximateIndex(FlatIndex):
     def _look_up_on_gpu(self, queries: Tensor, num_chunks: int) -> Ranked:
         table = self._table
         try:
-            self._copies = self._copies or [gpu.copy_of(file, self.device) for file in self._files]
+            if not self._copies or table.num_labels - self._num_copied > EXACT_BELOW * self.rows_per_chunk:
+                self._copies = [gpu.copy_of(file, self.device) for file in self._files]
+                self._num_copied = table.num_labels
         except RuntimeError as error:
             warnings.warn(f"FAISS has no such index on a GPU, so all is compared there: {error}", stacklevel=2)
             self.has_gpu_form = False
@@ -158,7 +162,11 @@ class ApproximateIndex(FlatIndex):
         for copy, file, query in zip(self._copies, self._files, queries, strict=True):
             labels = gpu.search(copy, query, max(count, num_chunks), self.probes(file))[1]
             found.append(torch.where(labels < 0, -1, rows_of[labels.clamp(min=0)]))
-        return self._rank_again(queries, torch.stack(found), num_chunks)
+        candidates, new = torch.stack(found), rows_of[self._num_copied :]
+        if len(new := new[new >= 0]):
+            latest = super().best_rows(queries, min(num_chunks, len(new)), new)[1]
+            candidates = torch.cat([candidates, latest], dim=2)
+        return self._rank_again(queries, candidates, num_chunks)
 
     def _look_up(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Ranked:
         mask = self._table.mask(None if rows is None else rows.numpy())
@@ -221,6 +229,7 @@ class ApproximateIndex(FlatIndex):
                     return  # else an interruption has lost notes
             for file in self._files:
                 file.reset()
+            self._copies = []
         else:
             self._train()
         table.clear()
@@ -258,7 +267,6 @@ class ApproximateIndex(FlatIndex):
                     file.add(self._vectors(_floats(keys, rows[start : start + ROWS_PER_STEP]), centre))
         self._table.add(rows)
         self._rows_added += len(rows)
-        self._copies = []
 
     @contextmanager
     def _by_distance(self, file: Any) -> Iterator[None]:
