@@ -290,6 +290,7 @@ class ClusterBank:
         scaling: float,
         softcap: float | None = None,
         dtype: torch.dtype | None = None,
+        shared: int = 1,
     ) -> Attended | None:
         """Return each query's attention over the best chunks of all shards, put together from what each computes of its own.
 
@@ -300,7 +301,7 @@ class ClusterBank:
         wire = dtype if self.wire_dtype is None else getattr(torch, self.wire_dtype)
         sent = queries if self.wire_dtype is None else queries.to(wire)
         given = {"scaling": scaling, "newest": self._newest(own), "softcap": softcap, "dtype": dtype, "wire": wire}
-        request = self._request(own, layer, sent, num_chunks, **given)
+        request = self._request(own, layer, sent, num_chunks, shared=shared, **given)
         # At least that is not sent if shards hear which chunks are wanted before they attend to any.
         saved = len(self.shards) * (num_chunks - 1) * sent.nbytes
         if self.trips == 2 or (self.trips is None and saved > BYTES_OF_A_TRIP):

@@ -24,7 +24,7 @@ from longmem.memory.folder.foreign import parse_json
 from longmem.memory.protocols import Found
 from longmem.memory.refresh import RefreshReport
 from longmem.memory.visibility import READING
-from longmem.model.attention import GroupRead, attend_found
+from longmem.model.attention import GroupRead, attend_found, beside_all_queries, choosers
 
 KEPT_READS = 16  # forward passes whose state is kept; one that is older goes on only if nothing has changed
 SECONDS_TO_OPEN = 30  # for whom to let go of a folder: a shard on a node that is being given up
@@ -253,12 +253,14 @@ class Shard:
                     return known, None
                 found = known.memory.search(
                     request.layer,
-                    request.queries.float(),
+                    choosers(request.queries, request.shared).float(),
                     request.num_chunks,
                     scaling=request.scaling,
                     newest=request.newest,
                 )
-        return known, None if found.generation is None else found
+        if found.generation is None:
+            return known, None
+        return known, beside_all_queries(found, request.queries)
 
     @staticmethod
     @contextlib.contextmanager

@@ -28,7 +28,8 @@ class Request(NamedTuple):
     """What a reading layer asks of a shard; all requests with one `read` are answered from one state of it.
 
     `encoder`: the digest of its stamp, None for the current one. `selection`: names and tags, None for all documents. `dtype`:
-    in which attention is computed; `wire`: in which its outputs come back. The others: as for `MemoryBank.search`.
+    in which attention is computed; `wire`: in which its outputs come back. `shared`: as many queries, side by side, choose
+    together. The others: as for `MemoryBank.search`.
     """
 
     read: str
@@ -42,6 +43,7 @@ class Request(NamedTuple):
     softcap: float | None = None
     dtype: torch.dtype = torch.float32
     wire: torch.dtype = torch.float32
+    shared: int = 1
 
 
 class Failure(NamedTuple):

@@ -92,9 +92,20 @@ class AttendingMemory(Protocol):
     """A memory that attends where its keys and values are, so that they need not be fetched to be read."""
 
     def attend(
-        self, layer: int, queries: Tensor, num_chunks: int, *, scaling: float, softcap: float | None, dtype: torch.dtype
+        self,
+        layer: int,
+        queries: Tensor,
+        num_chunks: int,
+        *,
+        scaling: float,
+        softcap: float | None,
+        dtype: torch.dtype,
+        shared: int = 1,
     ) -> Attended | None:
-        """Return what the queries get of the best chunks, computed in a dtype; None if nothing is there to be found."""
+        """Return what the queries get of the best chunks, computed in a dtype; None if nothing is there to be found.
+
+        `shared`: as many queries, side by side, choose together; each has the rows of its choice in what comes back.
+        """
         ...
 
 

@@ -82,11 +82,23 @@ class Retrieved:
         return Retrieved(spread(self.output, 0), spread(self.logsumexp, NO_MEMORY), read)
 
 
+def choosers(queries: Float[Tensor, "kv_heads queries dim"], shared: int) -> Float[Tensor, "kv_heads choices dim"]:
+    """Return by what chunks are chosen: each query, or the mean of so many that stand side by side."""
+    return queries if shared == 1 else queries.unflatten(1, (-1, shared)).float().mean(dim=2)
+
+
 def beside_queries(
     chosen: Shaped[Tensor, "kv_heads choices *rest"], queries: Float[Tensor, "kv_heads queries dim"]
 ) -> Shaped[Tensor, "kv_heads queries *rest"]:
     """Return for each query what goes with its choice; the queries that share one stand side by side."""
     return chosen.repeat_interleave(queries.shape[1] // max(1, chosen.shape[1]), dim=1)
+
+
+def beside_all_queries(found: Found, queries: Float[Tensor, "kv_heads queries dim"]) -> Found:
+    """Return what was found, for each query and not for each choice."""
+    parts = {name: getattr(found, name) for name in ("rows", "scores", "log_weights", "sizes")}
+    spread = {name: beside_queries(part, queries) for name, part in parts.items() if part is not None}
+    return found._replace(**spread)
 
 
 def attend_block(
@@ -220,10 +232,8 @@ def search_and_attend(
     together.
     """
     if isinstance(memory, AttendingMemory):
-        return _attend_there(queries, memory, memory, layer, num_chunks, scaling, softcap)
-    searched = queries.detach()
-    if shared > 1:
-        searched = searched.unflatten(1, (-1, shared)).float().mean(dim=2)
+        return _attend_there(queries, memory, memory, layer, num_chunks, scaling, softcap, shared)
+    searched = choosers(queries.detach(), shared)
     for _ in range(ATTEMPTS_TO_READ):
         found = memory.search(layer, searched, num_chunks, scaling=scaling)
         rows = found.rows.to(queries.device)
@@ -245,10 +255,12 @@ def _attend_there(
     num_chunks: int,
     scaling: float,
     softcap: float | None,
+    shared: int,
 ) -> GroupRead:
     """Return what a memory has computed where it is; in a backward pass keys and values of what was found are fetched."""
     dtype = product_dtype(queries)
-    attended = there.attend(layer, queries.detach(), num_chunks, scaling=scaling, softcap=softcap, dtype=dtype)
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "dtype": dtype, "shared": shared}
+    attended = there.attend(layer, queries.detach(), num_chunks, **options)
     if attended is None:
         return nothing_found(queries, num_chunks)
     return _with_gradients(GroupRead(*attended), queries, memory, layer, scaling, softcap)

@@ -34,7 +34,7 @@ OPTIONS = {
 # What a model, and its banks, may be; each is read through the wire as without.
 MODELS = {
     "as it is": {},
-    "by token": {"search": "token"},
+    "by token": {"search": "token", "choice_per": "group"},
     "with a null slot": {"memory_null_init": 1.0},
     "gated": {"fusion": "gated"},
     "some heads": {"memory_heads": [[0], [1]]},
@@ -294,7 +294,7 @@ def test_two_trips_give_what_one_gives(options, model, make, prompt):
     gradients = []
     for trips in (1, 2):
         own = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        read = search_and_attend(own, ClusterBank(shards, trips=trips), model.config.memory_layers[0], 6, 0.3, None)
+        read = search_and_attend(own, ClusterBank(shards, trips=trips), model.config.memory_layers[0], 6, 0.3, None, 3)
         (read.output.sum() + read.logsumexp.sum()).backward()
         gradients.append(own.grad)
     torch.testing.assert_close(*gradients)
