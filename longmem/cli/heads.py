@@ -1,9 +1,6 @@
 """`longmem heads`: which heads of a model look back far, and a model that reads by them."""
 
-from __future__ import annotations
-
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +36,14 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.output.exists():
         raise ValueError(f"`--output` must be a new folder, got {arguments.output}, which is there.")
-    given = common.parse_settings(arguments.settings)
     common.use_device(arguments.device)
 
-    from longmem.errors import did_you_mean
+    from longmem.settings import read_settings
     from longmem.training.heads import HeadSettings, calibrate_heads
 
-    known = [field.name for field in dataclasses.fields(HeadSettings)]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"`{name}` is no setting.{did_you_mean(name, known)} Settings: {', '.join(known)}.")
+    settings = read_settings(HeadSettings, None, arguments.settings)
     console = common.console_for(arguments.json, quiet=arguments.quiet)
-    model = calibrate_heads(arguments.model, arguments.texts, settings=HeadSettings(**given), console=console)
+    model = calibrate_heads(arguments.model, arguments.texts, settings=settings, console=console)
     model.save_pretrained(arguments.output)
     layers, heads = model.config.memory_layers or [], model.config.memory_heads or []
     chosen = dict(zip(map(str, layers), heads, strict=True))
