@@ -94,8 +94,8 @@ class Lanes:
         self.fingerprint = corpus_fingerprint(corpus)
         # As Arrow, a document is mapped, not read: a window of a book costs no more than a window of a message.
         self._corpus = corpus.select_columns(list(COLUMNS)).with_format("arrow")
-        rows = (pc.list_value_length(rows["input_ids"]).to_numpy() for rows in self._corpus.iter(batch_size=1_000))
-        counts = np.concatenate([np.zeros(0, dtype=np.int64), *rows]).astype(np.int64)
+        lengths = (pc.list_value_length(rows["input_ids"]).to_numpy() for rows in self._corpus.iter(batch_size=1_000))
+        counts = np.concatenate([np.zeros(0, dtype=np.int64), *lengths]).astype(np.int64)
         counts = counts if document_tokens is None else counts.clip(max=document_tokens)
         self._schedule = Schedule(counts, num_lanes, window, seed, shuffle, lanes_per_document)
         self._validate_documents()
