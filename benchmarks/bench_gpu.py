@@ -296,7 +296,7 @@ def search(run: Run, name: str) -> None:
         def measure(count: int = count) -> None:
             torch.manual_seed(0)
             keys = torch.randn(1, count, 64, device=run.device)
-            store = ChunkStore.of(Chunks(keys[:, :, None], keys[:, :, None, :1], keys))
+            store = ChunkStore(Chunks(keys[:, :, None], keys[:, :, None, :1], keys))
             queries = {
                 "3": keys[:, :3] + 0.1,
                 str(run.sizes.segment): torch.randn(1, run.sizes.segment, 64, device=run.device),

@@ -1,7 +1,5 @@
 """LongMem: language models with long-term memory (arXiv 2306.07174), for any Hugging Face causal LM."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.abc
 import importlib.machinery

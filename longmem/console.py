@@ -1,7 +1,5 @@
 """What is shown on a terminal: headings, tables, progress bars that count tokens or items; and what libraries must not show."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +7,6 @@ from contextlib import AbstractContextManager
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -29,23 +26,13 @@ class SafeConsole(Console):
             yield Segment(text if control else printable(text), style, control)
 
 
-class Headings:
-    """Print numbered headings."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.number = 0
-
-    def __call__(self, title: str) -> None:
-        """Print the next one."""
-        self.number += 1
-        self.console.print(f"\n[bold]{self.number}. {escape(title)}[/]")
-
-
 class PlainTable:
-    """A table whose rows show their names at any width: what does not fit goes into tables below, with the names again."""
+    """A table of rows, the head first and numbers to the right; the row named `emphasized` is bold.
 
-    def __init__(self, rows: Sequence[Sequence[str]], emphasized: str) -> None:
+    Rows show their names at any width: what does not fit goes into tables below, with the names again.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[str]], emphasized: str = "") -> None:
         self.rows, self.emphasized = rows, emphasized
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -68,11 +55,6 @@ class PlainTable:
         for row in body:
             table.add_row(*row, style="bold" if row[0] == self.emphasized else None)
         return table
-
-
-def plain_table(rows: Sequence[Sequence[str]], emphasized: str = "") -> PlainTable:
-    """Return a table of rows, the head first and numbers to the right; the row named `emphasized` is bold."""
-    return PlainTable(rows, emphasized)
 
 
 class TokenSpeedColumn(ProgressColumn):

@@ -1,7 +1,5 @@
 """Wording shared by error messages, text that is safe to show, and the errors of a memory that is stale or has changed."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Iterable
 

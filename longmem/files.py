@@ -7,8 +7,6 @@ a full disk leaves what was there before. The next write of the same name remove
 as well; `umask`, whom the process's umask lets.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -8,8 +8,6 @@ A package brings its own by an entry point in the group `longmem.plugins`: the n
 is imported. These modules are imported once, when a name is looked for that is not known.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import warnings

@@ -17,7 +17,7 @@ from tiny_models import save_tiny_backbone, some_text
 
 from longmem.cli.main import main
 from longmem.cli.texts import find_files, looks_like_text, read_text, readable_name
-from longmem.console import plain_table
+from longmem.console import PlainTable
 from longmem.evaluation.intervals import clustered_mean, perplexity_estimate
 from longmem.memory import MemoryBank
 from longmem.serving.engine import chat_text
@@ -296,7 +296,7 @@ def test_rows_show_their_names_at_any_width(width):
     rows = [["", *(f"measure {number}, in percent" for number in range(6))]]
     rows += [[name, *("12.345 (11.111 to 13.333)" for _ in range(6))] for name in systems]
     out = io.StringIO()
-    Console(file=out, width=width, soft_wrap=True, highlight=False).print(plain_table(rows))
+    Console(file=out, width=width, soft_wrap=True, highlight=False).print(PlainTable(rows))
     told = out.getvalue()
     words = " ".join(told.split())
     assert words.count("12.345 (11.111 to 13.333)") == 18
@@ -378,8 +378,8 @@ WRONG_LINES = {
     "demo --windows 0": "`windows` must be at least 1",
     "demo --file {none}": "`file` must be a text file",
     "demo --device cuda:99": "`--device` must be a device of this machine",
-    "heads m step=3 --texts {none} --output {none}": "`step` is no setting. Did you mean `steps`?",
-    "heads m steps --texts {none} --output {none}": "a setting must look like",
+    "heads m step=3 --texts {none} --output {none}": "`step` is not a setting of this run. Did you mean `steps`?",
+    "heads m steps --texts {none} --output {none}": "must have the form section.key=value",
     "heads m steps=many --texts {none} --output {none}": "`steps` must be an integer",
     "heads m --texts {none} --output {bank}": "`--output` must be a new folder",
     "eval qualty": "Did you mean `quality`?",

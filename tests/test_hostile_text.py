@@ -9,7 +9,7 @@ import pytest
 
 from longmem.cli.common import print_json
 from longmem.cli.main import main
-from longmem.console import SafeConsole, plain_table
+from longmem.console import PlainTable, SafeConsole
 from longmem.errors import printable
 from longmem.settings import read_settings
 from longmem.training.settings import TrainingSettings
@@ -25,7 +25,7 @@ def test_what_a_terminal_would_obey_is_shown(text, capsys):
     assert all(each.isprintable() for each in shown)
     written = io.StringIO()
     console = SafeConsole(file=written, width=200, force_terminal=True, color_system=None)
-    console.print(f"a{text}b", plain_table([["name"], [f"a{text}b"]]), markup=False)
+    console.print(f"a{text}b", PlainTable([["name"], [f"a{text}b"]]), markup=False)
     assert all(each.isprintable() or each == "\n" for each in written.getvalue())
     print_json({"name": f"a{text}b"})
     out = capsys.readouterr().out

@@ -17,10 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, which is not installed
 
 from experiments.chapterbreak.building import BuildRules, build, save_split
-from longmem.cli.common import console_for, parse_settings
-from longmem.console import plain_table
+from longmem.cli.common import console_for
+from longmem.console import PlainTable
 from longmem.data.sources import files_of_split
 from longmem.evaluation.tasks.chapterbreak import ChapterBreak, baseline_values, credit, load_split
+from longmem.settings import read_settings
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +37,7 @@ def main() -> None:
     arguments = parse_arguments()
     is_folder = arguments.books.is_dir()
     files = sorted(arguments.books.rglob("*.txt")) if is_folder else files_of_split(arguments.books, arguments.split)
-    works = build(files, BuildRules(**parse_settings(arguments.rules)))
+    works = build(files, read_settings(BuildRules, None, arguments.rules))
     save_split(arguments.output, arguments.split, works)
     examples = load_split(str(arguments.output)).examples
     console = console_for(as_json=False)
@@ -45,7 +46,7 @@ def main() -> None:
     rows = [["without a model", "accuracy, %"]]
     for name, title in ChapterBreak.baselines.items():
         rows.append([title, f"{100 * sum(credit(values[name]) for values in scored) / len(scored):.1f}"])
-    console.print(plain_table(rows))
+    console.print(PlainTable(rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from longmem.memory.refresh import UNBOUNDED, make_policy
 from longmem.settings import Above, Below
 from longmem.training.extension import Extension, Run
 from longmem.training.settings import TrainingSettings
-from longmem.training.setup import parameter_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +116,13 @@ class Coupling(Extension):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return groups of the writer's parameters: matrices with weight decay, vectors without."""
-        optimization = self.settings.optimization
-        return parameter_groups(
-            self.writer.parameters,
-            learning_rate=self.settings.writer.backbone_learning_rate or optimization.learning_rate,
-            gate_learning_rate=None,
-            weight_decay=optimization.weight_decay,
-        )
+        rate = self.settings.writer.backbone_learning_rate or self.settings.optimization.learning_rate
+        parameters, decay = self.writer.parameters.values(), self.settings.optimization.weight_decay
+        groups = [
+            {"params": [each for each in parameters if each.ndim > 1], "lr": rate, "weight_decay": decay},
+            {"params": [each for each in parameters if each.ndim <= 1], "lr": rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     def bank_options(self) -> dict[str, Any]:
         """Return the refresh policy of the lanes' memories."""

@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, which is not installed
 
 from experiments.learned_recall.check import RecallSettings, check_recall
 from experiments.learned_recall.task import RecallTask
-from longmem.cli.common import console_for, parse_settings
-from longmem.console import plain_table
+from longmem.cli.common import console_for
+from longmem.console import PlainTable
 from longmem.evaluation.tables import markdown_table
 from longmem.settings.environment import environment
 
@@ -47,15 +48,17 @@ def main() -> None:
     settings, task = RecallSettings(distance=arguments.distance), RecallTask()
     rows, metrics, model_config = [["seed", *TITLES.values(), "chance", "seconds"]], {}, {}
     answers: dict[str, torch.Tensor] = {}
+    pairs = (each.partition("=") for each in arguments.settings)
+    fields = {name: yaml.safe_load(value) for name, _, value in pairs}
     for seed in arguments.seeds:
-        result = check_recall(seed, settings, task, **parse_settings(arguments.settings))
+        result = check_recall(seed, settings, task, **fields)
         shares = [f"{100 * result.accuracy[system]:.1f} %" for system in TITLES]
         rows.append([str(seed), *shares, f"{100 * task.chance:.1f} %", f"{result.seconds['all']:.0f}"])
         console.print(f"seed {seed}: " + ", ".join(map(" ".join, zip(TITLES.values(), shares, strict=True))))
         metrics[str(seed)] = {"accuracy": result.accuracy, "chance": task.chance, "seconds": result.seconds}
         answers |= {f"{seed}/{system}": right for system, right in result.answers.items()}
         model_config = result.model.config.to_dict()
-    console.print(plain_table(rows))
+    console.print(PlainTable(rows))
     arguments.output.mkdir(parents=True, exist_ok=True)
     config = {"run": vars(arguments), "settings": vars(settings), "task": vars(task), "model": model_config}
     for name, content in (("config", config), ("environment", environment()), ("metrics", metrics)):

@@ -24,7 +24,7 @@ from experiments.staleness.figures import plot_experiment
 from experiments.staleness.running import evaluate_staleness, markdown, sections, summarize_staleness, title_of
 from experiments.staleness.settings import StalenessSettings, read_arguments
 from longmem.cli.common import console_for
-from longmem.console import plain_table
+from longmem.console import PlainTable
 from longmem.plots import require_matplotlib
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     run = evaluate_staleness(settings, console)
     metrics = summarize_staleness(settings, run.records)
     for heading, rows in sections(settings, metrics, intervals=False):
-        console.print(f"\n[bold]{heading}[/]\n", plain_table(rows))
+        console.print(f"\n[bold]{heading}[/]\n", PlainTable(rows))
     title = title_of(settings)
     run.finish(title=title, metrics=metrics, table=markdown(settings, metrics), seed=min(settings.seeds))
     plot_experiment(run.path / f"{settings.experiment}.png", metrics, title=title)

@@ -18,7 +18,7 @@ from experiments.staleness.settings import read_arguments
 from experiments.staleness.text_tables import summarize_stale_texts, text_markdown, text_sections
 from experiments.staleness.texts import StaleTextSettings, evaluate_stale_texts
 from longmem.cli.common import console_for
-from longmem.console import plain_table
+from longmem.console import PlainTable
 from longmem.evaluation.settings import open_evaluated
 from longmem.plots import require_matplotlib
 
@@ -30,7 +30,7 @@ def main() -> None:
     run = evaluate_stale_texts(settings, open_evaluated(settings), console)
     metrics = summarize_stale_texts(run.records, settings.seed)
     for heading, rows in text_sections(metrics):
-        console.print(f"\n[bold]{heading}[/]\n", plain_table(rows))
+        console.print(f"\n[bold]{heading}[/]\n", PlainTable(rows))
     title = f"{settings.model_title}: real text with a stale memory"
     run.finish(title=title, metrics=metrics, table=text_markdown(metrics), seed=settings.seed)
     plot_stale_texts(run.path / "stale-texts.png", metrics, title=title)

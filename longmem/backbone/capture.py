@@ -136,10 +136,8 @@ class Backbone:
         inputs: dict[str, Any],
     ) -> BackboneStates:
         """Return the same as `run`, in whatever gradient mode torch is."""
-        states = BackboneStates()
-        handlers = {
-            self.structure.layers[layer].attention: self._keep_keys(states, layer, None) for layer in memory_layers
-        }
+        states, layers = BackboneStates(), self.structure.layers
+        handlers = {layers[layer].attention: self._keep_keys(states, layer, None) for layer in memory_layers}
         passed_from = self.num_layers
         if self.may_pass_layers:
             first_slots = first_of_each_kind(inputs.get("cache"), self.num_layers)
@@ -158,11 +156,8 @@ class Backbone:
 
         The run ends at the keys of the highest memory layer: no later layer, no norm, no LM head is computed.
         """
-        states = BackboneStates()
-        highest = max(memory_layers)
-        handlers = {
-            self.structure.layers[layer].attention: self._keep_keys(states, layer, highest) for layer in memory_layers
-        }
+        states, layers, highest = BackboneStates(), self.structure.layers, max(memory_layers)
+        handlers = {layers[layer].attention: self._keep_keys(states, layer, highest) for layer in memory_layers}
         self._record(states, (), handlers, input_ids, {"use_cache": False, **inputs})
         return [states.keys[layer] for layer in memory_layers], [states.values[layer] for layer in memory_layers]
 

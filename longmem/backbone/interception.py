@@ -41,10 +41,6 @@ class LayerCall:
         """Cosines and sines that the layer was given."""
         return self.kwargs["position_embeddings"]
 
-    def at_positions(self, cos_sin: CosSin) -> "LayerCall":
-        """Return the call with other cosines and sines."""
-        return LayerCall(self.args, {**self.kwargs, "position_embeddings": cos_sin})
-
     def to(self, dtype: torch.dtype, computed_in: torch.dtype) -> "LayerCall":
         """Return the call for a layer that computes in another dtype than the backbone, `computed_in`.
 

@@ -54,9 +54,8 @@ def load_backbone(name_or_path: str, revision: str | None = None, **load_options
     resolved = resolve_backbone(name_or_path)
     try:
         with without_transformers_bars():
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                resolved, revision=revision or "main", **load_options
-            )
+            options = {"revision": revision or "main", **load_options}
+            return transformers.AutoModelForCausalLM.from_pretrained(resolved, **options)
     except (TypeError, AttributeError) as error:  # what transformers makes of a name or a value that it does not know
         raise ValueError(
             f"options must be such as `AutoModelForCausalLM.from_pretrained` takes, got {load_options}: {error}."

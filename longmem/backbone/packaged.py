@@ -5,8 +5,6 @@ in pieces. A file is converted once into a Hugging Face folder in the user's cac
 checkpoint.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.metadata

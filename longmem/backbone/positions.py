@@ -40,19 +40,12 @@ class RotaryEmbedding:
                 return like
             return torch.tensor([list(positions)], device=like.device)
 
-        module = with_own_buffers(self.module)
+        # Some kinds (dynamic, LongRoPE) write the frequencies for the positions they are asked for into their buffers, where
+        # a later run of the backbone, or one in another thread, would find those of the memory distance.
+        module = copy.copy(self.module)
+        own = self.module._buffers.items()
+        module._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in own}
         return module(*map(swap, self.args), **{name: swap(value) for name, value in self.kwargs.items()})
-
-
-def with_own_buffers(module: nn.Module) -> nn.Module:
-    """Return a copy of a rotary module that can be called without changing the original.
-
-    Some kinds (dynamic, LongRoPE) write the frequencies for the positions they are asked for into their buffers, where a later
-    run of the backbone, or one in another thread, would find those of the memory distance.
-    """
-    clone = copy.copy(module)
-    clone._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
-    return clone
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,11 +122,8 @@ def input_device(backbone: PreTrainedModel) -> torch.device:
 def adapters_in_words(backbone: PreTrainedModel) -> str:
     """Return a sentence, behind a space, on adapters that are not merged into the weights; nothing if there are none."""
     is_adapter = (any(kind.__name__ == "BaseTunerLayer" for kind in type(each).__mro__) for each in backbone.modules())
-    return (
-        " It holds adapters of PEFT that are not merged: `merge_and_unload()` makes them part of it."
-        if any(is_adapter)
-        else ""
-    )
+    said = " It holds adapters of PEFT that are not merged: `merge_and_unload()` makes them part of it."
+    return said if any(is_adapter) else ""
 
 
 def position_limit(backbone: PreTrainedModel) -> int | None:
@@ -189,7 +186,8 @@ def layer_structure(seen: Observation, number: int, layer: nn.Module) -> LayerSt
     attention, num_heads = seen.attention[number]
     call, rotary = seen.calls[number], seen.rotary(number)
     if rotary is not None:
-        call = call.at_positions(rotary.at(PROBE_POSITIONS, like=seen.inputs[number]))
+        cos_sin = rotary.at(PROBE_POSITIONS, like=seen.inputs[number])
+        call = LayerCall(call.args, {**call.kwargs, "position_embeddings": cos_sin})
     keys = keys_of_one_token(call, seen.inputs[number], layer, attention)
     known = LayerStructure(layer, attention, num_heads, keys.shape[1])
     scale = keys.abs().amax(dim=2, keepdim=True)

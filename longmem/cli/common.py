@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -60,7 +59,7 @@ def add_command(
     """Return the parser of a new command; `run` does its work and returns an exit code, None for 0."""
     common = option("--json", action="store_true", help="print one JSON object on standard output, for a program")
     common.add_argument(
-        "--quiet", action="store_true", help="print results alone: no progress, no word of what was done"
+        "--quiet", action="store_true", help="print results alone: no progress, nothing of what was done"
     )
     common.add_argument("--debug", action="store_true", help="show where an error came from")
     command = _add_parser(to, name, summary, examples, parents=[common, *parents])
@@ -125,9 +124,8 @@ def model_option(default: str = "the model that wrote the bank") -> argparse.Arg
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """Add the option that says where models run."""
-    command.add_argument(
-        "--device", default="auto", metavar="NAME", help='"cpu", "cuda", "cuda:1"; auto: a GPU where there is one'
-    )
+    names = '"cpu", "cuda", "cuda:1"; auto: a GPU where there is one'
+    command.add_argument("--device", default="auto", metavar="NAME", help=names)
 
 
 def add_writing(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -196,24 +194,6 @@ def tell(arguments: argparse.Namespace, values: dict[str, Any], sentence: str) -
         print_json(values)
     else:
         console_for(False, quiet=arguments.quiet).print(sentence)
-
-
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Return `key=value` strings as a dictionary; values are Python literals or, failing that, strings.
-
-    >>> parse_settings(["chunk_size=8", "memory_layers=[2, 4]", "fusion=gated"])
-    {'chunk_size': 8, 'memory_layers': [2, 4], 'fusion': 'gated'}
-    """
-    parsed: dict[str, Any] = {}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator or not key.isidentifier():
-            raise ValueError(f"a setting must look like `chunk_size=8`, got {setting!r}.")
-        try:
-            parsed[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed[key] = value
-    return parsed
 
 
 def open_bank(folder: Path | str, model: LongMemForCausalLM | None = None, *, write: bool = False) -> MemoryBank:

@@ -5,6 +5,7 @@ continue a prompt, save, reopen, check. No number is stored in the package.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.markup import escape
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longmem.console import Headings, counting, plain_table, token_progress
+from longmem.console import PlainTable, counting, token_progress
 from longmem.data.sample_texts import split_texts
 from longmem.evaluation.folder import as_json
 from longmem.evaluation.intervals import perplexity_of
@@ -94,7 +95,10 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     require_matplotlib()
     make_folder(settings.output)
     torch.manual_seed(settings.seed)
-    step = Headings(console)
+    numbers = itertools.count(1)
+
+    def step(title: str) -> None:
+        console.print(f"\n[bold]{next(numbers)}. {escape(title)}[/]")
 
     step("Open the model")
     model = open_aloud(settings, console)
@@ -113,7 +117,7 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
         progress = counting(report, len(views) * settings.windows * settings.cut.scored)
         scores = {key: score_windows(view, windows, with_reads=True, progress=progress) for key, view in views.items()}
     summary = summarize(scores, settings.seed)
-    console.print(plain_table(table_rows(summary), emphasized=title_of_system("on")))
+    console.print(PlainTable(table_rows(summary), emphasized=title_of_system("on")))
     console.print(f"  {verdict(scores, settings.seed)}")
 
     number = int(torch.stack([(off - on).mean() for off, on in losses_of_windows(scores)]).argmax())
@@ -315,9 +319,8 @@ def ask_about_notes(model: LongMemForCausalLM, bank: MemoryBank, page: Path, con
         if is_right or not page.exists():
             trace.to_html(page, f"Who read what: {prompt}")
     bank.delete("notes")
-    console.print(
-        f"  {sum(bool(answer['is_right']) for answer in answers)} of {len(answers)} answered as the note says."
-    )
+    num_right = sum(bool(answer["is_right"]) for answer in answers)
+    console.print(f"  {num_right} of {len(answers)} answered as the note says.")
     return answers
 
 

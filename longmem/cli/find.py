@@ -1,7 +1,5 @@
 """`longmem bank find`: the passages of a bank that have to do with a text, by a model's heads and by words."""
 
-from __future__ import annotations
-
 import argparse
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
             console.print(f"  {passage.score:8.3g}  {_line(passage)}")
 
 
-def _line(passage: FoundPassage) -> str:
+def _line(passage: "FoundPassage") -> str:
     text = passage.text.replace("\n", "\\n")
     return f"{passage.document_id}, tokens {passage.start:,} to {passage.stop:,}: …{text}…"

@@ -1,9 +1,6 @@
 """`longmem heads`: which heads of a model look back far, or matter in a trained one, and a model that reads by them."""
 
-from __future__ import annotations
-
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +41,20 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.output.exists():
         raise ValueError(f"`--output` must be a new folder, got {arguments.output}, which is there.")
-    given = common.parse_settings(arguments.settings)
     common.use_device(arguments.device)
 
-    from longmem.errors import did_you_mean
-    from longmem.settings import read_section
+    from longmem.settings import read_settings
     from longmem.training.fewer_heads import CostSettings, keep_heads
     from longmem.training.heads import HeadSettings, calibrate_heads
 
-    kind = HeadSettings if arguments.keep is None else CostSettings
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in given:
-        if name not in known:
-            raise ValueError(f"`{name}` is no setting.{did_you_mean(name, known)} Settings: {', '.join(known)}.")
     console = common.console_for(arguments.json, quiet=arguments.quiet)
     if arguments.keep is None:
-        model = calibrate_heads(arguments.model, arguments.texts, settings=HeadSettings(**given), console=console)
+        settings = read_settings(HeadSettings, None, arguments.settings)
+        model = calibrate_heads(arguments.model, arguments.texts, settings=settings, console=console)
     else:
+        weighing = read_settings(CostSettings, None, arguments.settings)
         trained = common.open_named(arguments.model, arguments)
-        model = keep_heads(trained, arguments.keep, arguments.texts, read_section(CostSettings, given), console)
+        model = keep_heads(trained, arguments.keep, arguments.texts, weighing, console)
     model.save_pretrained(arguments.output)
     layers, heads = model.config.memory_layers or [], model.config.memory_heads or []
     chosen = dict(zip(map(str, layers), heads, strict=True))

@@ -14,6 +14,7 @@ from longmem.errors import printable
 
 # In the order of `longmem --help`. Each adds itself to the parser and names the function that runs.
 COMMANDS = (demo, memorize, generate, chat, serve, bank, cluster, heads, train, evaluation, report, official)
+MENDABLE = (ValueError, OSError, ImportError, RuntimeError, MemoryError)  # errors that a user can do something about
 DESCRIPTION = """\
 Long-term memory for Hugging Face language models (LongMem, arXiv 2306.07174): documents are read once by a frozen
 model, kept in a memory bank, and read again by a small side network while text is scored or written.
@@ -56,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal's encoding cannot write is written as an escape
             stream.reconfigure(errors="backslashreplace")
-    debug = "--debug" in given
     try:
         parser = build_parser()
         if "_ARGCOMPLETE" in os.environ:
@@ -77,21 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         failed("longmem: interrupted; what was finished is on the disk, and nothing of what was in progress.", given)
         return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if debug:
-            raise
-        failed(f"longmem: {error}", given)
-        return 2
-    except MemoryError:
-        if debug:
-            raise
-        failed("longmem: this machine has too little memory for that; give it less at once, or a smaller model.", given)
-        return 2
     except Exception as error:
-        if debug:
+        if "--debug" in given:
             raise
-        failed(f"longmem: a fault of this program, {type(error).__name__}: {error}; `--debug` shows where.", given)
-        return 1
+        said, is_ours = str(error), not isinstance(error, MENDABLE)
+        if is_ours:
+            said = f"a fault of this program, {type(error).__name__}: {error}; `--debug` shows where."
+        elif isinstance(error, MemoryError):
+            said = "this machine has too little memory for that; give it less at once, or a smaller model."
+        failed(f"longmem: {said}", given)
+        return 1 if is_ours else 2
 
 
 def failed(sentence: str, given: Sequence[str]) -> None:

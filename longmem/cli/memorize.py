@@ -56,12 +56,11 @@ def add_actions(actions: Any) -> None:
     """Add `bank add`, which is `memorize`, `bank append` and `bank update`."""
     bank, writer, encoding = bank_folder(), model_option(), encoding_option()
     add_memorize(actions, "add")
-    append = add_command(
-        actions, "append", append_files, "continue a document with files", APPEND_EXAMPLES, bank, writer, encoding
-    )
+    parents = [bank, writer, encoding]
+    append = add_command(actions, "append", append_files, "continue a document with files", APPEND_EXAMPLES, *parents)
     append.add_argument("files", nargs="+", type=Path, metavar="FILE", help="texts or documents, or - to read one")
     append.add_argument("--id", required=True, metavar="NAME", help="name of the document")
-    parents = (bank, labels(), writer, encoding)
+    parents.append(labels())
     update = add_command(actions, "update", update_document, "replace a document", UPDATE_EXAMPLES, *parents)
     update.add_argument("file", type=Path, metavar="FILE", help="text or document, or - to read one")
     update.add_argument("--id", metavar="NAME", help="name of the document; default: the file's name")
@@ -117,10 +116,8 @@ def run(arguments: argparse.Namespace) -> None:
     files, passed_over = find_files(arguments.files, arguments.glob)
     texts = read_texts(files, arguments.id, arguments.encoding)
     if passed_over:
-        print(
-            f"longmem: {len(passed_over)} files hold no text and are left out, such as {passed_over[0]}.",
-            file=sys.stderr,
-        )
+        said = f"{len(passed_over)} files hold no text and are left out, such as {passed_over[0]}."
+        print(f"longmem: {said}", file=sys.stderr)
     if isinstance(arguments.bank, str):
         return fill(texts, arguments)
     if arguments.workers is not None:
@@ -238,9 +235,8 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
             with bank.transaction():
                 said = {"tags": tags, "dated": text.dated, "valid_until": text.valid_until}
                 options: dict[str, Any] = {"append": True} if text.name in bank else said
-                encoded += model.memorize(
-                    bank, text.text[start:stop], text.name, progress=report, **options
-                ).num_encoded
+                written = model.memorize(bank, text.text[start:stop], text.name, progress=report, **options)
+                encoded += written.num_encoded
                 label(bank, text, tags, arguments)
     return Written(encoded)
 
@@ -257,9 +253,8 @@ def pieces_of(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
             stop = len(text)
         else:  # tokens of many kinds of tokenizers begin with a space and end with a line
             stop = text.rfind("\n", start + 1, stop) + 1 or max(text.rfind(" ", start + 1, stop), 0) or stop
-        while stop < len(text) and (
-            text[start:stop].isspace() or text[stop:].isspace()
-        ):  # nobody can encode a blank piece
+        # Nobody can encode a blank piece.
+        while stop < len(text) and (text[start:stop].isspace() or text[stop:].isspace()):
             stop = min(stop + PIECE, len(text))
         yield start, stop
         start = stop
@@ -346,8 +341,7 @@ def report(
     )
     if size := common.bytes_on_disk(arguments.bank):
         sentence += f", {size / 1e6:,.1f} MB on disk"
-    sentence += "."
-    common.tell(arguments, values, sentence)
+    common.tell(arguments, values, f"{sentence}.")
 
 
 def refuse_known(bank: MemoryBank, texts: list[Text], replace: bool) -> None:

@@ -162,11 +162,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
         parts = [f"# {title}", "", harmless(markdown_table(overview_rows(runs))), ""]
         if any(run.summary for run in runs):
             titles = [run.title for run in runs]
-            panels = {
-                run.title if titles.count(run.title) == 1 else f"{run.title} ({run.name})": run.summary
-                for run in runs
-                if run.summary
-            }
+            names_of = {run.name: f" ({run.name})" if titles.count(run.title) > 1 else "" for run in runs}
+            panels = {run.title + names_of[run.name]: run.summary for run in runs if run.summary}
             if (most := max(len(each["systems"]) for each in panels.values())) > MAX_SYSTEMS:
                 raise ValueError(f"{most} systems are more than the {MAX_SYSTEMS} that a figure shows")
             with tempfile.TemporaryDirectory() as folder:
@@ -250,10 +247,9 @@ def as_html(markdown: str, title: str, figures: Mapping[str, bytes]) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
 
     def inlined(match: re.Match[str]) -> str:
-        figure = figures.get(html.unescape(match[1]))
-        return (
-            "" if figure is None else f'<img src="data:image/png;base64,{base64.b64encode(figure).decode()}"{match[2]}>'
-        )
+        if (figure := figures.get(html.unescape(match[1]))) is None:
+            return ""
+        return f'<img src="data:image/png;base64,{base64.b64encode(figure).decode()}"{match[2]}>'
 
     body = re.sub(r'<img src="([^"]*)"([^>]*)>', inlined, body)
     head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'

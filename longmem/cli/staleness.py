@@ -53,7 +53,7 @@ def add(actions: Any) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Say in words whether a bank is fresh, then print the figures, in total, by encoder and by document."""
-    from longmem.console import plain_table
+    from longmem.console import PlainTable
     from longmem.plots import plot_staleness, require_matplotlib
 
     if arguments.plot is not None:
@@ -77,7 +77,7 @@ def show(arguments: argparse.Namespace) -> None:
     for rows in tables(report):
         if len(rows) > 1:
             console.print("")
-            console.print(plain_table(rows))
+            console.print(PlainTable(rows))
 
 
 def refresh(arguments: argparse.Namespace) -> None:

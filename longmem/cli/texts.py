@@ -1,7 +1,5 @@
 """What commands read and write: text files, and documents as lines of JSON."""
 
-from __future__ import annotations
-
 import codecs
 import dataclasses
 import json
@@ -173,7 +171,7 @@ def read_texts(
     return texts
 
 
-def export_line(bank: MemoryBank, info: DocumentInfo) -> str:
+def export_line(bank: "MemoryBank", info: "DocumentInfo") -> str:
     """Return a document as one line of JSON, for `datasets.load_dataset("json")` and `read_texts`.
 
     Token ids and text are those from `first_resident_token` on; None where the bank does not know them.

@@ -30,9 +30,7 @@ def add(commands: Any) -> None:
     common.add_device(train)
     names = ", ".join(shipped_settings(CONFIGS))
     train.add_argument("config", metavar="CONFIG", help=f"file with settings (.yaml) or, of the package: {names}")
-    train.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings to replace those of the file"
-    )
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings instead of the file's")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,9 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from longmem.training import Trainer, load_settings
 
-    trainer = Trainer(
-        load_settings(settings, arguments.overrides), common.console_for(arguments.json, quiet=arguments.quiet)
-    )
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
+    trainer = Trainer(load_settings(settings, arguments.overrides), console)
     records = trainer.run()
     if arguments.json and trainer.accelerator.is_main_process:
         common.print_json(

@@ -1,7 +1,5 @@
 """`longmem bank tune`: which index setting fits a bank and what its model asks of it."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -41,7 +39,7 @@ def add(actions: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure index settings, recommend one and, if asked, put it into the bank."""
-    from longmem.console import plain_table
+    from longmem.console import PlainTable
     from longmem.memory.index.tuning import recommended_index, tune
     from longmem.memory.memorize import to_token_ids
     from longmem.model.index_queries import recorded_queries
@@ -65,9 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         if text is None:  # the document of which most is resident, among those whose token ids are known
             known = [info for info in bank.documents() if bank.token_ids(info.document_id) is not None]
             if not known:
-                raise ValueError(
-                    "the bank knows no token ids of its documents; give a text to read with `--queries FILE`."
-                )
+                raise ValueError("the bank knows no token ids of its documents; give a text with `--queries FILE`.")
             own = max(known, key=lambda info: info.num_chunks).document_id
     console = common.console_for(arguments.json, quiet=arguments.quiet)
     model_name, model = common.open_model_of(arguments)
@@ -92,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     recommended = recommended_index(results, arguments.recall)
-    console.print(plain_table(rows := table_rows(results), emphasized=recommended))
+    console.print(PlainTable(rows := table_rows(results), emphasized=recommended))
     measured = {
         "layer": layer,
         "queries": source,
@@ -114,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f'Recommended: index="{recommended}" ({reason}){end}.')
 
 
-def table_rows(results: list[Tuned]) -> list[list[str]]:
+def table_rows(results: "list[Tuned]") -> list[list[str]]:
     """Return the rows of the table for people, its head first."""
     rows = [["index", "recall", "ms/1,000", "times exact", "build s", "MB"]]
     for each in results:
@@ -123,7 +119,7 @@ def table_rows(results: list[Tuned]) -> list[list[str]]:
     return rows
 
 
-def write_files(folder: Path, measured: dict[str, object], rows: list[list[str]], results: list[Tuned]) -> None:
+def write_files(folder: Path, measured: dict[str, object], rows: list[list[str]], results: "list[Tuned]") -> None:
     """Write table, numbers with the machine that they are from, and figure."""
     from longmem.evaluation.tables import markdown_table
     from longmem.plots import plot_tuning

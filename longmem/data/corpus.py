@@ -82,10 +82,21 @@ def load_corpus(
         found = with_recall(found, recall_share, tokenizer)
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", found.name)[:40].strip(".-") or "corpus"
     identity = [FORMAT, found.identity, tokenizer_fingerprint(tokenizer), [max_tokens, num_documents]]
-    folder = _corpora_folder(cache_dir) / f"{readable}-{digest(identity)}"
+    folder = cache_folder() / "corpora" if cache_dir is None else Path(cache_dir).expanduser()
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise ValueError(
+            f"`cache_dir` must be a folder that can be written, got {str(folder)!r} ({error}); name another one, or set "
+            "LONGMEM_CACHE."
+        ) from error
+    folder /= f"{readable}-{digest(identity)}"
 
     def write(_: Path, target: Path) -> None:
-        _write(_batches(found, tokenizer, max_tokens, num_documents), target / FILE)
+        schema = FEATURES.arrow_schema
+        with pa.ipc.new_stream(str(target / FILE), schema) as writer:
+            for batch in _batches(found, tokenizer, max_tokens, num_documents):
+                writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
 
     if not is_complete(folder):
         convert_once(Path(found.name), folder, write)
@@ -119,25 +130,6 @@ def with_recall(source: Source, share: float, tokenizer: PreTrainedTokenizerBase
     return Source(source.name, [source.identity, RECALL_FORMAT, share, template], documents)
 
 
-def _corpora_folder(cache_dir: str | Path | None) -> Path:
-    folder = cache_folder() / "corpora" if cache_dir is None else Path(cache_dir).expanduser()
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise ValueError(
-            f"`cache_dir` must be a folder that can be written, got {str(folder)!r} ({error}); name another one, or set "
-            "LONGMEM_CACHE."
-        ) from error
-    return folder
-
-
-def _write(batches: Iterable[dict[str, list[Any]]], path: Path) -> None:
-    schema = FEATURES.arrow_schema
-    with pa.ipc.new_stream(str(path), schema) as writer:
-        for batch in batches:
-            writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
-
-
 def _batches(
     source: Source, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, num_documents: int | None
 ) -> Iterator[dict[str, list[Any]]]:
@@ -160,7 +152,12 @@ def _batches(
         texts = [document.text for document in batch]
         tokenised = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for document, tokens in zip(batch, tokenised, strict=True):
-            names.append(_unique(document.document_id, seen))
+            name = document.document_id
+            while name in seen:  # from the second time on it has a number behind it
+                seen[document.document_id] += 1
+                name = f"{document.document_id}#{seen[document.document_id]}"
+            seen[name] = 1
+            names.append(name)
             ids.append(tokens if max_tokens is None else tokens[: max_tokens - num_tokens])
             num_tokens += len(ids[-1])
             if num_tokens == max_tokens:
@@ -191,13 +188,3 @@ def _in_batches(documents: Iterable[Document], max_characters: int) -> Iterator[
             batch, num_characters = [], 0
     if batch:
         yield batch
-
-
-def _unique(document_id: str, seen: Counter[str]) -> str:
-    """Return the id, with a number behind it from the second time on, and note it as seen."""
-    name = document_id
-    while name in seen:
-        seen[document_id] += 1
-        name = f"{document_id}#{seen[document_id]}"
-    seen[name] = 1
-    return name

@@ -34,9 +34,8 @@ class LaneBatch:
     offsets: tuple[int, ...]  # the token of its document at which each row begins
     # Whether a row begins a document, or its part of one: a memory of one document at a time must be cleared before it.
     is_new: tuple[bool, ...]
-    epochs: tuple[
-        int, ...
-    ]  # how often the lane has read its share of the corpus before; lanes differ, since documents do
+    # How often the lane has read its share of the corpus before; lanes differ, since documents do.
+    epochs: tuple[int, ...]
 
     def to(self, device: torch.device) -> Self:
         """Return the batch with its tensors on a device."""
@@ -92,18 +91,13 @@ class Lanes:
         _validate(corpus, num_lanes, window, seed, lanes_per_document)
         self.num_lanes, self.window, self.seed, self.shuffle = num_lanes, window, seed, shuffle
         self.lanes_per_document = lanes_per_document
-        # As Arrow, a document is mapped, not read: a window of a book costs no more than a window of a message.
         self.fingerprint = corpus_fingerprint(corpus)
+        # As Arrow, a document is mapped, not read: a window of a book costs no more than a window of a message.
         self._corpus = corpus.select_columns(list(COLUMNS)).with_format("arrow")
-        counts = _token_counts(self._corpus)
-        self._schedule = Schedule(
-            counts if document_tokens is None else counts.clip(max=document_tokens),
-            num_lanes=num_lanes,
-            window=window,
-            seed=seed,
-            shuffle=shuffle,
-            lanes_per_document=lanes_per_document,
-        )
+        lengths = (pc.list_value_length(rows["input_ids"]).to_numpy() for rows in self._corpus.iter(batch_size=1_000))
+        counts = np.concatenate([np.zeros(0, dtype=np.int64), *lengths]).astype(np.int64)
+        counts = counts if document_tokens is None else counts.clip(max=document_tokens)
+        self._schedule = Schedule(counts, num_lanes, window, seed, shuffle, lanes_per_document)
         self._validate_documents()
 
     @property
@@ -208,12 +202,6 @@ def _validate(corpus: Dataset, num_lanes: int, window: int, seed: int, lanes_per
         )
 
 
-def _token_counts(corpus: Dataset) -> Int[np.ndarray, " documents"]:
-    """Return the tokens of each document of a corpus in Arrow's format, without reading any token."""
-    counts = [pc.list_value_length(rows["input_ids"]).to_numpy() for rows in corpus.iter(batch_size=1_000)]
-    return np.concatenate([np.zeros(0, dtype=np.int64), *counts]).astype(np.int64)
-
-
 @dataclasses.dataclass(frozen=True)
 class Place:
     """A window of a document."""
@@ -240,7 +228,6 @@ class Schedule:
     def __init__(
         self,
         token_counts: Int[np.ndarray, " documents"],
-        *,
         num_lanes: int,
         window: int,
         seed: int,

@@ -7,8 +7,6 @@ passage after many labelled ones. All words are the text's own but for those of 
 this package uses.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import Counter
@@ -278,9 +276,8 @@ class LabelledPassages:
         self.groups = [groups[each] for each in most if len(groups[each]) >= EXAMPLES]
         names = generator.sample(sorted(set(nouns)), min(len(self.groups), len(set(nouns))))
         self.labels = names if len(names) > 1 else []
-        self.form = generator.choice(
-            (("Passage", "Kind"), ("Text", "Group"), ("Sentence", "Class"), ("Extract", "Mark"))
-        )
+        forms = (("Passage", "Kind"), ("Text", "Group"), ("Sentence", "Class"), ("Extract", "Mark"))
+        self.form = generator.choice(forms)
 
     def draw(self) -> Facts:
         """Return labelled sentences, and others to be labelled."""

@@ -52,7 +52,13 @@ def find_source(source: str | Path, *, text_column: str, split: str, is_bounded:
         return _folder_source(path, text_column, split)
     if path.is_file():
         if path.suffix == ".json":
-            return _listed_source(path, text_column, split)
+            files = files_of_split(path, split)
+            for file in files:
+                if file.suffix != files[0].suffix or file.suffix not in TEXT_FILES or not file.is_file():
+                    raise ValueError(
+                        f"{path} must list files that are there, all .txt or all .jsonl, got {str(file)!r}."
+                    )
+            return _files_source(path.parent, files, text_column, "train")
         if path.suffix not in TEXT_FILES:
             raise ValueError(
                 f"`source` must be a .txt or .jsonl file (or a .json list of such) when it is a file, got {str(path)!r}; for "
@@ -96,7 +102,11 @@ def files_of_split(manifest: str | Path, split: str) -> list[Path]:
 
 def _folder_source(folder: Path, text_column: str, split: str) -> Source:
     if _is_saved(folder):
-        return _saved_source(folder, text_column, split)
+        saved, folder = _saved_split(folder, split)
+        dataset, title = saved.with_format(None), f"the dataset {str(folder)!r}"
+        files = [path for path in _files_in(folder) if not path.name.startswith("cache-")]  # what `map` leaves there
+        identity = [text_column, _contents(folder, files)]
+        return Source(folder.name, identity, lambda: _rows(dataset, text_column, title))
     texts, lines = (_files_in(folder, suffix) for suffix in (".txt", ".jsonl"))
     if texts and lines:
         raise ValueError(
@@ -141,14 +151,6 @@ def _saved_split(folder: Path, split: str) -> tuple[datasets.Dataset, Path]:
     return saved[split], folder / split
 
 
-def _saved_source(folder: Path, text_column: str, split: str) -> Source:
-    saved, folder = _saved_split(folder, split)
-    dataset = saved.with_format(None)
-    files = [path for path in _files_in(folder) if not path.name.startswith("cache-")]  # what `map` leaves there
-    identity = [text_column, _contents(folder, files)]
-    return Source(folder.name, identity, lambda: _rows(dataset, text_column, f"the dataset {str(folder)!r}"))
-
-
 def _loadable_source(place: str | Path, configuration: str | None, text_column: str, split: str) -> Source:
     """Return what `datasets.load_dataset` streams from a folder or, by its name, from the Hub."""
 
@@ -176,14 +178,6 @@ def _opened(place: str | Path, configuration: str | None, split: str, *, streami
             f"{str(place)!r} {what} with {given}: {error}. Of a name, check the spelling and the network, and that "
             "HF_HUB_OFFLINE is not set."
         ) from error
-
-
-def _listed_source(manifest: Path, text_column: str, split: str) -> Source:
-    files = files_of_split(manifest, split)
-    for file in files:
-        if file.suffix != files[0].suffix or file.suffix not in TEXT_FILES or not file.is_file():
-            raise ValueError(f"{manifest} must list files that are there, all .txt or all .jsonl, got {str(file)!r}.")
-    return _files_source(manifest.parent, files, text_column, "train")
 
 
 def _files_source(folder: Path, files: list[Path], text_column: str, split: str) -> Source:

@@ -1,7 +1,5 @@
 """The encoders that wrote a bank, in the order in which they came: version v of an entry names the v-th of them."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,10 +63,8 @@ class Encoders:
 
     def version_of(self, digest: str) -> int:
         """Return the latest version of an encoder; the current one if it never wrote here."""
-        known = (
-            number for number in reversed(range(len(self.versions))) if self.versions[number].stamp.digest == digest
-        )
-        return next(known, self.current)
+        numbers = range(self.current, -1, -1)
+        return next((each for each in numbers if self.versions[each].stamp.digest == digest), self.current)
 
     def gaps(self) -> list[float | None]:
         """Return for each version how far the weights have moved since, relative to their norm; None if not known."""
@@ -78,7 +74,7 @@ class Encoders:
             for lag, version in zip(self.lags(), self.versions, strict=True)
         ]
 
-    def copy(self) -> Encoders:
+    def copy(self) -> "Encoders":
         """Return a history that goes on by itself."""
         twin = Encoders()
         twin.versions = [EncoderVersion(version.stamp, version.sketch) for version in self.versions]
@@ -91,7 +87,7 @@ class Encoders:
         return self._json
 
     @classmethod
-    def from_json(cls, content: Sequence[dict[str, Any]]) -> Encoders:
+    def from_json(cls, content: Sequence[dict[str, Any]]) -> "Encoders":
         encoders = cls()
         pairs = ((EncoderStamp.from_json(each), _from_text(each["sketch"])) for each in content)
         encoders.versions = [EncoderVersion(*pair) for pair in pairs]

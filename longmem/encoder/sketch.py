@@ -4,8 +4,6 @@ Every weight is added with a random sign to one of 1,024 sums. That is linear, s
 estimates how far the weights have moved (Alon, Matias, Szegedy 1996; Charikar, Chen, Farach-Colton 2002).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -25,7 +23,7 @@ class Sketch:
     sums: Float[Tensor, " 1024"]
     norm: float
 
-    def gap(self, other: Sketch) -> float:
+    def gap(self, other: "Sketch") -> float:
         """Return an estimate of the distance between the weights of two sketches, relative to the norm of `other`'s."""
         return float((self.sums - other.sums).norm()) / max(other.norm, 1e-30)
 

@@ -4,8 +4,6 @@ Keys and values of memory layer m depend on the embeddings, on the layers below 
 key and value projections. Those tensors are the encoder path; everything else may be trained and nothing goes stale.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -61,7 +59,7 @@ class EncoderStamp:
         text = json.dumps([self.weights, numbers], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
-    def diff(self, other: EncoderStamp) -> list[str]:
+    def diff(self, other: "EncoderStamp") -> list[str]:
         """Return the names of what differs, `weights` last; a value that one of them does not know is equal to any.
 
         >>> EncoderStamp("1f", {"chunk_size": 4}).diff(EncoderStamp("2a", {"chunk_size": 8}))
@@ -77,7 +75,7 @@ class EncoderStamp:
         return {"weights": self.weights, "recipe": plain(self.recipe)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> EncoderStamp:
+    def from_json(cls, content: Mapping[str, Any]) -> "EncoderStamp":
         return cls(content["weights"], content["recipe"])
 
 
@@ -202,7 +200,7 @@ class BackboneStamp:
     recipe: Mapping[str, Any]
 
     @classmethod
-    def of(cls, backbone: PreTrainedModel) -> BackboneStamp:
+    def of(cls, backbone: PreTrainedModel) -> "BackboneStamp":
         """Return the stamp of a backbone, for its own dtype and those that it may be cast to."""
         kept = DTYPES_BY_SIZE[DTYPES_BY_SIZE.index(backbone.dtype) :] if backbone.dtype in DTYPES_BY_SIZE else ()
         kept = kept[:1] if backbone.dtype == torch.bfloat16 else kept
@@ -231,7 +229,7 @@ class BackboneStamp:
         return {"sums": dict(self.sums), "recipe": dict(self.recipe)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> BackboneStamp:
+    def from_json(cls, content: Mapping[str, Any]) -> "BackboneStamp":
         return cls(content["sums"], content["recipe"])
 
 

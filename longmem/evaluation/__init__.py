@@ -1,7 +1,5 @@
 """Evaluation: tasks that one runner asks of several systems, and folders that say where their numbers come from."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,13 +1,11 @@
 """The folder of an evaluation: settings, raw predictions as they come, then metrics, table and figures."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -90,24 +88,26 @@ class RunFolder:
         path = self.path / PREDICTIONS
         if not path.exists():
             return
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            write_file(path, data[: data.rfind(b"\n") + 1])
+        append_lines(path, ())
         for record in read_lines(path):
             yield record["id"], record
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in a JSONL file. Raises ValueError, which names the line, if one of them is damaged."""
+def read_lines(
+    path: Path, parse: Callable[[Any], Any] = dict, what: str = "an object as the run wrote it"
+) -> list[Any]:
+    """Return what `parse` makes of each JSON value in a JSONL file; a last line that was cut off is left out.
+
+    Raises ValueError, which names the line and `what` it must be, if one of them is damaged.
+    """
     found = []
-    # Not `splitlines`: a text may hold other line ends.
+    # Not `splitlines`: a text may hold other line ends, and what follows the last line feed was cut off.
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
         try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
+            found.append(parse(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"line {number} of {str(path)!r} must be an object as the run wrote it, got {line[:80]!r}; delete the line, "
-                "and what it holds is done again."
+                f"line {number} of {str(path)!r} must be {what}, got {line[:80]!r}; delete the line."
             ) from error
     return found
 

@@ -4,8 +4,6 @@ Every quantity is computed from one number per unit, such as a book or a window;
 takes the same units of both.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The evaluations by name, listed without importing any of them."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,8 +75,8 @@ def default_settings(name: str) -> Path | None:
 
 
 def run_task(
-    name: str, overrides: Sequence[str] = (), console: Console | None = None, file: str | Path | None = None
-) -> Finished:
+    name: str, overrides: Sequence[str] = (), console: "Console | None" = None, file: str | Path | None = None
+) -> "Finished":
     """Run an evaluation to its end, or go on with a stopped one; return folder, title and metrics.
 
     Settings come from a YAML file, by default the task's own, and from overrides, each `name=value` with the value in YAML.

@@ -1,7 +1,5 @@
 """The one loop of all evaluations: every case, every system, every question that the folder does not have yet."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import time
@@ -11,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from longmem.console import item_progress, plain_table
+from longmem.console import PlainTable, item_progress
 from longmem.evaluation.folder import RunFolder, describe
 from longmem.evaluation.settings import open_evaluated
 from longmem.evaluation.summary import summarize
@@ -46,7 +44,7 @@ def evaluate(task: Task, console: Console, model: LongMemForCausalLM | None = No
         metrics = summarize(task, run.records)
         run.finish(title=task.run_title, metrics=metrics, table=markdown(metrics), seed=task.settings.seed)
     for heading, rows in tables_of(metrics, brief=True):
-        console.print(f"\n{heading}", plain_table(rows, emphasized=title_of_system("on")), markup=False)
+        console.print(f"\n{heading}", PlainTable(rows, emphasized=title_of_system("on")), markup=False)
     console.print(*metrics["notes"], sep="\n\n", markup=False)
     return Finished(run.path, task.run_title, metrics)
 

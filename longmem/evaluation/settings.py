@@ -1,7 +1,5 @@
 """Settings that all evaluations share; each task adds its own."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From records to figures: means with 95 % intervals over groups, by measure, by axis, by system."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections import Counter
@@ -41,9 +39,8 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
     scored = scored_records(task, records)
     measures: dict[str, dict[str, Any]] = {}
     for name, measure in task.measures.items():
-        rows = [
-            row for record, scores in scored if name in scores for row in rows_of(task, measure, record, scores[name])
-        ]
+        counted = [(record, scores[name]) for record, scores in scored if name in scores]
+        rows = [row for record, score in counted for row in rows_of(task, measure, record, score)]
         if rows:
             measures[name] = {"title": measure.title, "unit": measure.unit, "cells": cells_of(task, measure, rows)}
     axes = [

@@ -1,7 +1,5 @@
 """How metrics are printed: one way for all evaluations, on a terminal and in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,10 +73,9 @@ def parity_rows(metrics: Mapping[str, Any]) -> Rows:
     """Return the table of what share memory has of what the backbone gains by the same text in its window, its head first."""
     rows = [["", "window", "the window gains", "memory gains", "share, %"]]
     for each in metrics["parity"]:
-        share = each["share_percent"]
-        said = (
-            "the window may gain nothing" if share is None else with_interval(share["value"], share["interval"], ".0f")
-        )
+        said = "the window may gain nothing"
+        if (share := each["share_percent"]) is not None:
+            said = with_interval(share["value"], share["interval"], ".0f")
         gains = (f"{each[name]:+.3g}" for name in ("window_gain", "memory_gain"))
         size = f"{int(each['system'].partition('-')[2]):,}"
         rows.append([f"{each['of']}: {each['measure']}", size, *gains, said])
@@ -103,15 +100,9 @@ def tables_of_cells(
     chance = f", chance {first['chance']:.1f} %" if "chance" in first else ""
     for end in (chance,) if brief else (chance, f", above {systems[first['baseline']]}"):
         is_above = end != chance
-        rows = [
-            [
-                "",
-                *(
-                    head if brief else f"{head} ({next(iter(cell['systems'].values()))['items']:,} items)"
-                    for head, (cell, _) in there.items()
-                ),
-            ]
-        ]
+        counts = [next(iter(cell["systems"].values()))["items"] for cell, _ in there.values()]
+        heads = (f"{head} ({count:,} items)" for head, count in zip(there, counts, strict=True))
+        rows = [["", *(there if brief else heads)]]
         for name, title in systems.items():
             found = [(cell["systems"].get(name), unit) for cell, unit in there.values()]
             if any(own for own, _ in found) and not (is_above and name == first["baseline"]):

@@ -3,8 +3,6 @@
 A task is one class: `cases` says what is asked, `score` what a record counts; all else are hooks with defaults.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """How much less what is old counts when memory is read: a weight by age, added to attention scores as its logarithm."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +20,7 @@ class AgeKind(NamedTuple):
     """
 
     settings: Mapping[str, Setting]
-    log_weight: Callable[[AgePrior, float], float]
+    log_weight: "Callable[[AgePrior, float], float]"
 
 
 @dataclass(frozen=True)

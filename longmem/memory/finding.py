@@ -1,7 +1,5 @@
 """Passages of a memory that have to do with a text: what they are, and the search by words."""
 
-from __future__ import annotations
-
 import re
 import sqlite3
 from collections.abc import Callable, Hashable, Iterator

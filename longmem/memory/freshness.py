@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -78,10 +77,6 @@ class Freshness:
         """Return what the bank knows of a model (None: of the one that this thread reads as), and what it may read: `mask`."""
         reader = self.reader if model is None else self._readers.get(model.encoder)
         return reader, self.mask(reader)
-
-    def may_encode(self) -> bool:
-        """Return whether a read of this moment may encode again what it finds; not while a backward pass is to come."""
-        return self.policy.encodes_on_read and not torch.is_grad_enabled()
 
     def version_written(self) -> int:
         """Return the version of what this thread writes: that of its model's encoder, also when another one is current."""

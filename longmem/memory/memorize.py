@@ -1,7 +1,5 @@
 """Writing documents: text to token ids, windows, position-free keys and values, bank."""
 
-from __future__ import annotations
-
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ The content clock has nothing to do with the encoder: a text can be out of date 
 other way round. Hidden documents are kept, and no search finds them.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Hashable, Iterable, Sequence
@@ -189,17 +187,16 @@ class Snapshot:
         def search(rows: Tensor | None) -> Ranked:
             return self.edition.search(position, queries, num_chunks, self.num_rows, rows, bonus)
 
-        def search_now(rows: Tensor | None) -> Ranked:
-            return table.search(position, queries, num_chunks, rows, bonus)
-
         if self._readable is None:
             scores, found = search(self._rows)
-        elif self._may_encode() and table.turn.acquire(
-            blocking=False
-        ):  # who changes a folder meanwhile is not waited for
+        # Who changes a folder meanwhile is not waited for.
+        elif self._may_encode() and table.turn.acquire(blocking=False):
             del self.edition  # or stale rows would be kept for it
             try:
-                scores, found = self._freshness.search(search_now, self._rows, self._readable, self._reader, None)
+                scores, found = self._freshness.search(
+                    lambda rows: table.search(position, queries, num_chunks, rows, bonus),
+                    *(self._rows, self._readable, self._reader, None),
+                )
             finally:
                 self._take()
                 table.turn.release()
@@ -217,7 +214,9 @@ class Snapshot:
         """Return whether what is found may be encoded again: nothing was read yet, and nothing has changed."""
         ledger = self._table.ledger
         is_now = self.edition.generation == ledger.generation and self.num_rows == ledger.num_rows
-        return is_now and not self._was_read and self._freshness.may_encode()
+        # Not while a backward pass is to come.
+        may_encode = self._freshness.policy.encodes_on_read and not torch.is_grad_enabled()
+        return is_now and not self._was_read and may_encode
 
 
 # Of the forward pass that runs in this context: the model that reads, for which banks were made ready (None: the last for which

@@ -70,22 +70,28 @@ def convert(checkpoint: str | PathLike[str], backbone: str | PathLike[str], fold
     """
     side, base = Checkpoint(checkpoint, SIDE_NEEDS), Checkpoint(backbone, BACKBONE_NEEDS)
     weights = backbone_weights(base.weights)
-    refuse_another_backbone(side, weights)
+    own = {name: tensor for name, tensor in side.weights.items() if name.startswith(OWN_BACKBONE)}
+    for name, tensor in backbone_weights(own).items() if own else ():
+        if name not in weights or not torch.equal(weights[name], tensor):
+            raise ValueError(
+                f"{side.path} was trained on another backbone than the one given: `{name}` differs; "
+                "pass the checkpoint that its `pretrained_model_path` names."
+            )
     activation = side.setting("activation_fn")
     if activation not in ACTIVATIONS:
         raise ValueError(f"`activation_fn` of {side.path} must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
     model = build_model(
         build_backbone(weights, int(base.setting("num_attention_heads")), pad_token_id=base.settings.get("pad", 1)),
         side_weights(side.weights),
-        factor=int(side.setting("layer_reduction_factor")),
-        retrieval_layer=int(side.setting("retrieval_layer_index")),
-        chunk_size=int(side.setting("chunk_size")),
-        num_retrieved_tokens=int(side.setting("k")),
-        side_options={
+        {
             "hidden_act": ACTIVATIONS[activation],
             "attention_dropout": float(side.settings.get("attention_dropout", 0.0)),
             "hidden_dropout": float(side.settings.get("dropout", 0.0)),
         },
+        layer_reduction_factor=int(side.setting("layer_reduction_factor")),
+        memory_layers=[int(side.setting("retrieval_layer_index"))],
+        chunk_size=int(side.setting("chunk_size")),
+        num_retrieved_tokens=int(side.setting("k")),
         segment_length=int(side.setting("tokens_per_sample")),
     )
     base_folder = Path(folder) / BACKBONE_FOLDER
@@ -94,14 +100,3 @@ def convert(checkpoint: str | PathLike[str], backbone: str | PathLike[str], fold
     model.config.backbone_name_or_path = str(base_folder)
     model.save_pretrained(folder)
     return int(side.setting("memory_size"))
-
-
-def refuse_another_backbone(side: Checkpoint, weights: Mapping[str, Tensor]) -> None:
-    """Raise if the side network's checkpoint holds a backbone, and it is not this one."""
-    own = {name: tensor for name, tensor in side.weights.items() if name.startswith(OWN_BACKBONE)}
-    for name, tensor in backbone_weights(own).items() if own else ():
-        if name not in weights or not torch.equal(weights[name], tensor):
-            raise ValueError(
-                f"{side.path} was trained on another backbone than the one given: `{name}` differs; "
-                "pass the checkpoint that its `pretrained_model_path` names."
-            )

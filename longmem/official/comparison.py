@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from longmem.console import plain_table
+from longmem.console import PlainTable
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.official.memory import ReleasedCodeError
 from longmem.official.recording import Recording
-from longmem.official.replay import COUNTED, FAMILIES, STORED, UNKNOWN, Values, distance, replay
+from longmem.official.replay import COUNTED, FAMILIES, STORED, UNKNOWN, distance, replay
 from longmem.official.weights import side_weights
 
 # Independent recomputations are within 3e-6 of the released code's float32; a wrong epsilon is off by 1e-5.
@@ -70,14 +70,18 @@ def compare(recording: Recording) -> Comparison:
     """
     result = Comparison()
     model = recording.build_model()
-    copied = recording.weights("reload_sd/")
+    own, copied = recording.weights("sd/"), recording.weights("reload_sd/")
     for run in recording.runs:
         used = model
         if run.startswith("reload"):
             if not copied:
                 result.skipped[run] = "its weights (`reload_sd/`) are not in the recording"
                 continue
-            used = compare_fresh_copy(recording, model, copied, result)
+            # Those of a new side network here must be the recorded ones, which the replay then has.
+            used, recorded = LongMemForCausalLM(model.config, model.backbone), side_weights({**own, **copied})
+            for name, tensor in used.side_network.state_dict().items():
+                result.add("weights copied at start", FLOAT32, distance(tensor, recorded[name]))
+            used.eval().side_network.load_state_dict(recorded)
         if reason := unusable(recording, run):
             result.skipped[run] = reason
             continue
@@ -118,18 +122,6 @@ def unusable(recording: Recording, run: str) -> str | None:
     return None
 
 
-def compare_fresh_copy(
-    recording: Recording, model: LongMemForCausalLM, copied: Values, result: Comparison
-) -> LongMemForCausalLM:
-    """Return the model with the recorded copied weights, after comparing them with those of a new side network here."""
-    fresh = LongMemForCausalLM(model.config, model.backbone).eval()
-    recorded = side_weights({**recording.weights("sd/"), **copied})
-    for name, tensor in fresh.side_network.state_dict().items():
-        result.add("weights copied at start", FLOAT32, distance(tensor, recorded[name]))
-    fresh.side_network.load_state_dict(recorded)
-    return fresh
-
-
 def print_comparison(result: Comparison, console: Console) -> None:
     """Print the table, the notes and, last, `worst <figure> over <n> runs`."""
     columns = (FLOAT32, ROUNDED, FED)
@@ -137,8 +129,9 @@ def print_comparison(result: Comparison, console: Console) -> None:
     for family in (*FAMILIES, UNKNOWN):
         found = [result.largest.get((family, column)) for column in columns]
         if any(value is not None for value in found):
-            rows.append([family, *("" if value is None else figure(family, value) for value in found)])
-    console.print(plain_table(rows))
+            form = ".0f" if family in NUMBERS else ".1e"
+            rows.append([family, *("" if value is None else f"{value:{form}}" for value in found)])
+    console.print(PlainTable(rows))
     console.print(f"\nReplayed: {', '.join(result.replayed) or 'nothing'}.")
     for run, reason in result.skipped.items():
         console.print(f"Skipped {run}: {reason}.", markup=False)
@@ -150,8 +143,3 @@ def print_comparison(result: Comparison, console: Console) -> None:
         f"the first must be within {TOLERANCE:g}, and make the figure below."
     )
     console.print(f"worst {result.worst:.3g} over {len(result.replayed)} runs")
-
-
-def figure(family: str, value: float) -> str:
-    """Return a count or a difference as text."""
-    return f"{value:.0f}" if family in NUMBERS else f"{value:.1e}"

@@ -136,8 +136,12 @@ class OfficialMemory:
             heads, _, _, dim = chunked[0].shape
             self.keys = torch.zeros(heads, self.capacity, self.chunk_size, dim, dtype=self.storage_dtype)
             self.values, self.search_keys = torch.zeros_like(self.keys), torch.zeros(heads, 0, dim)
-        if evicted:
-            self._evict(evicted)
+        if evicted:  # the oldest; all others move down, and what is freed is zero
+            self.generation += 1
+            for store in (self.keys, self.values):
+                store.copy_(torch.cat([store[:, evicted:], torch.zeros_like(store[:, :evicted])], dim=1))
+            self.search_keys = self.search_keys[:, evicted:].contiguous()
+            self.num_chunks -= evicted
         new = slice(self.num_chunks, self.num_chunks + num_new)
         self.keys[:, new], self.values[:, new] = rows
         self.search_keys = torch.cat([self.search_keys, chunked[0].mean(dim=2)], dim=1)
@@ -147,11 +151,3 @@ class OfficialMemory:
         """Return a batch, row after row, cut into chunks: float32, on the CPU."""
         tokens = states.detach().float().cpu().transpose(0, 1).flatten(1, 2)
         return tokens[:, : num_chunks * self.chunk_size].unflatten(1, (num_chunks, self.chunk_size))
-
-    def _evict(self, count: int) -> None:
-        """Drop the oldest chunks and move all others down; what is freed is zero."""
-        self.generation += 1
-        for store in (self.keys, self.values):
-            store.copy_(torch.cat([store[:, count:], torch.zeros_like(store[:, :count])], dim=1))
-        self.search_keys = self.search_keys[:, count:].contiguous()
-        self.num_chunks -= count

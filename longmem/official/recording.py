@@ -38,22 +38,19 @@ class Recording:
             self._file = safe_open(self.path, "pt")
         except Exception as error:
             raise ValueError(f"{self.path} is no safetensors file: {error}") from error
-        self._names = set(self._file.keys())
-        self._settings = self._read_settings(self.path.with_suffix(".json"))
-        self.runs: dict[str, list[int]] = {}  # the numbers of the steps of each, in order
-        for run, number in sorted((match[1], int(match[2])) for match in map(INPUT.fullmatch, self._names) if match):
-            self.runs.setdefault(run, []).append(number)
-        if not self.runs:
-            raise ValueError(f"{self.path} holds no run: no tensor is named `<run>/s<step>/input_ids`.")
-
-    def _read_settings(self, path: Path) -> dict[str, Any]:
+        self._names, path = set(self._file.keys()), self.path.with_suffix(".json")
         if not path.is_file():
             raise ValueError(f"the settings of the recording must be beside it, in {path}; there is no such file.")
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is no JSON: {error}") from error
-        return settings if isinstance(settings, dict) else {}
+        self._settings: dict[str, Any] = settings if isinstance(settings, dict) else {}
+        self.runs: dict[str, list[int]] = {}  # the numbers of the steps of each, in order
+        for run, number in sorted((match[1], int(match[2])) for match in map(INPUT.fullmatch, self._names) if match):
+            self.runs.setdefault(run, []).append(number)
+        if not self.runs:
+            raise ValueError(f"{self.path} holds no run: no tensor is named `<run>/s<step>/input_ids`.")
 
     def step(self, run: str, number: int) -> dict[str, Tensor]:
         """Return everything that was recorded in one step, by the last part of its name."""
@@ -146,17 +143,15 @@ class Recording:
             layer_norm_eps=float(self.setting("backbone_ln_eps") or 1e-6),
             pad_token_id=self.pad_id,
         )
+        epsilon = float(self.setting("side_ln_eps") or 1e-5)
         return build_model(
             backbone,
             weights,
-            factor=self.whole_number("layer_reduction_factor"),
-            retrieval_layer=self.whole_number("retrieval_layer_index"),
+            {"hidden_act": self._activation("side_act", "gelu"), "layer_norm_eps": epsilon},
+            layer_reduction_factor=self.whole_number("layer_reduction_factor"),
+            memory_layers=[self.whole_number("retrieval_layer_index")],
             chunk_size=self.chunk_size,
             num_retrieved_tokens=self.num_retrieved_tokens,
-            side_options={
-                "hidden_act": self._activation("side_act", "gelu"),
-                "layer_norm_eps": float(self.setting("side_ln_eps") or 1e-5),
-            },
         )
 
     def _activation(self, name: str, usual: str) -> str:

@@ -163,11 +163,8 @@ def memory_values(memory: OfficialMemory, when: str) -> Values:
     counters = {f"memory/ntotal_{when}": count, f"memory/dstore_{when}": count}
     if when == "before" or not memory.keys.numel():
         return counters
-    return counters | {
-        "memory/index_keys": memory.search_keys,
-        "memory/keys": memory.keys,
-        "memory/vals": memory.values,
-    }
+    stored = {"memory/keys": memory.keys, "memory/vals": memory.values}
+    return {**counters, **stored, "memory/index_keys": memory.search_keys}
 
 
 def replay(recording: Recording, model: LongMemForCausalLM, run: str, *, is_fed: bool) -> Iterator[tuple[str, float]]:
@@ -178,33 +175,26 @@ def replay(recording: Recording, model: LongMemForCausalLM, run: str, *, is_fed:
     """
     memory = recording.new_memory(run, WatchedMemory)
     for number in recording.runs[run]:
-        recorded = without_sentinels(recording.step(run, number))
+        recorded = recording.step(run, number)
+        if recorded.keys() >= {"mem_layer/knn_index", "mem_layer/knn_score"}:
+            # Score 0, as it is used, where FAISS wrote the lowest number for a missing slot.
+            is_missing = recorded["mem_layer/knn_index"] < 0
+            recorded["mem_layer/knn_score"] = recorded["mem_layer/knn_score"].masked_fill(is_missing, 0.0)
         values = memory_values(memory, "before")
         forward, select = forward_values(model, memory, recorded["input_ids"], recorded.get("target"), recording.pad_id)
         values |= forward
         for name, parameter in model.side_network.named_parameters():
             if parameter.grad is not None:
                 values[f"grad/{official_name(name)}"] = parameter.grad
-        if not is_read_only(recorded, recorded["input_ids"].numel() // memory.chunk_size):
+        # A step that did not write, though it had chunks, has left its write pointer where it was.
+        before, after = (recorded.get(f"memory/dstore_{when}") for when in ("before", "after"))
+        has_moved = before is None or after is None or int(before) != int(after)
+        if has_moved or recorded["input_ids"].numel() < memory.chunk_size:
             source = recorded if is_fed else values
             heads = model.backbone.config.num_attention_heads
             memory.write(*([source[f"backbone_qkv/{x}"].unflatten(-1, (heads, -1)).transpose(1, 2)] for x in "kv"))
         values |= memory_values(memory, "after")
         yield from differences(values, recorded, select, is_fed)
-
-
-def is_read_only(recorded: Values, num_new: int) -> bool:
-    """Return whether a step did not write, though it had chunks: its write pointer stayed where it was."""
-    before, after = recorded.get("memory/dstore_before"), recorded.get("memory/dstore_after")
-    return num_new > 0 and before is not None and after is not None and int(before) == int(after)
-
-
-def without_sentinels(recorded: Values) -> Values:
-    """Return a step with score 0, as it is used, where FAISS wrote the lowest number for a missing slot."""
-    index, score = (recorded.get(f"mem_layer/knn_{what}") for what in ("index", "score"))
-    if index is None or score is None:
-        return recorded
-    return {**recorded, "mem_layer/knn_score": score.masked_fill(index < 0, 0.0)}
 
 
 def differences(values: Values, recorded: Values, select: Select, is_fed: bool) -> Iterator[tuple[str, float]]:
@@ -224,7 +214,11 @@ def differences(values: Values, recorded: Values, select: Select, is_fed: bool) 
         elif family in COUNTED:
             yield family, float((values[name] != expected).sum())
         else:
-            scale = unit(family, expected, recorded)
+            scale = 1.0  # sums are as imprecise in float32 as they are large
+            if family == "retrieval scores":
+                scale = max(1.0, float(expected.abs().max()))
+            elif family == "loss":
+                scale = float(recorded["target"].numel())
             yield family, distance(select(name, values[name]), select(name, expected)) / scale
             if is_fed and family == "stored keys and values":
                 yield "rows not bit-equal", float((values[name] != expected).sum())
@@ -232,13 +226,6 @@ def differences(values: Values, recorded: Values, select: Select, is_fed: bool) 
         for name in values.keys() - recorded.keys():
             if name.startswith("grad/"):
                 yield "gradients", float(values[name].abs().max())
-
-
-def unit(family: str, expected: Tensor, recorded: Values) -> float:
-    """Return what one unit of a family's difference is: sums are as imprecise in float32 as they are large."""
-    if family == "retrieval scores":
-        return max(1.0, float(expected.abs().max()))
-    return float(recorded["target"].numel()) if family == "loss" else 1.0
 
 
 def distance(one: Tensor, other: Tensor) -> float:

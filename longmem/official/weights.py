@@ -106,29 +106,19 @@ def build_backbone(weights: Mapping[str, Tensor], num_heads: int, **fields: Any)
 
 
 def build_model(
-    backbone: NewGPTForCausalLM,
-    weights: Mapping[str, Tensor],
-    *,
-    factor: int,
-    retrieval_layer: int,
-    chunk_size: int,
-    num_retrieved_tokens: int,
-    side_options: Mapping[str, Any],
-    **fields: Any,
+    backbone: NewGPTForCausalLM, weights: Mapping[str, Tensor], side_options: Mapping[str, Any], **fields: Any
 ) -> LongMemForCausalLM:
     """Return the released model on its backbone, with these side weights.
 
     Args:
         backbone: from `build_backbone`.
         weights: of the side network, under our names (`side_weights`).
-        factor, retrieval_layer, num_retrieved_tokens: `layer_reduction_factor`, `retrieval_layer_index` (of the backbone layer
-            that is stored, counted from 0) and `k` of the released code.
-        chunk_size: tokens of a chunk.
         side_options: settings of side layers beside their inner size; `layer_norm_eps` is the source's when left out.
-        fields: further fields of `LongMemConfig`.
+        fields: of `LongMemConfig`, among them `layer_reduction_factor` and `memory_layers`, the one layer that is stored.
 
     Raises ValueError if the weights do not fit each other or the settings.
     """
+    factor, (retrieval_layer,) = fields["layer_reduction_factor"], fields["memory_layers"]
     num_side_layers = count_layers(weights, r"layers\.(\d+)\.")
     readers = [int(name.split(".")[1]) for name in weights if name.endswith(".memory_bias")]
     if readers != [retrieval_layer // factor]:
@@ -146,12 +136,8 @@ def build_model(
     try:
         model = LongMemForCausalLM.from_backbone(
             backbone,
-            layer_reduction_factor=factor,
             num_side_layers=num_side_layers,
             side_layer_offset=1 if factor * (num_side_layers - 1) < last else 0,
-            memory_layers=[retrieval_layer],
-            chunk_size=chunk_size,
-            num_retrieved_tokens=num_retrieved_tokens,
             residual="paper",
             residual_states="post_norm",
             fusion="gated",

@@ -132,13 +132,6 @@ def own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def seeded_random_state(seed: int, device: torch.device) -> dict[str, str]:
-    """Return the states of generators that have just been seeded."""
-    with own_random_numbers(device):
-        torch.manual_seed(seed)
-        return random_state(device)
-
-
 def random_state(device: torch.device) -> dict[str, str]:
     """Return the states of the generators that sampling on `device` draws from, as text."""
     states = {"cpu": torch.get_rng_state()}

@@ -1,7 +1,5 @@
 """A stream: unlimited tokens in and out. A token is in the local window, or in memory once it has left it, never in both."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools
@@ -261,7 +259,7 @@ class MemoryStream:
     @classmethod
     def load(
         cls, folder: str | PathLike[str], model: StreamingModel, *, device: torch.device | str | None = None
-    ) -> MemoryStream:
+    ) -> "MemoryStream":
         """Return the stream saved in `folder`; it goes on as if it had never stopped.
 
         Its bank is on `device`; None: with the model.
@@ -296,7 +294,9 @@ def start_stream(
     window = model.config.segment_length if window is None else window
     if keep is None:
         keep = window - max(window // 2 // memory.chunk_size, 1) * memory.chunk_size
-    state = StreamState(document_id, window, keep, saved.seeded_random_state(seed, model.input_device))
+    with own_random_numbers(model.input_device):
+        torch.manual_seed(seed)
+        state = StreamState(document_id, window, keep, random_state(model.input_device))
     state.validate(model, memory.chunk_size)
     return MemoryStream(model, memory, state)
 
@@ -330,9 +330,8 @@ def decoded(tokenizer: Any, tokens: Iterable[int], skip_special_tokens: bool = F
     num_shown = 0
 
     def waiting() -> str:
-        shown, text = (
-            tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in (window[:num_shown], window)
-        )
+        options = {"skip_special_tokens": skip_special_tokens}
+        shown, text = (tokenizer.decode(ids, **options) for ids in (window[:num_shown], window))
         return text[len(shown) :]
 
     for token in tokens:

@@ -156,7 +156,12 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         try:
             progress = files.read_json(folder / PROGRESS)
-            self._refuse_other_origin(progress["origin"])
+            for name, now in self.trained.origin.items():
+                if (before := progress["origin"].get(name)) != now:
+                    raise ValueError(
+                        f"a run goes on with what it began with, but what `{name}` names has changed: its fingerprint was "
+                        f"{before} and is {now}; put it back, or give another `output`."
+                    )
             if accelerator.distributed_type in SHARDED:
                 if os.environ.get(TRUST) != "1":
                     raise ValueError(
@@ -185,14 +190,6 @@ class Checkpoints:
         files.check_folder(folder)
         if files.read_json(folder / PROGRESS).get("step") != step:
             raise ValueError(f"{folder} is not the checkpoint of step {step}.")
-
-    def _refuse_other_origin(self, before: Mapping[str, str]) -> None:
-        for name, now in self.trained.origin.items():
-            if before.get(name) != now:
-                raise ValueError(
-                    f"a run goes on with what it began with, but what `{name}` names has changed: its fingerprint was "
-                    f"{before.get(name)} and is {now}; put it back, or give another `output`."
-                )
 
     def _write_tensors(self, folder: Path, accelerator: Accelerator) -> None:
         side_network, state = accelerator.unwrap_model(self.trained.side_network), self.trained.optimizer.state_dict()

@@ -1,5 +1,6 @@
 """The figure of a training run."""
 
+import itertools
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -27,7 +28,10 @@ def plot_training(
     """
     if not records:
         raise ValueError("`records` must hold at least one step, got none; draw after the first line of the log.")
-    read = _tokens_read(records)
+    steps = [0, *(each.step for each in records)]
+    # Steps between two records, which are not in the log, read as many tokens.
+    tokens = (each.tokens * (each.step - last) for each, last in zip(records, steps, strict=False))
+    read = [float(total) for total in itertools.accumulate(tokens)]
     figure = new_figure((10, 7), title)
     grid = figure.add_gridspec(2, 2)
     has_gains = any(each.gain is not None for each in records)
@@ -38,7 +42,6 @@ def plot_training(
     _legend_below(losses)
     if validations:
         scored = _panel(figure, grid[0, 1], "Validation loss, all on the same tokens", "loss (nats per token)")
-        steps = [0, *(each.step for each in records)]
         places = np.interp([each.step for each in validations], steps, [0, *read]).tolist()
         _draw_validations(scored, places, validations)
 
@@ -89,16 +92,6 @@ def _draw_validations(axes: Any, places: Sequence[float], validations: Sequence[
 def _legend_below(axes: Any) -> None:
     """Put the legend where no line can be."""
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
-
-
-def _tokens_read(records: Sequence[StepRecord]) -> list[float]:
-    """Return the tokens read up to each record; steps between two records, which are not in the log, read as many."""
-    read, total, last = [], 0.0, 0
-    for record in records:
-        total += record.tokens * (record.step - last)
-        last = record.step
-        read.append(total)
-    return read
 
 
 def _draw_smooth(axes: Any, places: Sequence[float], values: Sequence[float | None], color: str, label: str) -> None:

@@ -5,30 +5,18 @@ It waits in a queue, which nothing reads but the training step of that very wind
 the same as without.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from longmem.data import LaneBatch
-from longmem.training.features import Features
-
-
-class FeatureSource(Protocol):
-    """What gives features of windows as `FrozenFeatures` does."""
-
-    def of(self, input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) -> Features:
-        """Return the features of a batch of windows."""
-
-    def losses_after(self, context: Int[Tensor, " context"], tokens: Int[Tensor, " tokens"]) -> Tensor:
-        """Return the backbone's losses of tokens with others before them."""
+from longmem.training.features import Features, FrozenFeatures
 
 
 class EncodeAhead:
@@ -45,13 +33,13 @@ class EncodeAhead:
 
     def __init__(
         self,
-        source: FeatureSource,
+        source: FrozenFeatures,
         batch_at: Callable[[int], LaneBatch],
         *,
         first: int,
         last: int,
         ahead: int,
-        lock: threading.Lock | None = None,
+        lock: "threading.Lock | None" = None,  # a function until Python 3.13
     ) -> None:
         self.source, self.ahead = source, ahead
         self._batch_at, self._next, self._last = batch_at, first, last

@@ -85,7 +85,12 @@ class FrozenFeatures:
             self._calls.setdefault(shape, BackboneStates(calls=features.states.calls))
             for number, (file, length) in enumerate(zip(files, lengths, strict=True)):
                 if kept[number] is None:
-                    kept[number] = row = real_tokens(self._row(features, number), length)
+                    # Tokens are the last axis of losses, which have one target less, and the one before it of all else.
+                    row = {
+                        name: (tensor[: length - 1] if name == "losses" else tensor[..., :length, :]).contiguous().cpu()
+                        for name, tensor in self._row(features, number).items()
+                    }
+                    kept[number] = row
                     self._save(file, row)
         rows = [padded(row, shape[1]) for row in kept if row is not None]
         return self._stacked(rows, self._calls[shape], input_ids)
@@ -180,15 +185,6 @@ def labels_of(input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) ->
     """Return the tokens as targets, -100 where there is padding."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return input_ids.masked_fill(positions >= torch.tensor(lengths, device=input_ids.device)[:, None], NO_LABEL)
-
-
-def real_tokens(row: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Return the first `length` tokens of a window's tensors, of losses one target less, on the CPU.
-
-    Tokens are the last axis of losses and the one before it of all else.
-    """
-    kept = {name: tensor[: length - 1] if name == "losses" else tensor[..., :length, :] for name, tensor in row.items()}
-    return {name: tensor.contiguous().cpu() for name, tensor in kept.items()}
 
 
 def padded(row: dict[str, Tensor], width: int) -> dict[str, Tensor]:

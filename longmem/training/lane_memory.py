@@ -72,11 +72,6 @@ class LaneMemories:
     def _new_bank(self, capacity: int) -> MemoryBank:
         return MemoryBank.for_model(self.model, capacity_tokens=capacity, **self.bank_options)
 
-    @property
-    def mean_tokens(self) -> float:
-        """Return the tokens that a lane can find in its own bank, averaged over lanes."""
-        return sum(bank.num_tokens for bank in self.banks) / len(self.banks)
-
     def prepare(self, batch: LaneBatch, step: int, capacity: int, batch_at: BatchAt, states_of: StatesOf) -> None:
         """Make the banks what they are before `batch`, of a step: rebuilt for a new capacity, emptied at document borders."""
         if capacity != self.capacity:

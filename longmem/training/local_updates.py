@@ -48,19 +48,15 @@ class LocalUpdates:
             return 1 / num_targets([[batch[lane] for lane in own] for batch in lengths])
         return self.accelerator.num_processes / num_targets(lengths)
 
+    @torch.no_grad()
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Average what is trained, and what the optimizer remembers of it, if that is due after `step` steps."""
-        if self.enabled and self.agree(step):
-            for tensors in groups_to_average(optimizer):
-                self._average(tensors)
-
-    @torch.no_grad()
-    def _average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their means over processes, in one message; they stay where they are."""
-        flat = torch.cat([tensor.reshape(-1).to(self.accelerator.device, torch.float32) for tensor in tensors])
-        mean = self.accelerator.reduce(flat, "mean")
-        for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        for tensors in groups_to_average(optimizer) if self.enabled and self.agree(step) else ():
+            # One message for each group; tensors stay where they are.
+            flat = torch.cat([tensor.reshape(-1).to(self.accelerator.device, torch.float32) for tensor in tensors])
+            mean = self.accelerator.reduce(flat, "mean")
+            for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
 
 def num_targets(lengths: Sequence[Sequence[int]]) -> int:

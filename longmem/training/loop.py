@@ -32,7 +32,7 @@ from longmem.settings.environment import chosen_device, environment
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints, Interruption, Trained
 from longmem.training.curve import plot_training
-from longmem.training.encode_ahead import EncodeAhead, FeatureSource
+from longmem.training.encode_ahead import EncodeAhead
 from longmem.training.extension import Extension
 from longmem.training.features import FrozenFeatures
 from longmem.training.lane_memory import LaneMemories, preceding_tokens, scheduled_capacity
@@ -91,7 +91,7 @@ class Trainer:
         if step := self.checkpoints.find(self.accelerator):
             self.checkpoints.refuse_changed_settings(settings, step)
         self.model = setup.make_model(settings, self.accelerator.device)
-        backbone = setup.backbone_fingerprint(self.model)  # before an extension changes it
+        origin = {"model.backbone": setup.backbone_fingerprint(self.model)}  # before an extension changes it
         for each in self.extensions:
             each.start(self)
         self.lanes = setup.make_lanes(settings, self.model.tokenizer, self.accelerator)
@@ -100,12 +100,14 @@ class Trainer:
         self.validation = setup.make_validation(settings, self.model, self.accelerator)
         kept = settings.features
         self.frozen = FrozenFeatures(self.model, kept.folder, getattr(torch, kept.dtype), kept.max_gigabytes)
-        self.features: FeatureSource = self.frozen
+        self.features: FrozenFeatures | EncodeAhead = self.frozen
         self.backbone_lock = threading.Lock()
-        options = setup.memory_options(settings)
+        dtype = "bfloat16" if optimization.mixed_precision == "bf16" else "float16"  # in which reading computes
+        options = {"index": settings.memory.index, "storage_dtype": dtype}
         for each in self.extensions:
             options |= each.bank_options()
-        self.memories = LaneMemories(self.model, len(self.own), **options)
+        keep, foreign = settings.data.at_document_border == "keep", settings.memory.foreign_lanes
+        self.memories = LaneMemories(self.model, len(self.own), keep_documents=keep, foreign_lanes=foreign, **options)
         self.trained = setup.select_trained(self.model, optimization.trained, reads_memory=settings.memory.enabled)
         further_groups = [group for each in self.extensions for group in each.parameter_groups()]
         self.further_parameters = [parameter for group in further_groups for parameter in group["params"]]
@@ -113,10 +115,8 @@ class Trainer:
         self.schedule = setup.make_schedule(optimizer, optimization, self.steps)
         self.side_network, self.optimizer = self.accelerator.prepare(self.model.side_network, optimizer)
         self.local_updates = LocalUpdates(self.accelerator, settings.exchange.every_steps, self.steps)
-        origin = {
-            "model.backbone": f"{backbone}-{setup.frozen_fingerprint(self.model)}",
-            "data.train": self.lanes.fingerprint,
-        }
+        origin["model.backbone"] += f"-{setup.frozen_fingerprint(self.model)}"
+        origin["data.train"] = self.lanes.fingerprint
         self.checkpoints.trained = Trained(self.side_network, self.optimizer, self.schedule, settings, origin)
         self.step = self.checkpoints.restore(self.accelerator)
 
@@ -208,7 +208,7 @@ class Trainer:
             capacity = scheduled_capacity(self.step, *growth)
             self.memories.prepare(batch, number, capacity, self._batch, self._states)
             banks = self.memories.readable(batch)
-            sums.memory_tokens += self.memories.mean_tokens
+            sums.memory_tokens += sum(bank.num_tokens for bank in self.memories.banks) / len(self.memories.banks)
         with self.accelerator.autocast():
             hidden_states, reads = self.side_network(features.states, banks)
             losses = token_losses(self.model, hidden_states, batch.labels)

@@ -1,6 +1,7 @@
 """A training run on the terminal: a bar over a line of its means, or a plain line now and then where nothing can move."""
 
 import contextlib
+import math
 import statistics
 import time
 from collections import deque
@@ -11,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from longmem.training.records import StepRecord
-
-ReportStep = Callable[[StepRecord], None]
 
 MEAN_OVER = 20  # steps; single steps differ by what their texts are
 SECONDS_BETWEEN_LINES = 30.0
@@ -51,34 +50,16 @@ def summary_of(records: deque[StepRecord] | list[StepRecord]) -> str:
 @contextlib.contextmanager
 def training_progress(
     console: Console, total_steps: int, done_steps: int = 0, seconds_between_lines: float = SECONDS_BETWEEN_LINES
-) -> Iterator[ReportStep]:
+) -> Iterator[Callable[[StepRecord], None]]:
     """Show how a run goes on from `done_steps` and yield what moves it: a function of the record of each step.
 
     Numbers are means over the last 20 records. A console that is no terminal gets a line for the first record, one
     every `seconds_between_lines` and one for the last step.
     """
     recent: deque[StepRecord] = deque(maxlen=MEAN_OVER)
-    if not console.is_terminal:
-        yield _plain_report(console, total_steps, done_steps, seconds_between_lines, recent)
-        return
-    time_left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
-    columns = (TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=32), time_left)
-    with BarOverText(*columns, console=console, speed_estimate_period=120) as bars:
-        task = bars.add_task("", total=total_steps, completed=done_steps)
+    began, last_line = time.monotonic(), -math.inf
 
-        def report(record: StepRecord) -> None:
-            recent.append(record)
-            bars.update(task, completed=record.step, description=summary_of(recent))
-
-        yield report
-
-
-def _plain_report(
-    console: Console, total_steps: int, done_steps: int, seconds_between_lines: float, recent: deque[StepRecord]
-) -> ReportStep:
-    began, last_line = time.monotonic(), -float("inf")
-
-    def report(record: StepRecord) -> None:
+    def say(record: StepRecord) -> None:
         nonlocal last_line
         recent.append(record)
         now = time.monotonic()
@@ -90,4 +71,16 @@ def _plain_report(
         line = f"step {record.step:,}/{total_steps:,}: {summary_of(recent)}{left}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    return report
+    if not console.is_terminal:
+        yield say
+        return
+    time_left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+    columns = (TextColumn("  step"), MofNCompleteColumn(), BarColumn(bar_width=32), time_left)
+    with BarOverText(*columns, console=console, speed_estimate_period=120) as bars:
+        task = bars.add_task("", total=total_steps, completed=done_steps)
+
+        def report(record: StepRecord) -> None:
+            recent.append(record)
+            bars.update(task, completed=record.step, description=summary_of(recent))
+
+        yield report

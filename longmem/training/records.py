@@ -4,8 +4,9 @@ import dataclasses
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
+from longmem.evaluation.folder import read_lines
 from longmem.files import append_lines, make_folder, write_file
 
 FILE = "log.jsonl"
@@ -83,11 +84,20 @@ class RunLog:
                 f"`folder` must have no {FILE} when a run begins, got {str(folder)!r}, which holds the log of another "
                 "run; resume that run, or choose another folder."
             )
-        writer = _summary_writer() if tensorboard else None  # an error before anything is written
+        try:
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "`logging.tensorboard` needs the package tensorboard, which is not installed; run `pip install "
+                "tensorboard`, or set `logging.tensorboard=false`: log.jsonl has the same numbers."
+            ) from error
         make_folder(folder)
         if resume_at is not None and self.path.exists():
-            _drop_from(self.path, resume_at)
-        self._tensorboard = None if writer is None else writer(str(folder / TENSORBOARD_FOLDER), purge_step=resume_at)
+            kept = [_to_line(record) for record in _read_records(self.path) if record.step < resume_at]
+            write_file(self.path, "".join(kept))
+        board = str(folder / TENSORBOARD_FOLDER)
+        self._tensorboard = SummaryWriter(board, purge_step=resume_at) if tensorboard else None
 
     def write(self, record: Record) -> None:
         """Add one record."""
@@ -128,32 +138,4 @@ def _to_line(record: Record) -> str:
 
 
 def _read_records(path: Path) -> list[Record]:
-    # Not `splitlines`: what follows the last line feed was cut off while it was written.
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            records.append(KINDS[values.pop("kind")](**values))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"Line {number} of {str(path)!r} must be a record of a training run, got {line[:80]!r}; delete the line."
-            ) from error
-    return records
-
-
-def _drop_from(path: Path, step: int) -> None:
-    """Rewrite a log without the records of `step` and later ones: all of it or nothing."""
-    kept = [record for record in _read_records(path) if record.step < step]
-    write_file(path, "".join(map(_to_line, kept)))
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "`logging.tensorboard` needs the package tensorboard, which is not installed; run `pip install "
-            "tensorboard`, or set `logging.tensorboard=false`: log.jsonl has the same numbers."
-        ) from error
-    return SummaryWriter
+    return read_lines(path, lambda values: KINDS[values.pop("kind")](**values), "a record of a training run")

@@ -22,11 +22,8 @@ from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
 from longmem.training.validation import Validation, validation_texts
 
-GATES = (
-    "memory_bias",
-    "memory_null",
-    "output_scale",
-)  # open or close a whole path; they may learn at a rate of their own
+# What opens or closes a whole path, and may learn at a rate of its own.
+GATES = ("memory_bias", "memory_null", "output_scale")
 
 
 def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCausalLM:
@@ -68,31 +65,20 @@ def frozen_fingerprint(model: LongMemForCausalLM) -> str:
 
 
 def open_corpus(
-    source: str,
-    max_tokens: int | None,
-    data: DataSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-    recall_share: float = 0.0,
+    source: str, data: DataSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, **options: Any
 ) -> Dataset:
     """Return tokenised documents; the first process of a machine tokenises, the others read what it kept."""
-    options: dict[str, Any] = {"text_column": data.text_column, "cache_dir": data.cache}
+    options |= {"text_column": data.text_column, "num_documents": data.num_documents, "cache_dir": data.cache}
     with accelerator.local_main_process_first():
-        return load_corpus(
-            source,
-            tokenizer,
-            max_tokens=max_tokens,
-            num_documents=data.num_documents,
-            recall_share=recall_share,
-            **options,
-        )
+        return load_corpus(source, tokenizer, **options)
 
 
 def make_lanes(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Lanes:
     """Return the lanes of text of all processes."""
     data = settings.data
+    options = {"max_tokens": data.max_train_tokens, "recall_share": data.recall_share}
     return Lanes(
-        open_corpus(data.train, data.max_train_tokens, data, tokenizer, accelerator, data.recall_share),
+        open_corpus(data.train, data, tokenizer, accelerator, **options),
         num_lanes=data.lanes,
         window=data.window,
         seed=settings.seed,
@@ -109,21 +95,27 @@ def make_validation(
     data, wanted = settings.data, settings.validation
     if data.validation is None:
         return None
-    corpus = open_corpus(data.validation, data.max_validation_tokens, data, model.tokenizer, accelerator)
+    corpus = open_corpus(data.validation, data, model.tokenizer, accelerator, max_tokens=data.max_validation_tokens)
     return Validation(model, validation_texts(corpus, wanted, data.window), data.window)
 
 
 def make_optimizer(
     trained: dict[str, nn.Parameter], wanted: OptimizationSettings, further_groups: Sequence[dict[str, Any]] = ()
 ) -> torch.optim.AdamW:
-    """Return AdamW over what is trained of the side network, and over further groups of parameters."""
-    groups = parameter_groups(
-        trained,
-        learning_rate=wanted.learning_rate,
-        gate_learning_rate=wanted.gate_learning_rate,
-        weight_decay=wanted.weight_decay,
-    )
-    return torch.optim.AdamW([*groups, *further_groups], betas=(wanted.beta1, wanted.beta2), eps=wanted.epsilon)
+    """Return AdamW over what is trained of the side network, and over further groups of parameters.
+
+    Matrices have weight decay, vectors none, gates none and a rate of their own.
+    """
+    gates = [parameter for name, parameter in trained.items() if name.endswith(GATES)]
+    others = [parameter for name, parameter in trained.items() if not name.endswith(GATES)]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in others if each.ndim > 1], "weight_decay": wanted.weight_decay},
+        {"params": [each for each in others if each.ndim <= 1], "weight_decay": 0.0},
+        {"params": gates, "lr": wanted.gate_learning_rate or wanted.learning_rate, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"betas": (wanted.beta1, wanted.beta2), "eps": wanted.epsilon}
+    return torch.optim.AdamW([*groups, *further_groups], lr=wanted.learning_rate, **options)
 
 
 def introduction(
@@ -176,16 +168,6 @@ def total_steps(wanted: OptimizationSettings, lanes: Lanes) -> int:
     return max(1, round(wanted.epochs * lanes.steps_per_epoch / wanted.gradient_accumulation))
 
 
-def memory_options(settings: TrainingSettings) -> dict[str, Any]:
-    """Return what the lanes' memories are made with."""
-    return {
-        "keep_documents": settings.data.at_document_border == "keep",
-        "foreign_lanes": settings.memory.foreign_lanes,
-        "index": settings.memory.index,
-        "storage_dtype": "bfloat16" if settings.optimization.mixed_precision == "bf16" else "float16",
-    }
-
-
 def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: bool) -> dict[str, nn.Parameter]:
     """Switch gradients on for what is trained, off for all else, and return it by its name in the side network.
 
@@ -198,9 +180,8 @@ def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: boo
     """
     model.requires_grad_(True)  # freezes the backbone, and what LoRA leaves frozen
     reading = [layer for layer in side_layers(model) if layer.memory_bias is not None]
-    wanted = {
-        id(each) for layer in reading for each in (layer.memory_bias, layer.memory_null, *layer.attention.parameters())
-    }
+    parts = ((layer.memory_bias, layer.memory_null, *layer.attention.parameters()) for layer in reading)
+    wanted = {id(each) for part in parts for each in part}
     if trained == "gates":
         wanted = {id(each) for name, each in model.side_network.named_parameters() if name.endswith(GATES)}
     chosen = {}
@@ -211,20 +192,6 @@ def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: boo
         if parameter.requires_grad:
             chosen[name] = parameter
     return chosen
-
-
-def parameter_groups(
-    parameters: dict[str, nn.Parameter], *, learning_rate: float, gate_learning_rate: float | None, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Return optimizer groups: matrices with weight decay, vectors without, gates without and at a rate of their own."""
-    gates = [parameter for name, parameter in parameters.items() if name.endswith(GATES)]
-    others = [parameter for name, parameter in parameters.items() if not name.endswith(GATES)]
-    groups = [
-        {"params": [each for each in others if each.ndim > 1], "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": [each for each in others if each.ndim <= 1], "lr": learning_rate, "weight_decay": 0.0},
-        {"params": gates, "lr": gate_learning_rate or learning_rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def side_layers(model: LongMemForCausalLM) -> list[SideLayer]:

@@ -75,7 +75,9 @@ class Validation:
         try:
             with torch.random.fork_rng(enabled=True), torch.no_grad():
                 if with_memory and not self._banks:
-                    self._banks = [self._memorized(text) for text in self.texts]
+                    for text in self.texts:
+                        self._banks.append(MemoryBank.for_model(self.model, capacity_tokens=None))
+                        self.model.memorize(self._banks[-1], text.past, text.name)
                 losses = self._losses(systems)
         finally:
             self.model.train(was_training)
@@ -84,11 +86,6 @@ class Validation:
 
     def _windows(self, text: ValidationText) -> list[Window]:
         return self.cut.row(0, len(text.rest) // self.cut.window)
-
-    def _memorized(self, text: ValidationText) -> MemoryBank:
-        bank = MemoryBank.for_model(self.model, capacity_tokens=None)
-        self.model.memorize(bank, text.past, text.name)
-        return bank
 
     def _losses(self, systems: list[str]) -> dict[str, float]:
         """Return the mean loss of each of these systems."""

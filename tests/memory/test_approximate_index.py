@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from longmem.memory.index import approximate as module
 from longmem.memory.index import arrays_of, exact_top_chunks, index_of, make_index
 from longmem.memory.index.approximate import LabelTable
-from longmem.memory.rows.storage import Chunks, ChunkStore, LayerShape
+from longmem.memory.rows.storage import Chunks, ChunkStore
 
 HEADS, DIM = 2, 8
 SMALL = 24  # rows from which the kinds approximate in these tests
@@ -40,9 +40,8 @@ class Follower:
     """Return a store and an index over it, with the changes that a bank makes, told in the bank's order."""
 
     def __init__(self, index: str, num_rows: int = 0):
-        self.name, self.seed = index, 0
-        shape = LayerShape(HEADS, DIM, 1)
-        self.store = ChunkStore(shape, chunk_size=1, capacity=10_000, dtype=torch.float32)
+        self.name, self.seed = index, -1
+        self.store = ChunkStore(self.chunks(0), 10_000)
         self.index = make_index(index, self.store)
         self.write(num_rows)
 
@@ -297,6 +296,6 @@ def test_what_does_not_fit_is_refused_and_built_anew():
     ],
 )
 def test_a_name_that_means_nothing_is_explained(index, message):
-    store = ChunkStore(LayerShape(HEADS, DIM, 1), chunk_size=1, capacity=10, dtype=torch.float32)
+    store = Follower("flat").store
     with pytest.raises(ValueError, match=message):
         make_index(index, store)

@@ -87,7 +87,7 @@ def some(*shape, seed=0):
 
 def store_on(device, rows=ROWS):
     keys = some(HEADS, rows, DIM).to(device)
-    return ChunkStore.of(Chunks(keys.unsqueeze(2), keys.unsqueeze(2), keys), capacity=10 * rows)
+    return ChunkStore(Chunks(keys.unsqueeze(2), keys.unsqueeze(2), keys), 10 * rows)
 
 
 def same(found, expected):

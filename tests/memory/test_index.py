@@ -13,7 +13,7 @@ HEADS, DIM = 3, 8
 
 def store_of(search_keys: torch.Tensor) -> ChunkStore:
     chunks = search_keys.unsqueeze(2).half()
-    return ChunkStore.of(Chunks(chunks, chunks, search_keys), capacity=1000)
+    return ChunkStore(Chunks(chunks, chunks, search_keys), 1000)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

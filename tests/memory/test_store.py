@@ -22,7 +22,7 @@ def random_chunks(num_chunks: int, seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def new_store(capacity: int = 64, dtype: torch.dtype = torch.float16) -> ChunkStore:
-    return ChunkStore(SHAPE, chunk_size=CHUNK_SIZE, capacity=capacity, dtype=dtype)
+    return ChunkStore(random_chunks(0, dtype=dtype), capacity)
 
 
 def filled_store(num_chunks: int, dtype: torch.dtype = torch.float16) -> ChunkStore:
@@ -99,7 +99,7 @@ def test_search_keys_are_the_stored_vectors_themselves():
 
 
 def test_a_store_of_given_chunks_knows_the_true_sizes(dtype):
-    store = ChunkStore.of(random_chunks(3, dtype=dtype), capacity=64)
+    store = ChunkStore(random_chunks(3, dtype=dtype), 64)
     assert store.shape == SHAPE
     store.write(torch.arange(3, 5), random_chunks(2, seed=1, dtype=dtype))
     whole = filled_store(3, dtype)

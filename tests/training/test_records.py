@@ -99,7 +99,7 @@ def test_bad_logs_are_explained(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     for damaged in ("{\n", "[]\n", '{"kind": "other"}\n', '{"kind": "step", "step": 1}\n', lines[1][:20] + "\n"):
         path.write_text("".join([lines[0], damaged, *lines[2:]]))
-        with pytest.raises(ValueError, match="Line 2 of .* must be a record of a training run"):
+        with pytest.raises(ValueError, match="line 2 of .* must be a record of a training run"):
             read_log(path)
     with pytest.raises(ValueError, match="which is no file"):
         read_log(tmp_path / "none.jsonl")

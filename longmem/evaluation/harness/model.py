@@ -1,7 +1,5 @@
 """LongMem as a model of lm-evaluation-harness: what overflows the window of a request is in a memory of that request."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Tasks of lm-evaluation-harness as one evaluation: lm-eval asks, every item becomes a record."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -110,10 +108,8 @@ class Harness(Task):
         return found
 
     def score(self, record: Record) -> Mapping[str, Any]:
-        return {
-            f"{record['task']}: {metric_title(metric, record['filter'])}": value
-            for metric, value in record["metrics"].items()
-        }
+        task, kind = record["task"], record["filter"]
+        return {f"{task}: {metric_title(metric, kind)}": value for metric, value in record["metrics"].items()}
 
     def cases(self, model: LongMemForCausalLM) -> list[Case]:
         """Return none: lm-eval asks. Raises ValueError if the tokenizer has no eos token, which it needs."""
@@ -124,9 +120,8 @@ class Harness(Task):
         """Return a hash of what each task asks: its configuration, wherever its data lie, and the items."""
         found = {}
         for name, task in self.tasks.items():
-            config = {
-                key: str(value) for key, value in task.dump_config().items() if not key.startswith(("dataset_", "meta"))
-            }
+            config = {key: str(value) for key, value in task.dump_config().items()}
+            config = {key: value for key, value in config.items() if not key.startswith(("dataset_", "meta"))}
             found[name] = digest([config, str([task.eval_docs[number] for number in self._items(task)])])
         return found
 
@@ -148,11 +143,8 @@ class Harness(Task):
 
     def _answers(self, lm: HFLM, name: str, task: Any, system: str, items: list[int]) -> list[dict[str, Any]]:
         """Return the records of a system's answers to a task; each has an even share of what they cost."""
-        settings, start, encoded = (
-            self.settings,
-            time.perf_counter(),
-            lm.encoded_tokens if isinstance(lm, LongMemLM) else 0,
-        )
+        settings, start = self.settings, time.perf_counter()
+        encoded = lm.encoded_tokens if isinstance(lm, LongMemLM) else 0
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         with without_warnings_of("lm_eval"):  # of every context that is cut off
             results = lm_eval.simple_evaluate(
@@ -235,15 +227,14 @@ def load_tasks(settings: HarnessSettings) -> tuple[TaskManager, dict[str, Any]]:
                 f"`tasks` must be tasks of lm-eval or of `include_path`, got {name!r}."
                 f"{did_you_mean(name, manager.all_tasks)}"
             )
+    wanted: list[Any] = []
+    for name in settings.tasks:
+        path = None if settings.data is None else Path(settings.data, f"{name}.jsonl").resolve()
+        if path is None or not path.is_file():
+            wanted.append(name)
+            continue
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
+        # lm-eval lets only the members of a group differ from what the task's file says.
+        wanted.append({"group": f"{name} with data", "task": [{"task": name, **data}]})
     with without_warnings_of("lm_eval"):
-        return manager, manager.load([with_data(name, settings.data) for name in settings.tasks])["tasks"]
-
-
-def with_data(task: str, folder: str | None) -> str | dict[str, Any]:
-    """Return a task, with the file that a folder holds for it if there is one."""
-    path = None if folder is None else Path(folder) / f"{task}.jsonl"
-    if path is None or not path.is_file():
-        return task
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path.resolve())}}}
-    # lm-eval lets only the members of a group differ from what the task's file says.
-    return {"group": f"{task} with data", "task": [{"task": task, **data}]}
+        return manager, manager.load(wanted)["tasks"]

@@ -1,14 +1,12 @@
 """Every system on the windows of every text."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rich.console import Console
 
-from longmem.console import counting, plain_table, token_progress
+from longmem.console import PlainTable, counting, token_progress
 from longmem.evaluation.folder import RunFolder, describe
 from longmem.evaluation.perplexity.scoring import Cut, GrowingMemory, Starts, WindowScores, make_views, score_windows
 from longmem.evaluation.perplexity.settings import PerplexitySettings
@@ -51,7 +49,7 @@ class Perplexity:
             metrics = summarize_texts(evaluate_texts(model, texts, settings, run, console), settings)
             run.finish(title=title, metrics=metrics, table=markdown(metrics), seed=settings.seed)
         for heading, tables in sections(metrics, brief=True):
-            console.print(f"\n[bold]{heading}[/]\n", *(plain_table(rows, title_of_system("on")) for rows in tables))
+            console.print(f"\n[bold]{heading}[/]\n", *(PlainTable(rows, title_of_system("on")) for rows in tables))
         return Finished(run.path, title, metrics)
 
 
@@ -68,7 +66,8 @@ def evaluate_texts(
     files = [file_of(run.path, number, each.name) for number, each in enumerate(texts)]
     left = [(each, file) for each, file in zip(texts, files, strict=True) if each.name not in run]
     if left:
-        starts = Starts(model, max(map(settings.memorized, settings.cuts)), **bank_options(settings))
+        options: dict[str, Any] = {"index": settings.index, "batch_size": settings.batch_size}
+        starts = Starts(model, max(map(settings.memorized, settings.cuts)), **options)
         runs = {(system, settings.run_on(cut, system)) for cut in settings.cuts for system in settings.systems}
         windows = [settings.windows(cut, len(each.token_ids), system) for each, _ in left for system, cut in runs]
         with token_progress("scored", console) as report:
@@ -121,14 +120,9 @@ def memories_of(
         if name in settings.systems and settings.plan == "books":
             memories[name], seconds[name] = starts.bank(ids, settings.memorized(cut))
         elif name in settings.systems:
-            options = {"capacity_tokens": settings.memory_tokens, **bank_options(settings)}
-            memories[name] = GrowingMemory(model, ids, **options)
+            options: dict[str, Any] = {"index": settings.index, "batch_size": settings.batch_size}
+            memories[name] = GrowingMemory(model, ids, capacity_tokens=settings.memory_tokens, **options)
     return memories, seconds
-
-
-def bank_options(settings: PerplexitySettings) -> dict[str, Any]:
-    """Return what all memories have in common."""
-    return {"index": settings.index, "batch_size": settings.batch_size}
 
 
 def record_of(scores: Mapping[Cut, TextScores], file: str) -> dict[str, Any]:

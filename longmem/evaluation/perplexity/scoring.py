@@ -1,7 +1,5 @@
 """Windows of a text, what each system sees of them, and the loss of every token that is scored."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +52,7 @@ class Cut:
             )
 
     @classmethod
-    def parse(cls, text: str) -> Cut:
+    def parse(cls, text: str) -> "Cut":
         """Return the cut written as window/stride."""
         window, _, stride = text.partition("/")
         if not (window.isdecimal() and stride.isdecimal()):
@@ -311,15 +309,15 @@ class WindowScores:
         """Return the mean loss of a token, in nats."""
         return torch.cat(self.losses).double().mean().item()
 
-    def part(self, windows: slice) -> WindowScores:
+    def part(self, windows: slice) -> "WindowScores":
         """Return the scores of some windows; as in `last`, the time of a scored token is taken as it was."""
         return self._with(self.losses[windows])
 
-    def last(self, scored: int) -> WindowScores:
+    def last(self, scored: int) -> "WindowScores":
         """Return the scores of the last tokens of every window."""
         return self._with(tuple(window[len(window) - scored :] for window in self.losses))
 
-    def _with(self, losses: tuple[Tensor, ...]) -> WindowScores:
+    def _with(self, losses: tuple[Tensor, ...]) -> "WindowScores":
         share = sum(map(len, losses)) / self.num_tokens
         seconds = {name: getattr(self, name) * share for name in ("seconds", "preparing_seconds")}
         return dataclasses.replace(self, losses=losses, **seconds)

@@ -1,7 +1,5 @@
 """Settings of the evaluation: which texts are read, and which of their windows are scored."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Literal
 
@@ -70,8 +68,7 @@ class PerplexitySettings(EvaluationSettings):
         if len(set(self.cuts)) < len(self.cuts):
             raise ValueError(f"`other_cuts` must be others than {self.cuts[0]}, and none twice, got {self.other_cuts}.")
         if self.plan == "books":
-            self._check_books()
-            return
+            return self._check_books()
         for field in dataclasses.fields(self):
             if field.name in ("other_cuts", "context_windows", "grow") and getattr(self, field.name) != field.default:
                 raise ValueError(f"`{field.name}` is for books, got {getattr(self, field.name)}; add plan=books.")

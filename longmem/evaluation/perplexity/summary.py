@@ -1,7 +1,5 @@
 """What losses say: perplexities by part, reductions, cost, savings by the distance of what is needed; and their tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,9 +64,8 @@ def summarize_texts(texts: Sequence[Mapping[Cut, TextScores]], settings: Perplex
         groups[ALL] = documents
         parts = {name: compare_texts(own, settings.systems, settings) for name, own in groups.items() if own}
         shown, distances = parts[ALL], gains_by_distance(documents, settings)
-    systems = {
-        name: {"title": title_of_system(name), **values["perplexity"]} for name, values in shown["systems"].items()
-    }
+    perplexities = {name: values["perplexity"] for name, values in shown["systems"].items()}
+    systems = {name: {"title": title_of_system(name), **each} for name, each in perplexities.items()}
     summary = {"measure": "perplexity", "systems": systems}
     about = {"plan": settings.plan, "baseline": settings.baseline}
     parity = [
@@ -191,7 +188,17 @@ def sections(metrics: Mapping[str, Any], *, brief: bool = False) -> Iterator[tup
     head = ["", "perplexity (95 %)", f"below {metrics['baseline']}, % (95 %)", "cost"]
     for name, part in metrics["parts"].items():
         if metrics["plan"] == "books":
-            yield book_heading(part), [[head, *system_rows(part, metrics)], comparison_rows(part)]
+            window, stride = part["cut"].split("/")
+            what = "all scored but the first token" if window == stride else f"the last {stride} of each scored"
+            heading = (
+                f"Windows of {window} tokens, {what}: {part['documents']} books, the first {part['windows']} windows of each, "
+                f"after {part['memorized_tokens']:,} memorized tokens"
+            )
+            compared = [["", "% (95 %)"]]  # reductions of perplexity
+            for pair, values in part["reductions_percent"].items():
+                better, worse = (title_of_system(system).removeprefix("LongMem, ") for system in pair.split("/"))
+                compared.append([f"perplexity: {better} below {worse}", spelled(values, "+.2f")])
+            yield heading, [[head, *system_rows(part, metrics)], compared]
         elif brief:
             yield document_heading(name, part), [[[*head[:-1], "s per token"], *system_rows(part, metrics)]]
     if metrics["plan"] == "documents" and not brief:
@@ -212,16 +219,6 @@ def document_heading(name: str, part: Mapping[str, Any]) -> str:
     return f"{name}: {part['documents']} document{plural}, {part['scored_tokens']:,} tokens scored"
 
 
-def book_heading(part: Mapping[str, Any]) -> str:
-    """Return how windows were cut, and what was scored of them."""
-    window, stride = part["cut"].split("/")
-    what = "all scored but the first token" if window == stride else f"the last {stride} of each scored"
-    return (
-        f"Windows of {window} tokens, {what}: {part['documents']} books, the first {part['windows']} windows of each, after "
-        f"{part['memorized_tokens']:,} memorized tokens"
-    )
-
-
 def system_rows(part: Mapping[str, Any], metrics: Mapping[str, Any], *, with_bits: bool = False) -> Rows:
     """Return a row for each system: perplexity, how far it is below the baseline's, perhaps bits per byte, and the cost.
 
@@ -236,15 +233,6 @@ def system_rows(part: Mapping[str, Any], metrics: Mapping[str, Any], *, with_bit
         bits = [spelled(values["bits_per_byte"], ".3f")] if with_bits else []
         cost = alone if alone == both else f"{alone} ({both})"
         rows.append([title_of_system(system), spelled(values["perplexity"], ".2f"), below, *bits, cost])
-    return rows
-
-
-def comparison_rows(part: Mapping[str, Any]) -> Rows:
-    """Return the table of comparisons, its head first: reductions of perplexity, in percent."""
-    rows = [["", "% (95 %)"]]
-    for pair, values in part["reductions_percent"].items():
-        better, worse = (title_of_system(system).removeprefix("LongMem, ") for system in pair.split("/"))
-        rows.append([f"perplexity: {better} below {worse}", spelled(values, "+.2f")])
     return rows
 
 

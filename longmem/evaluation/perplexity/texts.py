@@ -1,7 +1,5 @@
 """The texts that are scored as token ids, what is known of their tokens, and the scores with the file that keeps them."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -191,13 +189,13 @@ class TextScores:
         starts = [torch.full((window.num_scored,), window.start) for window in self.windows]
         return torch.cat(positions), torch.cat(starts)
 
-    def part(self, windows: slice) -> TextScores:
+    def part(self, windows: slice) -> "TextScores":
         """Return the scores of some windows."""
         own = {name: getattr(self, name)[windows] for name in ("windows", "distances", "num_bytes")}
         systems = {name: each.part(windows) for name, each in self.systems.items()}
         return dataclasses.replace(self, **own, systems=systems)
 
-    def by_window(self) -> list[TextScores]:
+    def by_window(self) -> "list[TextScores]":
         """Return the scores of each window."""
         return [self.part(slice(number, number + 1)) for number in range(len(self.windows))]
 

@@ -1,7 +1,5 @@
 """What the systems are called, and systems by their names."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The plain backbone with retrieved passages pasted into its window: what a user would do instead of a memory."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,17 +16,16 @@ Passage = list[int]
 
 
 class Bm25Ranker:
-    """Ranks passages by the words they share with a query (BM25, the library bm25s).
+    """Ranks passages by the words they share with a query (BM25, the library bm25s)."""
 
-    An `earlier` ranker is of no use: the weight of a word depends on all passages.
-    """
+    def __init__(self, model: LongMemForCausalLM) -> None:
+        self.model = model
 
-    def __init__(
-        self, model: LongMemForCausalLM, passages: Sequence[Passage], earlier: Bm25Ranker | None = None
-    ) -> None:
+    def index(self, passages: Sequence[Passage]) -> None:
+        """Rank these passages from now on."""
         import bm25s  # an extra: only this system needs it
 
-        self.model, self._count, self._ranker = model, len(passages), bm25s.BM25()
+        self._count, self._ranker = len(passages), bm25s.BM25()
         words = [self._words(passage) for passage in passages]
         self._known = {word for passage in words for word in passage}
         if self._known:  # bm25s cannot index passages without any words
@@ -48,18 +45,19 @@ class Bm25Ranker:
 class HiddenStateRanker:
     """Ranks passages by the cosine between mean hidden states of the backbone's last layer.
 
-    The backbone is run on every passage, by itself, unless an `earlier` ranker had it.
+    The backbone is run on every passage, by itself, unless it was among those before.
     """
 
-    def __init__(
-        self, model: LongMemForCausalLM, passages: Sequence[Passage], earlier: HiddenStateRanker | None = None
-    ) -> None:
+    def __init__(self, model: LongMemForCausalLM) -> None:
         self.model = model
         self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def index(self, passages: Sequence[Passage]) -> None:
+        """Rank these passages from now on."""
+        before, self._known = self._known, {}
         for passage in map(tuple, passages):
             if passage not in self._known:
-                vector = None if earlier is None else earlier._known.get(passage)
-                self._known[passage] = self._vector(passage) if vector is None else vector
+                self._known[passage] = before[passage] if passage in before else self._vector(passage)
         self._vectors = torch.stack([self._known[tuple(passage)] for passage in passages])
 
     def scores(self, query: Sequence[int]) -> Float[Tensor, " passages"]:
@@ -99,7 +97,7 @@ class RetrievalSystem(System):
         super().__init__(name, model, **options)
         self.passage_tokens, self.pasted_share, self.query_tokens = passage_tokens, pasted_share, query_tokens
         self._indexed: tuple[int, list[Passage]] | None = None  # tokens that were indexed, and their passages
-        self._ranker: Any = None  # of the last index; it outlives a reset, since the next stream may share passages
+        self._ranker = RANKERS[name](model)  # it outlives a reset, since the next stream may share passages
 
     def reset(self) -> None:
         super().reset()
@@ -135,7 +133,7 @@ class RetrievalSystem(System):
             return []
         if self._indexed is None or self._indexed[0] != stop:
             passages = cut_passages(self.passages, stop, self.passage_tokens)
-            self._ranker = RANKERS[self.name](self.model, passages, self._ranker)
+            self._ranker.index(passages)
             self._indexed = stop, passages
         _, passages = self._indexed
         chosen: list[int] = []

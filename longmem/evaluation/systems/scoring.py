@@ -1,7 +1,5 @@
 """What a system is asked, and how likely it finds continuations: a common context is run once, its cache serves them all."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -58,11 +56,6 @@ class Continuation:
         """Return the log-likelihood of the candidate."""
         return sum(self.logprobs)
 
-    @property
-    def mean(self) -> float:
-        """Return the log-likelihood per token."""
-        return self.total / len(self.logprobs)
-
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -70,11 +63,6 @@ class Answer:
 
     candidates: tuple[Continuation, ...]
     likeliest: int
-
-    def best(self, *, per_token: bool = False) -> int:
-        """Return the number of the likeliest candidate, the first of equals; by the mean of its tokens or their sum."""
-        values = [each.mean if per_token else each.total for each in self.candidates]
-        return values.index(max(values))
 
 
 Forward = Callable[..., Any]  # input_ids, cache, use_cache, logits_to_keep -> output with logits and cache

@@ -1,7 +1,5 @@
 """Everything that is compared: reset, feed, then score candidates or answer; the backbone, and LongMem with its memory."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import time

@@ -1,7 +1,5 @@
 """ChapterBreak: which of six passages begins the next chapter (Sun, Thai and Iyyer, 2022), at several lengths of context."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -65,25 +63,19 @@ def load_split(data: str, *, split: str | None = None, file: str | None = None, 
         )
     with in_format(FORMAT, path):
         content = json.loads(read_text(path))
-    name, works = pick_split(content, split, str(path))
-    return Split(name, examples_of(works, str(path)))
-
-
-def pick_split(content: Any, split: str | None, source: str) -> tuple[str, Mapping[str, Any]]:
-    """Return name and works of a split; a file may be a split itself."""
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{source} must hold {FORMAT}, got {type(content).__name__}.")
+        raise ValueError(f"{path} must hold {FORMAT}, got {type(content).__name__}.")
     if all(isinstance(works, list) for works in content.values()):
         if split is not None:
-            raise ValueError(f"`split` must be left out for {source}, which is a split itself, got {split!r}.")
-        return "", content
+            raise ValueError(f"`split` must be left out for {path}, which is a split itself, got {split!r}.")
+        content, split = {"": content}, ""
     if split is None and len(content) == 1:
         (split,) = content
     if split is None or split not in content:
-        raise ValueError(f"`split` must be one of {list(content)}, those of {source}, got {split!r}.")
+        raise ValueError(f"`split` must be one of {list(content)}, those of {path}, got {split!r}.")
     if not isinstance(content[split], dict):
-        raise ValueError(f"{source} must hold {FORMAT}, got {type(content[split]).__name__} in {split!r}.")
-    return split, content[split]
+        raise ValueError(f"{path} must hold {FORMAT}, got {type(content[split]).__name__} in {split!r}.")
+    return Split(split, examples_of(content[split], str(path)))
 
 
 def examples_of(works: Mapping[str, Any], source: str) -> list[Example]:
@@ -259,29 +251,26 @@ class ChapterBreak(Task):
             )
             for example, found in guesses
         ]
-        asked: set[tuple[str, int]] = set()
-        for length, used_by in seen.items():
-            systems: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-            for name, used in used_by.items():
-                if (name, used) not in asked:
-                    lengths = tuple(size for size, own in seen.items() if own.get(name) == used)
-                    systems.setdefault((used, lengths), []).append(name)
-            asked |= set(used_by.items())
-            for example, ids, item in zip(self.examples, contexts, items, strict=True):
-                cases += [
-                    Case(
-                        name=f"{example.name}/{'+'.join(map(str, lengths))}/{used}",
-                        items=[dataclasses.replace(item, about={"context_tokens": len(ids[-used:])})],
-                        group=example.work,
-                        memory=[ids[-used:]],
-                        local_tokens=settings.window - encoder.room,
-                        axes={"context": list(lengths)},
-                        subject=example.name,
-                        systems=names,
-                        stage=f"examples, {length:,} tokens",
-                    )
-                    for (used, lengths), names in systems.items()
-                ]
+        pairs = dict.fromkeys((name, used) for used_by in seen.values() for name, used in used_by.items())
+        systems: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+        for name, used in pairs:
+            lengths = tuple(size for size, used_by in seen.items() if used_by.get(name) == used)
+            systems.setdefault((used, lengths), []).append(name)
+        for (used, lengths), names in systems.items():
+            cases += [
+                Case(
+                    name=f"{example.name}/{'+'.join(map(str, lengths))}/{used}",
+                    items=[dataclasses.replace(item, about={"context_tokens": len(ids[-used:])})],
+                    group=example.work,
+                    memory=[ids[-used:]],
+                    local_tokens=settings.window - encoder.room,
+                    axes={"context": list(lengths)},
+                    subject=example.name,
+                    systems=names,
+                    stage=f"examples, {lengths[0]:,} tokens",
+                )
+                for example, ids, item in zip(self.examples, contexts, items, strict=True)
+            ]
         return cases
 
 

@@ -4,8 +4,6 @@ Asked: which version brought a change, which version is the latest one after an 
 All lists are in one memory, a document each, so that it can be told whether the right one was read.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import functools
@@ -15,7 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -136,10 +134,6 @@ class DatedText(NamedTuple):
         """Return how a change stands in memory: its version behind it, as it is asked for."""
         return f"[{release.date or 'no date'}] {change} ({self.name} {release.version})\n"
 
-    def date_at(self, place: int) -> str:
-        """Return the date of what stands at a character of the text."""
-        return next((each.date for each in reversed(self.releases) if each.start <= place), self.date)
-
 
 class Dated(ValueTask):
     """Facts and continuations, by their age; a choice is right if the right value is the likeliest per token.
@@ -150,10 +144,7 @@ class Dated(ValueTask):
     """
 
     name, title, kind = "dated", "dated texts", DatedSettings
-    axes = (
-        Axis("kind", "panel", values=("version", "latest", "continuation")),
-        Axis("age", values=("new", "old", "undated")),
-    )
+    axes = (Axis("kind", "panel", values=get_args(Kind)), Axis("age", values=get_args(Age)))
     sort_by = ("case", "item")
     measures = {
         **ValueTask.measures,
@@ -162,13 +153,9 @@ class Dated(ValueTask):
         "support": Measure("passage read most has the answer"),
         "freshness": Measure("weight on what is still true"),
     }
-    _documents: Mapping[str, Document] = {}
-    _notes: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    _lists: "Mapping[str, Kept]" = {}
     _hash = ""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        return self._notes
 
     def score(self, record: Record) -> Mapping[str, float]:
         found = {"likelihood": per_token(record)[record["right"]]}
@@ -187,18 +174,15 @@ class Dated(ValueTask):
         found = read_texts(settings.data)
         texts = [found[number] for number in spread(len(found), settings.num_texts)]
         tokens = functools.partial(tokenize, model.tokenizer, continues=True)
-        lists = {each.name: kept_of(each, settings.tokens_per_text, tokens) for each in texts if each.releases}
-        self._documents = {name: Document(tokens(own.before), tokens(own.text)) for name, own in lists.items()}
+        self._lists = {each.name: kept_of(each, settings.tokens_per_text, tokens) for each in texts if each.releases}
+        memory, written = [each.now for each in self._lists.values()], self.max_new_tokens
         cases = []
         for text in texts:
-            asked = [*facts_of(text, lists[text.name], settings, model)] if text.name in lists else []
+            asked = [*facts_of(text, self._lists[text.name], settings, model)] if text.name in self._lists else []
             for kind in ("version", "latest"):
                 items = [item for item in asked if item.about["kind"] == kind]
-                stage, memory = "facts", [each.now for each in self._documents.values()]
-                name, written = f"{kind}/{text.name}", settings.max_new_tokens if settings.generate else 0
-                cases.append(
-                    Case(name=name, group=text.name, items=items, memory=memory, max_new_tokens=written, stage=stage)
-                )
+                about: dict[str, Any] = {"name": f"{kind}/{text.name}", "group": text.name, "stage": "facts"}
+                cases.append(Case(items=items, memory=memory, max_new_tokens=written, **about))
             cases += continuations_of(text, tokens, settings)
         cases = [case for case in cases if case.items]
         if not cases:
@@ -208,35 +192,29 @@ class Dated(ValueTask):
             )
         counts = Counter(item.about["age"] for case in cases for item in case.items)
         self._hash = self._hash_of(cases)
-        self._notes = [self._told(texts, counts)]
-        asked_of = {kind: [c for c in cases if c.name.startswith(kind)] for kind in settings.kinds}
-        chosen = [case for own in asked_of.values() for case in self._limited(own)]
+        ages = ", ".join(f"{counts.get(age, 0)} {age}" for age in ("new", "old", "undated"))
+        self.notes = [
+            f"{len(texts)} texts ({', '.join(each.name for each in texts)}) have {sum(counts.values())} questions: {ages}. "
+            f"What is not new, from {settings.cutoff} on, the backbone may have been trained on. Hash of texts and "
+            f"questions: {self._hash}."
+        ]
+        chosen: dict[str, list[Item]] = {}  # of the ages that are asked, `limit` of each kind, by case
+        for kind in settings.kinds:
+            pairs = [(case.name, item) for case in cases if case.name.startswith(kind) for item in case.items]
+            pairs = [(name, item) for name, item in pairs if item.about["age"] in settings.ages]
+            for number in spread(len(pairs), settings.limit):
+                chosen.setdefault(pairs[number][0], []).append(pairs[number][1])
         if not chosen:
             raise ValueError(f"`ages` must be among those that are there, {dict(counts)}, got {list(settings.ages)}.")
-        return chosen
-
-    def _limited(self, cases: Sequence[Case]) -> Iterator[Case]:
-        """Yield cases with the questions that are asked of them."""
-        pairs = [(case, item) for case in cases for item in case.items if item.about["age"] in self.settings.ages]
-        kept = {id(pairs[number][1]) for number in spread(len(pairs), self.settings.limit)}
-        for case in cases:
-            if items := [item for item in case.items if id(item) in kept]:
-                yield dataclasses.replace(case, items=items)
-
-    def _told(self, texts: Sequence[DatedText], counts: Mapping[str, int]) -> str:
-        ages = ", ".join(f"{counts.get(age, 0)} {age}" for age in ("new", "old", "undated"))
-        return (
-            f"{len(texts)} texts ({', '.join(each.name for each in texts)}) have {sum(counts.values())} questions: {ages}. "
-            f"What is not new, from {self.settings.cutoff} on, the backbone may have been trained on. Hash of texts and "
-            f"questions: {self._hash}."
-        )
+        known = {case.name: case for case in cases}
+        return [dataclasses.replace(known[name], items=items) for name, items in chosen.items()]
 
     def identity(self, cases: Sequence[Case]) -> dict[str, Any]:
         """Return a hash of all texts and questions, and one of those that are asked."""
         return {"dated": self._hash, "asked": self._hash_of(cases)}
 
     def _hash_of(self, cases: Sequence[Case]) -> str:
-        documents = {name: [each.before, each.now] for name, each in self._documents.items()}
+        documents = {name: [each.before, each.now] for name, each in self._lists.items()}
         plain = [dataclasses.replace(case, memory=()) if case.stage == "facts" else case for case in cases]
         return digest([documents, super().identity(plain)])
 
@@ -244,14 +222,14 @@ class Dated(ValueTask):
         """Return all lists but the one that is asked about; of a continuation the start of another text."""
         if case.stage != "facts":
             return super().wrong(case, [each for each in cases if each.stage == case.stage])
-        others = [each.now for name, each in self._documents.items() if name != case.group]
+        others = [each.now for name, each in self._lists.items() if name != case.group]
         if not others:
             raise ValueError(f"`systems` must leave out `wrong` where there is one list of changes, {case.group}.")
         return dataclasses.replace(case, name="others", memory=others)
 
     def banks(self, model: LongMemForCausalLM) -> Banks:
         options = {"index": self.settings.index, "storage_dtype": self.settings.storage_dtype}
-        return DocumentBanks(model, self._documents, self.settings.superseded == "updated", **options)
+        return DocumentBanks(model, self._lists, self.settings.superseded == "updated", **options)
 
     @torch.no_grad()
     def placed(self, system: System, case: Case, item: Item) -> Mapping[str, Any]:
@@ -271,7 +249,7 @@ class Dated(ValueTask):
             place, weight = places[reads.chunks[entry]], float(reads.weights[entry])
             weights["" if place is None else place.document_id] += weight
             if place is not None:
-                size = len(self._documents[place.document_id.removesuffix(SUPERSEDED)].of(place.document_id))
+                size = len(self._lists[place.document_id.removesuffix(SUPERSEDED)].of(place.document_id))
                 passages[place.document_id, *span_around(place.start, size)] += weight
         total = sum(weights.values())
         if not total:
@@ -282,16 +260,17 @@ class Dated(ValueTask):
         if not passages:
             return found
         name, low, high = max(passages, key=passages.__getitem__)
-        ids_of = self._documents[name.removesuffix(SUPERSEDED)].of(name)
+        ids_of = self._lists[name.removesuffix(SUPERSEDED)].of(name)
         around = ids_of[max(0, low - CONTEXT_TOKENS) : high + CONTEXT_TOKENS]
         return {**found, "read": name, "passage": str(system.model.tokenizer.decode(around))}
 
 
-class Document(NamedTuple):
-    """Tokens of a list of changes: as it was before its newest release, and as it is now."""
+class Kept(NamedTuple):
+    """Tokens of a list of changes, as it was before its newest release and as it is now, with the releases in it."""
 
     before: list[int]
     now: list[int]
+    releases: Sequence[Release]
 
     def of(self, name: str) -> list[int]:
         """Return the tokens of a document of the memory."""
@@ -305,7 +284,7 @@ class DocumentBanks(Banks):
     """
 
     def __init__(
-        self, model: LongMemForCausalLM, documents: Mapping[str, Document], is_updated: bool, **options: Any
+        self, model: LongMemForCausalLM, documents: Mapping[str, Kept], is_updated: bool, **options: Any
     ) -> None:
         super().__init__(model, **options)
         self.documents, self.is_updated = documents, is_updated
@@ -318,32 +297,25 @@ class DocumentBanks(Banks):
             names = [name for name in self.documents if name != left_out]
             if names and ids == [token for name in names for token in self.documents[name].now]:
                 wanted = {*names, *(name + SUPERSEDED for name in names)}
-                bank = self._written()
-                return bank.select([each.document_id for each in bank.documents() if each.document_id in wanted])
+                if self._bank is None:
+                    self._bank = self._written()
+                there = [each.document_id for each in self._bank.documents()]
+                return self._bank.select([name for name in there if name in wanted])
         return super().of(ids)
 
     def _written(self) -> MemoryBank:
-        if self._bank is None:
-            self._bank = self.new()
-            for name, document in self.documents.items():
-                self.memorize(self._bank, document.before, name if self.is_updated else name + SUPERSEDED)
-                if self.is_updated:
-                    ids = torch.tensor(document.now)
-                    self.encoded_tokens += self._bank.update(name, ids, model=self.model, batch_size=self.batch_size)
-                else:
-                    self.memorize(self._bank, document.now, name)
-        return self._bank
+        bank = self.new()
+        for name, document in self.documents.items():
+            self.memorize(bank, document.before, name if self.is_updated else name + SUPERSEDED)
+            if self.is_updated:
+                options: dict[str, Any] = {"model": self.model, "batch_size": self.batch_size}
+                self.encoded_tokens += bank.update(name, torch.tensor(document.now), **options)
+            else:
+                self.memorize(bank, document.now, name)
+        return bank
 
 
 # What is asked ---------------------------------------------------------------------------------------------------------
-
-
-class Kept(NamedTuple):
-    """What of a list of changes goes into memory: before its newest release and now; the releases and changes in it."""
-
-    before: str
-    text: str
-    releases: Sequence[Release]
 
 
 def kept_of(text: DatedText, limit: int, tokens: Any) -> Kept:
@@ -367,16 +339,12 @@ def kept_of(text: DatedText, limit: int, tokens: Any) -> Kept:
         limit -= size
         kept.append(release._replace(changes=tuple(plain)))
         lines.append(own)
-    now, before = (
-        "".join(line for own in reversed(lines[first:]) for line in own) + latest(text.name, kept[first])
-        for first in (0, 1)
+    before, now = (
+        "".join(line for own in reversed(lines[first:]) for line in own)
+        + f"The latest version of {text.name} is {kept[first].version}, released {kept[first].date or 'on an unknown day'}.\n"
+        for first in (1, 0)
     )
-    return Kept(before, now, kept)
-
-
-def latest(name: str, release: Release) -> str:
-    """Return the last line of a list of changes."""
-    return f"The latest version of {name} is {release.version}, released {release.date or 'on an unknown day'}.\n"
+    return Kept(tokens(before), tokens(now), kept)
 
 
 def facts_of(text: DatedText, kept: Kept, settings: DatedSettings, model: LongMemForCausalLM) -> Iterator[Item]:
@@ -416,19 +384,12 @@ def continuations_of(text: DatedText, tokens: Any, settings: DatedSettings) -> I
         place = number * len(ids) // parts
         if place < 2 * settings.local_tokens or place + size > len(ids):
             continue  # what stands in the window would be nearly all there is
-        share = place / len(ids)
-        date = text.date_at(len(text.text) - len(body) + int(share * min(len(body), 8 * settings.tokens_per_text)))
+        character = len(text.text) - len(body) + int(place / len(ids) * min(len(body), 8 * settings.tokens_per_text))
+        date = next((each.date for each in reversed(text.releases) if each.start <= character), text.date)
         about = {"kind": "continuation", "age": settings.age(date), "date": date, "right": 0}
         item = Item(name=str(place), candidates=[ids[place : place + size]], about=about)
-        name = f"continuation/{text.name}/{place}"
-        yield Case(
-            name=name,
-            group=text.name,
-            items=[item],
-            memory=[ids[:place]],
-            local_tokens=settings.local_tokens,
-            stage="continuations",
-        )
+        told: dict[str, Any] = {"group": text.name, "stage": "continuations", "local_tokens": settings.local_tokens}
+        yield Case(name=f"continuation/{text.name}/{place}", items=[item], memory=[ids[:place]], **told)
 
 
 # Where texts come from -------------------------------------------------------------------------------------------------
@@ -457,12 +418,9 @@ def installed_texts() -> Iterator[DatedText]:
         metadata: Any = package.metadata
         name, texts = str(metadata["Name"]), [str(metadata.get_payload() or "")]
         for file in package.files or ():
-            if (
-                _LOG_NAME.match(file.name)
-                and Path(file.name).suffix.lower() in SUFFIXES
-                and Path(str(file.locate())).is_file()
-            ):
-                texts.append(Path(str(file.locate())).read_text("utf-8", "replace"))
+            path = Path(str(file.locate()))
+            if _LOG_NAME.match(path.name) and path.suffix.lower() in SUFFIXES and path.is_file():
+                texts.append(path.read_text("utf-8", "replace"))
         best_text = max((dated_text(name, text) for text in texts), key=lambda text: len(text.releases))
         if best_text.releases:
             yield best_text

@@ -1,7 +1,5 @@
 """Learning from many demonstrations: some stand in the window, thousands more in memory, and none is ever cut."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import random

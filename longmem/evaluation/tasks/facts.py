@@ -4,8 +4,6 @@
 sentence about a city. The question stands in the window alone; the text is in memory, or among the passages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import random
@@ -236,7 +234,7 @@ class Facts(ValueTask):
         return sorted(found, key=lambda case: case.axes["size"])
 
     def _hidden(
-        self, task: str, size: int, item: int, maker: FactMaker, tokenizer: PreTrainedTokenizerBase
+        self, task: str, size: int, item: int, maker: "FactMaker", tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[Case]:
         settings, length = self.settings, len(self.windows[0])
         tokens = functools.partial(tokenize, tokenizer, continues=True)

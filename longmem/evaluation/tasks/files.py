@@ -1,7 +1,5 @@
 """Files of benchmarks: what is read, and one form of the error for what has another format."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json

@@ -1,7 +1,5 @@
 """A long text in memory, encoded once, in windows that can be put aside while others, with facts in them, take their place."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -3,13 +3,11 @@
 Sets, draws, prompts and the first of three measures are those of LongMem's released script (eval_longmem_icl.py).
 """
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -90,8 +88,8 @@ class Source:
     """Split that is evaluated; None: validation for SST-2 and SST-5, test for the others. Demonstrations are from train."""
 
 
-def from_file(path: Path, kind: LabelledSet, *, official: bool) -> list[Example]:
-    """Return the examples in a file of LongMem's layout: .tsv with a head, text and label; any other without, label and text.
+def rows_of_file(path: Path, kind: LabelledSet, *, official: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield place, text and label of a file in LongMem's layout: .tsv with a head, text and label; others without, label first.
 
     With `official` .csv is read line by line, as the released script does: the label is the first character, the text begins
     at the third, and quotation marks stay, but for those at the ends of a set that strips them.
@@ -101,68 +99,56 @@ def from_file(path: Path, kind: LabelledSet, *, official: bool) -> list[Example]
             f"`data` must be a folder with LongMem's files of the classification sets, but {str(path)!r} is missing; name "
             "the folder that holds SST-2, mr, subj, sst-5 and mpqa, or choose other `sets`."
         )
-    rows = csv_rows(path) if path.suffix == ".csv" and not official else lines(path, kind)
-    return _some([_example(text, label, kind, kind.words, f"{path}, line {n},") for n, text, label in rows], str(path))
-
-
-def csv_rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield number of line, text and label of the rows of a CSV file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
+    is_csv = path.suffix == ".csv" and not official
+    with path.open(encoding="utf-8", newline="" if is_csv else None) as file:
+        reader = csv.reader(file if is_csv else ())
         for row in reader:
+            place = f"{path}, line {reader.line_num},"
             if len(row) != 2:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}, must be label,text, got {len(row)} columns: {row!r}."
-                )
-            yield reader.line_num, row[1], row[0]
-
-
-def lines(path: Path, kind: LabelledSet) -> Iterator[tuple[int, str, str]]:
-    """Yield number, text and label of the lines of a file, read as the released script does."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+                raise ValueError(f"{place} must be label,text, got {len(row)} columns: {row!r}.")
+            yield place, row[1], row[0]
+        for number, line in enumerate(file, start=1):  # nothing is left of CSV
             line = line.strip("\n")
             text, label = line[2:].strip('"' if kind.strips_quotes else ""), line[:1]
             if path.suffix == ".tsv":
                 text, _, label = line.rpartition("\t")
             if path.suffix != ".tsv" or label != "label":  # the head
-                yield number, text, label
+                yield f"{path}, line {number},", text, label
 
 
-def from_columns(source: Source, kind: LabelledSet, split: str) -> list[Example]:
-    """Return the examples in one split of a data set."""
-    examples = []
+def rows_of_columns(source: Source, split: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield place, text and label of the rows in one split of a data set."""
     for number, row in enumerate(load_rows(source.path, source.configuration, split), start=1):
-        where = f"row {number} of {split} of {source.path!r}"
+        place = f"row {number} of {split} of {source.path!r}"
         for column in (source.text, source.label):
             if column not in row:
                 raise ValueError(
-                    f"`sources` must name columns that are there, got {column!r} for {where}, which has {', '.join(row)}."
+                    f"`sources` must name columns that are there, got {column!r} for {place}, which has {', '.join(row)}."
                     f"{did_you_mean(column, row)}"
                 )
         if not isinstance(row[source.text], str):
-            raise ValueError(f"`{source.text}` must be a column of texts, got {row[source.text]!r} in {where}.")
-        examples.append(_example(row[source.text], row[source.label], kind, source.labels or kind.words, where))
-    return _some(examples, f"{split} of {source.path!r}")
+            raise ValueError(f"`{source.text}` must be a column of texts, got {row[source.text]!r} in {place}.")
+        yield place, row[source.text], row[source.label]
 
 
-def _example(text: str, label: Any, kind: LabelledSet, words: Sequence[str], where: str) -> Example:
-    """Return an example; `words` say which labels the numbers are."""
-    if label not in words:
-        number = int(label) if isinstance(label, str) and label.isdecimal() else label
-        if not isinstance(number, int) or not 0 <= number < len(words):
-            raise ValueError(
-                f"{where} must have as its label a number from 0 to {len(words) - 1} or one of {', '.join(words)}, got "
-                f"{label!r} with text {text[:40]!r}; name another column or file, or a split that has labels."
-            )
-        label = words[number]
-    return Example(text, kind.words.index(label))
-
-
-def _some(examples: list[Example], where: str) -> list[Example]:
-    if not examples:
-        raise ValueError(f"`data` must hold examples, got none in {where}.")
-    return examples
+def examples_of(
+    rows: Iterable[tuple[str, str, Any]], kind: LabelledSet, words: Sequence[str], name: str
+) -> list[Example]:
+    """Return the examples in rows, at least one; `words` say which labels the numbers are, `name` where the rows are from."""
+    found = []
+    for place, text, label in rows:
+        if label not in words:
+            number = int(label) if isinstance(label, str) and label.isdecimal() else label
+            if not isinstance(number, int) or not 0 <= number < len(words):
+                raise ValueError(
+                    f"{place} must have as its label a number from 0 to {len(words) - 1} or one of {', '.join(words)}, got "
+                    f"{label!r} with text {text[:40]!r}; name another column or file, or a split that has labels."
+                )
+            label = words[number]
+        found.append(Example(text, kind.words.index(label)))
+    if not found:
+        raise ValueError(f"`data` must hold examples, got none in {name}.")
+    return found
 
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
@@ -253,10 +239,17 @@ class Labelled(demonstrations.DemonstrationTask):
         own, kind = self.settings, SETS[name]
         if name in own.sources:
             source = own.source(name)
-            shown, asked = (from_columns(source, kind, split) for split in ("train", source.split or kind.split))
+            shown, asked = (
+                examples_of(
+                    rows_of_columns(source, split), kind, source.labels or kind.words, f"{split} of {source.path!r}"
+                )
+                for split in ("train", source.split or kind.split)
+            )
         else:
-            places = (Path(own.data).expanduser() / kind.folder / file for file in kind.files)
-            shown, asked = (from_file(place, kind, official=own.official_files) for place in places)
+            shown, asked = (
+                examples_of(rows_of_file(path, kind, official=own.official_files), kind, kind.words, str(path))
+                for path in (Path(own.data).expanduser() / kind.folder / file for file in kind.files)
+            )
         if max(own.demonstrations, own.memory_demonstrations) > len(shown):
             raise ValueError(
                 f"`demonstrations` and `memory_demonstrations` must be at most the examples of {name}, {len(shown)}, got "

@@ -4,8 +4,6 @@ Scores follow its `task_eval/evaluation.py` (commit 9228632) but for the words: 
 stems, so that numbers differ a little from published ones.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence

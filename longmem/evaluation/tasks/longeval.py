@@ -1,7 +1,5 @@
 """LongEval's prompts (Li and others, LongChat, 2023), taken apart: the record is in memory, its question in the window."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random
@@ -53,7 +51,7 @@ class LongEval(ValueTask):
             found += [self._case(model, task, prompts[number], number in chosen) for number in sorted(needed)]
         return found
 
-    def _case(self, model: LongMemForCausalLM, task: str, prompt: Prompt, is_asked: bool) -> Case:
+    def _case(self, model: LongMemForCausalLM, task: str, prompt: "Prompt", is_asked: bool) -> Case:
         """Return a prompt in tokens. Raises ValueError if the tokenizer does not say where in a text tokens are."""
         source = encodable(model, prompt.record)
         if source.char_ends is None:

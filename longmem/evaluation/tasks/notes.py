@@ -1,7 +1,5 @@
 """Notes told to memory, and questions about them in the chat format of an instruction-tuned model."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -58,14 +56,16 @@ class Notes(BankTask):
         for number, (note, question, answer) in enumerate(notes):
             memory.append(self.text[number * step : (number + 1) * step])
             memory.append(tokenize(tokenizer, f"\n\n{note}\n\n", continues=True))
-            ids = as_asked(tokenizer, question, way)
+            if way == "chat":
+                turns = [{"role": "user", "content": question}]
+                ids = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+            else:
+                ids = tokenize(tokenizer, f"\n\nQuestion: {question}\nAnswer:", continues=True)
             about = {"question": question, "answer": answer, "group": note}
             items.append(Item(name=str(number), token_ids=ids, about=about))
-        name = f"{way}/{size}"
+        name, written = f"{way}/{size}", self.settings.max_new_tokens
         axes = {"asked": way, "size": size}
-        return Case(
-            name=name, group=name, items=items, memory=memory, axes=axes, max_new_tokens=self.settings.max_new_tokens
-        )
+        return Case(name=name, group=name, items=items, memory=memory, axes=axes, max_new_tokens=written)
 
     def wrong(self, case: Case, cases: Sequence[Case]) -> Case:
         """Return the text alone."""
@@ -74,14 +74,6 @@ class Notes(BankTask):
     def score(self, record: Record) -> Mapping[str, float]:
         """Count an answer that has the value anywhere."""
         return {"answered": float(has_value(record["prediction"], record["answer"]))}
-
-
-def as_asked(tokenizer: PreTrainedTokenizerBase, question: str, way: str) -> list[int]:
-    """Return the tokens of a question up to where its answer begins."""
-    if way == "text":
-        return tokenize(tokenizer, f"\n\nQuestion: {question}\nAnswer:", continues=True)
-    messages = [{"role": "user", "content": question}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
 def has_value(text: str, value: str) -> bool:

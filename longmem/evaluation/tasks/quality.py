@@ -4,8 +4,6 @@ Two files are read: QuALITY's own (github.com/nyu-mll/quality, `QuALITY.v1.0.1.h
 line for each set of questions about an article, and L-Eval's selection `quality.jsonl` (github.com/OpenLMLab/LEval).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -53,11 +51,8 @@ class Quality(ReadingTask):
             choices = {"by letter": best(record["logprobs"])}
         else:
             choices = {"per token": best(per_token(record)), "summed": best(record["logprobs"])}
-        options = dict(enumerate(record["options"]))  # a letter may be beyond them
-        return {
-            rule: float(choice is not None and options.get(choice) == record["gold"])
-            for rule, choice in choices.items()
-        }
+        golds = {number for number, option in enumerate(record["options"]) if option == record["gold"]}
+        return {rule: float(choice in golds) for rule, choice in choices.items()}
 
     def chance(self, record: Record) -> float:
         return 1 / len(record["options"])

@@ -1,7 +1,5 @@
 """Questions about long documents, as QuALITY and LoCoMo have them: the end stands in the window, the rest is in memory."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import time

@@ -1,14 +1,12 @@
 """SQuAD v1.1 (Rajpurkar et al., 2016): questions about passages, after others with their answers; exact match and F1."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import random
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,53 +65,44 @@ def load_parted(data: str, demonstrations_data: str | None, seed: int) -> tuple[
 
 def load_passages(name: str) -> list[Passage]:
     """Return the passages of a JSON file, or of a data set on the Hub whose split stands behind a colon."""
+    path, _, split = name.rpartition(":")
     if name.endswith(".json"):
-        found = from_json(Path(name).expanduser())
+        rows: Iterable[dict[str, Any]] = rows_of(Path(name).expanduser())
+    elif path and split:
+        rows = load_rows(path, None, split)
     else:
-        path, _, split = name.rpartition(":")
-        if not path or not split:
-            raise ValueError(
-                "`data` must be a .json file or, for a data set, name:split as in rajpurkar/squad:validation, got "
-                f"{name!r}."
-            )
-        found = from_rows(load_rows(path, None, split), name)
-    if not found:
-        raise ValueError(f"`data` must hold passages with questions, got none in {name}.")
-    return found
-
-
-def from_json(path: Path) -> list[Passage]:
-    """Return the passages of a file in the format of SQuAD v1.1."""
-    found = []
-    with in_format("in the format of SQuAD v1.1 (data, paragraphs, context, qas, answers)", path):
-        for number, article in enumerate(json.loads(read_text(path))["data"]):
-            title = article.get("title", str(number))
-            for paragraph in article["paragraphs"]:
-                asked = [(each, [answer["text"] for answer in each["answers"]]) for each in paragraph["qas"]]
-                found.append([_asked(*each, paragraph["context"], title, str(path)) for each in asked])
-    return [passage for passage in found if passage]
-
-
-def from_rows(rows: Any, name: str) -> list[Passage]:
-    """Return the passages of rows with the columns id, title, context, question and answers, one for each question."""
+        raise ValueError(
+            f"`data` must be a .json file or, for a data set, name:split as in rajpurkar/squad:validation, got {name!r}."
+        )
     found: dict[tuple[str, str], Passage] = {}
     for row in rows:
         missing = [column for column in ("id", "title", "context", "question", "answers") if column not in row]
         if missing:
             raise ValueError(f"{name!r} must have the columns of SQuAD v1.1, got none called {', '.join(missing)}.")
-        asked = _asked(row, row["answers"]["text"], row["context"], row["title"], name)
+        if not (answers := row["answers"]["text"]):
+            raise ValueError(
+                f"{name} must have an answer to every question, as SQuAD v1.1 has, got none for {row['id']!r}; leave out "
+                "what cannot be answered."
+            )
+        passage = " ".join(row["context"].split("\n"))  # a line break ends an answer, and would end a passage
+        asked = Asked(str(row["id"]), row["question"], tuple(answers), passage, row["title"])
         found.setdefault((row["title"], row["context"]), []).append(asked)
+    if not found:
+        raise ValueError(f"`data` must hold passages with questions, got none in {name}.")
     return list(found.values())
 
 
-def _asked(row: Any, answers: Sequence[str], context: str, title: str, where: str) -> Asked:
-    if not answers:
-        raise ValueError(
-            f"{where} must have an answer to every question, as SQuAD v1.1 has, got none for {row['id']!r}; leave out what "
-            "cannot be answered."
-        )
-    # A line break ends an answer, and would end a passage.
-    return Asked(str(row["id"]), row["question"], tuple(answers), " ".join(context.split("\n")), title)
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the questions of a file in the format of SQuAD v1.1, as the rows of its data set."""
+    found = []
+    with in_format("in the format of SQuAD v1.1 (data, paragraphs, context, qas, answers)", path):
+        for number, article in enumerate(json.loads(read_text(path))["data"]):
+            for paragraph in article["paragraphs"]:
+                about = {"title": article.get("title", str(number)), "context": paragraph["context"]}
+                for each in paragraph["qas"]:
+                    answers = {"text": [answer["text"] for answer in each["answers"]]}
+                    found.append({**each, **about, "answers": answers})
+    return found
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -161,9 +161,9 @@ def validate_index(index: object) -> None:
 def make_index(index: str, store: LayerRows) -> ChunkIndex:
     """Return an index over `store` of the kind and with the settings that `index` names.
 
-    >>> from longmem.memory.rows.storage import ChunkStore, LayerShape
+    >>> from longmem.memory.rows.storage import ChunkStore, cut_into_chunks
     >>> import torch
-    >>> store = ChunkStore(LayerShape(2, 3, 5), chunk_size=4, capacity=16, dtype=torch.float16)
+    >>> store = ChunkStore(cut_into_chunks(torch.ones(2, 8, 3), torch.ones(2, 8, 5), 4, torch.float16))
     >>> make_index("ivf:probed_share=0.5", store).chosen["probed_share"]
     0.5
     """

@@ -129,6 +129,6 @@ def _store_of(search_keys: Float[Tensor, "kv_heads rows dim"], chunk_size: int |
     if chunk_size is not None:
         none = torch.empty(heads, rows // chunk_size, 0)
         keys = search_keys.unflatten(1, (-1, chunk_size))
-        return ChunkStore.of(Chunks(keys, keys, none), capacity=rows // chunk_size)
+        return ChunkStore(Chunks(keys, keys, none), rows // chunk_size)
     keys = torch.empty(heads, rows, 0, dim)
-    return ChunkStore.of(Chunks(keys, keys, search_keys), capacity=rows)
+    return ChunkStore(Chunks(keys, keys, search_keys), rows)

@@ -1,7 +1,5 @@
 """Encoding again: stale segments, exactly as they were written, one document after the other, each at one stroke."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import itertools
@@ -82,12 +80,12 @@ class RefreshReport:
     probed_tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, other: RefreshReport) -> None:
+    def add(self, other: "RefreshReport") -> None:
         """Add what another refresh did."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
-    def since(self, before: RefreshReport) -> RefreshReport:
+    def since(self, before: "RefreshReport") -> "RefreshReport":
         """Return what was done after an earlier state of this report."""
         return RefreshReport(**{name: value - getattr(before, name) for name, value in vars(self).items()})
 

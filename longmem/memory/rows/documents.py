@@ -1,7 +1,5 @@
 """What a bank knows about one document: its rows, its source text, its tags and how often it was read."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -67,7 +65,7 @@ class IntQueue:
         self._start, self._stop = 0, len(self._held)
 
     @classmethod
-    def of_range(cls, values: range) -> IntQueue:
+    def of_range(cls, values: range) -> "IntQueue":
         """Return a queue of consecutive integers."""
         queue = cls.__new__(cls)
         queue._held, queue._start, queue._stop = values, 0, len(values)
@@ -126,7 +124,7 @@ class SourcePart:
     text: str | None = None
     char_ends: Int[Tensor, " tokens"] | None = None
 
-    def part(self, start: int, stop: int) -> SourcePart:
+    def part(self, start: int, stop: int) -> "SourcePart":
         """Return the source of tokens from `start` to `stop`."""
         ids = self.token_ids[start:stop]
         if self.text is None or self.char_ends is None:
@@ -205,19 +203,12 @@ class Source:
 class Run:
     """A run of consecutive chunks of one document, written together."""
 
-    document: Document
+    document: "Document"
     num_chunks: int
     written_at: float
     order: int
     slot: int = -1  # where the first of them is on disk
     stored: tuple[int, int, int] | None = None  # what the catalogue holds: first chunk, number of chunks, slot
-
-
-class Runs(list["Run"]):
-    """The runs of a document, oldest first; a list, because an empty deque takes more room than the rest of a document."""
-
-    def popleft(self) -> Run:
-        return self.pop(0)
 
 
 @dataclass(eq=False, slots=True)
@@ -242,7 +233,8 @@ class Document:
     last_read: float = 0.0
     written_at: float = field(default_factory=time.time)
     rows: IntQueue = field(default_factory=IntQueue)
-    runs: Runs = field(default_factory=Runs)
+    # Oldest first; a list, because an empty deque takes more room than the rest of a document.
+    runs: list[Run] = field(default_factory=list)
     # Source of the resident tokens; None where the writer gave none. A bank on disk puts a function here that reads it when
     # it is needed.
     source_or_reader: Source | Callable[[], Source | None] | None = None

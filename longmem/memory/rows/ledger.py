@@ -283,7 +283,7 @@ class Ledger:
                 run.slot += gone * (run.slot >= 0)
                 count -= gone
                 if not run.num_chunks:
-                    del self.runs[document.runs.popleft().order]
+                    del self.runs[document.runs.pop(0).order]
         self.forget_names(forgotten)
         return torch.cat(rows)
 

@@ -3,8 +3,6 @@
 Keys and values are contextual, so a segment is the smallest thing that can be encoded again and come out the same.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -131,7 +129,7 @@ class Segments:
         is_one = len(kinds) == 1 and (len(self._described) == self._described[0][2] == 1 or (*kinds,)[0][1] < 0)
         return kinds.pop() if is_one else None
 
-    def copy(self) -> Segments:
+    def copy(self) -> "Segments":
         """Return the same segments, to go on by themselves."""
         return Segments(map(replace, self._segments))
 
@@ -147,7 +145,7 @@ class Segments:
         return runs
 
     @classmethod
-    def from_json(cls, runs: Sequence[Sequence[int]]) -> Segments:
+    def from_json(cls, runs: Sequence[Sequence[int]]) -> "Segments":
         """Return the segments that `to_json` described."""
         segments = cls.__new__(cls)
         segments._listed, segments._described = None, runs

@@ -256,42 +256,18 @@ class ChunkStore:
     """A store for the chunks of one memory layer: at most `capacity` rows (None: no limit), one chunk in each.
 
     Live rows are always `[0, num_rows)`: whoever frees a row in the middle moves the last live row into it. So exact
-    search runs over one dense tensor without a mask. Memory grows by doubling, up to `capacity` rows.
+    search runs over one dense tensor without a mask. Memory grows by doubling, up to `capacity` rows. It begins with `chunks`,
+    perhaps none, row by row, in these very tensors (which may be memory-mapped).
 
-    >>> store = ChunkStore(LayerShape(2, 3, 5), chunk_size=4, capacity=16, dtype=torch.float16)
-    >>> store.write(torch.arange(2), cut_into_chunks(torch.ones(2, 8, 3), torch.ones(2, 8, 5), 4, torch.float16))
+    >>> store = ChunkStore(cut_into_chunks(torch.ones(2, 8, 3), torch.ones(2, 8, 5), 4, torch.float16))
     >>> store.num_rows, tuple(store.search_keys.shape)
     (2, (2, 2, 3))
     """
 
-    def __init__(
-        self,
-        shape: LayerShape,
-        *,
-        chunk_size: int,
-        capacity: int | None = None,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.shape = shape
-        self.capacity = capacity
-        self.num_rows = 0
-        heads, key_dim, value_dim, by_token = shape
-        self._tensors = Chunks(
-            torch.empty(heads, 0, chunk_size, stored_width(key_dim, dtype), dtype=dtype, device=device),
-            torch.empty(heads, 0, chunk_size, stored_width(value_dim, dtype), dtype=dtype, device=device),
-            torch.empty(heads, 0, 0 if by_token else key_dim, dtype=torch.float32, device=device),
-        )
-
-    @classmethod
-    def of(cls, chunks: Chunks, *, capacity: int | None = None) -> ChunkStore:
-        """Return a store that holds `chunks`, row by row, in these very tensors (which may be memory-mapped)."""
-        keys = chunks.keys
-        shape = shape_of(chunks)
-        store = cls(shape, chunk_size=keys.shape[2], capacity=capacity, dtype=keys.dtype, device=keys.device)
-        store._tensors = chunks
-        store.num_rows = keys.shape[1]
-        return store
+    def __init__(self, chunks: Chunks, capacity: int | None = None) -> None:
+        self.shape, self.capacity = shape_of(chunks), capacity
+        self.num_rows = chunks.keys.shape[1]
+        self._tensors = chunks
 
     @property
     def live(self) -> Chunks:
@@ -404,9 +380,8 @@ class Storage(Protocol):
     def keep(self, rows: Int[Tensor, " chunks"]) -> Storage: ...
     def recheck(self) -> None: ...  # so that what is selected next is found to be as it was written
     def gather(self, position: int, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues: ...
-    def stored(
-        self, position: int
-    ) -> tuple[Tensor, Tensor] | None: ...  # tensors with all rows, None where there are none
+    # Tensors with all rows, None where there are none.
+    def stored(self, position: int) -> tuple[Tensor, Tensor] | None: ...
 
 
 class MemoryStorage:
@@ -443,7 +418,7 @@ class MemoryStorage:
     def reserve(self, layers: Sequence[Chunks], num_rows: int) -> None:
         if not self.stores:
             empty = [Chunks(*(tensor[:, :0].clone() for tensor in layer)) for layer in layers]
-            self.stores = [ChunkStore.of(layer, capacity=self.capacity) for layer in empty]
+            self.stores = [ChunkStore(layer, self.capacity) for layer in empty]
             self.shapes = [store.shape for store in self.stores]
         names = names_on_device(*self._sizes, num_rows, self._budget)
         if names != self._names:
@@ -478,7 +453,7 @@ class MemoryStorage:
 
     def keep(self, rows: Int[Tensor, " chunks"]) -> MemoryStorage:
         twin = MemoryStorage()
-        twin.stores = [ChunkStore.of(chunks) for chunks in self.select(rows)]
+        twin.stores = [ChunkStore(chunks) for chunks in self.select(rows)]
         twin.shapes = self.shapes
         return twin
 

@@ -20,7 +20,7 @@ from longmem.encoder.history import Encoders
 from longmem.memory.checks import MOST_CHUNKS, refuse_search
 from longmem.memory.eviction import EvictionPolicy, make_policy
 from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, TokenIndex, make_index
-from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Runs, Source, SourcePart
+from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Source, SourcePart
 from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.segments import Joins
 from longmem.memory.rows.storage import (
@@ -37,14 +37,14 @@ from longmem.memory.rows.storage import (
 
 # Arguments of a table, beside its storage.
 SETTINGS = (
-    "eviction",
     "chunk_size",
     "capacity_tokens",
     "capacity_bytes",
+    "by_token",
     "index",
+    "eviction",
     "storage_dtype",
     "device",
-    "by_token",
 )
 TURN_SECONDS = 120.0  # that a thread waits for another that changes the bank
 DEFAULT_CAPACITY = 65_536  # tokens that a bank can hold if nobody says how many: the paper's
@@ -247,7 +247,7 @@ class Table:
         self._remove(*self.ledger.close(old))
         # What was said of the document stays; the other fields are of the new text.
         said = {name: getattr(old, name) for name in SAID_OF_A_DOCUMENT}
-        twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=Runs(), **said)
+        twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=[], **said)
         self._write(twin, chunks, torch.empty(0, dtype=torch.int64))
 
     def overwrite(self, document: Document, start: int, tokens: Sequence[LayerTokens]) -> None:
@@ -307,7 +307,7 @@ class Table:
         target.encoders = self.encoders.copy()
         twins: dict[int, Document] = {}
         for document in self.ledger.documents.values():
-            twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=Runs(), source_or_reader=None)
+            twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=[], source_or_reader=None)
             twin.segments = document.segments.copy()
             if document.source is not None:  # characters go on to be counted from the start of the document
                 twin.source_or_reader = Source(document.source.has_text, document.source.first_char)
