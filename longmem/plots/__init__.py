@@ -1,4 +1,4 @@
-"""Figures of evaluations and of training runs."""
+"""Figures of evaluations, of training runs and of costs."""
 
 from longmem.plots.accuracy import plot_accuracies, plot_evaluation, plot_finished, plot_runs, plot_summaries
 from longmem.plots.banks import plot_staleness, plot_tuning

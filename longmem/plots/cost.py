@@ -7,7 +7,7 @@ from typing import Any
 
 from longmem.plots.style import COLORS, CONTEXT_COLOR, new_figure, panels_of, save_figure, tidy
 
-INDEX_STYLES = {"auto": "-", "flat": "--"}
+INDEX_STYLES = {"auto": ("-", "o"), "flat": ("--", "^")}
 
 
 def plot_cost(path: str | PathLike[str], runs: Sequence[Mapping[str, Any]], *, title: str) -> None:
@@ -19,9 +19,9 @@ def plot_cost(path: str | PathLike[str], runs: Sequence[Mapping[str, Any]], *, t
     stored = [run["setup"]["stored"] for run in runs]
     figure = new_figure((13, 4.4), textwrap.fill(title, 120))
     token, prompt, size = panels_of(figure, 3, 3)
-    for kind, style in INDEX_STYLES.items():
+    for kind, (style, marker) in INDEX_STYLES.items():
         name = f"LongMem, {'exact' if kind == 'flat' else 'approximate'} search"
-        look: dict[str, Any] = {"color": COLORS["on"], "linestyle": style, "marker": "o", "label": name}
+        look: dict[str, Any] = {"color": COLORS["on"], "linestyle": style, "marker": marker, "label": name}
         off, extra = "memory off / backbone, forward", "(memory on"
         token.plot(stored, [1 / _speed(run, "with the window of", kind) for run in runs], **look)
         prompt.plot(stored, [_ratio(run, off) + _ratio(run, extra, f"; {kind} index") for run in runs], **look)
@@ -47,6 +47,7 @@ def plot_cost(path: str | PathLike[str], runs: Sequence[Mapping[str, Any]], *, t
         axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
+        axes.margins(y=0.3)
         axes.legend(fontsize=8, frameon=False)
         tidy(axes, "y")
     for axes in (token, prompt):
