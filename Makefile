@@ -7,6 +7,7 @@
 #   make check-latest   a few tests with the newest releases that pyproject.toml allows, in .venv-latest
 #   make check-pythons  the same tests with each Python from 3.11 to 3.13 that this machine has
 #   make docs           the site, into build/site, and docs/supported-models.md from the list that the tests use
+#   make pictures       docs/pictures/{recall,cost}.png, from the figures in docs/results
 #   make format         rewrite the code in the project's format
 #
 # make demo PYTHON=python3.12                                        another Python (3.11 or newer)
@@ -27,7 +28,7 @@ INSTALLED := $(VENV)/.installed
 # One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
 WORKERS := auto --maxprocesses 4
 
-.PHONY: demo test test-gpu check check-latest check-pythons docs site format env
+.PHONY: demo test test-gpu check check-latest check-pythons docs site pictures format env
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -71,6 +72,9 @@ site: $(INSTALLED)
 	@cp -r --parents README.md CONTRIBUTING.md CHANGELOG.md docs $$(find experiments -name '*.md') build/pages
 	@$(PIP) $(INSTALL) -e '.[docs]'
 	@PATH="$(abspath $(BIN)):$$PATH" zensical build --strict --clean
+
+pictures: $(INSTALLED)
+	@$(BIN)/python docs/draw_pictures.py
 
 env: $(INSTALLED)
 

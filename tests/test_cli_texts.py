@@ -200,6 +200,10 @@ def test_a_message_is_continued_in_the_form_of_a_talk(bank, run):
         for prompt, *more in (["the cat", "--chat"], [by_hand], ["the cat"])
     ]
     assert answers[0] == answers[1] != answers[2]
+    shown = [run(*asked[:-1], "--prompt", "the cat", *more)[1] for more in (["--chat"], [])]
+    assert shown[0].strip().startswith(answers[0].strip()[:4])
+    assert "the cat" not in shown[0]
+    assert shown[1].startswith("the cat")
 
 
 @pytest.mark.parametrize(

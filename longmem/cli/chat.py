@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     from longmem.memory import MemoryBank, has_bank
 
     common.drawing(arguments)  # before a model is opened
+    if sys.stdin.isatty():
+        print("Opening the model ...", file=sys.stderr)
     if arguments.bank is not None and has_bank(arguments.bank):
         _, model = common.open_model_of(arguments)
         bank = common.open_bank(arguments.bank, model, write=True)
@@ -67,7 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _lines() -> Iterator[str]:
     is_person = sys.stdin.isatty()
     if is_person:
-        print(f"Commands:\n{COMMANDS}\n")
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  by being imported: what is typed can be edited, and called back
+        print(f"Ask, or:\n{COMMANDS}\n")
     while True:
         try:
             yield input("> " if is_person else "")
@@ -135,8 +140,12 @@ class Conversation:
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
         if name == "remember" and rest:
+            from longmem.console import token_progress
+
             path = Path(rest).expanduser()
-            count = self.model.memorize(self.bank, read_text(path), path.name)
+            text = read_text(path)
+            with token_progress(path.name, common.console_for(True)) as progress:
+                count = self.model.memorize(self.bank, text, path.name, progress=progress)
             return f"remembered {path.name}: {count:,} tokens"
         if name == "forget" and rest:
             self.bank.delete(rest)

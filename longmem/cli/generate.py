@@ -26,7 +26,8 @@ EXAMPLES = """\
 
   longmem generate --bank memory --prompt "Call me" --explain explain.html
 
-The text is printed as it is written. --show-reads adds which passages were read most, --explain shows it word by word.
+The text is printed as it is written, behind the prompt; with --chat, the answer alone. --show-reads adds
+which passages were read most, --explain shows it word by word.
 """
 
 
@@ -112,7 +113,7 @@ def answer(
     if arguments.stop:
         options |= {"stop_strings": arguments.stop, "tokenizer": model.tokenizer}
     if not arguments.json:
-        options["streamer"] = SafeStreamer(model.tokenizer, skip_special_tokens=True)
+        options["streamer"] = SafeStreamer(model.tokenizer, skip_prompt=arguments.chat, skip_special_tokens=True)
     began = time.perf_counter()
     ids = model.generate(start, attention_mask=torch.ones_like(start), **options)[0].cpu()
     seconds = time.perf_counter() - began

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
@@ -45,6 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"`--host` must be {LOCAL_HOSTS[0]} without a token, got {arguments.host!r}: everyone who reaches the port could "
             "read the banks; set LONGMEM_TOKEN to a long random text."
         )
+    if token is not None and re.fullmatch("[!-~]+", token) is None:  # no other text arrives in a header as it was sent
+        raise ValueError("`--token` must be letters, digits and signs of ASCII without spaces, got another text.")
     for name in ("max_waiting", "max_megabytes"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(arguments, name)}.")
@@ -58,10 +62,11 @@ def run(arguments: argparse.Namespace) -> None:
     from longmem.serving.engine import Engine
 
     name = arguments.model or DEFAULT_MODEL
+    console = common.console_for(arguments.json, quiet=arguments.quiet)
+    console.print(f"Opening {name} ...")
     model = common.open_named(name, arguments).eval()
     engine = Engine(model, NamedBanks(model, arguments.banks), arguments.max_waiting)
     app = make_app(engine, model_id=name, token=token, max_body=arguments.max_megabytes * MEGABYTE)
-    common.console_for(arguments.json).print(
-        f"serving {name} on http://{arguments.host}:{arguments.port} (Ctrl-C ends)"
-    )
+    here = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    console.print(f"Serving {name}: open http://{here}:{arguments.port} in a browser (Ctrl-C ends).")
     uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")

@@ -18,7 +18,6 @@ from longmem.plots.style import (
     new_figure,
     panels_of,
     save_figure,
-    short_count,
     tidy,
 )
 
@@ -46,9 +45,7 @@ def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, ti
     if "detail" in axes and "on" in metrics["systems"]:
         plot_maps(Path(path).with_stem(f"{Path(path).stem}-map"), metrics, title=title)
     if values and all(isinstance(value, int | float) for value in values):
-        places = {panel: {value: _cell_of(measures, _key(panel, value)) for value in values} for panel in panels}
-        own = {panel: {value: cell for value, cell in cells.items() if cell} for panel, cells in places.items()}
-        plot_lines(path, own, metrics["baselines"], title=title, xlabel=axes["column"]["title"])
+        plot_runs(path, [metrics], title=title)
         return
     measures = [each for each in measures if each["unit"] == "%"]
     if "column" in axes or "panel" in axes:
@@ -65,6 +62,22 @@ def plot_evaluation(path: str | PathLike[str], metrics: Mapping[str, Any], *, ti
     chances = {panel.get("chance") for panel in found.values()}
     measure, chance = names.pop() if len(names) == 1 else "score", chances.pop() if len(chances) == 1 else None
     plot_accuracies(path, found, title=title, measure=measure, chance=chance)
+
+
+def plot_runs(path: str | PathLike[str], runs: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Draw several runs of one evaluation along its axis of numbers, such as tokens in memory, as one figure.
+
+    `runs`: `metrics.json` of each, of different places on the axis, perhaps of different systems.
+    """
+    panels: dict[str, dict[float, Any]] = {}
+    for metrics in runs:
+        axes = {axis["kind"]: axis for axis in metrics["axes"]}
+        for panel in _values_of(axes, "panel"):
+            for value in axes["column"]["values"]:
+                if cell := _cell_of(list(metrics["measures"].values()), _key(panel, value)):
+                    panels.setdefault(panel, {})[value] = cell
+    sorted_panels = {name: dict(sorted(cells.items())) for name, cells in panels.items()}
+    plot_lines(path, sorted_panels, runs[0]["baselines"], title=title, xlabel=axes["column"]["title"])
 
 
 def _values_of(axes: Mapping[str, Any], kind: str) -> list[str]:
@@ -136,7 +149,7 @@ def plot_lines(
 
     `panels`: by name, and by place on the axis, comparisons with `measure` and `unit`.
     """
-    figure = new_figure((3.7 + 5.8 * len(panels), 4.8), textwrap.fill(title, 60 * len(panels)))
+    figure = new_figure((3.7 + 4.2 * len(panels), 4.5), textwrap.fill(title, 60 * len(panels)))
     handles: dict[str, Any] = {}
     for axes, (name, cells) in zip(panels_of(figure, len(panels), len(panels)), panels.items(), strict=True):
         draw_lines(axes, cells, baselines)
@@ -166,7 +179,7 @@ def draw_lines(axes: Any, cells: Mapping[float, Any], baselines: Sequence[str]) 
     if "chance" in cells[max(cells)]:
         axes.axhline(cells[max(cells)]["chance"], color="black", linestyle=":", linewidth=1, label="chance")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(cells), [short_count(place) if place >= 1e4 else f"{place:g}" for place in cells])
+    axes.set_xticks(list(cells), [f"{place:,.7g}" for place in cells])
     axes.minorticks_off()
     tidy(axes, "y")
 

@@ -111,11 +111,12 @@ class ExplainRequest(_Body):
 
 
 class NewDocument(_Body):
-    """A document to be memorized."""
+    """A document to be memorized; `append`: the next part of one that is there."""
 
     id: Annotated[str, Field(min_length=1, max_length=512)]
     text: Annotated[str, Field(min_length=1)]
     tags: list[str] = []
+    append: bool = False
 
 
 def make_app(
@@ -211,8 +212,8 @@ def make_app(
     @app.post("/v1/banks/{name}/documents", status_code=201)
     async def add_document(name: str, body: NewDocument) -> dict[str, Any]:
         def work() -> int:
-            bank = engine.banks.get(name, make=True)
-            return engine.model.memorize(bank, body.text, body.id, tags=body.tags)
+            bank = engine.banks.get(name, make=not body.append)
+            return engine.model.memorize(bank, body.text, body.id, append=body.append, tags=body.tags)
 
         return {"id": body.id, "object": "document", "tokens": await engine.run(work), "tags": body.tags}
 

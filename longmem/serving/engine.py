@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from longmem.memory import BankShards, MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.serving.banks import NamedBanks
+from longmem.streaming.stream import Decoder
 from longmem.tracing import Trace, explain
 
 Result = TypeVar("Result")
@@ -156,21 +157,33 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> lis
     return list(tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"])
 
 
-class _Watcher(TextStreamer):
+class _Watcher(BaseStreamer):
     """Hands on text as it comes, and holds back what may be the start of a stop string."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop, self.on_text = [each for each in stop if each], on_text
         self.text, self.has_stopped, self._held = "", False, ""
+        self._decoder: Decoder | None = None  # there from the prompt on, which comes first and is not shown
+        self._tokenizer = tokenizer
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+    def put(self, value: Tensor) -> None:
+        if self._decoder is None:
+            self._decoder = Decoder(self._tokenizer, skip_special_tokens=True)
+            return
+        for token in value.flatten().tolist():
+            self._take(self._decoder.push(token))
+
+    def end(self) -> None:
+        if self._decoder is not None:
+            self._take(self._decoder.rest(), is_end=True)
+
+    def _take(self, text: str, is_end: bool = False) -> None:
         if self.has_stopped:
             return
         held = self._held + text
         places = [place for each in self.stop if (place := held.find(each)) >= 0]
         self.has_stopped = bool(places)
-        keep = min(places) if places else len(held) if stream_end else len(held) - self._may_begin(held)
+        keep = min(places) if places else len(held) if is_end else len(held) - self._may_begin(held)
         self._held = held[keep:]
         if keep:
             self.text += held[:keep]

@@ -323,26 +323,41 @@ def one_token_config(defaults: GenerationConfig, options: dict[str, Any]) -> Gen
     return GenerationConfig(**{**given, **options}, max_new_tokens=1, return_dict_in_generate=True)
 
 
+class Decoder:
+    """Makes text of tokens, one after the other, as soon as it is certain; joined, it is what decoding all of them gives."""
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool = False) -> None:
+        self._tokenizer, self._skips = tokenizer, skip_special_tokens
+        # Tokens that were shown, which say what stands between them and the next ones, and those that wait.
+        self._window: list[int] = []
+        self._num_shown = 0
+
+    def push(self, token: int) -> str:
+        """Return the text that a token makes certain; empty where more must come."""
+        self._window.append(token)
+        text = self.rest()
+        # Half a character; or a byte, which makes the bytes before it unreadable if it does not go on with them.
+        if not text or text.endswith("\ufffd") or BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
+            return ""
+        self._window, self._num_shown = self._window[self._num_shown :], len(self._window) - self._num_shown
+        return text
+
+    def rest(self) -> str:
+        """Return the text of the tokens that wait, as they are."""
+        shown, text = (
+            self._tokenizer.decode(ids, skip_special_tokens=self._skips)
+            for ids in (self._window[: self._num_shown], self._window)
+        )
+        return str(text[len(shown) :])
+
+
 def decoded(tokenizer: Any, tokens: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
     """Yield the text of tokens, as soon as it is certain; the pieces together are what decoding all of them gives."""
-    # Tokens that were shown, which say what stands between them and the next ones, and those that wait.
-    window: list[int] = []
-    num_shown = 0
-
-    def waiting() -> str:
-        options = {"skip_special_tokens": skip_special_tokens}
-        shown, text = (tokenizer.decode(ids, **options) for ids in (window[:num_shown], window))
-        return text[len(shown) :]
-
+    decoder = Decoder(tokenizer, skip_special_tokens)
     for token in tokens:
-        window.append(token)
-        text = waiting()
-        # Half a character; or a byte, which makes the bytes before it unreadable if it does not go on with them.
-        if not text or text.endswith("\ufffd") or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
-            continue
-        yield text
-        window, num_shown = window[num_shown:], len(window) - num_shown
-    if text := waiting():
+        if text := decoder.push(token):
+            yield text
+    if text := decoder.rest():
         yield text
 
 

@@ -147,7 +147,7 @@ class Trace:
 
         `tokens`: text, share of memory, loss with and without it (null where there is none). `reads` and `chunks`: for each
         token pairs of a passage, or a chunk, and its weight. `passages`: number of the document, first token, token after the
-        last, and pairs of a chunk, -1 for none, and its text. `documents`: name and tokens.
+        last, and pairs of a chunk, -1 for none, and its text. `documents`: name and tokens. `special`: tokens that are no text.
         """
         spans = self.spans()
         passage_of = {chunk: number for number, chunks in enumerate(spans.values()) for chunk in chunks}
@@ -163,7 +163,7 @@ class Trace:
             kept.update(passage for passage, _ in best)
             reads.append([[passage, round(weight, 6)] for passage, weight in best])
             chunk_reads.append([[chunk, round(weight, 6)] for passage, _ in best for chunk, weight in chunks[passage]])
-        documents = list(self.documents)
+        documents, special = list(self.documents), set(self._tokenizer.all_special_tokens)
         passages: dict[int, Any] = {}
         for number, ((document_id, start, stop), chunks_of) in enumerate(spans.items()):
             if number in kept:
@@ -182,6 +182,7 @@ class Trace:
             "chunks": chunk_reads,
             "passages": passages,
             "documents": [[name, size] for name, size in self.documents.items()],
+            "special": [number for number, word in enumerate(self.words) if word in special],
         }
 
     def to_html(self, path: str | Path | None = None, title: str = "Who read what") -> str:

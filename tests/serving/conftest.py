@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from tiny_models import save_tiny_backbone
@@ -30,11 +31,10 @@ def engine(model):
     engine.close()
 
 
-@pytest.fixture
-def url(engine):
-    """Return the address of a running server."""
-    config = uvicorn.Config(make_app(engine, model_id="tiny", max_body=50_000), port=0, log_level="critical")
-    server = uvicorn.Server(config)
+@contextmanager
+def serving(app):
+    """Run an application on a port of its own; gives its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -42,3 +42,17 @@ def url(engine):
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture
+def url(engine):
+    """Return the address of a running server."""
+    with serving(make_app(engine, model_id="tiny", max_body=50_000)) as address:
+        yield address
+
+
+@pytest.fixture
+def guarded_url(engine):
+    """Return the address of a running server that wants a token."""
+    with serving(make_app(engine, model_id="tiny", token="s3cret")) as address:
+        yield address

@@ -175,12 +175,28 @@ def test_what_is_no_json_is_told_so(client):
         assert answer.json()["error"]["message"]
 
 
+WRONG = (
+    ({"content": b"{"}, 400),
+    ({"json": {"messages": "no"}}, 400),
+    ({"json": CHAT | {"bank": "absent"}}, 404),
+    ({"json": CHAT | {"max_tokens": -1}}, 400),
+    ({"content": b"x" * 60_000}, 413),
+)
+
+
 def test_fifty_requests_at_once_some_of_them_wrong(client):
-    bodies = [(CHAT | {"max_tokens": 2}, 200) if number % 5 else ({"messages": "no"}, 400) for number in range(50)]
+    """Every answer is the one that the request alone would have got."""
+    talks = [
+        CHAT | {"messages": [{"role": "user", "content": f"the cat {number}"}], "max_tokens": 2} for number in range(5)
+    ]
+    asked = [WRONG[number // 5 % 5] if number % 5 == 4 else ({"json": talks[number % 5]}, 200) for number in range(50)]
+    alone = [client.post("/v1/chat/completions", json=talk).json()["choices"] for talk in talks]
     with ThreadPoolExecutor(50) as pool:
-        answers = list(pool.map(lambda body: client.post("/v1/chat/completions", json=body[0]), bodies))
-    assert [answer.status_code for answer in answers] == [status for _, status in bodies]
-    assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+        answers = list(pool.map(lambda each: client.post("/v1/chat/completions", **each[0]), asked))
+    assert [answer.status_code for answer in answers] == [status for _, status in asked]
+    for number, answer in enumerate(answers):
+        told = answer.json()
+        assert told["choices"] == alone[number % 5] if number % 5 != 4 else told["error"]["message"]
 
 
 def test_more_than_may_wait_are_sent_away(model):
@@ -239,6 +255,8 @@ def test_who_may_come_in(engine):
 def test_the_command_refuses_an_open_door(run_main):
     assert "`--host` must be 127.0.0.1 without a token" in run_main("serve", "--host", "0.0.0.0")
     assert "`--max-waiting` must be at least 1" in run_main("serve", "--max-waiting", "0")
+    for token in ("two words", "clé", "a\n"):
+        assert "`--token` must be" in run_main("serve", "--token", token)
 
 
 @pytest.fixture
@@ -271,6 +289,18 @@ def test_a_stream_that_nobody_reads_any_longer_ends(url, engine, theirs, monkeyp
         asyncio.run(asyncio.sleep(0.05))
     assert ended
     assert ended[0] < 2000
+
+
+def test_a_document_comes_in_parts(client, engine):
+    parts = [some_text(30), " " + some_text(20, seed=1)]
+    for number, part in enumerate(parts):
+        body = {"id": "a.txt", "text": part, "append": number > 0}
+        assert client.post("/v1/banks/notes/documents", json=body).status_code == 201
+    assert engine.banks.get("notes").text("a.txt") == "".join(parts)
+    for body, status in (({"id": "b", "text": "x", "append": True}, 400), ({"id": "a.txt", "text": "x"}, 400)):
+        assert client.post("/v1/banks/notes/documents", json=body).status_code == status
+    wrong = client.post("/v1/banks/absent/documents", json={"id": "b", "text": "x", "append": True})
+    assert wrong.status_code == 404
 
 
 def test_explain_is_the_page_of_that_answer(client):

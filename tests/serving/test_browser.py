@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import re
 import shutil
@@ -11,6 +13,10 @@ from tiny_models import some_text
 
 import longmem
 from longmem import MemoryBank
+
+pytest.importorskip("fastapi")
+
+from longmem.serving.engine import Engine
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -37,37 +43,116 @@ def page(browser):
 
 def ask(page, text):
     """Send a message, and return the answer when all of it has come."""
-    before = page.locator(".turn.assistant button").count()
+    before = page.get_by_role("button", name="Why?").count()
     page.get_by_label("Your message").fill(text)
-    page.get_by_role("button", name="Send").click()
-    page.locator(".turn.assistant button").nth(before).wait_for()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Why?").nth(before).wait_for()
     return page.locator(".turn.assistant span").last.inner_text()
 
 
-def test_a_file_is_dropped_asked_about_explained_and_forgotten(page, url, tmp_path):
+def anew(page):
+    page.get_by_role("button", name="New conversation").click()
+
+
+def is_painted(place):
+    return re.search(r"rgba?\(", place.evaluate("place => place.style.backgroundColor") or "")
+
+
+WATCH = """() => { window.seen = []; new MutationObserver(() => {
+    const said = [...document.querySelectorAll(".turn.assistant span")].at(-1);
+    if (said && said.textContent !== seen.at(-1)) seen.push(said.textContent);
+}).observe(document.getElementById("turns"), { childList: true, subtree: true, characterData: true }); }"""
+
+
+def test_a_file_is_dropped_asked_about_explained_and_forgotten(page, url, tmp_path, monkeypatch, engine):
+    monkeypatch.setattr(
+        engine, "answer", lambda work, *rest: answer(dataclasses.replace(work, max_new_tokens=12), *rest)
+    )
+    answer = Engine.answer.__get__(engine)
     (tmp_path / "notes.txt").write_text(some_text(40), encoding="utf-8")
     page.goto(url)
     alone = ask(page, "the cat sat")
-    page.get_by_role("button", name="New conversation").click()
+    anew(page)
     page.get_by_label("Text files to remember").set_input_files(tmp_path / "notes.txt")
     page.get_by_role("button", name="Forget notes.txt").wait_for()
+    page.evaluate(WATCH)
     told = ask(page, "the cat sat")
     assert told != alone
+    seen = [text for text in page.evaluate("seen") if text]
+    assert len(seen) > 3  # it came in pieces, each behind those before it
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
     page.get_by_role("button", name="Why?").last.click()
     frame = page.frame_locator("#trace")
-    word = frame.locator("#text span.new").first
+    word = frame.locator("#answer span.new").nth(3)
     word.click()
-    passage = frame.locator(".passage").first
-    assert "notes.txt, tokens" in passage.inner_text()
-    assert re.search(
-        r"rgba?\(", passage.locator("mark").first.evaluate("mark => getComputedStyle(mark).backgroundColor")
-    )
-    passage.click()
-    assert passage.get_attribute("aria-pressed") == "true"
+    ((name, bank),) = ((each, engine.banks.get(each)) for each in engine.banks.names())
+    assert name.startswith("page-")
+    said = engine.ids([{"role": "user", "content": "the cat sat"}])
+    trace = longmem.explain(engine.model, said, memory=bank, answer=told)
+    best = trace.passages([trace.num_prompt_tokens + 3])[0]
+    card = frame.locator(".passage").first
+    assert card.locator("b").inner_text().endswith(f"notes.txt, tokens {best.start} to {best.stop}")
+    assert any(is_painted(mark) for mark in card.locator("mark").all())
+    assert card.locator("mark").evaluate_all("marks => marks.every(mark => !/^\\s/.test(mark.textContent))")
+    card.click()
+    assert card.get_attribute("aria-pressed") == "true"
     page.get_by_role("button", name="Forget notes.txt").click()
     page.get_by_role("button", name="Forget notes.txt").wait_for(state="detached")
-    page.get_by_role("button", name="New conversation").click()
+    anew(page)
     assert ask(page, "the cat sat") == alone
+
+
+def test_a_long_file_is_read_in_pieces_that_make_one_document(page, url, engine, tmp_path):
+    text = some_text(600)
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "no-text.txt").write_bytes(b"\xff\xfe\x00\x01")
+    page.goto(url)
+    page.evaluate("piece = 700")
+    page.get_by_label("Text files to remember").set_input_files([tmp_path / "no-text.txt", tmp_path / "long.txt"])
+    page.get_by_role("button", name="Forget long.txt").wait_for()
+    assert "no-text.txt must be a text file in UTF-8" in page.get_by_role("alert").inner_text()
+    (bank,) = map(engine.banks.get, engine.banks.names())
+    assert bank.text("long.txt") == text
+    page.once("dialog", lambda dialog: dialog.accept())
+    (tmp_path / "long.txt").write_text("the cat", encoding="utf-8")
+    page.get_by_label("Text files to remember").set_input_files([tmp_path / "long.txt"])
+    page.get_by_text("7 tokens").wait_for()
+    assert bank.text("long.txt") == "the cat"
+
+
+def test_an_answer_is_stopped_and_a_shared_memory_chosen(page, url, engine, model):
+    model.memorize(engine.banks.get("team", make=True), some_text(20), "<img src=x>.txt")
+    page.goto(url)
+    page.locator("#bank").select_option("team")
+    page.get_by_role("button", name="Forget <img src=x>.txt").wait_for()
+    page.get_by_label("Your message").fill("the cat")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator(".turn.assistant span")).to_have_text(re.compile(".{6}"), timeout=60_000)
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Why?").wait_for()
+    stopped = page.locator(".turn.assistant span").inner_text()
+    assert 5 < len(stopped) < 200
+    page.get_by_role("button", name="Send").wait_for()
+    page.reload()
+    page.get_by_role("button", name="Forget <img src=x>.txt").wait_for()  # the choice is kept
+
+
+def test_the_page_asks_for_the_token_once_it_is_wanted(page, guarded_url):
+    page.goto(guarded_url)
+    for token, words in (("wrong", "The server asks for its token"), ("s3cret", "That is not the server's token")):
+        page.get_by_text(words).wait_for()
+        page.locator("#value").fill(token)
+        page.keyboard.press("Enter")
+    page.get_by_text("Nothing is remembered yet").wait_for()
+    assert page.locator("#model").inner_text() == "tiny"
+    page.locator("#bank").select_option("")
+    page.locator("#value").fill("team")
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator("#bank")).not_to_have_value("team")
+    page.locator("#bank").select_option("")
+    page.locator("#value").fill("team")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#bank")).to_have_value("team")
 
 
 @pytest.mark.parametrize("width", [320, 400, 900, 1200])
@@ -94,7 +179,8 @@ def test_a_trace_is_read_by_keyboard_in_the_dark_and_on_a_telephone(browser, mod
         page.goto((tmp_path / "trace.html").as_uri())
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        assert page.locator("#text").inner_text() == "".join(trace.words)
+        shown = page.locator("#prompt .words, #answer .words").evaluate_all("all => all.map(each => each.textContent)")
+        assert "".join(shown) == "".join(trace.words)
         first = page.locator("#text span.new").first
         first.focus()
         page.keyboard.press("ArrowRight")
@@ -112,7 +198,7 @@ def test_a_trace_is_read_by_keyboard_in_the_dark_and_on_a_telephone(browser, mod
         assert painted > 0
         page.keyboard.press("Escape")
         assert page.locator("#text span.chosen").count() == 0
-        page.get_by_role("button", name="memory on").click()
+        page.get_by_role("switch", name="Memory on").click()
         assert page.locator("#without").inner_text() == (trace.answer_without_memory or "(nothing)").strip()
         page.close()
 
@@ -128,7 +214,7 @@ def test_ten_thousand_words_stay_fluid(browser, model, tmp_path):
 
     (tmp_path / "large.html").write_text(trace_page(large, "large"), encoding="utf-8")
     page = browser.new_page()
-    page.goto((tmp_path / "large.html").as_uri())
+    page.goto((tmp_path / "large.html").as_uri(), timeout=120_000)
     assert page.locator("#text span").count() >= 10_000
     took = page.evaluate(
         "() => { const began = performance.now(); choose(9000); document.body.offsetHeight; return performance.now() - began; }"
