@@ -264,10 +264,10 @@ def longeval(data: str, size: int, window: int) -> Task:
 
 
 def locomo(data: str, size: int, window: int) -> Task:
-    """Return LoCoMo's questions whose evidence is in the first sessions of a conversation, as many as `size` tokens hold."""
+    """Return LoCoMo's questions whose evidence is in the first sessions, as many as one and a half times the size hold."""
     rows = []
     for row in json.loads(Path(data).read_text(encoding="utf-8")):
-        talk, kept, room = row["conversation"], {}, 4 * size
+        talk, kept, room = row["conversation"], {}, 6 * size
         for number in range(1, 100):
             session = talk.get(f"session_{number}")
             if session is None or (room := room - sum(len(turn["text"]) + 40 for turn in session)) < 0:
