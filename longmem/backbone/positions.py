@@ -47,6 +47,17 @@ class RotaryEmbedding:
         module._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in own}
         return module(*map(swap, self.args), **{name: swap(value) for name, value in self.kwargs.items()})
 
+    def turn_from(self, here: CosSin, distance: int, like: Tensor) -> CosSin:
+        """Return cosines and sines that take queries from their own positions (`here`) to the memory distance.
+
+        They are those of the difference of the angles. Keys are stored without the rotary scale `a`, so the query carries it
+        twice, once for each side of the product.
+        """
+        (cos, sin), own = ([part.float() for part in pair] for pair in (self.at([distance], like), here))
+        own_cos, own_sin = (part.to(cos.device) for part in own)
+        scale = (cos.square() + sin.square()).sqrt() / (own_cos.square() + own_sin.square())
+        return (cos * own_cos + sin * own_sin) * scale, (sin * own_cos - cos * own_sin) * scale
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
@@ -81,18 +92,6 @@ class Rotation:
         cos, sin = (part.to(states.device, torch.float32) for part in cos_sin)
         squared_scale = cos.square() + sin.square()
         return self.rotate(states.float(), (cos / squared_scale, -sin / squared_scale)).to(states.dtype)
-
-
-def turn_between(here: CosSin, there: CosSin) -> CosSin:
-    """Return cosines and sines that take queries from their own positions (`here`) to the memory distance (`there`).
-
-    They are those of the difference of the angles. Keys are stored without the rotary scale `a`, so the query carries it twice,
-    once for each side of the product.
-    """
-    (cos, sin), (own_cos, own_sin) = ([part.float() for part in pair] for pair in (there, here))
-    own_cos, own_sin = own_cos.to(cos.device), own_sin.to(cos.device)
-    scale = (cos.square() + sin.square()).sqrt() / (own_cos.square() + own_sin.square())
-    return (cos * own_cos + sin * own_sin) * scale, (sin * own_cos - cos * own_sin) * scale
 
 
 def candidate_rotations(attention: nn.Module, cos: Tensor, head_dim: int) -> Iterator[Rotation]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longmem.backbone.interception import LocalAttention
-from longmem.backbone.positions import CosSin, turn_between
+from longmem.backbone.positions import CosSin
 from longmem.backbone.structure import LayerStructure
 from longmem.configuration import LongMemConfig
 from longmem.memory.protocols import EncodingModel, Memory
@@ -109,7 +109,7 @@ class MemoryReader:
             return query
         key = id(rotary.module), id(here[0])
         if key not in self._turns:  # `here` is kept, so that nothing else gets its id
-            self._turns[key] = here, turn_between(here, rotary.at([self._config.memory_distance], query))
+            self._turns[key] = here, rotary.turn_from(here, self._config.memory_distance, query)
         return rotation.rotate(query.float(), self._turns[key][1]).to(query.dtype)
 
 
