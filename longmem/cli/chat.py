@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Talk until the end of the input."""
     from longmem.memory import MemoryBank, has_bank
 
+    if arguments.json:
+        raise ValueError("`--json` must be left out of a talk; `longmem generate --chat --json` gives one answer.")
     common.drawing(arguments)  # before a model is opened
     if arguments.bank is not None and has_bank(arguments.bank):
         _, model = common.open_model_of(arguments)
@@ -61,12 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.bank is not None:
             common.remember_model(arguments.bank, name)
     with bank:
-        talk(Conversation(model.eval(), bank, arguments), _lines())
+        talk(Conversation(model.eval(), bank, arguments), _lines(arguments.quiet))
 
 
-def _lines() -> Iterator[str]:
+def _lines(quiet: bool) -> Iterator[str]:
     is_person = sys.stdin.isatty()
-    if is_person:
+    if is_person and not quiet:
         print(f"Commands:\n{COMMANDS}\n")
     while True:
         try:

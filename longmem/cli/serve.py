@@ -62,7 +62,6 @@ def run(arguments: argparse.Namespace) -> None:
     model = common.open_named(name, arguments).eval()
     engine = Engine(model, NamedBanks(model, arguments.banks), arguments.max_waiting)
     app = make_app(engine, model_id=name, token=token, max_body=arguments.max_megabytes * MEGABYTE)
-    common.console_for(arguments.json).print(
-        f"serving {name} on http://{arguments.host}:{arguments.port} (Ctrl-C ends)"
-    )
+    url = f"http://{arguments.host}:{arguments.port}"
+    common.tell(arguments, {"model": name, "url": url}, f"serving {name} on {url} (Ctrl-C ends)")
     uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")

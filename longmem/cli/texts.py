@@ -81,14 +81,21 @@ def _read_document(path: Path) -> str:
             f"{path}: what reads {path.suffix} is not installed; `pip install 'longmem-lm[files]'`, or `--encoding utf-8` to "
             "take a file of text as it stands."
         ) from error
-    with path.open("rb"):  # says what is wrong with the file itself
-        pass
+    raw = path.read_bytes()  # says what is wrong with the file itself
     try:
-        return str(MarkItDown(enable_plugins=False).convert_local(path).markdown)
+        text = str(MarkItDown(enable_plugins=False).convert_local(path).markdown)
     except Exception as error:  # whatever a broken document makes of the library below
         raise ValueError(
             f"{path} can't be read as {path.suffix}: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
+    # The library takes for plain text what is not of the kind that its name says; a page may be just that.
+    is_page = path.suffix.lower() in (".html", ".htm")
+    is_as_it_stands = text.encode("ascii", "ignore").split() == raw.decode("ascii", "ignore").encode().split()
+    if "\0" in text or (raw and is_as_it_stands and not is_page):
+        raise ValueError(
+            f"{path} can't be read as {path.suffix}, for it is none; `--encoding` takes a text as it stands."
+        )
+    return text
 
 
 def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[tuple[Path, str]], list[Path]]:
