@@ -644,7 +644,7 @@ STREAM: dict[str, dict[str, Effect]] = {
     "generate_text": {
         "max_new_tokens": lambda w: differ(*("".join(streamed(w).generate_text(n)) for n in (4, 9))),
         "skip_special_tokens": lambda w: differ(
-            *("".join(ending(w).generate_text(3, skip_special_tokens=s)) for s in (0, 1))
+            *("".join(ending(w).generate_text(3, skip_special_tokens=s)) for s in (False, True))
         ),
         "options": lambda w: differ(
             "".join(streamed(w).generate_text(8)),

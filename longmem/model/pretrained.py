@@ -645,9 +645,9 @@ class LongMemPreTrainedModel(PreTrainedModel):
     @checked
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Return the bytes of all weights, the backbone's with them, each once; `return_buffers`: and of the buffers."""
-        own = [*self.backbone.parameters(), *self.parameters()]
+        own: list[Tensor] = [*self.backbone.parameters(), *self.parameters()]
         own += [*self.backbone.buffers(), *self.buffers()] if return_buffers else []
-        return sum({id(each): each.nelement() * each.element_size() for each in own}.values())
+        return sum({id(each): each.nbytes for each in own}.values())
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
