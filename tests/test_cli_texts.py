@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 import types
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from tiny_models import save_tiny_backbone, some_text
 
 from longmem.cli.main import main
-from longmem.cli.texts import find_files, looks_like_text, read_text, readable_name
+from longmem.cli.texts import find_files, looks_like_text, read_text, read_texts, readable_name
 from longmem.console import plain_table
 from longmem.evaluation.intervals import clustered_mean, perplexity_estimate
 from longmem.memory import MemoryBank
@@ -241,6 +242,20 @@ def test_an_export_is_one_whatever_it_is_called(name, bank, tmp_path, backbone, 
     assert run("bank", "export", tmp_path / name, "--bank", bank)[0] == 0
     assert run("memorize", tmp_path / name, "--bank", tmp_path / "again", "--model", backbone)[0] == 0
     assert documents(tmp_path / "again") == documents(bank)
+
+
+def test_a_long_text_is_looked_at_and_not_copied(tmp_path):
+    from longmem.cli.memorize import pieces_of
+
+    (tmp_path / "long.txt").write_text("a line of text\n" * 500_000)
+    size = (tmp_path / "long.txt").stat().st_size
+    tracemalloc.start()
+    try:
+        (text,) = read_texts([tmp_path / "long.txt"])
+        assert sum(stop - start for start, stop in pieces_of(text.text)) == size
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * size  # the bytes and the text
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_long_text_is_committed_in_pieces_and_gone_on_with(tmp_path, backbone, run, monkeypatch):

@@ -561,14 +561,16 @@ def test_transformers_serves_a_folder_and_chats_with_it(place: Path, tmp_path: P
         prompt = model.tokenizer.apply_chat_template(messages, return_tensors="pt", add_generation_prompt=True)
         expected = model.generate(**prompt, max_new_tokens=4, do_sample=False)[0, prompt["input_ids"].shape[1] :]
         assert said == model.tokenizer.decode(expected, skip_special_tokens=True)
-        # It may not speak to this machine either where the Hub is not to be reached.
+        # At the limit of tokens it asks whether to go on. Without the Hub it may not speak to this machine either.
         env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         chat = subprocess.run(
             [command, "chat", name, url, "max_new_tokens=4", "do_sample=False"],
-            input="the cat\n!exit\n", capture_output=True, text=True, check=False, cwd=tmp_path, errors="replace", env=env,
+            input="the cat\nn\n!exit\n!exit\n", capture_output=True, text=True, errors="replace", check=False,
+            cwd=tmp_path, env=env,
         )  # fmt: skip
         assert chat.returncode == 0, chat.stderr
         assert f"<{name}>:" in "".join(chat.stdout.split("\n"))
+        assert "token limit" in chat.stdout
     finally:
         server.terminate()
         server.wait()

@@ -67,7 +67,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
             ) from error
         if "\0" in text:
             raise ValueError(f"{path} is not a text file, it holds zero bytes; name its `--encoding` if it is UTF-16.")
-    if not text.strip():
+    if not text or text.isspace():
         raise ValueError(f"{path} holds no text.")
     return text
 
@@ -193,7 +193,8 @@ def export_line(bank: MemoryBank, info: DocumentInfo) -> str:
 
 def _texts_of(path: Path, name: str, encoding: str | None) -> list[Text]:
     text = read_text(path, encoding)
-    if not is_export(path, text.partition("\n")[0]):
+    end = text.find("\n")
+    if not is_export(path, text[:end] if end >= 0 else text):
         return [Text(name, text)]
     documents = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
