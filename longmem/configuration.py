@@ -29,6 +29,11 @@ NOTED_BY_OTHERS = (
     "decoder_start_token_id",
     "task_specific_params",
 )
+# What transformers promises of every configuration, and what its users take from there: answered by the backbone's.
+OF_BACKBONE = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
 # Layer types of transformers' hybrid models that hold no keys: state-space and convolution layers, lone MLPs.
 WITHOUT_ATTENTION = ("linear_attention", "conv", "moe", "mlp")
 # Fields in which a side layer must be as the backbone, whose hidden states it adds and whose keys and values it reads.
@@ -210,6 +215,12 @@ class LongMemConfig(PreTrainedConfig):
             self.lora = complete_lora_settings(self.lora)
         super().__post_init__(**kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what is not the side network's to say, but the backbone's (`OF_BACKBONE`)."""
+        if name in OF_BACKBONE and self.__dict__.get("backbone_config") is not None:
+            return getattr(self.get_text_config(), name)
+        raise AttributeError(f"`{type(self).__name__}` has no field `{name}`.", name=name, obj=self)
+
     @property
     def num_backbone_layers(self) -> int:
         """L, the number of decoder layers of the backbone."""
@@ -270,11 +281,16 @@ class LongMemConfig(PreTrainedConfig):
         """Return the configuration that a file holds, with fields of `kwargs` in place of its own.
 
         Unlike the constructor it takes what it does not understand, as notes of others and fields of later versions: these
-        are left out, with one warning.
+        are left out, with one warning. That of another model is the backbone's, for a new side network on it.
         """
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = {"backbone_config": config_dict}
         names = {each.name for each in dataclasses.fields(cls)}
         given = {**config_dict, **{name: kwargs.pop(name) for name in (names - {"dtype"}) & kwargs.keys()}}
-        noted = {name: given.pop(name) for name in NOTED_BY_OTHERS if name in given}
+        asked = {name: kwargs.pop(name) for name in NOTED_BY_OTHERS if name in kwargs}
+        if fixed := [name for name in OF_BACKBONE if name in kwargs]:
+            raise ValueError(f"`{fixed[0]}` must be the backbone's own, got {kwargs[fixed[0]]!r}; leave it out.")
+        noted = {name: given.pop(name) for name in NOTED_BY_OTHERS if name in given} | asked
         if unknown := sorted(given.keys() - names - INHERITED_KEYS):
             warnings.warn(
                 f"a configuration of {cls.__name__} holds what this version does not understand and leaves out: "
@@ -282,9 +298,10 @@ class LongMemConfig(PreTrainedConfig):
                 stacklevel=2,
             )
         found = super().from_dict({name: value for name, value in given.items() if name not in unknown}, **kwargs)
+        config, unused = found if isinstance(found, tuple) else (found, None)
         for name, value in noted.items():
-            setattr(found[0] if isinstance(found, tuple) else found, name, value)
-        return found
+            setattr(config, name, value)
+        return config if unused is None else (config, unused | asked)  # a model's own `generate` takes them too
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

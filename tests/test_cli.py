@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -247,6 +248,52 @@ def test_what_needs_no_work_is_answered_at_once(line):
     assert not {"torch", "transformers", "rich", "faiss", "numpy", "datasets", "matplotlib"} & set(modules)
     assert float(seconds) < 0.5
     assert "Traceback" not in answer.stderr
+
+
+WOULD_DO_NOTHING = {
+    "chat --json": "--json",
+    "bank find cat --bank memory --by words --model smollm2-135m": "--model",
+    "cluster start notes --folder shards --refresh lazy": "--refresh",
+    "cluster start notes --folder shards --model smollm2-135m": "--model",
+    "generate --bank memory --prompt cat --encoding utf-8": "--encoding",
+}
+
+
+@pytest.mark.parametrize("line", WOULD_DO_NOTHING)
+def test_an_option_that_would_do_nothing_is_refused(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    assert f"`{WOULD_DO_NOTHING[line]}` must" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+COMPLETED_BY = {
+    "bash": """eval "$(register-python-argcomplete longmem)"
+        COMP_LINE="longmem mem" COMP_POINT=11 COMP_TYPE=9 COMP_CWORD=1; COMP_WORDS=(longmem mem)
+        _python_argcomplete longmem mem longmem; echo "${COMPREPLY[@]}" """,
+    "fish": "register-python-argcomplete --shell fish longmem | source; complete -C 'longmem mem'",
+    "zsh": """autoload -U compinit && compinit -u -D; eval "$(register-python-argcomplete longmem)"
+        _describe() { print -l ${(P)2} }
+        words=(longmem mem) CURRENT=2 BUFFER="longmem mem" CURSOR=11 service=longmem; _python_argcomplete longmem""",
+}
+
+
+@pytest.mark.parametrize("shell", COMPLETED_BY)
+def test_a_shell_completes_commands(shell):
+    pytest.importorskip("argcomplete")
+    program = shutil.which(shell)
+    folder = Path(sys.executable).parent
+    if program is None or not (folder / "longmem").is_file() or not (folder / "register-python-argcomplete").is_file():
+        pytest.skip(f"no {shell}, or no installed command")
+    found = subprocess.run(
+        [program, "-c", COMPLETED_BY[shell]],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+    )
+    assert "memorize" in found.stdout, found.stderr
 
 
 def test_the_version_is_that_of_the_package(capsys):

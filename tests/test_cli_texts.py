@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from rich.console import Console
 from tiny_models import save_tiny_backbone, some_text
 
 from longmem.cli.main import main
-from longmem.cli.texts import find_files, looks_like_text, read_text, readable_name
+from longmem.cli.texts import find_files, looks_like_text, read_text, read_texts, readable_name
 from longmem.console import PlainTable
 from longmem.evaluation.intervals import clustered_mean, perplexity_estimate
 from longmem.memory import MemoryBank
@@ -120,16 +122,119 @@ def test_documents_are_read_by_their_reader(tmp_path, monkeypatch):
         def convert_local(self, path: Path) -> object:
             if path.name == "broken.pdf":
                 raise KeyError("xref\ntable")
-            return types.SimpleNamespace(markdown=f"# {path.name}")
+            return types.SimpleNamespace(markdown=path.read_text() if path.name == "not.docx" else f"# {path.name}")
 
     monkeypatch.setitem(sys.modules, "markitdown", types.SimpleNamespace(MarkItDown=MarkItDown))
-    for name in ("paper.pdf", "broken.pdf", "page.html"):
+    for name in ("paper.pdf", "broken.pdf", "page.html", "not.docx"):
         (tmp_path / name).write_bytes(b"<p>bytes</p>")
     assert read_text(tmp_path / "paper.pdf") == "# paper.pdf"
     assert looks_like_text(tmp_path / "paper.pdf")
     assert read_text(tmp_path / "page.html", "utf-8") == "<p>bytes</p>"  # as it stands
     with pytest.raises(ValueError, match="broken.pdf can't be read as .pdf: KeyError: 'xref"):
         read_text(tmp_path / "broken.pdf")
+    with pytest.raises(ValueError, match=r"not\.docx can't be read as \.docx, for it is none"):
+        read_text(tmp_path / "not.docx")
+
+
+def in_zip(path: Path, parts: dict[str, str]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+def a_docx(path: Path, text: str) -> None:
+    main, package = (
+        "http://schemas.openxmlformats.org/wordprocessingml/2006/main",
+        "http://schemas.openxmlformats.org/package/2006",
+    )
+    kind = "application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"
+    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument"
+    paragraphs = "".join(f"<w:p><w:r><w:t>{line}</w:t></w:r></w:p>" for line in text.splitlines())
+    types = '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+    types += f'<Override PartName="/word/document.xml" ContentType="{kind}"/>'
+    in_zip(
+        path,
+        {
+            "[Content_Types].xml": f'<Types xmlns="{package}/content-types">{types}</Types>',
+            "_rels/.rels": f'<Relationships xmlns="{package}/relationships">'
+            f'<Relationship Id="r" Type="{office}" Target="word/document.xml"/></Relationships>',
+            "word/document.xml": f'<w:document xmlns:w="{main}"><w:body>{paragraphs}</w:body></w:document>',
+        },
+    )
+
+
+def an_epub(path: Path, text: str) -> None:
+    opf = "http://www.idpf.org/2007/opf"
+    item = '<item id="a" href="a.xhtml" media-type="application/xhtml+xml"/>'
+    in_zip(
+        path,
+        {
+            "mimetype": "application/epub+zip",
+            "META-INF/container.xml": '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
+            '<rootfile full-path="book.opf" media-type="application/oebps-package+xml"/></rootfiles></container>',
+            "book.opf": f'<package xmlns="{opf}"><metadata/><manifest>{item}</manifest>'
+            '<spine><itemref idref="a"/></spine></package>',
+            "a.xhtml": f'<html xmlns="http://www.w3.org/1999/xhtml"><body><p>{text}</p></body></html>',
+        },
+    )
+
+
+def a_pdf(path: Path, text: str) -> None:
+    drawn = "BT /F 12 Tf 72 720 Td 14 TL " + " ".join(f"({line}) Tj T*" for line in text.splitlines()) + " ET"
+    objects = [
+        "<</Type/Catalog/Pages 2 0 R>>",
+        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R/Resources<</Font<</F 5 0 R>>>>>>",
+        f"<</Length {len(drawn)}>>\nstream\n{drawn}\nendstream",
+        "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    written, places = "%PDF-1.4\n", []
+    for number, each in enumerate(objects, start=1):
+        places.append(len(written))
+        written += f"{number} 0 obj\n{each}\nendobj\n"
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    end = f"xref\n0 6\n0000000000 65535 f \n{table}trailer\n<</Size 6/Root 1 0 R>>\nstartxref\n{len(written)}\n%%EOF\n"
+    path.write_text(written + end)
+
+
+def a_notebook(path: Path, text: str) -> None:
+    cells = [
+        {"cell_type": "markdown", "metadata": {}, "source": text.splitlines(keepends=True)},
+        {"cell_type": "code", "metadata": {}, "source": ["boats = 7"], "outputs": [], "execution_count": 1},
+    ]
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+
+
+WRITERS = {
+    ".html": lambda path, text: path.write_text(f"<html><body><script>code()</script><p>{text}</p></body></html>"),
+    ".ipynb": a_notebook,
+    ".docx": a_docx,
+    ".epub": an_epub,
+    ".pdf": a_pdf,
+}
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_a_real_document_is_read_and_a_broken_one_refused_in_a_sentence(ending, tmp_path):
+    pytest.importorskip("markitdown")
+    lines = ["My locker code is 4417.", "The ferry leaves at nine."]
+    document = tmp_path / f"note{ending}"
+    WRITERS[ending](document, "\n".join(lines))
+    text = read_text(document)
+    assert all(line in text for line in lines)
+    assert "code()" not in text
+    assert "PK" not in text
+    whole = document.read_bytes()
+    for broken in (
+        b"",
+        b"\0\0",
+        b"\x7fELF\0\0\xff",
+        *([] if ending == ".html" else [whole[: len(whole) // 3], b"a text"]),
+    ):
+        document.write_bytes(broken)
+        with pytest.raises(ValueError, match=rf"note\{ending}") as refused:
+            read_text(document)
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["documents.jsonl", "documents.json", "backup"])
@@ -137,6 +242,20 @@ def test_an_export_is_one_whatever_it_is_called(name, bank, tmp_path, backbone, 
     assert run("bank", "export", tmp_path / name, "--bank", bank)[0] == 0
     assert run("memorize", tmp_path / name, "--bank", tmp_path / "again", "--model", backbone)[0] == 0
     assert documents(tmp_path / "again") == documents(bank)
+
+
+def test_a_long_text_is_looked_at_and_not_copied(tmp_path):
+    from longmem.cli.memorize import pieces_of
+
+    (tmp_path / "long.txt").write_text("a line of text\n" * 500_000)
+    size = (tmp_path / "long.txt").stat().st_size
+    tracemalloc.start()
+    try:
+        (text,) = read_texts([tmp_path / "long.txt"])
+        assert sum(stop - start for start, stop in pieces_of(text.text)) == size
+        assert tracemalloc.get_traced_memory()[1] < 2.5 * size  # the bytes and the text
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_long_text_is_committed_in_pieces_and_gone_on_with(tmp_path, backbone, run, monkeypatch):

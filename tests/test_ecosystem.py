@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.metadata
 import importlib.util
 import inspect
 import json
+import os
+import pickle
+import shutil
+import socket
 import subprocess
 import sys
+import time
 import tomllib
+import urllib.request
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from model.conftest import BACKBONES, SMALL, build_backbone
 from safetensors.torch import load_file
 from tiny_models import save_tiny_backbone, some_text
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerFast,
+    TextIteratorStreamer,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -236,6 +249,217 @@ def test_a_loaded_backbone_is_not_loaded_again(place: Path, model: LongMemForCau
             LongMemForCausalLM.from_pretrained(place / "saved", backbone=model.backbone, **{option: "auto"})
 
 
+# Each is what somebody who knows transformers tries: what is done with a model, and what must hold of it.
+def refused(call: Any, words: str) -> bool:
+    with pytest.raises(ValueError, match=words):
+        call()
+    return True
+
+
+def opened(model: LongMemForCausalLM, **options: Any) -> LongMemForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(model.name_or_path, **options)
+
+
+def same(one: Any, other: Any, bank: MemoryBank) -> bool:
+    """Return whether two models give the same, to the bit."""
+    return torch.equal(one(IDS, memory=bank).logits, other(IDS, memory=bank).logits)
+
+
+def drafted(model: LongMemForCausalLM, bank: MemoryBank, **options: Any) -> list[int]:
+    return model.generate(IDS[:1], memory=bank, max_new_tokens=5, do_sample=False, **options)[0].tolist()
+
+
+def padded(model: LongMemForCausalLM, bank: MemoryBank, **options: Any) -> bool:
+    """Return whether a row with padding on its left goes on as it does alone."""
+    ids, mask = IDS[:2].clone(), torch.ones_like(IDS[:2])
+    ids[1, :6], mask[1, :6] = 0, 0
+    both = model.generate(ids, attention_mask=mask, memory=bank, max_new_tokens=5, do_sample=False, **options)
+    alone = model.generate(ids[1:, 6:], memory=bank, max_new_tokens=5, do_sample=False, **options)
+    return torch.equal(both[1, -5:], alone[0, -5:])
+
+
+def streamed(model: LongMemForCausalLM, bank: MemoryBank) -> bool:
+    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True)
+    ids = model.generate(IDS[:1], memory=bank, max_new_tokens=5, do_sample=False, streamer=streamer)
+    return "".join(streamer) == model.tokenizer.decode(ids[0, 16:])
+
+
+def half(model: LongMemForCausalLM, dtype: torch.dtype) -> bool:
+    small = opened(model, dtype=dtype)
+    bank = MemoryBank.for_model(small)
+    small.memorize(bank, torch.arange(60, 160), "a")
+    floats = {each.dtype for each in small.parameters()} - {torch.float32}  # biases of memory stay as they are
+    return (small.dtype, floats) == (dtype, {dtype}) and len(drafted(small, bank)) == 21
+
+
+def pipelined(model: LongMemForCausalLM, bank: MemoryBank) -> bool:
+    speak = pipeline("text-generation", model=model.name_or_path, dtype="float32", device_map="auto")
+    asked = ["the cat", "a dog sat on"]
+    options = {"max_new_tokens": 3, "do_sample": False, "return_full_text": False, "memory": bank}
+    together = speak(asked, batch_size=2, **options)
+    return together == [speak(each, **options) for each in asked]
+
+
+def downloaded(model: LongMemForCausalLM, cache: Path, **options: Any) -> LongMemForCausalLM:
+    """Return the model, opened by name from a cache of the Hub that holds it and its backbone, without a connection."""
+    backbone, model.config.backbone_name_or_path = model.config.backbone_name_or_path, "me/backbone"
+    model.save_pretrained(cache / "saved")
+    for name, folder in (("backbone", Path(str(backbone))), ("saved", cache / "saved")):
+        repository = cache / f"models--me--{name}"
+        shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+    return AutoModelForCausalLM.from_pretrained("me/saved", cache_dir=str(cache), local_files_only=True, **options)
+
+
+TRIED: dict[str, Callable[[LongMemForCausalLM, MemoryBank, Path], bool]] = {
+    "config: sizes": lambda m, b, p: (
+        [getattr(AutoConfig.from_pretrained(m.name_or_path), name) for name in SIZES_OF_ANY] == [256, 32, 4, 4, 2048]
+    ),
+    "config: tokens": lambda m, b, p: m.config.eos_token_id is None and not m.config.tie_word_embeddings,
+    "config: what nobody has": lambda m, b, p: not hasattr(m.config, "n_nothing"),
+    "config: a size": lambda m, b, p: refused(
+        lambda: AutoConfig.from_pretrained(m.name_or_path, vocab_size=5),
+        "`vocab_size` must be the backbone's own, got 5",
+    ),
+    "config: of a backbone": lambda m, b, p: (
+        (each := LongMemConfig.from_pretrained(m.config.backbone_name_or_path, chunk_size=2)).vocab_size == 256
+        and each.chunk_size == 2
+    ),
+    "config: an option": lambda m, b, p: AutoConfig.from_pretrained(m.name_or_path, chunk_size=2).chunk_size == 2,
+    "from_config": lambda m, b, p: (
+        not torch.equal(*(AutoModelForCausalLM.from_config(m.config).backbone.lm_head.weight for _ in range(2)))
+    ),
+    "from_config: base": lambda m, b, p: type(AutoModel.from_config(m.config)) is LongMemModel,
+    "from_config: dtype": lambda m, b, p: (
+        AutoModelForCausalLM.from_config(m.config, dtype=torch.bfloat16).dtype == torch.bfloat16
+    ),
+    "from_config: without a backbone": lambda m, b, p: refused(
+        lambda: AutoModelForCausalLM.from_config(LongMemConfig()), "`config` must have a `backbone_config`"
+    ),
+    "from_pretrained: config": lambda m, b, p: (
+        opened(m, config=LongMemConfig.from_pretrained(m.name_or_path, memory_distance=3)).config.memory_distance == 3
+    ),
+    "from_pretrained: use_cache": lambda m, b, p: not opened(m, use_cache=False).generation_config.use_cache,
+    "from_pretrained: pad_token_id": lambda m, b, p: (
+        (each := opened(m, pad_token_id=7)).config.pad_token_id == each.generation_config.pad_token_id == 7
+    ),
+    "from_pretrained: our own with pad_token_id": lambda m, b, p: (
+        LongMemForCausalLM.from_pretrained(m.name_or_path, pad_token_id=7).generation_config.pad_token_id == 7
+    ),
+    "from_pretrained: generation_config": lambda m, b, p: (
+        opened(m, generation_config=GenerationConfig(max_new_tokens=3)).generate(IDS[:1]).shape[1] == 19
+    ),
+    "from_pretrained: misspelt": lambda m, b, p: refused(lambda: opened(m, usecache=True), "Did you mean `use_cache`"),
+    "from_pretrained: low_cpu_mem_usage": lambda m, b, p: same(opened(m, low_cpu_mem_usage=True), m, b),
+    "bfloat16": lambda m, b, p: half(m, torch.bfloat16),
+    "float16": lambda m, b, p: half(m, torch.float16),
+    "to": lambda m, b, p: opened(m).to(torch.float64).to("cpu", torch.float32)(IDS).logits.dtype == torch.float32,
+    "to: meta": lambda m, b, p: opened(m).to("meta").device.type == "meta",
+    "attention: shown": lambda m, b, p: (
+        [opened(m, attn_implementation=kind).config._attn_implementation for kind in ("eager", "sdpa")]
+        == ["eager", "sdpa"]
+    ),
+    "attention: another": lambda m, b, p: refused(
+        lambda: m.set_attn_implementation("eager"), "`attn_implementation` must stay 'sdpa'.*got 'eager'"
+    ),
+    "attention: the same": lambda m, b, p: m.set_attn_implementation("sdpa") is None,
+    "attention: unknown": lambda m, b, p: refused(lambda: m.set_attn_implementation("fast"), "attn_implementation"),
+    "embeddings: another size": lambda m, b, p: refused(
+        lambda: m.resize_token_embeddings(pad_to_multiple_of=100),
+        "up to `pad_to_multiple_of` must stay the backbone's 256.*got 300",
+    ),
+    "embeddings: a multiple": lambda m, b, p: m.resize_token_embeddings(250, 64) is m.get_input_embeddings(),
+    "embeddings: others": lambda m, b, p: refused(
+        lambda: m.set_input_embeddings(torch.nn.Embedding(3, 4)), "`value` must stay the backbone's token embeddings"
+    ),
+    "head: another": lambda m, b, p: refused(
+        lambda: m.set_output_embeddings(torch.nn.Linear(3, 4)), "`new_embeddings` must stay the backbone's head"
+    ),
+    "memory footprint": lambda m, b, p: (
+        m.get_memory_footprint()
+        == transformers.PreTrainedModel.get_memory_footprint(m) + m.backbone.get_memory_footprint()
+    ),
+    "pickle": lambda m, b, p: same(pickle.loads(pickle.dumps(m)), m, b),
+    "deepcopy": lambda m, b, p: same(copy.deepcopy(m), m, b),
+    "load_state_dict": lambda m, b, p: str(m.load_state_dict(m.state_dict())) == "<All keys matched successfully>",
+    "save: shards": lambda m, b, p: (
+        m.save_pretrained(p, max_shard_size="20KB") is None
+        and (p / "model.safetensors.index.json").is_file()
+        and same(LongMemForCausalLM.from_pretrained(p), m, b)
+    ),
+    "save: variant": lambda m, b, p: (
+        m.save_pretrained(p, variant="fp16") is None
+        and same(AutoModelForCausalLM.from_pretrained(p, variant="fp16"), m, b)
+        and refused(lambda: AutoModelForCausalLM.from_pretrained(p), r"holds no model\.safetensors")
+    ),
+    "save: class that opens it": lambda m, b, p: same(
+        getattr(transformers, opened_by(m)).from_pretrained(m.name_or_path), m, b
+    ),
+    "hub: from its cache": lambda m, b, p: (
+        same(each := downloaded(m, p), m, b)
+        and each.name_or_path == "me/saved"
+        and each.tokenizer.chat_template == CHAT
+    ),
+    "generate: generation_config": lambda m, b, p: (
+        m.generate(IDS[:1], memory=b, generation_config=GenerationConfig(max_new_tokens=2)).shape[1] == 18
+    ),
+    "generate: padding": lambda m, b, p: padded(m, b),
+    "generate: padding and beams": lambda m, b, p: padded(m, b, num_beams=3),
+    "generate: beams, several": lambda m, b, p: (
+        m.generate(IDS, memory=[b, b, b], num_beams=4, num_return_sequences=2, max_new_tokens=2).shape == (6, 18)
+    ),
+    "generate: no cache": lambda m, b, p: drafted(m, b, use_cache=False) == drafted(m, b),
+    "generate: fixed cache": lambda m, b, p: drafted(m, b, cache_implementation="static") == drafted(m, b),
+    "generate: prefill in pieces": lambda m, b, p: drafted(m, b, prefill_chunk_size=4) == drafted(m, b),
+    "generate: streamer": lambda m, b, p: streamed(m, b),
+    "generate: guidance": lambda m, b, p: drafted(m, b, guidance_scale=3.0) != drafted(m, b),
+    "generate: misspelt": lambda m, b, p: refused(lambda: drafted(m, b, num_beam=2), "num_beam"),
+    "generate: early exit": lambda m, b, p: refused(
+        lambda: drafted(m, b, assistant_early_exit=2), "`assistant_early_exit` must be left out, got 2"
+    ),
+    "generate: attentions": lambda m, b, p: refused(
+        lambda: drafted(m, b, output_attentions=True, return_dict_in_generate=True), "Use `output_memory_reads=True`"
+    ),
+    "generate: continuous batching": lambda m, b, p: refused(
+        lambda: m.generate_batch(inputs=[[1, 2, 3]]), "continuous batching is not available"
+    ),
+    "pipeline: batch": lambda m, b, p: pipelined(m, b),
+}
+SIZES_OF_ANY = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+
+
+def opened_by(model: LongMemForCausalLM) -> str:
+    return json.loads((Path(model.name_or_path) / "config.json").read_text())["architectures"][0]
+
+
+@pytest.mark.parametrize("trial", TRIED)
+def test_what_a_user_of_transformers_tries(trial: str, model: Any, bank: MemoryBank, tmp_path: Path) -> None:
+    with torch.no_grad():
+        assert TRIED[trial](model, bank, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_what_they_try_on_other_architectures(kind: str, place: Path, tmp_path: Path) -> None:
+    build_backbone(kind, vocab_size=256).save_pretrained(tmp_path / "backbone")
+    AutoTokenizer.from_pretrained(place / "backbone").save_pretrained(tmp_path / "backbone")
+    LongMemForCausalLM.from_backbone(tmp_path / "backbone", **SIZES).save_pretrained(tmp_path / "saved")
+    failed = []
+    for number, name in enumerate(
+        TRIED.keys() - {"config: sizes", "config: tokens", "attention: another", "attention: the same"}
+    ):
+        model = LongMemForCausalLM.from_pretrained(tmp_path / "saved")
+        bank = MemoryBank.for_model(model)
+        model.memorize(bank, torch.arange(60, 160), "a")
+        try:
+            with torch.no_grad():
+                assert TRIED[name](model, bank, tmp_path / str(number))
+        except Exception as error:
+            failed.append(f"{name}: {type(error).__name__}: {error}"[:200])
+    assert failed == []
+
+
 # Files ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -304,10 +528,52 @@ def test_a_process_that_never_imported_the_package_opens_a_folder(place: Path, m
     program = [sys.executable, "-c", FRESH, str(place / "saved"), str(tmp_path / "again")]
     done = subprocess.run(program, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.split()[-1]) == float(model(torch.arange(16)[None]).logits.double().sum())
+    assert float(done.stdout.split()[-1]) == float(model(torch.arange(16)[None]).logits.double().sum().detach())
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
         path.name for path in (place / "saved").iterdir()
     )
+
+
+@pytest.mark.slow
+def test_transformers_serves_a_folder_and_chats_with_it(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    command, name = str(Path(sys.executable).parent / "transformers"), str(place / "saved")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    url, options = f"http://localhost:{port}", ["--trust-remote-code", "--device", "cpu", "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen([command, "serve", name, *options], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health") as health:
+                if health.status == 200:
+                    break
+            time.sleep(1)
+        messages = [{"role": "user", "content": "the cat"}]
+        asked = {"model": name, "messages": messages, "max_tokens": 4, "temperature": 0, "stream": False}
+        request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(asked).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request) as answer:
+            said = json.load(answer)["choices"][0]["message"]["content"]
+        model = LongMemForCausalLM.from_pretrained(place / "saved")
+        prompt = model.tokenizer.apply_chat_template(messages, return_tensors="pt", add_generation_prompt=True)
+        expected = model.generate(**prompt, max_new_tokens=4, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert said == model.tokenizer.decode(expected, skip_special_tokens=True)
+        # At the limit of tokens it asks whether to go on. Without the Hub it may not speak to this machine either.
+        env = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        chat = subprocess.run(
+            [command, "chat", name, url, "max_new_tokens=4", "do_sample=False"],
+            input="the cat\nn\n!exit\n!exit\n", capture_output=True, text=True, errors="replace", check=False,
+            cwd=tmp_path, env=env,
+        )  # fmt: skip
+        assert chat.returncode == 0, chat.stderr
+        assert f"<{name}>:" in "".join(chat.stdout.split("\n"))
+        assert "token limit" in chat.stdout
+    finally:
+        server.terminate()
+        server.wait()
 
 
 class FakeHub:
@@ -496,6 +762,34 @@ def test_a_lora_config_of_peft_is_taken_as_settings(place: Path) -> None:
             LongMemConfig(lora=LoraConfig(r=4, **extra))
     with pytest.raises(ValueError, match=r"`lora` must be a dict of settings or a peft\.LoraConfig, got 4"):
         LongMemConfig(lora=4)
+
+
+class Readers(torch.utils.data.Dataset):
+    """What a data worker reads of a bank that came along with its data set."""
+
+    def __init__(self, bank: MemoryBank) -> None:
+        self.bank = bank
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self.bank.token_ids("a")[number : number + 8]  # type: ignore[index]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_bank_on_disk_goes_along_with_a_copy(model: LongMemForCausalLM, tmp_path: Path, workers: int) -> None:
+    with MemoryBank.for_model(model, folder=tmp_path / "bank") as bank:
+        model.memorize(bank, torch.arange(60, 160), "a")
+        for twin in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
+            assert torch.equal(model(IDS, memory=twin).logits, model(IDS, memory=bank).logits)
+            with pytest.raises(ValueError, match="read_only=True"):
+                twin.delete("a")
+            twin.close()
+        spawned = {"multiprocessing_context": "spawn"} if workers else {}
+        rows = list(torch.utils.data.DataLoader(Readers(bank), num_workers=workers, **spawned))  # type: ignore[arg-type]
+        assert [row.tolist() for row in rows] == [[list(range(60, 68))], [list(range(61, 69))]]
 
 
 @torch.no_grad()

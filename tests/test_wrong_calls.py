@@ -16,6 +16,7 @@ CALLED = {
     ("MemoryBank.add", "keys"): "keys",
     ("MemoryBank.supersede", "by"): "by",
     ("LongMemForCausalLM.from_backbone", "backbone_options"): "options",
+    ("LongMemForCausalLM.from_pretrained", "backbone_options"): "options",
     ("LongMemForCausalLM.forward", "past_key_values"): "cache",
     ("MemoryStream.read", "text_or_ids"): "text_or_ids",
 }

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tiny_models import save_tiny_backbone
+from transformers import PreTrainedConfig
 
 from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank, MemoryStream, calibrate_heads
 from longmem.memory.rows.documents import SourcePart
@@ -94,6 +95,12 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "choice": ("mixed", 5, None),
     "number": (NAN, INF, "x", True),
     "lora": (5, {}, {"rank": 0}, {"rank": 4, "alpha": INF}, {"rank": 4, "target_modules": "q"}, {1: 4}, {"rnk": 4}),
+    "saved configuration": (5, {}, object(), True),
+    "loaded": ("x", 5, object(), PreTrainedConfig),
+    "asked": ("", 5, b"a", ["a"]),
+    "one memory": ("x", 5, {}, MemoryBank),
+    "another size": (300, 7000, "x", 2.5),
+    "place": (-1, "x", 2.5, True),
     "precision": ("float8", 5, "half"),
     "paper's": (1, "side"),
     "paper's options": (5, {"rms_norm_eps": 1e-5}),
@@ -256,7 +263,6 @@ CALLS: dict[str, Call] = {
     "MemoryBank.info": (lambda w, document_id: w.bank.info(document_id), {"document_id": "known document"}),
     "MemoryBank.segments": (lambda w, document_id: w.bank.segments(document_id), {"document_id": "known document"}),
     "MemoryBank.token_ids": (lambda w, document_id: w.bank.token_ids(document_id), {"document_id": "known document"}),
-    "MemoryBank.text": (lambda w, document_id: w.bank.text(document_id), {"document_id": "known document"}),
     "MemoryBank.ready_for": (lambda w, model: w.bank.ready_for(model), {"model": "model"}),
     "MemoryBank.select": (
         lambda w, document_ids=None, tags=(): w.bank.select(document_ids, tags=tags),
@@ -300,12 +306,62 @@ CALLS: dict[str, Call] = {
         {"backbone": "name", "backbone_options": "options", "tokenizer": "tokenizer"},
     ),
     "LongMemForCausalLM.from_pretrained": (
-        lambda w, pretrained_model_name_or_path: LongMemForCausalLM.from_pretrained(pretrained_model_name_or_path),
-        {"pretrained_model_name_or_path": "name"},
+        lambda w, pretrained_model_name_or_path=None, **k: LongMemForCausalLM.from_pretrained(
+            w.folder / "model" if k else pretrained_model_name_or_path, **k
+        ),
+        {"pretrained_model_name_or_path": "name", "config": "saved configuration", "backbone": "loaded"}
+        | {"tokenizer": "tokenizer", "backbone_options": "options", "generation_config": "loaded"}
+        | dict.fromkeys(("strict_backbone", "output_loading_info"), "flag")
+        | dict.fromkeys(("revision", "subfolder", "variant"), "string"),
     ),
     "LongMemForCausalLM.save_pretrained": (
         lambda w, save_directory="out", **k: w.model.save_pretrained(save_directory, **k),
-        {"save_directory": "folder", "dtype": "dtype", "save_backbone": "flag"},
+        {
+            "save_directory": "folder",
+            "dtype": "dtype",
+            "save_backbone": "flag",
+            "state_dict": "state",
+            "repo_id": "string",
+        }
+        | dict.fromkeys(("is_main_process", "push_to_hub"), "flag"),
+    ),
+    "LongMemForCausalLM.push_to_hub": (
+        lambda w, repo_id="me/x", **k: w.model.push_to_hub(repo_id, **k),
+        {"dtype": "dtype"}
+        | dict.fromkeys(("repo_id", "commit_message", "commit_description", "revision"), "string")
+        | dict.fromkeys(("private", "save_backbone", "create_pr"), "flag"),
+    ),
+    "LongMemForCausalLM.find": (
+        lambda w, memory=None, text="a", k=1: w.model.find(w.bank if memory is None else memory, text, k),
+        {"text": "asked", "k": "count", "memory": "one memory"},
+    ),
+    "LongMemForCausalLM.resize_token_embeddings": (
+        lambda w, **k: w.model.resize_token_embeddings(**k),
+        {"new_num_tokens": "another size", "pad_to_multiple_of": "another size"},
+    ),
+    "LongMemForCausalLM.set_input_embeddings": (
+        lambda w, value: w.model.set_input_embeddings(value),
+        {"value": "loaded"},
+    ),
+    "LongMemForCausalLM.set_output_embeddings": (
+        lambda w, new_embeddings: w.model.set_output_embeddings(new_embeddings),
+        {"new_embeddings": "loaded"},
+    ),
+    "LongMemForCausalLM.get_memory_footprint": (
+        lambda w, return_buffers: w.model.get_memory_footprint(return_buffers),
+        {"return_buffers": "flag"},
+    ),
+    "MemoryBank.find": (
+        lambda w, text="a", k=1, model=None: w.bank.find(text, model, k),
+        {"text": "asked", "k": "count", "model": "model"},
+    ),
+    "MemoryBank.text": (
+        lambda w, document_id="a", **k: w.bank.text(document_id, **k),
+        {"document_id": "known document", "start": "place", "stop": "place"},
+    ),
+    "MemoryStream.generate_text": (
+        lambda w, **k: list(w.read_stream().generate_text(**{"max_new_tokens": 1, **k})),
+        {"max_new_tokens": "place", "skip_special_tokens": "flag"},
     ),
     "LongMemForCausalLM.load_side_state_dict": (
         lambda w, state: w.model.load_side_state_dict(state),

@@ -116,7 +116,8 @@ def input_device(backbone: PreTrainedModel) -> torch.device:
     """Return where the backbone expects token ids: with its embeddings, or where a device map brings these when needed."""
     embeddings: Any = backbone.get_input_embeddings()
     device = next(embeddings.parameters()).device
-    return torch.device(embeddings._hf_hook.execution_device) if device.type == "meta" else device
+    hook = getattr(embeddings, "_hf_hook", None)
+    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
 
 
 def adapters_in_words(backbone: PreTrainedModel) -> str:

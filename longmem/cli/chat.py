@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Talk until the end of the input."""
     from longmem.memory import MemoryBank, has_bank
 
+    if arguments.json:
+        raise ValueError("`--json` must be left out of a talk; `longmem generate --chat --json` gives one answer.")
     common.drawing(arguments)  # before a model is opened
     if sys.stdin.isatty():
         print("Opening the model ...", file=sys.stderr)
@@ -64,14 +66,15 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.bank is not None:
             common.remember_model(arguments.bank, name)
     with bank:
-        talk(Conversation(model.eval(), bank, arguments), _lines())
+        talk(Conversation(model.eval(), bank, arguments), _lines(arguments.quiet))
 
 
-def _lines() -> Iterator[str]:
+def _lines(quiet: bool) -> Iterator[str]:
     is_person = sys.stdin.isatty()
     if is_person:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  by being imported: what is typed can be edited, and called back
+    if is_person and not quiet:
         print(f"Ask, or:\n{COMMANDS}\n")
     while True:
         try:

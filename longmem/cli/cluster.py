@@ -43,6 +43,11 @@ def start(arguments: argparse.Namespace) -> None:
     from longmem.cluster import ClusterBank
     from longmem.cluster.engine import join
 
+    of_new = [name for name in ("model", "refresh", "storage_dtype") if vars(arguments)[name] is not None]
+    if of_new and arguments.shards is None:
+        raise ValueError(
+            f"`--{of_new[0].replace('_', '-')}` must come with `--shards`, for it is of a new bank; leave it out."
+        )
     join()
     if arguments.shards is not None:
         options = {name: vars(arguments)[name] for name in ("refresh", "storage_dtype") if vars(arguments)[name]}

@@ -21,16 +21,8 @@ By heads: what the model would read for this text, by how much it stands out. By
 def add(actions: Any) -> None:
     """Add the action `find`."""
     by_tag = option("--tag", action="append", default=[], help="only documents with one of these tags")
-    command = add_command(
-        actions,
-        "find",
-        run,
-        "find the passages that a text has to do with",
-        EXAMPLES,
-        bank_folder(),
-        by_tag,
-        model_option(),
-    )
+    parents, summary = (bank_folder(), by_tag, model_option()), "find the passages that a text has to do with"
+    command = add_command(actions, "find", run, summary, EXAMPLES, *parents)
     command.add_argument("text", help="a question, or any text")
     command.add_argument("--by", choices=("both", "heads", "words"), default="both", help="who finds")
     command.add_argument("--count", type=int, default=5, help="passages")
@@ -38,6 +30,8 @@ def add(actions: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the passages, the best first."""
+    if arguments.by == "words" and arguments.model is not None:
+        raise ValueError(f"`--model` must be left out with `--by words`, which opens none, got {arguments.model!r}.")
     with common.open_bank(arguments.bank) as bank:
         memory = bank.select(tags=arguments.tag) if arguments.tag else bank
         # Words are asked first: what is wrong with the text is told before a model is opened.

@@ -8,7 +8,6 @@ from longmem.cli import common
 from longmem.cli.common import add_command
 
 EXAMPLES = """\
-examples:
   longmem heads smollm2-135m --texts my-books --output runs/heads
   longmem heads smollm2-135m steps=120 pull=0.4 dtype=bfloat16 --texts my-books --output runs/heads
   longmem eval recall model=runs/heads output=runs/heads-recall

@@ -247,14 +247,14 @@ def pieces_of(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
     >>> list(pieces_of("one two"))
     [(0, 7)]
     """
+    end = len(text.rstrip())  # once: a look at all that is left would copy it for each piece
     while start < len(text):
         stop = start + PIECE
         if len(text) - stop < PIECE // 8:
             stop = len(text)
         else:  # tokens of many kinds of tokenizers begin with a space and end with a line
             stop = text.rfind("\n", start + 1, stop) + 1 or max(text.rfind(" ", start + 1, stop), 0) or stop
-        # Nobody can encode a blank piece.
-        while stop < len(text) and (text[start:stop].isspace() or text[stop:].isspace()):
+        while stop < len(text) and (stop >= end or text[start:stop].isspace()):  # nobody can encode a blank piece
             stop = min(stop + PIECE, len(text))
         yield start, stop
         start = stop

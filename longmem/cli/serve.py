@@ -67,5 +67,6 @@ def run(arguments: argparse.Namespace) -> None:
     engine = Engine(model, NamedBanks(model, arguments.banks), arguments.max_waiting)
     app = make_app(engine, model_id=name, token=token, max_body=arguments.max_megabytes * MEGABYTE)
     here = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    console.print(f"Serving {name}: open http://{here}:{arguments.port} in a browser (Ctrl-C ends).")
+    url = f"http://{here}:{arguments.port}"
+    common.tell(arguments, {"model": name, "url": url}, f"Serving {name}: open {url} in a browser (Ctrl-C ends).")
     uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")

@@ -65,7 +65,7 @@ def read_text(path: Path, encoding: str | None = None) -> str:
             ) from error
         if "\0" in text:
             raise ValueError(f"{path} is not a text file, it holds zero bytes; name its `--encoding` if it is UTF-16.")
-    if not text.strip():
+    if not text or text.isspace():
         raise ValueError(f"{path} holds no text.")
     return text
 
@@ -79,14 +79,21 @@ def _read_document(path: Path) -> str:
             f"{path}: what reads {path.suffix} is not installed; `pip install 'longmem-lm[files]'`, or `--encoding utf-8` to "
             "take a file of text as it stands."
         ) from error
-    with path.open("rb"):  # says what is wrong with the file itself
-        pass
+    raw = path.read_bytes()  # says what is wrong with the file itself
     try:
-        return str(MarkItDown(enable_plugins=False).convert_local(path).markdown)
+        text = str(MarkItDown(enable_plugins=False).convert_local(path).markdown)
     except Exception as error:  # whatever a broken document makes of the library below
         raise ValueError(
             f"{path} can't be read as {path.suffix}: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
+    # The library takes for plain text what is not of the kind that its name says; a page may be just that.
+    is_page = path.suffix.lower() in (".html", ".htm")
+    is_as_it_stands = text.encode("ascii", "ignore").split() == raw.decode("ascii", "ignore").encode().split()
+    if "\0" in text or (raw and is_as_it_stands and not is_page):
+        raise ValueError(
+            f"{path} can't be read as {path.suffix}, for it is none; `--encoding` takes a text as it stands."
+        )
+    return text
 
 
 def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[tuple[Path, str]], list[Path]]:
@@ -184,7 +191,8 @@ def export_line(bank: "MemoryBank", info: "DocumentInfo") -> str:
 
 def _texts_of(path: Path, name: str, encoding: str | None) -> list[Text]:
     text = read_text(path, encoding)
-    if not is_export(path, text.partition("\n")[0]):
+    end = text.find("\n")
+    if not is_export(path, text[:end] if end >= 0 else text):
         return [Text(name, text)]
     documents = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):

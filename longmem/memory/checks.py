@@ -149,6 +149,12 @@ def validate_name(argument: str, value: object) -> None:
         )
 
 
+def validate_string(argument: str, value: object) -> None:
+    """Raise ValueError unless `value` is a string."""
+    if not isinstance(value, str):
+        raise ValueError(f"`{argument}` must be a string, got {got(value)}; leave it out for the default.")
+
+
 def validate_folder(argument: str, value: object) -> None:
     """Raise ValueError unless `value` is a path that names a folder; the current one is "."."""
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
@@ -551,18 +557,24 @@ def validate_date(argument: str, date: object) -> float:
     return float(date)
 
 
+FLAGS = (
+    ("append", "create_pr", "exact", "is_main_process", "is_pinned", "mmap", "output_loading_info", "private", "probe")
+    + ("push_to_hub", "read_only", "return_buffers", "save_backbone", "skip_special_tokens", "strict")
+    + ("strict_backbone",)
+)
+STRINGS = ("commit_description", "commit_message", "repo_id", "revision", "subfolder", "variant")
+COUNTS = ("batch_size", "device_budget", "k", "new_num_tokens", "pad_to_multiple_of")
 # By the name of the argument, which means the same wherever it is taken. What depends on a bank or a model is checked there.
 RULES: dict[str, Callable[[str, Any], object]] = {
-    **dict.fromkeys(
-        ("append", "exact", "is_pinned", "mmap", "probe", "read_only", "save_backbone", "strict"), validate_flag
-    ),
-    **dict.fromkeys(("batch_size", "device_budget"), validate_count),
+    **dict.fromkeys(FLAGS, validate_flag),
+    **dict.fromkeys(STRINGS, validate_string),
+    **dict.fromkeys(COUNTS, validate_count),
     **dict.fromkeys(("keep", "seed", "window"), validate_integer),
-    **dict.fromkeys(("budget_tokens", "max_new_tokens"), validate_budget),
+    **dict.fromkeys(("budget_tokens", "max_new_tokens", "start", "stop"), validate_budget),
     **dict.fromkeys(("folder", "save_directory"), validate_folder),
     **dict.fromkeys(("by", "document_id"), validate_document_id),
     **dict.fromkeys(("dated", "now", "valid_until"), validate_date),
-    **dict.fromkeys(("backbone_options", "state"), validate_mapping),
+    **dict.fromkeys(("backbone_options", "state", "state_dict"), validate_mapping),
     **dict.fromkeys(("backbone", "pretrained_model_name_or_path"), validate_name),
     "bank": validate_bank,
     "device": validate_device,

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from longmem.memory.checks import validate_count
+from longmem.memory.checks import got, validate_count
 from longmem.memory.protocols import Memory
 from longmem.memory.rows.documents import DocumentInfo
 
@@ -78,9 +78,9 @@ def find_words(memory: Findable, text: str, k: int = 10) -> list[FoundPassage]:
     Only documents that were memorized as text are searched; a passage has one of the words at least. Raises ValueError for a
     text without words, or `k` below 1.
     """
-    words = re.findall(r"\w+", text)
+    words = re.findall(r"\w+", text) if isinstance(text, str) else []
     if not words:
-        raise ValueError(f"`text` must have a word to look for, got {text!r}.")
+        raise ValueError(f"`text` must have a word to look for, got {got(text)}.")
     validate_count("k", k)
     with sqlite3.connect(":memory:") as connection:
         connection.execute(

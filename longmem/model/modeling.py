@@ -226,14 +226,16 @@ class LongMemModel(LongMemPreTrainedModel):
     @torch.no_grad()
     def find(self, memory: FindableMemory, text: str, k: int = 10) -> list[FoundPassage]:
         """Return the `k` passages of a memory that the reading heads single out for a text, best first; see `bank.find`."""
-        ids = torch.tensor([self.tokenizer(text)["input_ids"]], device=self.input_device, dtype=torch.int64)
-        if not text or not ids.numel():
-            raise ValueError(f"`text` must hold at least one token, got {text!r}.")
+        ids = self.tokenizer(text)["input_ids"] if isinstance(text, str) and text else []
+        if not ids:
+            raise ValueError(f"`text` must hold at least one token, got {got(text)}.")
         validate_count("k", k)
+        refuse_other_encoder(self, memory)
+        read_ids = torch.tensor([ids], device=self.input_device)
 
         def read() -> list[FoundPassage]:
-            pieces = in_pieces(self, ids, self.config.segment_length, memory, logits_to_keep=1)
-            reads = table_of_reads([each.memory_reads for each in pieces], ids.shape[1])
+            pieces = in_pieces(self, read_ids, self.config.segment_length, memory, logits_to_keep=1)
+            reads = table_of_reads([each.memory_reads for each in pieces], len(ids))
             return passages_read(reads, memory, k, self.tokenizer)
 
         return of_one_state(memory, read)
@@ -437,6 +439,13 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
         ours = signature(LongMemForCausalLM.forward).parameters.keys() | kwargs.keys()
         return {name: value for name, value in prepared.items() if name in ours}
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ValueError: paged caches hold the layers of one network. `generate_batch` of transformers ends here."""
+        raise ValueError(
+            "continuous batching is not available, because two networks run, each with its cache; `generate` takes a padded "
+            "batch, and `longmem serve` answers many at once."
+        )
+
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **given: Any) -> Any:  # type: ignore[override]
         """Return what drafts tokens in assisted generation; memory goes to an assistant of the same encoder, uncopied.
 
@@ -594,6 +603,11 @@ def check_generation(model: LongMemForCausalLM, given: tuple[Any, ...], options:
         raise ValueError(
             "`output_memory_keys` must be left out of `generate`, got True: keys of tokens that were chosen are not kept; "
             "`model.stream(bank)` writes what leaves its window, and `forward` returns keys."
+        )
+    if setting("assistant_early_exit") is not None:
+        raise ValueError(
+            f"`assistant_early_exit` must be left out, got {got(setting('assistant_early_exit'))}: a side network can't stop "
+            "at a layer; `assistant_model=model.backbone` drafts without it."
         )
     reads = options.pop("output_memory_reads", False)
     check_choices({}, reads)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem import files
@@ -25,7 +25,7 @@ from longmem.backbone.loading import (
     tokenizer_fingerprint,
 )
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
-from longmem.configuration import LongMemConfig
+from longmem.configuration import NOTED_BY_OTHERS, LongMemConfig
 from longmem.console import without_transformers_bars
 from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configuration_recipe
 from longmem.encoder.watch import Encoder
@@ -37,17 +37,8 @@ from longmem.model.side_network import SideNetwork
 # How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
 STORED_FORMAT = 1
 # What the Auto classes of transformers and others pass on by habit; it says nothing about a side network.
-LOAD_HABITS = (
-    *(
-        "_from_auto",
-        "_from_pipeline",
-        "_commit_hash",
-        "adapter_kwargs",
-        "code_revision",
-        "trust_remote_code",
-        "weights_only",
-    ),
-)
+LOAD_HABITS: tuple[str, ...] = ("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "code_revision")
+LOAD_HABITS += ("trust_remote_code", "weights_only")
 
 
 class BackboneHead(nn.Module):
@@ -96,7 +87,11 @@ class LongMemPreTrainedModel(PreTrainedModel):
     def __init__(
         self, config: LongMemConfig, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
-        refuse_other_kinds(config, backbone, tokenizer)
+        refuse_other_kinds(
+            ("config", config, LongMemConfig, "a LongMemConfig", "`from_backbone` makes it"),
+            ("backbone", backbone, PreTrainedModel, "a causal LM", "`from_backbone` opens one by name"),
+            ("tokenizer", tokenizer, Callable | None, "a tokenizer", "`AutoTokenizer` opens one"),
+        )
         config = LongMemConfig.from_dict({**config.to_dict(), "backbone_config": backbone.config.to_dict()})
         super().__init__(config)
         self._backbone = Backbone(backbone)
@@ -111,6 +106,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
         self.backbone_was_trained = False
         self.generation_config = GenerationConfig.from_dict(backbone.generation_config.to_dict())
         self.post_init()
+        # On the private field (5.24), because the public one would change configurations inside.
+        self.config._attn_implementation_internal = backbone.config._attn_implementation
 
     # Making and saving -------------------------------------------------------------------------------------------------
 
@@ -184,6 +181,19 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return model
 
     @classmethod
+    def _from_config(cls, config: LongMemConfig, **options: Any) -> Self:
+        """Return a model with random weights, backbone and all: what the Auto classes' `from_config` calls (5.24).
+
+        Raises:
+            ValueError: the configuration has no `backbone_config`.
+        """
+        if config.backbone_config is None:
+            raise ValueError(
+                "`config` must have a `backbone_config` to make a backbone of, got None; `AutoConfig` opens one."
+            )
+        return cls(config, AutoModelForCausalLM.from_config(config.backbone_config, **options))
+
+    @classmethod
     @checked
     def from_pretrained(  # type: ignore[override]
         cls,
@@ -193,6 +203,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         backbone: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         backbone_options: dict[str, Any] | None = None,
+        generation_config: GenerationConfig | None = None,
         strict_backbone: bool = True,
         revision: str | None = None,
         subfolder: str = "",
@@ -211,6 +222,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
             backbone: a loaded backbone to use instead of opening one by name.
             tokenizer: to use instead of the saved one, or where none was saved the backbone's.
             backbone_options: options of `AutoModelForCausalLM.from_pretrained` for the backbone alone (trust_remote_code, ...).
+            generation_config: instead of the saved one.
             revision: hub revision of the saved side network.
             strict_backbone: refuse a backbone of other weights, or of another rotary scaling, than the side network was saved
                 beside; False warns instead. It looks at a sample of the numbers of large weights.
@@ -219,18 +231,23 @@ class LongMemPreTrainedModel(PreTrainedModel):
             output_loading_info: also return what was missing, as transformers does; it is nothing, or there is an error.
             options: how the backbone is loaded, placed and run (dtype, device_map, max_memory, attn_implementation,
                 quantization_config, ...), where files of all three come from (cache_dir, force_download, local_files_only,
-                token), and fields of `LongMemConfig` to change.
+                token), and fields of `LongMemConfig` to change, among them `use_cache`, `pad_token_id` and the like.
 
         Raises:
             ValueError: a weight is missing, left over, of another shape or not finite, a file is damaged, the backbone is
                 another one, or the name has no side network.
             OSError: the name is of no folder, and the hub has no such repository or can't be reached.
         """
+        refuse_other_kinds(
+            ("config", config, LongMemConfig | str | PathLike | None, "a LongMemConfig", "leave it out"),
+            ("backbone", backbone, PreTrainedModel | None, "a loaded causal LM", "leave it out"),
+            ("generation_config", generation_config, GenerationConfig | None, "a GenerationConfig", "leave it out"),
+        )
         take(options, LOAD_HABITS)
         hub, loading = take(options, HUB_OPTIONS), take(options, LOAD_OPTIONS)
         known = [each.name for each in dataclasses.fields(LongMemConfig)]
-        fields = {name: options.pop(name) for name in known if name in options}
-        _refuse_what_is_strict(options, known)
+        fields = {name: options.pop(name) for name in (*known, *NOTED_BY_OTHERS) if name in options}
+        _refuse_what_is_strict(options, [*known, *NOTED_BY_OTHERS])
         folder = look_up(pretrained_model_name_or_path, revision, subfolder, **hub).require_side_network()
         if config is None or not isinstance(config, LongMemConfig):
             config = LongMemConfig.from_pretrained(folder if config is None else config)
@@ -257,8 +274,11 @@ class LongMemPreTrainedModel(PreTrainedModel):
         model = cls(settings, backbone, tokenizer)
         stamp = saving.load_side_network(model.side_network, folder, variant)
         saving.refuse_other_weights(stamp, backbone, strict=strict_backbone)
-        if (folder / GENERATION_CONFIG_NAME).is_file():
+        if generation_config is not None:
+            model.generation_config = generation_config
+        elif (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config.update(**{name: fields[name] for name in NOTED_BY_OTHERS if name in fields})
         place = (str(folder), None) if (folder / "tokenizer_config.json").is_file() else None
         if place is None and settings.backbone_name_or_path:
             place = settings.backbone_name_or_path, settings.backbone_revision
@@ -316,18 +336,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         upload = take(options, saving.PUSH_OPTIONS)
         if upload.keys() - {"token"} and not push_to_hub:
             raise ValueError(f"`{next(iter(upload))}` is of an upload, got it without `push_to_hub=True`; add that.")
-        refuse_unknown_options(
-            options.keys() - set(saving.SAVE_OPTIONS),
-            (
-                *saving.SAVE_OPTIONS,
-                *saving.PUSH_OPTIONS,
-                "dtype",
-                "save_backbone",
-                "push_to_hub",
-                "repo_id",
-                "state_dict",
-            ),
-        )
+        refuse_unknown_options(options.keys() - set(saving.SAVE_OPTIONS), saving.KNOWN_OPTIONS)
         if not is_main_process:
             return
         state = saving.own_state(self.side_network, self.state_dict() if state_dict is None else state_dict, dtype)
@@ -363,6 +372,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         except (OSError, ValueError, ImportError):
             return None
 
+    @checked
     def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
@@ -394,11 +404,14 @@ class LongMemPreTrainedModel(PreTrainedModel):
             create_pr: open a pull request instead of committing.
         """
         self._refuse_to_lose_backbone(save_backbone)
+        dtype = saving.saved_dtype(dtype)
+        take(options, saving.SAVE_HABITS)
+        refuse_unknown_options(options.keys() - set(saving.SAVE_OPTIONS), saving.KNOWN_OPTIONS)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary, "model")
-            state = saving.own_state(self.side_network, self.state_dict(), saving.saved_dtype(dtype))
+            state = saving.own_state(self.side_network, self.state_dict(), dtype)
             self._write(folder, state, save_backbone, place=None, **options)
             return api.upload_folder(
                 repo_id=repo_id,
@@ -589,39 +602,61 @@ class LongMemPreTrainedModel(PreTrainedModel):
         """Return the backbone's LM head."""
         return self.lm_head
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    @checked
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Return the token embeddings, which keep their size.
 
         Raises:
             ValueError: another size is asked for.
         """
-        embeddings = self.get_input_embeddings()
-        if new_num_tokens not in (None, embeddings.weight.shape[0]):
+        size = self.get_input_embeddings().weight.shape[0]
+        wanted, name = size if new_num_tokens is None else new_num_tokens, "new_num_tokens"
+        if pad_to_multiple_of is not None:
+            wanted, name = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of, f"{name}` up to `pad_to_multiple_of"
+        self._refuse_other_vocabulary(name, wanted, size, f"backbone's {size}")
+        return self.get_input_embeddings()
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Raise ValueError unless these are the backbone's own embeddings, which alone can be the model's."""
+        self._refuse_other_vocabulary("value", value, self.get_input_embeddings(), "backbone's token embeddings")
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        """Raise ValueError unless this is the backbone's own head, which alone can be the model's."""
+        self._refuse_other_vocabulary("new_embeddings", new_embeddings, self.lm_head, "backbone's head")
+
+    @staticmethod
+    def _refuse_other_vocabulary(name: str, value: Any, own: Any, in_words: str) -> None:
+        if value is not own and value != own:
             raise ValueError(
-                f"`new_num_tokens` must stay the backbone's {embeddings.weight.shape[0]}, because its vocabulary is frozen "
-                f"with it, got {new_num_tokens}; resize and train the backbone first, and give that one to `from_backbone`."
+                f"`{name}` must stay the {in_words}, because its vocabulary is frozen with it, got {got(value)}; resize and "
+                "train the backbone first, and give that one to `from_backbone`."
             )
-        return embeddings
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError for another than the model was made with: how layers are watched and copied depends on it."""
+        if attn_implementation != self.config._attn_implementation:
+            raise ValueError(
+                f"`attn_implementation` must stay {self.config._attn_implementation!r}, with which the model was made, got "
+                f"{attn_implementation!r}; `from_pretrained(..., attn_implementation=...)` opens it with another."
+            )
+
+    @checked
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Return the bytes of all weights, the backbone's with them, each once; `return_buffers`: and of the buffers."""
+        own: list[Tensor] = [*self.backbone.parameters(), *self.parameters()]
+        own += [*self.backbone.buffers(), *self.buffers()] if return_buffers else []
+        return sum({id(each): each.nbytes for each in own}.values())
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Leave every weight as it is: the backbone is pretrained, the side network a copy of it."""
 
 
-def refuse_other_kinds(config: Any, backbone: Any, tokenizer: Any) -> None:
-    """Raise ValueError unless these are a configuration, a causal LM and, if it is there, a tokenizer."""
-    rules = (
-        ("config", config, isinstance(config, LongMemConfig), "a LongMemConfig", "`from_backbone` makes it"),
-        (
-            "backbone",
-            backbone,
-            isinstance(backbone, PreTrainedModel),
-            "a causal LM",
-            "`from_backbone` opens one by name",
-        ),
-        ("tokenizer", tokenizer, tokenizer is None or callable(tokenizer), "a tokenizer", "`AutoTokenizer` opens one"),
-    )
-    for name, value, holds, rule, way_out in rules:
-        if not holds:
+def refuse_other_kinds(*rules: tuple[str, Any, Any, str, str]) -> None:
+    """Raise ValueError for the first argument that is not of its kind: (name, value, kind, in words, way out)."""
+    for name, value, kind, rule, way_out in rules:
+        if not isinstance(value, kind):
             raise ValueError(f"`{name}` must be {rule} of transformers, got {got(value)}; {way_out}.")
 
 

@@ -30,19 +30,15 @@ BACKBONE_FOLDER = "backbone"  # inside the folder of a model that is saved with 
 SAVE_OPTIONS = ("max_shard_size", "variant", "save_peft_format")
 PUSH_OPTIONS = ("private", "token", "commit_message", "commit_description", "revision", "create_pr")
 SAVE_HABITS = ("safe_serialization", "save_function", "save_original_format")
+KNOWN_OPTIONS = (*SAVE_OPTIONS, *PUSH_OPTIONS, "dtype", "save_backbone", "push_to_hub", "repo_id", "state_dict")
 # What lets transformers open the folder in a program that never imported this package (`trust_remote_code=True`).
 SHIM = "longmem_model"
 SHIM_CODE = '''"""Lets transformers open this folder by `trust_remote_code=True`; needs `pip install longmem-lm`."""
 
-import contextlib
-
-import transformers
 from longmem import LongMemConfig, LongMemForCausalLM, LongMemModel  # noqa: F401
-
-# `transformers serve` looks for the class of a model among the names of transformers, of which it makes several copies.
-with contextlib.suppress(TypeError):  # a module of Python's own type needs no such help
-    type(transformers).LongMemForCausalLM = LongMemForCausalLM
 '''
+# Tools that take the class to open a folder with by its name from transformers (`transformers serve`, TRL) find this one there.
+OPENED_BY = "AutoModelForCausalLM"
 AUTO_MAP = {
     "AutoConfig": f"{SHIM}.LongMemConfig",
     "AutoModel": f"{SHIM}.LongMemModel",
@@ -131,7 +127,7 @@ def write_description(
         place: where the folder will be; None: elsewhere. Then no backbone is named by a path, and the card says what it is.
     """
     config = copy.deepcopy(config)
-    config.auto_map = dict(AUTO_MAP)
+    config.auto_map, config.architectures = dict(AUTO_MAP), [OPENED_BY]
     if with_backbone:
         config.backbone_revision = None  # of the hub's
         config.backbone_name_or_path = BACKBONE_FOLDER
