@@ -418,7 +418,7 @@ class MemoryBank:
             checks.validate_callable("progress", progress)
         written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
         self._take_version(document_id, draft)
-        return written and written.num_encoded
+        return written.num_encoded
 
     def _take_version(self, document_id: str, draft: MemoryBank) -> None:
         """Replace a document by that of the same name in a bank with the same settings; tags, pin and dates stay."""

@@ -423,8 +423,10 @@ class Catalogue:
         self._connection.execute("VACUUM")
 
     def close(self) -> None:
-        self.is_closed = True
-        self._connection.close()
+        """Let go of the file, when other threads have read what they are reading."""
+        with self.turn:
+            self.is_closed = True
+            self._connection.close()
 
     def refuse_closed(self) -> None:
         """Raise ValueError if the bank was closed."""

@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,6 +47,7 @@ SETTINGS = (
     "by_token",
 )
 TURN_SECONDS = 120.0  # that a thread waits for another that changes the bank
+Member = TypeVar("Member")
 DEFAULT_CAPACITY = 65_536  # tokens that a bank can hold if nobody says how many: the paper's
 # What stays when the text of a document is replaced.
 SAID_OF_A_DOCUMENT = ("tags", "is_pinned", "dated", "valid_until", "is_superseded", "superseded_by")
@@ -93,9 +94,7 @@ class Table:
         if storage is None:
             storage = MemoryStorage(None if capacity_tokens is None else capacity_tokens // chunk_size)
         self.storage = storage
-        # A thread may take them again while it holds them. The turn is taken first, or not waited for.
-        self.lock, self.turn = threading.RLock(), threading.RLock()
-        self._editions: weakref.WeakSet[Edition] = weakref.WeakSet()  # that somebody reads
+        self._begin()
         self.chunk_size = chunk_size
         self.capacity_tokens, self.capacity_bytes = capacity_tokens, capacity_bytes
         self.index, self.eviction = index, eviction
@@ -119,7 +118,14 @@ class Table:
         return {name: value for name, value in self.__dict__.items() if name not in ("lock", "turn", "_editions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock(), turn=threading.RLock(), _editions=weakref.WeakSet())
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        # A thread may take them again while it holds them. The turn is taken first, or not waited for.
+        self.lock, self.turn = threading.RLock(), threading.RLock()
+        self._editions: weakref.WeakSet[Edition] = weakref.WeakSet()  # that somebody reads
+        tables.add(self)
 
     def empty(self, storage: Storage | None = None) -> Table:
         """Return an empty table with the same settings, over a storage of its own."""
@@ -157,6 +163,7 @@ class Table:
         if self.journal is None:
             yield
             return
+        self.journal.refuse_reader()  # a forked copy of the process would wait for a thread that it does not have
         with self.taking_turn(), self.journal.transaction():
             yield
 
@@ -524,6 +531,16 @@ class Table:
         self.storage.truncate(self.ledger.num_rows)
         for index in self.indexes.values():
             index.rows_moved(sources, destinations)
+
+
+tables: weakref.WeakSet[Table] = weakref.WeakSet()  # of this process
+
+
+def members(known: weakref.WeakSet[Member]) -> list[Member]:
+    """Return what is in a set to which other threads may be adding."""
+    while True:
+        with contextlib.suppress(RuntimeError):  # it grew meanwhile
+            return list(known)
 
 
 class Edition:
