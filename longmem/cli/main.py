@@ -3,6 +3,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal's encoding cannot write is written as an escape
             stream.reconfigure(errors="backslashreplace")
-    debug = "--debug" in given
+    debug, written = "--debug" in given, warnings.formatwarning
+    warnings.formatwarning = lambda *about, **more: printable(written(*about, **more))
     try:
         parser = build_parser()
         if "_ARGCOMPLETE" in os.environ:
@@ -92,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         failed(f"longmem: a fault of this program, {type(error).__name__}: {error}; `--debug` shows where.", given)
         return 1
+    finally:
+        warnings.formatwarning = written
 
 
 def failed(sentence: str, given: Sequence[str]) -> None:

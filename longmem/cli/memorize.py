@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from longmem.cli import common
 from longmem.cli.common import DEFAULT_MODEL, POLICIES, add_command, bank_folder, labels, model_option, option
 from longmem.cli.texts import STDIN, Text, find_files, read_text, read_texts
+from longmem.errors import printable
 
 if TYPE_CHECKING:
     from longmem.memory import MemoryBank
@@ -118,7 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = read_texts(files, arguments.id, arguments.encoding)
     if passed_over:
         print(
-            f"longmem: {len(passed_over)} files hold no text and are left out, such as {passed_over[0]}.",
+            f"longmem: {len(passed_over)} files hold no text and are left out, such as {printable(str(passed_over[0]))}.",
             file=sys.stderr,
         )
     if isinstance(arguments.bank, str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,7 +14,8 @@ from typing import Any, Self
 
 from longmem.encoder.stamp import hash_tensors
 from longmem.evaluation.settings import EvaluationSettings
-from longmem.files import append_lines, make_folder, new_contents, read_json, write_file
+from longmem.files import append_lines, make_folder, new_contents, not_opened, open_regular, read_json, write_file
+from longmem.memory.folder.foreign import fits
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings.environment import environment
 from longmem.settings.nested import leaves
@@ -74,7 +76,7 @@ class RunFolder:
         """
         path, seconds = self.path / SESSIONS, self._seconds()
         if path.exists():
-            seconds += sum(session["seconds"] for session in read_lines(path))
+            seconds += sum(session["seconds"] for session in read_lines(path, {"seconds": float})[0])
         found = {"title": title, **environment(), "seed": seed, "wall_seconds": round(seconds, 1)}
         contents = {"metrics.json": as_json(metrics), "table.md": table, "environment.json": as_json(found)}
         with new_contents(self.path) as draft:
@@ -88,28 +90,37 @@ class RunFolder:
     def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the predictions on the disk; what a killed process left of a last line is cut off."""
         path = self.path / PREDICTIONS
-        if not path.exists():
-            return
-        data = path.read_bytes()
-        if not data.endswith(b"\n"):
-            write_file(path, data[: data.rfind(b"\n") + 1])
-        for record in read_lines(path):
-            yield record["id"], record
+        if os.path.lexists(path):
+            records, is_whole = read_lines(path, {"id": str})
+            if not is_whole:
+                append_lines(path, [])
+            yield from ((record["id"], record) for record in records)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects in a JSONL file. Raises ValueError, which names the line, if one of them is damaged."""
-    found = []
-    # Not `splitlines`: a text may hold other line ends.
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+def read_lines(path: Path, form: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """Return the objects in a JSONL file of a run, which have this form (`fits`) and more, and whether its last line is whole.
+
+    Raises ValueError, which names the line, if one of them is damaged, or the file is none of the run's own.
+    """
+    found: list[dict[str, Any]] = []
+    try:
+        with open(open_regular(path, follow=False), "rb") as file:
+            lines = (
+                file.read().decode("utf-8", "replace").split("\n")
+            )  # not `splitlines`: a text may hold other line ends
+    except OSError as error:
+        raise not_opened(path, error) from error
+    for number, line in enumerate(lines[:-1], start=1):
         try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as error:
+            found.append(json.loads(line))
+            if not fits(found[-1], form):
+                raise ValueError(f"it must have {', '.join(form)}")
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {str(path)!r} must be an object as the run wrote it, got {line[:80]!r}; delete the line, "
                 "and what it holds is done again."
             ) from error
-    return found
+    return found, not lines[-1]
 
 
 def describe(

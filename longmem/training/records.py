@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from longmem.files import append_lines, make_folder, write_file
+from longmem.files import append_lines, make_folder, refuse_link, write_file
 
 FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -85,6 +85,7 @@ class RunLog:
             )
         writer = _summary_writer() if tensorboard else None  # an error before anything is written
         make_folder(folder)
+        refuse_link(folder / TENSORBOARD_FOLDER)
         if resume_at is not None and self.path.exists():
             _drop_from(self.path, resume_at)
         self._tensorboard = None if writer is None else writer(str(folder / TENSORBOARD_FOLDER), purge_step=resume_at)
