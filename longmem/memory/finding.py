@@ -80,7 +80,7 @@ def find_words(memory: Findable, text: str, k: int = 10) -> list[FoundPassage]:
     Only documents that were memorized as text are searched; a passage has one of the words at least. Raises ValueError for a
     text without words, or `k` below 1.
     """
-    words = re.findall(r"\w+", text)
+    words = re.findall(r"\w+", text) if isinstance(text, str) else []
     if not words:
         raise ValueError(f"`text` must have a word to look for, got {text!r}.")
     validate_count("k", k)

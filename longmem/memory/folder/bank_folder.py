@@ -33,7 +33,7 @@ from longmem.memory.folder.place import INDEX_FOLDER, SEGMENT_FOLDER, WORD, Plac
 from longmem.memory.folder.saved_indexes import SavedIndexes, tokens_of_a_row
 from longmem.memory.folder.tensor_file import TensorFile, not_written
 from longmem.memory.rows.documents import Source
-from longmem.memory.rows.table import Table, members, tables
+from longmem.memory.rows.table import Table, tables
 
 ATTEMPTS_TO_READ = 10
 
@@ -442,14 +442,15 @@ _held = threading.local()
 
 
 def _wait_for_threads() -> None:
-    stop = time.monotonic() + BUSY_SECONDS
+    stop, _held.locks = time.monotonic() + BUSY_SECONDS, []
     while True:
-        locks = [*(table.lock for table in members(tables)), *(each.catalogue.turn for each in members(_open_folders))]
-        # Others may take them in another order, so none is held while the fork waits for the next; in the end, what can be had.
-        _held.locks = [lock for lock in locks if lock.acquire(blocking=False)]
-        if len(_held.locks) == len(locks) or time.monotonic() > stop:
-            return
-        _go_on()
+        with contextlib.suppress(RuntimeError):  # another thread was making a bank
+            locks = [*(table.lock for table in tables), *(folder.catalogue.turn for folder in _open_folders)]
+            # Others may take them in another order, so none is held while the fork waits for the next.
+            _held.locks += [lock for lock in locks if lock.acquire(blocking=False)]
+            if len(_held.locks) == len(locks) or time.monotonic() > stop:
+                return
+            _go_on()
         time.sleep(0.001)
 
 
@@ -608,7 +609,9 @@ class OnDisk:
             return
         with table.taking_turn():
             if self._in_transaction:
-                raise ValueError("`close` must not be called inside a transaction, which it would end; call it afterwards.")
+                raise ValueError(
+                    "`close` must not be called inside a transaction, which it would end; call it afterwards."
+                )
             try:
                 try:
                     self.refuse_reader()
@@ -616,7 +619,7 @@ class OnDisk:
                     warnings.warn(str(error), stacklevel=3)
                 else:
                     with self.transaction():
-                        pass
+                        table.drop_expired()
                     folder.save_indexes(table)
             finally:
                 folder.close()
