@@ -673,7 +673,8 @@ class MemoryBank:
     def is_empty(self) -> bool:
         """Return whether a search can find nothing, also because nothing that is there may be read."""
         with self._table.lock:
-            self._table.drop_expired()
+            if self._table.forgets_by_itself:
+                self._table.drop_expired()
             if not self._table.ledger.num_rows:
                 return True
             readable = self.freshness.read_by((READING.get() or (None,))[0])[1]
