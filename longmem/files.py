@@ -73,6 +73,20 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def refuse_link(path: Path) -> None:
+    """Raise ValueError if a part of a folder, which is about to be written to, leads elsewhere: who sent it could choose where.
+
+    A file must have no second name either, by which it is somebody else's as well.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink > 1):
+            raise ValueError(
+                f"{str(path)!r} must be of its own folder alone to be written to, but is a link or has another name elsewhere; "
+                "put a copy there."
+            )
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name != "posix":  # elsewhere a folder cannot be opened, and needs no sync
@@ -109,7 +123,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         except OSError as error:  # told of the file that was asked for
             raise type(error)(error.errno, error.strerror, str(path)) from None
         yield draft
-        draft.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() else modes()[0])
+        draft.chmod(stat.S_IMODE(path.stat().st_mode) if path.is_file() and not path.is_symlink() else modes()[0])
         sync(draft)
         os.replace(draft, path)
 
@@ -161,18 +175,24 @@ def current(folder: Path) -> Path:
 def _settle(folder: Path, stale: str) -> None:
     """Put finished contents into their places."""
     pending = folder / PENDING
+    refuse_link(pending)
     if not pending.is_dir():
         return
     # Not `Path.is_file`, which takes a file that can't be looked at for none: it would go with the folder.
     found = os.walk(pending, onerror=_refuse)
     names = [Path(root, name).relative_to(pending) for root, _, own in found for name in own]
     for name in names:
+        status = os.lstat(pending / name)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", str(pending / name))
         make_folder((folder / name).parent)
         with new_file(folder / name) as draft:
             draft.unlink()
-            try:
-                draft.hardlink_to(pending / name)
-            except OSError:  # of a file system without links
+            # A second name may be elsewhere, for a file that is not to be changed; and some file systems have no links.
+            with contextlib.suppress(OSError):
+                if status.st_nlink == 1:
+                    draft.hardlink_to(pending / name)
+            if not draft.exists():
                 shutil.copyfile(pending / name, draft)
     for path in folder.iterdir():
         if re.fullmatch(stale, path.name) and Path(path.name) not in names:
@@ -195,22 +215,27 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Add lines to a text file, made if missing; they are on the disk when the call returns.
 
-    What a killed process left of a line goes before, and after an error all lines do.
+    What a killed process left of a line goes before, and after an error all lines do. Raises ValueError for a link.
     """
+    refuse_link(path)
     is_new = not path.exists()
     content = "".join(lines).encode("utf-8", "surrogatepass")
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with os.fdopen(
+        os.open(path, flags, 0o600), "r+b", buffering=0
+    ) as file:  # a buffer would write once more when it closes
         start = file.seek(0, os.SEEK_END)
         file.seek(max(0, start - (1 << 20)))
         tail = file.read()
         start = file.seek(start - len(tail) + tail.rfind(b"\n") + 1)
+        rest = memoryview(content)
         try:
             file.truncate()
-            file.write(content)
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        except OSError:
-            os.truncate(path, start)
+        except BaseException:
+            os.ftruncate(file.fileno(), start)
             raise
     if is_new:
         path.chmod(modes()[0])
@@ -349,8 +374,13 @@ def check_folder(folder: Path) -> None:
     try:
         known = read_json(folder / CHECKSUMS)["files"]
         for name, digest in known.items():
+            if not name.isprintable() or ".." in Path(name).parts or Path(name).is_absolute():
+                raise damaged(folder / CHECKSUMS, f"it names {name!r}")
             if digest_of(folder / name) != digest:
                 raise damaged(folder / name, "its bytes are not those that were written")
+        for path in folder.rglob("*"):
+            if not path.is_dir() and not path.is_file():  # whoever reads a pipe waits for ever
+                raise damaged(path, "it is no regular file")
     except OSError as error:
         raise not_opened(error.filename or folder, error) from error
     except (KeyError, TypeError, AttributeError) as error:

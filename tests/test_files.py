@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -16,6 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from longmem import files
+from longmem.evaluation.folder import RunFolder
+from longmem.training.checkpoints import Checkpoints
+from longmem.training.records import RunLog
 
 
 def mode(path: Path) -> int:
@@ -124,6 +130,109 @@ def test_only_regular_files_are_read(tmp_path):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(ValueError, match="file can't be read, it is damaged or incomplete"):
             files.read_json(tmp_path / "file")
+
+
+# What a folder from somebody else may hold in the place of something that is written to, and who writes it.
+TRAPS = {
+    "link": lambda path, outside: path.symlink_to(outside),
+    "link to nothing": lambda path, outside: path.symlink_to(outside / "none"),
+    "second name": lambda path, outside: path.hardlink_to(outside / "file"),
+    "pipe": lambda path, outside: os.mkfifo(path),
+}
+WRITERS = {
+    "lines": ("log.jsonl", lambda folder: files.append_lines(folder / "log.jsonl", ["line\n"])),
+    "predictions": ("predictions.jsonl", lambda folder: RunFolder(folder, {"a": 1}).write([{"id": "1"}])),
+    "sessions": ("sessions.jsonl", lambda folder: RunFolder(folder, {"a": 1}).__exit__(None)),
+    "contents": (files.PENDING, lambda folder: finish(folder)),
+    "a part of contents": (f"{files.PENDING}/part", lambda folder: finish(folder)),
+    "checkpoints": ("checkpoints", lambda folder: Checkpoints(folder, 1)),
+    "tensorboard": ("tensorboard", lambda folder: RunLog(folder)),
+}
+
+
+def finish(folder):
+    with files.new_contents(folder) as draft:
+        (draft / "part").write_text("part")
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_nothing_outside_a_folder_is_written_to(writer, trap, tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    outside.mkdir()
+    (outside / "file").write_text("somebody's, without an end")
+    (outside / "step-1").mkdir()
+    (outside / "file").chmod(0o640)
+    (name, write), is_folder = WRITERS[writer], writer in ("contents", "checkpoints", "tensorboard")
+    (folder / name).parent.mkdir(parents=True)
+    target = outside if is_folder or trap in ("link to nothing", "second name") else outside / "file"
+    TRAPS[trap](folder / name, target)
+    before = {path: (mode(path), path.is_dir() or path.read_bytes()) for path in outside.rglob("*")}
+    signal.alarm(20)  # a pipe is not waited for
+    try:
+        write(folder)
+    except (ValueError, OSError) as error:
+        assert str(folder / name) in str(error) or "llegal seek" in str(error)  # noqa: PT017
+    else:
+        assert is_folder or trap == "second name", "it was written through"
+    finally:
+        signal.alarm(0)
+    assert {path: (mode(path), path.is_dir() or path.read_bytes()) for path in outside.rglob("*")} == before
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"id": 1}', '[["id", "1"]]', "[" * 100_000, "null"])
+def test_lines_that_are_none_of_a_run_are_named(line, tmp_path):
+    RunFolder(tmp_path, {"a": 1}).write([{"id": "0"}])
+    with (tmp_path / "predictions.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match=r"line 2 of .*predictions\.jsonl' must be an object"):
+        RunFolder(tmp_path, {"a": 1})
+
+
+def test_lines_that_had_no_room_are_not_there_later(tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        """A file on a disk that is full for a moment, in the middle of a line."""
+
+        is_full = True
+
+        def write(self, data):
+            if not Full.is_full:
+                return super().write(data)
+            Full.is_full = False
+            super().write(data[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(descriptor, mode, buffering=-1):
+        return Full(descriptor, "r+") if buffering == 0 else io.BufferedRandom(Full(descriptor, "r+"))
+
+    path = tmp_path / "log.jsonl"
+    files.append_lines(path, ["one\n"])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdopen", opened)
+        with pytest.raises(OSError, match="No space left"):
+            files.append_lines(path, ["two\n"])
+    assert path.read_text() == "one\n"
+    files.append_lines(path, ["three\n"])
+    assert path.read_text() == "one\nthree\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["step-²", "step-٣", "step-007", "step-", "step-+1", "step-" + "9" * 5000, "step-1.old"]
+)
+def test_only_what_bears_the_name_of_a_checkpoint_is_one(name, tmp_path):
+    with contextlib.suppress(OSError):  # a name too long for this system
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-12").mkdir(parents=True)
+    assert Checkpoints(tmp_path, 1).steps() == [12]
+
+
+def test_a_sealed_folder_holds_no_pipe(tmp_path):
+    (tmp_path / "file").write_text("text")
+    files.seal_folder(tmp_path)
+    files.check_folder(tmp_path)
+    os.mkfifo(tmp_path / "more")
+    with pytest.raises(ValueError, match="more can't be read.*no regular file"):
+        files.check_folder(tmp_path)
 
 
 def test_a_folder_that_is_there_stays_as_it_is(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 
 import pytest
 
@@ -57,12 +58,55 @@ BILLION = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" f
         ("[" * 20_000, "must be YAML"),
         ("a: !!python/object/apply:os.system [ls]", "must be YAML"),
         ("output: \x00", "must be YAML"),
+        ("seed: 010", r"must have plain decimal numbers, got 010 in line 1 of '.*run\.yaml'"),
+        ("seed: 1:30", "must have plain decimal numbers, got 1:30"),
+        ("seed: -1:30.5", "must have plain decimal numbers, got -1:30.5"),
+        ("seed: !!int x", "must be YAML"),
+        ("seed: !!float x", "must be YAML"),
+        ("seed: !!timestamp x", "must be YAML"),
+        ("seed: 2001-99-99", "must be YAML"),
+        ("seed: " + "9" * 5000, "must be YAML"),
+        ("? [a]\n: 1", "must be YAML"),
+        ("1: 2", "`1` is not a setting of this run"),
+        ("null: 2", "`None` is not a setting of this run"),
         ("x" * (1 << 21), "must have at most 1,048,576 bytes"),
     ],
-    ids=["billion", "itself", "merged", "deep", "code", "control", "large"],
+    ids=[
+        *("billion", "itself", "merged", "deep", "code", "control", "octal", "sixties", "sixties with a point"),
+        *(
+            "no integer",
+            "no float",
+            "no time",
+            "no date",
+            "digits",
+            "key",
+            "number for a name",
+            "nothing for a name",
+            "large",
+        ),
+    ],
 )
 def test_settings_are_bounded_and_hold_no_aliases(tmp_path, content, message):
     path = tmp_path / "run.yaml"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_settings(TrainingSettings, path)
+
+
+def test_warnings_of_a_command_are_safe(tmp_path, monkeypatch):
+    before, shown = warnings.formatwarning, []
+
+    def run(_):
+        shown.append(warnings.formatwarning(f"there is {OBEYED[0]}", UserWarning, f"{OBEYED[0]}.py", 1, ""))
+
+    monkeypatch.setattr("longmem.cli.report.run", run)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "there is \\x1b[2J" in shown[0]
+    assert "\x1b" not in shown[0]
+    assert warnings.formatwarning is before
+
+
+def test_the_name_of_a_file_that_is_left_out_is_safe(tmp_path, capsys):
+    (tmp_path / f"image{OBEYED[0]}.png").write_bytes(b"\x89PNG\0")
+    main(["memorize", str(tmp_path), "--bank", str(tmp_path / "bank")])
+    assert "\x1b" not in capsys.readouterr().err

@@ -19,10 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from longmem.console import without_transformers_bars
-from longmem.files import make_folder, new_folder
+from longmem.files import locked, make_folder, new_folder
 
 # Part of the cache folder's name. Raise it when the conversion changes, so that no old result is used.
 FORMAT = 1
@@ -122,7 +120,7 @@ def convert_once(source: Path, folder: Path, convert: Callable[[Path, Path], Non
     The others wait at the lock and then find the folder complete.
     """
     make_folder(folder.parent)
-    with FileLock(f"{folder}.lock"):
+    with locked(folder.with_name(f"{folder.name}.lock")):
         if is_complete(folder):
             return
         if folder.exists():

@@ -3,6 +3,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal's encoding cannot write is written as an escape
             stream.reconfigure(errors="backslashreplace")
+    written = warnings.formatwarning
+    warnings.formatwarning = lambda *about, **more: printable(written(*about, **more))
     try:
         parser = build_parser()
         if "_ARGCOMPLETE" in os.environ:
@@ -87,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             said = "this machine has too little memory for that; give it less at once, or a smaller model."
         failed(f"longmem: {said}", given)
         return 1 if is_ours else 2
+    finally:
+        warnings.formatwarning = written
 
 
 def failed(sentence: str, given: Sequence[str]) -> None:

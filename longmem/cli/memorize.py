@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from longmem.cli import common
 from longmem.cli.common import DEFAULT_MODEL, POLICIES, add_command, bank_folder, labels, model_option, option
 from longmem.cli.texts import STDIN, Text, find_files, read_text, read_texts
+from longmem.errors import printable
 
 if TYPE_CHECKING:
     from longmem.memory import MemoryBank
@@ -116,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
     files, passed_over = find_files(arguments.files, arguments.glob)
     texts = read_texts(files, arguments.id, arguments.encoding)
     if passed_over:
-        said = f"{len(passed_over)} files hold no text and are left out, such as {passed_over[0]}."
+        said = f"{len(passed_over)} files hold no text and are left out, such as {printable(str(passed_over[0]))}."
         print(f"longmem: {said}", file=sys.stderr)
     if isinstance(arguments.bank, str):
         return fill(texts, arguments)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -11,7 +12,8 @@ from typing import Any, Self
 
 from longmem.encoder.stamp import hash_tensors
 from longmem.evaluation.settings import EvaluationSettings
-from longmem.files import append_lines, make_folder, new_contents, read_json, write_file
+from longmem.files import append_lines, make_folder, new_contents, not_opened, open_regular, read_json, write_file
+from longmem.memory.folder.foreign import fits
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings.environment import environment
 from longmem.settings.nested import leaves
@@ -72,7 +74,7 @@ class RunFolder:
         """
         path, seconds = self.path / SESSIONS, self._seconds()
         if path.exists():
-            seconds += sum(session["seconds"] for session in read_lines(path))
+            seconds += sum(session["seconds"] for session in read_lines(path, {"seconds": float})[0])
         found = {"title": title, **environment(), "seed": seed, "wall_seconds": round(seconds, 1)}
         contents = {"metrics.json": as_json(metrics), "table.md": table, "environment.json": as_json(found)}
         with new_contents(self.path) as draft:
@@ -86,30 +88,42 @@ class RunFolder:
     def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the predictions on the disk; what a killed process left of a last line is cut off."""
         path = self.path / PREDICTIONS
-        if not path.exists():
-            return
-        append_lines(path, ())
-        for record in read_lines(path):
-            yield record["id"], record
+        if os.path.lexists(path):
+            records, is_whole = read_lines(path, {"id": str})
+            if not is_whole:
+                append_lines(path, [])
+            yield from ((record["id"], record) for record in records)
 
 
 def read_lines(
-    path: Path, parse: Callable[[Any], Any] = dict, what: str = "an object as the run wrote it"
-) -> list[Any]:
-    """Return what `parse` makes of each JSON value in a JSONL file; a last line that was cut off is left out.
+    path: Path,
+    form: Mapping[str, Any],
+    parse: Callable[[Any], Any] = dict,
+    what: str = "an object as the run wrote it",
+) -> tuple[list[Any], bool]:
+    """Return what `parse` makes of each object in a JSONL file of a run, and whether its last line is whole, or left out.
 
-    Raises ValueError, which names the line and `what` it must be, if one of them is damaged.
+    Raises ValueError, which names the line and `what` it must be, if one of them is damaged or has not this form (`fits`), or
+    the file is none of the run's own.
     """
-    found = []
-    # Not `splitlines`: a text may hold other line ends, and what follows the last line feed was cut off.
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+    found: list[Any] = []
+    try:
+        with open(open_regular(path, follow=False), "rb") as file:
+            text = file.read().decode("utf-8", "replace")
+    except OSError as error:
+        raise not_opened(path, error) from error
+    *lines, rest = text.split("\n")  # not `splitlines`: a text may hold other line ends
+    for number, line in enumerate(lines, start=1):
         try:
-            found.append(parse(json.loads(line)))
+            value = json.loads(line)
+            if not fits(value, form):
+                raise ValueError(f"it must have {', '.join(form)}")
+            found.append(parse(value))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"line {number} of {str(path)!r} must be {what}, got {line[:80]!r}; delete the line."
             ) from error
-    return found
+    return found, not rest
 
 
 def describe(

@@ -42,6 +42,7 @@ from longmem.memory.rows.storage import (
 from longmem.memory.rows.table import DEFAULT_CAPACITY, Table
 from longmem.memory.visibility import READING, Selection, Snapshot, Visibility, has_expired, position_of, take
 
+MUST_AGREE = ("memory_layers", "chunk_size", "storage_dtype", "by_token")  # of banks between which chunks are copied
 # Names of the parts that were methods of the bank, for one release more.
 MOVED = {
     **dict.fromkeys(("reencode", "sweep", "lags", "has_stale", "read_as_is", "refreshed", "may_write"), "freshness"),
@@ -126,7 +127,7 @@ class MemoryBank:
             index=index,
             storage_dtype=self.storage_dtype,
             device=self.device,
-            by_token=checks.validate_search(search) == "token",
+            by_token=checks.validate_choice("search", search, checks.SEARCHES) == "token",
         )
         self._table.encoders = Encoders([] if fingerprint is None else [fingerprint])
         self._on_disk: OnDisk | None = None
@@ -307,7 +308,7 @@ class MemoryBank:
 
         Without it, every change is a transaction of its own. A block inside a block is part of it. One thread at a time may
         change a bank, and another that wants to waits for two minutes at most; then it raises ValueError. Of a bank in memory
-        nothing is undone.
+        nothing is undone; a single change that is cut short, as by Ctrl-C, ends it.
         """
         return self._table.transaction()
 
@@ -386,7 +387,6 @@ class MemoryBank:
         `segment`: "same", the encoder saw them behind those of the document's last segment; "new" and None as for `add`.
         """
         with self._table.change():
-            self._table.drop_expired()  # before the document is looked up: it may be what goes
             document = self._document("document_id", document_id)
             self._extend(document, keys, values, token_ids, text, char_ends, segment)
 
@@ -418,7 +418,7 @@ class MemoryBank:
             checks.validate_callable("progress", progress)
         written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
         self._take_version(document_id, draft)
-        return written and written.num_encoded
+        return written.num_encoded
 
     def _take_version(self, document_id: str, draft: MemoryBank) -> None:
         """Replace a document by that of the same name in a bank with the same settings; tags, pin and dates stay."""
@@ -439,14 +439,26 @@ class MemoryBank:
         `origin` is the first of its tokens there; they begin and end with whole chunks, in both documents. `said`: `tags`,
         `dated` and `valid_until` of a new document.
         """
+        size, count = self.chunk_size, len(part.token_ids)
         with bank._table.lock, torch.inference_mode(False):
             document = bank._document("origin_id", origin_id)
-            first = origin // self.chunk_size - document.first_chunk(self.chunk_size)
-            rows = document.rows.values[first : first + len(part.token_ids) // self.chunk_size]
-            chunks = bank._table.storage.select(rows)
+            first = origin // size - document.first_chunk(size)
+            is_alike = all(getattr(bank, name) == getattr(self, name) for name in MUST_AGREE)
+            is_whole = count and not (origin % size or count % size) and origin + count <= document.num_tokens
+            if not (is_alike and is_whole and first >= 0):
+                raise ValueError(
+                    f"`origin` and `part` must be whole chunks that {origin_id!r} holds, of a `bank` with these settings, "
+                    f"got {origin}, {count} tokens and {bank}; `memorize` encodes the text."
+                )
+            chunks = bank._table.storage.select(document.rows.values[first : first + count // size])
         with self._table.change():
             own = self._table.ledger.documents.get(document_id) or checks.dated_document(document_id, **said)
-            checks.validate_source(part.token_ids, part.text, part.char_ends, len(part.token_ids), own)
+            if own.num_tokens % size:
+                raise ValueError(
+                    f"`document_id` must name a document of whole chunks, got {document_id!r} with {own.num_tokens} tokens; "
+                    "`append` goes on with it."
+                )
+            checks.validate_source(part.token_ids, part.text, part.char_ends, count, own)
             self._table.extend_with_chunks(own, chunks, part, self.freshness.version_written())
 
     def delete(self, document_id: str) -> None:
@@ -661,6 +673,8 @@ class MemoryBank:
     def is_empty(self) -> bool:
         """Return whether a search can find nothing, also because nothing that is there may be read."""
         with self._table.lock:
+            if self._table.forgets_by_itself:
+                self._table.drop_expired()
             if not self._table.ledger.num_rows:
                 return True
             readable = self.freshness.read_by((READING.get() or (None,))[0])[1]
@@ -721,7 +735,7 @@ class MemoryBank:
         """
         is_usual = scaling is None or (type(scaling) is float and 0 < scaling < math.inf)
         if not is_usual or newest is not None or selection is not None:
-            checks.validate_weighing(scaling, newest, selection)
+            checks.validate_weighing(scaling=scaling, newest=newest, selection=selection)
         with self._table.lock:
             read = take(self.memory_layers, self._table, self._visibility, self.freshness, selection, newest)
             return read.search(layer, queries, num_chunks, scaling)
@@ -730,7 +744,7 @@ class MemoryBank:
         self, rows: Int[Tensor, "*shape"], *, newest: float | None = None, selection: Selection | None = None
     ) -> Float[Tensor, "*shape"]:
         """Return log w(age) of these rows, all 0 without an age prior; the caller masks rows of -1."""
-        checks.validate_weighing(None, newest, selection)
+        checks.validate_weighing(newest=newest, selection=selection)
         self._refuse_rows(rows)
         with self._table.lock:
             weights = self._visibility.log_weights(self._visibility.newest(selection) if newest is None else newest)
@@ -861,6 +875,7 @@ class MemoryBank:
         self._visibility.use(make_age_prior(settings.get("age_prior")))
 
     def _document(self, argument: str, document_id: str) -> Document:
+        self._table.drop_expired()
         checks.validate_known(argument, document_id, self._table.ledger.documents)
         return self._table.ledger.documents[document_id]
 

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from longmem.encoder.stamp import EncoderStamp
-from longmem.errors import WrongArgumentsError, did_you_mean, name_known
+from longmem.errors import WrongArgumentsError, name_known
 from longmem.memory.rows.documents import Document, SourcePart
 from longmem.memory.rows.storage import STORAGE_DTYPES, LayerShape, largest_number
 
@@ -24,6 +24,8 @@ LARGEST_TOKEN_ID = 2**31 - 1  # a bank on disk keeps ids in four bytes
 MOST = 2**48  # tokens or bytes; no machine has so many, so whoever says more means no limit
 Function = TypeVar("Function", bound=Callable[..., Any])
 Class = TypeVar("Class", bound=type)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_CHUNKS = 2**24  # of one search; its result is as large, for each query
 
 
@@ -87,79 +89,119 @@ def got(value: object) -> str:
     >>> got("a\nb"), got(range(3)), len(got("a" * 1000))
     ("'a\\nb'", 'range(0, 3)', 80)
     """
-    shown = " ".join(repr(value).split())
+    shown = repr(value)
+    shown = " ".join(shown.split()) if "\n" in shown else shown
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-def validate_flag(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"`{argument}` must be True or False, got {got(value)}; words and numbers are not taken for them."
-        )
+def rule(must: str, fits: Callable[[Any], bool], way_out: str) -> Callable[[str, object], None]:
+    """Return a function of an argument's name and its value; it raises ValueError, which says all three, unless that `fits`."""
+
+    def validate(argument: str, value: object) -> None:
+        if not fits(value):
+            raise ValueError(f"`{argument}` must be {must}, got {got(value)}; {way_out}.")
+
+    return validate
+
+
+def is_integer(value: object, least: int, most: int) -> bool:
+    """Return whether `value` is an integer, and not True or False, in the range."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def validate_integer(argument: str, value: object, least: int = -(2**63), most: int = 2**63 - 1) -> None:
     """Raise ValueError unless `value` is an integer in the range."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+    if not is_integer(value, least, most):
         raise ValueError(
             f"`{argument}` must be an integer from {least} to {most}, got {got(value)}; choose one of these."
         )
 
 
-def validate_budget(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is a number of tokens, 0 for none."""
-    validate_integer(argument, value, 0, MOST)
+def _takes_two_numbers(value: object) -> bool:
+    if not callable(value):
+        return False
+    try:
+        inspect.signature(value).bind(0, 1)
+    except TypeError:
+        return False
+    except ValueError:  # what is written in C says nothing
+        pass
+    return True
 
 
-def validate_callable(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` can be called with two numbers."""
-    is_right = callable(value)
-    if callable(value):
-        try:
-            inspect.signature(value).bind(0, 1)
-        except TypeError:
-            is_right = False
-        except ValueError:  # what is written in C says nothing
-            pass
-    if not is_right:
-        raise ValueError(
-            f"`{argument}` must be a function of (tokens done, tokens in all), got {got(value)}; or leave it out."
-        )
-
-
-def validate_mapping(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is a dictionary with names for keys."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(
-            f"`{argument}` must be a dictionary of named options, got {got(value)}; leave it out for none."
-        )
-
-
-def validate_name(argument: str, value: object) -> None:
-    """Raise ValueError if `value` is a number, a blank or a container, which name no model and are none."""
-    if (
-        value is None
-        or isinstance(value, int | float | bytes | list | tuple | dict)
-        or (isinstance(value, str) and not value.strip())
-    ):
-        raise ValueError(
-            f'`{argument}` must be a folder, a name on the hub or a packaged one such as "smollm2-135m", got {got(value)}; '
-            'the current folder is ".".'
-        )
-
-
-def validate_string(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is a string."""
-    if not isinstance(value, str):
-        raise ValueError(f"`{argument}` must be a string, got {got(value)}; leave it out for the default.")
-
-
-def validate_folder(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is a path that names a folder; the current one is "."."""
+def _is_path(value: object) -> bool:
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(path, str) or not path.strip() or "\0" in path:
-        raise ValueError(f'`{argument}` must be the path of a folder, got {got(value)}; the current folder is ".".')
+    return isinstance(path, str) and bool(path.strip()) and "\0" not in path
+
+
+def _is_name(value: object) -> bool:
+    """Return whether `value` may name a model, or be one: it is no number, no blank and no container."""
+    wrong = value is None or isinstance(value, int | float | bytes | list | tuple | dict)
+    return not wrong and not (isinstance(value, str) and not value.strip())
+
+
+def is_word(value: object) -> bool:
+    """Return whether the value is text that is not empty, without halves of surrogate pairs, which nothing can write."""
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _has(*names: str) -> Callable[[object], bool]:
+    return lambda value: not isinstance(value, type) and all(hasattr(value, name) for name in names)
+
+
+validate_flag = rule("True or False", lambda value: isinstance(value, bool), "words and numbers are not taken for them")
+validate_callable = rule("a function of (tokens done, tokens in all)", _takes_two_numbers, "or leave it out")
+validate_mapping = rule(
+    "a dictionary of named options",
+    lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
+    "leave it out for none",
+)
+validate_name = rule(
+    'a folder, a name on the hub or a packaged one such as "smollm2-135m"', _is_name, 'the current folder is "."'
+)
+validate_string = rule("a string", lambda value: isinstance(value, str), "leave it out for the default")
+validate_folder = rule("the path of a folder", _is_path, 'the current folder is "."')
+validate_document_id = rule("a string that is not empty, of whole characters", is_word, "name the document")
+validate_model = rule(
+    "a LongMem model",
+    _has("encoder"),
+    "`LongMemForCausalLM.from_pretrained` opens one by name, and `from_backbone` makes one of a causal LM",
+)
+validate_bank = rule(
+    "one MemoryBank, which can be written to",
+    _has("add", "append", "transaction"),
+    "`MemoryBank.for_model(model)` makes one",
+)
+validate_segment = rule(
+    '"new", None or, where something is appended, "same"',
+    lambda value: isinstance(value, str) and value in ("new", "same"),
+    "leave it out where it is not known",
+)
+validate_fingerprint = rule(
+    "an EncoderStamp or its digest",
+    lambda value: isinstance(value, EncoderStamp) or is_word(value),
+    "`model.encoder_stamp()` returns one",
+)
+validate_part = rule("a SourcePart", lambda value: isinstance(value, SourcePart), "`SourcePart(token_ids)` makes one")
+validate_models = rule(
+    "a list of LongMem models",
+    lambda value: isinstance(value, list | tuple) and all(map(_has("encoder"), value)),
+    "put a single one into a list",
+)
+validate_rows = rule(
+    "a tensor of integers, as `search` returns them",
+    lambda value: isinstance(value, Tensor) and value.dtype in INTEGERS and not value.is_meta,
+    "search again",
+)
+validate_tensor = rule("a tensor", lambda value: isinstance(value, Tensor), "`torch.tensor([...])` makes one")
+
+
+def validate_count(argument: str, value: object, most: int = MOST) -> None:
+    """Raise ValueError unless `value` is an integer from one to `most`."""
+    if not is_integer(value, 1, most):
+        raise ValueError(
+            f"`{argument}` must be an integer of at least 1 and at most {most:,}, got {got(value)}; or leave it out."
+        )
 
 
 def validate_device(argument: str, value: object) -> torch.device:
@@ -169,7 +211,9 @@ def validate_device(argument: str, value: object) -> torch.device:
         try:
             device = torch.device(value)
             torch.empty(0, device=device)
-            return device
+            if device.type != "meta":
+                return device
+            problem = "where no numbers are"
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             problem = str(error).partition("\n")[0].rstrip(".")
     count = torch.accelerator.device_count()
@@ -180,72 +224,11 @@ def validate_device(argument: str, value: object) -> torch.device:
     )
 
 
-def validate_model(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` can encode for a bank, as a LongMem model does."""
-    if isinstance(value, type) or not hasattr(value, "encoder"):
-        raise ValueError(
-            f"`{argument}` must be a LongMem model, got {got(value)}; `LongMemForCausalLM.from_pretrained` opens one by name, "
-            "and `from_backbone` makes one of a causal LM."
-        )
-
-
-def validate_models(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is a list of models."""
-    if not isinstance(value, list | tuple):
-        raise ValueError(
-            f"`{argument}` must be a list of LongMem models, got {got(value)}; put a single one into a list."
-        )
-    for each in value:
-        validate_model(argument, each)
-
-
-def validate_bank(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` can be written to, as a MemoryBank can."""
-    if isinstance(value, type) or not all(hasattr(value, name) for name in ("add", "append", "transaction")):
-        raise ValueError(
-            f"`{argument}` must be one MemoryBank, which can be written to, got {got(value)}; "
-            "`MemoryBank.for_model(model)` makes one."
-        )
-
-
-def validate_segment(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` says how a segment begins; only what is appended can be of the same one."""
-    if value not in ("new", "same"):
-        raise ValueError(f'`{argument}` must be "new", None or, where something is appended, "same", got {got(value)}.')
-
-
-def validate_fingerprint(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` names an encoder."""
-    if not isinstance(value, EncoderStamp) and not is_word(value):
-        raise ValueError(
-            f"`{argument}` must be an EncoderStamp or its digest, got {got(value)}; `model.encoder_stamp()` returns one."
-        )
-
-
-def validate_part(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` says what tokens came from."""
-    if not isinstance(value, SourcePart):
-        raise ValueError(f"`{argument}` must be a SourcePart, got {got(value)}; `SourcePart(token_ids)` makes one.")
-
-
-def validate_tensor(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"`{argument}` must be a tensor, got {got(value)}; `torch.tensor([...])` makes one.")
-
-
-def validate_rows(argument: str, value: object) -> None:
-    """Raise ValueError unless `value` is a tensor of integers."""
-    validate_tensor(argument, value)
-    assert isinstance(value, Tensor)
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise ValueError(f"`{argument}` must be integers, as `search` returns them, got {value.dtype}.")
-
-
-def validate_choice(argument: str, value: object, known: Collection[str]) -> None:
-    """Raise ValueError unless `value` is one of the known names."""
+def validate_choice(argument: str, value: object, known: Collection[str]) -> str:
+    """Return `value`; raise ValueError unless it is one of the known names."""
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"`{argument}` must be one of the known names, got {value!r}; {name_known(value, known)}")
+        raise ValueError(f"`{argument}` must be one of the known names, got {got(value)}; {name_known(value, known)}")
+    return value
 
 
 def validate_storage_dtype(value: object, known: Mapping[str, torch.dtype] = STORAGE_DTYPES) -> torch.dtype:
@@ -255,25 +238,7 @@ def validate_storage_dtype(value: object, known: Mapping[str, torch.dtype] = STO
     torch.bfloat16
     """
     name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-    validate_choice("storage_dtype", name, known)
-    return known[str(name)]
-
-
-def validate_count(argument: str, value: object, most: int = MOST) -> None:
-    """Raise ValueError unless `value` is an integer from one to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ValueError(
-            f"`{argument}` must be an integer of at least 1 and at most {most:,}, got {got(value)}; or leave it out."
-        )
-
-
-def validate_search(search: str) -> str:
-    """Return what a search compares; raise ValueError if there is no such thing."""
-    if search not in SEARCHES:
-        raise ValueError(
-            f"`search` must be one of {', '.join(SEARCHES)}, got {search!r}.{did_you_mean(str(search), SEARCHES)}"
-        )
-    return search
+    return known[validate_choice("storage_dtype", name, known)]
 
 
 def validate_sizes(
@@ -281,7 +246,7 @@ def validate_sizes(
 ) -> None:
     """Raise ValueError unless the layers are distinct indices and the capacity, if any, is a whole number of chunks."""
     layers = memory_layers if isinstance(memory_layers, Sequence) else ()
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in layers)
+    whole = all(is_integer(layer, 0, 2**31 - 1) for layer in layers)
     if not whole or not layers or len(set(layers)) < len(layers):
         raise ValueError(
             "`memory_layers` must be distinct backbone layer indices, counted from 0, and at least one of them, "
@@ -293,30 +258,12 @@ def validate_sizes(
     if capacity_tokens is None:
         return
     validate_count("capacity_tokens", capacity_tokens)
-    if capacity_tokens < chunk_size:
-        raise ValueError(
-            f"`capacity_tokens` must hold at least one chunk, got {capacity_tokens} with `chunk_size` {chunk_size}; "
-            f"the smallest capacity is {chunk_size}."
-        )
-    if capacity_tokens % chunk_size:
+    if capacity_tokens < chunk_size or capacity_tokens % chunk_size:
         below = capacity_tokens - capacity_tokens % chunk_size
         raise ValueError(
-            f"`capacity_tokens` must be a multiple of `chunk_size`, got {capacity_tokens} and {chunk_size}; "
-            f"the nearest below is {below}, the nearest above {below + chunk_size}."
+            f"`capacity_tokens` must hold at least one chunk, and be a multiple of `chunk_size`, got {capacity_tokens} and "
+            f"{chunk_size}; the nearest below is {below or 'none'}, the nearest above {below + chunk_size}."
         )
-
-
-def validate_document_id(argument: str, document_id: object) -> None:
-    """Raise ValueError unless the id is text that is not empty and that UTF-8 can write."""
-    if not is_word(document_id):
-        raise ValueError(
-            f"`{argument}` must be a string that is not empty, of whole characters, got {got(document_id)}; name the document."
-        )
-
-
-def is_word(value: object) -> bool:
-    """Return whether the value is text that is not empty, without halves of surrogate pairs, which nothing can write."""
-    return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def validate_names(argument: str, names: object) -> tuple[str, ...]:
@@ -332,7 +279,7 @@ def validate_known(argument: str, document_id: object, known: Collection[str]) -
     validate_document_id(argument, document_id)
     if document_id not in known:
         raise ValueError(
-            f"`{argument}` must name a document of the bank, got {document_id!r}, which was never added or has been "
+            f"`{argument}` must name a document of the bank, got {got(document_id)}, which was never added or has been "
             f"deleted or evicted; {name_known(document_id, known)} `add` starts a new document."
         )
 
@@ -342,7 +289,7 @@ def validate_new(argument: str, document_id: object, known: Container[object]) -
     validate_document_id(argument, document_id)
     if document_id in known:
         raise ValueError(
-            f"`{argument}` must be new to the bank, got {document_id!r}, which it holds already; `append` continues a "
+            f"`{argument}` must be new to the bank, got {got(document_id)}, which it holds already; `append` continues a "
             "document, `update` replaces it, `delete` makes room for another of that name."
         )
 
@@ -367,7 +314,8 @@ def validate_key_values(
                 f"{tuple(memory_layers)}; pass a list, also for one layer."
             )
         for layer, tensor in zip(memory_layers, tensors, strict=True):
-            if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
+            is_dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+            if not is_dense or tensor.ndim != 3 or tensor.dtype not in FLOATS:
                 got = f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ValueError(
                     f"`{argument}` must be floating-point tensors (kv_heads, tokens, dim), got {got} for layer "
@@ -495,21 +443,24 @@ def _validate_integers(argument: str, values: Iterable[int] | Tensor, num_tokens
     return ids.detach().to("cpu", torch.int64)
 
 
-def validate_weighing(scaling: object, newest: object, selection: object) -> None:
-    """Raise ValueError unless each is None or, in this order, a positive number, a date (-inf: of nothing), a selection."""
-    is_number = [isinstance(each, int | float) and not isinstance(each, bool) for each in (scaling, newest)]
-    if scaling is not None and not (is_number[0] and 0 < scaling < math.inf):  # type: ignore[operator]
-        raise ValueError(
-            f"`scaling` must be a positive number, got {got(scaling)}; attention multiplies inner products by it."
-        )
-    if newest is not None and not (is_number[1] and newest < math.inf):  # type: ignore[operator]
-        raise ValueError(
-            f"`newest` must be seconds since 1970, got {got(newest)}; leave it out for the newest document's date."
-        )
-    if selection is not None and not hasattr(selection, "rows"):
-        raise ValueError(
-            f"`selection` must be a Selection, got {got(selection)}; `bank.select([...])` reads some documents."
-        )
+def validate_weighing(**given: object) -> None:
+    """Raise ValueError unless `scaling`, `newest` (-inf: of nothing) and `selection` are what they must be, or None."""
+    for argument, value in given.items():
+        if value is not None:
+            WEIGHING[argument](argument, value)
+
+
+def _is_number(value: object, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
+
+
+WEIGHING = {
+    "scaling": rule(
+        "a positive number", lambda it: _is_number(it, math.ulp(0)), "attention multiplies inner products by it"
+    ),
+    "newest": rule("seconds since 1970", lambda it: _is_number(it, -math.inf), "leave it out for the newest date"),
+    "selection": rule("a Selection", _has("rows"), "`bank.select([...])` reads some documents"),
+}
 
 
 def refuse_strict_alone(strict: bool, model: object) -> None:
@@ -524,8 +475,9 @@ def refuse_search(queries: Tensor, num_chunks: object, shape: LayerShape | None)
     """Raise ValueError where queries do not fit the layer (None: nothing was ever written), or ask for no chunk."""
     validate_count("num_chunks", num_chunks, MOST_CHUNKS)
     validate_tensor("queries", queries)
-    if not queries.is_floating_point():
-        raise ValueError(f"`queries` must be floating-point numbers, as keys are, got {queries.dtype}; convert them.")
+    if not queries.is_floating_point() or queries.is_meta:
+        kind = f"{queries.dtype} on {queries.device}"
+        raise ValueError(f"`queries` must be floating-point numbers, as keys are, got {kind}; convert them.")
     if queries.ndim != 3 or (shape is not None and (queries.shape[0], queries.shape[2]) != shape[:2]):
         wanted = "(kv_heads, queries, dim)" if shape is None else f"({shape.kv_heads}, queries, {shape.key_dim})"
         raise ValueError(
@@ -570,7 +522,9 @@ RULES: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(STRINGS, validate_string),
     **dict.fromkeys(COUNTS, validate_count),
     **dict.fromkeys(("keep", "seed", "window"), validate_integer),
-    **dict.fromkeys(("budget_tokens", "max_new_tokens", "start", "stop"), validate_budget),
+    **dict.fromkeys(
+        ("budget_tokens", "max_new_tokens", "start", "stop"), functools.partial(validate_integer, least=0, most=MOST)
+    ),
     **dict.fromkeys(("folder", "save_directory"), validate_folder),
     **dict.fromkeys(("by", "document_id"), validate_document_id),
     **dict.fromkeys(("dated", "now", "valid_until"), validate_date),

@@ -19,11 +19,31 @@ MAX_BYTES = 1 << 20
 
 class SettingsLoader(yaml.SafeLoader):
     """Read YAML as `yaml.safe_load` does, but take `1e-4` for a number, `on`, `off`, `yes` and `no` for words, and refuse
-    a key that is given twice, and aliases: a few lines of them make a value of any size.
+    a key that is given twice, numbers such as 010 and 1:30, and aliases: a few lines of them make a value of any size.
 
-    PyYAML follows YAML 1.1, in which a number needs a dot and those words are true and false, and takes the last of two
-    values in silence.
+    PyYAML follows YAML 1.1, in which a number needs a dot, those words are true and false, and those numbers 8 and 90, and
+    takes the last of two values in silence.
     """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return one value."""
+        if not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep=deep)
+        mark = node.start_mark
+        if node.tag.endswith((":int", ":float")) and OTHER_BASE.fullmatch(node.value):
+            raise ValueError(
+                f"settings must have plain decimal numbers, got {node.value} in line {mark.line + 1} of {mark.name!r}; leave "
+                "out leading zeros and colons, or put quotes around what is text."
+            )
+        try:
+            return super().construct_object(node, deep=deep)
+        except (
+            ArithmeticError,
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # of a value that its tag does not fit
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value!r:.80}: {error}", mark) from error
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Return the node that comes next."""
@@ -52,6 +72,7 @@ class SettingsDumper(yaml.SafeDumper):
     """Put quotes around text that `SettingsLoader` would take for a number."""
 
 
+OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|.*:.*")
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 for each in (SettingsLoader, SettingsDumper):
     each.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from longmem.files import write_file
 from longmem.memory import ChunkPlace
 from longmem.memory.finding import FindableMemory, span_around
 from longmem.model.attention import MemoryRead
@@ -189,7 +190,7 @@ class Trace:
         """Return a page that shows the trace, in one file without anything from elsewhere; `path`: also write it there."""
         page = trace_page(self.to_dict(), title)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            write_file(path, page)
         return page
 
     def _repr_html_(self) -> str:

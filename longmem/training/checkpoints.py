@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -66,13 +67,14 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, extensions: Sequence[Extension] = ()) -> None:
         self.folder, self.keep, self.extensions = folder / "checkpoints", keep, tuple(extensions)
         self.trained: Trained  # to be set before the first is saved or restored
+        files.refuse_link(self.folder)
         self._found: int | None = None  # what `find` found: it reads all files
         self.last = 0  # step of the one that was restored or saved last
 
     def steps(self) -> list[int]:
         """Return the step numbers of the checkpoints that are there, whole or not, in order."""
-        found = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
-        return sorted(int(number) for number in found if number.isdigit())
+        found = (re.fullmatch("step-(0|[1-9][0-9]{0,17})", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
 
     def find(self, accelerator: Accelerator) -> int:
         """Return the step of the newest whole checkpoint, 0 if there is none at all; warn of newer ones that are damaged.

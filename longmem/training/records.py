@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from longmem.evaluation.folder import read_lines
-from longmem.files import append_lines, make_folder, write_file
+from longmem.files import append_lines, make_folder, refuse_link, write_file
 
 FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -93,6 +93,7 @@ class RunLog:
                 "tensorboard`, or set `logging.tensorboard=false`: log.jsonl has the same numbers."
             ) from error
         make_folder(folder)
+        refuse_link(folder / TENSORBOARD_FOLDER)
         if resume_at is not None and self.path.exists():
             kept = [_to_line(record) for record in _read_records(self.path) if record.step < resume_at]
             write_file(self.path, "".join(kept))
@@ -138,4 +139,7 @@ def _to_line(record: Record) -> str:
 
 
 def _read_records(path: Path) -> list[Record]:
-    return read_lines(path, lambda values: KINDS[values.pop("kind")](**values), "a record of a training run")
+    records, _ = read_lines(
+        path, {"kind": str}, lambda values: KINDS[values.pop("kind")](**values), "a record of a training run"
+    )
+    return records

@@ -369,10 +369,15 @@ def run(function: str, arguments: dict[str, Any], kill_after: float | None) -> t
     readable, writable = os.pipe()
     pid = os.fork()
     if not pid:
-        signal.alarm(300)  # a worker that waits for ever fails its test instead
+
+        def report(message: Any) -> None:
+            signal.alarm(300)
+            os.write(writable, json.dumps(message).encode() + b"\n")
+
+        signal.alarm(300)  # a worker that waits for ever, and says nothing more, fails its test instead
         code = 1
         try:
-            globals()[function](lambda message: os.write(writable, json.dumps(message).encode() + b"\n"), **arguments)
+            globals()[function](report, **arguments)
             code = 0
         except BaseException:
             os.write(writable, json.dumps(traceback.format_exc()).encode() + b"\n")

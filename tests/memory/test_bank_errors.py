@@ -75,6 +75,14 @@ BAD_CALLS = {
     "no sequence": (lambda bank: bank.add("b", GOOD[0], None), ["values", "NoneType"]),
     "no tensor": (lambda bank: bank.add("b", [[1.0], [2.0]], GOOD[1]), ["keys", "list", "layer 3"]),
     "a batch": (lambda bank: bank.add("b", *changed(1, lambda t: t.unsqueeze(0))), ["keys", "(1, 1, 8, 8)", "layer 7"]),
+    "no numbers": (lambda bank: bank.add("b", *changed(0, lambda t: t.to("meta"))), ["keys", "floating-point"]),
+    "sparse": (lambda bank: bank.add("b", *changed(1, lambda t: t.to_sparse(), True)), ["values", "layer 7"]),
+    "eight bits": (lambda bank: bank.add("b", *changed(0, lambda t: t.to(torch.float8_e4m3fn))), ["keys", "float8"]),
+    "a question of no numbers": (
+        lambda bank: bank.search(3, torch.ones(2, 1, 6, device="meta"), 2),
+        ["queries", "meta"],
+    ),
+    "words that are none": (lambda bank: bank.find(5), ["text", "must have a word", "5"]),
     "integers": (lambda bank: bank.add("b", *changed(0, lambda t: t.long())), ["keys", "torch.int64"]),
     "fewer values": (lambda bank: bank.add("b", *changed(1, lambda t: t[:, :7], True)), ["(1, 7, 4)", "layer 7"]),
     "fewer tokens in a layer": (

@@ -17,6 +17,7 @@ from named_encoder import NamedEncoder
 from longmem.memory import DocumentInfo, MemoryBank
 from longmem.memory.folder import disk_storage, tensor_file
 from longmem.memory.index import FlatIndex, approximate
+from longmem.memory.memorize import Memorized
 from longmem.memory.rows.storage import STORAGE_DTYPES, decode, encode
 from longmem.plugins import PLUGINS
 
@@ -250,6 +251,7 @@ class BankMachine(RuleBasedStateMachine):
             for piece in (tokens[:cut], tokens[cut:]):
                 if piece:
                     machine.write(bank, document_id, piece)
+            return Memorized.of(len(tokens), len(tokens), 0)
 
         document = self.naive.find(name)
         room = self.naive.capacity - sum(owner.is_pinned and owner is not document for owner, _ in self.naive.resident)

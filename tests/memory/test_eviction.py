@@ -261,3 +261,31 @@ def test_compact_removes_the_bytes_of_what_expired(clock, tmp_path):
     bank.close()
     files = [path for path in (tmp_path / "bank").rglob("*") if path.is_file()]
     assert not any(b"secret" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda bank, _: bank.text("gone"),
+        lambda bank, _: bank.token_ids("gone"),
+        lambda bank, _: bank.info("gone"),
+        lambda bank, _: bank.segments("gone"),
+        lambda bank, _: bank.rename("gone", "there"),
+        lambda bank, _: bank.copy().text("gone"),
+        lambda bank, folder: bank.save(folder) or MemoryBank.load(folder).text("gone"),
+    ],
+)
+def test_what_has_expired_is_given_to_nobody(read, in_folder, clock, tmp_path):
+    folder = {"folder": tmp_path / "bank"} if in_folder else {}
+    settings = {"memory_layers": [1], "chunk_size": 4, "eviction": "ttl:seconds=60"}
+    bank = MemoryBank.create(**folder, **settings) if in_folder else MemoryBank(**settings)
+    bank.add("gone", *tokens(4), range(4), text="secret words", char_ends=[3, 6, 9, 12])
+    assert bank.text("gone") == "secret words"
+    clock.now += 60
+    with pytest.raises(ValueError, match="deleted or evicted"):
+        read(bank, tmp_path / "copy")
+    assert bank.is_empty
+    bank.close()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"secret" in path.read_bytes() or "segment-" in path.name for path in files)

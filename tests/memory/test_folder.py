@@ -112,17 +112,18 @@ def test_a_bank_in_memory_undoes_nothing():
     assert list(contents(bank)) == ["other", "c", "new"]
 
 
-def test_compact_inside_a_transaction_is_refused(tmp_path):
+@pytest.mark.parametrize("ends", [lambda bank: bank.folder.compact(), MemoryBank.close])
+def test_what_would_end_a_transaction_is_refused_inside_it(tmp_path, ends):
     with make_bank(tmp_path) as bank:
         before = contents(bank)
 
-        def compact_inside() -> None:
+        def end_inside() -> None:
             with bank.transaction():
                 bank.delete("a")
-                bank.folder.compact()
+                ends(bank)
 
-        with pytest.raises(ValueError, match="transaction"):
-            compact_inside()
+        with pytest.raises(ValueError, match="must not be called inside a transaction"):
+            end_inside()
         assert contents(bank) == before
         with MemoryBank.open(tmp_path, read_only=True) as reader:
             assert contents(reader) == before

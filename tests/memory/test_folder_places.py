@@ -13,6 +13,7 @@ from folder_banks import SETTINGS, contents, write
 from named_encoder import NamedEncoder
 
 from longmem.memory import MemoryBank
+from longmem.memory.memorize import Memorized
 
 
 def make_bank(folder, **options) -> MemoryBank:
@@ -84,6 +85,7 @@ def test_a_bank_that_was_copied_or_moved_is_opened_there(tmp_path, move):
 def memorize_in_two_pieces(model, bank, text_or_ids, document_id, **options):
     write(bank, document_id, text_or_ids[:13])
     write(bank, document_id, text_or_ids[13:])
+    return Memorized.of(len(text_or_ids), len(text_or_ids), 0)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

@@ -111,7 +111,7 @@ def test_chunks_of_one_token_are_found_alike_by_both():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(
-        ValueError, match="`search` must be one of chunk_mean, token, got 'tokens'. Did you mean `token`"
+        ValueError, match='`search` must be .*, got \'tokens\'; known: "chunk_mean", "token". Did you mean `token`'
     ):
         MemoryBank(memory_layers=[5], chunk_size=4, search="tokens")
     with pytest.raises(ValueError, match="`banks` must agree in `by_token`"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from model.conftest import SETTINGS, build_backbone
@@ -387,13 +389,20 @@ def test_readers_beside_a_writer(model, in_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_readers_beside_a_writer_for_long(model, in_folder, tmp_path):
-    """Half of an hour each, or of the seconds that `LONGMEM_SOAK_SECONDS` says."""
+    """Half of an hour each, or of the seconds that `LONGMEM_SOAK_SECONDS` says; files and memory do not grow meanwhile."""
     options = {"folder": tmp_path / "bank"} if in_folder else {}
-    end = time.monotonic() + SOAK_SECONDS / 2
+    end, process, held = time.monotonic() + SOAK_SECONDS / 2, psutil.Process(), []
     for number in itertools.count():  # in rounds, whose answers are compared and forgotten
         folder = {name: place / str(number) for name, place in options.items()}
         soak = Soak(model, make(model, "", **folder), seconds=min(30.0, max(1.0, end - time.monotonic())))
         soak.run()
         soak.check(1000)
+        soak.bank.close()
+        del soak
+        gc.collect()
+        held.append((process.num_fds(), process.memory_info().rss))
         if time.monotonic() >= end:
-            return
+            break
+    print(in_folder, held)
+    assert max(files for files, _ in held) <= held[0][0]
+    assert held[-1][1] - held[min(2, len(held) - 1)][1] < 100e6  # the first rounds fill what torch and SQLite keep

@@ -15,6 +15,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from longmem.memory.folder.place import INDEX_FOLDER, SEGMENT_FOLDER, WORD, Plac
 from longmem.memory.folder.saved_indexes import SavedIndexes, tokens_of_a_row
 from longmem.memory.folder.tensor_file import TensorFile, not_written
 from longmem.memory.rows.documents import Source
-from longmem.memory.rows.table import Table
+from longmem.memory.rows.table import Table, tables
 
 ATTEMPTS_TO_READ = 10
 
@@ -434,23 +435,32 @@ class BankFolder:
             ) from error
 
 
-# A fork waits for the commits of other threads: in its copy they would be cut short, and undone while the process goes on.
+# A fork waits for what other threads do to banks and read of them: a commit would be cut short in its copy, and undone while
+# the process goes on, and a lock that is held would never be opened there.
 _open_folders: weakref.WeakSet[BankFolder] = weakref.WeakSet()
 _held = threading.local()
 
 
-def _wait_for_commits() -> None:
-    turns = [folder.catalogue.turn for folder in list(_open_folders)]
-    _held.turns = [turn for turn in turns if turn.acquire(timeout=BUSY_SECONDS)]
+def _wait_for_threads() -> None:
+    stop, _held.locks = time.monotonic() + BUSY_SECONDS, []
+    while True:
+        with contextlib.suppress(RuntimeError):  # another thread was making a bank
+            locks = [*(table.lock for table in tables), *(folder.catalogue.turn for folder in _open_folders)]
+            # Others may take them in another order, so none is held while the fork waits for the next.
+            _held.locks += [lock for lock in locks if lock.acquire(blocking=False)]
+            if len(_held.locks) == len(locks) or time.monotonic() > stop:
+                return
+            _go_on()
+        time.sleep(0.001)
 
 
 def _go_on() -> None:
-    while _held.turns:
-        _held.turns.pop().release()
+    while _held.locks:
+        _held.locks.pop().release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_wait_for_commits, after_in_parent=_go_on, after_in_child=_go_on)
+    os.register_at_fork(before=_wait_for_threads, after_in_parent=_go_on, after_in_child=_go_on)
 
 
 class OnDisk:
@@ -593,21 +603,26 @@ class OnDisk:
                 raise
 
     def close(self) -> None:
-        if self._folder.catalogue.is_closed:
+        table, folder = self._table_or_none(), self._folder
+        if table is None or not folder.is_here or folder.catalogue.is_closed:
+            folder.close()
             return
-        try:
-            if not self._folder.is_here:
-                return
+        with table.taking_turn():
+            if self._in_transaction:
+                raise ValueError(
+                    "`close` must not be called inside a transaction, which it would end; call it afterwards."
+                )
             try:
-                self.refuse_reader()
-            except ValueError as error:  # nothing is lost but how often documents were read
-                warnings.warn(str(error), stacklevel=3)
-            else:
-                with self.transaction():
-                    pass
-                self._folder.save_indexes(self._table)
-        finally:
-            self._folder.close()
+                try:
+                    self.refuse_reader()
+                except ValueError as error:  # nothing is lost but how often documents were read
+                    warnings.warn(str(error), stacklevel=3)
+                else:
+                    with self.transaction():
+                        table.drop_expired()
+                    folder.save_indexes(table)
+            finally:
+                folder.close()
 
     @torch.inference_mode(False)
     def _read(self) -> None:

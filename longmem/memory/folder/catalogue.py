@@ -11,15 +11,19 @@ steps that follows from the length of the file, so none runs without end.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt64
 
 from longmem.memory.folder.foreign import damaged, fits, not_read, parse_json, read_journal, validate_plain
 from longmem.memory.folder.tensor_file import not_written
@@ -56,7 +60,7 @@ NAMES = {
     SEGMENT_FOLDER: re.compile(r"segment-[0-9]{12,19}-([0-9a-f]{8})?[0-9a-f]{8}\.safetensors"),
     INDEX_FOLDER: re.compile(r"layer[0-9]{1,9}-([0-9a-f]{8})[0-9a-f]{8}\.(faiss|safetensors)"),
 }
-NUMBERS = {int: "int", float: "float"}
+CHECKSUM = "checksum INTEGER"
 KINDS = {"INTEGER": int, "REAL": float, "TEXT": str, "BLOB": bytes}
 ENCODER = {"weights": str, "recipe": dict, "sketch": (None, {"norm": float, "sums": str})}
 SETTINGS = {
@@ -102,7 +106,7 @@ class Table(NamedTuple):
     def statement(self) -> str:
         """Return the SQL that makes it. The checksum stands before the large columns: reading it does not read them."""
         keys = ", ".join(self.names[: self.num_keys])
-        columns = ", ".join((*self.columns[: self.num_small], "checksum INTEGER", *self.columns[self.num_small :]))
+        columns = ", ".join((*self.columns[: self.num_small], CHECKSUM, *self.columns[self.num_small :]))
         return f"CREATE TABLE {self.name} ({columns}, PRIMARY KEY ({keys})) WITHOUT ROWID"
 
 
@@ -220,8 +224,12 @@ class Catalogue:
 
     def _measure(self) -> None:
         """Take over the length of the file, which others may have changed; moved away, it is as it was."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             self._size = self.path.stat().st_size
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise not_read(self.path, error) from error
 
     def _protect(self, write: bool) -> None:
         """Bound what a statement may do."""
@@ -373,15 +381,14 @@ class Catalogue:
         names = ", ".join(table.names[: table.num_small])
         query = f"SELECT {names}, checksum FROM {table.name} LIMIT {self._totals[table.name][0] + 1}"
         rows = self._connection.execute(query).fetchall()
-        self._check_types(table, table.columns[: table.num_small], rows)
-        if not table.num_large and any(row_checksum(table, row[:-1]) != row[-1] for row in rows):
-            raise damaged(self.path, f"was changed after it was written (a row of {table.name})")
+        *columns, known = self._columns(table, (*table.columns[: table.num_small], CHECKSUM), rows)
+        if not table.num_large:
+            self._check_rows(table, columns, known)
         if table is SEGMENTS or table is INDEXES:
             self._check_files_named(table, rows)
-        total = [len(rows), sum(row[-1] for row in rows) % MODULUS]
-        if total != self._totals[table.name]:
+        if [len(rows), sum(known) % MODULUS] != self._totals[table.name]:
             raise damaged(self.path, f"was changed after it was written (rows of {table.name})")
-        return sorted(row[:-1] for row in rows)
+        return sorted(zip(*columns, strict=True))
 
     def check_total(self, table: Table) -> None:
         """Raise ValueError unless a table has the rows that were written, by their checksums alone, which nobody sees."""
@@ -395,10 +402,11 @@ class Catalogue:
         small = table.num_small
         condition = " AND ".join(f"{name} = ?" for name in table.names[: len(keys)]) or "1"
         rows = self._connection.execute(f"SELECT * FROM {table.name} WHERE {condition}", keys).fetchall()
-        self._check_types(table, (*table.columns[:small], "checksum INTEGER", *table.columns[small:]), rows)
-        for row in rows:
-            self._check_row(table, (*row[:small], *row[small + 1 :]), row[small])
-        return sorted((*row[:small], *row[small + 1 :]) for row in rows)
+        declared = (*table.columns[:small], CHECKSUM, *table.columns[small:])
+        columns = self._columns(table, declared, rows)
+        known = columns.pop(small)
+        self._check_rows(table, columns, known)
+        return sorted(zip(*columns, strict=True))
 
     def floor(self, table: Table, key: int, at_most: int) -> int:
         """Return the largest second key, at most `at_most`, of the rows with this first key; 0 if there is none."""
@@ -423,8 +431,10 @@ class Catalogue:
         self._connection.execute("VACUUM")
 
     def close(self) -> None:
-        self.is_closed = True
-        self._connection.close()
+        """Let go of the file, when other threads have read what they are reading."""
+        with self.turn:
+            self.is_closed = True
+            self._connection.close()
 
     def refuse_closed(self) -> None:
         """Raise ValueError if the bank was closed."""
@@ -446,37 +456,50 @@ class Catalogue:
                     continue
             raise damaged(self.path, f"names {name!r} for a file of {num_bytes} bytes, as no bank does")
 
-    def _check_types(self, table: Table, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
-        """Raise ValueError unless every column holds what it is declared to hold, which SQLite does not see to."""
-        for column, values in zip(columns, zip(*rows, strict=True), strict=False):
+    def _columns(self, table: Table, declared: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[Sequence[Any]]:
+        """Return the columns of rows; raise ValueError unless each holds what is declared, which SQLite does not see to."""
+        columns: list[Sequence[Any]] = list(zip(*rows, strict=True)) if rows else [()] * len(declared)
+        for column, values in zip(declared, columns, strict=True):
             name, kind = column.split()
-            is_right = set(map(type, values)) == {KINDS[kind]}
-            if is_right and kind == "INTEGER":
-                is_right = min(values) >= 0 and max(values) < (MODULUS if name == "checksum" else LARGEST)
+            is_right = set(map(type, values)) <= {KINDS[kind]}
+            if is_right and values and kind == "INTEGER":
+                is_right = min(values) >= 0 and max(values) < (MODULUS if column == CHECKSUM else LARGEST)
             elif is_right and kind == "REAL":
                 is_right = all(map(math.isfinite, values))
             if not is_right:
                 raise damaged(self.path, f"was changed after it was written ({name} of {table.name})")
+        return columns
 
-    def _check_row(self, table: Table, row: Sequence[Any], checksum: object) -> None:
-        if row_checksum(table, row) != checksum:
+    def _check_rows(self, table: Table, columns: Sequence[Sequence[Any]], known: Sequence[int]) -> None:
+        if not np.array_equal(checksums(table, columns), np.array(known, dtype=np.uint64)):
             raise damaged(self.path, f"was changed after it was written (a row of {table.name})")
 
 
 def row_checksum(table: Table, row: Sequence[Any]) -> int:
     """Return a number below 2^63 that depends on every column."""
-    parts, text = [], table.name
-    for value in row:
-        # Text and blobs as they are, behind their type and length; numbers as Python writes them.
-        kind = type(value)
-        if kind is int or kind is float:
-            number = repr(value)
-            text += f"{NUMBERS[kind]} {len(number)} {number}"
-        else:
-            data = value.encode("utf-8", "surrogatepass") if kind is str else value
-            parts += [f"{text}{kind.__name__} {len(data)} ".encode(), data]
-            text = ""
-    return _checksum(b"".join(parts) + text.encode() if parts else text.encode())
+    return int(checksums(table, [[value] for value in row])[0])
+
+
+def checksums(table: Table, columns: Sequence[Sequence[Any]]) -> UInt64[np.ndarray, " rows"]:
+    """Return the `row_checksum` of each row; each column has values of one type."""
+    cells = zip([table.name.encode()] * len(columns[0]), *map(_cells, columns))  # noqa: B905  some have no end
+    digests = [hashlib.blake2b(b"".join(row), digest_size=8).digest() for row in cells]
+    return np.frombuffer(b"".join(digests), dtype="<u8") & np.uint64(MODULUS - 1)
+
+
+def _cells(values: Sequence[Any]) -> Iterable[bytes]:
+    """Yield text and blobs as they are, behind their type and length, and numbers likewise, as Python writes them."""
+    kind = type(values[0]).__name__ if values else ""
+    if kind == "bytes":
+        return [b"bytes %d %b" % (len(each), each) for each in values]
+    if kind == "str":
+        return [
+            b"str %d %b" % (len(each), each) for each in (value.encode("utf-8", "surrogatepass") for value in values)
+        ]
+    numbers = list(map(repr, values))
+    if numbers and numbers.count(first := numbers[0]) == len(numbers):  # as in most columns of most banks
+        return itertools.repeat(f"{kind} {len(first)} {first}".encode())
+    return [f"{kind} {len(number)} {number}".encode() for number in numbers]
 
 
 def _checksum(data: bytes) -> int:

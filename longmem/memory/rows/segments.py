@@ -125,9 +125,11 @@ class Segments:
 
     def of_all_chunks(self) -> tuple[int, int] | None:
         """Return the version of every chunk and the one that it was mapped to, where the description says that they are one."""
-        kinds = {(run[3], run[5]) for run in self._described} if self._listed is None else set()
-        is_one = len(kinds) == 1 and (len(self._described) == self._described[0][2] == 1 or (*kinds,)[0][1] < 0)
-        return kinds.pop() if is_one else None
+        if self._listed is not None or not self._described:
+            return None
+        kind = self._described[0][3], self._described[0][5]
+        is_one = len(self._described) == self._described[0][2] == 1
+        return kind if is_one or (kind[1] < 0 and all((run[3], run[5]) == kind for run in self._described)) else None
 
     def copy(self) -> "Segments":
         """Return the same segments, to go on by themselves."""

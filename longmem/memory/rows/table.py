@@ -93,9 +93,7 @@ class Table:
         if storage is None:
             storage = MemoryStorage(None if capacity_tokens is None else capacity_tokens // chunk_size)
         self.storage = storage
-        # A thread may take them again while it holds them. The turn is taken first, or not waited for.
-        self.lock, self.turn = threading.RLock(), threading.RLock()
-        self._editions: weakref.WeakSet[Edition] = weakref.WeakSet()  # that somebody reads
+        self._begin()
         self.chunk_size = chunk_size
         self.capacity_tokens, self.capacity_bytes = capacity_tokens, capacity_bytes
         self.index, self.eviction = index, eviction
@@ -119,7 +117,14 @@ class Table:
         return {name: value for name, value in self.__dict__.items() if name not in ("lock", "turn", "_editions")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, lock=threading.RLock(), turn=threading.RLock(), _editions=weakref.WeakSet())
+        self.__dict__.update(state)
+        self._begin()
+
+    def _begin(self) -> None:
+        # A thread may take them again while it holds them. The turn is taken first, or not waited for.
+        self.lock, self.turn = threading.RLock(), threading.RLock()
+        self._editions: weakref.WeakSet[Edition] = weakref.WeakSet()  # that somebody reads
+        tables.add(self)
 
     def empty(self, storage: Storage | None = None) -> Table:
         """Return an empty table with the same settings, over a storage of its own."""
@@ -157,6 +162,7 @@ class Table:
         if self.journal is None:
             yield
             return
+        self.journal.refuse_reader()  # a forked copy of the process would wait for a thread that it does not have
         with self.taking_turn(), self.journal.transaction():
             yield
 
@@ -179,6 +185,22 @@ class Table:
         # Whatever the caller's mode: what is made in inference mode can never be written to again.
         with self.transaction(), self.lock, torch.inference_mode(False):
             yield
+
+    @contextlib.contextmanager
+    def _as_a_whole(self) -> Iterator[None]:
+        """Change rows inside the block; in memory, where nothing undoes half of a change, refuse everything after an error.
+
+        So Ctrl-C, or memory that runs out, never lets one document answer with the text of another.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.journal is None:
+                self.refuse(
+                    f"a change of a bank in memory was cut short ({type(error).__name__}), and what it holds is not to be "
+                    "trusted; make it again, or load the one that was saved."
+                )
+            raise
 
     def refuse_reader(self) -> None:
         if self.journal is not None:
@@ -244,11 +266,12 @@ class Table:
         self._tell_if_it_forgets(len(new.rows) - len(old.rows))
         self._reserve(chunks, len(new.rows))
         self._hold_sizes()
-        self._remove(*self.ledger.close(old))
         # What was said of the document stays; the other fields are of the new text.
         said = {name: getattr(old, name) for name in SAID_OF_A_DOCUMENT}
         twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=[], **said)
-        self._write(twin, chunks, torch.empty(0, dtype=torch.int64))
+        with self._as_a_whole():
+            self._remove(*self.ledger.close(old))
+            self._write(twin, chunks, torch.empty(0, dtype=torch.int64))
 
     def overwrite(self, document: Document, start: int, tokens: Sequence[LayerTokens]) -> None:
         """Put other keys and values in the place of those from token `start` on, in chunks all of whose tokens are given.
@@ -279,19 +302,21 @@ class Table:
                             old[:, low - done : high - done] = new.to(old.device)
                     part = before
                 self._keep(rows[place])
-                for index in self.indexes.values():
-                    index.rows_dropped(rows[place])
-                    index.note_reencoded(high - low)
-                self.storage.drop(rows[place])
-                run.slot = self.storage.write(rows[place], part)
-                self._tell_indexes_of(rows[place])
+                with self._as_a_whole():
+                    for index in self.indexes.values():
+                        index.rows_dropped(rows[place])
+                        index.note_reencoded(high - low)
+                    self.storage.drop(rows[place])
+                    run.slot = self.storage.write(rows[place], part)
+                    self._tell_indexes_of(rows[place])
             done += run.num_chunks
 
     def drop(self, document: Document) -> None:
         """Forget a document, also its name, and move the last live rows into the holes it leaves."""
         self._hold_sizes()
-        self._remove(*self.ledger.close(document))
-        self.ledger.forget_names({document.document_id})
+        with self._as_a_whole():
+            self._remove(*self.ledger.close(document))
+            self.ledger.forget_names({document.document_id})
 
     def drop_expired(self) -> None:
         """Forget what has outlived the policy's time; most policies know none."""
@@ -299,10 +324,12 @@ class Table:
             with self.lock:
                 if expired := self.ledger.expired():
                     self._hold_sizes()
-                    self._remove(*self.ledger.release(expired))
+                    with self._as_a_whole():
+                        self._remove(*self.ledger.release(expired))
 
     def copy_to(self, target: Table) -> None:
         """Write every document to the empty `target`, chunk by chunk as it is stored, in the order of writing."""
+        self.drop_expired()
         self.storage.recheck()
         target.encoders = self.encoders.copy()
         twins: dict[int, Document] = {}
@@ -362,7 +389,7 @@ class Table:
     ) -> Ranked:
         """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written."""
         shape = self.storage.shapes[position] if self.storage.shapes else None
-        fits = isinstance(queries, Tensor) and queries.is_floating_point() and queries.ndim == 3
+        fits = isinstance(queries, Tensor) and queries.is_floating_point() and queries.ndim == 3 and not queries.is_meta
         fits = fits and (shape is None or (queries.shape[0], queries.shape[2]) == shape[:2])
         if not fits or type(num_chunks) is not int or not 0 < num_chunks <= MOST_CHUNKS:
             refuse_search(queries, num_chunks, shape)
@@ -500,14 +527,15 @@ class Table:
         `source`: of all `num_tokens` new tokens.
         """
         self._reserve(chunks, chunks[0].keys.shape[1])
-        taken = self.ledger.take_end(document)
-        document.num_tokens += num_tokens
-        document.segments.push(num_tokens, joins, version)
-        if source is not None:
-            document.push_source(source)
-        self._write(document, chunks, taken)
-        if skipped:
-            self.ledger.skip(document, skipped)
+        with self._as_a_whole():
+            taken = self.ledger.take_end(document)
+            document.num_tokens += num_tokens
+            document.segments.push(num_tokens, joins, version)
+            if source is not None:
+                document.push_source(source)
+            self._write(document, chunks, taken)
+            if skipped:
+                self.ledger.skip(document, skipped)
 
     def _tell_indexes_of(self, rows: Int[Tensor, " rows"]) -> None:
         for index in self.indexes.values():
@@ -524,6 +552,9 @@ class Table:
         self.storage.truncate(self.ledger.num_rows)
         for index in self.indexes.values():
             index.rows_moved(sources, destinations)
+
+
+tables: weakref.WeakSet[Table] = weakref.WeakSet()  # of this process
 
 
 class Edition:
