@@ -67,6 +67,7 @@ CONFIG: dict[str, Effect] = {
     "chunk_size": of_config({"chunk_size": 8}),
     "forget_sinks": of_config({"forget_sinks": True}),
     "search": of_config({"search": "token"}),
+    "choice_per": of_config({"choice_per": "group"}),
     "num_retrieved_tokens": of_config({"num_retrieved_tokens": 16}),
     "segment_length": of_config({"segment_length": 16}),
     "memory_distance": of_config({"memory_distance": 4}),

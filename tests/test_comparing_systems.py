@@ -131,11 +131,13 @@ def test_dense_passages_are_those_nearest_to_the_question(model, monkeypatch):
 
     monkeypatch.setattr(systems, "embedding_model", lambda: (letters, Words()))
     passages = [model.tokenizer(text)["input_ids"] for text in ("aaaa", "zzz", "azaz", "zzz")]
-    ranker = systems.DenseRanker(model, passages)
+    ranker = systems.DenseRanker(model)
+    ranker.index(passages)
     assert ranker.scores(passages[1]).argsort(descending=True).tolist()[-1] == 0
-    again = systems.DenseRanker(model, passages[:2], ranker)
+    vectors = ranker.vectors
+    ranker.index(passages[:2])
     assert calls == [3, 1]  # equal passages once, the question, and nothing that was known
-    torch.testing.assert_close(again.vectors, ranker.vectors[:2])
+    torch.testing.assert_close(ranker.vectors, vectors[:2])
 
 
 def systems_of(model: Any) -> dict[str, Any]:

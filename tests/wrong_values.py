@@ -28,7 +28,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "origin": (2, "x", 2.5, True, [1], 2**70, -4, 400, 64),
     "part": (SourcePart(IDS[0, :3]), 5, b"x", SourcePart(IDS[0, :0])),
     "folder": ("", " ", 5, b"x", "a\0b", ["a"]),
-    "device": ("cuda:99", "meta", "gpu", 5, ["cpu"], "cuda:x", "", "mps:7"),
+    "device": ("cuda:99", "gpu", 5, ["cpu"], "cuda:x", "", "mps:7"),
     "model": ("x", 5, object(), MemoryBank, [], LongMemForCausalLM),
     "models": (5, "x", ["x"], [None]),
     "bank": ("x", 5, None, [], {}, MemoryBank),

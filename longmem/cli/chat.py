@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         raise ValueError("`--json` must be left out of a talk; `longmem generate --chat --json` gives one answer.")
     common.drawing(arguments)  # before a model is opened
-    if sys.stdin.isatty():
+    if is_person():
         print("Opening the model ...", file=sys.stderr)
     if arguments.bank is not None and has_bank(arguments.bank):
         _, model = common.open_model_of(arguments)
@@ -69,16 +69,20 @@ def run(arguments: argparse.Namespace) -> None:
         talk(Conversation(model.eval(), bank, arguments), _lines(arguments.quiet))
 
 
+def is_person() -> bool:
+    """Return whether somebody types, at a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def _lines(quiet: bool) -> Iterator[str]:
-    is_person = sys.stdin.isatty()
-    if is_person:
+    if is_person():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  by being imported: what is typed can be edited, and called back
-    if is_person and not quiet:
+    if is_person() and not quiet:
         print(f"Ask, or:\n{COMMANDS}\n")
     while True:
         try:
-            yield input("> " if is_person else "")
+            yield input("> " if is_person() else "")
         except EOFError:
             return
 
