@@ -11,7 +11,7 @@
 #   make format         rewrite the code in the project's format
 #
 # make demo PYTHON=python3.12                                        another Python (3.11 or newer)
-# make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu         Linux without a GPU: a CPU torch, 3.1 GB in all and not 6.1
+# make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu         Linux without a GPU: a CPU torch, 3.7 GB in all, half of what the other takes
 # make test PYTEST="-m slow"                                         more options for pytest
 
 PYTHON ?= python3
