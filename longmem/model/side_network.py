@@ -61,6 +61,11 @@ class SideLayer(nn.Module):
             )
 
     @property
+    def num_kv_heads(self) -> int:
+        """The key-value heads of this layer, whether they read or not."""
+        return self._source.num_kv_heads
+
+    @property
     def attention(self) -> nn.Module:
         """The module of this layer that attends."""
         return self._attention[0]

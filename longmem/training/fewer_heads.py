@@ -105,14 +105,14 @@ def head_costs(model: LongMemForCausalLM, texts: str | Path, settings: CostSetti
 
 def heads_of(layer: SideLayer) -> list[int]:
     """Return the key-value heads by which a layer reads."""
-    return list(range(layer._source.num_kv_heads)) if layer.reading_heads is None else list(layer.reading_heads)
+    return list(range(layer.num_kv_heads)) if layer.reading_heads is None else list(layer.reading_heads)
 
 
 @contextmanager
 def without(layer: SideLayer, head: int) -> Iterator[None]:
     """Let the query heads of one key-value head read nothing inside the block."""
     assert layer.memory_bias is not None
-    own = layer.memory_bias.unflatten(0, (layer._source.num_kv_heads, -1))[head]
+    own = layer.memory_bias.unflatten(0, (layer.num_kv_heads, -1))[head]
     before = own.clone()
     own.fill_(10 * NO_MEMORY)
     try:
