@@ -142,8 +142,8 @@ class ClusterBank:
         `actor_options`: of Ray's actors, such as `{"num_cpus": 2}`. Raises ValueError if there are none, or a folder can't be
         opened, as when the bank is running already.
         """
-        folders = shard_folders(root)
-        engine.start(engine.name_of(name), [str(each.resolve()) for each in folders], actor_options or {})
+        plain, folders = engine.name_of(name), shard_folders(root)
+        engine.start(plain, [str(each.resolve()) for each in folders], actor_options or {})
         return cls.connect(name, **options)
 
     def __reduce__(self) -> Any:
