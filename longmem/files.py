@@ -221,9 +221,8 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     is_new = not path.exists()
     content = "".join(lines).encode("utf-8", "surrogatepass")
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    with os.fdopen(
-        os.open(path, flags, 0o600), "r+b", buffering=0
-    ) as file:  # a buffer would write once more when it closes
+    # Without a buffer, which would write once more when it closes.
+    with os.fdopen(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
         start = file.seek(0, os.SEEK_END)
         file.seek(max(0, start - (1 << 20)))
         tail = file.read()

@@ -75,14 +75,15 @@ def is_person() -> bool:
 
 
 def _lines(quiet: bool) -> Iterator[str]:
-    if is_person():
+    types = is_person()
+    if types:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  by being imported: what is typed can be edited, and called back
-    if is_person() and not quiet:
-        print(f"Ask, or:\n{COMMANDS}\n")
+        if not quiet:
+            print(f"Ask, or:\n{COMMANDS}\n")
     while True:
         try:
-            yield input("> " if is_person() else "")
+            yield input("> " if types else "")
         except EOFError:
             return
 

@@ -91,7 +91,8 @@ def beside_queries(
     chosen: Shaped[Tensor, "kv_heads choices *rest"], queries: Float[Tensor, "kv_heads queries dim"]
 ) -> Shaped[Tensor, "kv_heads queries *rest"]:
     """Return for each query what goes with its choice; the queries that share one stand side by side."""
-    return chosen.repeat_interleave(queries.shape[1] // max(1, chosen.shape[1]), dim=1)
+    shared = queries.shape[1] // max(1, chosen.shape[1])
+    return chosen if shared == 1 else chosen.repeat_interleave(shared, dim=1)
 
 
 def beside_all_queries(found: Found, queries: Float[Tensor, "kv_heads queries dim"]) -> Found:
@@ -363,12 +364,8 @@ def attend_found(
     if stored is not None:
         from longmem.model.fused_read import attend_rows
 
-        keys, values = stored
-        sizes, ages = (
-            None if part is None else beside_queries(part, queries) for part in (found.sizes, found.log_weights)
-        )
-        rows = beside_queries(found.rows, queries)
-        read = attend_rows(queries, keys, values, rows, sizes, ages, scaling, softcap, NO_MEMORY)
+        (keys, values), own = stored, beside_all_queries(found, queries)
+        read = attend_rows(queries, keys, values, own.rows, own.sizes, own.log_weights, scaling, softcap, NO_MEMORY)
         return GroupRead(*read, found)
 
     def block(
