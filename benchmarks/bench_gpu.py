@@ -5,8 +5,9 @@
     python benchmarks/bench_gpu.py --device cpu --models SmolLM2-135M --only decoding
 
 Models have the shapes of SmolLM2-135M and of Llamas with 1 and 8 billion weights, and random weights. What is stored is random
-as well, because neither changes a time. What is compared takes turns in the same rounds; figures are medians of seconds, ratios
-are of these. What does not fit the device, or the minutes, is named and left out. Writes results.json and table.md.
+as well, because neither changes a time. Memory is read as the packaged network of SmolLM2-135M reads it: the same settings, in
+as many layers, at the same heights. What is compared takes turns in the same rounds; figures are medians of seconds, ratios are of
+these. What does not fit the device, or the minutes, is named and left out. Writes results.json and table.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,16 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cost import random_cache
+from bench_cost import flops, random_cache
 from rich.console import Console
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longmem import LongMemForCausalLM, MemoryBank
+from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
 from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.cli.common import add_device, use_device
 from longmem.memory.index import make_index
 from longmem.memory.rows.storage import Chunks, ChunkStore
+from longmem.model.names import TRAINED_FOLDER
 from longmem.settings.environment import chosen_device, environment
 
 SHAPES = {
@@ -40,6 +43,7 @@ SHAPES = {
     "tiny": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4),
 }
 KV_HEADS, VOCABULARY = {"SmolLM2-135M": 3, "tiny": 2}, {"SmolLM2-135M": 49_152, "tiny": 97}
+READING = ("chunk_size", "search", "choice_per", "num_retrieved_tokens", "memory_null_init", "memory_distance", "lora")
 SECTIONS = ("correctness", "memorizing", "reading", "decoding", "training", "search")
 
 
@@ -105,7 +109,19 @@ class Run:
             torch.cuda.synchronize(self.device)
 
 
-def random_model(name: str, device: torch.device, segment: int, **fields: Any) -> LongMemForCausalLM:
+def packaged_settings(num_layers: int, num_kv_heads: int) -> dict[str, Any]:
+    """Return how the packaged network reads, with its memory layers where they are in a backbone of so many layers."""
+    packaged = LongMemConfig.from_pretrained(TRAINED_FOLDER / "smollm2-135m")
+    heads: dict[int, set[int]] = {}
+    for layer, own in zip(packaged.memory_layers, packaged.memory_heads, strict=True):
+        place = round(layer * num_layers / packaged.get_text_config().num_hidden_layers)
+        heads.setdefault(place, set()).update(head % num_kv_heads for head in own)
+    layers = sorted(heads)
+    placed = {"memory_layers": layers, "memory_heads": [sorted(heads[layer]) for layer in layers]}
+    return placed | {name: getattr(packaged, name) for name in READING}
+
+
+def random_model(name: str, device: torch.device, segment: int) -> LongMemForCausalLM:
     """Return a model of this shape with random weights: bfloat16 on a GPU, float32 on a CPU."""
     torch.manual_seed(0)
     tokens = dict(vocab_size=VOCABULARY.get(name, 128_256), bos_token_id=None, eos_token_id=None)
@@ -115,10 +131,13 @@ def random_model(name: str, device: torch.device, segment: int, **fields: Any) -
     config._attn_implementation = "sdpa"
     with device:
         backbone = LlamaForCausalLM(config).to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    read = max(4, min(64, segment // 8))
-    return LongMemForCausalLM.from_backbone(
-        backbone, segment_length=segment, num_retrieved_tokens=read, **fields
-    ).eval()
+    return with_memory(backbone, segment)
+
+
+def with_memory(backbone: Any, segment: int) -> LongMemForCausalLM:
+    """Return a model that reads as the packaged one does, with this backbone."""
+    settings = packaged_settings(backbone.config.num_hidden_layers, backbone.config.num_key_value_heads)
+    return LongMemForCausalLM.from_backbone(backbone, segment_length=segment, **settings).eval()
 
 
 def random_ids(model: LongMemForCausalLM, *shape: int) -> Tensor:
@@ -129,11 +148,11 @@ def random_bank(model: LongMemForCausalLM, tokens: int, **options: Any) -> Memor
     """Return a bank with so many random tokens, on the model's device."""
     bank = MemoryBank.for_model(model, capacity_tokens=None, **options)
     text = model.config.get_text_config()
-    shape = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    width = text.hidden_size // text.num_attention_heads
     for number, count in enumerate(torch.arange(tokens).split(65_536)):
         states = [
-            torch.randn(shape[0], len(count), shape[1], device=model.device, dtype=model.backbone.dtype)
-            for _ in bank.memory_layers
+            torch.randn(len(heads), len(count), width, device=model.device, dtype=model.backbone.dtype)
+            for heads in model.config.memory_heads
         ]
         bank.add(str(number), states, states)
     return bank
@@ -169,18 +188,20 @@ def memorizing(run: Run, name: str) -> None:
     sizes = run.sizes
     model = random_model(name, run.device, sizes.segment)
     ids = random_ids(model, sizes.batch, sizes.segment)
+    allowed = flops(lambda: model.backbone(ids)) / flops(lambda: model.encode(ids))
 
     def write() -> None:
         bank = MemoryBank.for_model(model, capacity_tokens=None)
         model.memorize(bank, ids.flatten(), "text", batch_size=sizes.batch)
 
-    times = run.seconds({"memorize": write, "forward": lambda: model.backbone(ids)})
-    run.note(
-        "memorizing",
-        name,
-        tokens_per_second=ids.numel() / times["memorize"],
-        of_forward=times["forward"] / times["memorize"],
-    )
+    calls = {"write": write, "encode": lambda: model.encode(ids), "forward": lambda: model.backbone(ids)}
+    times = run.seconds(calls)
+    figures = {
+        "of_forward": times["forward"] / times["write"],
+        "of_what_skipped_layers_allow": times["forward"] / times["write"] / allowed,
+        "encoding_of_it": times["forward"] / times["encode"] / allowed,
+    }
+    run.note("memorizing", name, tokens_per_second=ids.numel() / times["write"], **figures)
 
 
 @torch.no_grad()
@@ -197,14 +218,29 @@ def reading(run: Run, name: str) -> None:
                 "on": lambda: model(ids, memory=bank),
                 "backbone": lambda: model.backbone(ids),
             }
+            if run.device.type == "cuda":
+                calls["fused"] = fused(calls["on"])
             times = run.seconds(calls)
-            figures = {
-                "of_off": times["on"] / times["off"],
-                "added_of_backbone": (times["on"] - times["off"]) / times["backbone"],
-            }
+            added = {name: (times[name] - times["off"]) / times["backbone"] for name in ("on", "fused") if name in times}
+            figures = {"off_of_backbone": times["off"] / times["backbone"], "added_of_backbone": added["on"]}
+            figures |= {"added_by_the_kernel": added["fused"]} if "fused" in added else {}
             run.note("reading", f"{name}, {stored:,} stored", seconds=times["on"], **figures, bank_bytes=bank.nbytes)
 
         run.tries(f"reading, {name}, {stored:,}", measure)
+
+
+def fused(call: Callable[[], object]) -> Callable[[], object]:
+    """Return a call for which a kernel reads what is stored where it is."""
+
+    def asked() -> object:
+        before = os.environ.get("LONGMEM_FUSED_READ")
+        os.environ["LONGMEM_FUSED_READ"] = "1"
+        try:
+            return call()
+        finally:
+            os.environ.pop("LONGMEM_FUSED_READ") if before is None else os.environ.update(LONGMEM_FUSED_READ=before)
+
+    return asked
 
 
 def decoder(model: Any, cache: Any, token: Tensor, steps: int, **options: Any) -> Callable[[], None]:
@@ -225,9 +261,14 @@ def bytes_of(cache: Any) -> int:
 
 @torch.no_grad()
 def decoding(run: Run, name: str) -> None:
-    """Decode with memory behind a window, against the backbone with that window and with all of it in its window."""
+    """Decode with memory behind a window, against the backbone with that window and with all of it in its window.
+
+    LoRA is folded into weights of the model's own, which takes as many bytes again as the layers that read memory.
+    """
     sizes = run.sizes
     model = random_model(name, run.device, sizes.segment)
+    merged = with_memory(model.backbone, sizes.segment)
+    merged.merge_lora()
     token, prompt = random_ids(model, 1, 1), random_ids(model, 1, sizes.segment - sizes.steps)
     plain = decoder(model.backbone, random_cache(model.backbone, prompt.shape[1], model.device), token, sizes.steps)
     for stored in sizes.stored:
@@ -240,13 +281,19 @@ def decoding(run: Run, name: str) -> None:
                 "plain": plain,
                 "window": decoder(model.backbone, long, token, sizes.steps),
                 "memory": decoder(model, cache, token, sizes.steps, memory=bank),
+                "merged": decoder(merged, cache_of(merged(prompt, use_cache=True)), token, sizes.steps, memory=bank),
             }
+            if run.device.type == "cuda":
+                calls["merged_fused"] = fused(calls["merged"])
             times = run.seconds(calls)
             figures = {
-                "tokens_per_second": sizes.steps / times["memory"],
-                "of_plain": times["plain"] / times["memory"],
-                "of_long_window": times["window"] / times["memory"],
+                "tokens_per_second": sizes.steps / times["merged"],
+                "of_plain": times["plain"] / times["merged"],
+                "of_plain_without_merging": times["plain"] / times["memory"],
+                "of_long_window": times["window"] / times["merged"],
             }
+            if "merged_fused" in times:
+                figures["of_plain_with_the_kernel"] = times["plain"] / times["merged_fused"]
             held = {"bank_bytes": bank.nbytes, "cache_bytes": bytes_of(cache), "long_cache_bytes": bytes_of(long)}
             run.note("decoding", f"{name}, {stored:,} stored, {sizes.window:,} in the long window", **figures, **held)
 

@@ -23,7 +23,7 @@ from longmem.memory import BankView, MemoryBank
 from longmem.memory.folder.foreign import parse_json
 from longmem.memory.protocols import Found
 from longmem.memory.refresh import RefreshReport
-from longmem.memory.visibility import READING
+from longmem.memory.visibility import reading_as
 from longmem.model.attention import GroupRead, attend_found, beside_all_queries, choosers
 
 KEPT_READS = 16  # forward passes whose state is kept; one that is older goes on only if nothing has changed
@@ -136,7 +136,7 @@ class Shard:
         memory = self._chosen(selection)
         mask = self.bank.freshness.mask()
         reader = None if stamp is None else self._writers[EncoderStamp.from_json(stamp).digest]
-        with self._reading_as(reader, {}):
+        with reading_as(reader or DistantWriter(EncoderStamp("")), {}):  # type: ignore[arg-type]
             is_empty = memory is None or memory.is_empty
         return {
             "state": self._state(),
@@ -248,7 +248,9 @@ class Shard:
                     self._reads.popitem(last=False)
             known = self._reads[request.read]
             # As if a backward pass were to come: then no policy encodes again while it searches.
-            with self._reading_as(known.reader, known.taken), torch.enable_grad():
+            # Or, with None, as the current encoder: not as the one that this thread has last read or written as.
+            reader = known.reader or DistantWriter(EncoderStamp(""))
+            with reading_as(reader, known.taken), torch.enable_grad():  # type: ignore[arg-type]
                 if known.memory is None or known.memory.is_empty:
                     return known, None
                 found = known.memory.search(
@@ -261,16 +263,6 @@ class Shard:
         if found.generation is None:
             return known, None
         return known, beside_all_queries(found, request.queries)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _reading_as(reader: DistantWriter | None, taken: dict[Any, Any]) -> Iterator[None]:
-        """Read as an encoder or, with None, as the current one: not as the one that this thread has last read or written as."""
-        token = READING.set((reader or DistantWriter(EncoderStamp("")), taken))  # type: ignore[arg-type]
-        try:
-            yield
-        finally:
-            READING.reset(token)
 
     def gather(self, read: str, state: str, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of rows that a read has found or, if it is forgotten here, that are of the present state."""

@@ -4,9 +4,10 @@ The content clock has nothing to do with the encoder: a text can be out of date 
 other way round. Hidden documents are kept, and no search finds them.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,7 @@ class Snapshot:
         self._is_held = is_held  # by a pass, to which alone it is of use as a generation
         self._freshness, self._selection, self._newest, self._model = freshness, selection, newest, model
         self._was_read = False
+        self._found: list[Tensor] = []  # whose reads are to be counted
         if table.forgets_by_itself:
             table.drop_expired()
         self._take()
@@ -203,12 +205,23 @@ class Snapshot:
         else:
             scores, found = self._freshness.search(search, self._rows, self._readable, self._reader, self.edition)
         self._was_read = True
-        there = found if self.edition.is_kept is None else found.cpu()[self.edition.is_there(found.cpu())]
-        self.edition.table.ledger.count_reads(there)  # of what the bank has given up since, nobody counts reads
-        ages = None if weights is None else weights[found.clamp(min=0).cpu()].to(found.device)
+        self._found.append(found)
+        if not self._is_held:
+            self.count_reads()
+        if weights is not None and weights.device != found.device:  # moved once in a pass: a GPU is waited for
+            weights = self._weights = weights.to(found.device)
+        ages = None if weights is None else weights[found.clamp(min=0)]
         generation: Hashable = self if self._is_held else table.ledger.generation
         sizes = self.edition.sizes(found) if self._has_short else None
         return Found(found, scores, ages, generation if self.num_rows else None, sizes)
+
+    def count_reads(self) -> None:
+        """Count what was found since the last call, at one stroke, because a GPU is waited for."""
+        found, self._found = self._found, []
+        if found:
+            rows = torch.cat([each.flatten() for each in found]).cpu()
+            with self._table.lock:  # of what the bank has given up since, nobody counts reads
+                self.edition.table.ledger.count_reads(rows[self.edition.is_there(rows)])
 
     def _may_encode(self) -> bool:
         """Return whether what is found may be encoded again: nothing was read yet, and nothing has changed."""
@@ -223,6 +236,19 @@ class Snapshot:
 # this thread has done so), and what has been read so far. While it is set, one state of each bank is read, that of its first
 # search, up to the last gather of what was found.
 READING: ContextVar[tuple[EncodingModel | None, dict[Any, Snapshot]] | None] = ContextVar("READING", default=None)
+
+
+@contextlib.contextmanager
+def reading_as(model: EncodingModel | None, taken: dict[Any, Any]) -> Iterator[None]:
+    """Run a forward pass, or a part of one, that reads as a model; `taken` is what its parts before have read."""
+    token = READING.set((model, taken))
+    try:
+        yield
+    finally:
+        READING.reset(token)
+        for each in taken.values():
+            if isinstance(each, Snapshot):
+                each.count_reads()
 
 
 def take(

@@ -43,6 +43,20 @@ class MemoryRead:
     log_weights: Float[Tensor, "lanes heads tokens chunks"] | None = None
     # What each memory found, in the order in which lanes name them: a layer that is computed again reads these rows.
     found: tuple[Found, ...] = ()
+    heads: Int[Tensor, " reading"] | None = None  # that `rows`, `chunk_weights` and `log_weights` are of; None: all
+
+    def of_all_heads(self) -> "MemoryRead":
+        """Return the same with all heads in every part; those that do not read have found nothing."""
+        if self.heads is None or self.memory_share is None:
+            return self
+        heads, count, weights = self.heads, self.memory_share.shape[1], self.log_weights
+        return dataclasses.replace(
+            self,
+            rows=spread(self.rows, heads, count, -1),
+            chunk_weights=spread(self.chunk_weights, heads, count, 0),
+            log_weights=None if weights is None else spread(weights, heads, count, 0),
+            heads=None,
+        )
 
 
 @dataclasses.dataclass
@@ -68,18 +82,17 @@ class Retrieved:
     def of_heads(self, heads: Int[Tensor, " reading"], num_heads: int) -> "Retrieved":
         """Return the same for all query heads of a layer, of which only `heads` have read; the others found nothing."""
 
-        def spread(part: Tensor, fill: float) -> Tensor:
-            whole = part.new_full((part.shape[0], num_heads, *part.shape[2:]), fill)
-            return whole.index_copy(1, heads, part)
+        read = dataclasses.replace(self.read, heads=heads)
+        output, logsumexp = spread(self.output, heads, num_heads, 0), spread(self.logsumexp, heads, num_heads, NO_MEMORY)
+        return Retrieved(output, logsumexp, read)
 
-        read = self.read
-        read = dataclasses.replace(
-            read,
-            rows=spread(read.rows, -1),
-            chunk_weights=spread(read.chunk_weights, 0),
-            log_weights=None if read.log_weights is None else spread(read.log_weights, 0),
-        )
-        return Retrieved(spread(self.output, 0), spread(self.logsumexp, NO_MEMORY), read)
+
+def spread(
+    part: Shaped[Tensor, "lanes reading *rest"], heads: Int[Tensor, " reading"], num_heads: int, fill: float
+) -> Shaped[Tensor, "lanes heads *rest"]:
+    """Return what some heads have for all heads of a layer, the others of which have `fill`."""
+    whole = part.new_full((part.shape[0], num_heads, *part.shape[2:]), fill)
+    return whole.index_copy(1, heads, part)
 
 
 def choosers(queries: Float[Tensor, "kv_heads queries dim"], shared: int) -> Float[Tensor, "kv_heads choices dim"]:
@@ -106,30 +119,29 @@ def attend_block(
     queries: Float[Tensor, "kv_heads queries dim"],
     keys: Float[Tensor, "kv_heads choices retrieved dim"],
     values: Float[Tensor, "kv_heads choices retrieved value_dim"],
-    found: Bool[Tensor, "kv_heads choices retrieved"],
+    missing: Bool[Tensor, "kv_heads choices retrieved"],
     scaling: float,
     softcap: float | None = None,
     log_weights: Float[Tensor, "kv_heads choices retrieved"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, log-sum-exp and weights of each query's attention over what was retrieved for it, in float32.
 
-    Queries that share a choice stand side by side. `log_weights`: added to the scores, and not capped with them.
+    Queries that share a choice stand side by side. `missing`: no token was found here. `log_weights`: added to the scores,
+    and not capped with them.
     """
     sharing = queries.unflatten(1, (keys.shape[1], -1))
-    scores = (sharing @ keys.transpose(-1, -2)).flatten(1, 2).float() * scaling
-    found = beside_queries(found, queries)
+    scores = (sharing @ keys.transpose(-1, -2)).float() * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if log_weights is not None:
-        scores = scores + beside_queries(log_weights, queries)
-    scores = scores.masked_fill(~found, -torch.inf)
-    # Nothing found: all scores 0, so that there is no NaN, and what is computed of them is replaced below.
-    is_empty = ~found.any(dim=-1)
-    scores = scores.masked_fill(is_empty.unsqueeze(-1), 0.0)
-    logsumexp = scores.logsumexp(dim=-1)
-    weights = scores.softmax(dim=-1).masked_fill(~found, 0.0)
-    output = (weights.to(values.dtype).unflatten(1, (values.shape[1], -1)) @ values).flatten(1, 2).float()
-    return output, logsumexp.masked_fill(is_empty, NO_MEMORY).clamp_min(NO_MEMORY), weights
+        scores = scores + log_weights.unsqueeze(2)
+    missing = missing.unsqueeze(2)
+    scores = scores.masked_fill(missing, -torch.inf)
+    logsumexp = scores.logsumexp(dim=-1).clamp_min(NO_MEMORY)
+    # The softmax over nothing is NaN, which is replaced whole, in gradients too.
+    weights = scores.softmax(dim=-1).masked_fill(missing, 0.0)
+    output = (weights.to(values.dtype) @ values).flatten(1, 2).float()
+    return output, logsumexp.flatten(1), weights.flatten(1, 2)
 
 
 @dataclasses.dataclass
@@ -183,13 +195,14 @@ def read_memory(
             reads.append(_read_again(folded, found[number], bank, layer, scaling, softcap))
         else:
             reads.append(search_and_attend(folded, bank, layer, num_chunks, scaling, softcap, shared))
-    # From groups of lanes, in the order of memories, back to lanes.
-    order = torch.tensor([lane for _, own in groups for lane in own], device=queries.device).argsort()
 
     def unfold(parts: Iterable[Tensor]) -> Tensor:
         sizes = [len(own) for _, own in groups]
         unfolded = [unfold_groups(part, size, heads, tokens, shared) for part, size in zip(parts, sizes, strict=True)]
-        return unfolded[0] if len(unfolded) == 1 else torch.cat(unfolded)[order]
+        if len(unfolded) == 1:
+            return unfolded[0]
+        order = [lane for _, own in groups for lane in own]  # from groups, in the order of memories, back to lanes
+        return torch.cat(unfolded)[sorted(range(lanes), key=order.__getitem__)]
 
     ages: Tensor | None = None
     if any(read.found.log_weights is not None for read in reads):
@@ -375,10 +388,10 @@ def attend_found(
         keys, values = memory.gather(layer, some_rows.clamp_min(0).flatten(1), found.generation)
         keys, values = (part.to(some_queries).unflatten(1, (count, chunks)).flatten(2, 3) for part in (keys, values))
         size = keys.shape[2] // chunks
-        is_found = tokens_found(some_rows, some_sizes, size)
+        missing = tokens_missing(some_rows, some_sizes, size)
         if some_weights is not None:
             some_weights = some_weights.repeat_interleave(size, dim=-1)
-        output, logsumexp, weights = attend_block(some_queries, keys, values, is_found, scaling, softcap, some_weights)
+        output, logsumexp, weights = attend_block(some_queries, keys, values, missing, scaling, softcap, some_weights)
         return output, logsumexp, weights.unflatten(-1, (chunks, -1)).sum(-1)
 
     results = []
@@ -392,7 +405,7 @@ def attend_found(
             results.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             results.append(block(*arguments))
-    output, logsumexp, weights = (torch.cat(column, dim=1) for column in zip(*results, strict=True))
+    output, logsumexp, weights = (joined(column, dim=1) for column in zip(*results, strict=True))
     return GroupRead(output, logsumexp, weights, found)
 
 
@@ -401,14 +414,20 @@ def reads_fused(queries: Tensor) -> bool:
     return queries.is_cuda and os.environ.get("LONGMEM_FUSED_READ") == "1"
 
 
-def tokens_found(
+def tokens_missing(
     rows: Int[Tensor, "kv_heads queries chunks"], sizes: Int[Tensor, "kv_heads queries chunks"] | None, chunk_size: int
 ) -> Bool[Tensor, "kv_heads queries retrieved"]:
-    """Return which tokens of the chunks are there: not those of missing rows, nor what fills up a shorter chunk."""
-    is_found = (rows >= 0).repeat_interleave(chunk_size, dim=-1)
-    if sizes is not None:
-        is_found &= (torch.arange(chunk_size, device=sizes.device) < sizes.unsqueeze(-1)).flatten(2)
-    return is_found
+    """Return which tokens of the chunks are not there: those of missing rows, and what fills up a shorter chunk."""
+    missing = rows < 0
+    if sizes is None:
+        return missing if chunk_size == 1 else missing.repeat_interleave(chunk_size, dim=-1)
+    there = sizes.masked_fill(missing, 0).unsqueeze(-1)
+    return (torch.arange(chunk_size, device=sizes.device) >= there).flatten(2)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return parts one behind the other; one alone as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def fold_groups(

@@ -22,35 +22,26 @@ class InferenceLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output, `... out_features`, of `... in_features`."""
-        adapter = self._plain_adapter(x)
-        if args or kwargs or adapter is None:
+        adapter = None if args or kwargs else self._plain_adapter(x)
+        if adapter is None:
             return super().forward(x, *args, **kwargs)
-        down, up = (own[adapter].get_parameter("weight") for own in (self.lora_A, self.lora_B))
+        down, up, scale = adapter
         output, rows = self.base_layer(x), x.flatten(0, -2)
-        flat = output.reshape(-1, output.shape[-1])
-        if len(rows) < FEW_ROWS:  # the input is smaller than the adapters
+        flat = output.view(-1, output.shape[-1])
+        if len(rows) < FEW_ROWS and down.dtype != x.dtype:  # the input is smaller than the adapters
             added = functional.linear(functional.linear(rows.to(down.dtype), down), up)
-            return flat.add_(added, alpha=self.scaling[adapter]).view(output.shape)
+            return flat.add_(added, alpha=scale).view(output.shape)
         narrow = functional.linear(rows, down.to(x.dtype))
-        return flat.addmm_(narrow, up.T.to(x.dtype), alpha=self.scaling[adapter]).view(output.shape)
+        return flat.addmm_(narrow, up.T.to(x.dtype), alpha=scale).view(output.shape)
 
-    def _plain_adapter(self, x: Tensor) -> str | None:
-        """Return the name of the only active adapter, None if what is computed isn't `W x` and that one."""
+    def _plain_adapter(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """Return A, B and alpha / rank of the only active adapter, None if what is computed isn't `W x` and that one."""
         if torch.is_grad_enabled() or self.training or self.disable_adapters or self.merged or x.ndim < 2:
             return None
-        names = self.active_adapters
-        base = self.get_base_layer()
-        if (
-            len(names) != 1
-            or names[0] not in self.lora_A
-            or names[0] in self.lora_variant
-            or type(base) is not nn.Linear
-        ):
+        names, base, downs = self.active_adapters, self.base_layer, self.lora_A
+        if len(names) != 1 or names[0] not in downs or names[0] in self.lora_variant or type(base) is not nn.Linear:
             return None
-        if (
-            base.weight.dtype != x.dtype
-            or self.lora_B[names[0]].bias is not None
-            or torch.is_autocast_enabled(x.device.type)
-        ):
+        up: Any = self.lora_B[names[0]]
+        if base.weight.dtype != x.dtype or up.bias is not None or torch.is_autocast_enabled(x.device.type):
             return None
-        return str(names[0])
+        return downs[names[0]].weight, up.weight, self.scaling[names[0]]

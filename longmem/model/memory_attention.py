@@ -1,9 +1,11 @@
 """How one side layer reads memory: its attention, replaced by attention over the local context and what it retrieves."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from longmem.backbone.interception import LocalAttention
@@ -71,14 +73,13 @@ class MemoryReader:
     ) -> tuple[Tensor, None]:
         """Return the fused output, `lanes tokens heads dim`."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        memory_query, heads = self._memory_query(query), self._heads
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        reading = None
-        if heads is not None:  # the query heads of a key-value head stand side by side
-            reading = torch.arange(num_heads, device=query.device).unflatten(0, (num_kv_heads, -1))[heads].flatten()
-            memory_query, num_kv_heads = memory_query[:, reading], len(heads)
+        reading, asking = None, query
+        if self._heads is not None:
+            reading = query_heads(tuple(self._heads), num_heads // num_kv_heads, query.device)
+            asking, num_kv_heads = query.index_select(1, reading), len(self._heads)
         retrieved = read_memory(
-            memory_query,
+            self._memory_query(asking),
             self._memory,
             self._memory_layer,
             num_kv_heads=num_kv_heads,
@@ -111,6 +112,12 @@ class MemoryReader:
         if key not in self._turns:  # `here` is kept, so that nothing else gets its id
             self._turns[key] = here, rotary.turn_from(here, self._config.memory_distance, query)
         return rotation.rotate(query.float(), self._turns[key][1]).to(query.dtype)
+
+
+@functools.lru_cache(maxsize=256)  # made once for a device: a copy to a GPU would be waited for in each layer
+def query_heads(kv_heads: tuple[int, ...], group: int, device: torch.device) -> Int[Tensor, " query_heads"]:
+    """Return the query heads of some key-value heads, each of which has a group of so many, side by side."""
+    return torch.tensor([head * group + place for head in kv_heads for place in range(group)], device=device)
 
 
 @torch.compiler.disable  # the encoder is watched, and banks are prepared, outside of any graph

@@ -157,7 +157,7 @@ class LongMemModel(LongMemPreTrainedModel):
         hidden_states, reads = self.side_network(states, banks, self)
         # Without `found`, which keeps for whoever holds it what a bank has since given up.
         is_wanted = output_memory_reads is not False and output_memory_reads is not None
-        kept = tuple(replace(read, found=()) for read in reads) if is_wanted else None
+        kept = tuple(replace(read.of_all_heads(), found=()) for read in reads) if is_wanted else None
         if isinstance(output_memory_reads, AllReads):
             output_memory_reads.append(kept or ())
         return hidden_states, {

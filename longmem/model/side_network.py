@@ -15,7 +15,7 @@ from longmem.backbone.interception import LayerCall, handled_by, local_implement
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
 from longmem.memory.protocols import EncodingModel, Memory
-from longmem.memory.visibility import READING
+from longmem.memory.visibility import reading_as
 from longmem.model.attention import MemoryRead
 from longmem.model.copies import ModuleCopier
 from longmem.model.lora import adapter_names, add_adapters, merge_adapters
@@ -208,11 +208,8 @@ class SideNetwork(nn.Module):
             memory: one bank for each lane, or None to read nothing.
             reader: the model for which the banks were made ready; None: the last for which this thread has done so.
         """
-        token = READING.set((reader, {}))
-        try:
+        with reading_as(reader, {}):
             return self._run(states, memory)
-        finally:
-            READING.reset(token)
 
     def _run(self, states: BackboneStates, memory: Sequence[Memory] | None) -> tuple[Tensor, list[MemoryRead]]:
         if memory is not None and holds_nothing(memory):

@@ -53,8 +53,23 @@ def test_search_equals_a_sort(kind, num_chunks, subset):
 def test_blocks_of_queries_change_nothing(monkeypatch):
     index, queries = ExactIndex(store_of(random(HEADS, 50, DIM))), random(HEADS, 11, DIM, seed=1)
     whole = index.search(queries, 5)
-    monkeypatch.setattr(exact_module, "SCORES_PER_STEP", 1)
+    monkeypatch.setattr(exact_module, "SCORES_PER_STEP", {"cpu": 1})
     torch.testing.assert_close(index.search(queries, 5), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 300), (4, 75), (4, 83), (64, 40)])
+def test_of_many_scores_the_best_groups_have_the_best(size, count, monkeypatch):
+    torch.manual_seed(0)
+    scores = torch.randn(HEADS, 7, count, size)
+    scores[:, 1, 3:9] = -torch.inf  # left out
+    scores[:, 2, 5] = scores[:, 2, 9].amax()  # two are equal
+    plain = scores.amax(dim=3).topk(3, dim=2)
+    monkeypatch.setattr(exact_module, "MANY_SCORES", 0)
+    monkeypatch.setattr(exact_module, "NEIGHBOURS", 4)
+    best, places = exact_module.best_of(scores, 3)
+    assert torch.equal(best, plain.values)
+    assert torch.equal(scores.amax(dim=3).gather(2, places), best)
+    assert (places.sort().values.diff() > 0).all()
 
 
 def test_no_queries_and_no_rows_are_answered(kind):

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longmem import MemoryBank
 from longmem.memory.rows import storage
+from longmem.memory.visibility import Snapshot, reading_as
+from longmem.model.attention import read_memory
 
 HEADS, DIM, SIZE, LAYER = 2, 8, 4, 5
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -145,7 +147,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("subset", ["all", "half", "few"])
 def test_no_search_makes_float32_of_a_whole_bank(index, dtype, subset, monkeypatch):
     monkeypatch.setattr("longmem.memory.index.exact.NUMBERS_PER_STEP", {"cpu": 2**12, "cuda": 2**12})
-    monkeypatch.setattr("longmem.memory.index.exact.SCORES_PER_STEP", 2**12)
+    monkeypatch.setattr("longmem.memory.index.exact.SCORES_PER_STEP", {"cpu": 2**12, "cuda": 2**12})
     monkeypatch.setattr("longmem.memory.index.approximate.EXACT_BELOW", 512)
     bank = filled(tokens=16_384, search="token", storage_dtype=dtype, index=index)
     keys = some(1_024, 9)
@@ -165,3 +167,30 @@ def test_no_search_makes_float32_of_a_whole_bank(index, dtype, subset, monkeypat
     assert hits >= (0.2 if index.startswith("ivf") and subset != "few" else 1.0)
     if hits == 1.0:
         torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("settings", [*SETTINGS, {"search": "token", "age_prior": "exp:a=5"}], ids=str)
+def test_what_is_read_in_a_pass_is_not_waited_for(device, settings, monkeypatch):
+    """Numbers of `meta` can't be looked at, and a GPU says when it is waited for; both may be once, when a pass is over."""
+    bank = filled(tokens=164, **settings).to(device)  # the last chunk is shorter
+    queries, counted = some(5, 99).to(device), []
+    if device == "meta":  # whose queries are refused, and which has no autocast
+        monkeypatch.setattr("longmem.memory.rows.table.refuse_search", lambda *given: None)
+        monkeypatch.setattr("longmem.model.attention.product_dtype", lambda states: states.dtype)
+    monkeypatch.setattr(Snapshot, "count_reads", lambda snapshot: counted.append(len(snapshot._found)))
+
+    def read():
+        retrieved = read_memory(queries[None], [bank], LAYER, num_kv_heads=HEADS, num_chunks=3, scaling=0.3)
+        assert {retrieved.output.device.type, retrieved.read.rows.device.type} == {device}
+
+    with reading_as(None, {}):
+        read()
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            read()
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert counted == [2]

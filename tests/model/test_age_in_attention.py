@@ -127,9 +127,9 @@ def test_the_backward_pass_weighs_as_the_forward_pass_did(qkv):
 def test_what_weighs_nothing_makes_no_nan():
     torch.manual_seed(1)
     queries, keys, values = torch.randn(1, 2, 4), torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
-    found = torch.tensor([[[True, True, False], [False, False, False]]])
+    missing = torch.tensor([[[False, False, True], [True, True, True]]])
     old = torch.full((1, 2, 3), -1e7)
-    output, logsumexp, weights = attend_block(queries, keys, values, found, SCALING, None, old)
+    output, logsumexp, weights = attend_block(queries, keys, values, missing, SCALING, None, old)
     assert output.isfinite().all()
     assert weights[0, 0, 2] == 0
     torch.testing.assert_close(weights[0].sum(-1), torch.tensor([1.0, 0.0]))

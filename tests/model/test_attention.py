@@ -195,12 +195,12 @@ def test_missing_slots_are_masked_not_zero_keys(banks, qkv):
 
 def test_soft_capped_scores(qkv):
     keys, values = torch.randn(1, 3, 8, DIM) * 5, torch.randn(1, 3, 8, DIM)
-    queries, found = torch.randn(1, 3, DIM), torch.ones(1, 3, 8, dtype=torch.bool)
-    output, sums, _ = attend_block(queries, keys, values, found, 1.0, softcap=2.0)
+    queries, missing = torch.randn(1, 3, DIM), torch.zeros(1, 3, 8, dtype=torch.bool)
+    output, sums, _ = attend_block(queries, keys, values, missing, 1.0, softcap=2.0)
     scores = 2 * torch.tanh((keys @ queries.unsqueeze(-1)).squeeze(-1) / 2)
     torch.testing.assert_close(sums, scores.logsumexp(-1))
     torch.testing.assert_close(output, (scores.softmax(-1).unsqueeze(-2) @ values).squeeze(-2))
-    assert (sums - attend_block(queries, keys, values, found, 1.0)[1]).abs().max() > 1e-2
+    assert (sums - attend_block(queries, keys, values, missing, 1.0)[1]).abs().max() > 1e-2
 
 
 def test_writing_over_chunks_before_backward_is_refused(banks, qkv):

@@ -47,7 +47,7 @@ def test_it_computes_what_copies_give(device, dtype, options):
     if sizes is not None:
         is_found &= (torch.arange(SIZE) < sizes.unsqueeze(-1)).flatten(2)
     spread = None if log_weights is None else log_weights.repeat_interleave(SIZE, dim=-1)
-    output, logsumexp, weights = attend_block(queries, keys, values, is_found, 0.4, softcap, spread)
+    output, logsumexp, weights = attend_block(queries, keys, values, ~is_found, 0.4, softcap, spread)
     expected = output, logsumexp, weights.unflatten(-1, (CHUNKS, SIZE)).sum(-1)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)

@@ -207,11 +207,21 @@ def chunks_at(
     tensor: Num[Tensor, "kv_heads rows chunk_size stored_dim"], rows: Int[Tensor, "kv_heads chunks"]
 ) -> Float[Tensor, "kv_heads chunks chunk_size dim"]:
     """Return copies of these rows, decoded, other ones for each head, where `rows` are; row -1 is read as row 0."""
+    return _taken(tensor, _places(tensor, rows), rows)
+
+
+def _places(tensor: Tensor, rows: Int[Tensor, "kv_heads chunks"]) -> Int[Tensor, " places"]:
+    """Return where rows are among those of all heads, on the device of the tensor that has them."""
     heads, allocated = tensor.shape[:2]
-    places = rows.to(tensor.device).clamp(min=0) + allocated * torch.arange(heads, device=tensor.device).unsqueeze(1)
+    places = rows.to(tensor.device).clamp(min=0)
+    if heads > 1:
+        places = places + allocated * torch.arange(heads, device=tensor.device).unsqueeze(1)
+    return places.flatten()
+
+
+def _taken(tensor: Tensor, places: Int[Tensor, " places"], rows: Int[Tensor, "kv_heads chunks"]) -> Tensor:
     # One index_select over (heads * rows) copies whole chunks; `gather` would need an index for every number.
-    taken = tensor.flatten(0, 1).index_select(0, places.flatten())
-    return decode(sent(taken, rows.device)).unflatten(0, rows.shape)
+    return decode(sent(tensor.flatten(0, 1).index_select(0, places), rows.device)).unflatten(0, rows.shape)
 
 
 def cut_into_chunks(
@@ -345,7 +355,9 @@ class ChunkStore:
 
     def gather(self, rows: Int[Tensor, "kv_heads chunks"]) -> KeysValues:
         """Return copies of the keys and values of these rows, as `chunks_at` does."""
-        return chunks_at(self._tensors.keys, rows), chunks_at(self._tensors.values, rows)
+        keys, values, _ = self._tensors
+        places = _places(keys, rows)
+        return _taken(keys, places, rows), _taken(values, places.to(values.device), rows)
 
 
 def with_rows(tensor: Tensor, rows: int, num_live: int) -> Tensor:

@@ -570,6 +570,7 @@ class Edition:
         self._kept: list[tuple[Tensor, Storage]] = []  # rows, and what they held
         self.is_kept: Bool[Tensor, " rows"] | None = None  # which rows these are; None: none yet
         self._sizes: Int[Tensor, " rows"] | None = None  # tokens of each row, before the ledger has changed any
+        self._sizes_there: dict[torch.device, Tensor] = {}  # the same, on a GPU, which would be waited for in each layer
 
     def keep(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep rows that the table is about to give up."""
@@ -589,9 +590,13 @@ class Edition:
 
     def sizes(self, rows: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Return how many tokens the chunks in these rows have; of row -1, those of row 0."""
-        if self._sizes is None:
+        if self._sizes is None and rows.device.type == "cpu":
             return self.table.ledger.sizes(rows)
-        return self._sizes[rows.clamp(min=0).cpu()].to(rows.device)
+        there = self._sizes_there.get(rows.device)
+        if there is None or len(there) < self.num_rows:  # rows that were added since are of this generation too
+            known = self.table.ledger.sizes(torch.arange(self.num_rows)) if self._sizes is None else self._sizes
+            there = self._sizes_there[rows.device] = known.to(rows.device)
+        return there[rows.clamp(min=0)]
 
     def is_there(self, rows: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """Return for each row, -1 for none, whether the table still has it under this number."""
