@@ -6,8 +6,8 @@
 
 Models have the shapes of SmolLM2-135M and of Llamas with 1 and 8 billion weights, and random weights. What is stored is random
 as well, because neither changes a time. Memory is read as the packaged network of SmolLM2-135M reads it: the same settings, in
-as many layers, at the same heights. What is compared takes turns in the same rounds; figures are medians of seconds, ratios are of
-these. What does not fit the device, or the minutes, is named and left out. Writes results.json and table.md.
+as many layers, at the same heights. What is compared takes turns in the same rounds; figures are medians of seconds, ratios
+are of these. What does not fit the device, or the minutes, is named and left out. Writes results.json and table.md.
 """
 
 from __future__ import annotations
@@ -221,7 +221,9 @@ def reading(run: Run, name: str) -> None:
             if run.device.type == "cuda":
                 calls["fused"] = fused(calls["on"])
             times = run.seconds(calls)
-            added = {name: (times[name] - times["off"]) / times["backbone"] for name in ("on", "fused") if name in times}
+            added = {
+                name: (times[name] - times["off"]) / times["backbone"] for name in ("on", "fused") if name in times
+            }
             figures = {"off_of_backbone": times["off"] / times["backbone"], "added_of_backbone": added["on"]}
             figures |= {"added_by_the_kernel": added["fused"]} if "fused" in added else {}
             run.note("reading", f"{name}, {stored:,} stored", seconds=times["on"], **figures, bank_bytes=bank.nbytes)

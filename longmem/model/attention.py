@@ -83,7 +83,10 @@ class Retrieved:
         """Return the same for all query heads of a layer, of which only `heads` have read; the others found nothing."""
 
         read = dataclasses.replace(self.read, heads=heads)
-        output, logsumexp = spread(self.output, heads, num_heads, 0), spread(self.logsumexp, heads, num_heads, NO_MEMORY)
+        output, logsumexp = (
+            spread(self.output, heads, num_heads, 0),
+            spread(self.logsumexp, heads, num_heads, NO_MEMORY),
+        )
         return Retrieved(output, logsumexp, read)
 
 

@@ -41,7 +41,8 @@ class InferenceLinear(Linear):
         names, base, downs = self.active_adapters, self.base_layer, self.lora_A
         if len(names) != 1 or names[0] not in downs or names[0] in self.lora_variant or type(base) is not nn.Linear:
             return None
+        down: Any = downs[names[0]]
         up: Any = self.lora_B[names[0]]
         if base.weight.dtype != x.dtype or up.bias is not None or torch.is_autocast_enabled(x.device.type):
             return None
-        return downs[names[0]].weight, up.weight, self.scaling[names[0]]
+        return down.weight, up.weight, self.scaling[names[0]]
