@@ -81,13 +81,9 @@ class Retrieved:
 
     def of_heads(self, heads: Int[Tensor, " reading"], num_heads: int) -> "Retrieved":
         """Return the same for all query heads of a layer, of which only `heads` have read; the others found nothing."""
-
+        logsumexp = spread(self.logsumexp, heads, num_heads, NO_MEMORY)
         read = dataclasses.replace(self.read, heads=heads)
-        output, logsumexp = (
-            spread(self.output, heads, num_heads, 0),
-            spread(self.logsumexp, heads, num_heads, NO_MEMORY),
-        )
-        return Retrieved(output, logsumexp, read)
+        return Retrieved(spread(self.output, heads, num_heads, 0), logsumexp, read)
 
 
 def spread(

@@ -570,9 +570,8 @@ class Edition:
         self._kept: list[tuple[Tensor, Storage]] = []  # rows, and what they held
         self.is_kept: Bool[Tensor, " rows"] | None = None  # which rows these are; None: none yet
         self._sizes: Int[Tensor, " rows"] | None = None  # tokens of each row, before the ledger has changed any
-        self._sizes_there: dict[
-            torch.device, Tensor
-        ] = {}  # the same, on a GPU, which would be waited for in each layer
+        # The same, where they are asked for: a GPU would be waited for in each layer.
+        self._sizes_there: dict[torch.device, Tensor] = {}
 
     def keep(self, rows: Int[Tensor, " rows"]) -> None:
         """Keep rows that the table is about to give up."""
