@@ -132,7 +132,7 @@ def test_the_verdict_says_what_is_true():
         (["--memory-tokens", "31"], "at least `window`, 32, got 31"),
         (["--windows", "0"], "`windows` must be at least 1, got 0"),
         (["--window", "1"], "`window` must be at least 2, got 1"),
-        (["--memory-tokens", "100000000"], "must have 100,000,064 tokens"),
+        pytest.param(["--memory-tokens", "100000000"], "must have 100,000,064 tokens", marks=pytest.mark.slow),
     ],
 )
 def test_impossible_settings_are_explained(arguments, message, backbone_folder, tmp_path, capsys):

@@ -18,6 +18,7 @@ from typing import Any
 
 import failing_calls
 import pytest
+from kept_fast import fast
 
 ERRORS = {name: getattr(errno, name) for name in ("EIO", "ENOSPC", "EMFILE", "EROFS")}
 WRITERS = ("stream", "model", "checkpoint", "evaluation")
@@ -54,7 +55,7 @@ def fail() -> Iterator[Fail]:
     process.communicate()
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", fast(3, reversed(WRITERS)))
 def test_a_call_of_the_system_that_fails(fail: Fail, writer: str) -> None:
     faults = [
         (3 + 4 * place + 7 * WRITERS.index(writer), error, (1, FOR_GOOD)[place % 2])

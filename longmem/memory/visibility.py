@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +221,8 @@ class Snapshot:
         if found:
             rows = torch.cat([each.flatten() for each in found]).cpu()
             with self._table.lock:  # of what the bank has given up since, nobody counts reads
-                self.edition.table.ledger.count_reads(rows[self.edition.is_there(rows)])
+                there = rows if self.edition.is_kept is None else rows[self.edition.is_there(rows)]
+                self.edition.table.ledger.count_reads(there)
 
     def _may_encode(self) -> bool:
         """Return whether what is found may be encoded again: nothing was read yet, and nothing has changed."""
@@ -245,10 +246,15 @@ def reading_as(model: EncodingModel | None, taken: dict[Any, Any]) -> Iterator[N
     try:
         yield
     finally:
-        READING.reset(token)
-        for each in taken.values():
-            if isinstance(each, Snapshot):
-                each.count_reads()
+        end_pass(token, taken)
+
+
+def end_pass(token: Token[Any], taken: dict[Any, Any]) -> None:
+    """Read as before `READING` was set, which returned `token`, and count the reads of what was taken since."""
+    READING.reset(token)
+    for each in taken.values():
+        if isinstance(each, Snapshot):
+            each.count_reads()
 
 
 def take(

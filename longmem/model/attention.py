@@ -244,7 +244,8 @@ def search_and_attend(
     Where somebody else changes the memory between the two, both are done again. `shared`: as many queries, side by side, choose
     together.
     """
-    if isinstance(memory, AttendingMemory):
+    # A bank is asked first: whether something has a method it does not have takes Python long to say.
+    if not isinstance(memory, MemoryBank) and isinstance(memory, AttendingMemory):
         return _attend_there(queries, memory, memory, layer, num_chunks, scaling, softcap, shared)
     searched = choosers(queries.detach(), shared)
     for _ in range(ATTEMPTS_TO_READ):

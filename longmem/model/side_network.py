@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from longmem.backbone.interception import LayerCall, handled_by, local_implement
 from longmem.backbone.structure import LayerStructure, UnsupportedBackboneError
 from longmem.configuration import LongMemConfig
 from longmem.memory.protocols import EncodingModel, Memory
-from longmem.memory.visibility import reading_as
+from longmem.memory.visibility import READING, end_pass
 from longmem.model.attention import MemoryRead
 from longmem.model.copies import ModuleCopier
 from longmem.model.lora import adapter_names, add_adapters, merge_adapters
@@ -208,12 +208,16 @@ class SideNetwork(nn.Module):
             memory: one bank for each lane, or None to read nothing.
             reader: the model for which the banks were made ready; None: the last for which this thread has done so.
         """
-        with reading_as(reader, {}):
-            return self._run(states, memory)
+        if memory is None:
+            return self._run(states, None)
+        taken: dict[Any, Any] = {}
+        token = READING.set((reader, taken))
+        try:
+            return self._run(states, None if holds_nothing(memory) else memory)
+        finally:
+            end_pass(token, taken)
 
     def _run(self, states: BackboneStates, memory: Sequence[Memory] | None) -> tuple[Tensor, list[MemoryRead]]:
-        if memory is not None and holds_nothing(memory):
-            memory = None
         dtype = self.dtype
         reads: list[MemoryRead] = []
         turns: Turns = {}

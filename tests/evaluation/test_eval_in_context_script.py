@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from in_context_data import save_sets, save_squad
+from kept_fast import fast
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "eval_in_context.py"
 FILES = (
@@ -27,7 +28,7 @@ def without_times(metrics):
     return metrics
 
 
-@pytest.mark.parametrize("name", ["in-context", "squad"])
+@pytest.mark.parametrize("name", fast(1, ["squad", "in-context"]))
 def test_one_command_and_the_same_again_after_a_stop(backbone_folder, tmp_path, monkeypatch, capsys, name):
     data = save_sets(tmp_path / "sets") if name == "in-context" else save_squad(tmp_path / "squad.json")
     own = {

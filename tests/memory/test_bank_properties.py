@@ -367,14 +367,14 @@ CLUSTERS, GRAPH, CODES = (
     "hnsw:search_depth=100",
     "pq:probed_share=1,bits=4,candidates=100",
 )
-test_any_sequence_of_operations = machine_test("mirror", 30)
-test_any_sequence_in_a_folder = machine_test("flat", 12, in_folder=True)
-test_any_sequence_with_clusters = machine_test(CLUSTERS, 6)
-test_any_sequence_with_a_graph = machine_test(GRAPH, 6)
-test_any_sequence_with_codes = machine_test(CODES, 6)
-test_any_sequence_in_a_folder_with_clusters = machine_test(CLUSTERS, 6, in_folder=True)
-test_any_sequence_in_a_folder_with_a_graph = machine_test(GRAPH, 6, in_folder=True)
-test_any_sequence_in_a_folder_with_codes = machine_test(CODES, 6, in_folder=True)
+test_any_sequence_of_operations = machine_test("mirror", 12)
+test_any_sequence_in_a_folder = machine_test("flat", 6, in_folder=True)
+test_any_sequence_with_clusters = machine_test(CLUSTERS, 3)
+test_any_sequence_with_a_graph = machine_test(GRAPH, 3)
+test_any_sequence_with_codes = machine_test(CODES, 3)
+test_any_sequence_in_a_folder_with_clusters = machine_test(CLUSTERS, 3, in_folder=True)
+test_any_sequence_in_a_folder_with_a_graph = machine_test(GRAPH, 3, in_folder=True)
+test_any_sequence_in_a_folder_with_codes = machine_test(CODES, 3, in_folder=True)
 # The same with more examples.
 test_many_sequences_of_operations = machine_test("mirror", 150, is_slow=True)
 test_many_sequences_in_a_folder = machine_test("flat", 75, in_folder=True, is_slow=True)

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from kept_fast import fast
 from model.architectures import FORMS, build
 from model.conftest import SETTINGS
 
@@ -52,7 +53,7 @@ def losses_of(logits, tokens):
     ("model_type", "keep", "length"),
     [
         *itertools.product(TYPES, [None, 0], [200]),
-        *itertools.product(TYPES, [28], [110]),  # four tokens leave at a time, so these are as many windows
+        *fast(2, itertools.product(TYPES, [28], [110])),  # four tokens leave at a time, so these are as many windows
         ("llama", None, 400),
         pytest.param("llama", None, 2000, marks=pytest.mark.slow),
     ],
@@ -114,7 +115,7 @@ def test_it_goes_on_when_the_bank_is_full(tokens):
     assert document.first_resident_token + 64 + len(stream.local_ids) == 500
 
 
-@pytest.mark.parametrize("sampling", [dict(do_sample=False), dict(do_sample=True, temperature=0.8, top_k=20)])
+@pytest.mark.parametrize("sampling", fast(1, [dict(do_sample=True, temperature=0.8, top_k=20), dict(do_sample=False)]))
 def test_stopping_saving_and_opening_again_changes_nothing(sampling, tokens, tmp_path):
     """One stream is saved again and again on its way; from each stop another goes on, over a border of windows."""
     model, bank = make()

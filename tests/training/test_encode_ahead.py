@@ -9,6 +9,7 @@ from concurrent.futures import wait
 
 import pytest
 import torch
+from kept_fast import fast
 from tiny_runs import make_files, make_trainer, trained_weights, without_times
 
 from longmem.backbone.capture import BackboneStates
@@ -155,12 +156,15 @@ def computing_threads(trainer):
 
 @pytest.mark.parametrize(
     ("ahead", "overrides"),
-    [
-        (1, {"optimization__gradient_accumulation": 2, "memory__foreign_lanes": 2}),
-        (3, {"features__folder": "features", "memory__start_tokens": 16, "memory__growth_steps": 4}),
-        (2, {"loss__long_context_weight": 2, "loss__long_context_tokens": 40, "data__at_document_border": "keep"}),
-        (9, {"data__window": 8, "model__config__lora": "{rank: 4, dropout: 0.3}"}),
-    ],
+    fast(
+        1,
+        [
+            (1, {"optimization__gradient_accumulation": 2, "memory__foreign_lanes": 2}),
+            (3, {"features__folder": "features", "memory__start_tokens": 16, "memory__growth_steps": 4}),
+            (2, {"loss__long_context_weight": 2, "loss__long_context_tokens": 40, "data__at_document_border": "keep"}),
+            (9, {"data__window": 8, "model__config__lora": "{rank: 4, dropout: 0.3}"}),
+        ],
+    ),
 )
 def test_a_run_is_the_same_to_the_last_bit_and_reads_the_same(files, tmp_path, overrides, ahead):
     found = []

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from kept_fast import fast
 from tiny_runs import make_files, make_trainer, trained_weights
 from torch import nn
 
@@ -123,17 +124,20 @@ def same_memory(bank, other):
 
 @pytest.mark.parametrize(
     "overrides",
-    [
-        {},
-        {"optimization__gradient_accumulation": 2},
-        {"memory__enabled": "false"},
-        {"memory__foreign_lanes": 2},
-        {"data__at_document_border": "keep"},
-        {"data__lanes_per_document": 2, "data__window": 4},
-        {"optimization__trained": "reading_attention", "optimization__clip_norm": 0.2},
-        {"model__config__lora": "{rank: 4}"},
-        {"optimization__gradient_checkpointing": "true"},
-    ],
+    fast(
+        4,
+        [
+            {"optimization__gradient_accumulation": 2},
+            {"memory__foreign_lanes": 2},
+            {"data__lanes_per_document": 2, "data__window": 4},
+            {"model__config__lora": "{rank: 4}"},
+            {},
+            {"memory__enabled": "false"},
+            {"data__at_document_border": "keep"},
+            {"optimization__trained": "reading_attention", "optimization__clip_norm": 0.2},
+            {"optimization__gradient_checkpointing": "true"},
+        ],
+    ),
     ids=lambda overrides: ",".join(f"{name}={value}" for name, value in overrides.items()) or "plain",
 )
 def test_the_loop_does_what_a_naive_one_does(start, overrides):

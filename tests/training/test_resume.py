@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_fast import fast
 from rich.console import Console
 from tiny_runs import make_files, make_trainer, run_for, trained_weights, without_times
 
@@ -37,14 +38,17 @@ def logged(folder):
 
 @pytest.mark.parametrize(
     "overrides",
-    [
-        {"validation__every_steps": 2},
-        {"model__config__lora": "{rank: 4, dropout: 0.3}", "optimization__gradient_accumulation": 2},
-        {"memory__foreign_lanes": 2, "memory__start_tokens": 16, "memory__growth_steps": 4},
-        {"data__at_document_border": "keep", "data__window": 8, "optimization__mixed_precision": "bf16"},
-        {"features__folder": "features", "loss__long_context_weight": 2, "loss__long_context_tokens": 40},
-        {"data__lanes_per_document": 2, "optimization__steps": "null", "optimization__epochs": 0.3},
-    ],
+    fast(
+        3,
+        [
+            {"model__config__lora": "{rank: 4, dropout: 0.3}", "optimization__gradient_accumulation": 2},
+            {"memory__foreign_lanes": 2, "memory__start_tokens": 16, "memory__growth_steps": 4},
+            {"features__folder": "features", "loss__long_context_weight": 2, "loss__long_context_tokens": 40},
+            {"validation__every_steps": 2},
+            {"data__at_document_border": "keep", "data__window": 8, "optimization__mixed_precision": "bf16"},
+            {"data__lanes_per_document": 2, "optimization__steps": "null", "optimization__epochs": 0.3},
+        ],
+    ),
     ids=lambda overrides: ",".join(overrides),
 )
 def test_resumed_equals_uninterrupted(files, short_files, tmp_path, overrides):
