@@ -70,6 +70,7 @@ def test_the_backbone_moves_along(start):
     assert writer_of(trainer).parameters
 
 
+@pytest.mark.slow
 def test_a_step_is_one_of_adamw_over_both(start):
     """Against autograd on the whole model, with the logits of all lanes at once, and AdamW by its definition."""
     trainer = start(optimization__warmup_steps=0, writer__backbone_learning_rate=1e-2, optimization__weight_decay=0.1)
@@ -108,6 +109,7 @@ def test_memory_holds_what_the_writer_of_each_step_computed(start):
     assert (now - written[0].float()).abs().max() > 0.05  # which is not what it would write now
 
 
+@pytest.mark.slow
 def test_with_an_average_memory_holds_what_the_average_computed(start):
     trainer = start(writer__average=0.9)
     for _ in range(2):
@@ -155,6 +157,7 @@ def test_resumed_equals_uninterrupted(start, files, tmp_path, overrides):
         assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
 
 
+@pytest.mark.slow
 def test_banks_rebuilt_by_the_restored_writer_would_be_others(start, tmp_path):
     """Without it, the test above could not tell saved banks from rebuilt ones."""
     trainer = start(output=tmp_path / "a", writer__backbone_learning_rate=1e-2)
@@ -185,6 +188,7 @@ def test_with_a_policy_memory_is_no_older_than_it_allows(start, tmp_path):
         torch.testing.assert_close(found.flatten(1, -2), torch.cat(now, dim=1).half(), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_is_the_trained_model(start, files, tmp_path):
     trainer = start(data__validation=settings_of(files).data.validation, validation__every_steps=1)
     trainer.run()
@@ -203,6 +207,7 @@ def test_the_first_loss_is_that_of_a_frozen_run_and_later_ones_are_not(start, st
     assert coupled.train_step().loss != frozen.train_step().loss
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_memories_and_the_backbone_is_saved_where_the_writer_is_coupled_alone(
     start, start_frozen, tmp_path
 ):
@@ -213,6 +218,7 @@ def test_checkpoints_hold_memories_and_the_backbone_is_saved_where_the_writer_is
         assert (trainer.folder / "side-network" / "backbone").exists() == holds
 
 
+@pytest.mark.slow
 def test_the_script_trains_a_file_of_settings_and_goes_on_with_the_same_alone(files, tmp_path, monkeypatch, capsys):
     def run_script(average):
         AcceleratorState._reset_state(reset_partial_state=True)

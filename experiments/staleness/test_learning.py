@@ -37,6 +37,7 @@ def weights_of(model):
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_the_given_backbone_stays_and_a_frozen_writer_repeats_itself_whatever_the_lag(backbone):
     before = weights_of(backbone)
     results = [learn(backbone, LearningSystem(lag), SHORT, TASK, seed=1) for lag in (0, 2)]
@@ -55,6 +56,7 @@ def test_the_given_backbone_stays_and_a_frozen_writer_repeats_itself_whatever_th
     assert not torch.equal(other.losses, results[0].losses)
 
 
+@pytest.mark.slow
 def test_a_moving_writer_moves_keys_and_a_still_one_does_not(backbone):
     coupled, still, frozen = (
         learn(backbone, system, SHORT, TASK, seed=1)

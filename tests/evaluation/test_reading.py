@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kept_fast import fast
 from rich.console import Console
 from tiny_models import some_text
 
@@ -317,7 +318,7 @@ def write_data(name: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("name", "style"), [("quality", "text"), ("quality", "letter"), ("locomo", "")])
+@pytest.mark.parametrize(("name", "style"), fast(2, [("quality", "letter"), ("locomo", ""), ("quality", "text")]))
 def test_one_command_leaves_a_result_folder_and_goes_on(backbone_folder, tmp_path, monkeypatch, capsys, name, style):
     data, output = write_data(name, tmp_path), tmp_path / "results"
     # Bytes are tokens here: a question with its options is long.

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jaxtyping
 import pytest
 import torch
+from kept_fast import fast
 from model.architectures import build
 from model.conftest import SETTINGS, build_backbone
 from torch import nn
@@ -31,7 +32,7 @@ def close(found, expected, tolerance):
 # Half precision ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "falcon", "qwen3_next", "olmo2"])
+@pytest.mark.parametrize("model_type", fast(3, ["llama", "gemma2", "gpt2", "falcon", "qwen3_next", "olmo2"]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_backbone_with_a_float32_side_network(model_type, dtype, input_ids, document):
     backbone = build(model_type).to(dtype)

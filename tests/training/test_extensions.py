@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from kept_fast import fast
 from safetensors.torch import load_file, save_file
 from tiny_runs import make_files, make_trainer, trained_weights
 
@@ -81,7 +82,7 @@ def test_an_extension_sees_every_step_when_it_is_done_and_changes_nothing_by_its
         assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(plain).items())
 
 
-@pytest.mark.parametrize("stopped_after", [2, 5])
+@pytest.mark.parametrize("stopped_after", fast(1, [5, 2]))
 def test_what_it_saves_is_there_when_the_run_goes_on(start, stopped_after):
     whole, part, rest = Average(), Average(), Average()
     start(whole, output="whole").run()
