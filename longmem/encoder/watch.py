@@ -23,7 +23,7 @@ class Encoder:
         memory_layers: whose keys and values are stored.
         recipe: returns what else determines what is stored.
         memory_heads: for each memory layer the key-value heads that are stored; None: all.
-        forget_sinks: store a key of zero for the first token of a window.
+        forget_sinks: store a key of zero for the first token of a window, and for copies of it directly behind it.
     """
 
     is_moving = False  # one that moves at every step, a subclass, is sketched only where a refresh policy asks for it
@@ -56,10 +56,11 @@ class Encoder:
         """Return position-free keys and values of the tokens for each memory layer; `inputs`: of the backbone's forward."""
         ids = input_ids.to(input_device(self.backbone.model))
         keys, values = self.backbone.encode(ids, self.memory_layers, **inputs)
-        return self.stored(keys, values)
+        return self.stored(ids, keys, values)
 
     def stored(
         self,
+        input_ids: Int[Tensor, "lanes tokens"],
         keys: Sequence[Float[Tensor, "_ kv_heads tokens dim"]],
         values: Sequence[Float[Tensor, "_ kv_heads tokens value_dim"]],
         *,
@@ -72,7 +73,9 @@ class Encoder:
                 for part in (keys, values)
             )
         if self.forget_sinks and is_start:
-            keys = [torch.cat([torch.zeros_like(layer[:, :, :1]), layer[:, :, 1:]], dim=2) for layer in keys]
+            # To the first token all before a copy of it is a copy of it, so the model parks attention on both.
+            is_sink = (input_ids == input_ids[:, :1]).cumprod(dim=1).bool()[:, None, :, None]
+            keys = [layer.masked_fill(is_sink.to(layer.device), 0) for layer in keys]
         return list(keys), list(values)
 
     @torch.compiler.disable

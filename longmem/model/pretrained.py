@@ -493,7 +493,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         names = ("memory_layers", "chunk_size", "segment_length")
         recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
         recipe["memory_heads"] = self.config.memory_heads or ALL_HEADS
-        recipe["sinks"] = "forgotten" if self.config.forget_sinks else SINKS_STORED
+        recipe["sinks"] = "all forgotten" if self.config.forget_sinks else SINKS_STORED
         found = self._tokenizer_if_any()
         tokenizer = None if found is None else tokenizer_fingerprint(found)  # None can't be compared
         dtype = str(self.backbone.dtype).removeprefix("torch.")

@@ -100,6 +100,22 @@ def test_settings_that_break_a_rule(fields, words):
 
 
 @torch.no_grad()
+def test_copies_of_the_first_token_cannot_be_found_either(document):
+    """All before a copy of the first token is that token, so its state is the same, and where one is a sink the other is."""
+    plain, _ = make(document, chunk_size=1, num_retrieved_tokens=4)
+    model, _ = make(document, chunk_size=1, num_retrieved_tokens=4, forget_sinks=True)
+    ids = torch.tensor([[5, 5, 5, 9, 5, 7], [5, 6, 6, 9, 5, 7], [8, 8, 8, 8, 8, 8]])
+    runs = [3, 1, 6]
+    keys, stored = plain.encode(ids)[0], model.encode(ids)[0]
+    for lane, run in enumerate(runs):
+        for before, after in zip(keys, stored, strict=True):
+            torch.testing.assert_close(before[lane, :, :run], before[lane, :, :1].expand(-1, run, -1), rtol=1e-4, atol=1e-5)
+            assert not after[lane, :, :run].any()
+            assert torch.equal(after[lane, :, run:], before[lane, :, run:])
+            assert after[lane, :, run:].any() or run == 6
+
+
+@torch.no_grad()
 def test_the_first_token_of_a_window_cannot_be_found(input_ids, document):
     plain, bank = make(document, chunk_size=1, num_retrieved_tokens=4)
     model, other = make(document, chunk_size=1, num_retrieved_tokens=4, forget_sinks=True)
