@@ -109,7 +109,9 @@ def test_copies_of_the_first_token_cannot_be_found_either(document):
     keys, stored = plain.encode(ids)[0], model.encode(ids)[0]
     for lane, run in enumerate(runs):
         for before, after in zip(keys, stored, strict=True):
-            torch.testing.assert_close(before[lane, :, :run], before[lane, :, :1].expand(-1, run, -1), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                before[lane, :, :run], before[lane, :, :1].expand(-1, run, -1), rtol=1e-4, atol=1e-5
+            )
             assert not after[lane, :, :run].any()
             assert torch.equal(after[lane, :, run:], before[lane, :, run:])
             assert after[lane, :, run:].any() or run == 6
