@@ -7,7 +7,9 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import json
 import secrets
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from longmem.cluster.wire import Request
 from longmem.encoder.history import Encoders
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError, StaleMemoryError
+from longmem.files import make_folder, read_json, remove, write_file
 from longmem.memory import MemoryBank, SourcePart, checks, has_bank
 from longmem.memory.finding import FindingModel, FoundPassage, TextBank, find
 from longmem.memory.memorize import memorize, to_token_ids
@@ -36,6 +39,7 @@ from longmem.memory.visibility import READING
 from longmem.model.attention import nothing_found
 
 ON_MISSING = ("error", "skip")
+SHARDS = "shards.json"  # beside the shards: how many there are
 BYTES_OF_A_TRIP = 2**20  # that a network of 10 Gbit/s carries in about the time of a call
 
 
@@ -51,6 +55,15 @@ class Pass:
 
 
 Changes = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+
+
+class Own(threading.local):
+    """What is a thread's own: the encoder as which it reads and writes, what shards told it last, its open transaction."""
+
+    stamp: EncoderStamp | None = None
+    status: Sequence[dict[str, Any]] = ()
+    changes: Changes | None = None
+    shard: int | None = None  # of these changes
 
 
 class ClusterBank:
@@ -91,10 +104,8 @@ class ClusterBank:
         self.trips = trips
         self.missing: tuple[int, ...] = ()
         self._selection: tuple[tuple[str, ...], tuple[str, ...]] | None = None
-        self._stamp: EncoderStamp | None = None
-        self._status: list[dict[str, Any]] = []
-        self._changes: Changes | None = None  # of the transaction that is open
-        self._shard_of_changes: int | None = None
+        self._latest: EncoderStamp | None = None  # as which a thread reads and writes that has not said
+        self._own = Own()
         self._is_draft = False
         told = self._ask_all("describe")
         self._told = told
@@ -129,8 +140,14 @@ class ClusterBank:
                 f"`root` must hold no shards before they are made, got {str(root)!r} with {sorted(taken)}; "
                 "`ClusterBank.start`, or `longmem cluster start` without `--shards`, starts those."
             )
-        for folder in folders:
-            MemoryBank.for_model(model, folder=folder, **options).close()
+        try:
+            write_file(make_folder(root) / SHARDS, json.dumps({"num_shards": num_shards}))
+            for folder in folders:
+                MemoryBank.for_model(model, folder=folder, **options).close()
+        except BaseException:
+            for path in (*folders, Path(root) / SHARDS):
+                remove(path)
+            raise
         return [str(folder) for folder in folders]
 
     @classmethod
@@ -152,8 +169,16 @@ class ClusterBank:
 
     def __copy__(self) -> Self:
         twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(self.__dict__ | {"_own": Own(), "_latest": self._stamp})
         return twin
+
+    @property
+    def _stamp(self) -> EncoderStamp | None:
+        return self._latest if self._own.stamp is None else self._own.stamp
+
+    @_stamp.setter
+    def _stamp(self, stamp: EncoderStamp) -> None:
+        self._own.stamp = self._latest = stamp
 
     def __repr__(self) -> str:
         return (
@@ -174,7 +199,7 @@ class ClusterBank:
         for tag in chosen:
             checks.validate_choice("tags", tag, sorted({known for each in documents for known in each.tags}))
         view = copy.copy(self)
-        view._selection, view._status = (names, chosen), []
+        view._selection = names, chosen
         return view
 
     def close(self) -> None:
@@ -219,9 +244,9 @@ class ClusterBank:
 
     def _statuses(self) -> list[dict[str, Any]]:
         """Return what the shards last said in this forward pass or, outside of one, say now."""
-        if READING.get() is None or not self._status:
-            self._status = [each for each in self._ask_all("status", None, self._selection, may_skip=True) if each]
-        return self._status
+        if READING.get() is None or not self._own.status:
+            self._own.status = [each for each in self._ask_all("status", None, self._selection, may_skip=True) if each]
+        return self._own.status
 
     @property
     def num_chunks(self) -> int:
@@ -274,8 +299,8 @@ class ClusterBank:
         """Make every shard ready to be read by a model; see `Freshness.ready_for`. `reencode` encodes what is stale."""
         self._stamp = model.encoder.stamp_for_reading()
         answers = self._ask_all("status", self._stamp.to_json(), self._selection, may_skip=True)
-        self._status = [each for each in answers if each is not None]
-        if masked := sum(each["masked_chunks"] for each in self._status):
+        self._own.status = [each for each in answers if each is not None]
+        if masked := sum(each["masked_chunks"] for each in self._own.status):
             warnings.warn(
                 f"{masked} chunks of an earlier encoder are not read until `reencode` has encoded them again.",
                 stacklevel=2,
@@ -457,7 +482,7 @@ class ClusterBank:
 
     def _pending(self, document_id: object) -> Changes:
         """Return what the transaction that is open is going to change of a document."""
-        return [each for each in self._changes or () if each[1][0] == document_id]
+        return [each for each in self._own.changes or () if each[1][0] == document_id]
 
     def __contains__(self, document_id: object) -> bool:
         if not isinstance(document_id, str) or self._is_draft:
@@ -470,11 +495,11 @@ class ClusterBank:
         """Return a summary of one document; in a transaction that has changed it, with its tokens alone up to date."""
         if self._is_draft or not (changes := self._pending(document_id)):
             return self._look(document_id, "info")
-        own, self._changes = self._changes, []
+        own, self._own.changes = self._own.changes, []
         try:
             known = self.info(document_id) if document_id in self else DocumentInfo(document_id, 0, 0, 0, 0)
         finally:
-            self._changes = own
+            self._own.changes = own
         length = lengths_after(changes, {document_id: known.num_tokens})[document_id]
         return dataclasses.replace(known, num_tokens=length or 0)
 
@@ -502,31 +527,31 @@ class ClusterBank:
 
         A document that was changed inside the block can be read, and continued, behind it. Raises ValueError for two shards.
         """
-        if self._changes is not None:
+        if self._own.changes is not None:
             yield
             return
-        self._changes, self._shard_of_changes = [], None
+        self._own.changes, self._own.shard = [], None
         try:
             yield
-            changes, number = self._changes, self._shard_of_changes
+            changes, number = self._own.changes, self._own.shard
         finally:
-            self._changes, self._shard_of_changes = None, None
+            self._own.changes, self._own.shard = None, None
         if number is not None:
             self._commit(number, changes)
 
     def _change(self, document_id: str, method: str, *given: Any, **options: Any) -> None:
         checks.validate_document_id("document_id", document_id)
         number = self.shard_of(document_id)
-        if self._changes is None:
+        if self._own.changes is None:
             self._commit(number, [(method, (document_id, *given), options)])
             return
-        if self._shard_of_changes not in (None, number):
+        if self._own.shard not in (None, number):
             raise ValueError(
-                f"a transaction must stay within one shard, got documents of shards {self._shard_of_changes} and {number}; "
+                f"a transaction must stay within one shard, got documents of shards {self._own.shard} and {number}; "
                 "make one for each document."
             )
-        self._shard_of_changes = number
-        self._changes.append((method, (document_id, *given), options))
+        self._own.shard = number
+        self._own.changes.append((method, (document_id, *given), options))
 
     def _commit(self, number: int, changes: Changes) -> None:
         """Let a shard make changes; where it dies meanwhile, look whether it had made them, and else do it again."""
@@ -574,15 +599,20 @@ class ClusterBank:
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Replace a document by the encoding of a new text; see `MemoryBank.update`. Its shard copies what did not change."""
+        if self._own.changes is not None:
+            raise ValueError(
+                f"`update` must not be called inside a transaction, which it could not be a part of, got {document_id!r}; call it "
+                "before or behind the block."
+            )
         if self._stamp is None or self._stamp.digest != model.encoder.stamp().digest:
             self.ready_for(model)
         known = self.info(document_id)
         draft = copy.copy(self)
-        draft._is_draft, draft._changes, draft._shard_of_changes = True, [], None  # a transaction that never commits
+        draft._is_draft, draft._own.changes = True, []  # a transaction that never commits
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         written = memorize(model, draft, text_or_ids, document_id, reuse=(self, document_id), **options)
         assert self._stamp is not None
-        request = (document_id, draft._changes, known.num_tokens, self._stamp.to_json())
+        request = (document_id, draft._own.changes, known.num_tokens, self._stamp.to_json())
         try:
             self._ask(self.shard_of(document_id), "replace", *request, repeats=False)
         except InterruptedError:
@@ -663,14 +693,19 @@ def lengths_after(changes: Changes, before: Mapping[str, int | None]) -> dict[st
 
 
 def shard_folders(root: str | Path) -> list[Path]:
-    """Return the folders of the shards in a folder, in order. Raises ValueError if there are none, or one is missing."""
+    """Return the folders of the shards in a folder, in order. Raises ValueError if there are none, or one is missing.
+
+    With fewer shards than there were, documents would be looked for, and written, where they do not belong.
+    """
     found = sorted(
         (each for each in Path(root).glob("shard-*") if each.name[6:].isdigit() and has_bank(each)),
         key=lambda each: int(each.name[6:]),
     )
-    if not found or int(found[-1].name[6:]) != len(found) - 1:
+    path = Path(root) / SHARDS
+    count = read_json(path).get("num_shards") if path.exists() else len(found)  # a folder of an earlier version has no such file
+    if not found or int(found[-1].name[6:]) != len(found) - 1 or len(found) != count:
         raise ValueError(
-            f"`root` must hold the folders shard-0, shard-1, ... of a bank's shards, got {str(root)!r} with "
-            f"{[each.name for each in found] or 'none'}; `ClusterBank.create` makes them."
+            f"`root` must hold the folders shard-0, shard-1, ... of all of a bank's {count or ''} shards, got {str(root)!r} with "
+            f"{[each.name for each in found] or 'none'}; `ClusterBank.create` makes them, and one that is lost comes from a copy."
         )
     return found

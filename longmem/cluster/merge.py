@@ -29,7 +29,8 @@ class Ranking(NamedTuple):
 
     def wanted(self, number: int) -> Int[Tensor, "kv_heads queries"]:
         """Return how many chunks of a shard are among the best: they are its first, as each shard has sorted its own."""
-        return ((self.owners == number) & (self.scores > -torch.inf)).sum(-1).short()
+        wanted = ((self.owners == number) & (self.scores > -torch.inf)).sum(-1)
+        return wanted.to(torch.int16 if self.scores.shape[-1] < 2**15 else torch.int32)
 
 
 def rank(answers: Mapping[int, Answer], num_chunks: int, device: torch.device) -> Ranking | None:

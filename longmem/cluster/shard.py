@@ -350,7 +350,8 @@ def _told(known: Read, found: Found | None) -> dict[str, Any]:
     if found is None:
         return {"state": known.state}
     told = {"rows": found.rows, "scores": found.scores, "log_weights": found.log_weights}
-    told["sizes"] = None if found.sizes is None else found.sizes.to(torch.int16)
+    if found.sizes is not None:
+        told["sizes"] = found.sizes.to(torch.int16 if int(found.sizes.max()) < 2**15 else torch.int32)
     return {"state": known.state} | {name: each for name, each in told.items() if each is not None}
 
 

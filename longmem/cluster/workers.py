@@ -276,8 +276,10 @@ class Feed:
             self._pool.give(task)
 
     def _next(self) -> Waiting | None:
-        if self.waiting:
-            return self.waiting.popleft()
+        for place, task in enumerate(self.waiting):
+            if task.document_id not in self._given:  # or the older of two versions could be written last
+                del self.waiting[place]
+                return task
         known = [name for name, version in self.versions.items() if version < self.version and name not in self._given]
         return self._documents[min(known, key=lambda name: self.versions[name])] if known else None
 

@@ -413,6 +413,7 @@ class MemoryBank:
         checks.validate_model("model", model)
         self.ready_for(model)
         draft = self.empty_like()
+        draft._table.forgets_by_itself = False  # it counts as written when it takes the old one's place, however long it took
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if progress is not None:
             checks.validate_callable("progress", progress)
@@ -437,7 +438,7 @@ class MemoryBank:
         """Add, or append, a segment as it is stored in a document of another bank with the same settings and encoder.
 
         `origin` is the first of its tokens there; they begin and end with whole chunks, in both documents. `said`: `tags`,
-        `dated` and `valid_until` of a new document.
+        `dated` and `valid_until` of a new document. Raises ChangedMemoryError if other tokens are there.
         """
         size, count = self.chunk_size, len(part.token_ids)
         with bank._table.lock, torch.inference_mode(False):
@@ -450,6 +451,9 @@ class MemoryBank:
                     f"`origin` and `part` must be whole chunks that {origin_id!r} holds, of a `bank` with these settings, "
                     f"got {origin}, {count} tokens and {bank}; `memorize` encodes the text."
                 )
+            source, place = document.source, first * size
+            if source is None or not torch.equal(source.token_ids[place : place + count], part.token_ids):
+                raise ChangedMemoryError
             chunks = bank._table.storage.select(document.rows.values[first : first + count // size])
         with self._table.change():
             own = self._table.ledger.documents.get(document_id) or checks.dated_document(document_id, **said)

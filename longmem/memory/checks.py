@@ -16,7 +16,7 @@ from torch import Tensor
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import WrongArgumentsError, name_known
 from longmem.memory.rows.documents import Document, SourcePart
-from longmem.memory.rows.storage import STORAGE_DTYPES, LayerShape, largest_number
+from longmem.memory.rows.storage import LARGEST_NUMBER, STORAGE_DTYPES, LayerShape, largest_number
 
 FIRST_DATE, LAST_DATE = -62_135_596_800, 253_402_300_799  # those that a calendar shows
 SEARCHES = ("chunk_mean", "token")
@@ -357,9 +357,10 @@ def _validate_numbers(
                 f"{place} must be finite, got NaN or inf; the backbone overflowed or was fed bad input: try it in "
                 "bfloat16 or float32."
             )
+        way_out = 'create the bank with `storage_dtype="bfloat16"`, "float32" or "int8"'
         raise ValueError(
-            f"{place} must fit the storage dtype {storage_dtype} (largest {limit:.6g}), got {number:.6g}; create the "
-            'bank with `storage_dtype="bfloat16"`, "float32" or "int8".'
+            f"{place} must fit the storage dtype {storage_dtype} (largest {limit:.6g}), got {number:.6g}; "
+            f"{way_out if limit < LARGEST_NUMBER else 'no model that works has such numbers: look for what overflowed'}."
         )
 
 

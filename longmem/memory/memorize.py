@@ -1,5 +1,6 @@
 """Writing documents: text to token ids, windows, position-free keys and values, bank."""
 
+import contextlib
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from longmem.errors import ChangedMemoryError
 from longmem.memory.checks import dated_document, got, validate_count, validate_new, validate_tags
 from longmem.memory.protocols import EncodingModel, WritableBank
 from longmem.memory.rows.documents import SourcePart
@@ -207,12 +209,13 @@ def memorize(
         try:
             for group in groups(source.token_ids, len(context), length, batch_size, known):
                 start, stop = group[0][0], group[-1][1]
-                origin = known.get(window_key(source.token_ids[start:stop]))
+                origin, is_copied = known.get(window_key(source.token_ids[start:stop])), False
                 if reuse is not None and origin is not None and is_resident(*reuse, origin):
                     copied = source.part(start, stop)
-                    bank.copy_tokens(document_id, *reuse, origin, copied, **(labels if is_new else {}))
-                    is_new = False
-                else:
+                    with contextlib.suppress(ChangedMemoryError):  # somebody else has replaced it since
+                        bank.copy_tokens(document_id, *reuse, origin, copied, **(labels if is_new else {}))
+                        is_new, is_copied = False, True
+                if not is_copied:
                     before = context if start == 0 else context[:0]
                     batch = torch.stack([torch.cat([before, source.token_ids[first:last]]) for first, last in group])
                     keys, values = model.encoder.encode(batch)
@@ -223,7 +226,8 @@ def memorize(
                     progress(stop, len(source.token_ids))
         except BaseException:
             if not append and not is_new:
-                bank.delete(document_id)
+                with contextlib.suppress(ValueError):  # the bank refuses everything, or has let go of it; the cause is raised
+                    bank.delete(document_id)
             raise
     resident = bank.info(document_id).num_resident_tokens if document_id in bank else 0
     num_readable = min(len(source.token_ids), resident)

@@ -526,8 +526,8 @@ class OnDisk:
             return
         self.refuse_reader()
         before, version = self._state, self._table.ledger.version
-        self._in_transaction = True
         try:
+            self._in_transaction = True
             yield
             ledger = self._table.ledger
             if ledger.version != version or ledger.read or ledger.changed:
@@ -543,9 +543,10 @@ class OnDisk:
             self._in_transaction = False
 
     @property
-    def _state(self) -> tuple[int, int] | None:
+    def _state(self) -> tuple[int, int, bool] | None:
         """Return what changes with every change, also with one that failed before it was noted as a change."""
-        return self._table.ledger.version, storage_of(self._table).num_changes
+        storage = storage_of(self._table)
+        return self._table.ledger.version, storage.num_changes, storage.is_torn
 
     def _merge(self) -> None:
         """Merge small segments; a failure changes nothing that can be read, so what was committed before has succeeded."""
@@ -553,6 +554,12 @@ class OnDisk:
             self._folder.merge(self._table, self._settings())
         except ValueError as error:
             warnings.warn(f"small files of the bank in {str(self.path)!r} were not merged: {error}", stacklevel=5)
+            self._restore()
+
+    def undo(self) -> None:
+        """Never commit what is in memory: make the table that of the last commit again, in a transaction when it ends."""
+        storage_of(self._table).is_torn = True
+        if not self._in_transaction:
             self._restore()
 
     def _restore(self) -> None:

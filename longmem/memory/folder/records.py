@@ -64,7 +64,8 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
         "has_source": document.source_or_reader is not None,
     }
     # Only what was said, so that a bank without dates is as it was before there were any.
-    content |= {name: getattr(document, name) for name in DATES if getattr(document, name) not in (None, False)}
+    said = ((name, getattr(document, name)) for name in DATES)
+    content |= {name: value for name, value in said if value is not None and value is not False}  # 0.0 is a date
     catalogue.put(DOCUMENTS, (document.serial, json.dumps(content), b""))
     put_usage(catalogue, document)
     _put_spans(catalogue, document, chunk_size)

@@ -143,21 +143,22 @@ class Refresher:
         reads_mapped = self.state.reads_mapped if mapped_is_fresh is None else mapped_is_fresh
         good_map = self.table.encoders.current if reads_mapped else UNKNOWN
         found: Targets = []
-        for document in self.table.ledger.documents.values():
-            if document.source_or_reader is None:
-                continue
-            mixed = self._mixed(document)
-            segments = [
-                each
-                for each in document.segments
-                if each.is_known
-                and (
-                    each.start in mixed
-                    or (not readable[each.version] if each.mapped_to < 0 else each.mapped_to != good_map)
-                )
-            ]
-            if segments:
-                found.append((document, segments))
+        with self.table.lock:
+            for document in self.table.ledger.documents.values():
+                if document.source_or_reader is None:
+                    continue
+                mixed = self._mixed(document)
+                segments = [
+                    each
+                    for each in document.segments
+                    if each.is_known
+                    and (
+                        each.start in mixed
+                        or (not readable[each.version] if each.mapped_to < 0 else each.mapped_to != good_map)
+                    )
+                ]
+                if segments:
+                    found.append((document, segments))
         return sorted(found, key=lambda target: min(each.version for each in target[1]))
 
     def _mixed(self, document: Document) -> set[int]:
@@ -204,7 +205,7 @@ class Refresher:
         total = sum(each.stop - each.start for _, segments in targets for each in segments)
         report = RefreshReport()
 
-        jobs = ((document, [(each, self._ids(document, each)) for each in own]) for document, own in targets)
+        jobs = (job for target in targets if (job := self._job(*target))[1])
 
         def note(tokens: int) -> None:
             report.tokens += tokens
@@ -260,6 +261,13 @@ class Refresher:
                     new = now[0][:, first : first + old.shape[1]].to(old)
                     moved, length = moved + float((new - old).square().sum()), length + float(new.square().sum())
         return (moved / length) ** 0.5 if length else float("inf")  # nothing was comparable: nobody knows
+
+    def _job(self, document: Document, segments: Sequence[Segment]) -> Job:
+        """Return those of a document's segments that are still there to be encoded, with their ids: others write meanwhile."""
+        with self.table.lock:
+            is_here = self.table.ledger.by_serial.get(document.serial) is document
+            there = {id(each) for each in document.segments if each.is_known} if is_here else ()
+            return document, [(each, self._ids(document, each)) for each in segments if id(each) in there]
 
     def _ids(self, document: Document, segment: Segment) -> Tensor:
         assert document.source is not None

@@ -196,29 +196,53 @@ class Ledger:
 
     # Forgetting.
 
-    def evict(self, num_chunks: int, keep: Document) -> Int[Tensor, " chunks"]:
-        """Return the rows of `num_chunks` chunks that the policy chose, for the caller to overwrite.
+    def evict(self, chosen: Sequence[tuple[Document, int]], keep: Document) -> Int[Tensor, " chunks"]:
+        """Return the rows of so many of the oldest chunks of documents, as `choose` gives them, for the caller to overwrite.
 
-        A document with nothing left is forgotten, except `keep`, which is about to get more. There are so many chunks
-        that are not pinned.
+        A document with nothing left is forgotten, except `keep`, which is about to get more.
         """
-        if not num_chunks:
+        if not chosen:
             return torch.empty(0, dtype=torch.int64)
         missing = self.num_missing
-        rows = self._take(self.choose(num_chunks), keep)
+        rows = self._take(chosen, keep)
         self.num_evicted += len(rows) * self.chunk_size - missing + self.num_missing
         return rows
 
-    def choose(self, num_chunks: int) -> list[tuple[Document, int]]:
-        """Return documents and how many of their oldest chunks the policy would let go of, `num_chunks` in all."""
+    def choose(
+        self, num_chunks: int, *, growing: Document | None = None, leaving: Document | None = None
+    ) -> list[tuple[Document, int]]:
+        """Return documents and how many of their oldest chunks the policy would let go of, `num_chunks` in all.
+
+        There are so many that are not pinned, without the end of `growing`, whose row is taken over if it is not full, and
+        without those of `leaving`. Nothing changes, so a policy that fails leaves all as it was.
+        """
         taken: list[tuple[Document, int]] = []
-        for run in self.policy.order(self._unpinned_runs()):
-            if not num_chunks:
-                break
-            taken.append((run.document, min(run.num_chunks, num_chunks)))
+        if not num_chunks:
+            return taken
+        is_begun = growing is not None and growing.runs and growing.num_tokens % self.chunk_size
+        end = growing.runs[-1] if growing is not None and is_begun else None
+        runs = (run for run in self._unpinned_runs() if run.document is not leaving)
+        offered = self._offered(self.policy.order(run for run in runs if run is not end or run.num_chunks > 1))
+        while num_chunks:
+            if (run := next(offered, None)) is None:
+                raise ValueError(f"{self._policy_must}, got some of them.")
+            taken.append((run.document, min(run.num_chunks - (run is end), num_chunks)))
             num_chunks -= taken[-1][1]
-        assert not num_chunks, "a policy must offer all runs that it is given"
         return taken
+
+    @property
+    def _policy_must(self) -> str:
+        return f"the eviction policy {type(self.policy).__name__} must offer the runs that it is given, each once"
+
+    def _offered(self, runs: Iterable[Run]) -> Iterator[Run]:
+        """Yield what a policy offers. Raises ValueError for a run that is pinned, gone or none, or that it has offered before."""
+        seen: set[int] = set()
+        for run in runs:
+            is_there = isinstance(run, Run) and self.runs.get(run.order) is run and not run.document.is_pinned
+            if not is_there or run.order in seen:
+                raise ValueError(f"{self._policy_must}, got {'one again' if is_there else repr(run)[:80]}.")
+            seen.add(run.order)
+            yield run
 
     def skip(self, document: Document, num_chunks: int) -> None:
         """Note that of what was just written the first chunks, for which there was no room, were never stored."""
@@ -232,7 +256,8 @@ class Ledger:
         """Return documents and how many of their oldest chunks have outlived the policy's time."""
         now = time.time()
         self.not_after(now)
-        return [(run.document, run.num_chunks) for run in self.policy.expired(self._unpinned_runs(), now)]
+        gone = self._offered(self.policy.expired(self._unpinned_runs(), now))
+        return [(run.document, run.num_chunks) for run in gone]
 
     def not_after(self, moment: float) -> None:
         """Count all runs as written by this moment: a clock that was set back has dated some of them after it.
@@ -365,12 +390,11 @@ class Ledger:
     def count_reads(self, rows: Int[Tensor, "..."]) -> None:
         """Note that a search returned these rows, where they are not -1."""
         rows = rows.detach().flatten().cpu()
-        serials = self._table[0, rows[rows >= 0]]
-        counts = torch.bincount(serials)
+        serials, counts = self._table[0, rows[rows >= 0]].unique(return_counts=True)
         now = time.time()
-        for serial in counts.nonzero().flatten().tolist():
+        for serial, count in zip(serials.tolist(), counts.tolist(), strict=True):
             document = self.by_serial[serial]
-            document.num_reads += int(counts[serial])
+            document.num_reads += count
             document.last_read = now
             self.read.add(serial)
 

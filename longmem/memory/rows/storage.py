@@ -17,6 +17,7 @@ from torch import Tensor
 FLOATING_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 STORAGE_DTYPES = {**FLOATING_DTYPES, "int8": torch.int8}
 
+LARGEST_NUMBER = 1e30  # a single chunk with a mean or a score of inf would spoil every read of a bank
 LARGEST_STEP = 127
 # bfloat16 for its range, that of float32: a float16 scale is inf for vectors that reach 1e7 and 0 for those below 4e-6.
 SCALE_DTYPE = torch.bfloat16
@@ -39,8 +40,8 @@ def vector_width(stored: int, storage_dtype: torch.dtype) -> int:
 
 
 def largest_number(storage_dtype: torch.dtype) -> float:
-    """Return the largest number that `decode` can give back."""
-    return torch.finfo(torch.float32 if storage_dtype == torch.int8 else storage_dtype).max
+    """Return the largest number that is stored: one that `decode` gives back, and whose means and scores are finite."""
+    return min(torch.finfo(torch.float32 if storage_dtype == torch.int8 else storage_dtype).max, LARGEST_NUMBER)
 
 
 def encode(vectors: Float[Tensor, "*axes dim"], storage_dtype: torch.dtype) -> Num[Tensor, "*axes stored_dim"]:

@@ -57,6 +57,7 @@ class Journal(Protocol):
 
     def transaction(self) -> contextlib.AbstractContextManager[None]: ...
     def refuse_reader(self) -> None: ...
+    def undo(self) -> None: ...  # what was changed since the last commit, now or when the transaction ends
 
 
 class Broken:
@@ -139,8 +140,11 @@ class Table:
                 for edition in self._editions:
                     edition.table = before
                 before._editions, self._editions = self._editions, weakref.WeakSet()
-            self.storage, self.ledger, self.encoders = other.storage, other.ledger, other.encoders
-            self.indexes, self.find_saved, self.index = other.indexes, other.find_saved, other.index
+            # At one stroke: no interruption comes between assignments of one statement.
+            self.storage, self.ledger, self.encoders, self.indexes, self.find_saved, self.index = (
+                *(other.storage, other.ledger, other.encoders),
+                *(other.indexes, other.find_saved, other.index),
+            )
             self.storage.place(self.device, self.device_budget)
 
     def place(self, device: torch.device, budget: int | None) -> None:
@@ -188,14 +192,17 @@ class Table:
 
     @contextlib.contextmanager
     def _as_a_whole(self) -> Iterator[None]:
-        """Change rows inside the block; in memory, where nothing undoes half of a change, refuse everything after an error.
+        """Change rows inside the block; after an error undo it or, in memory, where nothing can, refuse everything.
 
-        So Ctrl-C, or memory that runs out, never lets one document answer with the text of another.
+        So Ctrl-C, or memory that runs out, never lets one document answer with the text of another: also where a mere read
+        lets go of what has outlived its time, and where somebody goes on with a transaction in which a change has failed.
         """
         try:
             yield
         except BaseException as error:
-            if self.journal is None:
+            if self.journal is not None:
+                self.journal.undo()
+            else:
                 self.refuse(
                     f"a change of a bank in memory was cut short ({type(error).__name__}), and what it holds is not to be "
                     "trusted; make it again, or load the one that was saved."
@@ -269,9 +276,10 @@ class Table:
         # What was said of the document stays; the other fields are of the new text.
         said = {name: getattr(old, name) for name in SAID_OF_A_DOCUMENT}
         twin = dataclasses.replace(new, serial=-1, rows=IntQueue(), runs=[], **said)
+        chosen = self.ledger.choose(self._excess(len(new.rows), len(old.rows)), leaving=old)
         with self._as_a_whole():
             self._remove(*self.ledger.close(old))
-            self._write(twin, chunks, torch.empty(0, dtype=torch.int64))
+            self._write(twin, chunks, torch.empty(0, dtype=torch.int64), chosen)
 
     def overwrite(self, document: Document, start: int, tokens: Sequence[LayerTokens]) -> None:
         """Put other keys and values in the place of those from token `start` on, in chunks all of whose tokens are given.
@@ -492,16 +500,25 @@ class Table:
             num_rows = max(self.ledger.num_rows, min(self.capacity, num_rows))
         self.storage.reserve(chunks, num_rows)
 
-    def _write(self, document: Document, chunks: list[Chunks], taken: Int[Tensor, " rows"]) -> None:
-        """Write chunks, at most as many as there is room for, into rows `taken` from the document, then into new ones.
+    def _excess(self, num_new: int, num_leaving: int = 0) -> int:
+        """Return how many chunks have to go before so many new ones are written, once others have left."""
+        if self.capacity is None:
+            return 0
+        return min(num_new, max(0, self.ledger.num_rows - num_leaving + num_new - self.capacity))
 
-        Where the bank is full these are the rows of chunks that the policy chooses.
-        """
+    def _write(
+        self,
+        document: Document,
+        chunks: list[Chunks],
+        taken: Int[Tensor, " rows"],
+        chosen: Sequence[tuple[Document, int]],
+    ) -> None:
+        """Write chunks into rows `taken` from the document, then into those of the `chosen` ones that go, then into new ones."""
         num_rows, num_new = self.ledger.num_rows, chunks[0].keys.shape[1] - len(taken)
+        excess = sum(count for _, count in chosen)
         if document.serial < 0:
             self.ledger.open(document)
-        excess = 0 if self.capacity is None else min(num_new, max(0, num_rows + num_new - self.capacity))
-        taken = torch.cat([taken, self.ledger.evict(excess, keep=document)])
+        taken = torch.cat([taken, self.ledger.evict(chosen, keep=document)])
         rows = torch.cat([taken, torch.arange(num_rows, num_rows + num_new - excess)])
         if len(taken):
             self._keep(taken)
@@ -526,14 +543,17 @@ class Table:
 
         `source`: of all `num_tokens` new tokens.
         """
-        self._reserve(chunks, chunks[0].keys.shape[1])
+        num_chunks = chunks[0].keys.shape[1]
+        self._reserve(chunks, num_chunks)
+        is_begun = document.num_tokens % self.chunk_size > 0
+        chosen = self.ledger.choose(self._excess(num_chunks - is_begun), growing=document)
         with self._as_a_whole():
             taken = self.ledger.take_end(document)
             document.num_tokens += num_tokens
             document.segments.push(num_tokens, joins, version)
             if source is not None:
                 document.push_source(source)
-            self._write(document, chunks, taken)
+            self._write(document, chunks, taken, chosen)
             if skipped:
                 self.ledger.skip(document, skipped)
 
