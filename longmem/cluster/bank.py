@@ -601,8 +601,8 @@ class ClusterBank:
         """Replace a document by the encoding of a new text; see `MemoryBank.update`. Its shard copies what did not change."""
         if self._own.changes is not None:
             raise ValueError(
-                f"`update` must not be called inside a transaction, which it could not be a part of, got {document_id!r}; call it "
-                "before or behind the block."
+                f"`update` must not be called inside a transaction, of which it can be no part, got {document_id!r}; call "
+                "it before or behind the block."
             )
         if self._stamp is None or self._stamp.digest != model.encoder.stamp().digest:
             self.ready_for(model)
@@ -702,10 +702,10 @@ def shard_folders(root: str | Path) -> list[Path]:
         key=lambda each: int(each.name[6:]),
     )
     path = Path(root) / SHARDS
-    count = read_json(path).get("num_shards") if path.exists() else len(found)  # a folder of an earlier version has no such file
+    count = read_json(path).get("num_shards") if path.exists() else len(found)  # earlier versions wrote no such file
     if not found or int(found[-1].name[6:]) != len(found) - 1 or len(found) != count:
         raise ValueError(
-            f"`root` must hold the folders shard-0, shard-1, ... of all of a bank's {count or ''} shards, got {str(root)!r} with "
-            f"{[each.name for each in found] or 'none'}; `ClusterBank.create` makes them, and one that is lost comes from a copy."
+            f"`root` must hold the folders shard-0, shard-1, ... of all of a bank's {count or ''} shards, got {str(root)!r} "
+            f"with {[each.name for each in found] or 'none'}; `ClusterBank.create` makes them, a lost one comes from a copy."
         )
     return found

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import pickle
+import shutil
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +21,9 @@ from tiny_models import save_tiny_backbone, some_text
 import longmem
 from longmem import LongMemForCausalLM, MemoryBank, explain
 from longmem.cluster import ClusterBank
+from longmem.cluster.bank import shard_folders
+from longmem.cluster.merge import Ranking
+from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError, MissingShardError, StaleMemoryError
 from longmem.memory import BankShards
 from longmem.memory.protocols import AttendingMemory, Memory
@@ -477,3 +483,84 @@ def test_another_encoder_is_refused_as_by_a_bank(backbone, make, model, prompt):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(prompt, memory=bank)
+
+
+def test_threads_have_transactions_and_encoders_of_their_own(model, make):
+    bank, _ = make(model, fill=False)
+    model.memorize(bank, "the cat sat", NAMES[0])
+    started, may_go = threading.Event(), threading.Event()
+    same = [name for name in NAMES[1:] if bank.shard_of(name) == bank.shard_of(NAMES[0])][0]
+
+    def fail() -> None:
+        with contextlib.suppress(ZeroDivisionError), bank.transaction():
+            bank.tag(NAMES[0], ["lost"])
+            started.set()
+            may_go.wait(60)
+            raise ZeroDivisionError
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    assert started.wait(60)
+    model.memorize(bank, "the dog sat", same)
+    may_go.set()
+    thread.join()
+    assert bank.text(same) == "the dog sat"  # on the disk since it was memorized, whatever becomes of others' changes
+    assert bank.info(NAMES[0]).tags == ()
+    own = bank.fingerprint
+    thread = threading.Thread(target=lambda: bank.write_as(EncoderStamp("another")))
+    thread.start()
+    thread.join()
+    assert bank.fingerprint == bank.select(same).fingerprint == own
+
+
+def test_what_a_transaction_can_not_undo_is_refused_inside(model, make):
+    bank, _ = make(model)
+    before = bank.text(NAMES[0])
+
+    def change() -> None:
+        with bank.transaction():
+            bank.tag(NAMES[0], ["new"])
+            bank.update(NAMES[0], "the dog sat", model=model)
+
+    with pytest.raises(ValueError, match="inside a transaction"):
+        change()
+    assert bank.text(NAMES[0]) == before
+    assert bank.info(NAMES[0]).tags == ("even",)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2, "all"])
+def test_a_bank_without_one_of_its_shards_is_refused(lost, model, tmp_path):
+    folders = ClusterBank.create(tmp_path / "bank", 3, model)
+    assert [str(each) for each in shard_folders(tmp_path / "bank")] == folders
+    for number in range(3) if lost == "all" else [lost]:
+        shutil.rmtree(folders[number])
+    with pytest.raises(ValueError, match="all of a bank's 3 shards"):
+        shard_folders(tmp_path / "bank")
+
+
+def test_shards_that_can_not_all_be_made_leave_none(model, tmp_path, monkeypatch):
+    make_one, made = MemoryBank.for_model, []
+
+    def fail_at_the_last(*given: object, **options: object) -> MemoryBank:
+        made.append(1)
+        if len(made) == 3:
+            raise OSError(28, "no space left")
+        return make_one(*given, **options)
+
+    monkeypatch.setattr(MemoryBank, "for_model", fail_at_the_last)
+    with pytest.raises(OSError, match="no space left"):
+        ClusterBank.create(tmp_path / "bank", 3, model)
+    assert not list((tmp_path / "bank").iterdir())
+    assert len(ClusterBank.create(tmp_path / "bank", 2, model)) == 2
+
+
+def test_long_chunks_and_many_of_them_are_counted_whole(tmp_path):
+    length = 40_000
+    MemoryBank.create(tmp_path / "bank", memory_layers=[1], chunk_size=length).close()
+    shards = LocalShards([tmp_path / "bank"])
+    bank, keys = ClusterBank(shards), [torch.randn(1, 2 * length - 1, 2)]
+    bank.add("long", keys, keys)
+    assert sorted(bank.search(1, torch.ones(1, 1, 2), 2).sizes.flatten().tolist()) == [length - 1, length]
+    shards.close()
+    scores = torch.zeros(1, 1, length)
+    assert Ranking([0], scores, torch.zeros_like(scores).long(), scores.long()).wanted(0).tolist() == [[length]]

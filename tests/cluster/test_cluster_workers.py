@@ -263,3 +263,18 @@ def test_a_worker_that_can_not_make_its_model_is_an_error_at_once(monkeypatch):
     assert not done
     with pytest.raises(ValueError, match="`count` must be"):
         Encoders(VersionedModel, 0)
+
+
+def test_a_document_that_is_put_again_while_it_is_written_ends_as_its_newest(bank):
+    model, quick, slow = VersionedModel(), LocalActor(1), LocalActor(30)
+    feed = Feed(bank, pool_of(slow, quick), max_waiting=9)
+    feed.publish(model)
+    for length in (8, 12, 16, 20):  # the slow worker gets the first
+        feed.put("a", list(range(length)))
+        feed.put(f"other-{length}", [1, 2, 3, 4])
+    for _ in range(200):
+        feed.pump(0.0)
+    assert bank.token_ids("a").tolist() == list(range(20))
+    assert not feed._given
+    assert not feed.waiting
+    assert feed.num_written == 8

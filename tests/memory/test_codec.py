@@ -122,3 +122,16 @@ def test_attention_over_int8_is_near_that_over_float16():
     }
     error = {name: (output - outputs["float32"]).norm() / outputs["float32"].norm() for name, output in outputs.items()}
     assert 0 < error["float16"] < 1e-3 < error["int8"] < 2e-2
+
+
+@ALL
+def test_numbers_whose_means_or_scores_would_be_infinite_are_refused(storage_dtype):
+    bank = MemoryBank(memory_layers=[0], chunk_size=4, storage_dtype=storage_dtype)
+    for number in (1.3e30, 1e38, torch.finfo(torch.float32).max):
+        with pytest.raises(ValueError, match=f"must fit the storage dtype .*, got {number:.6g}".replace("+", r"\+")):
+            bank.add("a", [torch.full((1, 4, 2), number)], [torch.ones(1, 4, 2)])
+    largest = 65504.0 if storage_dtype == torch.float16 else 2.0**100
+    bank.add("a", [torch.full((1, 4, 2), largest)], [torch.full((1, 4, 2), largest)])
+    found = bank.search(0, torch.full((1, 1, 2), 1e3), 1)
+    assert found.scores.isfinite().all()
+    assert bank.search_keys(0).isfinite().all()

@@ -332,3 +332,21 @@ def test_searches_find_just_what_a_naive_model_says(steps):
                 hidden[name] = kind == "supersede"
         visible = {each.document_id for each in bank.documents() if each.num_chunks and not hidden[each.document_id]}
         assert found_in(bank) == visible
+
+
+@pytest.mark.parametrize("moment", [0, 0.0, -1.0, 1.0])
+@pytest.mark.parametrize("how", ["open", "load", "copy"])
+def test_a_date_of_any_moment_is_kept(moment, how, tmp_path):
+    bank = (
+        new_bank(refresh="frozen")
+        if how == "copy"
+        else MemoryBank.create(tmp_path / "bank", memory_layers=[LAYER], chunk_size=2)
+    )
+    write(bank, "dated", dated=moment)
+    write(bank, "gone", valid_until=moment)
+    before = [said(bank, name) for name in ("dated", "gone")]
+    bank.close()
+    again = bank.copy() if how == "copy" else getattr(MemoryBank, how)(tmp_path / "bank")
+    assert [said(again, name) for name in ("dated", "gone")] == before
+    assert found_in(again) == {"dated"}
+    again.close()

@@ -9,7 +9,7 @@ import torch
 from longmem.memory import MemoryBank
 from longmem.memory.eviction import EvictionPolicy, make_policy
 from longmem.memory.rows import ledger
-from longmem.plugins import register
+from longmem.plugins import PLUGINS, register
 
 CHUNK, ROOM = 2, 6
 
@@ -289,3 +289,65 @@ def test_what_has_expired_is_given_to_nobody(read, in_folder, clock, tmp_path):
     bank.close()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(b"secret" in path.read_bytes() or "segment-" in path.name for path in files)
+
+
+# What a policy of somebody else may do wrong, given the runs; none may cost a document.
+WRONG = {
+    "one twice": lambda runs: [run for run in runs for _ in range(2)],
+    "too few": lambda runs: list(runs)[:0],
+    "another's": lambda runs: [SimpleNamespace(document=run.document, num_chunks=1, order=0) for run in runs],
+    "no list": lambda runs: None,
+    "an error": lambda runs: (1 / 0 for _ in runs),
+}
+
+
+@pytest.mark.parametrize("when", ["order", "expired"])
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_policy_that_fails_leaves_the_bank_as_it_was(wrong, on_disk, when, tmp_path, monkeypatch):
+    class Faulty(EvictionPolicy):
+        is_faulty = False
+
+        def order(self, runs):
+            return WRONG[wrong](runs) if self.is_faulty and when == "order" else runs
+
+        def expired(self, runs, now):
+            return WRONG[wrong](runs) if self.is_faulty and when == "expired" else ()
+
+    monkeypatch.setitem(PLUGINS["eviction"], "faulty", Faulty)
+    options = {"memory_layers": [1], "chunk_size": CHUNK, "capacity_tokens": CHUNK * ROOM, "eviction": "faulty"}
+    bank = MemoryBank.create(tmp_path / "bank", **options) if on_disk else MemoryBank(**options)
+    bank.add("a", *tokens(5), range(5))
+    bank.add("b", *tokens(5, 1), range(5))
+    before, version = bank.documents(), bank.version
+    Faulty.is_faulty = True
+    changes = [lambda: bank.append("a", *tokens(8, 2), range(8)), lambda: add(bank, "c", 4)]
+    for change in changes if (wrong, when) != ("too few", "expired") else ():
+        with pytest.raises((ValueError, TypeError, ZeroDivisionError)) as raised:
+            change()
+        assert wrong in ("no list", "an error") or "policy Faulty must offer the runs that it is given" in str(
+            raised.value
+        )
+    Faulty.is_faulty = False
+    assert bank.documents() == before
+    assert bank.version == version or on_disk  # what is on disk was read again
+    for change in changes:
+        change()
+    assert resident(bank) == {"a": 2, "c": 4}
+    bank.close()
+
+
+def test_what_is_being_continued_is_not_chosen_by_its_last_chunk():
+    bank = new_bank()
+    bank.add("a", *tokens(11), range(11))  # six chunks, the last of one token
+    bank.append("a", *tokens(10, 1), range(20, 30))
+    assert resident(bank) == {"a": ROOM}
+    assert bank.token_ids("a").tolist() == [10, *range(20, 30)]
+
+
+def test_counting_reads_costs_nothing_for_documents_that_are_gone():
+    bank = new_bank()
+    bank._table.ledger.next_serial = 2**50  # so many were added since the bank was made
+    add(bank, "a", 2)
+    read(bank, "a")
+    assert bank.info("a").num_reads == 3

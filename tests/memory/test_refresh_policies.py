@@ -254,3 +254,40 @@ def test_queries_do_not_matter_to_a_bank_that_is_all_masked():
     rows, scores, *_ = bank.search(LAYERS[1], torch.randn(HEADS, 3, DIM), 2)
     assert torch.isneginf(scores).all()
     assert (rows == -1).all()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("change", ["delete", "update", "evict", "append"])
+def test_encoding_again_goes_on_where_documents_change_meanwhile(change, workers, on_disk, tmp_path):
+    model, other = FakeModel(), FakeModel("b")
+    bank = make_bank(model, refresh="lazy", capacity_tokens=4 * LENGTH)
+    if on_disk:
+        bank.save(tmp_path / "bank")
+        bank = MemoryBank.open(tmp_path / "bank")
+    for number, name in enumerate("xyz"):
+        write(bank, model, name, segment_ids(number))
+    if on_disk:  # so that ids are read when they are asked for
+        bank.close()
+        bank = MemoryBank.open(tmp_path / "bank")
+
+    def meanwhile(done, total):
+        if done == LENGTH:
+            if change == "append":
+                write(bank, other, "z", segment_ids(8))
+            elif change == "evict":
+                write(bank, other, "new", list(range(50, 50 + 4 * LENGTH - 4)))
+            else:
+                bank.delete("z")
+            if change == "update":
+                write(bank, other, "z", segment_ids(8))
+
+    bank.freshness.reencode(other, workers=[FakeModel("b") for _ in range(workers)], progress=meanwhile)
+    bank.ready_for(other)
+    expected = {"delete": "xy", "update": "xyz", "append": "xyz", "evict": ["new", "z"]}[change]
+    assert {place.document_id for place in read_all(bank)} <= set(expected)
+    assert {info.document_id for info in bank.documents()} == set(expected)
+    for name, number in zip("xyz", range(3), strict=True):
+        if change != "evict" and name in bank and not (name == "z" and change == "update"):
+            assert torch.equal(stored(bank, name)[:, :, :, :LENGTH], other.numbers(tuple(segment_ids(number))))
+    bank.close()

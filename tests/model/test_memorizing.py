@@ -1,12 +1,16 @@
 """Writing documents with a model: windows, appended text, updates that copy what did not change."""
 
+import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import save_tiny_backbone, some_text
 
 from longmem import LongMemForCausalLM, MemoryBank
+from longmem.memory.rows import ledger
+from longmem.memory.rows.storage import ChunkStore
 
 LENGTH = 32
 
@@ -301,3 +305,49 @@ def test_a_bank_that_cannot_be_written_is_refused_before_anything_is_encoded(mod
             with pytest.raises(ValueError, match="read_only=True"):
                 change()
     assert not encoded
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_an_update_that_takes_longer_than_a_text_lives_is_whole(on_disk, model, tmp_path, monkeypatch):
+    clock = SimpleNamespace(late=0.0)
+    monkeypatch.setattr(ledger, "time", SimpleNamespace(time=lambda: time.time() + clock.late))
+    folder = {"folder": tmp_path / "bank"} if on_disk else {}
+    with bank_of(model, random_ids(100), eviction="ttl:seconds=3600", **folder) as bank:
+        bank.pin("a")  # or it would be gone itself
+        bank.update(
+            "a", random_ids(90, seed=1), model=model, progress=lambda *done: setattr(clock, "late", clock.late + 3000)
+        )
+        bank.pin("a", False)
+        assert bank.token_ids("a").tolist() == random_ids(90, seed=1).tolist()
+        assert bank.info("a").num_resident_tokens == 90
+        clock.late += 3600  # it lives from the update on
+        assert "a" not in bank
+
+
+def test_a_window_that_somebody_else_has_replaced_is_not_copied(model, encoded):
+    ids, others = random_ids(96), random_ids(96, seed=1)
+    others[:LENGTH] = ids[:LENGTH]
+    bank = bank_of(model, ids)
+
+    def replace(done, total):
+        if done == LENGTH:
+            bank.update("a", others, model=model)
+
+    bank.update("a", torch.cat([ids, random_ids(5)]), model=model, progress=replace)
+    assert_same(bank, bank_of(model, torch.cat([ids, random_ids(5)])), 1e-3)
+
+
+def test_what_interrupts_a_write_to_memory_is_raised_as_it_is(model, monkeypatch):
+    bank = MemoryBank.for_model(model)
+    write = ChunkStore.write
+
+    def interrupted(store, rows, chunks):
+        if store.num_rows:
+            raise KeyboardInterrupt
+        write(store, rows, chunks)
+
+    monkeypatch.setattr(ChunkStore, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.memorize(bank, random_ids(90), "a")
+    with pytest.raises(ValueError, match="was cut short"):
+        bank.documents()

@@ -235,7 +235,7 @@ class Ledger:
         return f"the eviction policy {type(self.policy).__name__} must offer the runs that it is given, each once"
 
     def _offered(self, runs: Iterable[Run]) -> Iterator[Run]:
-        """Yield what a policy offers. Raises ValueError for a run that is pinned, gone or none, or that it has offered before."""
+        """Yield what a policy offers. Raises ValueError for what is pinned, gone or no run, or was offered before."""
         seen: set[int] = set()
         for run in runs:
             is_there = isinstance(run, Run) and self.runs.get(run.order) is run and not run.document.is_pinned

@@ -17,7 +17,7 @@ from torch import Tensor
 FLOATING_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 STORAGE_DTYPES = {**FLOATING_DTYPES, "int8": torch.int8}
 
-LARGEST_NUMBER = 1e30  # a single chunk with a mean or a score of inf would spoil every read of a bank
+LARGEST_NUMBER = 2.0**100  # a single chunk with a mean or a score of inf would spoil every read of a bank
 LARGEST_STEP = 127
 # bfloat16 for its range, that of float32: a float16 scale is inf for vectors that reach 1e7 and 0 for those below 4e-6.
 SCALE_DTYPE = torch.bfloat16

@@ -513,7 +513,7 @@ class Table:
         taken: Int[Tensor, " rows"],
         chosen: Sequence[tuple[Document, int]],
     ) -> None:
-        """Write chunks into rows `taken` from the document, then into those of the `chosen` ones that go, then into new ones."""
+        """Write chunks into rows `taken` from the document, into those of the `chosen` chunks, which go, and into new ones."""
         num_rows, num_new = self.ledger.num_rows, chunks[0].keys.shape[1] - len(taken)
         excess = sum(count for _, count in chosen)
         if document.serial < 0:
