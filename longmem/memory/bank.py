@@ -413,9 +413,7 @@ class MemoryBank:
         checks.validate_model("model", model)
         self.ready_for(model)
         draft = self.empty_like()
-        draft._table.forgets_by_itself = (
-            False  # it counts as written when it takes the old one's place, however long it took
-        )
+        draft._table.forgets_by_itself = False  # it counts as written when it takes the old one's place
         options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         if progress is not None:
             checks.validate_callable("progress", progress)

@@ -226,9 +226,7 @@ def memorize(
                     progress(stop, len(source.token_ids))
         except BaseException:
             if not append and not is_new:
-                with contextlib.suppress(
-                    ValueError
-                ):  # the bank refuses everything, or has let go of it; the cause is raised
+                with contextlib.suppress(ValueError):  # the bank refuses everything, or has let go of it
                     bank.delete(document_id)
             raise
     resident = bank.info(document_id).num_resident_tokens if document_id in bank else 0

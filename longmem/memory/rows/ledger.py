@@ -23,6 +23,7 @@ from longmem.memory.rows.documents import Document, Run
 # Numbers that no two states of any ledgers share, also when a bank is cleared and gets a new ledger.
 _STAMPS = itertools.count()
 
+Chosen = Sequence[tuple[Document, int]]  # documents, and how many of their oldest chunks go
 # Chunks of one document that are written one after the other within this time make one run.
 SECONDS_OF_A_RUN = 1.0
 
@@ -196,7 +197,7 @@ class Ledger:
 
     # Forgetting.
 
-    def evict(self, chosen: Sequence[tuple[Document, int]], keep: Document) -> Int[Tensor, " chunks"]:
+    def evict(self, chosen: Chosen, keep: Document) -> Int[Tensor, " chunks"]:
         """Return the rows of so many of the oldest chunks of documents, as `choose` gives them, for the caller to overwrite.
 
         A document with nothing left is forgotten, except `keep`, which is about to get more.
@@ -208,31 +209,27 @@ class Ledger:
         self.num_evicted += len(rows) * self.chunk_size - missing + self.num_missing
         return rows
 
-    def choose(
-        self, num_chunks: int, *, growing: Document | None = None, leaving: Document | None = None
-    ) -> list[tuple[Document, int]]:
+    def choose(self, num_chunks: int, growing: Document | None = None, leaving: Document | None = None) -> Chosen:
         """Return documents and how many of their oldest chunks the policy would let go of, `num_chunks` in all.
 
         There are so many that are not pinned, without the end of `growing`, whose row is taken over if it is not full, and
         without those of `leaving`. Nothing changes, so a policy that fails leaves all as it was.
         """
-        taken: list[tuple[Document, int]] = []
         if not num_chunks:
-            return taken
-        is_begun = growing is not None and growing.runs and growing.num_tokens % self.chunk_size
-        end = growing.runs[-1] if growing is not None and is_begun else None
+            return []
+        taken: list[tuple[Document, int]] = []
+        end = growing.runs[-1] if growing and growing.runs and growing.num_tokens % self.chunk_size else None
         runs = (run for run in self._unpinned_runs() if run.document is not leaving)
-        offered = self._offered(self.policy.order(run for run in runs if run is not end or run.num_chunks > 1))
-        while num_chunks:
-            if (run := next(offered, None)) is None:
-                raise ValueError(f"{self._policy_must}, got some of them.")
+        for run in self._offered(self.policy.order(run for run in runs if run is not end or run.num_chunks > 1)):
             taken.append((run.document, min(run.num_chunks - (run is end), num_chunks)))
             num_chunks -= taken[-1][1]
-        return taken
+            if not num_chunks:
+                return taken
+        raise self._wrong_policy("some of them")
 
-    @property
-    def _policy_must(self) -> str:
-        return f"the eviction policy {type(self.policy).__name__} must offer the runs that it is given, each once"
+    def _wrong_policy(self, got: str) -> ValueError:
+        name = type(self.policy).__name__
+        return ValueError(f"the eviction policy {name} must offer the runs that it is given, each once, got {got}.")
 
     def _offered(self, runs: Iterable[Run]) -> Iterator[Run]:
         """Yield what a policy offers. Raises ValueError for what is pinned, gone or no run, or was offered before."""
@@ -240,7 +237,7 @@ class Ledger:
         for run in runs:
             is_there = isinstance(run, Run) and self.runs.get(run.order) is run and not run.document.is_pinned
             if not is_there or run.order in seen:
-                raise ValueError(f"{self._policy_must}, got {'one again' if is_there else repr(run)[:80]}.")
+                raise self._wrong_policy("one again" if is_there else repr(run)[:80])
             seen.add(run.order)
             yield run
 

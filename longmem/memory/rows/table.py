@@ -21,7 +21,7 @@ from longmem.memory.checks import MOST_CHUNKS, refuse_search
 from longmem.memory.eviction import EvictionPolicy, make_policy
 from longmem.memory.index import ChunkIndex, Ranked, SavedIndex, TokenIndex, make_index
 from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Source, SourcePart
-from longmem.memory.rows.ledger import Ledger
+from longmem.memory.rows.ledger import Chosen, Ledger
 from longmem.memory.rows.segments import Joins
 from longmem.memory.rows.storage import (
     Chunks,
@@ -46,6 +46,8 @@ SETTINGS = (
     "storage_dtype",
     "device",
 )
+# What it holds, of one state.
+HELD = ("storage", "ledger", "encoders", "indexes", "find_saved", "index")
 TURN_SECONDS = 120.0  # that a thread waits for another that changes the bank
 DEFAULT_CAPACITY = 65_536  # tokens that a bank can hold if nobody says how many: the paper's
 # What stays when the text of a document is replaced.
@@ -140,11 +142,7 @@ class Table:
                 for edition in self._editions:
                     edition.table = before
                 before._editions, self._editions = self._editions, weakref.WeakSet()
-            # At one stroke: no interruption comes between assignments of one statement.
-            self.storage, self.ledger, self.encoders, self.indexes, self.find_saved, self.index = (
-                *(other.storage, other.ledger, other.encoders),
-                *(other.indexes, other.find_saved, other.index),
-            )
+            self.__dict__.update({name: getattr(other, name) for name in HELD})  # at one stroke, also for Ctrl-C
             self.storage.place(self.device, self.device_budget)
 
     def place(self, device: torch.device, budget: int | None) -> None:
@@ -502,24 +500,17 @@ class Table:
 
     def _excess(self, num_new: int, num_leaving: int = 0) -> int:
         """Return how many chunks have to go before so many new ones are written, once others have left."""
-        if self.capacity is None:
-            return 0
-        return min(num_new, max(0, self.ledger.num_rows - num_leaving + num_new - self.capacity))
+        room = num_new if self.capacity is None else self.capacity - self.ledger.num_rows + num_leaving
+        return num_new - max(0, min(num_new, room))
 
-    def _write(
-        self,
-        document: Document,
-        chunks: list[Chunks],
-        taken: Int[Tensor, " rows"],
-        chosen: Sequence[tuple[Document, int]],
-    ) -> None:
+    def _write(self, document: Document, chunks: list[Chunks], taken: Int[Tensor, " rows"], chosen: Chosen) -> None:
         """Write chunks into rows `taken` from the document, into those of the `chosen` chunks, which go, and into new ones."""
-        num_rows, num_new = self.ledger.num_rows, chunks[0].keys.shape[1] - len(taken)
-        excess = sum(count for _, count in chosen)
+        num_rows = self.ledger.num_rows
+        num_new = chunks[0].keys.shape[1] - len(taken) - sum(count for _, count in chosen)
         if document.serial < 0:
             self.ledger.open(document)
         taken = torch.cat([taken, self.ledger.evict(chosen, keep=document)])
-        rows = torch.cat([taken, torch.arange(num_rows, num_rows + num_new - excess)])
+        rows = torch.cat([taken, torch.arange(num_rows, num_rows + num_new)])
         if len(taken):
             self._keep(taken)
             for index in self.indexes.values():
