@@ -246,7 +246,7 @@ class ClusterBank:
         """Return what the shards last said in this forward pass or, outside of one, say now."""
         if READING.get() is None or not self._own.status:
             self._own.status = [each for each in self._ask_all("status", None, self._selection, may_skip=True) if each]
-        return self._own.status
+        return list(self._own.status)
 
     @property
     def num_chunks(self) -> int:
@@ -297,8 +297,8 @@ class ClusterBank:
 
     def ready_for(self, model: EncodingModel) -> None:
         """Make every shard ready to be read by a model; see `Freshness.ready_for`. `reencode` encodes what is stale."""
-        self._stamp = model.encoder.stamp_for_reading()
-        answers = self._ask_all("status", self._stamp.to_json(), self._selection, may_skip=True)
+        stamp = self._stamp = model.encoder.stamp_for_reading()
+        answers = self._ask_all("status", stamp.to_json(), self._selection, may_skip=True)
         self._own.status = [each for each in answers if each is not None]
         if masked := sum(each["masked_chunks"] for each in self._own.status):
             warnings.warn(
