@@ -39,7 +39,15 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises what it does not understand, for the one place that tells of errors."""
+    """A parser that raises what it does not understand, for the one place that tells of errors.
+
+    "~" is the home folder in a `Path`, and in a "name" that may be one: shells leave it as it stands in `--bank=~/memory`.
+    """
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.register("type", Path, path)
+        self.register("type", "name", os.path.expanduser)
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
@@ -82,9 +90,8 @@ def _add_parser(to: Any, name: str, summary: str, examples: str, **options: Any)
 
 def told(error: BaseException) -> str:
     """Return what an error says."""
-    if isinstance(error, MemoryError):
-        return "this machine has too little memory for that; give it less at once, or a smaller model."
-    return str(error)
+    too_little = "this machine has too little memory for that; give it less at once, or a smaller model."
+    return too_little if isinstance(error, MemoryError) else str(error)
 
 
 def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
@@ -115,7 +122,7 @@ def place(name: str) -> Path | str:
 
 
 def path(name: str) -> Path:
-    """Return a path; "~" is the home folder, which shells leave as it stands in `--bank=~/memory`."""
+    """Return a path, "~" being the home folder."""
     if not name:
         raise argparse.ArgumentTypeError("it must name a file or a folder; '.' is the current one")
     return Path(os.path.expanduser(name))
@@ -138,7 +145,7 @@ def labels() -> argparse.ArgumentParser:
 
 def model_option(default: str = "the model that wrote the bank") -> argparse.ArgumentParser:
     """Return the options that name a model and where it runs."""
-    options = option("--model", type=os.path.expanduser, help=f"default: {default}")
+    options = option("--model", type="name", help=f"default: {default}")
     add_device(options)
     return options
 

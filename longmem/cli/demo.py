@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,9 @@ in the run. Two cores need a few minutes.
 def add(commands: Any) -> None:
     """Add the command `demo`."""
     demo = add_command(commands, "demo", run, "measure what memory does, on this machine, in minutes", EXAMPLES)
-    demo.add_argument("--file", type=common.path, help="text to read (default: Python's reference manual)")
-    demo.add_argument(
-        "--output", type=common.path, default=Path("longmem-demo"), metavar="DIR", help="folder for all results"
-    )
-    demo.add_argument(
-        "--model", type=os.path.expanduser, default=DEFAULT_MODEL, help="name or folder; see `longmem --help`"
-    )
+    demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
+    demo.add_argument("--output", type=Path, default=Path("longmem-demo"), metavar="DIR", help="folder for all results")
+    demo.add_argument("--model", type="name", default=DEFAULT_MODEL, help="name or folder; see `longmem --help`")
     common.add_device(demo)
     demo.add_argument("--memory-tokens", type=int, default=12_288, help="tokens of the text to memorize")
     demo.add_argument("--windows", type=int, default=12, help="windows of the rest to score")

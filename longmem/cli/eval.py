@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
@@ -28,9 +29,7 @@ def add(commands: Any) -> None:
     evaluate = add_command(commands, "eval", run, summary, EXAMPLES.format(folder=CONFIGS))
     evaluate.add_argument("task", nargs="?", metavar="TASK", help="name of an evaluation; `--list` shows all")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    evaluate.add_argument(
-        "--config", type=common.path, metavar="FILE", help="file of settings; default: the package's own"
-    )
+    evaluate.add_argument("--config", type=Path, metavar="FILE", help="file of settings; default: the package's own")
     common.add_device(evaluate)
     evaluate.add_argument("--list", action="store_true", help="list the evaluations, and ask nothing")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
@@ -37,7 +38,7 @@ def add(commands: Any) -> None:
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument(
-        "--prompt-file", type=common.path, metavar="FILE", help="file with the text to continue, or - to read it"
+        "--prompt-file", type=Path, metavar="FILE", help="file with the text to continue, or - to read it"
     )
     generate.add_argument("--encoding", metavar="NAME", help="of the file with the prompt; default: UTF-8")
     generate.add_argument(

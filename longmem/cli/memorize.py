@@ -7,6 +7,7 @@ import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longmem.cli import common
@@ -58,13 +59,11 @@ def add_actions(actions: Any) -> None:
     add_memorize(actions, "add")
     parents = [bank, writer, encoding]
     append = add_command(actions, "append", append_files, "continue a document with files", APPEND_EXAMPLES, *parents)
-    append.add_argument(
-        "files", nargs="+", type=common.path, metavar="FILE", help="texts or documents, or - to read one"
-    )
+    append.add_argument("files", nargs="+", type=Path, metavar="FILE", help="texts or documents, or - to read one")
     append.add_argument("--id", required=True, metavar="NAME", help="name of the document")
     parents.append(labels())
     update = add_command(actions, "update", update_document, "replace a document", UPDATE_EXAMPLES, *parents)
-    update.add_argument("file", type=common.path, metavar="FILE", help="text or document, or - to read one")
+    update.add_argument("file", type=Path, metavar="FILE", help="text or document, or - to read one")
     update.add_argument("--id", metavar="NAME", help="name of the document; default: the file's name")
 
 
@@ -76,7 +75,7 @@ def add_memorize(to: Any, name: str) -> None:
     command.add_argument(
         "files",
         nargs="+",
-        type=common.path,
+        type=Path,
         metavar="FILE",
         help="texts, documents (.pdf, ...), exports, folders of them, or - to read",
     )

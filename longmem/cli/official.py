@@ -1,6 +1,7 @@
 """`longmem official`: checkpoints of the released code, and recordings of its runs."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from longmem.cli import common
@@ -18,15 +19,11 @@ def add(commands: Any) -> None:
     """Add the group `official`."""
     uses = add_group(commands, "official", "use what the released code of the paper wrote", EXAMPLES)
     convert = add_command(uses, "convert", convert_checkpoints, "write its checkpoints as a model of this package", "")
-    convert.add_argument("checkpoint", type=common.path, metavar="CHECKPOINT", help="of the side network (.pt)")
-    convert.add_argument(
-        "backbone", type=common.path, metavar="BACKBONE_CHECKPOINT", help="of its NewGPT backbone (.pt)"
-    )
-    convert.add_argument("folder", type=common.path, metavar="OUT", help="folder to write")
+    convert.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="of the side network (.pt)")
+    convert.add_argument("backbone", type=Path, metavar="BACKBONE_CHECKPOINT", help="of its NewGPT backbone (.pt)")
+    convert.add_argument("folder", type=Path, metavar="OUT", help="folder to write")
     compare = add_command(uses, "compare", compare_with_recording, "replay a recording, print the differences", "")
-    compare.add_argument(
-        "recording", type=common.path, metavar="RECORDING", help="safetensors file; settings are beside it"
-    )
+    compare.add_argument("recording", type=Path, metavar="RECORDING", help="safetensors file; settings are beside it")
 
 
 def convert_checkpoints(arguments: argparse.Namespace) -> None:

@@ -40,10 +40,8 @@ code { background: #f4f4f4; padding: 0 0.2rem; }
 def add(commands: Any) -> None:
     """Add the command `report`."""
     report = add_command(commands, "report", run, "put finished evaluations on one page", EXAMPLES)
-    report.add_argument(
-        "folders", nargs="+", type=common.path, metavar="FOLDER", help="results of a finished evaluation"
-    )
-    report.add_argument("--output", type=common.path, default=Path("report"), metavar="DIR", help="folder for the page")
+    report.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results of a finished evaluation")
+    report.add_argument("--output", type=Path, default=Path("report"), metavar="DIR", help="folder for the page")
     report.add_argument("--title", default="Results", help="of the page")
 
 

@@ -126,7 +126,9 @@ def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[
         texts = [each for each in inside if pattern is not None or looks_like_text(each)]
         passed_over += [each for each in inside if each not in set(texts)]
         if not texts:
-            raise ValueError(f"{path} must hold text files{f' that match {pattern!r}' if pattern else ''}, got none.")
+            raise ValueError(
+                f"{path} must hold text files{'' if pattern is None else f' that match {pattern!r}'}, got none."
+            )
         found += [(each, each.relative_to(path).as_posix()) for each in texts]
     paths: dict[str, set[Path]] = {}
     for path, name in found:

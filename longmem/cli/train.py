@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,7 @@ def add(commands: Any) -> None:
     common.add_device(train)
     names = ", ".join(shipped_settings(CONFIGS))
     train.add_argument(
-        "config",
-        type=os.path.expanduser,
-        metavar="CONFIG",
-        help=f"file with settings (.yaml) or, of the package: {names}",
+        "config", type="name", metavar="CONFIG", help=f"file of settings (.yaml) or, of the package: {names}"
     )
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings instead of the file's")
 

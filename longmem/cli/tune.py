@@ -29,15 +29,11 @@ def add(actions: Any) -> None:
     """Add `bank tune`."""
     parents = (bank_folder(on_cluster=False), model_option())
     tune = add_command(actions, "tune", run, "measure recall and speed of index settings", TUNE_EXAMPLES, *parents)
-    tune.add_argument(
-        "--queries", type=common.path, metavar="FILE", help="text to read; default: the bank's longest document"
-    )
+    tune.add_argument("--queries", type=Path, metavar="FILE", help="text to read; default: the bank's longest document")
     tune.add_argument("--layer", type=int, help="memory layer to measure; default: the first")
     tune.add_argument("--num-queries", type=int, default=1024, help="for each key-value head")
     tune.add_argument("--recall", type=float, default=0.95, help="share of the exact best that has to be found")
-    tune.add_argument(
-        "--output", type=common.path, metavar="DIR", help="folder for tuning.md, tuning.json and tuning.png"
-    )
+    tune.add_argument("--output", type=Path, metavar="DIR", help="folder for tuning.md, tuning.json and tuning.png")
     tune.add_argument("--apply", action="store_true", help="let the bank use the recommended setting")
 
 
