@@ -96,7 +96,7 @@ def told(error: BaseException) -> str:
 
 def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
     """Return a parser with one option, to be a parent of the commands that have it."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     parser.add_argument(*names, **settings)
     return parser
 
