@@ -95,6 +95,45 @@ def test_what_was_written_before_ctrl_c_is_part_of_the_talk(model_folder):
     assert talk.model.tokenizer.decode([*sum(left, []), *talk.stream.local_ids.tolist()]) == talk.said
 
 
+@pytest.mark.parametrize("fails", [UnicodeEncodeError, RuntimeError, ImportError, KeyboardInterrupt])
+def test_a_question_that_cant_be_read_leaves_the_talk_as_it_was(model_folder, monkeypatch, capsys, fails):
+    talk = conversation(model_folder)
+    read, calls = talk.stream.read, []
+
+    def read_all_or_half(ids):
+        calls.append(ids)
+        if fails is not UnicodeEncodeError and len(calls) == 2:
+            read(ids[:3])  # and then the disk is full
+            raise fails("no more")
+        return read(ids)
+
+    monkeypatch.setattr(talk.stream, "read", read_all_or_half)
+    wrong = "caf\udce9" if fails is UnicodeEncodeError else "second"
+    chat.talk(talk, iter(["the cat", wrong, "on a mat"]))
+    assert [turn["content"] for turn in talk.turns if turn["role"] == "user"] == ["the cat", "on a mat"]
+    assert [turn["role"] for turn in talk.turns] == ["user", "assistant"] * 2
+    assert talk.turns[-1]["content"]
+    left = [talk.bank.token_ids(each.document_id).tolist() for each in talk.bank.documents()]
+    assert talk.model.tokenizer.decode([*sum(left, []), *talk.stream.local_ids.tolist()]).endswith(talk.said[-20:])
+    out, error = capsys.readouterr()
+    assert ("stopped" in out) if fails is KeyboardInterrupt else error.startswith("longmem: ")
+    if fails is UnicodeEncodeError:  # nothing of it was read
+        alone = conversation(model_folder)
+        chat.talk(alone, iter(["the cat", "on a mat"]))
+        assert alone.said == talk.said
+
+
+def test_whether_an_answer_has_read_is_told_of_that_answer(model_folder):
+    talk = conversation(model_folder)
+    talk.model.memorize(talk.bank, some_text(40), "d")
+    for said in ("off", "on"):
+        talk.command(f"/{said}")
+        talk.ask("the cat", lambda _: None)
+        for now in ("on", "off"):
+            talk.command(f"/{now}")
+            assert ("nothing was read" in talk.why()) == (said == "off")
+
+
 def test_what_a_terminal_would_obey_is_shown(model_folder, monkeypatch, capsys):
     talk = conversation(model_folder)
     monkeypatch.setattr(talk, "_tokens", lambda: iter(talk.model.tokenizer("a\x1b[2Jb")["input_ids"]))

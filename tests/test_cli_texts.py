@@ -287,6 +287,69 @@ def test_a_long_text_is_committed_in_pieces_and_gone_on_with(tmp_path, backbone,
     assert "already holds a document 'long.txt'" in error
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "other"),
+    [("capacity", 40_000, 80_000), ("index", "flat", "auto"), ("eviction", "lru", "fifo"), ("refresh", "lazy", "eager")]
+    + [("storage-dtype", "float32", "int8")],
+)
+def test_the_command_that_made_a_bank_goes_on_with_it(tmp_path, backbone, run, option, value, other):
+    texts = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path in texts:
+        path.write_text(some_text(9))
+    command = ("--bank", tmp_path / "bank", "--model", backbone, f"--{option}")
+    assert run("memorize", texts[0], *command, value)[0] == 0
+    assert run("memorize", *texts, *command, value)[0] == 0
+    assert len(documents(tmp_path / "bank")) == 2
+    code, _, error = run("memorize", *texts, *command, other)
+    assert code == 2
+    assert f"`--{option}` is set when a bank is made, and is {value} of the one that is there, got {other}" in error
+
+
+@pytest.mark.parametrize("wrong", [("--id", ""), ("--tag", "")])
+def test_wrong_labels_make_no_bank(tmp_path, backbone, run, wrong):
+    (tmp_path / "a.txt").write_text("the cat")
+    assert run("memorize", tmp_path / "a.txt", "--bank", tmp_path / "bank", "--model", backbone, *wrong)[0] == 2
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_folder_that_holds_its_own_bank(tmp_path, backbone, run):
+    (tmp_path / "notes.txt").write_text("the cat sat")
+    (tmp_path / "in").mkdir()
+    for name in ("bank", "in/bank"):
+        assert run("memorize", tmp_path / "notes.txt", "--bank", tmp_path / name, "--model", backbone)[0] == 0
+    for pattern in (None, "*"):
+        found, passed_over = find_files([tmp_path], pattern)
+        assert ([name for _, name in found], passed_over) == (["notes.txt"], [])
+    for pattern, words in (("*.json", "must hold"), ("", "must hold"), ("/etc/*", "`--glob` must be a pattern")):
+        with pytest.raises(ValueError, match=words):
+            find_files([tmp_path], pattern)
+
+
+def test_a_tilde_is_the_home_folder_in_every_place_that_is_named(tmp_path, monkeypatch, backbone, run):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "a.txt").write_text(some_text(20))
+    (home / "model").symlink_to(backbone)
+    assert run("memorize", "~/a.txt", "--bank=~/bank", "--model=~/model")[0] == 0
+    asked = ("generate", "--bank=~/bank", "--prompt-file=~/a.txt", "--max-new-tokens", "1", "--explain=~/why.html")
+    assert run(*asked)[0] == 0
+    assert run("bank", "export", "~/out.jsonl", "--bank=~/bank")[0] == 0
+    assert {"a.txt", "bank", "why.html", "out.jsonl"} <= {path.name for path in home.iterdir()}
+    (home / "eval.yaml").write_text("output: ~/results\nmodel: ~/absent\n")
+    assert str(home / "absent") in run("eval", "recall", "--config=~/eval.yaml")[2]
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("place", ["{folder}", "{folder}/absent/why.html", ""])
+def test_where_a_page_cant_be_written_is_told_before_the_work(bank, tmp_path, run, place, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("generate", "--bank", bank, "--prompt", "x", "--explain", place.format(folder=tmp_path))
+    assert "argument --explain: it must name a file" in capsys.readouterr().err
+
+
 def test_pieces_are_the_text(monkeypatch):
     from longmem.cli import memorize
 
@@ -330,6 +393,8 @@ def test_a_message_is_continued_in_the_form_of_a_talk(bank, run):
     [
         (["--temperature", "nan"], "`--temperature` must be 0 or more"),
         (["--temperature", "inf"], "`--temperature` must be 0 or more"),
+        (["--temperature", "1e-40"], "`--temperature` must be 0 or more"),
+        (["--stop", "\udce9"], "`--stop` must be text in the encoding of this terminal"),
         (["--tag", "dgs"], "`tags` must be one of the known names"),
         (["--id", "one.tx"], "Did you mean `one.txt`?"),
         (["--stop", ""], "`--stop` must be some text"),

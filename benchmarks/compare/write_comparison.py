@@ -62,7 +62,7 @@ def read_cells(folder: Path) -> tuple[dict[str, dict[str, Cell]], list[str]]:
     for work in WORK:
         files = {name: folder / work / name / PREDICTIONS for name in SYSTEMS}
         records = {
-            name: {each["id"].rpartition("/")[0]: each for each in read_lines(file, {"id": str})[0]}
+            name: {each["id"].rpartition("/")[0]: each for each in read_lines(file, {"id": str})}
             for name, file in files.items()
             if file.exists()
         }

@@ -98,20 +98,27 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
         self.said = ""  # the text that the stream has taken in
         self.uses_memory = True
-        self.last: tuple[list[int], list[int]] | None = None  # what the last answer went on from, and the answer
+        # What the last answer went on from, the answer, and whether it could read.
+        self.last: tuple[list[int], list[int], bool] | None = None
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> None:
-        """Answer; `on_text` gets the answer in pieces."""
+        """Answer; `on_text` gets the answer in pieces. A question that can't be read is as if it had not been asked."""
+        from longmem.memory.checks import validate_text
         from longmem.serving.engine import chat_text
         from longmem.streaming.stream import decoded
 
-        tokenizer = self.model.tokenizer
-        self.turns.append({"role": "user", "content": text})
-        whole = chat_text(tokenizer, self.turns)
+        tokenizer, turns = self.model.tokenizer, [*self.turns, {"role": "user", "content": text}]
+        whole = chat_text(tokenizer, turns)
+        validate_text("text", whole)
         goes_on = whole.startswith(self.said)
-        new = whole.removeprefix(self.said) if goes_on else chat_text(tokenizer, self.turns[-1:])
-        self.stream.read(tokenizer(new, add_special_tokens=False)["input_ids"])
-        before = self.stream.local_ids.tolist()
+        new = whole.removeprefix(self.said) if goes_on else chat_text(tokenizer, turns[-1:])
+        asked, num_before = tokenizer(new, add_special_tokens=False)["input_ids"], self.stream.num_tokens
+        try:
+            self.stream.read(asked)
+        except BaseException:  # the question is no part of the talk, but what was read of it is in the stream
+            self.said += str(tokenizer.decode(asked[: self.stream.num_tokens - num_before]))
+            raise
+        self.turns, before = turns, self.stream.local_ids.tolist()
         ids: list[int] = []
         answer = ""
 
@@ -127,7 +134,7 @@ class Conversation:
         finally:  # also what was written before Ctrl-C is in the stream
             self.said = whole + str(tokenizer.decode(ids))  # what went before and what is new are the whole
             self.turns.append({"role": "assistant", "content": answer})
-            self.last = before, ids
+            self.last = before, ids, self.uses_memory
 
     def _tokens(self) -> Iterator[int]:
         options = common.drawing(self.arguments)
@@ -174,9 +181,9 @@ class Conversation:
 
         if self.last is None or not self.last[1]:
             return "there is no answer yet"
-        if not self.uses_memory:
-            return "memory is off: nothing was read"
-        before, answer = self.last
+        before, answer, has_read = self.last
+        if not has_read:
+            return "memory was off: nothing was read"
         passages = explain(self.model, before, memory=self.bank, answer=answer).passages(count=5)
         lines = (f"{each.weight:6.1%}  {each.document_id}: {each.text.strip()!r}" for each in passages)
         return "\n".join(lines) or "nothing was in memory"
@@ -197,7 +204,7 @@ def talk(conversation: Conversation, lines: Iterator[str]) -> None:
             elif line.strip():
                 conversation.ask(line, say)
                 print()
-        except (ValueError, OSError) as error:
-            print(f"longmem: {printable(str(error))}", file=sys.stderr)
+        except common.MENDABLE as error:
+            print(f"longmem: {printable(common.told(error))}", file=sys.stderr)
         except KeyboardInterrupt:
             print("\n(stopped)")

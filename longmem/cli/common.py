@@ -26,6 +26,7 @@ LARGEST_MODEL_FILE = 65_536
 # With the trained side network that comes with this package, if there is one.
 DEFAULT_MODEL = "smollm2-135m"
 POLICIES = '"frozen", "eager", "lazy", "bounded:max_lag=4", ...'
+MENDABLE = (ValueError, OSError, ImportError, RuntimeError, MemoryError)  # errors that a user can do something about
 Run = Callable[[argparse.Namespace], int | None]
 
 
@@ -38,7 +39,15 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises what it does not understand, for the one place that tells of errors."""
+    """A parser that raises what it does not understand, for the one place that tells of errors.
+
+    "~" is the home folder in a `Path`, and in a "name" that may be one: shells leave it as it stands in `--bank=~/memory`.
+    """
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.register("type", Path, path)
+        self.register("type", "name", os.path.expanduser)
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
@@ -79,9 +88,15 @@ def _add_parser(to: Any, name: str, summary: str, examples: str, **options: Any)
     return to.add_parser(name, help=summary, **options)
 
 
+def told(error: BaseException) -> str:
+    """Return what an error says."""
+    too_little = "this machine has too little memory for that; give it less at once, or a smaller model."
+    return too_little if isinstance(error, MemoryError) else str(error)
+
+
 def option(*names: str, **settings: Any) -> argparse.ArgumentParser:
     """Return a parser with one option, to be a parent of the commands that have it."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
     parser.add_argument(*names, **settings)
     return parser
 
@@ -103,9 +118,22 @@ def folder_alone(name: str) -> Path:
 
 def place(name: str) -> Path | str:
     """Return the folder of a bank, or the name of one on a cluster as it was given."""
+    return name if name.startswith("ray://") else path(name)
+
+
+def path(name: str) -> Path:
+    """Return a path, "~" being the home folder."""
     if not name:
-        raise argparse.ArgumentTypeError("it must name a folder; '.' is the current one")
-    return name if name.startswith("ray://") else Path(name)
+        raise argparse.ArgumentTypeError("it must name a file or a folder; '.' is the current one")
+    return Path(os.path.expanduser(name))
+
+
+def new_file(name: str) -> Path:
+    """Return the path of a file that can be written: what is wrong with it is told before the work."""
+    found = path(name)
+    if found.is_dir() or not found.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"it must name a file in a folder that is there, got {name}")
+    return found
 
 
 def labels() -> argparse.ArgumentParser:
@@ -117,7 +145,7 @@ def labels() -> argparse.ArgumentParser:
 
 def model_option(default: str = "the model that wrote the bank") -> argparse.ArgumentParser:
     """Return the options that name a model and where it runs."""
-    options = option("--model", help=f"default: {default}")
+    options = option("--model", type="name", help=f"default: {default}")
     add_device(options)
     return options
 
@@ -138,12 +166,16 @@ def add_writing(command: argparse.ArgumentParser, max_new_tokens: int) -> None:
 def drawing(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return how `generate` is to choose tokens. Raises ValueError for an option of `add_writing` that makes no sense."""
     from longmem.memory.checks import validate_integer
+    from longmem.streaming.stream import LEAST_TEMPERATURE
 
     if arguments.max_new_tokens < 1:
         raise ValueError(f"`--max-new-tokens` must be at least 1, got {arguments.max_new_tokens}.")
     warmth = arguments.temperature
-    if not 0 <= warmth < math.inf:
-        raise ValueError(f"`--temperature` must be 0 or more, got {warmth}; 0 takes the likeliest token.")
+    if warmth and not LEAST_TEMPERATURE <= warmth < math.inf:
+        raise ValueError(
+            f"`--temperature` must be 0 or more, and above 0 at least {LEAST_TEMPERATURE}, got {warmth}; 0 takes the "
+            "likeliest token."
+        )
     validate_integer("--seed", arguments.seed)
     return {"do_sample": True, "temperature": warmth} if warmth else {"do_sample": False}
 

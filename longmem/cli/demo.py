@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     demo = add_command(commands, "demo", run, "measure what memory does, on this machine, in minutes", EXAMPLES)
     demo.add_argument("--file", type=Path, help="text to read (default: Python's reference manual)")
     demo.add_argument("--output", type=Path, default=Path("longmem-demo"), metavar="DIR", help="folder for all results")
-    demo.add_argument("--model", default=DEFAULT_MODEL, help="name or folder; see `longmem --help`")
+    demo.add_argument("--model", type="name", default=DEFAULT_MODEL, help="name or folder; see `longmem --help`")
     common.add_device(demo)
     demo.add_argument("--memory-tokens", type=int, default=12_288, help="tokens of the text to memorize")
     demo.add_argument("--windows", type=int, default=12, help="windows of the rest to score")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
-from longmem.cli.common import add_command, bank_folder
+from longmem.cli.common import add_command, bank_folder, model_option
 from longmem.cli.texts import read_text, readable_name
 from longmem.errors import printable
 
@@ -33,14 +33,13 @@ which passages were read most, --explain shows it word by word.
 
 def add(commands: Any) -> None:
     """Add the command `generate`."""
-    generate = add_command(commands, "generate", run, "continue a prompt with a memory", EXAMPLES, bank_folder())
+    parents = (bank_folder(), model_option())
+    generate = add_command(commands, "generate", run, "continue a prompt with a memory", EXAMPLES, *parents)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue")
     prompt.add_argument(
         "--prompt-file", type=Path, metavar="FILE", help="file with the text to continue, or - to read it"
     )
-    generate.add_argument("--model", help="default: the model that wrote the bank")
-    common.add_device(generate)
     generate.add_argument("--encoding", metavar="NAME", help="of the file with the prompt; default: UTF-8")
     generate.add_argument(
         "--id", action="append", default=[], metavar="NAME", help="read this document alone; repeatable"
@@ -55,7 +54,7 @@ def add(commands: Any) -> None:
     common.add_writing(generate, max_new_tokens=100)
     generate.add_argument("--show-reads", action="store_true", help="list the passages that were read most")
     generate.add_argument(
-        "--explain", type=Path, metavar="HTML", help="write a page that shows which word read which passage"
+        "--explain", type=common.new_file, metavar="HTML", help="write a page that shows which word read which passage"
     )
 
 
@@ -68,10 +67,12 @@ def run(arguments: argparse.Namespace) -> None:
     prompt = arguments.prompt if arguments.prompt_file is None else read_text(arguments.prompt_file, arguments.encoding)
     if not prompt.strip():
         raise ValueError("the prompt must hold some text, got an empty one.")
-    if readable_name(prompt) != prompt:
-        raise ValueError(
-            "the prompt must be text in the encoding of this terminal, got other bytes; use `--prompt-file`."
-        )
+    for name, text in (("the prompt", prompt), *(("`--stop`", each) for each in arguments.stop)):
+        if readable_name(text) != text:
+            raise ValueError(
+                f"{name} must be text in the encoding of this terminal, got other bytes; use `--prompt-file`, or name it in "
+                "ASCII."
+            )
     if "" in arguments.stop:
         raise ValueError("`--stop` must be some text, got an empty one; leave it out.")
     common.drawing(arguments)

@@ -22,9 +22,9 @@ Texts are named as for `longmem train`: a folder of .txt files, a .jsonl file, a
 def add(commands: Any) -> None:
     """Add the command `heads`."""
     heads = add_command(commands, "heads", run, "find the heads that look back far, and let them alone read", EXAMPLES)
-    heads.add_argument("model", metavar="MODEL", help="name of a model, of which the backbone is taken")
+    heads.add_argument("model", type="name", metavar="MODEL", help="name of a model, of which the backbone is taken")
     common.add_device(heads)
-    heads.add_argument("--texts", required=True, help="what to look at while reading: a source of texts")
+    heads.add_argument("--texts", type="name", required=True, help="what to look at while reading: a source of texts")
     heads.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the model that is made")
     heads.add_argument(
         "--keep", type=int, metavar="N", help="leave a trained model the N heads without which it loses most"

@@ -10,12 +10,11 @@ from typing import Any
 from longmem import __version__
 from longmem.cli import bank, chat, cluster, demo, generate, heads, memorize, official, report, serve, train
 from longmem.cli import eval as evaluation
-from longmem.cli.common import Parser, TeachingFormatter, UsageError, print_json
+from longmem.cli.common import MENDABLE, Parser, TeachingFormatter, UsageError, print_json, told
 from longmem.errors import printable
 
 # In the order of `longmem --help`. Each adds itself to the parser and names the function that runs.
 COMMANDS = (demo, memorize, generate, chat, serve, bank, cluster, heads, train, evaluation, report, official)
-MENDABLE = (ValueError, OSError, ImportError, RuntimeError, MemoryError)  # errors that a user can do something about
 DESCRIPTION = """\
 Long-term memory for Hugging Face language models (LongMem, arXiv 2306.07174): documents are read once by a frozen
 model, kept in a memory bank, and read again by a small side network while text is scored or written.
@@ -83,11 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in given:
             raise
-        said, is_ours = str(error), not isinstance(error, MENDABLE)
+        said, is_ours = told(error), not isinstance(error, MENDABLE)
         if is_ours:
             said = f"a fault of this program, {type(error).__name__}: {error}; `--debug` shows where."
-        elif isinstance(error, MemoryError):
-            said = "this machine has too little memory for that; give it less at once, or a smaller model."
         failed(f"longmem: {said}", given)
         return 1 if is_ours else 2
     finally:

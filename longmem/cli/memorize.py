@@ -113,6 +113,7 @@ class Written(NamedTuple):
 def run(arguments: argparse.Namespace) -> None:
     """Add documents or, with `--replace`, new versions of them; each is on the disk once it is whole."""
     from longmem.memory import MemoryBank, has_bank
+    from longmem.memory.checks import validate_document_id, validate_tags
 
     files, passed_over = find_files(arguments.files, arguments.glob)
     texts = read_texts(files, arguments.id, arguments.encoding)
@@ -126,14 +127,21 @@ def run(arguments: argparse.Namespace) -> None:
     folder, is_new = arguments.bank, not has_bank(arguments.bank)
     options = {name: vars(arguments)[name] for name in OPTIONS_OF_A_NEW_BANK if vars(arguments)[name] is not None}
     # All that can be said before a model is opened is said before.
+    for text in texts:
+        validate_document_id("--id" if arguments.id is not None else "name of a document", text.name)
+        validate_tags((*text.tags, *arguments.tag))
     if is_new:
         MemoryBank(**{"memory_layers": [0], "chunk_size": 1, **options})
     else:
-        if options:
-            option = next(iter(options)).removesuffix("_tokens").replace("_", "-")
-            raise ValueError(f"`--{option}` is set when a bank is made; leave it out for the one that is there.")
         with common.open_bank(folder) as bank:
-            refuse_known(bank, texts, arguments.replace)
+            for name, given in options.items():
+                if (own := str(getattr(bank, name)).removeprefix("torch.")) != str(given):
+                    option = name.removesuffix("_tokens").replace("_", "-")
+                    raise ValueError(
+                        f"`--{option}` is set when a bank is made, and is {own} of the one that is there, got {given}; "
+                        "leave it out."
+                    )
+            left_of(texts, bank, arguments.replace)
     model_name = arguments.model or common.model_of_bank(folder) or DEFAULT_MODEL
     console = common.console_for(arguments.json, quiet=arguments.quiet)
     console.print(f"Opening {model_name} ...")
@@ -143,9 +151,8 @@ def run(arguments: argparse.Namespace) -> None:
     with common.open_bank(folder, model, write=True) as bank:
         if is_new or arguments.model:
             common.remember_model(folder, model_name)
-        refuse_known(bank, texts, arguments.replace)
-        began = time.perf_counter()
-        written = {text.name: write(bank, model, text, arguments) for text in texts}
+        left, began = left_of(texts, bank, arguments.replace), time.perf_counter()
+        written = {text.name: write(bank, model, text, arguments) for text in left}
         supersede(bank, texts)
         report(bank, model_name, written, time.perf_counter() - began, arguments)
 
@@ -164,8 +171,7 @@ def fill(texts: list[Text], arguments: argparse.Namespace) -> None:
     if arguments.workers is not None:
         validate_count("--workers", arguments.workers)
     bank = common.open_bank(arguments.bank)
-    left = [text for text in texts if not is_there(bank, text)]
-    refuse_known(bank, left, arguments.replace)
+    left = left_of([text for text in texts if not is_there(bank, text)], bank, arguments.replace)
     model_name = arguments.model or common.model_of_bank(arguments.bank)
     if model_name is None:
         raise ValueError(f"the bank {arguments.bank} does not say which model writes it; name it with `--model`.")
@@ -345,10 +351,15 @@ def report(
     common.tell(arguments, values, f"{sentence}.")
 
 
-def refuse_known(bank: MemoryBank, texts: list[Text], replace: bool) -> None:
-    """Raise ValueError for a document that is there, unless it is to be replaced."""
-    if known := [text.name for text in texts if text.name in bank and not replace and not is_start_of(bank, text)]:
+def left_of(texts: list[Text], bank: MemoryBank, replace: bool) -> list[Text]:
+    """Return those of some texts that a bank does not hold: the others are of a run that was stopped.
+
+    Raises ValueError if all are there, or one has another text there; but not if they are to be replaced.
+    """
+    left = texts if replace else [text for text in texts if not is_there(bank, text)] or texts
+    if known := [text.name for text in left if text.name in bank and not replace and not is_start_of(bank, text)]:
         raise ValueError(
             f"the bank already holds a document {known[0]!r}; leave it out, use `--replace` for a new version of it, or "
             "another name with `--id`."
         )
+    return left

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import socket
 from typing import Any
 
 from longmem.cli import common
@@ -60,6 +62,16 @@ def run(arguments: argparse.Namespace) -> None:
     from longmem.serving.banks import NamedBanks
     from longmem.serving.engine import Engine
 
+    if not 0 <= arguments.port <= 65_535:
+        raise ValueError(f"`--port` must be from 0 (any that is free) to 65535, got {arguments.port}.")
+    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
+    try:  # before a model is opened
+        listener = socket.create_server((arguments.host, arguments.port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"`--host` and `--port` must be an address of this machine that is free, got {arguments.host} and "
+            f"{arguments.port}: {error.strerror or error}."
+        ) from error
     name = arguments.model or DEFAULT_MODEL
     console = common.console_for(arguments.json, quiet=arguments.quiet)
     console.print(f"Opening {name} ...")
@@ -67,6 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     engine = Engine(model, NamedBanks(model, arguments.banks), arguments.max_waiting)
     app = make_app(engine, model_id=name, token=token, max_body=arguments.max_megabytes * MEGABYTE)
     here = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    url = f"http://{here}:{arguments.port}"
+    url = f"http://{here}:{listener.getsockname()[1]}"
     common.tell(arguments, {"model": name, "url": url}, f"Serving {name}: open {url} in a browser (Ctrl-C ends).")
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)  # then answers are cut short
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])

@@ -8,7 +8,6 @@ import dataclasses
 import math
 import shlex
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
@@ -44,7 +43,7 @@ def add(actions: Any) -> None:
     reader = model_option("the bank's own encoder, and no model is opened; with --probe, the model that wrote the bank")
     report = add_command(actions, "staleness", show, "say what another encoder wrote", STALENESS_EXAMPLES, bank, reader)
     report.add_argument("--probe", action="store_true", help="measure how far keys have moved")
-    report.add_argument("--plot", type=Path, metavar="FILE", help="figure to write (.png)")
+    report.add_argument("--plot", type=common.new_file, metavar="FILE", help="figure to write (.png)")
     encoder = model_option("the model that wrote the bank, as it is now")
     again = add_command(actions, "refresh", refresh, "encode again what is stale", REFRESH_EXAMPLES, bank, encoder)
     again.add_argument("--budget-tokens", type=int, metavar="N", help="encode no more than that; default: all")

@@ -100,7 +100,8 @@ def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[
     """Return (path, name) of each file, those in folders included, and the files in folders that hold no text.
 
     A file that is named bears its own name, one in a folder its path from there; where two would be called the same, each
-    bears its path as it was given. Hidden files of a folder are left out, and without a pattern those that are no text.
+    bears its path as it was given. Hidden files of a folder, and those of a bank, are left out, and without a pattern those
+    that are no text.
 
     Args:
         given: files and folders.
@@ -117,21 +118,35 @@ def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[
         if not path.is_dir():
             found.append((path, "stdin" if path == STDIN else path.name))
             continue
-        inside = [
-            each
-            for each in sorted(path.rglob(pattern or "*"))
-            if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts)
-        ]
+        try:
+            matching = sorted(each for each in path.rglob("*" if pattern is None else pattern) if each.is_file())
+        except (ValueError, NotImplementedError) as error:  # of an empty pattern, or one that begins at the root
+            raise ValueError(f'`--glob` must be a pattern such as "*.md", got {pattern!r}: {error}.') from error
+        inside = [each for each in matching if not is_hidden(each.relative_to(path).parts) and not in_bank(each, path)]
         texts = [each for each in inside if pattern is not None or looks_like_text(each)]
         passed_over += [each for each in inside if each not in set(texts)]
         if not texts:
-            raise ValueError(f"{path} must hold text files{f' that match {pattern!r}' if pattern else ''}, got none.")
+            raise ValueError(
+                f"{path} must hold text files{'' if pattern is None else f' that match {pattern!r}'}, got none."
+            )
         found += [(each, each.relative_to(path).as_posix()) for each in texts]
     paths: dict[str, set[Path]] = {}
     for path, name in found:
         paths.setdefault(name, set()).add(path)
     known = [(path, path.as_posix() if len(paths[name]) > 1 else name) for path, name in found]
     return [(path, readable_name(name)) for path, name in known], passed_over
+
+
+def is_hidden(parts: Iterable[str]) -> bool:
+    """Return whether one of the names on a path begins with a dot."""
+    return any(part.startswith(".") for part in parts)
+
+
+def in_bank(path: Path, top: Path) -> bool:
+    """Return whether a file in the folder `top` belongs to a bank, such as the one that it would be memorized in."""
+    from longmem.memory import has_bank
+
+    return any(has_bank(each) for each in path.parents if each.is_relative_to(top))
 
 
 def looks_like_text(path: Path) -> bool:

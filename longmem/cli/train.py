@@ -29,7 +29,9 @@ def add(commands: Any) -> None:
     train = add_command(commands, "train", run, "train a side network that reads memory", examples)
     common.add_device(train)
     names = ", ".join(shipped_settings(CONFIGS))
-    train.add_argument("config", metavar="CONFIG", help=f"file with settings (.yaml) or, of the package: {names}")
+    train.add_argument(
+        "config", type="name", metavar="CONFIG", help=f"file of settings (.yaml) or, of the package: {names}"
+    )
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings instead of the file's")
 
 

@@ -74,7 +74,7 @@ class RunFolder:
         """
         path, seconds = self.path / SESSIONS, self._seconds()
         if path.exists():
-            seconds += sum(session["seconds"] for session in read_lines(path, {"seconds": float})[0])
+            seconds += sum(session["seconds"] for session in read_lines(path, {"seconds": float}))
         found = {"title": title, **environment(), "seed": seed, "wall_seconds": round(seconds, 1)}
         contents = {"metrics.json": as_json(metrics), "table.md": table, "environment.json": as_json(found)}
         with new_contents(self.path) as draft:
@@ -89,9 +89,8 @@ class RunFolder:
         """Yield the predictions on the disk; what a killed process left of a last line is cut off."""
         path = self.path / PREDICTIONS
         if os.path.lexists(path):
-            records, is_whole = read_lines(path, {"id": str})
-            if not is_whole:
-                append_lines(path, [])
+            records = read_lines(path, {"id": str})
+            append_lines(path, [])
             yield from ((record["id"], record) for record in records)
 
 
@@ -100,8 +99,8 @@ def read_lines(
     form: Mapping[str, Any],
     parse: Callable[[Any], Any] = dict,
     what: str = "an object as the run wrote it",
-) -> tuple[list[Any], bool]:
-    """Return what `parse` makes of each object in a JSONL file of a run, and whether its last line is whole, or left out.
+) -> list[Any]:
+    """Return what `parse` makes of each object in a JSONL file of a run; a last line that is not whole is left out.
 
     Raises ValueError, which names the line and `what` it must be, if one of them is damaged or has not this form (`fits`), or
     the file is none of the run's own.
@@ -112,7 +111,7 @@ def read_lines(
             text = file.read().decode("utf-8", "replace")
     except OSError as error:
         raise not_opened(path, error) from error
-    *lines, rest = text.split("\n")  # not `splitlines`: a text may hold other line ends
+    lines = text.split("\n")[:-1]  # not `splitlines`: a text may hold other line ends
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
@@ -123,7 +122,7 @@ def read_lines(
             raise ValueError(
                 f"line {number} of {str(path)!r} must be {what}, got {line[:80]!r}; delete the line."
             ) from error
-    return found, not rest
+    return found
 
 
 def describe(

@@ -196,6 +196,17 @@ validate_rows = rule(
 validate_tensor = rule("a tensor", lambda value: isinstance(value, Tensor), "`torch.tensor([...])` makes one")
 
 
+def validate_text(argument: str, text: str) -> None:
+    """Raise ValueError for text with halves of surrogate pairs, of which no tokenizer makes tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{argument}` must be text that UTF-8 can write, got half of a surrogate pair ({error}); read files "
+            'with `encoding="utf-8"`.'
+        ) from error
+
+
 def validate_count(argument: str, value: object, most: int = MOST) -> None:
     """Raise ValueError unless `value` is an integer from one to `most`."""
     if not is_integer(value, 1, most):

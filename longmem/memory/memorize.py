@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from longmem.errors import ChangedMemoryError
-from longmem.memory.checks import dated_document, got, validate_count, validate_new, validate_tags
+from longmem.memory.checks import dated_document, got, validate_count, validate_new, validate_tags, validate_text
 from longmem.memory.protocols import EncodingModel, WritableBank
 from longmem.memory.rows.documents import SourcePart
 from longmem.memory.rows.segments import Joins
@@ -67,13 +67,7 @@ def encodable(
     if isinstance(text_or_ids, str):
         if not text_or_ids.strip() and not is_piece:
             raise ValueError("`text_or_ids` must hold some text, got an empty or blank string.")
-        try:
-            text_or_ids.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"`text_or_ids` must be text that UTF-8 can write, got half of a surrogate pair ({error}); read files "
-                'with `encoding="utf-8"`.'
-            ) from error
+        validate_text("text_or_ids", text_or_ids)
         ids_of_text, ends = tokenised(model.tokenizer, text_or_ids, continues)
         if ends is not None:
             # Ends never fall: tokens of one character that takes several all end with it.

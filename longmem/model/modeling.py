@@ -38,7 +38,7 @@ from longmem.backbone.structure import (
 from longmem.configuration import LongMemConfig
 from longmem.errors import did_you_mean
 from longmem.memory import MemoryBank
-from longmem.memory.checks import checked, got, validate_count
+from longmem.memory.checks import checked, got, validate_count, validate_text
 from longmem.memory.finding import FindableMemory, FoundPassage
 from longmem.memory.memorize import Memorized, memorize
 from longmem.memory.protocols import Memory
@@ -226,8 +226,10 @@ class LongMemModel(LongMemPreTrainedModel):
     @torch.no_grad()
     def find(self, memory: FindableMemory, text: str, k: int = 10) -> list[FoundPassage]:
         """Return the `k` passages of a memory that the reading heads single out for a text, best first; see `bank.find`."""
-        ids = self.tokenizer(text)["input_ids"] if isinstance(text, str) and text else []
-        if not ids:
+        is_text = isinstance(text, str) and bool(text)
+        if is_text:
+            validate_text("text", text)
+        if not (ids := self.tokenizer(text)["input_ids"] if is_text else []):
             raise ValueError(f"`text` must hold at least one token, got {got(text)}.")
         validate_count("k", k)
         refuse_other_encoder(self, memory)

@@ -10,10 +10,10 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,12 +23,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longmem import __version__
+from longmem.memory import MemoryBank
 from longmem.serving.banks import UnknownBankError
 from longmem.serving.engine import Answer, BusyError, Engine
 from longmem.serving.engine import Request as Work
+from longmem.streaming.stream import LEAST_TEMPERATURE
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MEGABYTE = 2**20
+LOOK_EVERY = 0.5  # seconds, for who waits for an answer and has gone
+Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 
 
@@ -82,6 +86,8 @@ class _Sampling(_Body):
 
     def work(self, token_ids: list[int], most: int, asked: int | None) -> Work:
         """Return what the engine is asked for: at most `most` new tokens."""
+        if 0 < (self.temperature or 0) < LEAST_TEMPERATURE:
+            raise ValueError(f"`temperature` must be 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}.")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         new = min(256, most) if asked is None else asked
         if new > most:
@@ -94,6 +100,16 @@ class ChatRequest(_Sampling):
 
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def asked(self) -> int | None:
+        """Return the limit of new tokens, which has two names; None where none is given."""
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError(
+                f"`max_tokens` and `max_completion_tokens` are one limit under two names, got {self.max_tokens} and "
+                f"{self.max_completion_tokens}; leave one out."
+            )
+        return self.max_completion_tokens or self.max_tokens
 
 
 class CompletionRequest(_Sampling):
@@ -143,7 +159,9 @@ def make_app(
         yield
         engine.close()
 
-    app = FastAPI(title="LongMem", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A slash too many is no other request: ".." for a document, as clients shorten paths, would delete the bank it is in.
+    options: dict[str, Any] = {"redirect_slashes": False, "docs_url": None, "redoc_url": None}
+    app = FastAPI(title="LongMem", version=__version__, lifespan=lifespan, **options)
     app.add_middleware(_Door, token=token, max_body=max_body)
     _answer_errors(app)
     page = files("longmem.serving").joinpath("page.html").read_text(encoding="utf-8")
@@ -152,7 +170,7 @@ def make_app(
         if name not in (None, model_id):
             raise HTTPException(404, f"`model` must be {model_id!r}, the one that is served, got {name!r}.")
 
-    async def respond(body: _Sampling, work: Work, kind: str) -> Any:
+    async def respond(request: Request, body: _Sampling, work: Work, kind: str) -> Any:
         if (name := work.bank) is not None:  # an unknown one is told before anything is sent
             await engine.run(lambda: engine.banks.get(name), aside=True)
         engine.refuse_if_busy()
@@ -161,7 +179,8 @@ def make_app(
             usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(_stream(engine, work, shape, usage), media_type="text/event-stream")
         cancelled = threading.Event()
-        return shape.whole(await engine.run(lambda: engine.answer(work, lambda _: None, cancelled)))
+        run = engine.run(lambda: engine.answer(work, lambda _: None, cancelled))
+        return shape.whole(await _while_there(request, run, cancelled))
 
     @app.get("/", response_class=HTMLResponse)
     async def show_page() -> str:
@@ -172,23 +191,22 @@ def make_app(
         return {"object": "list", "data": [{"id": model_id, "object": "model", "created": 0, "owned_by": "longmem"}]}
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest) -> Any:
+    async def chat(request: Request, body: ChatRequest) -> Any:
         refuse_other_model(body.model)
         ids = await engine.run(lambda: engine.ids([turn.plain() for turn in body.messages]), aside=True)
-        return await respond(
-            body, body.work(ids, max_new_tokens, body.max_completion_tokens or body.max_tokens), "chat"
-        )
+        return await respond(request, body, body.work(ids, max_new_tokens, body.asked), "chat")
 
     @app.post("/v1/completions")
-    async def complete(body: CompletionRequest) -> Any:
+    async def complete(request: Request, body: CompletionRequest) -> Any:
         refuse_other_model(body.model)
         ids = await engine.run(lambda: engine.ids(body.prompt), aside=True)
-        return await respond(body, body.work(ids, max_new_tokens, body.max_tokens), "text")
+        return await respond(request, body, body.work(ids, max_new_tokens, body.max_tokens), "text")
 
     @app.post("/v1/explain", response_class=HTMLResponse)
-    async def explain(body: ExplainRequest) -> str:
+    async def explain(request: Request, body: ExplainRequest) -> str:
         ids = await engine.run(lambda: engine.ids([turn.plain() for turn in body.messages]), aside=True)
-        return await engine.run(lambda: engine.explain(Work(ids, bank=body.bank), body.answer).to_html())
+        run = engine.run(lambda: engine.explain(Work(ids, bank=body.bank), body.answer).to_html())
+        return await _while_there(request, run, threading.Event())
 
     @app.get("/v1/banks")
     async def list_banks() -> dict[str, Any]:
@@ -211,16 +229,17 @@ def make_app(
 
     @app.post("/v1/banks/{name}/documents", status_code=201)
     async def add_document(name: str, body: NewDocument) -> dict[str, Any]:
-        def work() -> int:
-            bank = engine.banks.get(name, make=not body.append)
+        def write(bank: MemoryBank) -> int:
             return engine.model.memorize(bank, body.text, body.id, append=body.append, tags=body.tags)
 
-        return {"id": body.id, "object": "document", "tokens": await engine.run(work), "tags": body.tags}
+        tokens = await engine.run(lambda: engine.banks.write(name, write, make=not body.append))
+        return {"id": body.id, "object": "document", "tokens": tokens, "tags": body.tags}
 
-    @app.delete("/v1/banks/{name}/documents/{document_id:path}")
-    async def delete_document(name: str, document_id: str) -> dict[str, Any]:
-        await engine.run(lambda: engine.banks.get(name).delete(document_id))
-        return {"id": document_id, "object": "document", "deleted": True}
+    @app.delete("/v1/banks/{name}/documents/{id:path}")
+    @app.delete("/v1/banks/{name}/documents")  # `?id=`: not every name, such as "..", can be part of a path
+    async def delete_document(name: str, id: str) -> dict[str, Any]:
+        await engine.run(lambda: engine.banks.get(name).delete(id))
+        return {"id": id, "object": "document", "deleted": True}
 
     @app.get("/v1/banks/{name}/find")
     async def find(
@@ -234,6 +253,19 @@ def make_app(
         return {"object": "list", "data": [passage._asdict() for passage in found]}
 
     return app
+
+
+async def _while_there(request: Request, run: Coroutine[Any, Any, Result], cancelled: threading.Event) -> Result:
+    """Return what `run` does; who goes away before it is done ends it, or takes it out of the queue."""
+    task = asyncio.create_task(run)
+    try:
+        while not (await asyncio.wait({task}, timeout=LOOK_EVERY))[0]:
+            if await request.is_disconnected():
+                raise HTTPException(499, "the client went away.")
+        return await task
+    finally:
+        cancelled.set()
+        task.cancel()
 
 
 async def _stream(engine: Engine, work: Work, shape: _Shape, with_usage: bool) -> AsyncIterator[str]:
@@ -262,6 +294,7 @@ async def _stream(engine: Engine, work: Work, shape: _Shape, with_usage: bool) -
         yield "data: [DONE]\n\n"
     finally:
         cancelled.set()
+        task.cancel()
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from longmem.memory import MemoryBank, has_bank
 from longmem.model.modeling import LongMemForCausalLM
 
+Result = TypeVar("Result")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -53,6 +56,18 @@ class NamedBanks:
             if name not in self._open:
                 self._open[name] = self._opened(name, make)
             return self._open[name]
+
+    def write(self, name: str, write: Callable[[MemoryBank], Result], *, make: bool) -> Result:
+        """Return what `write` does with a bank; one that was made for it goes again if that fails. Otherwise as `get`."""
+        try:
+            return write(self.get(name))
+        except UnknownBankError:
+            bank = self.get(name, make=make)
+        try:
+            return write(bank)
+        except BaseException:
+            self.delete(name)
+            raise
 
     def delete(self, name: str) -> None:
         """Forget a bank, with all that is in it."""

@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from longmem.memory import BankShards, MemoryBank
+from longmem.memory.checks import got, validate_text
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.serving.banks import NamedBanks
 from longmem.streaming.stream import Decoder
@@ -89,15 +90,18 @@ class Engine:
         return prompt_ids(self.model.tokenizer, prompt)
 
     def answer(self, request: Request, on_text: Callable[[str], None], cancelled: threading.Event) -> Answer:
-        """Write an answer; `on_text` gets its text in pieces, and `cancelled` ends it early."""
+        """Write an answer; `on_text` gets its text in pieces, and `cancelled` ends it early.
+
+        Without a temperature `top_p` draws at the model's own, as a client expects who knows no other default than 1.
+        """
         ids, memory = self.place(request)
         watcher = _Watcher(self.model.tokenizer, request.stop, on_text)
         sampled = {"temperature": request.temperature, "top_p": request.top_p}
         options: dict[str, Any] = {name: value for name, value in sampled.items() if value is not None}
-        if request.temperature is not None:
-            options["do_sample"] = request.temperature > 0
-            if not request.temperature:
-                options = {"do_sample": False}
+        if request.temperature == 0:  # the likeliest token is in every share
+            options = {"do_sample": False}
+        elif request.temperature is not None or (request.top_p or 1) < 1:
+            options["do_sample"] = True
         start = torch.tensor([ids], device=self.model.input_device)
         with torch.random.fork_rng(), torch.no_grad():
             if request.seed is not None:
@@ -127,6 +131,7 @@ class Engine:
         if len(ids) > config.segment_length:
             leaving = len(ids) - config.segment_length // 2
             leaving += -leaving % config.chunk_size
+            leaving -= config.chunk_size * (leaving >= len(ids))  # of large chunks: something must stand in the window
             own = MemoryBank.for_model(self.model, capacity_tokens=None)
             self.model.memorize(own, ids[:leaving], "earlier in this conversation")
             shared.append(own)
@@ -140,9 +145,19 @@ class Engine:
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return a conversation in a tokenizer's chat format or, if it has none, as lines that name who speaks."""
+    """Return a conversation in a tokenizer's chat format or, if it has none, as lines that name who speaks.
+
+    Raises ValueError if the format has no place for it, as for a system's message, or two of one speaker in a row.
+    """
     if getattr(tokenizer, "chat_template", None):
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        try:
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # whatever a template makes of it; most raise jinja's own error
+            roles = ", ".join(each["role"] for each in messages)
+            raise ValueError(
+                f"`messages` must be a conversation that the model's chat template takes, got {got(roles)}, of which it says: "
+                f"{error}; leave out what it has no place for."
+            ) from error
     # An answer stands right behind the colon: so it is written, and a talk that goes on has it where it was.
     said = (
         f"{each['role'].capitalize()}:{' ' * (each['role'] != 'assistant')}{each['content']}\n" for each in messages
@@ -151,10 +166,11 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-    """Return the tokens of a text or, by `chat_text`, of a conversation up to where its answer begins."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"])
+    """Return the tokens of a text or, by `chat_text`, of a conversation up to where its answer begins; errors as there."""
+    is_text = isinstance(prompt, str)
+    text = prompt if isinstance(prompt, str) else chat_text(tokenizer, prompt)
+    validate_text("prompt" if is_text else "messages", text)
+    return list(tokenizer(text, add_special_tokens=is_text)["input_ids"])
 
 
 class _Watcher(BaseStreamer):

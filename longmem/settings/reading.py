@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -128,7 +129,9 @@ def _convert(hint: Any, value: Any) -> Any:
         return copy.deepcopy(dict(value)) if isinstance(value, Mapping) else None
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
         return None
-    return None if value == "" else value
+    if isinstance(value, str):  # "~" is the home folder wherever a setting names a place
+        return os.path.expanduser(value) or None
+    return value
 
 
 def _rule(hint: Any, limits: list[Any], optional: bool) -> str:

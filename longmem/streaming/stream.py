@@ -32,9 +32,10 @@ CHOICE = (
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias"),
     *("renormalize_logits", "remove_invalid_values", "eos_token_id", "pad_token_id"),
 )
+LEAST_TEMPERATURE = 1e-6  # scores divided by less may be no numbers; and so near to 0 hardly anything is left to chance
 # Those that act on what is drawn, each with its range; without `do_sample` nothing is.
 DRAWN: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "temperature": ("a number above 0", lambda value: 0 < value < math.inf),
+    "temperature": (f"a number of at least {LEAST_TEMPERATURE}", lambda value: LEAST_TEMPERATURE <= value < math.inf),
     "top_k": ("an integer of 0 (no limit) or more", lambda value: value >= 0 and value == int(value)),
     **dict.fromkeys(("top_p", "top_h", "typical_p"), ("above 0 and at most 1", lambda value: 0 < value <= 1)),
     "min_p": ("from 0 to 1", lambda value: 0 <= value <= 1),

@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.files import write_file
 from longmem.memory import ChunkPlace
+from longmem.memory.checks import INTEGERS, MOST, got, is_integer, validate_text
 from longmem.memory.finding import FindableMemory, span_around
 from longmem.model.attention import MemoryRead
+from longmem.model.memory_attention import refuse_other_encoder
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.reads import Reads, in_pieces, of_one_state, table_of_reads
 from longmem.tracing.page import trace_frame, trace_page
@@ -28,6 +30,7 @@ from longmem.tracing.words import pieces_of_text
 Documents = tuple[
     dict[str, int], dict[str, tuple[int, Tensor]]
 ]  # sizes; first resident token and ids of those that have them
+NOT_OF_ONE = {"num_return_sequences", "return_dict_in_generate", "output_memory_reads"}  # options of other results
 CONTEXT_TOKENS = 8  # shown before and after a passage
 
 
@@ -244,18 +247,18 @@ def explain(
     *,
     memory: FindableMemory,
     answer: str | Sequence[int] | Tensor | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     **options: Any,
 ) -> Trace:
     """Return which passages of a memory are read for each token of a prompt and its answer, and what that changes.
 
     Args:
         model: answers.
-        prompt: text, or token ids.
+        prompt: text, or token ids, flat or a row of one.
         memory: a bank, a selection of one, or shards. Passages have text where it holds token ids or texts.
         answer: text, or token ids, scored instead of written, right behind the prompt.
-        max_new_tokens: of the answer that the model writes; 0: the prompt alone is read.
-        options: others of `generate`, such as `do_sample`.
+        max_new_tokens: of the answer that the model writes, 64 by default; 0: the prompt alone is read.
+        options: others of `generate`, such as `do_sample`, that leave one answer.
 
     Raises:
         ValueError: the prompt is empty, `answer` is given with options of `generate`, or the memory is another model's.
@@ -264,20 +267,24 @@ def explain(
     pieces of `segment_length` tokens. Weights are exact: what the reading heads gave to each chunk, beside the local context.
     """
     tokenizer = model.tokenizer
-    ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else torch.as_tensor(prompt).tolist()
+    ids = _ids(tokenizer, "prompt", prompt)
     if not ids:
         raise ValueError("`prompt` must hold at least one token, got none.")
-    if max_new_tokens < 0:
-        raise ValueError(f"`max_new_tokens` must be 0 or more, got {max_new_tokens}.")
-    if answer is not None and options:
-        raise ValueError(f"`answer` is scored and not written, so {sorted(options)} would do nothing; leave them out.")
+    new_tokens = 64 if max_new_tokens is None else max_new_tokens
+    if not is_integer(new_tokens, 0, MOST):
+        raise ValueError(f"`max_new_tokens` must be 0 or more, an integer, got {got(max_new_tokens)}.")
+    asked = sorted(options) + ["max_new_tokens"] * (max_new_tokens is not None)
+    if answer is not None and asked:
+        raise ValueError(f"`answer` is scored and not written, so {asked} would do nothing; leave them out.")
+    for name in NOT_OF_ONE & options.keys():
+        raise ValueError(f"`{name}` must be left out of `explain`, which shows one answer, got {got(options[name])}.")
+    refuse_other_encoder(model, memory)
     start = torch.tensor([ids], device=model.input_device)
     without = None
     if answer is not None:
-        is_text = isinstance(answer, str)
-        new = tokenizer(answer, add_special_tokens=False)["input_ids"] if is_text else torch.as_tensor(answer).tolist()
-    elif max_new_tokens:
-        written = {"attention_mask": torch.ones_like(start), "max_new_tokens": max_new_tokens, **options}
+        new = _ids(tokenizer, "answer", answer, add_special_tokens=False)
+    elif new_tokens:
+        written = {"attention_mask": torch.ones_like(start), "max_new_tokens": new_tokens, **options}
         new = model.generate(start, memory=memory, **written)[0, len(ids) :].tolist()
         without = str(tokenizer.decode(model.generate(start, **written)[0, len(ids) :], skip_special_tokens=True))
     else:
@@ -299,6 +306,18 @@ def explain(
         _tokenizer=tokenizer,
         _sources=sources,
     )
+
+
+def _ids(tokenizer: Any, name: str, given: Any, **options: Any) -> list[int]:
+    """Return the token ids of a text, or those that were given. Raises ValueError for anything else."""
+    if isinstance(given, str):
+        validate_text(name, given)
+        return list(tokenizer(given, **options)["input_ids"])
+    ids = torch.as_tensor(given) if isinstance(given, Sequence | Tensor | np.ndarray) else torch.zeros(())
+    ids = ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+    if ids.ndim != 1 or (ids.dtype not in INTEGERS and ids.numel()):
+        raise ValueError(f"`{name}` must be text or one flat sequence of token ids, got {got(given)}.")
+    return list(ids.tolist())
 
 
 def _read_and_located(

@@ -141,7 +141,8 @@ class Checkpoints:
                     own.mkdir()
                     extension.save(own)
                 files.seal_folder(draft)
-            for old in self.steps()[: -self.keep]:
+            # Newer ones are damaged, else the run had gone on from them: they don't count among those that are kept.
+            for old in [each for each in self.steps() if each <= step][: -self.keep]:
                 files.remove(self.folder / f"step-{old}")
         self.last = step
         accelerator.wait_for_everyone()

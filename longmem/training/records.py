@@ -139,7 +139,6 @@ def _to_line(record: Record) -> str:
 
 
 def _read_records(path: Path) -> list[Record]:
-    records, _ = read_lines(
+    return read_lines(
         path, {"kind": str}, lambda values: KINDS[values.pop("kind")](**values), "a record of a training run"
     )
-    return records

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 import torch
 from starlette.testclient import TestClient
 from tiny_models import some_text
 
+from longmem import LongMemForCausalLM
 from longmem.cli.main import main
 from longmem.memory import MemoryBank
 from longmem.serving.api import make_app
@@ -159,11 +162,15 @@ def test_conversations_at_once_are_as_each_alone(client, engine):
         ("banks/.x/documents", {"id": "a", "text": "b"}, 400, "`bank` must be"),
         ("banks/x/documents", {"id": "", "text": "b"}, 400, "id"),
         ("explain", {"messages": SAID, "answer": ""}, 400, "answer"),
+        ("chat/completions", {**CHAT, "temperature": 1e-40}, 400, "`temperature` must be 0 or at least"),
+        ("chat/completions", {**CHAT, "max_completion_tokens": 3}, 400, "one limit under two names"),
+        ("chat/completions", {**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "half of a surrogate"),
+        ("explain", {"messages": SAID, "answer": [{"type": "text"}]}, 400, "answer"),
         ("nowhere", {}, 404, ""),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(client, path, body, status, words):
-    answer = client.post(f"/v1/{path}", json=body)
+    answer = client.post(f"/v1/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]["message"]
 
@@ -255,6 +262,11 @@ def test_who_may_come_in(engine):
 def test_the_command_refuses_an_open_door(run_main):
     assert "`--host` must be 127.0.0.1 without a token" in run_main("serve", "--host", "0.0.0.0")
     assert "`--max-waiting` must be at least 1" in run_main("serve", "--max-waiting", "0")
+    for port in ("-1", "65536"):
+        assert "`--port` must be from 0" in run_main("serve", "--port", port)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        told = run_main("serve", "--port", str(taken.getsockname()[1]), "--model", "absent")
+    assert "`--host` and `--port` must be an address of this machine that is free" in told
     for token in ("two words", "clé", "a\n"):
         assert "`--token` must be" in run_main("serve", "--token", token)
 
@@ -289,6 +301,94 @@ def test_a_stream_that_nobody_reads_any_longer_ends(url, engine, theirs, monkeyp
         asyncio.run(asyncio.sleep(0.05))
     assert ended
     assert ended[0] < 2000
+
+
+def test_an_answer_that_nobody_waits_for_ends_and_lets_others_in(url, engine, monkeypatch):
+    ended, answer = [], engine.answer
+
+    def recorded(*given):
+        ended.append((found := answer(*given)).num_tokens)
+        return found
+
+    monkeypatch.setattr(engine, "answer", recorded)
+    monkeypatch.setattr("longmem.serving.api.LOOK_EVERY", 0.02)
+    for _ in range(3):  # one that is answered, and two that wait
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json={"prompt": "the cat", "max_tokens": 4000}, timeout=0.2)
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=60).status_code == 200
+    assert ended[-1] == 2
+    assert max(ended) < 4000
+    assert engine._waiting == 0
+
+
+NAMES = ["..", ".", "../..", "a/b", "a\nb", "%2F", "?id=x", "#", " ", "\u202eé", "a" * 512]
+
+
+def test_a_document_of_any_name_is_forgotten_and_nothing_else(client):
+    documents = "/v1/banks/notes/documents"
+    for name in [*NAMES, "stays"]:
+        assert client.post(documents, json={"id": name, "text": "the cat sat"}).status_code == 201
+    for path in (
+        "/v1/banks/notes/",
+        "/v1/banks/notes/documents/",
+        "/v1/banks/notes/documents/../",
+    ):  # as clients shorten
+        assert client.delete(path, follow_redirects=True).status_code in (400, 404)
+    for name in NAMES:
+        assert client.delete(documents, params={"id": name}).json()["id"] == name
+    assert [each["id"] for each in client.get(documents).json()["data"]] == ["stays"]
+    assert client.delete(f"{documents}/stays").status_code == 200
+    assert client.delete(documents).status_code == 400
+
+
+@pytest.mark.parametrize("wrong", [{"text": " "}, {"tags": [""]}, {"id": "\0\ud800"}])
+def test_a_bank_that_was_made_for_what_failed_is_gone(client, model, tmp_path, wrong):
+    on_disk = NamedBanks(model, tmp_path)
+    app = make_app(Engine(model, on_disk), model_id="tiny")
+    other = TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1), raise_server_exceptions=False)
+    for each in (client, other):
+        body = json.dumps({"id": "a", "text": "the cat", **wrong})
+        options = {"content": body, "headers": {"Content-Type": "application/json"}}
+        assert each.post("/v1/banks/new/documents", **options).status_code == 400
+        assert each.get("/v1/banks").json()["data"] == []
+        assert each.post("/v1/banks/new/documents", json={"id": "a", "text": "the cat"}).status_code == 201
+        assert each.post("/v1/banks/new/documents", **options).status_code == 400
+        assert [bank["id"] for bank in each.get("/v1/banks").json()["data"]] == ["new"]
+    on_disk.close()
+
+
+def test_a_share_alone_draws(theirs):
+    asked = {"model": "tiny", "prompt": "the cat", "max_tokens": 12}
+    greedy = theirs.completions.create(**asked).choices[0].text
+    drawn = [theirs.completions.create(**asked, top_p=0.99, seed=seed).choices[0].text for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert theirs.completions.create(**asked, top_p=1).choices[0].text == greedy
+    assert theirs.completions.create(**asked, top_p=0.99, temperature=0).choices[0].text == greedy
+
+
+def test_a_window_of_one_chunk_holds_the_end_of_a_conversation(model):
+    options = {"segment_length": 64, "chunk_size": 64, "num_retrieved_tokens": 64}
+    of_large_chunks = LongMemForCausalLM.from_backbone(model.backbone, tokenizer=model.tokenizer, **options).eval()
+    engine = Engine(of_large_chunks, NamedBanks(of_large_chunks, None))
+    for length in (64, 65, 96, 97, 100, 128, 129, 250):
+        window, memory = engine.place(Request(list(range(length))))
+        assert 1 <= len(window) <= 64
+        assert (0 if memory is None else memory.num_tokens) + len(window) == length
+    engine.close()
+
+
+FORMAT = """{% for each in messages %}{% if each.role == 'system' or (each.role == 'user') == (loop.index0 % 2 == 1) %}
+{{ raise_exception('roles must alternate') }}{% endif %}<{{ each.role }}>{{ each.content }}{% endfor %}"""
+
+
+@pytest.mark.parametrize("roles", ["system user", "user user", "assistant"])
+def test_what_a_template_has_no_place_for_is_told(client, model, monkeypatch, roles):
+    monkeypatch.setattr(model.tokenizer, "chat_template", FORMAT)
+    said = [{"role": role, "content": "the cat"} for role in roles.split()]
+    answer = client.post("/v1/chat/completions", json={**CHAT, "messages": said})
+    assert answer.status_code == 400
+    assert "roles must alternate" in answer.json()["error"]["message"]
+    assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
 def test_a_document_comes_in_parts(client, engine):

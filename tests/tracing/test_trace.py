@@ -125,6 +125,18 @@ def test_an_empty_memory_reads_nothing(model, filled):
         ({"prompt": ""}, "`prompt` must hold"),
         ({"max_new_tokens": -1}, "`max_new_tokens` must be 0 or more"),
         ({"answer": "x", "do_sample": True}, "do_sample"),
+        ({"answer": "x", "max_new_tokens": 3}, "['max_new_tokens'] would do nothing"),
+        ({"max_new_tokens": True}, "`max_new_tokens` must be 0 or more"),
+        ({"max_new_tokens": 2.5}, "`max_new_tokens` must be 0 or more"),
+        ({"num_return_sequences": 2}, "`num_return_sequences` must be left out"),
+        ({"return_dict_in_generate": True}, "`return_dict_in_generate` must be left out"),
+        ({"memory": None}, "`memory` must be a MemoryBank"),
+        ({"memory": []}, "`memory` must be a MemoryBank"),
+        ({"prompt": "caf\udce9"}, "`prompt` must be text that UTF-8 can write"),
+        ({"answer": "caf\udce9"}, "`answer` must be text that UTF-8 can write"),
+        ({"prompt": None}, "`prompt` must be text or one flat sequence of token ids, got None"),
+        ({"prompt": torch.ones(2, 3, dtype=torch.int64)}, "`prompt` must be text or one flat"),
+        ({"answer": [0.5]}, "`answer` must be text or one flat"),
     ],
 )
 def test_what_cannot_be_explained_is_refused(model, filled, options, words):

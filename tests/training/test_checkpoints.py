@@ -76,6 +76,20 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(files, finish
     assert Checkpoints(run, 3).find(Accelerator()) == 3
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_newer_ones_that_are_damaged_push_no_whole_one_out(files, run, keep):
+    (run / "checkpoints" / "step-3" / "progress.json").write_text("")
+    (run / "checkpoints" / "step-2" / "progress.json").write_text("")
+    with pytest.warns(UserWarning, match="goes on from step 1"):
+        trainer = make_trainer(files, output=run, **{**OPTIONS, "checkpoints__keep": keep})
+    trainer.checkpoints.last = 0
+    trainer.checkpoints.save(trainer.accelerator, 1)
+    assert Checkpoints(run, keep).find(Accelerator()) == 1
+    trainer.checkpoints.save(trainer.accelerator, 2)
+    assert Checkpoints(run, keep).find(Accelerator()) == 2
+    assert trainer.checkpoints.steps() == [*range(3 - keep, 3), 3]
+
+
 def test_no_changed_bit_of_a_checkpoint_passes(run):
     checkpoints, folder = Checkpoints(run, 3), run / "checkpoints" / "step-3"
     generator = torch.Generator().manual_seed(0)
