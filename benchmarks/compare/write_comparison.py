@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.ticker import LogLocator, NullFormatter
 from systems import SYSTEMS
 from work import WORK
 
@@ -29,7 +30,7 @@ MINE = "longmem"
 FORMS = ("untrained", "released", "off", MINE)  # LongMem itself in other forms, no peers
 FIXED = ("size", "work", "task", "settings", "data")  # what all cells of a kind of work must have in common
 DISTANCES = ("recall", "recall-16k", "recall-65k")
-BRIEF = ("recall-16k", "changes", "books")  # in the picture for those who read no further
+BRIEF = ("recall-16k", "told", "longeval")  # in the picture for those who read no further
 Cells = Mapping[str, "Cell"]
 
 
@@ -282,6 +283,11 @@ def draw(path: Path, cells: Mapping[str, Cells], cost: str, label: str) -> None:
                 [getattr(cell, cost)], [cell.value], marker, color=color, markersize=size
             )
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        if high / low < 30:  # else the ticks of decades are enough
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{WORK[work].title} ({len(next(iter(own.values())).records)} questions)", fontsize=10)
         axes.set_xlabel(label, fontsize=9)
         axes.set_ylabel(WORK[work].unit, fontsize=9)
