@@ -342,7 +342,9 @@ def passages(found: Any) -> list[tuple[str, int]]:
 
 def copied(w: World, origin_id: str = "a", origin: int = 0, part: Any = None, **said: Any) -> MemoryBank:
     bank = w.fresh()
-    bank.copy_tokens("n", w.bank, origin_id, origin, SourcePart(IDS[0, :4]) if part is None else part, **said)
+    if part is None:
+        part = SourcePart(w.bank.token_ids(origin_id)[origin : origin + 4])
+    bank.copy_tokens("n", w.bank, origin_id, origin, part, **said)
     return bank
 
 

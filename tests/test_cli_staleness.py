@@ -196,7 +196,8 @@ def test_a_new_bank_is_given_a_policy(folders, tmp_path, run, answer):
     assert "Did you mean `lazy`?" in error
     assert run("memorize", folders / "one.txt", *place, "--model", folders / "old", "--refresh", "lazy")[0] == 0
     assert answer("bank", "info", *place)["refresh"] == "lazy"
-    code, _, error = run("memorize", folders / "two.txt", *place, "--refresh", "lazy")
+    assert run("memorize", folders / "one.txt", *place, "--refresh", "lazy")[0] == 2  # nothing is new
+    code, _, error = run("memorize", folders / "two.txt", *place, "--refresh", "eager")
     assert code == 2
     assert "`--refresh` is set when a bank is made" in error
 

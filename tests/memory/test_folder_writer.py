@@ -494,7 +494,7 @@ def test_the_command_line_wants_a_name_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(["bank", "list", "--bank", ""])
-    assert "argument --bank: it must name a folder; '.' is the current one" in capsys.readouterr().err
+    assert "argument --bank: it must name a file or a folder; '.' is the current one" in capsys.readouterr().err
 
 
 # Permissions.
