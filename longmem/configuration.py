@@ -109,9 +109,9 @@ class LongMemConfig(PreTrainedConfig):
             Few heads of a model look back far, and bytes and search time fall with their number
             (`longmem.calibrate_heads` finds them).
         chunk_size: tokens of a chunk, the unit of retrieval (paper: 4).
-        forget_sinks: store the first token of each encoded window, and copies of it directly behind it, with a key of zero.
-            Language models park attention on these tokens, so nearly every query would find them, in every window of a long
-            memory, and they say nothing.
+        forget_sinks: store the first token of each encoded window with a key of zero, and so tokens directly behind it whose
+            keys are like its own. Language models park attention on these tokens, so nearly every query would find
+            them, in every window of a long memory, and they say nothing.
         search: what a query is compared with to find chunks: their mean keys (`"chunk_mean"`, the paper's form) or the key of
             each token (`"token"`), the best of which finds its chunk. A mean of keys hardly finds a single token; tokens take
             `chunk_size` times the search.

@@ -208,7 +208,7 @@ class LongMemModel(LongMemPreTrainedModel):
         )
         if states.keys:
             parts = (states.keys, states.values)
-            stored = self.encoder.stored(input_ids, *(list(part.values()) for part in parts), is_start=is_start)
+            stored = self.encoder.stored(*(list(part.values()) for part in parts), is_start=is_start)
             for part, tensors in zip(parts, stored, strict=True):
                 part.update(zip(part, tensors, strict=True))
         return states

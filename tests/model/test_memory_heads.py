@@ -100,7 +100,7 @@ def test_settings_that_break_a_rule(fields, words):
 
 
 @torch.no_grad()
-def test_copies_of_the_first_token_cannot_be_found_either(document):
+def test_tokens_behind_the_first_that_are_alike_cannot_be_found_either(document):
     """All before a copy of the first token is that token, so its state is the same, and where one is a sink the other is."""
     plain, _ = make(document, chunk_size=1, num_retrieved_tokens=4)
     model, _ = make(document, chunk_size=1, num_retrieved_tokens=4, forget_sinks=True)
