@@ -379,8 +379,8 @@ def main() -> None:
     make_folder(arguments.page.parent / "pictures")
     for cost, name, label in (("seconds", "time", "seconds for a question"), ("kept", "bytes", "bytes kept")):
         draw(arguments.page.parent / "pictures" / f"comparison-{name}.png", cells, cost, label)
-    if brief := {work: cells[work] for work in BRIEF if work in cells}:
-        draw(arguments.page.parent / "pictures" / "comparison.png", brief, "seconds", "seconds for a question")
+    brief = {work: cells[work] for work in BRIEF if work in cells} or cells
+    draw(arguments.page.parent / "pictures" / "comparison.png", brief, "seconds", "seconds for a question")
     write_file(arguments.page, page_of(cells, left_out, arguments.cells, settings, notes))
 
 

@@ -14,8 +14,8 @@ from longmem.encoder.stamp import EncoderPath, EncoderStamp, encoder_path, hash_
 from longmem.encoder.tripwire import Tripwire
 from longmem.errors import StaleMemoryError
 
-# Distance of a sink's key from that of the first token, as a share of that one's distance from the mean key. In SmolLM2-135M sinks
-# are at 0.00 to 0.11, other tokens at 0.64 and more.
+# Distance of a sink's key from that of the first token, as a share of that one's distance from the mean key. In SmolLM2-135M
+# sinks are at 0.00 to 0.11, other tokens at 0.64 and more.
 SINK_SHARE = 0.3
 
 
