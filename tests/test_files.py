@@ -244,6 +244,7 @@ def test_a_folder_that_is_there_stays_as_it_is(tmp_path):
         files.make_folder(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_contents_are_of_one_call_wherever_its_process_is_killed(tmp_path):
     folder = tmp_path / "model"
     (tmp_path / "model").mkdir()

@@ -126,7 +126,7 @@ def test_with_an_average_memory_holds_what_the_average_computed(start):
 @pytest.mark.parametrize(
     "overrides",
     fast(
-        1,
+        0,
         [
             {"memory__start_tokens": 16, "memory__growth_steps": 4, "optimization__gradient_accumulation": 2},
             {"writer__average": 0.9},

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from folder_banks import SETTINGS, SIZES, RandomSteps, contents, keys_and_values, segment_files, write
+from kept_fast import fast
 
 from longmem.memory import MemoryBank
 from longmem.memory.folder import bank_folder, disk_storage, tensor_file
@@ -22,7 +23,7 @@ def make_bank(folder, **options) -> MemoryBank:
     return bank
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", fast(1, range(4)))
 def test_random_steps_leave_what_a_bank_in_memory_holds(tmp_path, seed, monkeypatch):
     monkeypatch.setattr(disk_storage, "SEGMENTS_TO_MERGE", 3)
     monkeypatch.setattr(disk_storage, "SEGMENT_BYTES", 30_000)

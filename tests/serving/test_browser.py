@@ -10,6 +10,7 @@ import shutil
 import time
 
 import pytest
+from kept_fast import fast
 from tiny_models import some_text
 
 import longmem
@@ -168,7 +169,7 @@ def test_the_page_asks_for_the_token_once_it_is_wanted(page, guarded_url):
     playwright.expect(page.locator("#bank")).to_have_value("team")
 
 
-@pytest.mark.parametrize("width", [320, 400, 900, 1200])
+@pytest.mark.parametrize("width", fast(1, [400, 320, 900, 1200]))
 def test_nothing_of_the_page_stands_out_of_the_window_or_of_its_frame(browser, url, width):
     page = browser.new_page(viewport={"width": width, "height": 700})
     page.goto(url)
@@ -216,6 +217,7 @@ def test_a_trace_is_read_by_keyboard_in_the_dark_and_on_a_telephone(browser, mod
         page.close()
 
 
+@pytest.mark.slow
 def test_ten_thousand_words_stay_fluid(browser, model, tmp_path):
     """A word is chosen, and all is painted, in less than half a second on a slow machine."""
     bank = MemoryBank.for_model(model)

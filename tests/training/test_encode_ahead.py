@@ -227,6 +227,7 @@ def test_no_lane_can_read_what_it_has_not_read_before(files, tmp_path):
             assert set(ids) <= {document}
 
 
+@pytest.mark.slow
 def test_validation_beside_the_thread_changes_nothing(long_files, tmp_path):
     logs = []
     for number in (0, 3):

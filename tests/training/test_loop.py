@@ -108,6 +108,7 @@ def test_long_context_is_the_text_before_the_window(start):
     assert found.max() > 1.5
 
 
+@pytest.mark.slow
 def test_validation_leaves_training_as_it_is(start, files, tmp_path):
     text = settings_of(files).data.validation
     lora = {"model__config__lora": "{rank: 4, dropout: 0.3}"}  # draws random numbers

@@ -125,7 +125,7 @@ def same_memory(bank, other):
 @pytest.mark.parametrize(
     "overrides",
     fast(
-        4,
+        2,
         [
             {"optimization__gradient_accumulation": 2},
             {"memory__foreign_lanes": 2},
