@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_fast import fast
 from rich.console import Console
 from tiny_models import save_tiny_backbone, some_text
 
@@ -451,9 +452,7 @@ def test_quiet_prints_results_alone(bank, run):
     assert "one.txt" in run("bank", "list", "--bank", bank, "--quiet")[1]
 
 
-@pytest.mark.parametrize(
-    "encoding", ["ascii", *(pytest.param(each, marks=pytest.mark.slow) for each in ("latin-1", "cp1252", "utf-8"))]
-)
+@pytest.mark.parametrize("encoding", fast(1, ["ascii", "latin-1", "cp1252", "utf-8"]))
 def test_the_encoding_of_the_terminal_changes_nothing_that_is_done(encoding, bank, tmp_path, backbone):
     names = ["猫.txt", "café.txt", "🐱.txt"]
     for name in names:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from folder_banks import SETTINGS, contents, segment_files, write
+from kept_fast import fast
 
 from longmem.cli.main import main
 from longmem.memory import BankShards, MemoryBank, has_bank
@@ -57,11 +58,9 @@ CHANGES = {
 }
 
 
-def some(values, fast):
+def some(values, kept):
     """Return these values as parameters, all but a few of them for the slow tests."""
-    tuples = [value if isinstance(value, tuple) else (value,) for value in values]
-    slow = [() if value in fast else (pytest.mark.slow,) for value in values]
-    return [pytest.param(*each, marks=marks) for each, marks in zip(tuples, slow, strict=True)]
+    return fast(len(kept), sorted(values, key=lambda value: value not in kept))
 
 
 def change_in_transaction(bank: MemoryBank) -> None:
