@@ -212,6 +212,18 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
         draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def _end_of_lines(file: BinaryIO, block: int = 1 << 20) -> int:
+    """Return the place behind the last line end of a file, in bytes."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = file.seek(max(0, end - block))
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Add lines to a text file, made if missing; they are on the disk when the call returns.
 
@@ -223,10 +235,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     # Without a buffer, which would write once more when it closes.
     with os.fdopen(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
-        start = file.seek(0, os.SEEK_END)
-        file.seek(max(0, start - (1 << 20)))
-        tail = file.read()
-        start = file.seek(start - len(tail) + tail.rfind(b"\n") + 1)
+        start = file.seek(_end_of_lines(file))
         rest = memoryview(content)
         try:
             file.truncate()
@@ -264,6 +273,13 @@ def remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; a process killed meanwhile leaves it whole, or a draft. Raises OSError where nothing may be removed."""
+    with _drafted(folder) as draft:
+        os.rename(folder, draft)
+    remove(draft)
 
 
 def remove_drafts(folder: Path) -> None:

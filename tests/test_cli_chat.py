@@ -61,6 +61,16 @@ def test_documents_are_remembered_shown_and_forgotten(model_folder, tmp_path):
     assert "/remember FILE" in talk.command("/help")
 
 
+def test_answers_without_memory_are_drawn_by_the_seed_too(model_folder):
+    answers = []
+    for seed in (1, 1, 2):
+        talk = conversation(model_folder, temperature=5.0, seed=seed)
+        talk.uses_memory = False
+        talk.ask("the cat sat", lambda _: None)
+        answers.append(talk.turns[-1]["content"])
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_the_command_talks_over_a_bank_on_disk_and_survives_mistakes(model_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text(some_text(30))
     lines = iter([f"/remember {tmp_path / 'a.txt'}", "/forget nothing", "", "the cat sat", "/why", "/bye", "never"])

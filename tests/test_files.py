@@ -216,6 +216,31 @@ def test_lines_that_had_no_room_are_not_there_later(tmp_path, monkeypatch):
     assert path.read_text() == "one\nthree\n"
 
 
+@pytest.mark.parametrize("size", [3, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 5 << 19])
+def test_lines_of_any_length_stay(tmp_path, size):
+    path = tmp_path / "log.jsonl"
+    files.append_lines(path, ["a" * size + "\n"])
+    files.append_lines(path, ["b" * size + "\n"])
+    with path.open("a") as file:
+        file.write("c" * size)  # what a killed process left
+    files.append_lines(path, ["d\n"])
+    assert [(line[0], len(line)) for line in path.read_text().splitlines()] == [("a", size), ("b", size), ("d", 1)]
+
+
+def test_a_folder_is_removed_at_one_stroke(tmp_path):
+    folder = files.make_folder(tmp_path / "folder")
+    for name in ("one", "two"):
+        files.write_file(folder / name, name)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "remove", lambda path: None)  # as if killed in the middle
+        files.discard(folder)
+    (left,) = tmp_path.iterdir()
+    assert files.DRAFT.fullmatch(left.name)
+    assert len(list(left.iterdir())) == 2
+    with pytest.raises(FileNotFoundError):
+        files.discard(folder)
+
+
 @pytest.mark.parametrize(
     "name", ["step-²", "step-٣", "step-007", "step-", "step-+1", "step-" + "9" * 5000, "step-1.old"]
 )

@@ -93,8 +93,11 @@ class Conversation:
 
     def __init__(self, model: LongMemForCausalLM, bank: MemoryBank, arguments: argparse.Namespace) -> None:
         self.model, self.bank, self.arguments = model, bank, arguments
+        import torch
+
         name = f"chat {time.strftime('%Y-%m-%d %H:%M:%S')}"
         self.stream = model.stream(bank, document_id=name, seed=arguments.seed)
+        torch.manual_seed(arguments.seed)  # for answers without memory; the stream has numbers of its own
         self.turns: list[dict[str, str]] = []
         self.said = ""  # the text that the stream has taken in
         self.uses_memory = True

@@ -1,5 +1,6 @@
 """Passages of a memory that have to do with a text: what they are, and the search by words."""
 
+import contextlib
 import re
 import sqlite3
 from collections.abc import Callable, Hashable, Iterator
@@ -100,21 +101,23 @@ def find_words(memory: Findable, text: str, k: int = 10) -> list[FoundPassage]:
 def _passages(memory: Findable) -> Iterator[tuple[str, str, int, int]]:
     for bank, names in memory.parts():
         for name in names:
-            info = bank.info(name)
-            if bank.text(name, 0, 0) is None:
-                continue
-            first = info.first_resident_token
-            for start in range(first - first % PASSAGE_TOKENS, info.num_tokens, PASSAGE_TOKENS):
-                stop = min(start + PASSAGE_TOKENS, info.num_tokens)
-                yield bank.text(name, max(start, first), stop) or "", name, start, stop
+            with contextlib.suppress(ValueError):  # somebody has deleted it
+                first, end = (info := bank.info(name)).first_resident_token, info.num_tokens
+                for start in range(first - first % PASSAGE_TOKENS, end, PASSAGE_TOKENS):
+                    stop = min(start + PASSAGE_TOKENS, end)
+                    if text := bank.text(name, max(start, first), stop):
+                        yield text, name, start, stop
 
 
 def text_of(bank: TextBank | None, document_id: str, start: int, stop: int, decode: Callable[[Any], str]) -> str:
-    """Return the text of a document's tokens: as it was given or, where ids alone were, decoded; empty without either."""
+    """Return the text of a document's tokens: as given or, where ids alone were, decoded; empty without either, or document."""
     if bank is None:
         return ""
-    first = bank.info(document_id).first_resident_token
-    if (text := bank.text(document_id, max(start, first), stop)) is not None:
-        return text
-    ids = bank.token_ids(document_id)
+    try:
+        first = bank.info(document_id).first_resident_token
+        if (text := bank.text(document_id, max(start, first), stop)) is not None:
+            return text
+        ids = bank.token_ids(document_id)
+    except ValueError:  # somebody has deleted it
+        return ""
     return "" if ids is None else decode(ids[max(start - first, 0) : max(stop - first, 0)])

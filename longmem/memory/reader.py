@@ -70,15 +70,17 @@ class BankView:
         self._table, self._visibility = table, visibility
         self.document_ids = validate_names("document_ids", document_ids)
         self.tags = validate_tags((tags,) if isinstance(tags, str) else tags)
-        known_tags = {tag for document in table.ledger.documents.values() for tag in document.tags} if self.tags else ()
-        for tag in self.tags:
-            validate_choice("tags", tag, sorted(known_tags))
         self.selection = Selection(self.document_ids, self.tags)
         if not self.document_ids and not self.tags:
             raise ValueError(
                 "`document_ids` or `tags` must name at least one document or tag, got none; read the bank itself for all."
             )
         with table.lock:
+            known_tags = (
+                {tag for document in table.ledger.documents.values() for tag in document.tags} if self.tags else ()
+            )
+            for tag in self.tags:
+                validate_choice("tags", tag, sorted(known_tags))
             for document_id in self.document_ids:
                 validate_known("document_ids", document_id, table.ledger.documents)
 
@@ -102,7 +104,8 @@ class BankView:
 
     @property
     def num_tokens(self) -> int:
-        return int(self._table.ledger.sizes(self.selection.rows(self._table.ledger)).sum())
+        with self._table.lock:
+            return int(self._table.ledger.sizes(self.selection.rows(self._table.ledger)).sum())
 
     @property
     def is_empty(self) -> bool:

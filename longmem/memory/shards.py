@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -246,6 +247,14 @@ def _in_order(
     return together.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
+def _place_of(bank: MemoryBank) -> Path | int:
+    """Return what two banks share when they hold the same: the folder, or the object."""
+    try:
+        return bank.folder.path
+    except ValueError:
+        return id(bank)
+
+
 def _validate_shards(shards: Sequence[Any]) -> None:
     """Raise ValueError unless these are different banks that one encoder has written."""
     if not shards:
@@ -257,8 +266,9 @@ def _validate_shards(shards: Sequence[Any]) -> None:
                 "saved bank with `MemoryBank.load(folder)`."
             )
     banks = [_bank_of(shard) for shard in shards]
-    if len({id(bank) for bank in banks}) < len(banks):
-        twice = next(number for number, bank in enumerate(banks) if any(bank is other for other in banks[:number]))
+    places = [_place_of(bank) for bank in banks]
+    if len(set(places)) < len(places):
+        twice = next(number for number, place in enumerate(places) if place in places[:number])
         raise ValueError(
             f"`banks` must be different banks, got one again at place {twice}: its chunks would be found twice; for "
             "several documents of one bank, `bank.select([...])` names them all."

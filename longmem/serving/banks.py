@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from longmem.files import discard, remove_drafts
 from longmem.memory import MemoryBank, has_bank
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -35,6 +35,7 @@ class NamedBanks:
         self._lock = threading.RLock()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            remove_drafts(folder)
 
     def names(self) -> list[str]:
         """Return the names of all banks."""
@@ -76,7 +77,7 @@ class NamedBanks:
             bank.close()
             del self._open[name]
             if self.folder is not None:
-                shutil.rmtree(self.folder / name)
+                discard(self.folder / name)
 
     def close(self) -> None:
         """Close all banks; those in folders are opened again by the next server."""

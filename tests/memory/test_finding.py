@@ -9,6 +9,7 @@ from tiny_models import some_text
 
 from longmem import MemoryBank
 from longmem.memory import BankShards
+from longmem.memory.finding import text_of
 from longmem.model.index_queries import QueryRecorder
 
 model = tiny_memory.model
@@ -67,3 +68,11 @@ def test_a_text_without_words_and_no_passages_are_refused(bank, text, k):
 def test_heads_refuse_an_empty_text(model, bank):
     with pytest.raises(ValueError, match="`text` must hold at least one token"):
         bank.find("", model)
+
+
+def test_what_is_deleted_while_passages_are_looked_for_is_no_error(model, bank, monkeypatch):
+    parts = [(bank, ["notes", "odd"])]
+    bank.delete("notes")
+    monkeypatch.setattr(bank, "parts", lambda: parts)
+    assert {found.document_id for found in bank.find("locker text")} == {"odd"}
+    assert text_of(bank, "notes", 0, 4, str) == ""

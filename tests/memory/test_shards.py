@@ -336,3 +336,12 @@ def test_select_knows_the_documents_that_a_shard_has_by_a_tag():
     assert {place[0] for place in shards.select("a").locate(torch.arange(4))} == {"a"}
     with pytest.raises(ValueError, match="'hidden'"):
         shards.select("hidden")
+
+
+def test_one_folder_is_read_once(tmp_path):
+    fill(make_bank(), {"a": 4}).save(tmp_path / "bank")
+    (tmp_path / "link").symlink_to(tmp_path / "bank")
+    banks = [MemoryBank.open(tmp_path / name, read_only=True) for name in ("bank", "link")]
+    with pytest.raises(ValueError, match="different banks, got one again at place 1"):
+        BankShards(banks)
+    assert len(BankShards([banks[0], MemoryBank.load(tmp_path / "bank")]).shards) == 2  # a copy may go another way
