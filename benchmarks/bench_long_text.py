@@ -3,9 +3,9 @@
     python benchmarks/bench_long_text.py [--megabytes 100] [--model NAME] [--folder FOLDER] [--output FILE.json]
 
 `longmem memorize` reads the text in a process of its own, which gets SIGKILL when it has committed a quarter of the tokens. The
-same command then goes on to the end. Without `--model` it is a random Llama of two layers with SmolLM2's tokenizer, so that what
-is measured is all but the model: a real one adds its time per token, and changes nothing else. The text is Python's reference
-manual, sentence by sentence in random order.
+same command then goes on to the end. Without `--model` a random Llama of two layers with SmolLM2's tokenizer encodes, so that
+what is measured is all but the model: a real one adds its weights and its time per token. The text: Python's reference manual,
+sentence by sentence in random order.
 """
 
 import argparse
