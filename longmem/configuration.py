@@ -399,6 +399,12 @@ class LongMemConfig(PreTrainedConfig):
             )
         self._validate_memory_heads(layers)
         self._validate_side_layer_options()
+        width = self.get_text_config().hidden_size
+        if self.lora is not None and self.lora["rank"] > width:
+            raise ValueError(
+                f"`rank` of `lora` must be at most {width}, the backbone's hidden size, got {self.lora['rank']}; a product of "
+                "that width can already be any change of a weight."
+            )
         window = getattr(self.get_text_config(), "max_position_embeddings", None)
         if window and self.segment_length > window:
             raise ValueError(

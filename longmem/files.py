@@ -53,15 +53,20 @@ def modes() -> tuple[int, int]:
         with _umask_lock:  # it can't be read without being set; another thread's file may come out private meanwhile
             mask = os.umask(0o077)
             os.umask(mask)
-        return 0o666 & ~mask, 0o777 & ~mask
+        return 0o600 | 0o666 & ~mask, 0o700 | 0o777 & ~mask  # whatever it is, the owner reads what he wrote
     if access not in MODES:
         raise ValueError(f"{ACCESS} must be {', '.join(MODES)} or umask, got {access!r}; unset it for private.")
     return MODES[access]
 
 
-def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make a folder, and those above it that are missing, on the disk and with `modes`; one that is there stays as it is."""
+def make_folder(path: str | os.PathLike[str], *, follow: bool = True) -> Path:
+    """Make a folder, and those above it that are missing, on the disk and with `modes`; one that is there stays as it is.
+
+    `follow`: whether it may be a link. One inside a folder that somebody else may have sent must not: raises ValueError.
+    """
     path = Path(path)
+    if not follow:
+        refuse_link(path)
     missing = [each for each in (path, *path.parents) if not each.exists()]
     for each in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another process made it
@@ -159,6 +164,7 @@ def new_contents(folder: str | os.PathLike[str], stale: str = "") -> Iterator[Pa
     _settle(folder, stale)
     with new_folder(folder / PENDING) as draft:
         yield draft
+        _refuse_links(folder, _files_in(draft))
     try:
         _settle(folder, stale)
     except OSError as error:  # what was written counts, and is found
@@ -178,9 +184,8 @@ def _settle(folder: Path, stale: str) -> None:
     refuse_link(pending)
     if not pending.is_dir():
         return
-    # Not `Path.is_file`, which takes a file that can't be looked at for none: it would go with the folder.
-    found = os.walk(pending, onerror=_refuse)
-    names = [Path(root, name).relative_to(pending) for root, _, own in found for name in own]
+    names = _files_in(pending)
+    _refuse_links(folder, names)
     for name in names:
         status = os.lstat(pending / name)
         if not stat.S_ISREG(status.st_mode):
@@ -200,6 +205,19 @@ def _settle(folder: Path, stale: str) -> None:
     with _drafted(pending) as done:  # no longer under its name while it goes
         pending.rename(done)
     remove(done)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the names in a folder of all that is no folder. Raises OSError."""
+    # Not `Path.is_file`, which takes a file that can't be looked at for none: it would go with the folder.
+    found = os.walk(folder, onerror=_refuse)
+    return [Path(root, name).relative_to(folder) for root, _, own in found for name in own]
+
+
+def _refuse_links(folder: Path, names: Iterable[Path]) -> None:
+    """Raise ValueError if a folder between `folder` and one of its files leads elsewhere."""
+    for part in sorted({part for name in names for part in name.parents if part.name}):
+        refuse_link(folder / part)
 
 
 def _refuse(error: OSError) -> None:
@@ -295,7 +313,7 @@ def remove_drafts(folder: Path) -> None:
 def _drafted(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` that nobody has; what bears it after an error is removed, else the change is synced."""
     remove_drafts(path.parent)
-    name = f".{path.stem}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.draft{path.suffix}"
+    name = f".{path.stem[:40]}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.draft{path.suffix}"
     draft = path.with_name(name)
     try:
         yield draft
@@ -435,7 +453,7 @@ def check_tensors(path: Path) -> dict[str, Any] | None:
             about = json.loads(metadata[ABOUT]) if is_sealed else None
             if is_sealed and known != _digest_of_tensors({**header, "__metadata__": {**metadata, DIGEST: ""}}, file):
                 raise ValueError("its bytes are not those that were written")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(path, error) from error
     return about
 

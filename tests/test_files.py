@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from longmem import files
 from longmem.evaluation.folder import RunFolder
+from longmem.evaluation.perplexity.scoring import Cut, Window, WindowScores
+from longmem.evaluation.perplexity.texts import Text, TextScores, file_of, save_scores
 from longmem.training.checkpoints import Checkpoints
 from longmem.training.records import RunLog
 
@@ -64,22 +66,39 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize(
     ("access", "file_mode", "folder_mode"),
-    [(None, 0o600, 0o700), ("private", 0o600, 0o700), ("group", 0o640, 0o750), ("umask", 0o664, 0o775)],
+    [
+        (None, 0o600, 0o700),
+        ("private", 0o600, 0o700),
+        ("group", 0o640, 0o750),
+        (0o002, 0o664, 0o775),
+        (0o777, 0o600, 0o700),  # the owner reads, and enters, what he wrote under any umask
+        (0o133, 0o644, 0o744),
+    ],
 )
 def test_who_may_read(tmp_path, monkeypatch, access, file_mode, folder_mode):
+    umask = access if isinstance(access, int) else 0o002
     if access is not None:
-        monkeypatch.setenv(files.ACCESS, access)
-    before = os.umask(0o002)
+        monkeypatch.setenv(files.ACCESS, "umask" if access == umask else access)
+    before = os.umask(umask)
     try:
         with files.new_folder(tmp_path / "a" / "b") as draft:
             (draft / "inner").mkdir()
             (draft / "inner" / "file").write_text("text")
         files.write_file(tmp_path / "a" / "file", "text")
-        assert os.umask(0o002) == 0o002
+        assert os.umask(umask) == umask
     finally:
         os.umask(before)
     assert {mode(path) for path in (tmp_path / "a").rglob("*") if path.is_file()} == {file_mode}
     assert {mode(path) for path in (tmp_path / "a", *(tmp_path / "a").rglob("*")) if path.is_dir()} == {folder_mode}
+
+
+@pytest.mark.parametrize("name", ["n" * 250 + ".json", "\u00e9" * 125 + ".txt", "n" * 255])
+def test_any_name_that_the_system_takes_will_do(name, tmp_path):
+    files.write_file(tmp_path / name, "text")
+    with files.new_folder(tmp_path / "folder" / name) as draft:
+        (draft / "file").touch()
+    assert (tmp_path / name).read_text() == "text"
+    assert (tmp_path / "folder" / name / "file").exists()
 
 
 def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path):
@@ -145,16 +164,27 @@ WRITERS = {
     "sessions": ("sessions.jsonl", lambda folder: RunFolder(folder, {"a": 1}).__exit__(None)),
     "contents": (files.PENDING, lambda folder: finish(folder)),
     "a part of contents": (f"{files.PENDING}/part", lambda folder: finish(folder)),
+    "a folder of contents": ("inner", lambda folder: finish(folder)),
+    "scores": ("documents", lambda folder: save_scores(file_of(folder, 0, "file"), TEXT, SCORES)),
     "checkpoints": ("checkpoints", lambda folder: Checkpoints(folder, 1)),
     "tensorboard": ("tensorboard", lambda folder: RunLog(folder)),
 }
 
 
+ONE = torch.ones(1, dtype=torch.int64)
+SCORED = WindowScores((torch.ones(1),), 1.0)
+TEXT = Text("file", torch.arange(3), "other", torch.arange(3))
+SCORES = {Cut(2, 2): TextScores("file", 3, (Window(0, 1, 2),), (ONE,), ONE, {"off": SCORED})}
+
+
 def finish(folder):
     with files.new_contents(folder) as draft:
-        (draft / "part").write_text("part")
+        (draft / "inner").mkdir()
+        for name in ("part", "inner/file"):
+            (draft / name).write_text("part")
 
 
+@pytest.mark.filterwarnings("ignore:what was saved to")  # a pipe in the place of a folder
 @pytest.mark.parametrize("trap", TRAPS)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_nothing_outside_a_folder_is_written_to(writer, trap, tmp_path):
@@ -163,7 +193,7 @@ def test_nothing_outside_a_folder_is_written_to(writer, trap, tmp_path):
     (outside / "file").write_text("somebody's, without an end")
     (outside / "step-1").mkdir()
     (outside / "file").chmod(0o640)
-    (name, write), is_folder = WRITERS[writer], writer in ("contents", "checkpoints", "tensorboard")
+    (name, write), is_folder = WRITERS[writer], writer not in ("lines", "predictions", "sessions", "a part of contents")
     (folder / name).parent.mkdir(parents=True)
     target = outside if is_folder or trap in ("link to nothing", "second name") else outside / "file"
     TRAPS[trap](folder / name, target)

@@ -114,6 +114,16 @@ def test_what_is_no_file_of_the_run_itself_is_refused(tmp_path, name, kind):
     assert not (tmp_path / "report").exists()
 
 
+def test_figures_go_into_a_folder_of_the_report(tmp_path):
+    finished(tmp_path / "run")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "figures").symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="figures' must be of its own folder alone"):
+        write_report([tmp_path / "run"], tmp_path / "report")
+    assert not list((tmp_path / "outside").iterdir())
+
+
 @pytest.mark.parametrize("where", ["table", "title", "model"])
 @pytest.mark.parametrize(
     "text",

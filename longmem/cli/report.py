@@ -188,7 +188,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path, title: str =
         ) from error
     text = "\n".join(parts)
     page = as_html(text, title, figures)
-    make_folder(output / "figures")
+    make_folder(output / "figures", follow=False)
     for name, image in figures.items():
         write_file(output / name, image)
     write_file(output / "report.md", text)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from longmem.backbone.packaged import PACKAGED_BACKBONES
-from longmem.files import current, read_json
+from longmem.files import current, damaged, read_json
 
 # Trained side networks that come with this package, each in a folder named like its packaged backbone.
 TRAINED_FOLDER = Path(__file__).parents[1] / "trained"
@@ -117,6 +117,8 @@ def look_up(name: str | PathLike[str], revision: str | None = None, subfolder: s
         patterns = [f"{subfolder}/{each}" if subfolder else each for each in PATTERNS]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub)) / subfolder
     backbone = config.get("backbone_name_or_path")
+    if not isinstance(backbone, str | None):
+        raise damaged(folder / "config.json", f"it names the backbone {backbone!r:.80}")
     if backbone:
         backbone = backbone_location(folder, backbone)
     return NamedModel(name, "saved", backbone, config.get("backbone_revision"), folder)

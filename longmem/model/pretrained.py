@@ -277,7 +277,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         if generation_config is not None:
             model.generation_config = generation_config
         elif (folder / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = GenerationConfig.from_dict(files.read_json(folder / GENERATION_CONFIG_NAME))
         model.generation_config.update(**{name: fields[name] for name in NOTED_BY_OTHERS if name in fields})
         place = (str(folder), None) if (folder / "tokenizer_config.json").is_file() else None
         if place is None and settings.backbone_name_or_path:

@@ -19,11 +19,13 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from longmem import files
 from longmem.configuration import ALL_LINEAR, LongMemConfig
 from longmem.encoder.stamp import BackboneStamp
+from longmem.memory.folder.foreign import fits
 from longmem.model.names import lasting_name
 from longmem.model.side_network import SideNetwork
 
 PREFIX = "side_network."
 SEALED = (CONFIG_NAME, GENERATION_CONFIG_NAME)
+TOLD = {"files?": dict, "backbone?": {"sums": dict, "recipe": dict}}  # in the header of the weights
 BACKBONE_FOLDER = "backbone"  # inside the folder of a model that is saved with its backbone
 # Options of `save_pretrained` that transformers takes, those of an upload, and what other libraries pass by habit and weights
 # in safetensors need not.
@@ -197,14 +199,19 @@ def load_side_network(side_network: SideNetwork, folder: Path, variant: str | No
     about: dict[str, Any] = {}
     for file in weight_files(folder, variant):
         try:
-            about |= files.check_tensors(file) or {}
+            told = files.check_tensors(file)
+            told = {} if told is None else told
+            if not fits(told, TOLD):
+                raise files.damaged(file, "what is told of it is not what is told of a side network")
+            about |= told
             found |= load_file(file)
         except OSError as error:
             raise files.not_opened(file, error) from error
         except SafetensorError as error:
             raise files.damaged(file, error) from error
-    for name, digest in about.get("files", {}).items():
-        if not (folder / name).is_file() or files.digest_of(folder / name) != digest:
+    known = about.get("files", {})
+    for name in filter(known.__contains__, SEALED):
+        if not (folder / name).is_file() or files.digest_of(folder / name) != known[name]:
             warnings.warn(
                 f"{folder / name} is not as `save_pretrained` wrote it; if nobody changed it on purpose it is damaged, and the "
                 "folder should be restored from a copy.",

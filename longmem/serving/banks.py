@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from longmem.files import discard, remove_drafts
+from longmem.files import discard, make_folder, remove_drafts
 from longmem.memory import MemoryBank, has_bank
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -34,7 +34,7 @@ class NamedBanks:
         self._open: dict[str, MemoryBank] = {}
         self._lock = threading.RLock()
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(folder)
             remove_drafts(folder)
 
     def names(self) -> list[str]:

@@ -25,7 +25,7 @@ from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.data.lanes import NO_LABEL
 from longmem.evaluation.folder import as_json
-from longmem.files import make_folder, write_file
+from longmem.files import make_folder, refuse_link, write_file
 from longmem.plots import require_matplotlib
 from longmem.settings import save_settings
 from longmem.settings.environment import chosen_device, environment
@@ -88,6 +88,7 @@ class Trainer:
         set_seed(settings.seed)
         self.extensions = tuple(extensions)
         self.checkpoints = Checkpoints(self.folder, settings.checkpoints.keep, self.extensions)
+        refuse_link(self.folder / "side-network")
         if step := self.checkpoints.find(self.accelerator):
             self.checkpoints.refuse_changed_settings(settings, step)
         self.model = setup.make_model(settings, self.accelerator.device)

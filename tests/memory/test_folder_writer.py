@@ -5,6 +5,7 @@ import copy
 import os
 import pickle
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -148,6 +149,81 @@ def test_a_commit_that_another_writer_made_is_noticed(tmp_path):
         other.folder.verify()
     with MemoryBank.open(tmp_path) as other:
         assert contents(other) == found
+
+
+def other_bank(folder: Path) -> Path:
+    make_bank(folder.with_name("other"), "xyz").close()
+    return folder.with_name("other")
+
+
+def twin_that_went_on(folder: Path) -> Path:
+    """Return a copy of the bank from before its last change, after another change."""
+    shutil.copytree(folder, folder.with_name("other"))
+    with MemoryBank.open(folder) as bank:
+        bank.delete("b")
+    with MemoryBank.open(folder.with_name("other")) as bank:
+        bank.rename("c", "z")
+    return folder.with_name("other")
+
+
+@pytest.mark.parametrize("change", some([*CHANGES, "read", "close"], ["delete", "read"]))
+@pytest.mark.parametrize("other_of", [other_bank, twin_that_went_on])
+def test_files_of_another_bank_of_as_many_commits_are_noticed(tmp_path, other_of, change):
+    """They are written over those of the opened bank, which stay the same files."""
+    folder = tmp_path / "notes"
+    make_bank(folder).close()
+    other = other_of(folder)
+    bank, kept = MemoryBank.open(folder), MemoryBank.open(folder, read_only=True)
+    before = [path for path in folder.rglob("*") if path.is_file()]
+    for path in filter(Path.is_file, other.rglob("*")):
+        (folder / path.relative_to(other)).write_bytes(path.read_bytes())
+    said = "moved or replaced" if other_of is other_bank else "somebody else has changed it"
+    if change in CHANGES:
+        with pytest.raises(ValueError, match=said):
+            CHANGES[change](bank)
+    if change == "read" and other_of is other_bank:
+        for read in (lambda: bank.text("a"), lambda: kept.text("a"), kept.folder.reload):
+            with pytest.raises(ValueError, match=said):
+                read()
+    elif change == "read":
+        assert kept.folder.reload()
+        assert "z" in kept
+    kept.close()
+    bank.close()
+    assert all(path.exists() for path in before)
+    with MemoryBank.open(folder) as bank, MemoryBank.open(other, read_only=True) as known:
+        bank.folder.verify()
+        assert contents(bank) == contents(known)
+
+
+def interrupt(number: int, frame: object) -> None:
+    raise TimeoutError
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers")
+@pytest.mark.parametrize(
+    ("handler", "error"), [(signal.default_int_handler, KeyboardInterrupt), (interrupt, TimeoutError)]
+)
+def test_a_signal_while_sqlite_runs_is_not_called_damage(tmp_path, handler, error):
+    with make_bank(tmp_path) as bank:
+        catalogue = bank.folder._folder.catalogue
+        count = (
+            "WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 300000) SELECT count(*) FROM n"
+        )
+
+        def read():
+            with catalogue.snapshot():
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                catalogue._connection.execute(count).fetchall()
+
+        before = signal.signal(signal.SIGALRM, handler)
+        try:
+            with pytest.raises(error):
+                read()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert set(contents(bank)) == set("abc")
 
 
 # Forks.

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from model.conftest import SETTINGS, build_backbone
 from safetensors.torch import load_file, save_file
 
 from longmem import LongMemForCausalLM
-from longmem.files import PENDING
+from longmem.files import PENDING, seal_tensors
 from longmem.model.names import look_up
 from longmem.model.saving import load_side_network, weight_files
 
@@ -79,6 +80,50 @@ def test_weights_that_are_no_numbers_are_refused_by_name(saved, original):
         save_file(weights, saved / "model.safetensors")
         with pytest.raises(ValueError, match=f"`{name}` in .* must be finite"):
             load_side_network(side_network, saved)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [],
+        3,
+        {"files": []},
+        {"backbone": 3},
+        {"backbone": {}},
+        {"backbone": {"sums": [], "recipe": {}}},
+        {"files": {"/etc/hostname": "0"}},
+        {"files": {"../model/config.json": "0"}},
+    ],
+    ids=str,
+)
+def test_what_somebody_else_says_of_weights_is_refused_or_names_nothing_elsewhere(told, saved, original):
+    path = saved / "model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"})
+    seal_tensors(path, told)
+    if isinstance(told, dict) and told.get("files"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load_side_network(copy.deepcopy(original[0].side_network), saved) is None
+    else:
+        with pytest.raises(ValueError, match=r"model\.safetensors can't be read.*what is told of a side network"):
+            load_side_network(copy.deepcopy(original[0].side_network), saved)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not as `save_pretrained` wrote it")
+@pytest.mark.parametrize(
+    ("name", "said", "message"),
+    [
+        ("config.json", {"backbone_name_or_path": ["x"]}, "config.json can't be read.*names the backbone"),
+        ("config.json", {"lora": {"rank": 10**9}}, "`rank` of `lora` must be at most 32"),
+        ("generation_config.json", [], "generation_config.json can't be read.*hold an object"),
+        ("generation_config.json", "{", "generation_config.json can't be read"),
+    ],
+)
+def test_what_somebody_else_says_in_settings_is_refused_in_one_sentence(name, said, message, saved):
+    before = json.loads((saved / name).read_text())
+    (saved / name).write_text(said if isinstance(said, str) else json.dumps(before | said if said else said))
+    with pytest.raises(ValueError, match=message):
+        LongMemForCausalLM.from_pretrained(saved)
 
 
 def test_only_the_files_that_count_are_read(saved, original):

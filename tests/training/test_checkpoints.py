@@ -40,6 +40,13 @@ def run(finished, tmp_path):
     return Path(shutil.copytree(finished.folder, tmp_path / "run"))
 
 
+def test_a_side_network_is_not_written_through_a_link(files, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "side-network").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="side-network' must be of its own folder alone"):
+        make_trainer(files, output=tmp_path / "run", **OPTIONS)
+
+
 class Bomb:
     def __init__(self, path: Path) -> None:
         self.path = path

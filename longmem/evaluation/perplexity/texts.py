@@ -227,7 +227,7 @@ def save_scores(path: Path, text: Text, scores: Mapping[Cut, TextScores]) -> Non
         tensors |= {f"{cut}/{name}": tensor.contiguous() for name, tensor in found.items()}
     systems = list(next(iter(scores.values())).systems)
     about = {"name": text.name, "num_tokens": len(text.token_ids), "cuts": [*map(str, scores)], "systems": systems}
-    make_folder(path.parent)
+    make_folder(path.parent, follow=False)
     with new_file(path) as draft:
         save_file(tensors, draft, {"text": json.dumps(about)})
         seal_tensors(draft, {})

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import sqlite3
 import threading
 import time
@@ -164,7 +165,7 @@ class BankFolder:
 
     def is_current(self) -> bool:
         """Return whether the commit that was read is still the last one."""
-        return self.newest_content()["commit"] == self.content["commit"]
+        return is_same(self.newest_content(), self.content)
 
     def new_storage(self, storage_dtype: torch.dtype) -> DiskStorage:
         """Return an empty storage in this folder."""
@@ -289,14 +290,14 @@ class BankFolder:
         before = self.content
         try:
             with self.catalogue.transaction():
-                if not self.catalogue.is_new and self.catalogue.read_content()["commit"] != before["commit"]:
+                if not (self.catalogue.is_new or is_same(self.catalogue.read_content(), before)):
                     raise ValueError("somebody else has changed it")
                 yield
-                self.catalogue.describe(self.content | {"commit": before["commit"] + 1})
+                self.catalogue.describe(self.content | {"commit": before["commit"] + 1, "state": secrets.token_hex(4)})
         except BaseException as error:
             try:
                 is_new = self.catalogue.is_new
-                is_undone = self.catalogue.is_blank() if is_new else self.read_content()["commit"] == before["commit"]
+                is_undone = self.catalogue.is_blank() if is_new else is_same(self.read_content(), before)
             except Exception:
                 is_undone = False
             self.catalogue.content = before
@@ -649,6 +650,11 @@ class OnDisk:
 def storage_of(contents: Table) -> DiskStorage:
     assert isinstance(contents.storage, DiskStorage)
     return contents.storage
+
+
+def is_same(content: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two descriptions are of the same commit of the same bank; two copies of a bank may count alike."""
+    return all(content.get(name) == other.get(name) for name in ("commit", "word", "state"))
 
 
 def has_bank(path: str | PathLike[str]) -> bool:

@@ -37,6 +37,7 @@ HALF = 2**32 - 1
 LARGEST = 2**62  # of a number, so that sums of two are numbers, too
 # The second where SQLite quotes, in its message, a damaged name.
 UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)
+WRITTEN = ("st_mtime_ns", "st_size")  # of a file, by which it is known whether somebody has written to it
 BUSY_SECONDS = 60  # how long to wait for another process's commit
 # What SQLite says of the system, of other processes and of itself, not of the file.
 OF_THE_SYSTEM = ("READONLY", "CANTOPEN", "PERM", "AUTH", "IOERR", "FULL", "BUSY", "LOCKED", "PROTOCOL", "NOLFS")
@@ -81,6 +82,7 @@ DESCRIPTION: dict[str, Any] = {
     "encoders": [ENCODER],
     "shapes": [[(int, bool)]],
     "word?": (str, None),
+    "state?": str,  # another one for every commit
 }
 DESCRIPTION |= dict.fromkeys(("commit", "next_serial", "next_order", "next_slot"), int)
 
@@ -149,11 +151,12 @@ class Catalogue:
         # Threads of one process share the connection, which can be in one transaction at a time.
         self.turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
-        self._steps_left = math.inf
+        self._write = write
+        self._seen: os.stat_result | None = None  # the file when it was last written to, or opened, here
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
             try:
-                self._protect(write)
+                self._protect()
                 self.is_new = create is not None and self.is_blank()
                 if create is None or not self.is_new:
                     self._check_kind()
@@ -166,6 +169,7 @@ class Catalogue:
         except UNREADABLE as error:
             is_of_folder = create is not None and isinstance(error, sqlite3.OperationalError)
             raise (not_written(folder, error) if is_of_folder else self._not_read(error)) from error
+        self._seen = self._look()
 
     @classmethod
     def is_in(cls, folder: Path) -> bool:
@@ -231,17 +235,63 @@ class Catalogue:
         except OSError as error:
             raise not_read(self.path, error) from error
 
-    def _protect(self, write: bool) -> None:
+    def _look(self) -> os.stat_result | None:
+        with contextlib.suppress(OSError):
+            return os.stat(self.path)
+        return None
+
+    def _renew(self) -> None:
+        """Open the file anew if somebody else has written to it since this object did, or read it.
+
+        SQLite goes on with what it remembers while some numbers in the file are the same, as those of another bank may be
+        whose files were copied over these. Raises ValueError if it is another bank.
+        """
+        found, seen = self._look(), self._seen
+        if (
+            self.is_new
+            or found is None
+            or (seen and all(getattr(found, each) == getattr(seen, each) for each in WRITTEN))
+        ):
+            return
+        before, known, totals = self._connection, self.content, self._totals
+        try:
+            self._connection = self._connect(["rw"] if self._write else ["rw", "ro"])
+            self._protect()
+            self._check_kind()
+            words = [each.get("word") for each in (known, self.read_content() if known else known)]
+        except BaseException as error:
+            if self._connection is not before:
+                self._connection.close()
+            self._connection = before
+            if isinstance(error, UNREADABLE):
+                raise self._not_read(error) from error
+            raise
+        finally:
+            self.content, self._totals = known, totals
+        before.close()
+        if None not in words and words[0] != words[1]:
+            raise ValueError(
+                f"the bank in {str(self.path.parent)!r} is another one than was opened, whose files were moved or replaced; "
+                "nothing was changed, open the bank again."
+            )
+        self._seen = found
+
+    def _protect(self) -> None:
         """Bound what a statement may do."""
-        self._connection.set_progress_handler(self._has_run_too_long, STEPS_BETWEEN)
         self._connection.execute("PRAGMA synchronous = EXTRA")
         self._connection.execute("PRAGMA secure_delete = ON")
-        if not write:
+        if not self._write:
             self._connection.execute("PRAGMA query_only = ON")
 
-    def _has_run_too_long(self) -> bool:
-        self._steps_left -= STEPS_BETWEEN
-        return self._steps_left < 0
+    def _bound(self, steps: int | None) -> None:
+        """Let statements run so many steps together, None: without end.
+
+        SQLite asks an iterator, not a function: the error of a signal that has come meanwhile, such as Ctrl-C, would be raised
+        in a function, where SQLite takes it for a no.
+        """
+        goes_on = itertools.repeat(False, 0 if steps is None else steps // STEPS_BETWEEN)
+        asked = None if steps is None else itertools.chain(goes_on, itertools.repeat(True)).__next__
+        self._connection.set_progress_handler(asked, STEPS_BETWEEN)
 
     def _not_read(self, error: Exception) -> ValueError:
         """Return the error for a file that SQLite does not read, with its cause: the system, somebody else, or the file."""
@@ -293,6 +343,7 @@ class Catalogue:
     def transaction(self) -> Iterator[None]:
         """Make the changes inside the block together, or none of them, for good."""
         with self.turn:
+            self._renew()
             totals = {name: list(total) for name, total in self._totals.items()}
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -309,6 +360,8 @@ class Catalogue:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+            finally:
+                self._seen = self._look()
 
     def put(self, table: Table, row: Sequence[Any]) -> None:
         """Write a row, in place of the one with its keys."""
@@ -347,15 +400,16 @@ class Catalogue:
         """Read inside the block from one commit, whatever others commit meanwhile."""
         with self.turn:
             self.refuse_closed()
+            self._renew()
             try:
                 self._connection.execute("BEGIN")
                 self._measure()
-                self._steps_left = LEAST_STEPS + STEPS_PER_BYTE * self._size
+                self._bound(LEAST_STEPS + STEPS_PER_BYTE * self._size)
                 yield
             except UNREADABLE as error:
                 raise self._not_read(error) from error
             finally:
-                self._steps_left = math.inf
+                self._bound(None)
                 if self._connection.in_transaction:  # SQLite ends it itself when a read fails
                     self._connection.execute("ROLLBACK")
 
@@ -429,6 +483,7 @@ class Catalogue:
     def vacuum(self) -> None:
         """Rewrite the file without what was deleted."""
         self._connection.execute("VACUUM")
+        self._seen = self._look()
 
     def close(self) -> None:
         """Let go of the file, when other threads have read what they are reading."""
