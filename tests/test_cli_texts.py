@@ -344,11 +344,12 @@ def test_a_tilde_is_the_home_folder_in_every_place_that_is_named(tmp_path, monke
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize("place", ["{folder}", "{folder}/absent/why.html", ""])
-def test_where_a_page_cant_be_written_is_told_before_the_work(bank, tmp_path, run, place, capsys):
+@pytest.mark.parametrize("place", ["{folder}", "{folder}/absent/why.html", "", "{bank}/catalogue.sqlite", "{bank}/new"])
+@pytest.mark.parametrize("command", [("generate", "--prompt", "x", "--explain"), ("bank", "export")])
+def test_where_a_page_cant_be_written_is_told_before_the_work(bank, tmp_path, run, place, command, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run("generate", "--bank", bank, "--prompt", "x", "--explain", place.format(folder=tmp_path))
-    assert "argument --explain: it must name a file" in capsys.readouterr().err
+        run(*command, place.format(folder=tmp_path, bank=bank), "--bank", bank)
+    assert "it must name a file" in capsys.readouterr().err
 
 
 def test_pieces_are_the_text(monkeypatch):

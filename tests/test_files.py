@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import signal
 import stat
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from longmem import files
 from longmem.evaluation.folder import RunFolder
 from longmem.evaluation.perplexity.scoring import Cut, Window, WindowScores
-from longmem.evaluation.perplexity.texts import Text, TextScores, file_of, save_scores
+from longmem.evaluation.perplexity.texts import Text, TextScores, file_of, load_scores, save_scores
 from longmem.training.checkpoints import Checkpoints
 from longmem.training.records import RunLog
 
@@ -175,6 +176,26 @@ ONE = torch.ones(1, dtype=torch.int64)
 SCORED = WindowScores((torch.ones(1),), 1.0)
 TEXT = Text("file", torch.arange(3), "other", torch.arange(3))
 SCORES = {Cut(2, 2): TextScores("file", 3, (Window(0, 1, 2),), (ONE,), ONE, {"off": SCORED})}
+
+
+OF_SCORES = {"name": "a", "num_tokens": 3, "cuts": ["2/2"], "systems": ["off"]}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None,
+        "{",
+        "[]",
+        *(json.dumps(OF_SCORES | other) for other in ({}, {"cuts": 3}, {"cuts": ["x"]}, {"systems": [3]})),
+    ],
+)
+def test_a_file_that_holds_no_scores_is_refused_by_name(told, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(1)}, path, None if told is None else {"text": told})
+    files.seal_tensors(path, {})
+    with pytest.raises(ValueError, match=r"a\.safetensors can't be read.*it holds no scores"):
+        load_scores(path)
 
 
 def finish(folder):

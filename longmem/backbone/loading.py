@@ -72,9 +72,18 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, **options: An
 
     Raises:
         OSError: there is no such tokenizer, or it can't be reached.
+        ValueError: its files do not make one.
     """
     resolved = resolve_backbone(name_or_path)
-    return transformers.AutoTokenizer.from_pretrained(resolved, revision=revision or "main", **options)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(resolved, revision=revision or "main", **options)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # files that are none end in whatever transformers and tokenizers meet first
+        raise ValueError(
+            f"the tokenizer of `{name_or_path}` can't be opened, its files must be as `save_pretrained` wrote them: "
+            f"{type(error).__name__}, {error}"
+        ) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

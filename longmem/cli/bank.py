@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common, find, memorize, staleness, tune
@@ -108,7 +107,7 @@ def add(commands: Any) -> None:
     add_command(actions, "verify", verify, "compare every byte with its checksum", VERIFY_EXAMPLE, own)
     add_command(actions, "compact", compact, "give back the space of what was deleted", COMPACT_EXAMPLE, bank)
     written = add_command(actions, "export", export, "write documents as lines of JSON", EXPORT_EXAMPLES, bank, by_tag)
-    written.add_argument("output", type=Path, metavar="OUT", help="file to write (.jsonl)")
+    written.add_argument("output", type=common.new_file, metavar="OUT", help="file to write (.jsonl)")
     find.add(actions)
     tune.add(actions)
     staleness.add(actions)

@@ -130,9 +130,11 @@ def path(name: str) -> Path:
 
 def new_file(name: str) -> Path:
     """Return the path of a file that can be written: what is wrong with it is told before the work."""
+    from longmem.memory.folder.catalogue import CATALOGUE
+
     found = path(name)
-    if found.is_dir() or not found.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"it must name a file in a folder that is there, got {name}")
+    if found.is_dir() or not found.parent.is_dir() or (found.parent / CATALOGUE).exists():
+        raise argparse.ArgumentTypeError(f"it must name a file in a folder that is there and holds no bank, got {name}")
     return found
 
 

@@ -279,11 +279,14 @@ class LongMemPreTrainedModel(PreTrainedModel):
         elif (folder / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_dict(files.read_json(folder / GENERATION_CONFIG_NAME))
         model.generation_config.update(**{name: fields[name] for name in NOTED_BY_OTHERS if name in fields})
-        place = (str(folder), None) if (folder / "tokenizer_config.json").is_file() else None
+        is_own = (folder / "tokenizer_config.json").is_file()
+        place = (str(folder), None) if is_own else None
         if place is None and settings.backbone_name_or_path:
             place = settings.backbone_name_or_path, settings.backbone_revision
         if place is not None:
-            model._open_tokenizer = functools.partial(load_tokenizer, *place, **_tokenizer_options(loading))
+            # Nobody is asked whether code in the folder is to be run; a backbone's own is as trusted as the backbone.
+            asked = _tokenizer_options({"trust_remote_code": False} | loading if is_own else loading)
+            model._open_tokenizer = functools.partial(load_tokenizer, *place, **asked)
         names = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
         nothing: dict[str, set[str]] = {name: set() for name in names}
         return (model.eval(), nothing) if output_loading_info else model.eval()  # type: ignore[return-value]

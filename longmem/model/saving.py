@@ -47,6 +47,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"{SHIM}.LongMemForCausalLM",
 }
 SAVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CARD_BEGINS = b"library_name: longmem"
 MODEL_CARD = """---
 library_name: longmem
 pipeline_tag: text-generation
@@ -142,7 +143,9 @@ def write_description(
     config.backbone_config.name_or_path = config.backbone_name_or_path or ""
     config.save_pretrained(folder)
     (folder / f"{SHIM}.py").write_text(SHIM_CODE, encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    there = None if place is None else place / "README.md"
+    if there is None or not there.is_file() or CARD_BEGINS in files.read_file(there):  # else it is somebody's own
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def is_place(name: str | None) -> bool:

@@ -180,7 +180,7 @@ class Checkpoints:
             set_random_states(progress["random"], accelerator.process_index)
             for number, extension in enumerate(self.extensions):
                 extension.load(folder / f"extension-{number}")
-        except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, SafetensorError) as error:
+        except (LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"the checkpoint {folder} is not one of this run: {type(error).__name__}, {error}."
             ) from error

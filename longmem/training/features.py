@@ -177,7 +177,7 @@ def load_kept(file: Path) -> dict[str, Tensor] | None:
     try:
         about = check_tensors(file)
         return load_file(file) if about is not None and about["name"] == file.name else None
-    except (FileNotFoundError, ValueError, SafetensorError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError):
         return None
 
 

@@ -25,9 +25,9 @@ from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.data.lanes import NO_LABEL
 from longmem.evaluation.folder import as_json
-from longmem.files import make_folder, refuse_link, write_file
+from longmem.files import make_folder, read_file, refuse_link, write_file
 from longmem.plots import require_matplotlib
-from longmem.settings import save_settings
+from longmem.settings import save_settings, settings_text
 from longmem.settings.environment import chosen_device, environment
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints, Interruption, Trained
@@ -91,6 +91,14 @@ class Trainer:
         refuse_link(self.folder / "side-network")
         if step := self.checkpoints.find(self.accelerator):
             self.checkpoints.refuse_changed_settings(settings, step)
+        elif (own := self.folder / "config.yaml").is_file() and read_file(own) not in (
+            b"",
+            settings_text(settings).encode(),
+        ):
+            raise ValueError(
+                f"`output` must be a new folder or that of a run with checkpoints, but {own} is of no such run; give another one, "
+                "or remove that file."
+            )
         self.model = setup.make_model(settings, self.accelerator.device)
         origin = {"model.backbone": setup.backbone_fingerprint(self.model)}  # before an extension changes it
         for each in self.extensions:

@@ -16,6 +16,7 @@ import torch
 from killing import kill_at_any_time, kill_at_every_change
 from model.conftest import SETTINGS, build_backbone
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_backbone
 
 from longmem import LongMemForCausalLM
 from longmem.files import PENDING, seal_tensors
@@ -124,6 +125,30 @@ def test_what_somebody_else_says_in_settings_is_refused_in_one_sentence(name, sa
     (saved / name).write_text(said if isinstance(said, str) else json.dumps(before | said if said else said))
     with pytest.raises(ValueError, match=message):
         LongMemForCausalLM.from_pretrained(saved)
+
+
+CODE = {"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", json.dumps(CODE)),
+    ],
+)
+def test_a_tokenizer_is_data_and_nobody_is_asked_to_run_its_code(name, content, original, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    save_tiny_backbone(folder)
+    (folder / "code.py").write_text("raise RuntimeError('it ran')")
+    (folder / name).write_text(content)
+    shutil.copytree(original[1], folder, dirs_exist_ok=True)
+    monkeypatch.setattr("builtins.input", None)
+    model = LongMemForCausalLM.from_pretrained(folder, backbone=original[0].backbone)
+    with pytest.raises(ValueError, match=f"the tokenizer of `{folder}` can't be opened"):
+        model.tokenizer  # noqa: B018  it is opened
 
 
 def test_only_the_files_that_count_are_read(saved, original):

@@ -185,6 +185,17 @@ def test_a_merged_model_is_saved_as_a_whole(lora_folders, input_ids, tmp_path):
     assert torch.equal(again(input_ids).logits, model(input_ids).logits)
 
 
+def test_a_page_of_somebody_else_stays(folders, tmp_path):
+    model, saved = folders[0], tmp_path / "project"
+    saved.mkdir()
+    (saved / "README.md").write_text("# My project\n")
+    model.save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "# My project\n"
+    (saved / "README.md").write_text("---\nlibrary_name: longmem\n---\nan earlier card")
+    model.save_pretrained(saved)
+    assert "arXiv 2306.07174" in (saved / "README.md").read_text()
+
+
 @pytest.mark.parametrize("saved_model", ["folders", "lora_folders"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
 def test_weights_can_be_saved_in_half_precision(saved_model, dtype, input_ids, tmp_path, request):

@@ -24,7 +24,8 @@ from longmem.evaluation.folder import digest, spread
 from longmem.evaluation.perplexity.scoring import Cut, Window, WindowScores
 from longmem.evaluation.perplexity.settings import PerplexitySettings
 from longmem.evaluation.systems import tokenize
-from longmem.files import check_tensors, make_folder, new_file, seal_tensors
+from longmem.files import check_tensors, damaged, make_folder, new_file, seal_tensors
+from longmem.memory.folder.foreign import UNFIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +237,13 @@ def save_scores(path: Path, text: Text, scores: Mapping[Cut, TextScores]) -> Non
 def load_scores(path: Path) -> dict[Cut, TextScores]:
     """Return what `save_scores` wrote. Raises ValueError, which names the file, if it is damaged."""
     check_tensors(path)
+    try:
+        return _scores_in(path)
+    except UNFIT as error:
+        raise damaged(path, f"it holds no scores ({type(error).__name__}: {error})") from error
+
+
+def _scores_in(path: Path) -> dict[Cut, TextScores]:
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["text"])
     tensors, found = load_file(path), {}
