@@ -411,13 +411,18 @@ def check_folder(folder: Path) -> None:
                 raise damaged(folder / CHECKSUMS, f"it names {name!r}")
             if digest_of(folder / name) != digest:
                 raise damaged(folder / name, "its bytes are not those that were written")
-        for path in folder.rglob("*"):
-            if not path.is_dir() and not path.is_file():  # whoever reads a pipe waits for ever
-                raise damaged(path, "it is no regular file")
+        refuse_pipes(folder)
     except OSError as error:
         raise not_opened(error.filename or folder, error) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise damaged(folder / CHECKSUMS, error) from error
+
+
+def refuse_pipes(folder: Path) -> None:
+    """Raise ValueError, which names it, if something in a folder is no file: whoever reads a pipe waits for ever."""
+    for path in folder.rglob("*"):
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise damaged(path, "it is no regular file")
 
 
 def seal_tensors(path: Path, about: Mapping[str, Any]) -> None:

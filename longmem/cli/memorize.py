@@ -147,6 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"Opening {model_name} ...")
     model = common.open_named(model_name, arguments)
     if is_new:
+        _ = model.tokenizer  # where there is none, nothing is made
         MemoryBank.for_model(model, folder=folder, **options).close()
     with common.open_bank(folder, model, write=True) as bank:
         if is_new or arguments.model:

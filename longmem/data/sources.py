@@ -130,7 +130,8 @@ def load_rows(path: str, configuration: str | None, split: str) -> Iterable[dict
     folder = Path(path).expanduser()
     if _is_saved(folder):
         return _saved_split(folder, split)[0]
-    return _opened(folder if folder.is_dir() else path, configuration, split)
+    # What is on this machine is not copied into the cache of `datasets`, where others may read it.
+    return _opened(folder if folder.is_dir() else path, configuration, split, streaming=folder.is_dir())
 
 
 def _is_saved(folder: Path) -> bool:

@@ -249,6 +249,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         fields = {name: options.pop(name) for name in (*known, *NOTED_BY_OTHERS) if name in options}
         _refuse_what_is_strict(options, [*known, *NOTED_BY_OTHERS])
         folder = look_up(pretrained_model_name_or_path, revision, subfolder, **hub).require_side_network()
+        files.refuse_pipes(folder)
         if config is None or not isinstance(config, LongMemConfig):
             config = LongMemConfig.from_pretrained(folder if config is None else config)
         settings = LongMemConfig.from_dict({**config.to_dict(), **fields})

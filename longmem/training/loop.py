@@ -91,13 +91,15 @@ class Trainer:
         refuse_link(self.folder / "side-network")
         if step := self.checkpoints.find(self.accelerator):
             self.checkpoints.refuse_changed_settings(settings, step)
-        elif (own := self.folder / "config.yaml").is_file() and read_file(own) not in (
-            b"",
-            settings_text(settings).encode(),
+        own = self.folder / "config.yaml"
+        if (
+            not step
+            and own.is_file()
+            and read_file(own).decode("utf-8", "replace") not in ("", settings_text(settings))
         ):
             raise ValueError(
-                f"`output` must be a new folder or that of a run with checkpoints, but {own} is of no such run; give another one, "
-                "or remove that file."
+                f"`output` must be a new folder or that of a run with checkpoints, but {own} is of no such run; give another "
+                "one, or remove that file."
             )
         self.model = setup.make_model(settings, self.accelerator.device)
         origin = {"model.backbone": setup.backbone_fingerprint(self.model)}  # before an extension changes it

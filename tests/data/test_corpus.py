@@ -18,7 +18,7 @@ from byte_tokenizers import byte_tokenizer
 from longmem.data import corpus as corpus_module
 from longmem.data import load_corpus
 from longmem.data.sample_texts import python_manual
-from longmem.data.sources import files_of_split
+from longmem.data.sources import files_of_split, load_rows
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> Path:
@@ -245,3 +245,11 @@ def test_what_is_kept_of_texts_is_private(tmp_path, tokenizer):
     kept = list((tmp_path / "cache").rglob("*.*"))
     assert {path.stat().st_mode & 0o077 for path in (tmp_path / "cache", *kept) if path.suffix != ".lock"} == {0}
     assert any(path.name == corpus_module.FILE for path in kept)
+
+
+def test_rows_of_a_folder_are_copied_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")  # which others may read
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.csv").write_text("text,label\nmine,1\n")
+    assert list(load_rows(str(tmp_path / "own"), None, "train")) == [{"text": "mine", "label": 1}]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and b"mine" in path.read_bytes()]
