@@ -164,7 +164,7 @@ def new_contents(folder: str | os.PathLike[str], stale: str = "") -> Iterator[Pa
     _settle(folder, stale)
     with new_folder(folder / PENDING) as draft:
         yield draft
-        _refuse_links(folder, _files_in(draft))
+        _names_in(draft, folder)
     try:
         _settle(folder, stale)
     except OSError as error:  # what was written counts, and is found
@@ -184,8 +184,7 @@ def _settle(folder: Path, stale: str) -> None:
     refuse_link(pending)
     if not pending.is_dir():
         return
-    names = _files_in(pending)
-    _refuse_links(folder, names)
+    names = _names_in(pending, folder)
     for name in names:
         status = os.lstat(pending / name)
         if not stat.S_ISREG(status.st_mode):
@@ -207,17 +206,14 @@ def _settle(folder: Path, stale: str) -> None:
     remove(done)
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Return the names in a folder of all that is no folder. Raises OSError."""
+def _names_in(draft: Path, folder: Path) -> list[Path]:
+    """Return the names of all files in a draft. Raises OSError; ValueError if their places in `folder` are behind a link."""
     # Not `Path.is_file`, which takes a file that can't be looked at for none: it would go with the folder.
-    found = os.walk(folder, onerror=_refuse)
-    return [Path(root, name).relative_to(folder) for root, _, own in found for name in own]
-
-
-def _refuse_links(folder: Path, names: Iterable[Path]) -> None:
-    """Raise ValueError if a folder between `folder` and one of its files leads elsewhere."""
+    found = os.walk(draft, onerror=_refuse)
+    names = [Path(root, name).relative_to(draft) for root, _, own in found for name in own]
     for part in sorted({part for name in names for part in name.parents if part.name}):
         refuse_link(folder / part)
+    return names
 
 
 def _refuse(error: OSError) -> None:

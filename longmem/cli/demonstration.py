@@ -25,7 +25,7 @@ from longmem.evaluation.intervals import perplexity_of
 from longmem.evaluation.perplexity.scoring import Cut, View, WindowScores, loss_difference, make_views, score_windows
 from longmem.evaluation.systems import title_of_system
 from longmem.evaluation.tables import markdown_table
-from longmem.files import make_folder, new_file, refuse_link, write_file
+from longmem.files import make_folder, new_file, write_file
 from longmem.memory import MemoryBank
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
@@ -94,8 +94,6 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     began = time.perf_counter()
     require_matplotlib()
     make_folder(settings.output)
-    for part in ("side-network", "bank"):
-        refuse_link(settings.output / part)
     torch.manual_seed(settings.seed)
     numbers = itertools.count(1)
 

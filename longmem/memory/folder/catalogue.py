@@ -37,7 +37,6 @@ HALF = 2**32 - 1
 LARGEST = 2**62  # of a number, so that sums of two are numbers, too
 # The second where SQLite quotes, in its message, a damaged name.
 UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)
-WRITTEN = ("st_mtime_ns", "st_size")  # of a file, by which it is known whether somebody has written to it
 BUSY_SECONDS = 60  # how long to wait for another process's commit
 # What SQLite says of the system, of other processes and of itself, not of the file.
 OF_THE_SYSTEM = ("READONLY", "CANTOPEN", "PERM", "AUTH", "IOERR", "FULL", "BUSY", "LOCKED", "PROTOCOL", "NOLFS")
@@ -152,7 +151,7 @@ class Catalogue:
         self.turn = threading.RLock()
         self._totals = {table.name: [0, 0] for table in TABLES}
         self._write = write
-        self._seen: os.stat_result | None = None  # the file when it was last written to, or opened, here
+        self._seen: tuple[int, int] | None = None  # `_look` when the file was last written to, or opened, here
         try:
             self._connection = self._connect(["rwc"] if create is not None else ["rw"] if write else ["rw", "ro"])
             try:
@@ -235,46 +234,31 @@ class Catalogue:
         except OSError as error:
             raise not_read(self.path, error) from error
 
-    def _look(self) -> os.stat_result | None:
+    def _look(self) -> tuple[int, int] | None:
+        """Return when somebody last wrote to the file, and its length."""
         with contextlib.suppress(OSError):
-            return os.stat(self.path)
+            found = os.stat(self.path)
+            return found.st_mtime_ns, found.st_size
         return None
 
     def _renew(self) -> None:
-        """Open the file anew if somebody else has written to it since this object did, or read it.
+        """Open the file anew if somebody else has written to it. Raises ValueError if it is another bank's.
 
         SQLite goes on with what it remembers while some numbers in the file are the same, as those of another bank may be
-        whose files were copied over these. Raises ValueError if it is another bank.
+        whose files were copied over these.
         """
-        found, seen = self._look(), self._seen
-        if (
-            self.is_new
-            or found is None
-            or (seen and all(getattr(found, each) == getattr(seen, each) for each in WRITTEN))
-        ):
+        if self.is_new or self._look() in (None, self._seen):
             return
-        before, known, totals = self._connection, self.content, self._totals
-        try:
-            self._connection = self._connect(["rw"] if self._write else ["rw", "ro"])
-            self._protect()
-            self._check_kind()
-            words = [each.get("word") for each in (known, self.read_content() if known else known)]
-        except BaseException as error:
-            if self._connection is not before:
-                self._connection.close()
-            self._connection = before
-            if isinstance(error, UNREADABLE):
-                raise self._not_read(error) from error
-            raise
-        finally:
-            self.content, self._totals = known, totals
-        before.close()
-        if None not in words and words[0] != words[1]:
-            raise ValueError(
-                f"the bank in {str(self.path.parent)!r} is another one than was opened, whose files were moved or replaced; "
-                "nothing was changed, open the bank again."
-            )
-        self._seen = found
+        with contextlib.closing(Catalogue(self.path.parent, self._write)) as fresh:
+            with fresh.snapshot():
+                words = {self.content.get("word"), fresh.read_content().get("word")}
+            if len(words - {None}) > 1:
+                raise ValueError(
+                    f"the bank in {str(self.path.parent)!r} is another one than was opened, its files were moved or replaced; "
+                    "nothing was changed, open the bank again."
+                )
+            self._connection, fresh._connection = fresh._connection, self._connection
+            self._seen = fresh._seen
 
     def _protect(self) -> None:
         """Bound what a statement may do."""
@@ -282,16 +266,6 @@ class Catalogue:
         self._connection.execute("PRAGMA secure_delete = ON")
         if not self._write:
             self._connection.execute("PRAGMA query_only = ON")
-
-    def _bound(self, steps: int | None) -> None:
-        """Let statements run so many steps together, None: without end.
-
-        SQLite asks an iterator, not a function: the error of a signal that has come meanwhile, such as Ctrl-C, would be raised
-        in a function, where SQLite takes it for a no.
-        """
-        goes_on = itertools.repeat(False, 0 if steps is None else steps // STEPS_BETWEEN)
-        asked = None if steps is None else itertools.chain(goes_on, itertools.repeat(True)).__next__
-        self._connection.set_progress_handler(asked, STEPS_BETWEEN)
 
     def _not_read(self, error: Exception) -> ValueError:
         """Return the error for a file that SQLite does not read, with its cause: the system, somebody else, or the file."""
@@ -404,12 +378,15 @@ class Catalogue:
             try:
                 self._connection.execute("BEGIN")
                 self._measure()
-                self._bound(LEAST_STEPS + STEPS_PER_BYTE * self._size)
+                # An iterator, not a function: there the error of a signal, as of Ctrl-C, would be raised, and taken for a no.
+                count = (LEAST_STEPS + STEPS_PER_BYTE * self._size) // STEPS_BETWEEN
+                has_run_too_long = itertools.chain(itertools.repeat(False, count), itertools.repeat(True)).__next__
+                self._connection.set_progress_handler(has_run_too_long, STEPS_BETWEEN)
                 yield
             except UNREADABLE as error:
                 raise self._not_read(error) from error
             finally:
-                self._bound(None)
+                self._connection.set_progress_handler(None, 0)
                 if self._connection.in_transaction:  # SQLite ends it itself when a read fails
                     self._connection.execute("ROLLBACK")
 
