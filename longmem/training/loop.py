@@ -25,9 +25,9 @@ from longmem.backbone.capture import BackboneStates
 from longmem.data import LaneBatch, process_lanes
 from longmem.data.lanes import NO_LABEL
 from longmem.evaluation.folder import as_json
-from longmem.files import make_folder, read_file, refuse_link, write_file
+from longmem.files import make_folder, refuse_link, write_file
 from longmem.plots import require_matplotlib
-from longmem.settings import save_settings, settings_text
+from longmem.settings import save_settings
 from longmem.settings.environment import chosen_device, environment
 from longmem.training import setup
 from longmem.training.checkpoints import Checkpoints, Interruption, Trained
@@ -41,6 +41,8 @@ from longmem.training.losses import long_context_weights, token_losses
 from longmem.training.progress import training_progress
 from longmem.training.records import RunLog, StepRecord, ValidationRecord, read_log
 from longmem.training.settings import TrainingSettings, validate_settings
+
+ENVIRONMENT = "environment.json"  # of a run, which knows its folder by it
 
 
 @dataclasses.dataclass
@@ -92,14 +94,9 @@ class Trainer:
         if step := self.checkpoints.find(self.accelerator):
             self.checkpoints.refuse_changed_settings(settings, step)
         own = self.folder / "config.yaml"
-        if (
-            not step
-            and own.is_file()
-            and read_file(own).decode("utf-8", "replace") not in ("", settings_text(settings))
-        ):
+        if own.exists() and not (step or (self.folder / ENVIRONMENT).exists()):
             raise ValueError(
-                f"`output` must be a new folder or that of a run with checkpoints, but {own} is of no such run; give another "
-                "one, or remove that file."
+                f"`output` must be a new folder or that of a run, but {own} is of none; give another one, or remove that file."
             )
         self.model = setup.make_model(settings, self.accelerator.device)
         origin = {"model.backbone": setup.backbone_fingerprint(self.model)}  # before an extension changes it
@@ -136,8 +133,8 @@ class Trainer:
         settings, records = self.settings, []
         if main := self.accelerator.is_main_process:
             make_folder(self.folder)
+            write_file(self.folder / ENVIRONMENT, as_json(environment()))
             save_settings(settings, self.folder / "config.yaml")
-            write_file(self.folder / "environment.json", as_json(environment()))
         num_trained = sum(each.numel() for each in (*self.trained.values(), *self.further_parameters))
         if self.step == self.steps:
             self.console.print(f"All {self.steps:,} steps were done before.", highlight=False)

@@ -49,7 +49,7 @@ def test_a_side_network_is_not_written_through_a_link(files, tmp_path):
 
 def test_a_new_run_does_not_write_over_a_file_of_settings(files, tmp_path):
     (tmp_path / "config.yaml").write_text("# mine\n" + files.read_text())
-    with pytest.raises(ValueError, match=r"config\.yaml is of no such run; give another"):
+    with pytest.raises(ValueError, match=r"config\.yaml is of none; give another"):
         make_trainer(files, output=tmp_path, **OPTIONS)
     assert (tmp_path / "config.yaml").read_text().startswith("# mine")
 
