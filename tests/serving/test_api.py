@@ -412,7 +412,10 @@ def test_explain_is_the_page_of_that_answer(client):
     assert data["documents"][0][0] == "a.txt"
 
 
-def test_banks_in_folders_are_there_for_the_next_server(model, tmp_path):
+def test_banks_in_folders_are_there_for_the_next_server(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("LONGMEM_ACCESS", "group")
+    banks = NamedBanks(model, tmp_path / "above" / "banks")
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "above", tmp_path / "above" / "banks")] == [0o750] * 2
     banks = NamedBanks(model, tmp_path / "banks")
     model.memorize(banks.get("notes", make=True), some_text(30), "a")
     banks.close()
