@@ -32,6 +32,7 @@ NOTED_BY_OTHERS = (
 # What transformers promises of every configuration, and what its users take from there: answered by the backbone's.
 OF_BACKBONE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "use_cache"),
     *("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 # Layer types of transformers' hybrid models that hold no keys: state-space and convolution layers, lone MLPs.

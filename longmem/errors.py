@@ -24,15 +24,16 @@ def printable(text: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that offers the known name closest to `name`, or nothing when none is close.
 
-    The sentence starts with a space, so that it can follow any message.
+    The sentence starts with a space, so that it can follow any message. Capitals or not is no difference.
 
     >>> did_you_mean("chunksize", ["chunk_size", "segment_length"])
     ' Did you mean `chunk_size`?'
     >>> did_you_mean("colour", ["chunk_size", "segment_length"])
     ''
     """
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean `{close[0]}`?" if close else ""
+    by_letters = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(name.casefold(), by_letters, n=1)
+    return f" Did you mean `{by_letters[close[0]]}`?" if close else ""
 
 
 def name_known(name: object, known: Collection[str], limit: int = 8) -> str:

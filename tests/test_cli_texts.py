@@ -11,6 +11,7 @@ import tracemalloc
 import types
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_encodings(raw, encoding, text, tmp_path):
         ("a.txt", b"text\0with a zero", None, "zero bytes"),
         ("a.txt", "text".encode("utf-16"), None, "--encoding"),
         ("a.txt", b"text", "latin-x", "must be one that Python knows"),
+        ("a.txt", b"text", "", "must be one that Python knows"),
         ("a.txt", b" \n", None, "holds no text"),
         ("a.bin", b"\x7fELF\xff", None, "is not a UTF-8 text file"),
         ("a.pdf", b"%PDF-1.4", None, "longmem-lm[files]"),
@@ -116,25 +118,28 @@ def test_what_is_no_text_is_refused(name, raw, encoding, words, tmp_path, monkey
 
 
 def test_documents_are_read_by_their_reader(tmp_path, monkeypatch):
-    class MarkItDown:
-        def __init__(self, enable_plugins: bool) -> None:
-            assert not enable_plugins
-
-        def convert_local(self, path: Path) -> object:
-            if path.name == "broken.pdf":
+    class Converter:
+        def convert(self, file: BinaryIO, info: object) -> object:
+            if (name := Path(file.name).name) == "broken.pdf":
                 raise KeyError("xref\ntable")
-            return types.SimpleNamespace(markdown=path.read_text() if path.name == "not.docx" else f"# {path.name}")
+            if name == "none.pdf":
+                raise ModuleNotFoundError(name)
+            return types.SimpleNamespace(markdown=f"# {name}  \n\n\n\nend")
 
-    monkeypatch.setitem(sys.modules, "markitdown", types.SimpleNamespace(MarkItDown=MarkItDown))
-    for name in ("paper.pdf", "broken.pdf", "page.html", "not.docx"):
+    names = {"PdfConverter": Converter, "HtmlConverter": Converter}
+    library = {"StreamInfo": dict, "MissingDependencyException": ModuleNotFoundError}
+    library["converters"] = types.SimpleNamespace(**names)
+    monkeypatch.setitem(sys.modules, "markitdown", types.SimpleNamespace(**library))
+    for name in ("paper.pdf", "broken.pdf", "none.pdf", "PAGE.HTM"):
         (tmp_path / name).write_bytes(b"<p>bytes</p>")
-    assert read_text(tmp_path / "paper.pdf") == "# paper.pdf"
+    assert read_text(tmp_path / "paper.pdf") == "# paper.pdf\n\nend"
+    assert read_text(tmp_path / "PAGE.HTM") == "# PAGE.HTM\n\nend"
     assert looks_like_text(tmp_path / "paper.pdf")
-    assert read_text(tmp_path / "page.html", "utf-8") == "<p>bytes</p>"  # as it stands
-    with pytest.raises(ValueError, match="broken.pdf can't be read as .pdf: KeyError: 'xref"):
+    assert read_text(tmp_path / "PAGE.HTM", "utf-8") == "<p>bytes</p>"  # as it stands
+    with pytest.raises(ValueError, match=r"broken.pdf can't be read as .pdf: KeyError: 'xref"):
         read_text(tmp_path / "broken.pdf")
-    with pytest.raises(ValueError, match=r"not\.docx can't be read as \.docx, for it is none"):
-        read_text(tmp_path / "not.docx")
+    with pytest.raises(ImportError, match=r"what reads .pdf is not installed"):
+        read_text(tmp_path / "none.pdf")
 
 
 def in_zip(path: Path, parts: dict[str, str]) -> None:
@@ -206,6 +211,12 @@ def a_notebook(path: Path, text: str) -> None:
     path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
 
 
+def an_archive() -> bytes:
+    with zipfile.ZipFile(written := io.BytesIO(), "w") as archive:
+        archive.writestr("a.txt", "a text")
+    return written.getvalue()
+
+
 WRITERS = {
     ".html": lambda path, text: path.write_text(f"<html><body><script>code()</script><p>{text}</p></body></html>"),
     ".ipynb": a_notebook,
@@ -230,7 +241,7 @@ def test_a_real_document_is_read_and_a_broken_one_refused_in_a_sentence(ending, 
         b"",
         b"\0\0",
         b"\x7fELF\0\0\xff",
-        *([] if ending == ".html" else [whole[: len(whole) // 3], b"a text"]),
+        *([] if ending == ".html" else [whole[: len(whole) // 3], b"a text", b"PK\3\4no", an_archive()]),
     ):
         document.write_bytes(broken)
         with pytest.raises(ValueError, match=rf"note\{ending}") as refused:
@@ -426,10 +437,12 @@ def test_errors_are_json_for_a_program(tmp_path, run, capsys):
     assert error.startswith("usage: longmem bank list")
 
 
-def test_a_file_that_is_not_there_is_offered_by_its_right_name(bank, run):
-    code, _, error = run("memorize", bank.parent / "ome.txt", "--bank", bank)
+@pytest.mark.parametrize("wrong", ["ome.txt", "ONE.TXT", "gone.txt"])
+def test_a_file_that_is_not_there_is_offered_by_its_right_name(wrong, bank, run):
+    (bank.parent / "gone.txt").symlink_to("away.txt")
+    code, _, error = run("memorize", bank.parent / wrong, "--bank", bank)
     assert code == 2
-    assert "Did you mean `one.txt`?" in error
+    assert ("away.txt, to which the link" if wrong == "gone.txt" else "Did you mean `one.txt`?") in error
 
 
 @pytest.mark.parametrize("raised", [IndexError("index out of range"), MemoryError(), AssertionError(), KeyError("x")])
@@ -525,6 +538,7 @@ def test_a_perplexity_beyond_all_numbers_is_infinite():
 # Command lines, with {bank} and {file} that are there and {none} that is not; what is said of each.
 WRONG_LINES = {
     "memorize {none} --bank {bank}": "there is no file",
+    "memorize - {file} - --bank {bank}": "must be named once, got it 2 times",
     "memorize {file} --bank {bank} --replace --glob *.md": "`--glob` must come with a folder",
     "memorize {file} --bank {bank} --replace --encoding latin-x": "`--encoding` must be one that Python knows",
     "memorize {file} --bank {bank} --replace --device gpu": "`--device` must be a device of this machine",

@@ -22,10 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import huggingface_hub
 import pytest
 import torch
 import transformers
+from kept_fast import fast
 from model.conftest import BACKBONES, SMALL, build_backbone
 from safetensors.torch import load_file
 from tiny_models import save_tiny_backbone, some_text
@@ -227,6 +229,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("saved", {"use_safetensors": False}, "`use_safetensors` must be True"),
     ("saved", {"state_dict": {}}, "`state_dict` is not an option here"),
     ("saved", {"lora": {"rank": 2}}, "do not fit the network"),
+    ("saved", {"load_in_8bit": True}, r"Use `quantization_config=BitsAndBytesConfig"),
+    ("saved", {"use_auth_token": "hf_x"}, "Use `token`"),
     ("backbone", {"chunksize": 4}, "`chunksize` is not a field of LongMemConfig. Did you mean `chunk_size`"),
     ("backbone", {"subfolder": "nowhere"}, "`subfolder` must be in a local folder"),
     ("backbone", {"revision": "a", "backbone_revision": "b"}, "one option under two names"),
@@ -312,11 +316,23 @@ def downloaded(model: LongMemForCausalLM, cache: Path, **options: Any) -> LongMe
     return AutoModelForCausalLM.from_pretrained("me/saved", cache_dir=str(cache), local_files_only=True, **options)
 
 
+def on_itself(model: LongMemForCausalLM, folder: Path) -> Path:
+    """Return a saved model whose configuration somebody let name it as its own backbone."""
+    model.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"backbone_name_or_path": str(folder)}))
+    return folder
+
+
 TRIED: dict[str, Callable[[LongMemForCausalLM, MemoryBank, Path], bool]] = {
     "config: sizes": lambda m, b, p: (
         [getattr(AutoConfig.from_pretrained(m.name_or_path), name) for name in SIZES_OF_ANY] == [256, 32, 4, 4, 2048]
     ),
     "config: tokens": lambda m, b, p: m.config.eos_token_id is None and not m.config.tie_word_embeddings,
+    "config: heads": lambda m, b, p: (
+        [m.config.num_key_value_heads, m.config.head_dim, m.config.intermediate_size, m.config.use_cache]
+        == [2, 8, 48, True]
+    ),
     "config: what nobody has": lambda m, b, p: not hasattr(m.config, "n_nothing"),
     "config: a size": lambda m, b, p: refused(
         lambda: AutoConfig.from_pretrained(m.name_or_path, vocab_size=5),
@@ -349,6 +365,15 @@ TRIED: dict[str, Callable[[LongMemForCausalLM, MemoryBank, Path], bool]] = {
     ),
     "from_pretrained: generation_config": lambda m, b, p: (
         opened(m, generation_config=GenerationConfig(max_new_tokens=3)).generate(IDS[:1]).shape[1] == 19
+    ),
+    "from_pretrained: hidden states": lambda m, b, p: refused(
+        lambda: opened(m, output_hidden_states=True)(IDS), "`output_hidden_states=True` is not available"
+    ),
+    "from_pretrained: its own backbone": lambda m, b, p: refused(
+        lambda: AutoModelForCausalLM.from_pretrained(on_itself(m, p)), "must be a causal LM, got the LongMem model in"
+    ),
+    "from_backbone: ours": lambda m, b, p: refused(
+        lambda: LongMemForCausalLM.from_backbone(m), "must be a causal LM alone, got a LongMemForCausalLM"
     ),
     "from_pretrained: misspelt": lambda m, b, p: refused(lambda: opened(m, usecache=True), "Did you mean `use_cache`"),
     "from_pretrained: low_cpu_mem_usage": lambda m, b, p: same(opened(m, low_cpu_mem_usage=True), m, b),
@@ -383,6 +408,15 @@ TRIED: dict[str, Callable[[LongMemForCausalLM, MemoryBank, Path], bool]] = {
     "pickle": lambda m, b, p: same(pickle.loads(pickle.dumps(m)), m, b),
     "deepcopy": lambda m, b, p: same(copy.deepcopy(m), m, b),
     "load_state_dict": lambda m, b, p: str(m.load_state_dict(m.state_dict())) == "<All keys matched successfully>",
+    "offload": lambda m, b, p: torch.equal(accelerate.cpu_offload(opened(m), "cpu")(IDS).logits, m(IDS).logits),
+    "save: over the backbone": lambda m, b, p: (
+        refused(lambda: m.save_pretrained(m.config.backbone_name_or_path), "another folder than that of the backbone")
+        and same(opened(m), m, b)
+    ),
+    "save: where the backbone's name would lead": lambda m, b, p: refused(
+        lambda: (setattr(m.config, "backbone_name_or_path", str(p / "new")), m.save_pretrained(p / "new")),
+        "another folder than that of the backbone",
+    ),
     "save: shards": lambda m, b, p: (
         m.save_pretrained(p, max_shard_size="20KB") is None
         and (p / "model.safetensors.index.json").is_file()
@@ -403,6 +437,9 @@ TRIED: dict[str, Callable[[LongMemForCausalLM, MemoryBank, Path], bool]] = {
     ),
     "generate: generation_config": lambda m, b, p: (
         m.generate(IDS[:1], memory=b, generation_config=GenerationConfig(max_new_tokens=2)).shape[1] == 18
+    ),
+    "generate: all that a tokenizer gives": lambda m, b, p: refused(
+        lambda: m.generate(m.tokenizer("a", return_tensors="pt")), r"to be passed on as `\*\*inputs`"
     ),
     "generate: padding": lambda m, b, p: padded(m, b),
     "generate: padding and beams": lambda m, b, p: padded(m, b, num_beams=3),
@@ -836,6 +873,26 @@ def test_assisted_generation_reads_memory(
 
     monkeypatch.setattr(MemoryBank, "__deepcopy__", refuse, raising=False)
     assert torch.equal(model.generate(IDS[:1], memory=bank, **options, **helper), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", fast(2, ["qwen3", "llama", "gemma2", "gpt2"]))
+def test_a_cache_of_fixed_size_gives_the_same_numbers(kind: str) -> None:
+    """Its masks are made before a step, where the growing one's are made in it; one row has padding on its left."""
+    model = LongMemForCausalLM.from_backbone(build_backbone(kind), **SIZES).eval()
+    bank = MemoryBank.for_model(model)
+    model.memorize(bank, torch.arange(60), "a")
+    ids, mask = IDS[:2].clone(), torch.ones_like(IDS[:2])
+    ids[1, :6], mask[1, :6] = 0, 0
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": mask, "output_scores": True}
+    for memory in (None, bank):
+        scores = [
+            model.generate(
+                ids, memory=memory, return_dict_in_generate=True, cache_implementation=cache, **options
+            ).scores
+            for cache in (None, "static")
+        ]
+        torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
 
 
 LONG_ROPE: dict[str, Any] = {

@@ -41,11 +41,11 @@ class LayerCall:
         """Cosines and sines that the layer was given."""
         return self.kwargs["position_embeddings"]
 
-    def to(self, dtype: torch.dtype, computed_in: torch.dtype) -> "LayerCall":
+    def in_dtype(self, dtype: torch.dtype, computed_in: torch.dtype) -> "LayerCall":
         """Return the call for a layer that computes in another dtype than the backbone, `computed_in`.
 
         Arguments in the backbone's dtype (cosines and sines, additive masks) are cast; what an architecture keeps in float32
-        whatever its dtype stays so.
+        whatever its dtype stays so. (Not `to`, by which accelerate would take this for a tensor.)
         """
         if dtype == computed_in:
             return self

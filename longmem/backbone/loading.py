@@ -24,6 +24,9 @@ LOAD_OPTIONS = frozenset(
 )
 # Those of the files of a backbone, which a side network's own are not.
 BACKBONE_OPTIONS = LOAD_OPTIONS | {"trust_remote_code", "code_revision", "variant", "use_safetensors", "weights_only"}
+# What transformers 4 called by another name, or had in an object of its own.
+FORMER_OPTIONS = {"use_auth_token": "token", "use_flash_attention_2": "attn_implementation"}
+FORMER_OPTIONS |= dict.fromkeys(("load_in_8bit", "load_in_4bit"), "quantization_config=BitsAndBytesConfig(...)")
 
 
 def take(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -34,9 +37,10 @@ def take(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def refuse_unknown_options(options: Iterable[str], known: Iterable[str]) -> None:
     """Raise ValueError for the first keyword argument that would be ignored."""
-    known = sorted(known)
+    known = sorted(set(known))
     for name in options:
-        raise ValueError(f"`{name}` is not an option here.{did_you_mean(name, known)} Options: {', '.join(known)}.")
+        near = f" Use `{FORMER_OPTIONS[name]}`." if name in FORMER_OPTIONS else did_you_mean(name, known)
+        raise ValueError(f"`{name}` is not an option here.{near} Options: {', '.join(known)}.")
 
 
 def load_backbone(name_or_path: str, revision: str | None = None, **load_options: Any) -> PreTrainedModel:

@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 STDIN = Path("-")
 # Endings of files that are no text as they stand, or hardly; a library turns them into Markdown.
-DOCUMENTS = frozenset((".pdf", ".docx", ".pptx", ".xlsx", ".epub", ".ipynb", ".html", ".htm"))
+# Each with the class of markitdown that reads this kind and no other: the library as a whole takes what is not of the kind
+# that its name says for a text in some encoding, or for an archive, and so makes texts of raw bytes.
+DOCUMENTS = {
+    f".{kind}": f"{kind.title()}Converter" for kind in ("pdf", "docx", "pptx", "xlsx", "epub", "ipynb", "html")
+}
+DOCUMENTS[".htm"] = DOCUMENTS[".html"]
 SAID = ("dated", "valid_until", "is_superseded", "superseded_by")  # of a document, in an export
 EXPORTED = ("document_id", "tags", "is_pinned", *SAID, "num_tokens", "first_resident_token")
 
@@ -50,10 +56,11 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     else:
         if path != STDIN and not path.exists():
             near = did_you_mean(path.name, sorted(os.listdir(path.parent))) if path.parent.is_dir() else ""
-            raise FileNotFoundError(f"there is no file {path}.{near}")
+            leads = f", to which the link {path} leads; mend the link." if path.is_symlink() else f".{near}"
+            raise FileNotFoundError(f"there is no file {path.resolve() if path.is_symlink() else path}{leads}")
         raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
         try:
-            text = raw.decode(encoding or "utf-8-sig")
+            text = raw.decode("utf-8-sig" if encoding is None else encoding)
         except LookupError as error:
             raise ValueError(
                 f'`--encoding` must be one that Python knows, such as "latin-1", got {encoding!r}.'
@@ -71,29 +78,34 @@ def read_text(path: Path, encoding: str | None = None) -> str:
 
 
 def _read_document(path: Path) -> str:
-    """Return the text of a document as Markdown."""
+    """Return the text of a document as Markdown, empty lines in it being single."""
+    kind, text = path.suffix.lower(), ""
     try:
-        from markitdown import MarkItDown
+        from markitdown import MissingDependencyException, StreamInfo, converters
     except ImportError as error:
-        raise ImportError(
-            f"{path}: what reads {path.suffix} is not installed; `pip install 'longmem-lm[files]'`, or `--encoding utf-8` to "
-            "take a file of text as it stands."
-        ) from error
-    raw = path.read_bytes()  # says what is wrong with the file itself
-    try:
-        text = str(MarkItDown(enable_plugins=False).convert_local(path).markdown)
-    except Exception as error:  # whatever a broken document makes of the library below
-        raise ValueError(
-            f"{path} can't be read as {path.suffix}: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
-    # The library takes for plain text what is not of the kind that its name says; a page may be just that.
-    is_page = path.suffix.lower() in (".html", ".htm")
-    is_as_it_stands = text.encode("ascii", "ignore").split() == raw.decode("ascii", "ignore").encode().split()
-    if "\0" in text or (raw and is_as_it_stands and not is_page):
-        raise ValueError(
-            f"{path} can't be read as {path.suffix}, for it is none; `--encoding` takes a text as it stands."
-        )
-    return text
+        raise _no_reader(path) from error
+    with path.open("rb") as file:
+        try:
+            if file.read(1):
+                file.seek(0)
+                text = str(getattr(converters, DOCUMENTS[kind])().convert(file, StreamInfo(extension=kind)).markdown)
+        except MissingDependencyException as error:
+            raise _no_reader(path) from error
+        except Exception as error:  # whatever a broken document makes of the library below
+            raise ValueError(
+                f"{path} can't be read as {kind}: {type(error).__name__}: {' '.join(str(error).split())}; `--encoding` takes a "
+                "text as it stands."
+            ) from error
+    if "\0" in text:
+        raise ValueError(f"{path} can't be read as {kind}, for it is none; `--encoding` takes a text as it stands.")
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines()))
+
+
+def _no_reader(path: Path) -> ImportError:
+    return ImportError(
+        f"{path}: what reads {path.suffix} is not installed; `pip install 'longmem-lm[files]'`, or `--encoding utf-8` to "
+        "take a file of text as it stands."
+    )
 
 
 def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[tuple[Path, str]], list[Path]]:
@@ -112,6 +124,10 @@ def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[
     found: list[tuple[Path, str]] = []
     passed_over: list[Path] = []
     given = list(given)
+    if given.count(STDIN) > 1:
+        raise ValueError(
+            f"standard input, `-`, must be named once, got it {given.count(STDIN)} times; leave out the others."
+        )
     if pattern is not None and not any(path.is_dir() for path in given):
         raise ValueError(f"`--glob` must come with a folder, got {pattern!r} for files alone; leave it out.")
     for path in given:

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
 
@@ -51,6 +52,7 @@ from longmem.streaming import MemoryStream, start_stream
 
 # Where texts begin that trainers of others packed into one row; the backbone's attention knows what to do with it.
 PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+STATES_OF_ONE_NETWORK = ("output_attentions", "output_hidden_states")
 MEMORY_OPTIONS = ("memory", "output_memory_reads", "output_memory_keys")
 
 
@@ -128,7 +130,7 @@ class LongMemModel(LongMemPreTrainedModel):
     ) -> tuple[Float[Tensor, "lanes tokens hidden"], dict[str, Any]]:
         """Return hidden states before the final norm, and the fields that outputs with and without a head share."""
         packed = {name: kwargs.pop(name) for name in PACKED_ROWS if kwargs.get(name) is not None}
-        if kwargs:
+        if kwargs := {name: True for name in STATES_OF_ONE_NETWORK if getattr(self.config, name)} | kwargs:
             refuse_unknown_inputs(self, kwargs)
         cache = one_cache(cache, past_key_values)
         if not torch.compiler.is_compiling():
@@ -441,6 +443,11 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
         ours = signature(LongMemForCausalLM.forward).parameters.keys() | kwargs.keys()
         return {name: value for name, value in prepared.items() if name in ours}
 
+    def create_masks_for_generate(self, config: LongMemConfig, **given: Any) -> Any:
+        """Return masks for a cache of fixed size, as the backbone makes them: its configuration alone says how it attends."""
+        make = getattr(self.backbone, "create_masks_for_generate", create_masks_for_generate)
+        return make(config=self.backbone.config, **given)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Raise ValueError: paged caches hold the layers of one network. `generate_batch` of transformers ends here."""
         raise ValueError(
@@ -504,7 +511,7 @@ def check_inputs(
     if not is_integers(input_ids) or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
         raise ValueError(
             f"`input_ids` must be a tensor of integers, (lanes, tokens), got {described(input_ids)}; "
-            '`tokenizer(text, return_tensors="pt")` makes one.'
+            '`tokenizer(text, return_tensors="pt")` makes it, to be passed on as `**inputs`.'
         )
     lanes, tokens = input_ids.shape
     if not lanes or not tokens:
@@ -652,7 +659,7 @@ def refuse_unknown_inputs(model: LongMemModel, kwargs: dict[str, Any]) -> None:
     theirs = {*TransformersKwargs.__annotations__, *signature(type(model.backbone).forward).parameters}
     ours = [name for name in signature(LongMemForCausalLM.forward).parameters if name not in ("self", "kwargs")]
     for name, value in kwargs.items():
-        if name in ("output_attentions", "output_hidden_states") and value:
+        if name in STATES_OF_ONE_NETWORK and value:
             raise ValueError(
                 f"`{name}={value}` is not available: two networks run. Use `output_memory_reads=True` to see what was read."
             )

@@ -31,7 +31,7 @@ from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configu
 from longmem.encoder.watch import Encoder
 from longmem.memory.checks import checked, got
 from longmem.model import saving, side_state
-from longmem.model.names import backbone_location, look_up
+from longmem.model.names import backbone_location, is_place_of, look_up
 from longmem.model.side_network import SideNetwork
 
 # How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
@@ -162,6 +162,10 @@ class LongMemPreTrainedModel(PreTrainedModel):
             revision = options.get("backbone_revision")
             backbone = load_backbone(named.backbone, revision, **loading)
             open_tokenizer = functools.partial(load_tokenizer, named.backbone, revision, **_tokenizer_options(loading))
+        elif isinstance(backbone, LongMemPreTrainedModel):
+            raise ValueError(
+                f"`backbone` must be a causal LM alone, got a {type(backbone).__name__}; pass its `.backbone`."
+            )
         elif not isinstance(backbone, PreTrainedModel) or not backbone.can_generate():
             raise ValueError(
                 "`backbone` must be a name, a folder or a causal LM of transformers (with a language-model head), "
@@ -264,7 +268,12 @@ class LongMemPreTrainedModel(PreTrainedModel):
                     f"pass `backbone=` with that model, a {text.model_type} of {text.num_hidden_layers} layers and hidden size "
                     f"{text.hidden_size}."
                 )
-            settings.backbone_name_or_path = backbone_location(folder, settings.backbone_name_or_path)
+            settings.backbone_name_or_path = named = backbone_location(folder, settings.backbone_name_or_path)
+            if Path(named).is_dir() and look_up(named).origin == "saved":
+                raise ValueError(
+                    f"the backbone that {folder} names must be a causal LM, got the LongMem model in {named}; pass `backbone=` "
+                    "with the one that it was saved beside."
+                )
             backbone = load_backbone(settings.backbone_name_or_path, settings.backbone_revision, **loading)
         elif unused := [name for name in loading if name not in HUB_OPTIONS]:
             raise ValueError(
@@ -328,12 +337,12 @@ class LongMemPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: there is no room, or no permission; what was saved there before is whole.
-            ValueError: the path is a file, `dtype` is no floating-point dtype, an option is unknown, or the backbone was
-                trained and would be lost.
+            ValueError: the path is a file or the backbone's own folder, `dtype` is no floating-point dtype, an option is
+                unknown, or the backbone was trained and would be lost.
         """
-        self._refuse_to_lose_backbone(save_backbone)
-        dtype = saving.saved_dtype(dtype)
         folder = Path(save_directory)
+        self._refuse_to_lose_backbone(save_backbone, folder)
+        dtype = saving.saved_dtype(dtype)
         if folder.is_file():
             raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
         take(options, saving.SAVE_HABITS)
@@ -426,7 +435,12 @@ class LongMemPreTrainedModel(PreTrainedModel):
                 create_pr=create_pr,
             )
 
-    def _refuse_to_lose_backbone(self, save_backbone: bool) -> None:
+    def _refuse_to_lose_backbone(self, save_backbone: bool, folder: Path | None = None) -> None:
+        if folder is not None and is_place_of(self.config.backbone_name_or_path, folder):
+            raise ValueError(
+                "`save_directory` must be another folder than that of the backbone, which stays whole and is opened by its "
+                f"name, got {folder}; name a new one."
+            )
         if self.backbone_was_trained and not save_backbone:
             raise ValueError(
                 "`save_backbone` must be True for a model whose backbone was trained and is no longer "

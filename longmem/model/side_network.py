@@ -225,7 +225,7 @@ class SideNetwork(nn.Module):
         hidden_states = start.to(dtype)
         for number, layer in zip(self.numbers, self.layers, strict=True):
             source: int = layer.source_layer  # type: ignore[assignment]
-            call = states.calls[source].to(dtype, computed_in=start.dtype)
+            call = states.calls[source].in_dtype(dtype, computed_in=start.dtype)
             hidden_states, read = layer(hidden_states, call, memory, turns)
             if read is not None:
                 reads.append(read)
