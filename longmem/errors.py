@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence that offers the known name closest to `name`, or nothing when none is close.
 
-    The sentence starts with a space, so that it can follow any message. Capitals or not is no difference.
+    The sentence starts with a space, so that it can follow any message. Capitals do not count.
 
     >>> did_you_mean("chunksize", ["chunk_size", "segment_length"])
     ' Did you mean `chunk_size`?'

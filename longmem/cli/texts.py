@@ -80,17 +80,20 @@ def read_text(path: Path, encoding: str | None = None) -> str:
 def _read_document(path: Path) -> str:
     """Return the text of a document as Markdown, empty lines in it being single."""
     kind, text = path.suffix.lower(), ""
+    missing = (
+        f"{path}: what reads {path.suffix} is not installed; `pip install 'longmem-lm[files]'`, or `--encoding utf-8` to "
+        "take a file of text as it stands."
+    )
     try:
         from markitdown import MissingDependencyException, StreamInfo, converters
     except ImportError as error:
-        raise _no_reader(path) from error
+        raise ImportError(missing) from error
     with path.open("rb") as file:
         try:
-            if file.read(1):
-                file.seek(0)
+            if path.stat().st_size:
                 text = str(getattr(converters, DOCUMENTS[kind])().convert(file, StreamInfo(extension=kind)).markdown)
         except MissingDependencyException as error:
-            raise _no_reader(path) from error
+            raise ImportError(missing) from error
         except Exception as error:  # whatever a broken document makes of the library below
             raise ValueError(
                 f"{path} can't be read as {kind}: {type(error).__name__}: {' '.join(str(error).split())}; `--encoding` takes a "
@@ -99,13 +102,6 @@ def _read_document(path: Path) -> str:
     if "\0" in text:
         raise ValueError(f"{path} can't be read as {kind}, for it is none; `--encoding` takes a text as it stands.")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines()))
-
-
-def _no_reader(path: Path) -> ImportError:
-    return ImportError(
-        f"{path}: what reads {path.suffix} is not installed; `pip install 'longmem-lm[files]'`, or `--encoding utf-8` to "
-        "take a file of text as it stands."
-    )
 
 
 def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[tuple[Path, str]], list[Path]]:

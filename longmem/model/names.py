@@ -129,11 +129,6 @@ def backbone_location(folder: Path, name: str) -> str:
     return str((folder / name).resolve()) if (folder / name).is_dir() else name
 
 
-def is_place_of(name: str | None, folder: Path) -> bool:
-    """Return whether a folder is, or once it is there would be taken for, what the name stands for."""
-    return name is not None and name not in PACKAGED_BACKBONES and Path(name).resolve() == folder.resolve()
-
-
 def lasting_name(name: str, beside: Path | None = None) -> str:
     """Return a name that means the same wherever a program is started: a folder by its whole path.
 

@@ -24,6 +24,7 @@ from longmem.backbone.loading import (
     take,
     tokenizer_fingerprint,
 )
+from longmem.backbone.packaged import PACKAGED_BACKBONES
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
 from longmem.configuration import NOTED_BY_OTHERS, LongMemConfig
 from longmem.console import without_transformers_bars
@@ -31,7 +32,7 @@ from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configu
 from longmem.encoder.watch import Encoder
 from longmem.memory.checks import checked, got
 from longmem.model import saving, side_state
-from longmem.model.names import backbone_location, is_place_of, look_up
+from longmem.model.names import backbone_location, look_up
 from longmem.model.side_network import SideNetwork
 
 # How keys are freed of their positions, and which token a mean key is made of: raised when stored numbers change.
@@ -436,7 +437,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
             )
 
     def _refuse_to_lose_backbone(self, save_backbone: bool, folder: Path | None = None) -> None:
-        if folder is not None and is_place_of(self.config.backbone_name_or_path, folder):
+        named = self.config.backbone_name_or_path
+        if folder and named and named not in PACKAGED_BACKBONES and Path(named).resolve() == folder.resolve():
             raise ValueError(
                 "`save_directory` must be another folder than that of the backbone, which stays whole and is opened by its "
                 f"name, got {folder}; name a new one."
