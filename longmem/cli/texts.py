@@ -134,7 +134,8 @@ def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[
             matching = sorted(each for each in path.rglob("*" if pattern is None else pattern) if each.is_file())
         except (ValueError, NotImplementedError) as error:  # of an empty pattern, or one that begins at the root
             raise ValueError(f'`--glob` must be a pattern such as "*.md", got {pattern!r}: {error}.') from error
-        inside = [each for each in matching if not is_hidden(each.relative_to(path).parts) and not in_bank(each, path)]
+        seen = [each for each in matching if not any(part[0] == "." for part in each.relative_to(path).parts)]
+        inside = [each for each in seen if not in_bank(each, path)]
         texts = [each for each in inside if pattern is not None or looks_like_text(each)]
         passed_over += [each for each in inside if each not in set(texts)]
         if not texts:
@@ -147,11 +148,6 @@ def find_files(given: Iterable[Path], pattern: str | None = None) -> tuple[list[
         paths.setdefault(name, set()).add(path)
     known = [(path, path.as_posix() if len(paths[name]) > 1 else name) for path, name in found]
     return [(path, readable_name(name)) for path, name in known], passed_over
-
-
-def is_hidden(parts: Iterable[str]) -> bool:
-    """Return whether one of the names on a path begins with a dot."""
-    return any(part.startswith(".") for part in parts)
 
 
 def in_bank(path: Path, top: Path) -> bool:
