@@ -317,7 +317,7 @@ async def _stream(engine: Engine, work: Work, shape: _Shape, with_usage: bool) -
     # Through the loop, like the pieces: so it comes after the last of them.
     task.add_done_callback(lambda _: loop.call_soon(pieces.put_nowait, None))
     try:
-        if shape.kind == "chat":
+        if shape.is_chat:
             yield _event(shape.piece("", role="assistant"))
         while (text := await pieces.get()) is not None:
             yield _event(shape.piece(text))
@@ -343,34 +343,26 @@ class _Shape:
     """The objects of OpenAI's protocol for one request."""
 
     def __init__(self, kind: str, model_id: str, prompt_tokens: int) -> None:
-        self.kind, self.prompt_tokens = kind, prompt_tokens
-        name = "chatcmpl" if kind == "chat" else "cmpl"
+        self.is_chat, self.prompt_tokens = kind == "chat", prompt_tokens
+        name = "chatcmpl" if self.is_chat else "cmpl"
         self.about = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_id}
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        text: dict[str, Any] = {"text": answer.text}
-        if self.kind == "chat":
-            text = {"message": {"role": "assistant", "content": answer.text}}
-        choice = {"index": 0, **text, "logprobs": None, "finish_reason": answer.finish_reason}
-        kind = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self.about, "object": kind, "choices": [choice], "usage": self.usage(answer)}
+        said = {"message": {"role": "assistant", "content": answer.text}} if self.is_chat else {"text": answer.text}
+        return {**self._of(said, answer.finish_reason, ""), "usage": self.usage(answer)}
 
     def piece(self, text: str, role: str | None = None, finish_reason: str | None = None) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": text}
-        if self.kind == "chat":
-            is_end = finish_reason is not None
-            said = {"delta": {} if is_end else {"content": text} | ({} if role is None else {"role": role})}
+        delta = {} if finish_reason else {"content": text} | ({} if role is None else {"role": role})
+        return self._of({"delta": delta} if self.is_chat else {"text": text}, finish_reason, ".chunk")
+
+    def _of(self, said: dict[str, Any], finish_reason: str | None, chunk: str) -> dict[str, Any]:
+        kind = f"chat.completion{chunk}" if self.is_chat else "text_completion"
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
-        kind = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         return {**self.about, "object": kind, "choices": [choice]}
 
     def usage(self, answer: Answer) -> dict[str, int]:
-        total = self.prompt_tokens + answer.num_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": answer.num_tokens,
-            "total_tokens": total,
-        }
+        asked, new = self.prompt_tokens, answer.num_tokens
+        return {"prompt_tokens": asked, "completion_tokens": new, "total_tokens": asked + new}
 
 
 def _error(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
