@@ -239,8 +239,9 @@ def test_a_wrong_request_is_told_what_is_wrong(client, path, body, status, words
     ],
 )
 def test_what_asks_for_nothing_changes_nothing(client, asks):
-    alone = client.post("/v1/chat/completions", json=CHAT).json()["choices"]
-    answer = client.post("/v1/chat/completions", json=CHAT | asks)
+    short = CHAT | {"max_tokens": 2}
+    alone = client.post("/v1/chat/completions", json=short).json()["choices"]
+    answer = client.post("/v1/chat/completions", json=short | asks)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"] == alone
 
@@ -249,7 +250,7 @@ def test_the_official_client_goes_on_with_what_it_was_told(theirs):
     """An answer is put back as it came, whether as an object or with all its empty fields; prompts come in lists."""
     said = theirs.chat.completions.create(model="tiny", **CHAT).choices[0].message
     for back in (said, said.model_dump()):
-        asked = CHAT | {"messages": [*SAID, back, *SAID]}
+        asked = CHAT | {"messages": [*SAID, back, *SAID], "max_tokens": 2}
         assert theirs.chat.completions.create(model="tiny", **asked).choices[0].message.content
     text, in_list = (
         theirs.completions.create(model="tiny", prompt=prompt, max_tokens=4, echo=False, best_of=1, suffix=None)
@@ -408,6 +409,20 @@ def test_a_long_conversation_that_nobody_waits_for_is_read_no_further(url, engin
         httpx.post(f"{url}/v1/{path}", json=said, timeout=0.5)
     assert httpx.get(f"{url}/v1/banks/absent/documents", timeout=60).status_code == 404
     assert len(read) < 100  # of some 400 windows
+
+
+def test_a_bank_that_is_deleted_during_an_answer_is_read_to_its_end(url, theirs):
+    httpx.post(f"{url}/v1/banks/notes/documents", json={"id": "a", "text": some_text(30)}, timeout=60)
+    asked = CHAT | {"model": "tiny", "max_tokens": 40, "extra_body": {"bank": "notes"}}
+    alone = theirs.chat.completions.create(**asked).choices[0].message.content
+    with theirs.chat.completions.create(stream=True, **asked) as stream, ThreadPoolExecutor(1) as pool:
+        pieces = [next(stream)]
+        deleted = pool.submit(httpx.delete, f"{url}/v1/banks/notes", timeout=60)
+        pieces += stream
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == alone
+    assert deleted.result().status_code == 200
+    with pytest.raises(openai.NotFoundError, match="`bank` must be one that is there"):
+        theirs.chat.completions.create(**asked)
 
 
 def test_an_answer_that_nobody_waits_for_ends_and_lets_others_in(url, engine, monkeypatch):
