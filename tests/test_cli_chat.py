@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 import pytest
 from tiny_models import save_tiny_backbone, some_text
@@ -69,6 +70,39 @@ def test_answers_without_memory_are_drawn_by_the_seed_too(model_folder):
         talk.ask("the cat sat", lambda _: None)
         answers.append(talk.turns[-1]["content"])
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_commands_say_what_is_wrong_with_them(model_folder, tmp_path, capsys):
+    talk, file = conversation(model_folder), tmp_path / "it's my note.txt"
+    file.write_text(some_text(5))
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    dropped = f"/remember {shlex.quote(str(file))}"
+    for line, told in (
+        ("/remember", "/remember must have FILE behind it"),
+        ("/forget \t", "/forget must have DOC behind it"),
+        ("/off please", "/off must have nothing behind it, got 'please'"),
+        ("/bye now", "/bye must have nothing behind it"),
+        ("/remeber x", "no command '/remeber'. Did you mean `remember`? /help lists them"),
+        (" /etc/passwd what is it?", "no command '/etc/passwd'"),
+        ("/", "no command '/'"),
+        (f"/remember {tmp_path}", "FILE must be one file"),
+        ("/remember -", "FILE must be one file"),
+        ("/remember 'half", "there is no file 'half"),
+        (f"/remember {tmp_path / 'bytes'}", "is not a UTF-8 text file"),
+        ("/forget note", "DOC must be a document in memory, got 'note'; /documents lists them"),
+        (dropped, ""),
+        (dropped, "FILE must have a name that is new to memory"),
+        (f"  /forget {file.name}", ""),
+        (f"/remember {file}", ""),
+        ("/help", ""),
+    ):
+        chat.talk(talk, iter([line]))
+        out, error = capsys.readouterr()
+        error = "".join(part for part in error.splitlines() if part.startswith("longmem: "))
+        assert told in error
+        assert bool(told) == bool(error) != bool(out), line
+    assert [info.document_id for info in talk.bank.documents()] == [file.name]
+    assert talk.turns == []  # none of them was a question
 
 
 def test_the_command_talks_over_a_bank_on_disk_and_survives_mistakes(model_folder, tmp_path, monkeypatch, capsys):

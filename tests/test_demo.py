@@ -38,11 +38,12 @@ def test_the_demo_writes_what_it_says(backbone_folder, tmp_path, capsys):
         "with memory:",
         "of 4 answered as the note says",
         "largest difference of 31 losses 0.0e+00",
+        "explain.html (open it",
     ):
         assert word in told
     assert "a new side network" in told
     assert "trained side network" not in told
-    for name in ("demo.png", "table.md", "config.json", "environment.json", "bank/catalogue.sqlite"):
+    for name in ("demo.png", "table.md", "config.json", "environment.json", "bank/catalogue.sqlite", "explain.html"):
         assert (output / name).stat().st_size > 0
     metrics = json.loads((output / "metrics.json").read_text())
     environment = json.loads((output / "environment.json").read_text())

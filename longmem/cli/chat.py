@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from longmem.cli import common
 from longmem.cli.common import DEFAULT_MODEL, add_command, model_option, option
-from longmem.cli.texts import read_text
-from longmem.errors import printable
+from longmem.cli.texts import STDIN, read_text
+from longmem.errors import did_you_mean, printable
 
 if TYPE_CHECKING:
     from longmem.memory import MemoryBank
@@ -30,7 +31,8 @@ COMMANDS = """\
   /documents       what is in memory
   /why             the passages that the last answer read
   /off, /on        answer without memory, and with it again
-  /bye             end (also Ctrl-D)"""
+  /help, /bye      this list; end (also Ctrl-D)"""
+TAKES = {"remember": "FILE", "forget": "DOC", **dict.fromkeys(("documents", "why", "off", "on", "help", "bye"), "")}
 
 
 def add(commands: Any) -> None:
@@ -155,17 +157,32 @@ class Conversation:
 
     def command(self, line: str) -> str:
         """Do what a line that begins with a slash asks for; return what to say. Raises ValueError, OSError."""
-        name, _, rest = line[1:].partition(" ")
-        rest = rest.strip()
-        if name == "remember" and rest:
+        from longmem.memory.checks import got
+
+        name, rest = [*line[1:].split(maxsplit=1), "", ""][:2]
+        if name not in TAKES:
+            raise ValueError(f"there is no command {got('/' + name)}.{did_you_mean(name, TAKES)} /help lists them.")
+        if bool(TAKES[name]) != bool(rest):
+            raise ValueError(
+                f"/{name} must have {TAKES[name] or 'nothing'} behind it, got {got(rest)}; /help lists commands."
+            )
+        if name == "remember":
             from longmem.console import token_progress
 
-            path = Path(rest).expanduser()
+            path = _path(rest)
+            if path.is_dir() or path == STDIN:
+                raise ValueError(f"FILE must be one file, got {got(rest)}; `longmem memorize` reads folders and pipes.")
+            if path.name in self.bank:
+                raise ValueError(
+                    f"FILE must have a name that is new to memory, got {got(path.name)}; /forget it first."
+                )
             text = read_text(path)
             with token_progress(path.name, common.console_for(True)) as progress:
                 count = self.model.memorize(self.bank, text, path.name, progress=progress)
             return f"remembered {path.name}: {count:,} tokens"
-        if name == "forget" and rest:
+        if name == "forget":
+            if rest not in self.bank:
+                raise ValueError(f"DOC must be a document in memory, got {got(rest)}; /documents lists them.")
             self.bank.delete(rest)
             return f"forgotten: {rest}"
         if name == "documents":
@@ -174,9 +191,7 @@ class Conversation:
         if name in ("on", "off"):
             self.uses_memory = name == "on"
             return f"memory is {name}"
-        if name == "why":
-            return self.why()
-        return f"commands:\n{COMMANDS}"
+        return self.why() if name == "why" else f"commands:\n{COMMANDS}"
 
     def why(self) -> str:
         """Return the passages that the last answer read most."""
@@ -192,6 +207,14 @@ class Conversation:
         return "\n".join(lines) or "nothing was in memory"
 
 
+def _path(given: str) -> Path:
+    """Return the file that is meant; many terminals quote the path of one that is dropped on them."""
+    path, parts = Path(given).expanduser(), []
+    with contextlib.suppress(ValueError):  # half a quotation
+        parts = shlex.split(given)
+    return path if path.exists() or len(parts) != 1 else Path(parts[0]).expanduser()
+
+
 def talk(conversation: Conversation, lines: Iterator[str]) -> None:
     """Answer line by line; what goes wrong with one of them is told, and the talk goes on."""
 
@@ -202,7 +225,7 @@ def talk(conversation: Conversation, lines: Iterator[str]) -> None:
         if line.strip() == "/bye":
             return
         try:
-            if line.startswith("/"):
+            if line.lstrip().startswith("/"):
                 say(conversation.command(line.strip()), end="\n")
             elif line.strip():
                 conversation.ask(line, say)

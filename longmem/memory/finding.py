@@ -85,9 +85,10 @@ def find_words(memory: Findable, text: str, k: int = 10) -> list[FoundPassage]:
     validate_count("k", k)
     with sqlite3.connect(":memory:") as connection:
         connection.execute(
-            "CREATE VIRTUAL TABLE passages USING fts5(text, document UNINDEXED, start UNINDEXED, stop UNINDEXED)"
+            "CREATE VIRTUAL TABLE passages USING fts5"
+            "(words, text UNINDEXED, document UNINDEXED, start UNINDEXED, stop UNINDEXED)"
         )
-        connection.executemany("INSERT INTO passages VALUES (?, ?, ?, ?)", _passages(memory))
+        connection.executemany("INSERT INTO passages VALUES (?, ?, ?, ?, ?)", _passages(memory))
         asked = " OR ".join(f'"{word}"' for word in dict.fromkeys(words))
         rows = connection.execute(
             "SELECT document, start, stop, -bm25(passages), text FROM passages WHERE passages MATCH ? "
@@ -98,15 +99,20 @@ def find_words(memory: Findable, text: str, k: int = 10) -> list[FoundPassage]:
     return [FoundPassage(*row) for row in rows]
 
 
-def _passages(memory: Findable) -> Iterator[tuple[str, str, int, int]]:
+def _passages(memory: Findable) -> Iterator[tuple[str, str, str, int, int]]:
+    """Yield what is searched of each passage, all of its last word where that goes on in the next, then its text and place."""
     for bank, names in memory.parts():
         for name in names:
             with contextlib.suppress(ValueError):  # somebody has deleted it
                 first, end = (info := bank.info(name)).first_resident_token, info.num_tokens
-                for start in range(first - first % PASSAGE_TOKENS, end, PASSAGE_TOKENS):
-                    stop = min(start + PASSAGE_TOKENS, end)
-                    if text := bank.text(name, max(start, first), stop):
-                        yield text, name, start, stop
+                places = [
+                    (at, min(at + PASSAGE_TOKENS, end))
+                    for at in range(first - first % PASSAGE_TOKENS, end, PASSAGE_TOKENS)
+                ]
+                texts = [bank.text(name, max(start, first), stop) or "" for start, stop in places]
+                for text, after, place in zip(texts, [*texts[1:], ""], places, strict=True):
+                    rest = re.match(r"\w*", after if re.search(r"\w$", text) else "")
+                    yield text + (rest[0] if rest else ""), text, name, *place
 
 
 def text_of(bank: TextBank | None, document_id: str, start: int, stop: int, decode: Callable[[Any], str]) -> str:

@@ -7,10 +7,11 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,12 +19,13 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from longmem import __version__
 from longmem.memory import MemoryBank
+from longmem.memory.checks import got
 from longmem.serving.banks import UnknownBankError
 from longmem.serving.engine import Answer, BusyError, Engine
 from longmem.serving.engine import Request as Work
@@ -32,12 +34,40 @@ from longmem.streaming.stream import LEAST_TEMPERATURE
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MEGABYTE = 2**20
 LOOK_EVERY = 0.5  # seconds, for who waits for an answer and has gone
+# What OpenAI's clients may send and this server does not follow, with the values that ask for what it does anyway.
+NOTHING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("n", "best_of"), (1,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs"), (0,)),
+    **dict.fromkeys(("logprobs", "echo", "store", "include_obfuscation"), (False,)),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "annotations"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "parallel_tool_calls": (False, True),
+    **dict(logit_bias=({},), suffix=("",), modalities=(["text"],), response_format=({"type": "text"},)),
+    "service_tier": ("auto", "default"),
+}
 Result = TypeVar("Result")
+Some = Annotated[str, Field(min_length=1)]
+TYPE = re.compile(r"(constrained-)?(str|list\[.*\])$")  # as validation calls them
 _LOG = logging.getLogger(__name__)
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """What a request holds. A parameter that is null is not given, nor is one that asks for `NOTHING`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def asked_for(cls, body: Any) -> Any:
+        """Return the parameters that ask for something."""
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None and not _is_nothing(name, value)}
+
+
+def _is_nothing(name: str, value: Any) -> bool:
+    is_bool = isinstance(value, bool)  # and so neither 0 nor 1
+    return any(value == each and is_bool == isinstance(each, bool) for each in NOTHING.get(name, ()))
 
 
 class Part(_Body):
@@ -67,25 +97,26 @@ class StreamOptions(_Body):
 
 
 class _Sampling(_Body):
-    """What both kinds of completion take. What would do nothing is refused; `user` and `metadata` are for the caller's logs."""
+    """What both kinds of completion take; `user` and `metadata` are for the caller's logs."""
 
     model: str | None = None
     bank: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: Some | list[Some] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
-    frequency_penalty: Literal[0] = 0
-    presence_penalty: Literal[0] = 0
     user: str | None = None
     metadata: dict[str, str] | None = None
 
     def work(self, token_ids: list[int], most: int, asked: int | None) -> Work:
         """Return what the engine is asked for: at most `most` new tokens."""
+        if self.stream_options is not None and not self.stream:
+            raise ValueError(
+                "`stream_options` must come with `stream`, got them alone; an answer in one piece has its usage."
+            )
         if 0 < (self.temperature or 0) < LEAST_TEMPERATURE:
             raise ValueError(f"`temperature` must be 0 or at least {LEAST_TEMPERATURE}, got {self.temperature}.")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -115,14 +146,14 @@ class ChatRequest(_Sampling):
 class CompletionRequest(_Sampling):
     """`/v1/completions`."""
 
-    prompt: Annotated[str, Field(min_length=1)]
+    prompt: Some | Annotated[list[Some], Field(min_length=1, max_length=1)]
 
 
 class ExplainRequest(_Body):
     """`/v1/explain`: a conversation, and the answer to it."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
-    answer: Annotated[str, Field(min_length=1)]
+    answer: Some
     bank: str | None = None
 
 
@@ -130,7 +161,7 @@ class NewDocument(_Body):
     """A document to be memorized; `append`: the next part of one that is there."""
 
     id: Annotated[str, Field(min_length=1, max_length=512)]
-    text: Annotated[str, Field(min_length=1)]
+    text: Some
     tags: list[str] = []
     append: bool = False
 
@@ -188,7 +219,12 @@ def make_app(
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": model_id, "object": "model", "created": 0, "owned_by": "longmem"}]}
+        return {"object": "list", "data": [await show_model(model_id)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> dict[str, Any]:
+        refuse_other_model(name)
+        return {"id": model_id, "object": "model", "created": 0, "owned_by": "longmem"}
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Any:
@@ -199,14 +235,16 @@ def make_app(
     @app.post("/v1/completions")
     async def complete(request: Request, body: CompletionRequest) -> Any:
         refuse_other_model(body.model)
-        ids = await engine.run(lambda: engine.ids(body.prompt), aside=True)
+        text = body.prompt if isinstance(body.prompt, str) else body.prompt[0]
+        ids = await engine.run(lambda: engine.ids(text), aside=True)
         return await respond(request, body, body.work(ids, max_new_tokens, body.max_tokens), "text")
 
     @app.post("/v1/explain", response_class=HTMLResponse)
     async def explain(request: Request, body: ExplainRequest) -> str:
         ids = await engine.run(lambda: engine.ids([turn.plain() for turn in body.messages]), aside=True)
-        run = engine.run(lambda: engine.explain(Work(ids, bank=body.bank), body.answer).to_html())
-        return await _while_there(request, run, threading.Event())
+        cancelled = threading.Event()
+        run = engine.run(lambda: engine.explain(Work(ids, bank=body.bank), body.answer, cancelled).to_html())
+        return await _while_there(request, run, cancelled)
 
     @app.get("/v1/banks")
     async def list_banks() -> dict[str, Any]:
@@ -279,7 +317,7 @@ async def _stream(engine: Engine, work: Work, shape: _Shape, with_usage: bool) -
     # Through the loop, like the pieces: so it comes after the last of them.
     task.add_done_callback(lambda _: loop.call_soon(pieces.put_nowait, None))
     try:
-        if shape.kind == "chat":
+        if shape.is_chat:
             yield _event(shape.piece("", role="assistant"))
         while (text := await pieces.get()) is not None:
             yield _event(shape.piece(text))
@@ -305,34 +343,26 @@ class _Shape:
     """The objects of OpenAI's protocol for one request."""
 
     def __init__(self, kind: str, model_id: str, prompt_tokens: int) -> None:
-        self.kind, self.prompt_tokens = kind, prompt_tokens
-        name = "chatcmpl" if kind == "chat" else "cmpl"
+        self.is_chat, self.prompt_tokens = kind == "chat", prompt_tokens
+        name = "chatcmpl" if self.is_chat else "cmpl"
         self.about = {"id": f"{name}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_id}
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        text: dict[str, Any] = {"text": answer.text}
-        if self.kind == "chat":
-            text = {"message": {"role": "assistant", "content": answer.text}}
-        choice = {"index": 0, **text, "logprobs": None, "finish_reason": answer.finish_reason}
-        kind = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self.about, "object": kind, "choices": [choice], "usage": self.usage(answer)}
+        said = {"message": {"role": "assistant", "content": answer.text}} if self.is_chat else {"text": answer.text}
+        return {**self._of(said, answer.finish_reason, ""), "usage": self.usage(answer)}
 
     def piece(self, text: str, role: str | None = None, finish_reason: str | None = None) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": text}
-        if self.kind == "chat":
-            is_end = finish_reason is not None
-            said = {"delta": {} if is_end else {"content": text} | ({} if role is None else {"role": role})}
+        delta = {} if finish_reason else {"content": text} | ({} if role is None else {"role": role})
+        return self._of({"delta": delta} if self.is_chat else {"text": text}, finish_reason, ".chunk")
+
+    def _of(self, said: dict[str, Any], finish_reason: str | None, chunk: str) -> dict[str, Any]:
+        kind = f"chat.completion{chunk}" if self.is_chat else "text_completion"
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
-        kind = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         return {**self.about, "object": kind, "choices": [choice]}
 
     def usage(self, answer: Answer) -> dict[str, int]:
-        total = self.prompt_tokens + answer.num_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": answer.num_tokens,
-            "total_tokens": total,
-        }
+        asked, new = self.prompt_tokens, answer.num_tokens
+        return {"prompt_tokens": asked, "completion_tokens": new, "total_tokens": asked + new}
 
 
 def _error(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
@@ -351,14 +381,29 @@ def _told(error: Exception) -> tuple[int, dict[str, Any]]:
     return 500, _error("the server could not answer; its log says why.", "server_error")
 
 
+def _wrong(errors: Sequence[Any]) -> tuple[str | None, str]:
+    """Return the parameter that is wrong, None for the whole body, and what to say of it."""
+    # Of what may be of two types the one that was meant.
+    worst = max(errors, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
+    kind, value = worst["type"], worst.get("input")
+    # Types that a value was compared with stand among the names.
+    names = [str(part) for part in worst["loc"][1:] if kind == "extra_forbidden" or not TYPE.match(str(part))]
+    param = None if kind == "json_invalid" else ".".join(names) or None
+    name, rule = f"`{param or 'body'}`", worst["msg"][0].lower() + worst["msg"][1:]
+    if not names:
+        return param, f'`body` must be a JSON object, sent with "Content-Type: application/json", got {got(value)}.'
+    if kind == "extra_forbidden":
+        return param, f"{name} must be left out, got {got(value)}: this server does not follow it."
+    return param, f"{name}: {rule}." if kind in ("missing", "json_invalid") else f"{name}: {rule}, got {got(value)}."
+
+
 def _answer_errors(app: FastAPI) -> None:
     """Tell every error as OpenAI's clients expect it."""
 
     @app.exception_handler(RequestValidationError)
     async def wrong_request(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:]) or None
-        return JSONResponse(_error(f"`{param or 'body'}`: {first['msg']}", "invalid_request_error", param), 400)
+        param, message = _wrong(error.errors())
+        return JSONResponse(_error(message, "invalid_request_error", param), 400)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:

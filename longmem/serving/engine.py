@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -94,7 +94,7 @@ class Engine:
 
         Without a temperature `top_p` draws at the model's own, as a client expects who knows no other default than 1.
         """
-        ids, memory = self.place(request)
+        ids, memory = self.place(request, cancelled)
         watcher = _Watcher(self.model.tokenizer, request.stop, on_text)
         sampled = {"temperature": request.temperature, "top_p": request.top_p}
         options: dict[str, Any] = {name: value for name, value in sampled.items() if value is not None}
@@ -119,13 +119,21 @@ class Engine:
         at_limit = num_tokens >= request.max_new_tokens and not watcher.has_stopped
         return Answer(watcher.text, "length" if at_limit and not self._ends(int(output[0, -1])) else "stop", num_tokens)
 
-    def explain(self, request: Request, answer: str) -> Trace:
+    def explain(self, request: Request, answer: str, cancelled: threading.Event | None = None) -> Trace:
         """Return who read what in an answer that was given."""
-        ids, memory = self.place(request)
+        ids, memory = self.place(request, cancelled)
         return explain(self.model, ids, memory=memory or MemoryBank.for_model(self.model), answer=answer)
 
-    def place(self, request: Request) -> tuple[list[int], Any]:
-        """Return the tokens that go into the window, and the memory: of those before them, and of the bank that is named."""
+    def place(self, request: Request, cancelled: threading.Event | None = None) -> tuple[list[int], Any]:
+        """Return the tokens that go into the window, and the memory: of those before them, and of the bank that is named.
+
+        Raises CancelledError if `cancelled` is set while those before are encoded.
+        """
+
+        def go_on(*_: int) -> None:
+            if cancelled is not None and cancelled.is_set():
+                raise CancelledError
+
         ids, config = list(request.token_ids), self.model.config
         shared = [] if request.bank is None else [self.banks.get(request.bank)]
         if len(ids) > config.segment_length:
@@ -133,7 +141,7 @@ class Engine:
             leaving += -leaving % config.chunk_size
             leaving -= config.chunk_size * (leaving >= len(ids))  # of large chunks: something must stand in the window
             own = MemoryBank.for_model(self.model, capacity_tokens=None)
-            self.model.memorize(own, ids[:leaving], "earlier in this conversation")
+            self.model.memorize(own, ids[:leaving], "earlier in this conversation", progress=go_on)
             shared.append(own)
             ids = ids[leaving:]
         readable = [bank for bank in shared if not bank.is_empty]

@@ -33,6 +33,19 @@ def test_words_find_the_passage_that_has_them(bank):
     assert bank.find("zebra") == []
 
 
+def test_a_word_that_passages_cut_is_found(model):
+    """Rare words are of many tokens, so it is they that are cut; the passage in which one begins has it."""
+    bank = MemoryBank.for_model(model)
+    for before in range(0, 34, 3):
+        text = "x" * before + f" Lindqvist{before}. It rained{before}."
+        model.memorize(bank, text, f"notes {before}")
+        (found,) = bank.find(f"lindqvist{before}")
+        assert found.document_id == f"notes {before}"
+        assert found.start <= text.index("L") < found.stop
+        assert found.text == text[found.start : found.stop]
+        assert [found.start for found in bank.find(f"rained{before}")] == [text.index("rained") // 32 * 32]
+
+
 def test_what_no_search_reads_is_not_found(bank):
     assert {found.document_id for found in bank.select("odd").find("the cat text")} == {"odd"}
     assert {found.document_id for found in bank.select(tags=["mine"]).find("cat text")} == {"notes"}

@@ -56,3 +56,13 @@ def guarded_url(engine):
     """Return the address of a running server that wants a token."""
     with serving(make_app(engine, model_id="tiny", token="s3cret")) as address:
         yield address
+
+
+@pytest.fixture
+def packaged_url():
+    """Return the address of a running server of the packaged model."""
+    from longmem.model.opening import open_model
+
+    model = open_model("smollm2-135m").eval()
+    with serving(make_app(Engine(model, NamedBanks(model, None)), model_id="smollm2-135m")) as address:
+        yield address

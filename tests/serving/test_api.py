@@ -6,12 +6,14 @@ import asyncio
 import json
 import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 import torch
+from kept_fast import fast
 from starlette.testclient import TestClient
 from tiny_models import some_text
 
@@ -151,7 +153,51 @@ def test_conversations_at_once_are_as_each_alone(client, engine):
         ("chat/completions", {"messages": [{"role": "cat", "content": "x"}]}, 400, "messages.0.role"),
         ("chat/completions", {**CHAT, "temperature": 9}, 400, "temperature"),
         ("chat/completions", {**CHAT, "n": 2}, 400, "n"),
-        ("chat/completions", {**CHAT, "logit_bias": {}}, 400, "logit_bias"),
+        ("chat/completions", {**CHAT, "logit_bias": {"1": 5}}, 400, "`logit_bias` must be left out, got {'1': 5}"),
+        ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, 400, "`tools` must be left out"),
+        ("chat/completions", {**CHAT, "logprobs": True}, 400, "`logprobs` must be left out, got True"),
+        ("chat/completions", {**CHAT, "logprobs": 0}, 400, "`logprobs` must be left out, got 0"),
+        ("chat/completions", {**CHAT, "n": True}, 400, "`n` must be left out, got True"),
+        (
+            "chat/completions",
+            {**CHAT, "response_format": {"type": "json_object"}},
+            400,
+            "`response_format` must be left out",
+        ),
+        ("chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, 400, "must come with `stream`"),
+        ("chat/completions", {**CHAT, "stop": ""}, 400, "`stop`: string should have at least 1 character, got ''."),
+        ("chat/completions", {**CHAT, "stop": ["x", 3]}, 400, "`stop.1`: input should be a valid string, got 3."),
+        ("chat/completions", {**CHAT, "stop": 3}, 400, "`stop`: input should be a valid string, got 3."),
+        (
+            "chat/completions",
+            {**CHAT, "max_tokens": True},
+            400,
+            "`max_tokens`: input should be a valid integer, got True.",
+        ),
+        (
+            "chat/completions",
+            {**CHAT, "max_tokens": "3"},
+            400,
+            "`max_tokens`: input should be a valid integer, got '3'.",
+        ),
+        ("chat/completions", {**CHAT, "temperature": float("nan")}, 400, "got nan."),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "`messages.0.content`: field required."),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": 3}]},
+            400,
+            "`messages.0.content`: input should be a",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            400,
+            "`messages.0.content.0.",
+        ),
+        ("completions", {"prompt": ["a", "b"]}, 400, "`prompt`: list should have at most 1 item"),
+        ("completions", {"prompt": [3]}, 400, "`prompt.0`: input should be a valid string, got 3."),
+        ("completions", {"prompt": "a", "echo": True}, 400, "`echo` must be left out, got True"),
+        ("completions", {"prompt": "a", "best_of": 2}, 400, "`best_of` must be left out, got 2"),
         ("chat/completions", {**CHAT, "max_tokens": 10**9}, 400, "`max_tokens` must be at most"),
         ("chat/completions", {**CHAT, "model": "gpt"}, 404, "`model` must be 'tiny'"),
         ("chat/completions", {**CHAT, "bank": "absent"}, 404, "`bank` must be one that is there"),
@@ -175,11 +221,55 @@ def test_a_wrong_request_is_told_what_is_wrong(client, path, body, status, words
     assert words in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        dict.fromkeys(
+            ("n", "stop", "seed", "stream", "logprobs", "tools", "frequency_penalty", "user", "anything", "bank")
+        ),
+        {"n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "parallel_tool_calls": False},
+        {"logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "none", "store": False, "stop": []},
+        {
+            "response_format": {"type": "text"},
+            "modalities": ["text"],
+            "service_tier": "auto",
+            "user": "me",
+            "metadata": {},
+        },
+    ],
+)
+def test_what_asks_for_nothing_changes_nothing(client, asks):
+    short = CHAT | {"max_tokens": 2}
+    alone = client.post("/v1/chat/completions", json=short).json()["choices"]
+    answer = client.post("/v1/chat/completions", json=short | asks)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"] == alone
+
+
+def test_the_official_client_goes_on_with_what_it_was_told(theirs):
+    """An answer is put back as it came, whether as an object or with all its empty fields; prompts come in lists."""
+    said = theirs.chat.completions.create(model="tiny", **CHAT).choices[0].message
+    for back in (said, said.model_dump()):
+        asked = CHAT | {"messages": [*SAID, back, *SAID], "max_tokens": 2}
+        assert theirs.chat.completions.create(model="tiny", **asked).choices[0].message.content
+    text, in_list = (
+        theirs.completions.create(model="tiny", prompt=prompt, max_tokens=4, echo=False, best_of=1, suffix=None)
+        for prompt in ("the cat", ["the cat"])
+    )
+    assert text.choices[0].text == in_list.choices[0].text
+    assert theirs.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="`model` must be 'tiny'"):
+        theirs.models.retrieve("other/model")
+
+
 def test_what_is_no_json_is_told_so(client):
     for content in (b"", b"{", b"\xff\xfe", b"[" * 5000, b'"text"', b'{"messages": NaN}'):
         answer = client.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
         assert answer.status_code in (400, 422), content
         assert answer.json()["error"]["message"]
+    for kind in ({}, {"Content-Type": "text/plain"}):
+        answer = client.post("/v1/chat/completions", content=json.dumps(CHAT), headers=kind)
+        assert (answer.status_code, "Content-Type: application/json" in answer.text.replace("\\", "")) == (400, True)
 
 
 WRONG = (
@@ -301,6 +391,38 @@ def test_a_stream_that_nobody_reads_any_longer_ends(url, engine, theirs, monkeyp
         asyncio.run(asyncio.sleep(0.05))
     assert ended
     assert ended[0] < 2000
+
+
+@pytest.mark.parametrize("path", fast(1, ["chat/completions", "explain"]))
+def test_a_long_conversation_that_nobody_waits_for_is_read_no_further(url, engine, monkeypatch, path):
+    read, encode = [], engine.model.encoder.encode
+
+    def slowly(ids):
+        read.append(ids)
+        time.sleep(0.05)
+        return encode(ids)
+
+    monkeypatch.setattr(engine.model.encoder, "encode", slowly)
+    monkeypatch.setattr("longmem.serving.api.LOOK_EVERY", 0.02)
+    said = {"messages": [{"role": "user", "content": some_text(6000)}]} | ({"answer": "x"} if path == "explain" else {})
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/{path}", json=said, timeout=0.5)
+    assert httpx.get(f"{url}/v1/banks/absent/documents", timeout=60).status_code == 404
+    assert len(read) < 100  # of some 400 windows
+
+
+def test_a_bank_that_is_deleted_during_an_answer_is_read_to_its_end(url, theirs):
+    httpx.post(f"{url}/v1/banks/notes/documents", json={"id": "a", "text": some_text(30)}, timeout=60)
+    asked = CHAT | {"model": "tiny", "max_tokens": 40, "extra_body": {"bank": "notes"}}
+    alone = theirs.chat.completions.create(**asked).choices[0].message.content
+    with theirs.chat.completions.create(stream=True, **asked) as stream, ThreadPoolExecutor(1) as pool:
+        pieces = [next(stream)]
+        deleted = pool.submit(httpx.delete, f"{url}/v1/banks/notes", timeout=60)
+        pieces += stream
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == alone
+    assert deleted.result().status_code == 200
+    with pytest.raises(openai.NotFoundError, match="`bank` must be one that is there"):
+        theirs.chat.completions.create(**asked)
 
 
 def test_an_answer_that_nobody_waits_for_ends_and_lets_others_in(url, engine, monkeypatch):

