@@ -27,7 +27,8 @@ from longmem.backbone.loading import (
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
 from longmem.configuration import NOTED_BY_OTHERS, LongMemConfig
 from longmem.console import without_transformers_bars
-from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configuration_recipe
+from longmem.encoder.path import configuration_recipe
+from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp
 from longmem.encoder.watch import Encoder
 from longmem.memory.checks import checked, got
 from longmem.model import saving, side_state

@@ -9,9 +9,9 @@ import torch
 from fake_encoder import CHUNK, DIM, HEADS, LAYERS, FakeModel
 from torch import Tensor
 
-from longmem import LongMemForCausalLM
 from longmem.cluster.workers import EncodingWorker
 from longmem.encoder.stamp import EncoderStamp
+from longmem.memory.memorize import memorize
 
 OPTIONS = {"segment_length": 16, "num_retrieved_tokens": 8, "memory_layers": [1, 3], "layer_reduction_factor": 1}
 
@@ -45,16 +45,11 @@ class VersionedModel(FakeModel):
         return list(keys), [torch.full_like(each, float(self.version)) for each in keys]
 
 
-def make_model(backbone: str) -> LongMemForCausalLM:
-    """Return the model of a worker."""
-    return LongMemForCausalLM.from_backbone(backbone, **OPTIONS).eval()
-
-
-def memorize_once(bank: Any, model: LongMemForCausalLM, task: tuple[str, str]) -> None:
-    """Memorize a text, unless a worker before this one has."""
-    name, text = task
+def memorize_once(bank: Any, model: VersionedModel, task: tuple[str, list[int]]) -> None:
+    """Memorize token ids, unless a worker before this one has."""
+    name, ids = task
     if name not in bank:
-        model.memorize(bank, text, name)
+        memorize(model, bank, ids, name)
 
 
 class SlowWorker(EncodingWorker):
