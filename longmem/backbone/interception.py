@@ -140,7 +140,8 @@ def local_attention(module: nn.Module) -> LocalAttention:
 
 def dispatch_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Return the handler's output for this module, or that of its own attention when nobody handles it."""
-    handler = (_handlers.get() or {}).get(module)
+    handlers = _handlers.get()
+    handler = None if handlers is None else handlers.get(module)  # a compiler can't look a module up in no dictionary
     if handler is None:
         return local_attention(module)(module, *args, **kwargs)
     return handler(local_attention(module), module, *args, **kwargs)

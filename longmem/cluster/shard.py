@@ -286,26 +286,26 @@ class Shard:
 
         Raises ChangedMemoryError if they have another one: somebody else has written, or this very commit was made before.
         """
-        with self.bank.transaction(), self._as_written_by(stamp):
+        with self.bank.transaction(), self._as_written_by(stamp) as writer:
             for name, count in before.items():
                 if (self.bank.info(name).num_tokens if name in self.bank else None) != count:
                     raise ChangedMemoryError
             for method, given, options in changes:
                 assert method in CHANGES
-                getattr(self.bank, method)(*given, **options)
+                if method == "replace":
+                    self._replace(writer, *given[:2])
+                else:
+                    getattr(self.bank, method)(*given, **options)
 
-    def replace(self, document_id: str, parts: Sequence[Any], num_tokens: int, stamp: Any) -> None:
+    def _replace(self, writer: DistantWriter | None, document_id: str, parts: Sequence[Any]) -> None:
         """Put a new version of a document in the place of the old one: segments that are encoded, or copied from it."""
-        with self.bank.transaction(), self._as_written_by(stamp) as writer:
-            if self.bank.info(document_id).num_tokens != num_tokens:
-                raise ChangedMemoryError
-            draft = self.bank.empty_like()
-            if writer is not None:
-                draft.freshness.write_as(writer)
-            for method, given, options in parts:
-                given = (given[0], self.bank, *given[1:]) if method == "copy_tokens" else given
-                getattr(draft, method)(*given, **options)
-            self.bank._take_version(document_id, draft)
+        draft = self.bank.empty_like()
+        if writer is not None:
+            draft.freshness.write_as(writer)
+        for method, given, options in parts:
+            given = (given[0], self.bank, *given[1:]) if method == "copy_tokens" else given
+            getattr(draft, method)(*given, **options)
+        self.bank._take_version(document_id, draft)
 
     @contextlib.contextmanager
     def _as_written_by(self, stamp: dict[str, Any] | None) -> Iterator[DistantWriter | None]:
@@ -363,4 +363,5 @@ def _attended(request: Request, queries: Tensor, found: Found, known: Read) -> G
     return attend_found(queries, found, known.memory, request.layer, request.scaling or 1.0, request.softcap)
 
 
-CHANGES = frozenset(("add", "append", "delete", "rename", "tag", "pin", "supersede", "restore", "clear"))
+LABELS = frozenset(("tag", "pin", "supersede", "restore"))
+CHANGES = LABELS | {"add", "append", "replace", "delete"}

@@ -17,6 +17,7 @@ from longmem.cluster.wire import Failure, failure_of, pack, raised, unpack
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import StaleMemoryError
 from longmem.memory.checks import validate_count
+from longmem.memory.memorize import memorize
 from longmem.memory.protocols import EncodingModel
 
 IN_FLIGHT = 2  # tasks of a worker: one in hand and one waiting
@@ -61,8 +62,6 @@ class EncodingWorker:
             if task.document_id in bank:
                 bank.update(task.document_id, task.text_or_ids, model=writer)
             else:
-                from longmem.memory.memorize import memorize
-
                 memorize(writer, bank, task.text_or_ids, task.document_id)
             return None
         except Exception as error:
@@ -79,16 +78,13 @@ class Standing(NamedTuple):
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    """Return the tensors that what is stored depends on; a model that has no such path says itself what its weights are."""
-    return model.encoder_weights() if hasattr(model, "encoder_weights") else dict(model.encoder.path.tensors())
+    """Return the tensors that what is stored depends on."""
+    return dict(model.encoder.path.tensors())
 
 
 @torch.no_grad()
 def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
     """Give a model the weights of another one."""
-    if hasattr(model, "load_encoder_weights"):
-        model.load_encoder_weights(weights)
-        return
     for name, module, leaf in model.encoder.path.leaves:
         getattr(module, leaf).copy_(weights[name])
 

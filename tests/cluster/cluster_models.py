@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fake_encoder import CHUNK, DIM, HEADS, LAYERS, FakeModel
@@ -14,6 +14,19 @@ from longmem.encoder.stamp import EncoderStamp
 from longmem.memory.memorize import memorize
 
 OPTIONS = {"segment_length": 16, "num_retrieved_tokens": 8, "memory_layers": [1, 3], "layer_reduction_factor": 1}
+
+
+class Path(NamedTuple):
+    """What `EncoderPath` says of a model: its only weight is the number of its version."""
+
+    model: VersionedModel
+
+    @property
+    def leaves(self) -> list[tuple[str, VersionedModel, str]]:
+        return [("version", self.model, "number")]
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        return [("version", self.model.number.clone())]
 
 
 class VersionedModel(FakeModel):
@@ -29,16 +42,19 @@ class VersionedModel(FakeModel):
 
     def __init__(self, version: int = 0) -> None:
         super().__init__()
-        self.version = version
+        self.number = torch.tensor(version)
+        self.path = Path(self)
+
+    @property
+    def version(self) -> int:
+        return int(self.number)
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self.number.fill_(version)
 
     def encoder_stamp(self) -> EncoderStamp:
         return EncoderStamp(f"version-{self.version}")
-
-    def encoder_weights(self) -> dict[str, Tensor]:
-        return {"version": torch.tensor(self.version)}
-
-    def load_encoder_weights(self, weights: dict[str, Tensor]) -> None:
-        self.version = int(weights["version"])
 
     def encode(self, ids: Tensor) -> Any:
         keys = torch.randn(len(LAYERS), 1, HEADS, ids.shape[1], DIM, generator=torch.Generator().manual_seed(0))

@@ -227,6 +227,8 @@ def test_a_folder_that_is_gone_is_said_and_is_read_again_when_it_is_back(cluster
     bank = ClusterBank.start("moved", tmp_path, actor_options={"num_cpus": 0.1}, timeout=60)
     model.memorize(bank, "the dog sat", "kept")
     number = bank.shard_of("kept")
+    other = next(f"new-{place}" for place in range(99) if bank.shard_of(f"new-{place}") != number)
+    model.memorize(bank, "the cat sat", other)
     folder = tmp_path / f"shard-{number}"
     folder.rename(tmp_path / "elsewhere")
     kill(actors_of("moved")[number])
@@ -235,6 +237,12 @@ def test_a_folder_that_is_gone_is_said_and_is_read_again_when_it_is_back(cluster
         bank.documents()
     with pytest.raises(ValueError, match="1 of the 2 shards of 'moved' have ended"):
         ClusterBank.connect("moved")
+    with pytest.warns(UserWarning, match="left out of what is read"):
+        some = ClusterBank.connect("moved", on_missing="skip")
+    with pytest.warns(UserWarning, match="left out of what is read"):
+        listed = some.documents()
+    assert [each.document_id for each in listed] == [other]
+    assert some.missing == (number,)
     stop("moved")
     (tmp_path / "elsewhere").rename(folder)
     with ClusterBank.start("moved", tmp_path, actor_options={"num_cpus": 0.1}, timeout=60) as bank:
