@@ -42,6 +42,7 @@ def cluster() -> Iterator[object]:
     paths = os.pathsep.join([str(here), str(here.parent)])
     patient.setenv("PYTHONPATH", paths, prepend=os.pathsep)  # workers have what pytest has given this process
     wait_for_nodes(patient)
+    patient.setattr(engine, "PATIENCE", 400)  # for shards as well
     try:
         for number in range(3):
             made.add_node(**NODE, **({} if number else {"include_dashboard": False}))
