@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -79,14 +80,19 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, L
     return hidden_states, LayerCall((None, *args[1:]) if args else (), dict(kwargs))
 
 
-# Handlers belong to one forward pass, so they live in a context variable: threads that share a model do not meet.
-_handlers: ContextVar[Mapping[nn.Module, Handler] | None] = ContextVar("longmem_attention_handlers", default=None)
+class Handled(threading.local):
+    """The handlers of a thread's forward pass. A compiler would break off at a context variable, in each layer."""
+
+    handlers: Mapping[nn.Module, Handler] | None = None
+
+
+_handled = Handled()
 
 
 @contextlib.contextmanager
 def handled_by(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """Route the attention of intercepted modules (keys of `handlers`) to their handlers inside the block."""
-    token = _handlers.set(handlers)
+    before, _handled.handlers = _handled.handlers, handlers
     layer = _direct_layer.set(None)
     direct = any(not calls_registry(module) for module in handlers)
     try:
@@ -94,7 +100,7 @@ def handled_by(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
             yield
     finally:
         _direct_layer.reset(layer)
-        _handlers.reset(token)
+        _handled.handlers = before
 
 
 def calls_registry(module: nn.Module) -> bool:
@@ -140,8 +146,7 @@ def local_attention(module: nn.Module) -> LocalAttention:
 
 def dispatch_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Return the handler's output for this module, or that of its own attention when nobody handles it."""
-    handlers = _handlers.get()
-    handler = None if handlers is None else handlers.get(module)  # a compiler can't look a module up in no dictionary
+    handler = None if _handled.handlers is None else _handled.handlers.get(module)
     if handler is None:
         return local_attention(module)(module, *args, **kwargs)
     return handler(local_attention(module), module, *args, **kwargs)
@@ -167,7 +172,7 @@ class _DirectCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, layer = kwargs or {}, _direct_layer.get()
-        handler = None if layer is None else (_handlers.get() or {}).get(layer)
+        handler = None if layer is None else (_handled.handlers or {}).get(layer)
         if handler is None or func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         return attend_directly(handler, layer, *args, **kwargs)

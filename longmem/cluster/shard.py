@@ -20,7 +20,7 @@ from longmem.encoder.sketch import Sketch
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError, StaleMemoryError
 from longmem.memory import BankView, MemoryBank
-from longmem.memory.folder.foreign import parse_json
+from longmem.memory.folder.foreign import model_in
 from longmem.memory.protocols import Found
 from longmem.memory.refresh import RefreshReport
 from longmem.memory.visibility import reading_as
@@ -118,16 +118,9 @@ class Shard:
             "settings": bank._settings(),
             "stamp": None if stamp is None else stamp.to_json(),
             "folder": str(self._folder.resolve()),
-            "model": self._model_name(),
+            "model": model_in(self._folder),
             "age_prior": bank.age_prior is not None,
         }
-
-    def _model_name(self) -> str | None:
-        try:
-            name = parse_json((self._folder / "model.json").read_text(encoding="utf-8"))["model"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return name if isinstance(name, str) else None
 
     def status(self, stamp: dict[str, Any] | None = None, selection: Any = None) -> dict[str, Any]:
         """Return sizes and state; with a stamp, after the bank was made ready to be read by that encoder."""

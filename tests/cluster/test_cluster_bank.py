@@ -552,6 +552,16 @@ def test_a_bank_without_one_of_its_shards_is_refused(lost, model, tmp_path):
         shard_folders(tmp_path / "bank")
 
 
+def test_a_shard_names_its_model_from_no_file_but_its_own(model, make, tmp_path):
+    _, shards = make(model, fill=False)
+    path = Path(shards.folders[0]) / "model.json"
+    path.write_text('{"model": "mine"}')
+    assert ClusterBank(shards).model_name == "mine"
+    path.rename(tmp_path / "outside.json")
+    path.symlink_to(tmp_path / "outside.json")
+    assert ClusterBank(shards).model_name is None
+
+
 def test_shards_that_can_not_all_be_made_leave_none(model, tmp_path, monkeypatch):
     make_one, made = MemoryBank.for_model, []
 

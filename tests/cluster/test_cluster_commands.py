@@ -39,9 +39,9 @@ COMMANDS = (
     "bank delete e.txt",
     "bank add exported.jsonl",
     "bank compact",
-    "bank find dog --by words",
+    "bank find dog --by words --count 1",
     "bank find dog --by heads --count 2",
-    "bank find dog --tag seen --by words",
+    "bank find dog --tag seen --by words --count 1",
     "generate --prompt dog --max-new-tokens 3 --show-reads",
     "generate --prompt dog --max-new-tokens 3 --tag seen",
 )
