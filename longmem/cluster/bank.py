@@ -567,7 +567,10 @@ class ClusterBank:
         except InterruptedError:
             after = lengths_after(changes, before)
             now = {name: self._length(name) for name in after}
-            if now == after and all(_same_ids(self.token_ids(name), ids) for name, ids in new.items()):
+            found = map(self.token_ids, new)
+            if now == after and all(
+                each is not None and each.equal(new[name]) for name, each in zip(new, found, strict=True)
+            ):
                 before, changes = {}, [each for each in changes if each[0] in LABELS]  # these can be said twice
             elif now != before:
                 raise
@@ -686,10 +689,6 @@ def lengths_after(changes: Changes, before: Mapping[str, int | None]) -> dict[st
             known = lengths.get(given[0]) if method == "append" else None
             lengths[given[0]] = (known or 0) + given[1][0].shape[1]
     return lengths
-
-
-def _same_ids(one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and torch.equal(one, other.to(one))
 
 
 def shard_folders(root: str | Path) -> list[Path]:

@@ -77,11 +77,6 @@ class Standing(NamedTuple):
     input_device: torch.device
 
 
-def weights_of(model: Any) -> dict[str, Tensor]:
-    """Return the tensors that what is stored depends on."""
-    return dict(model.encoder.path.tensors())
-
-
 @torch.no_grad()
 def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
     """Give a model the weights of another one."""
@@ -237,9 +232,10 @@ class Feed:
     def publish(self, model: EncodingModel) -> None:
         """Let what is encoded from now on be encoded with a model's weights of this moment, which the shards hear of first."""
         ray = engine.join()
+        encoder: Any = model.encoder  # which has a path to its weights, too
         self.bank.ready_for(model)
         self.version += 1
-        self._weights, self._stamp = ray.put(pack(weights_of(model))), model.encoder.stamp().to_json()
+        self._weights, self._stamp = ray.put(pack(dict(encoder.path.tensors()))), encoder.stamp().to_json()
         self.pump()
 
     def put(self, document_id: str, text_or_ids: Any) -> None:
