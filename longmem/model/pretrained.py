@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem import files
-from longmem.backbone import Backbone, load_backbone, load_tokenizer
+from longmem.backbone.capture import Backbone
 from longmem.backbone.loading import (
     BACKBONE_OPTIONS,
     HUB_OPTIONS,
     LOAD_OPTIONS,
+    load_backbone,
+    load_tokenizer,
     refuse_unknown_options,
     take,
     tokenizer_fingerprint,
