@@ -11,6 +11,8 @@ change less than the time that passes.
 
 Workers that fill a bank share the cores as well. With `--pause` each document takes so many seconds more, in which its worker
 computes nothing here, as if it had a device of its own: what is left to limit them is the cluster.
+
+Each figure is in the file of `--output` once it is there, and the same command goes on behind those that the file has.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import torch
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.cluster import ClusterBank, Encoders, engine
 from longmem.cluster.wire import raised
+from longmem.files import write_file
 from longmem.memory import BankShards
 from longmem.model.attention import search_and_attend
 
@@ -248,23 +251,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     results: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "reading": [], "filling": []}
-
-    def note(kind: str, figures: dict[str, Any]) -> None:
-        results[kind].append(figures)
-        print(json.dumps(figures), flush=True)
-
-    sizes = list(itertools.product(given.tokens, given.shards))
-    if given.without_ray:
-        for num_tokens, num_shards in sizes:
-            note("reading", read_here(num_tokens, num_shards))
-    else:
-        with three_nodes():
-            for num_tokens, num_shards in sizes:
-                note("reading", read(num_tokens, num_shards, given.times))
-            for pause, num_workers in itertools.product(given.pause, (1, 2)) if given.fill else ():
-                note("filling", fill(given.fill, num_workers, pause))
-    if given.output is not None:
-        given.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if given.output is not None and given.output.exists():
+        results = json.loads(given.output.read_text(encoding="utf-8"))
+    reads = itertools.product(given.tokens, given.shards)
+    fills = itertools.product([given.fill], (1, 2), given.pause) if given.fill and not given.without_ray else ()
+    asked = [("reading", dict(zip(("tokens", "shards"), each, strict=True))) for each in reads]
+    asked += [("filling", dict(zip(("to_fill", "workers", "pause"), each, strict=True))) for each in fills]
+    asked = [(kind, about | {"with_ray": not given.without_ray}) for kind, about in asked]
+    left = [(kind, about) for kind, about in asked if not any(about.items() <= each.items() for each in results[kind])]
+    with contextlib.nullcontext() if given.without_ray or not left else three_nodes():
+        for kind, about in left:
+            if kind == "filling":
+                figures = fill(about["to_fill"], about["workers"], about["pause"])
+            elif given.without_ray:
+                figures = read_here(about["tokens"], about["shards"])
+            else:
+                figures = read(about["tokens"], about["shards"], given.times)
+            results[kind].append(about | figures)
+            print(json.dumps(results[kind][-1]), flush=True)
+            if given.output is not None:
+                write_file(given.output, json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -45,6 +46,7 @@ from transformers import (
 )
 
 from longmem import LongMemConfig, LongMemForCausalLM, LongMemModel, MemoryBank
+from longmem.backbone.interception import dispatch_attention
 from longmem.backbone.loading import BACKBONE_OPTIONS, HUB_OPTIONS, LOAD_OPTIONS
 from longmem.model import names, pretrained, saving
 from longmem.model.memory_attention import banks_per_lane
@@ -953,6 +955,11 @@ def test_bookkeeping_is_outside_of_every_graph(model: Any, bank: MemoryBank, mon
     assert states.keys() == model.run_backbone(IDS[:1]).hidden_states.keys()
     assert other.encoder_fingerprint() == model.encoder_fingerprint()
     assert not [name for name in traced_files() if "/longmem/" in name]
+    attention = model.side_network.layers[0].attention  # what may be replaced, and is not, stays within a graph
+    text = model.config.get_text_config()
+    query, key = (torch.randn(1, heads, 5, 8) for heads in (text.num_attention_heads, text.num_key_value_heads))
+    attend = functools.partial(dispatch_attention, attention, query, key, key, None, scaling=0.3)
+    torch.testing.assert_close(torch.compile(attend, backend="eager", fullgraph=True)(), attend())
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from rich.console import Console
 from systems import SYSTEMS, TOKEN_BYTES, After, FullWindow, make, models_by_config
 from work import WORK
 
-from longmem.encoder.stamp import hash_tensors
+from longmem.encoder.path import hash_tensors
 from longmem.evaluation.folder import RunFolder, as_json, describe
 from longmem.evaluation.runner import record_id
 from longmem.evaluation.systems import Question, RetrievalSystem, System, answer_questions

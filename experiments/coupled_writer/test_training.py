@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from tiny_runs import make_files, make_trainer, run_for, settings_of, trained_weights, without_times
 
 from experiments.coupled_writer.training import CoupledSettings, Coupling
-from longmem.backbone import Backbone
+from longmem.backbone.capture import Backbone
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.training import load_settings
 from longmem.training.records import read_log

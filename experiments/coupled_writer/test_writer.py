@@ -10,8 +10,8 @@ from model.conftest import BACKBONES, SETTINGS, build_backbone
 
 from experiments.coupled_writer.writer import couple, decouple
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.backbone import Backbone
 from longmem.backbone.cache_names import cache_of
+from longmem.backbone.capture import Backbone
 from longmem.errors import StaleMemoryError
 from longmem.memory.refresh import UNBOUNDED
 

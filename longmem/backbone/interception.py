@@ -10,8 +10,8 @@ import contextlib
 import copy
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -79,22 +79,27 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, L
     return hidden_states, LayerCall((None, *args[1:]) if args else (), dict(kwargs))
 
 
-# Handlers belong to one forward pass, so they live in a context variable: threads that share a model do not meet.
-_handlers: ContextVar[Mapping[nn.Module, Handler] | None] = ContextVar("longmem_attention_handlers", default=None)
+class Handled(threading.local):
+    """What a thread's forward pass replaces. A compiler would break off at a context variable, in each layer."""
+
+    handlers: Mapping[nn.Module, Handler] | None = None
+    layer: nn.Module | None = None  # whose own calls are intercepted now; cleared also after an interruption
+
+
+_handled = Handled()
 
 
 @contextlib.contextmanager
 def handled_by(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
     """Route the attention of intercepted modules (keys of `handlers`) to their handlers inside the block."""
-    token = _handlers.set(handlers)
-    layer = _direct_layer.set(None)
+    before = _handled.handlers, _handled.layer
     direct = any(not calls_registry(module) for module in handlers)
     try:
+        _handled.handlers, _handled.layer = handlers, None
         with _DirectCalls() if direct else contextlib.nullcontext():
             yield
     finally:
-        _direct_layer.reset(layer)
-        _handlers.reset(token)
+        _handled.handlers, _handled.layer = before
 
 
 def calls_registry(module: nn.Module) -> bool:
@@ -140,7 +145,7 @@ def local_attention(module: nn.Module) -> LocalAttention:
 
 def dispatch_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Return the handler's output for this module, or that of its own attention when nobody handles it."""
-    handler = (_handlers.get() or {}).get(module)
+    handler = None if _handled.handlers is None else _handled.handlers.get(module)
     if handler is None:
         return local_attention(module)(module, *args, **kwargs)
     return handler(local_attention(module), module, *args, **kwargs)
@@ -149,24 +154,20 @@ def dispatch_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Te
 AttentionInterface.register(IMPLEMENTATION, dispatch_attention)
 
 
-# The layer whose own calls are intercepted now; `handled_by` clears it, also after an interruption.
-_direct_layer: ContextVar[nn.Module | None] = ContextVar("longmem_direct_layer", default=None)
-
-
 def _enter_layer(layer: nn.Module, args: Any) -> None:
-    _direct_layer.set(layer)
+    _handled.layer = layer
 
 
 def _leave_layer(layer: nn.Module, args: Any, output: Any) -> None:
-    _direct_layer.set(None)
+    _handled.layer = None
 
 
 class _DirectCalls(TorchFunctionMode):
     """While it is entered, hands calls of `scaled_dot_product_attention` to the handler of the layer that makes them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, layer = kwargs or {}, _direct_layer.get()
-        handler = None if layer is None else (_handlers.get() or {}).get(layer)
+        kwargs, layer = kwargs or {}, _handled.layer
+        handler = None if layer is None else (_handled.handlers or {}).get(layer)
         if handler is None or func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         return attend_directly(handler, layer, *args, **kwargs)

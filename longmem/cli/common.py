@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from longmem.memory import MemoryBank
     from longmem.model.modeling import LongMemForCausalLM
 
-# Beside the bank's own files; it says which model to open when none is named. Whether that model fits, the bank checks.
-MODEL_FILE = "model.json"
-LARGEST_MODEL_FILE = 65_536
 # With the trained side network that comes with this package, if there is one.
 DEFAULT_MODEL = "smollm2-135m"
 POLICIES = '"frozen", "eager", "lazy", "bounded:max_lag=4", ...'
@@ -281,18 +278,14 @@ def bytes_on_disk(folder: Path | str) -> int:
 
 def model_of_bank(folder: Path | str) -> str | None:
     """Return the name of the model that wrote a bank; None where that is not known."""
-    from longmem.memory.folder.foreign import open_plain, parse_json
-
     if isinstance(folder, str):
         from longmem.cluster import ClusterBank
 
         return ClusterBank.connect(folder).model_name
-    try:
-        with open(open_plain(folder.resolve() / MODEL_FILE), encoding="utf-8") as file:
-            name = parse_json(file.read(LARGEST_MODEL_FILE))["model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return name if isinstance(name, str) else None
+
+    from longmem.memory.folder.foreign import model_in
+
+    return model_in(folder)
 
 
 def open_model_of(arguments: argparse.Namespace) -> tuple[str, LongMemForCausalLM]:
@@ -304,7 +297,8 @@ def open_model_of(arguments: argparse.Namespace) -> tuple[str, LongMemForCausalL
 
 
 def remember_model(folder: Path, name: str) -> None:
-    """Write down the model of a bank, by a name that is found from anywhere."""
+    """Write down the model of a bank, by a name that is found from anywhere. Whether that model fits, the bank checks."""
+    from longmem.memory.folder.foreign import MODEL_FILE
     from longmem.model.names import lasting_name
 
     name = lasting_name(name)

@@ -171,6 +171,10 @@ def fill(texts: list[Text], arguments: argparse.Namespace) -> None:
             raise ValueError(f"`--{name.replace('_', '-')}` is set when a bank is made, by `longmem cluster start`.")
     if arguments.workers is not None:
         validate_count("--workers", arguments.workers)
+    if arguments.device != "auto":
+        raise ValueError(
+            f"`--device` must be auto for a bank on a cluster, got {arguments.device!r}; Ray gives each worker its device."
+        )
     bank = common.open_bank(arguments.bank)
     left = left_of([text for text in texts if not is_there(bank, text)], bank, arguments.replace)
     model_name = arguments.model or common.model_of_bank(arguments.bank)
@@ -186,6 +190,8 @@ def fill(texts: list[Text], arguments: argparse.Namespace) -> None:
             written[text.name] = raised(answer)
             done, tokens = done + len(text.text), tokens + sum(written[text.name])
             progress(tokens, round(tokens * in_all / done))
+    for text in texts:  # each in a transaction of its own, for they are in different shards
+        supersede(bank, [text])
     report(bank, model_name, written, time.perf_counter() - began, arguments)
 
 
@@ -212,8 +218,18 @@ def supersede(bank: MemoryBank, texts: list[Text]) -> None:
     """Say what superseded a text in the bank that it was exported from, once that is there as well."""
     with bank.transaction():
         for text in texts:
-            if text.superseded_by in bank and text.name in bank:
-                bank.supersede(text.name, by=text.superseded_by)
+            if text.name in bank and (by := successor(bank, text)):
+                bank.supersede(text.name, by=by)
+
+
+def successor(bank: MemoryBank, text: Text) -> str | None:
+    """Return what superseded a text where the bank can keep that: it is there and, on a cluster, in the same shard."""
+    from longmem.cluster import ClusterBank
+
+    if text.superseded_by is None or text.superseded_by not in bank:
+        return None
+    is_apart = isinstance(bank, ClusterBank) and bank.shard_of(text.superseded_by) != bank.shard_of(text.name)
+    return None if is_apart else text.superseded_by
 
 
 def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: argparse.Namespace) -> Written:
@@ -281,7 +297,7 @@ def label(bank: MemoryBank, text: Text, tags: Sequence[str], arguments: argparse
     if tags:
         bank.tag(text.name, tags)
     if text.is_superseded:  # hidden in the commit that brings it, so that an import cut short shows nothing of it
-        bank.supersede(text.name, by=text.superseded_by if text.superseded_by in bank else None)
+        bank.supersede(text.name, by=successor(bank, text))
     if arguments.pin or text.is_pinned:
         bank.pin(text.name)
 

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from longmem.cluster.wire import Traffic, num_bytes, pack, raised, unpack
@@ -127,46 +127,56 @@ def running() -> dict[str, list[int]]:
 def stop(name: str) -> None:
     """End the actors of a bank, after they have closed their folders. Raises ValueError if it does not run."""
     ray = join()
-    for actor in _found(name):
+    for actor in _found(name).values():
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # it is dead, and has lost nothing but time
             ray.get(actor.ask.remote("close"), timeout=PATIENCE)
         ray.kill(actor)
 
 
-def actors_of(name: str) -> list[Any]:
-    """Return the actors of a bank, in order. Raises ValueError if it does not run, or not all of it."""
-    ray, actors = join(), _found(name)
-    count = _patiently(lambda: ray.get(actors[0].members.remote(), timeout=PATIENCE), 60)
-    if len(actors) != count:
+def actors_of(name: str, may_lack: bool = False) -> list[Any]:
+    """Return the actors of a bank, in order, None for one that has ended.
+
+    Raises ValueError if the bank does not run or, unless it `may_lack` some, not all of it.
+    """
+    ray, found, deadline = join(), _found(name), time.monotonic() + 60
+    while True:
+        try:
+            count = ray.get(next(iter(found.values())).members.remote(), timeout=PATIENCE)
+            break
+        except ray.exceptions.RayActorError:  # it may be starting again
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE)
+    if len(found) != count and not may_lack:
         raise ValueError(
-            f"{count - len(actors)} of the {count} shards of {name!r} have ended, as when a folder can't be opened; see that "
+            f"{count - len(found)} of the {count} shards of {name!r} have ended, as when a folder can't be opened; see that "
             f"each node finds all of them, then `longmem cluster stop {name}`, and start it again."
         )
-    return actors
+    return [found.get(number) for number in range(count)]
 
 
-def _found(name: str) -> list[Any]:
+def _found(name: str) -> dict[int, Any]:
     ray, banks = join(), running()
     if name not in banks:
         raise ValueError(
             f"no bank {name!r} runs on this cluster, known: {', '.join(banks) or 'none'}; "
             f"`longmem cluster start {name} --folder DIR` starts it."
         )
-    return [ray.get_actor(f"{name}/{number}", namespace=NAMESPACE) for number in banks[name]]
+    return {number: ray.get_actor(f"{name}/{number}", namespace=NAMESPACE) for number in banks[name]}
 
 
 class RayShards:
-    """The shards of a bank that runs on the cluster."""
+    """The shards of a bank that runs on the cluster; one that has ended does not answer, if there `may_lack` some."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.traffic = name, Traffic()
-        self.actors = actors_of(name)
+    def __init__(self, name: str, may_lack: bool = False) -> None:
+        self.name, self.may_lack, self.traffic = name, may_lack, Traffic()
+        self.actors = actors_of(name, may_lack)
 
     def __len__(self) -> int:
         return len(self.actors)
 
     def __reduce__(self) -> Any:
-        return RayShards, (self.name,)
+        return RayShards, (self.name, self.may_lack)
 
     def ask(
         self, asked: Mapping[int, tuple[Any, ...]], *, timeout: float = 60.0, repeats: bool = True
@@ -180,7 +190,7 @@ class RayShards:
             self.traffic.sent += num_bytes(requests[number])
             return self.actors[number].ask.remote(*requests[number])
 
-        waiting, answers = {call(number): number for number in asked}, {}
+        waiting, answers = {call(number): number for number in asked if self.actors[number] is not None}, {}
         while waiting and (left := deadline - time.monotonic()) > 0:
             done, _ = ray.wait(list(waiting), timeout=left)
             for each in done:
@@ -200,20 +210,6 @@ class RayShards:
                 self.traffic.received += num_bytes(answer)
                 answers[number] = raised(unpack(answer))
         return answers
-
-
-def _patiently(ask: Callable[[], Any], seconds: float) -> Any:
-    """Return what is asked of an actor that may be starting again."""
-    import ray
-
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return ask()
-        except ray.exceptions.RayActorError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(PAUSE)
 
 
 def refuse_missing(asked: Sequence[int], answers: Mapping[int, Any], timeout: float) -> None:

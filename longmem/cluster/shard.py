@@ -20,7 +20,7 @@ from longmem.encoder.sketch import Sketch
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import ChangedMemoryError, StaleMemoryError
 from longmem.memory import BankView, MemoryBank
-from longmem.memory.folder.foreign import parse_json
+from longmem.memory.folder.foreign import model_in
 from longmem.memory.protocols import Found
 from longmem.memory.refresh import RefreshReport
 from longmem.memory.visibility import reading_as
@@ -118,16 +118,9 @@ class Shard:
             "settings": bank._settings(),
             "stamp": None if stamp is None else stamp.to_json(),
             "folder": str(self._folder.resolve()),
-            "model": self._model_name(),
+            "model": model_in(self._folder),
             "age_prior": bank.age_prior is not None,
         }
-
-    def _model_name(self) -> str | None:
-        try:
-            name = parse_json((self._folder / "model.json").read_text(encoding="utf-8"))["model"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return name if isinstance(name, str) else None
 
     def status(self, stamp: dict[str, Any] | None = None, selection: Any = None) -> dict[str, Any]:
         """Return sizes and state; with a stamp, after the bank was made ready to be read by that encoder."""
@@ -286,26 +279,26 @@ class Shard:
 
         Raises ChangedMemoryError if they have another one: somebody else has written, or this very commit was made before.
         """
-        with self.bank.transaction(), self._as_written_by(stamp):
+        with self.bank.transaction(), self._as_written_by(stamp) as writer:
             for name, count in before.items():
                 if (self.bank.info(name).num_tokens if name in self.bank else None) != count:
                     raise ChangedMemoryError
             for method, given, options in changes:
                 assert method in CHANGES
-                getattr(self.bank, method)(*given, **options)
+                if method == "replace":
+                    self._replace(writer, *given[:2])
+                else:
+                    getattr(self.bank, method)(*given, **options)
 
-    def replace(self, document_id: str, parts: Sequence[Any], num_tokens: int, stamp: Any) -> None:
+    def _replace(self, writer: DistantWriter | None, document_id: str, parts: Sequence[Any]) -> None:
         """Put a new version of a document in the place of the old one: segments that are encoded, or copied from it."""
-        with self.bank.transaction(), self._as_written_by(stamp) as writer:
-            if self.bank.info(document_id).num_tokens != num_tokens:
-                raise ChangedMemoryError
-            draft = self.bank.empty_like()
-            if writer is not None:
-                draft.freshness.write_as(writer)
-            for method, given, options in parts:
-                given = (given[0], self.bank, *given[1:]) if method == "copy_tokens" else given
-                getattr(draft, method)(*given, **options)
-            self.bank._take_version(document_id, draft)
+        draft = self.bank.empty_like()
+        if writer is not None:
+            draft.freshness.write_as(writer)
+        for method, given, options in parts:
+            given = (given[0], self.bank, *given[1:]) if method == "copy_tokens" else given
+            getattr(draft, method)(*given, **options)
+        self.bank._take_version(document_id, draft)
 
     @contextlib.contextmanager
     def _as_written_by(self, stamp: dict[str, Any] | None) -> Iterator[DistantWriter | None]:
@@ -363,4 +356,5 @@ def _attended(request: Request, queries: Tensor, found: Found, known: Read) -> G
     return attend_found(queries, found, known.memory, request.layer, request.scaling or 1.0, request.softcap)
 
 
-CHANGES = frozenset(("add", "append", "delete", "rename", "tag", "pin", "supersede", "restore", "clear"))
+LABELS = frozenset(("tag", "pin", "supersede", "restore"))
+CHANGES = LABELS | {"add", "append", "replace", "delete"}

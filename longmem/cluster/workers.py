@@ -17,6 +17,7 @@ from longmem.cluster.wire import Failure, failure_of, pack, raised, unpack
 from longmem.encoder.stamp import EncoderStamp
 from longmem.errors import StaleMemoryError
 from longmem.memory.checks import validate_count
+from longmem.memory.memorize import memorize
 from longmem.memory.protocols import EncodingModel
 
 IN_FLIGHT = 2  # tasks of a worker: one in hand and one waiting
@@ -61,8 +62,6 @@ class EncodingWorker:
             if task.document_id in bank:
                 bank.update(task.document_id, task.text_or_ids, model=writer)
             else:
-                from longmem.memory.memorize import memorize
-
                 memorize(writer, bank, task.text_or_ids, task.document_id)
             return None
         except Exception as error:
@@ -78,17 +77,9 @@ class Standing(NamedTuple):
     input_device: torch.device
 
 
-def weights_of(model: Any) -> dict[str, Tensor]:
-    """Return the tensors that what is stored depends on; a model that has no such path says itself what its weights are."""
-    return model.encoder_weights() if hasattr(model, "encoder_weights") else dict(model.encoder.path.tensors())
-
-
 @torch.no_grad()
 def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
     """Give a model the weights of another one."""
-    if hasattr(model, "load_encoder_weights"):
-        model.load_encoder_weights(weights)
-        return
     for name, module, leaf in model.encoder.path.leaves:
         getattr(module, leaf).copy_(weights[name])
 
@@ -241,9 +232,10 @@ class Feed:
     def publish(self, model: EncodingModel) -> None:
         """Let what is encoded from now on be encoded with a model's weights of this moment, which the shards hear of first."""
         ray = engine.join()
+        encoder: Any = model.encoder  # which has a path to its weights, too
         self.bank.ready_for(model)
         self.version += 1
-        self._weights, self._stamp = ray.put(pack(weights_of(model))), model.encoder.stamp().to_json()
+        self._weights, self._stamp = ray.put(pack(dict(encoder.path.tensors()))), encoder.stamp().to_json()
         self.pump()
 
     def put(self, document_id: str, text_or_ids: Any) -> None:

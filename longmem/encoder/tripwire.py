@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longmem.encoder.stamp import EncoderPath
+from longmem.encoder.path import EncoderPath
 
 SAMPLED_NUMBERS = 16  # of each tensor, at even distances
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from longmem.backbone.capture import Backbone
 from longmem.backbone.structure import input_device
+from longmem.encoder.path import EncoderPath, encoder_path, hash_tensors
 from longmem.encoder.sketch import Sketch, sketch
-from longmem.encoder.stamp import EncoderPath, EncoderStamp, encoder_path, hash_tensors
+from longmem.encoder.stamp import EncoderStamp
 from longmem.encoder.tripwire import Tripwire
 from longmem.errors import StaleMemoryError
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from longmem.encoder.stamp import hash_tensors
+from longmem.encoder.path import hash_tensors
 from longmem.evaluation.settings import EvaluationSettings
 from longmem.files import append_lines, make_folder, new_contents, not_opened, open_regular, read_json, write_file
 from longmem.memory.folder.foreign import fits

@@ -153,7 +153,6 @@ class GroupRead:
     found: Found  # of each choice; one choice may be of several queries
 
 
-@torch.compiler.disable  # search and rows live outside of any graph
 def read_memory(
     queries: Float[Tensor, "lanes heads tokens dim"],
     memory: Sequence[Memory],

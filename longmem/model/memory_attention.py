@@ -13,15 +13,11 @@ from longmem.backbone.positions import CosSin
 from longmem.backbone.structure import LayerStructure
 from longmem.configuration import LongMemConfig
 from longmem.memory.protocols import EncodingModel, Memory
-from longmem.model.attention import (
-    MemoryRead,
-    fuse_gated,
-    fuse_joint,
-    fuse_joint_plain,
-    read_memory,
-)
+from longmem.model.attention import MemoryRead, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
 
 Turns = dict[tuple[int, int], tuple[CosSin, CosSin]]
+# Search and rows live outside of any graph. Said here: a shard attends without a model, and has no use for the compiler.
+read_outside_of_graphs = torch.compiler.disable(read_memory)
 
 
 class MemoryReader:
@@ -78,7 +74,7 @@ class MemoryReader:
         if self._heads is not None:
             reading = query_heads(tuple(self._heads), num_heads // num_kv_heads, query.device)
             asking, num_kv_heads = query.index_select(1, reading), len(self._heads)
-        retrieved = read_memory(
+        retrieved = read_outside_of_graphs(
             self._memory_query(asking),
             self._memory,
             self._memory_layer,

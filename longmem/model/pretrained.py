@@ -15,11 +15,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from longmem import files
-from longmem.backbone import Backbone, load_backbone, load_tokenizer
+from longmem.backbone.capture import Backbone
 from longmem.backbone.loading import (
     BACKBONE_OPTIONS,
     HUB_OPTIONS,
     LOAD_OPTIONS,
+    load_backbone,
+    load_tokenizer,
     refuse_unknown_options,
     take,
     tokenizer_fingerprint,
@@ -28,7 +30,8 @@ from longmem.backbone.packaged import PACKAGED_BACKBONES
 from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneError, input_device
 from longmem.configuration import NOTED_BY_OTHERS, LongMemConfig
 from longmem.console import without_transformers_bars
-from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp, configuration_recipe
+from longmem.encoder.path import configuration_recipe
+from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp
 from longmem.encoder.watch import Encoder
 from longmem.memory.checks import checked, got
 from longmem.model import saving, side_state

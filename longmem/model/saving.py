@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from longmem import files
 from longmem.configuration import ALL_LINEAR, LongMemConfig
-from longmem.encoder.stamp import BackboneStamp
+from longmem.encoder.path import BackboneStamp
 from longmem.memory.folder.foreign import fits
 from longmem.model.names import lasting_name
 from longmem.model.side_network import SideNetwork

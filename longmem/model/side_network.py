@@ -21,6 +21,8 @@ from longmem.model.copies import ModuleCopier
 from longmem.model.lora import adapter_names, add_adapters, merge_adapters
 from longmem.model.memory_attention import MemoryReader, Turns
 
+end_outside_of_graphs = torch.compiler.disable(end_pass)  # reads are counted under locks
+
 
 class SideLayer(nn.Module):
     """One side layer: a copy of a backbone layer, perhaps reading memory, perhaps with a learned output scale.
@@ -215,7 +217,7 @@ class SideNetwork(nn.Module):
         try:
             return self._run(states, None if holds_nothing(memory) else memory)
         finally:
-            end_pass(token, taken)
+            end_outside_of_graphs(token, taken)
 
     def _run(self, states: BackboneStates, memory: Sequence[Memory] | None) -> tuple[Tensor, list[MemoryRead]]:
         dtype = self.dtype

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from longmem.backbone.capture import BackboneStates
 from longmem.data.lanes import NO_LABEL
-from longmem.encoder.stamp import EncoderStamp, configuration_recipe, hash_tensors, whole_path
+from longmem.encoder.path import configuration_recipe, hash_tensors, whole_path
+from longmem.encoder.stamp import EncoderStamp
 from longmem.files import check_tensors, make_folder, new_file, seal_tensors
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.training.losses import token_losses

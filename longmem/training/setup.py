@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from longmem.backbone.loading import digest
 from longmem.console import without_warnings_of
 from longmem.data import Lanes, load_corpus
-from longmem.encoder.stamp import BackboneStamp, hash_tensors
+from longmem.encoder.path import BackboneStamp, hash_tensors
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
 from longmem.model.opening import refuse_config_of_saved

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fake_encoder import CHUNK, DIM, HEADS, LAYERS, FakeModel
 from torch import Tensor
 
-from longmem import LongMemForCausalLM
 from longmem.cluster.workers import EncodingWorker
 from longmem.encoder.stamp import EncoderStamp
+from longmem.memory.memorize import memorize
 
 OPTIONS = {"segment_length": 16, "num_retrieved_tokens": 8, "memory_layers": [1, 3], "layer_reduction_factor": 1}
+
+
+class Path(NamedTuple):
+    """What `EncoderPath` says of a model: its only weight is the number of its version."""
+
+    model: VersionedModel
+
+    @property
+    def leaves(self) -> list[tuple[str, VersionedModel, str]]:
+        return [("version", self.model, "number")]
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        return [("version", self.model.number.clone())]
 
 
 class VersionedModel(FakeModel):
@@ -29,32 +42,30 @@ class VersionedModel(FakeModel):
 
     def __init__(self, version: int = 0) -> None:
         super().__init__()
-        self.version = version
+        self.number = torch.tensor(version)
+        self.path = Path(self)
+
+    @property
+    def version(self) -> int:
+        return int(self.number)
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self.number.fill_(version)
 
     def encoder_stamp(self) -> EncoderStamp:
         return EncoderStamp(f"version-{self.version}")
-
-    def encoder_weights(self) -> dict[str, Tensor]:
-        return {"version": torch.tensor(self.version)}
-
-    def load_encoder_weights(self, weights: dict[str, Tensor]) -> None:
-        self.version = int(weights["version"])
 
     def encode(self, ids: Tensor) -> Any:
         keys = torch.randn(len(LAYERS), 1, HEADS, ids.shape[1], DIM, generator=torch.Generator().manual_seed(0))
         return list(keys), [torch.full_like(each, float(self.version)) for each in keys]
 
 
-def make_model(backbone: str) -> LongMemForCausalLM:
-    """Return the model of a worker."""
-    return LongMemForCausalLM.from_backbone(backbone, **OPTIONS).eval()
-
-
-def memorize_once(bank: Any, model: LongMemForCausalLM, task: tuple[str, str]) -> None:
-    """Memorize a text, unless a worker before this one has."""
-    name, text = task
+def memorize_once(bank: Any, model: VersionedModel, task: tuple[str, list[int]]) -> None:
+    """Memorize token ids, unless a worker before this one has."""
+    name, ids = task
     if name not in bank:
-        model.memorize(bank, text, name)
+        memorize(model, bank, ids, name)
 
 
 class SlowWorker(EncodingWorker):

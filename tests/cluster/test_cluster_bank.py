@@ -253,6 +253,11 @@ def test_a_silent_shard_is_an_error_or_is_left_out_and_named(model, make, prompt
         model(prompt, memory=bank)
     shards.silent = set()
     some = ClusterBank(shards, on_missing="skip")
+    shards.silent = {0}
+    with pytest.raises(MissingShardError, match=r"\[0\].*on_missing"):
+        ClusterBank(shards)
+    with pytest.warns(UserWarning, match=r"shards \[0\] of 3"):
+        assert ClusterBank(shards, on_missing="skip").missing == (0,)
     shards.silent = {1}
     with torch.no_grad(), pytest.warns(UserWarning, match=r"shards \[1\] of 3"):
         got = model(prompt, memory=some, output_memory_reads=True)
@@ -408,7 +413,7 @@ def test_a_shard_that_dies_in_a_commit_has_made_it_once(method, moment, model, m
     name = "new" if method == "memorize" else NAMES[0]
     number, before = bank.shard_of(name), bank.text(NAMES[0])
     kills = shards.dies_before if moment == "before" else shards.dies_after
-    kills[number] = "replace" if method == "update" else "commit"
+    kills[number] = "commit"
     if method == "memorize":
         model.memorize(bank, "the dog sat", name)
         assert bank.text(name) == "the dog sat"
@@ -513,19 +518,28 @@ def test_threads_have_transactions_and_encoders_of_their_own(model, make):
     assert bank.fingerprint == bank.select(same).fingerprint == own
 
 
-def test_what_a_transaction_can_not_undo_is_refused_inside(model, make):
-    bank, _ = make(model)
+def test_an_update_is_part_of_its_transaction(model, make):
+    bank, shards = make(model)
     before = bank.text(NAMES[0])
 
-    def change() -> None:
+    def change(tag_first: bool, fails: bool) -> None:
         with bank.transaction():
-            bank.tag(NAMES[0], ["new"])
+            if tag_first:
+                bank.tag(NAMES[0], ["new"])
             bank.update(NAMES[0], "the dog sat", model=model)
+            bank.tag(NAMES[0], ["new"])
+            if fails:
+                raise ZeroDivisionError
 
-    with pytest.raises(ValueError, match="inside a transaction"):
-        change()
-    assert bank.text(NAMES[0]) == before
-    assert bank.info(NAMES[0]).tags == ("even",)
+    with pytest.raises(ValueError, match="was changed in this transaction"):  # it would be read, to copy from
+        change(tag_first=True, fails=False)
+    with pytest.raises(ZeroDivisionError):
+        change(tag_first=False, fails=True)
+    assert (bank.text(NAMES[0]), bank.info(NAMES[0]).tags) == (before, ("even",))
+    shards.dies_after[bank.shard_of(NAMES[0])] = "commit"
+    change(tag_first=False, fails=False)
+    assert (bank.text(NAMES[0]), bank.info(NAMES[0]).tags) == ("the dog sat", ("new",))
+    assert shards.methods.count("commit") == len(NAMES) + 2
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2, "all"])
@@ -536,6 +550,16 @@ def test_a_bank_without_one_of_its_shards_is_refused(lost, model, tmp_path):
         shutil.rmtree(folders[number])
     with pytest.raises(ValueError, match="all of a bank's 3 shards"):
         shard_folders(tmp_path / "bank")
+
+
+def test_a_shard_names_its_model_from_no_file_but_its_own(model, make, tmp_path):
+    _, shards = make(model, fill=False)
+    path = Path(shards.folders[0]) / "model.json"
+    path.write_text('{"model": "mine"}')
+    assert ClusterBank(shards).model_name == "mine"
+    path.rename(tmp_path / "outside.json")
+    path.symlink_to(tmp_path / "outside.json")
+    assert ClusterBank(shards).model_name is None
 
 
 def test_shards_that_can_not_all_be_made_leave_none(model, tmp_path, monkeypatch):

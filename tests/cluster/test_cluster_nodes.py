@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cluster_models import OPTIONS, SlowWorker, VersionedModel, make_model, memorize_once
+from cluster_models import OPTIONS, SlowWorker, VersionedModel, memorize_once
 from tiny_models import save_tiny_backbone, some_text
 
 from longmem import LongMemForCausalLM, MemoryBank
@@ -28,6 +28,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
+BOUND = 4
+TIMEOUT = 400  # seconds, on a machine that has other work; no test waits so long for what is to fail
 NODE = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_log_monitor": False, "no_monitor": True}
 
 
@@ -41,6 +43,7 @@ def cluster() -> Iterator[object]:
     paths = os.pathsep.join([str(here), str(here.parent)])
     patient.setenv("PYTHONPATH", paths, prepend=os.pathsep)  # workers have what pytest has given this process
     wait_for_nodes(patient)
+    patient.setattr(engine, "PATIENCE", TIMEOUT)
     try:
         for number in range(3):
             made.add_node(**NODE, **({} if number else {"include_dashboard": False}))
@@ -59,7 +62,7 @@ def wait_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     look = services.get_node
 
     def get_node(*given: object, **options: object) -> object:
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + TIMEOUT
         while True:
             try:
                 return look(*given, **options)
@@ -87,22 +90,42 @@ def notes(
 ) -> Iterator[ClusterBank]:
     root = tmp_path_factory.mktemp("notes")
     ClusterBank.create(root, 3, model)
-    bank = ClusterBank.start("notes", root, actor_options={"num_cpus": 0.1}, timeout=120)
+    bank = ClusterBank.start("notes", root, actor_options={"num_cpus": 0.1}, timeout=TIMEOUT)
     for number in range(6):
         model.memorize(bank, some_text(14, seed=number), f"document-{number}")
     yield bank
     stop("notes")
 
 
+@pytest.fixture(scope="module")
+def moving(cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterBank]:
+    """A bank whose encoder is `VersionedModel`, which needs no transformers: its workers start in half the time."""
+    root = tmp_path_factory.mktemp("moving")
+    policy = f"bounded:max_lag={BOUND},on_violation=mask"
+    ClusterBank.create(root, 2, VersionedModel(), storage_dtype="float32", refresh=policy)
+    yield ClusterBank.start("moving", root, actor_options={"num_cpus": 0.1}, timeout=TIMEOUT)
+    stop("moving")
+
+
 def opened(bank: ClusterBank) -> BankShards:
     return BankShards(MemoryBank.open(each["folder"], read_only=True) for each in bank._told)
 
 
-def kill(actor: object) -> None:
-    """Kill the process of an actor as the system would."""
+def inside(actor: object, look: Callable[[object], object]) -> object:
+    """Return what a function finds in the process of an actor."""
     import ray
 
-    os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+    return ray.get(actor.__ray_call__.remote(look))
+
+
+def kill(actor: object) -> None:
+    """Kill the process of an actor as the system would."""
+    os.kill(inside(actor, lambda self: os.getpid()), signal.SIGKILL)
+
+
+def node_of(actor: object) -> object:
+    """Return the node that an actor runs on."""
+    return inside(actor, lambda self: __import__("ray").get_runtime_context().get_node_id())
 
 
 @pytest.fixture
@@ -137,47 +160,56 @@ def test_a_shard_that_is_killed_is_read_again_and_written_once(notes, model, pro
     notes.delete(name)
 
 
-def test_a_node_that_goes_takes_no_shard_with_it(cluster, notes, model, prompt):
+def test_a_shard_needs_no_library_of_models(notes, moving):
+    """It takes seconds of each start to import them."""
+    for bank in ("notes", "moving"):
+        libraries = inside(
+            actors_of(bank)[0], lambda self: {"transformers", "accelerate", "torch._dynamo"} & {*sys.modules}
+        )
+        assert libraries == set()
+
+
+def test_workers_shards_and_a_node_that_go_in_a_fill_leave_nothing_out_and_nothing_twice(
+    cluster, notes, moving, model, prompt
+):
+    import ray
+
+    draw = torch.Generator().manual_seed(3)
+    texts = {f"filled-{number}": torch.randint(0, 100, (24,), generator=draw).tolist() for number in range(16)}
     with torch.no_grad():
         expected = model(prompt, memory=notes).logits
-    lost = cluster.worker_nodes and sorted(cluster.worker_nodes, key=lambda each: each.node_id)[0]
-    cluster.remove_node(lost, allow_graceful=False)
-    with torch.no_grad():
-        torch.testing.assert_close(model(prompt, memory=notes).logits, expected)
-    cluster.add_node(**NODE)
-    cluster.wait_for_nodes()
-    with torch.no_grad():
-        torch.testing.assert_close(model(prompt, memory=notes).logits, expected)
-
-
-def test_workers_shards_and_a_node_that_go_in_a_fill_leave_nothing_out_and_nothing_twice(cluster, notes, backbone):
-    texts = {f"filled-{number}": some_text(120, seed=number) for number in range(12)}
-    make = functools.partial(make_model, backbone)
     done = []
-    with Encoders(make, 2, actor_options={"num_cpus": 0.1}) as encoders:
-        ask = lambda actor, task: actor.work.remote(memorize_once, notes, task)  # noqa: E731
+    with Encoders(VersionedModel, 2, actor_options={"num_cpus": 0.1}) as encoders:
+        ray.get([each.ready.remote() for each in encoders.actors])
+        ask = lambda actor, task: actor.work.remote(memorize_once, moving, task)  # noqa: E731
         for (name, _), answer in encoders.run(texts.items(), ask):
             assert answer is None, answer
             done.append(name)
             if len(done) == 2:
                 kill(encoders.actors[0])
             if len(done) == 5:  # with the shards and workers that are there
-                cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+                where = [node_of(each) for each in (*actors_of("notes"), *actors_of("moving"))]
+                lost = max(cluster.worker_nodes, key=lambda node: where.count(node.node_id))
+                assert lost.node_id in where
+                cluster.remove_node(lost, allow_graceful=False)
+    with torch.no_grad():  # on the nodes that are left
+        torch.testing.assert_close(model(prompt, memory=notes).logits, expected)
     cluster.add_node(**NODE)
     cluster.wait_for_nodes()
+    with torch.no_grad():
+        torch.testing.assert_close(model(prompt, memory=notes).logits, expected)
     assert sorted(done) == sorted(texts)
-    for name, text in texts.items():
-        assert notes.text(name) == text
-        assert notes.info(name).num_tokens == len(text)
-    listed = [each.document_id for each in notes.documents()]
+    for name, ids in texts.items():
+        assert moving.token_ids(name).tolist() == ids
+    listed = [each.document_id for each in moving.documents()]
     assert len(listed) == len(set(listed))
     for name in texts:
-        notes.delete(name)
+        moving.delete(name)
 
 
 def test_what_can_not_be_started_is_an_error_in_one_sentence(cluster, notes, model, tmp_path, monkeypatch):
     for name, root, said in (
-        ("notes", Path(notes._told[0]["folder"]).parent, "'notes', known: notes"),
+        ("notes", Path(notes._told[0]["folder"]).parent, "'notes', known: .*notes"),
         ("none", tmp_path, "must hold the folders shard-0"),
         ("a/b", tmp_path, "must be named by letters"),
     ):
@@ -186,7 +218,7 @@ def test_what_can_not_be_started_is_an_error_in_one_sentence(cluster, notes, mod
     ClusterBank.create(tmp_path, 1, model)
     with pytest.raises(ValueError, match="must hold no shards before they are made"):
         ClusterBank.create(tmp_path, 2, model)
-    monkeypatch.setattr(engine, "PATIENCE", 3)
+    monkeypatch.setattr(engine, "PATIENCE", 1)
     with pytest.raises(ValueError, match="is there a node with 99 processors free"):
         ClusterBank.start("large", tmp_path, actor_options={"num_cpus": 99})
     assert "large" not in engine.running()
@@ -194,9 +226,11 @@ def test_what_can_not_be_started_is_an_error_in_one_sentence(cluster, notes, mod
 
 def test_a_folder_that_is_gone_is_said_and_is_read_again_when_it_is_back(cluster, model, tmp_path):
     ClusterBank.create(tmp_path, 2, model)
-    bank = ClusterBank.start("moved", tmp_path, actor_options={"num_cpus": 0.1}, timeout=60)
+    bank = ClusterBank.start("moved", tmp_path, actor_options={"num_cpus": 0.1}, timeout=TIMEOUT)
     model.memorize(bank, "the dog sat", "kept")
     number = bank.shard_of("kept")
+    other = next(f"new-{place}" for place in range(99) if bank.shard_of(f"new-{place}") != number)
+    model.memorize(bank, "the cat sat", other)
     folder = tmp_path / f"shard-{number}"
     folder.rename(tmp_path / "elsewhere")
     kill(actors_of("moved")[number])
@@ -205,9 +239,15 @@ def test_a_folder_that_is_gone_is_said_and_is_read_again_when_it_is_back(cluster
         bank.documents()
     with pytest.raises(ValueError, match="1 of the 2 shards of 'moved' have ended"):
         ClusterBank.connect("moved")
+    with pytest.warns(UserWarning, match="left out of what is read"):
+        some = ClusterBank.connect("moved", on_missing="skip")
+    with pytest.warns(UserWarning, match="left out of what is read"):
+        listed = some.documents()
+    assert [each.document_id for each in listed] == [other]
+    assert some.missing == (number,)
     stop("moved")
     (tmp_path / "elsewhere").rename(folder)
-    with ClusterBank.start("moved", tmp_path, actor_options={"num_cpus": 0.1}, timeout=60) as bank:
+    with ClusterBank.start("moved", tmp_path, actor_options={"num_cpus": 0.1}, timeout=TIMEOUT) as bank:
         assert bank.text("kept") == "the dog sat"
     stop("moved")
 
@@ -224,7 +264,7 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_does_the_rest(cluster, 
     command += ["--model", str(model_folder), "--workers", "2", "--quiet"]
     environment = {**os.environ, "RAY_ADDRESS": cluster.address}
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + TIMEOUT
     while not any(name in notes for name in texts) and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     driver.kill()
@@ -233,7 +273,8 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_does_the_rest(cluster, 
     assert there
     for name in there:
         assert texts[name].startswith(notes.text(name))
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command[command.index("--workers") + 1] = "1"
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert again.returncode == 0, again.stderr
     assert {name: notes.text(name) for name in texts} == texts
     assert all(notes.info(name).num_tokens == len(text) for name, text in texts.items())
@@ -242,9 +283,9 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_does_the_rest(cluster, 
 def test_unequal_workers_that_encode_again_end_together(cluster, tmp_path):
     import ray
 
-    old, new, segments = VersionedModel(0), VersionedModel(1), 120
+    old, new, segments = VersionedModel(0), VersionedModel(1), 80
     ClusterBank.create(tmp_path, 1, old, storage_dtype="float32", refresh="bounded:max_lag=0")
-    bank = ClusterBank.start("stale", tmp_path, actor_options={"num_cpus": 0.1}, timeout=120)
+    bank = ClusterBank.start("stale", tmp_path, actor_options={"num_cpus": 0.1}, timeout=TIMEOUT)
     try:
         bank.ready_for(old)
         for number in range(segments // 4):
@@ -262,7 +303,7 @@ def test_unequal_workers_that_encode_again_end_together(cluster, tmp_path):
             functools.partial(VersionedModel, 1), 2, kind=SlowWorker, actor_options={"num_cpus": 0.1}
         ) as pool:
             ray.get([each.encode.remote(new.encoder_stamp().to_json(), torch.zeros(1, 8)) for each in pool.actors])
-            ray.get([each.slow_down.remote(pause) for each, pause in zip(pool.actors, (0.2, 0.8), strict=True)])
+            ray.get([each.slow_down.remote(pause) for each, pause in zip(pool.actors, (0.1, 0.4), strict=True)])
             done = bank.reencode(new, pool.actors)
             speeds = ray.get([each.speed.remote() for each in pool.actors])
         assert done.tokens == segments * 8
@@ -277,51 +318,39 @@ def test_unequal_workers_that_encode_again_end_together(cluster, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.* chunks of an earlier encoder")
-def test_no_read_is_older_than_the_bound_while_a_trainer_goes_on(cluster, tmp_path):
-    model, bound = VersionedModel(0), 4
-    policy = f"bounded:max_lag={bound},on_violation=mask"
-    ClusterBank.create(tmp_path, 2, model, storage_dtype="float32", refresh=policy)
-    bank = ClusterBank.start("moving", tmp_path, actor_options={"num_cpus": 0.1}, timeout=120)
-    ages, longest = [], 0
-    try:
-        with Encoders(VersionedModel, 2, actor_options={"num_cpus": 0.1}) as workers:
-            feed = Feed(bank, workers, max_waiting=3, patience=120)
-            for step in range(200):
-                model.version = step
-                feed.publish(model)
-                if step < 12:
-                    feed.put(f"document-{step}", list(range(24)))
-                longest = max(longest, len(feed.waiting))
-                if step == 100:
-                    kill(workers.actors[0])
-                found = bank.search(1, torch.randn(2, 2, 6), 8)
-                if found.generation is None or not (found.rows >= 0).any():
-                    continue
-                values = bank.gather(1, found.rows.flatten(1), found.generation)[1]
-                ages.append(step - float(values[found.rows.flatten(1) >= 0].min()))
-            deadline = time.monotonic() + 60
-            while len(feed.versions) < 12 and time.monotonic() < deadline:
-                feed.pump(0.5)
-        assert longest <= 3
-        assert len(feed.versions) == 12
-        assert ages
-        assert max(ages) <= bound, max(ages)
-        assert len({each.document_id for each in bank.documents()}) == len(bank.documents()) == 12
-    finally:
-        stop("moving")
-
-
-def test_the_feed_gives_up_when_no_worker_is_left(cluster, tmp_path):
-    model = VersionedModel(0)
-    ClusterBank.create(tmp_path, 1, model, storage_dtype="float32", refresh="bounded:max_lag=1,on_violation=mask")
-    bank = ClusterBank.start("alone", tmp_path, actor_options={"num_cpus": 0.1}, timeout=120)
-    try:
-        with Encoders(VersionedModel, 1, actor_options={"num_cpus": 999}) as workers:  # no node has room for it
-            feed = Feed(bank, workers, max_waiting=2, patience=1)
+def test_no_read_is_older_than_the_bound_while_a_trainer_goes_on(moving):
+    model, ages, longest = VersionedModel(), [], 0
+    with Encoders(VersionedModel, 2, actor_options={"num_cpus": 0.1}) as workers:
+        feed = Feed(moving, workers, max_waiting=3, patience=TIMEOUT)
+        for step in range(200):
+            model.version = step
             feed.publish(model)
-            for number in range(4):  # two wait for a worker, and two to be given to one
-                feed.put(f"document-{number}", [1, 2, 3])
-            with pytest.raises(TimeoutError, match="no encoding worker"):
-                feed.put("document-4", [1, 2, 3])
-    finally:
-        stop("alone")
+            if step < 12:
+                feed.put(f"document-{step}", list(range(24)))
+            longest = max(longest, len(feed.waiting))
+            if step == 100:
+                kill(workers.actors[0])
+            found = moving.search(1, torch.randn(2, 2, 6), 8)
+            if found.generation is None or not (found.rows >= 0).any():
+                continue
+            values = moving.gather(1, found.rows.flatten(1), found.generation)[1]
+            ages.append(step - float(values[found.rows.flatten(1) >= 0].min()))
+        deadline = time.monotonic() + TIMEOUT
+        while len(feed.versions) < 12 and time.monotonic() < deadline:
+            feed.pump(0.5)
+    assert longest <= 3
+    assert len(feed.versions) == 12
+    assert ages
+    assert max(ages) <= BOUND, max(ages)
+    assert len({each.document_id for each in moving.documents()}) == len(moving.documents()) == 12
+
+
+@pytest.mark.filterwarnings("ignore:.* chunks of an earlier encoder")
+def test_the_feed_gives_up_when_no_worker_is_left(moving):
+    with Encoders(VersionedModel, 1, actor_options={"num_cpus": 999}) as workers:  # no node has room for it
+        feed = Feed(moving, workers, max_waiting=2, patience=1)
+        feed.publish(VersionedModel(999))
+        for number in range(4):  # two wait for a worker, and two to be given to one
+            feed.put(f"new-{number}", [1, 2, 3])
+        with pytest.raises(TimeoutError, match="no encoding worker"):
+            feed.put("new-4", [1, 2, 3])

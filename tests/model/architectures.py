@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from longmem.backbone import Backbone, UnsupportedBackboneError
+from longmem.backbone.capture import Backbone
+from longmem.backbone.structure import UnsupportedBackboneError
 
 # What a tiny model has, where its configuration knows the field.
 SIZES = dict(

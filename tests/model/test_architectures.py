@@ -15,8 +15,9 @@ from model.conftest import SETTINGS
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.backbone import Backbone, UnsupportedBackboneError
 from longmem.backbone.cache_names import cache_of
+from longmem.backbone.capture import Backbone
+from longmem.backbone.structure import UnsupportedBackboneError
 from longmem.evaluation.systems import Question, answer_questions
 
 

@@ -7,7 +7,7 @@ import torch
 from model.conftest import SETTINGS, build_backbone
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.backbone import Backbone
+from longmem.backbone.capture import Backbone
 
 
 class Louder(Backbone):

@@ -6,7 +6,8 @@ from model.conftest import build_backbone
 from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from longmem.backbone import Backbone, UnsupportedBackboneError
+from longmem.backbone.capture import Backbone
+from longmem.backbone.structure import UnsupportedBackboneError
 
 
 def test_hidden_states_are_the_models_own(backbone, input_ids):

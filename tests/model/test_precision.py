@@ -14,8 +14,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.backbone import UnsupportedBackboneError
 from longmem.backbone.cache_names import cache_of
+from longmem.backbone.structure import UnsupportedBackboneError
 
 
 def make(backbone, document, **fields):

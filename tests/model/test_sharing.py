@@ -12,7 +12,7 @@ from model.conftest import SETTINGS, build_backbone
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.backbone import UnsupportedBackboneError
+from longmem.backbone.structure import UnsupportedBackboneError
 
 
 def make(backbone, document, **fields):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")  # of SQLite, at the start of a journal, and at its end behind a name
 # A commit that is undone gives its file back the length that it had; all that was free there may be missing in the journal.
 LARGEST_GROWTH, LEAST_GROWTH = 64, 2**30
+MODEL_FILE, LARGEST_MODEL_FILE = "model.json", 65_536
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 # What Python and torch raise on the way through content that is not what it seems.
 UNFIT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, SafetensorError)
@@ -81,6 +82,16 @@ def open_plain(path: Path) -> int:
     validate_plain(path)
     flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
     return os.open(path, os.O_RDONLY | sum(flags))
+
+
+def model_in(folder: Path) -> str | None:
+    """Return the name of the model that wrote a bank, which a file beside the bank's own says; None where that is not known."""
+    try:
+        with open(open_plain(folder.resolve() / MODEL_FILE), encoding="utf-8") as file:
+            name = parse_json(file.read(LARGEST_MODEL_FILE))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def read_journal(path: Path, database_bytes: int) -> int | None:
