@@ -240,16 +240,16 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
     from longmem.console import token_progress
 
     tags = (*text.tags, *arguments.tag)
-    goes_on = is_start_of(bank, text)
+    known_characters = start_of(bank, text)
     console = common.console_for(arguments.json, quiet=arguments.quiet)
     with token_progress(text.name, console) as progress:
-        if text.name in bank and not goes_on:
+        if text.name in bank and not known_characters:
             with bank.transaction():
                 encoded = bank.update(text.name, text.text, model=model, progress=progress)
                 label(bank, text, tags, arguments)
             return Written(encoded, bank.info(text.name).num_tokens - encoded)
-        encoded, known = 0, bank.info(text.name).num_tokens if goes_on else 0
-        for start, stop in pieces_of(text.text, len(bank.text(text.name) or "") if goes_on else 0):
+        encoded, known = 0, bank.info(text.name).num_tokens if known_characters else 0
+        for start, stop in pieces_of(text.text, known_characters):
 
             def report(
                 done: int, total: int, before: int = known + encoded, share: float = stop / len(text.text)
@@ -284,12 +284,12 @@ def pieces_of(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def is_start_of(bank: MemoryBank, text: Text) -> bool:
-    """Return whether the bank holds the start of a text, and no more, under its name: a run was stopped, or the text grew."""
+def start_of(bank: MemoryBank, text: Text) -> int:
+    """Return the characters of a text that the bank holds where that is its start, and no more: a run was stopped, or it grew."""
     if text.name not in bank or bank.info(text.name).first_resident_token:
-        return False
-    known = bank.text(text.name)
-    return bool(known) and len(known or "") < len(text.text) and text.text.startswith(known or "")
+        return 0
+    known = bank.text(text.name) or ""
+    return len(known) if len(known) < len(text.text) and text.text.startswith(known) else 0
 
 
 def label(bank: MemoryBank, text: Text, tags: Sequence[str], arguments: argparse.Namespace) -> None:
@@ -374,7 +374,7 @@ def left_of(texts: list[Text], bank: MemoryBank, replace: bool) -> list[Text]:
     Raises ValueError if all are there, or one has another text there; but not if they are to be replaced.
     """
     left = texts if replace else [text for text in texts if not is_there(bank, text)] or texts
-    if known := [text.name for text in left if text.name in bank and not replace and not is_start_of(bank, text)]:
+    if known := [text.name for text in left if text.name in bank and not replace and not start_of(bank, text)]:
         raise ValueError(
             f"the bank already holds a document {known[0]!r}; leave it out, use `--replace` for a new version of it, or "
             "another name with `--id`."

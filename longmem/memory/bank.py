@@ -452,7 +452,7 @@ class MemoryBank:
                     f"got {origin}, {count} tokens and {bank}; `memorize` encodes the text."
                 )
             source, place = document.source, first * size
-            if source is None or not torch.equal(source.token_ids[place : place + count], part.token_ids):
+            if source is None or not torch.equal(source.ids_of(place, place + count), part.token_ids):
                 raise ChangedMemoryError
             chunks = bank._table.storage.select(document.rows.values[first : first + count // size])
         with self._table.change():
@@ -572,7 +572,7 @@ class MemoryBank:
         """Return the ids of resident tokens, from `first_resident_token` on; None if none were given."""
         with self._table.lock:
             source = self._document("document_id", document_id).source
-            return None if source is None else source.token_ids.clone()
+            return None if source is None else source.token_ids
 
     def text(self, document_id: str, start: int | None = None, stop: int | None = None) -> str | None:
         """Return the text of resident tokens, or of those from token `start` to `stop`; None if none was given."""

@@ -142,7 +142,9 @@ def _is_name(value: object) -> bool:
 
 def is_word(value: object) -> bool:
     """Return whether the value is text that is not empty, without halves of surrogate pairs, which nothing can write."""
-    return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if not isinstance(value, str) or not value:
+        return False
+    return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _has(*names: str) -> Callable[[object], bool]:

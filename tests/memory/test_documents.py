@@ -133,3 +133,24 @@ def test_a_source_is_the_sum_of_its_parts():
     assert [again.characters(i, i + 1) for i in range(8)] == [source.characters(i, i + 1) for i in range(8)]
     again.shorten(5)
     assert (again.text, again.token_ids.tolist()) == ("".join(WORDS[:5]), [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("later", "width"), [("plain", 1), ("caf\u00e9", 1), ("\u20ac", 4), ("\U0001f40b", 4), ("\ud800", 4)]
+)
+def test_a_source_is_as_narrow_as_its_text(later, width):
+    source, text = Source(has_text=True), "a long text" + later
+    for part in ("a long ", "text" + later):
+        source.push(SourcePart(torch.tensor([5]), part, torch.tensor([len(part)])))
+    assert source.text == text
+    assert source.characters(1, 2) == (7, len(text), text[7:])
+    assert source.token_ids.dtype == source.part(0, 2).char_ends.dtype == torch.int64
+    assert source._text.values.dtype.itemsize == width
+    assert source._ids.values.dtype == source._ends.values.dtype == torch.int32
+
+
+def test_characters_beyond_four_bytes_are_counted():
+    source = Source(has_text=True, first_char=2**31 - 3)
+    source.push(SourcePart(torch.tensor([5, 2**40]), "abcd", torch.tensor([2, 4])))
+    assert source.characters(1, 2) == (2**31 - 1, 2**31 + 1, "cd")
+    assert source.token_ids.tolist() == [5, 2**40]

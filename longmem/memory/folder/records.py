@@ -16,6 +16,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from longmem.encoder.history import UNKNOWN, Encoders
+from longmem.memory.checks import is_word
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment
 from longmem.memory.folder.foreign import damaged, fits, parse_json
@@ -317,7 +318,7 @@ def _documents_of(
             num_kept = num_chunks * chunk_size + num_waiting
             alike[key] = _checked_segments(runs, num_tokens, num_kept, num_versions)
         if (words := tuple(said)) not in tags:
-            if {*map(type, words)} - {str}:
+            if not all(map(is_word, words)):
                 raise ValueError(f"document {serial} has tags that are no words")
             tags[words] = words
         # By position, which takes half the time; the rows of chunks follow.
@@ -334,6 +335,8 @@ def _documents_of(
         documents[serial] = document, has_source, end
     if len(names) < len(documents):
         raise ValueError("two documents have one name")
+    if names and not (all(names) and is_word("".join(names))):
+        raise ValueError("a document has a name that none can have")
     return documents
 
 

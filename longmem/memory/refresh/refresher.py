@@ -272,7 +272,7 @@ class Refresher:
     def _ids(self, document: Document, segment: Segment) -> Tensor:
         assert document.source is not None
         first = document.first_chunk(self.table.chunk_size) * self.table.chunk_size
-        return document.source.token_ids[segment.start - first : segment.stop - first].clone()
+        return document.source.ids_of(segment.start - first, segment.stop - first)
 
     def _closure(self, document: Document, segments: Sequence[Segment]) -> list[Segment]:
         """Return the segments, and those that share a chunk with one of them: a chunk has numbers of one encoder."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from longmem.memory.rows.segments import Segments
@@ -48,16 +48,19 @@ KEPT_AND_SHOWN = [each.name for each in fields(DocumentInfo) if each.name not in
 class IntQueue:
     """A queue of integers in one tensor; pushing and popping cost O(what is pushed or popped), amortised.
 
-    Consecutive integers (`of_range`), and none, become a tensor when somebody looks: most are never looked at.
+    Consecutive integers (`of_range`), and none, become a tensor when somebody looks: most are never looked at. One that begins
+    with a narrow dtype gets the next wider of `DTYPES` when a value asks for it.
 
-    >>> queue = IntQueue()
-    >>> queue.push(torch.tensor([1, 2, 3])); queue.pop(2), queue.values
-    (tensor([1, 2]), tensor([3]))
+    >>> queue = IntQueue(dtype=torch.uint8)
+    >>> queue.push(torch.tensor([1, 2, 300])); queue.pop(2), queue.values
+    (tensor([1, 2], dtype=torch.int32), tensor([300], dtype=torch.int32))
     """
+
+    DTYPES = torch.uint8, torch.int32, torch.int64
 
     __slots__ = ("_held", "_start", "_stop")
 
-    def __init__(self, values: Int[Tensor, " values"] | None = None, dtype: torch.dtype = torch.int64) -> None:
+    def __init__(self, values: Integer[Tensor, " values"] | None = None, dtype: torch.dtype = torch.int64) -> None:
         if values is None:
             self._held: Tensor | range = range(0) if dtype is torch.int64 else torch.empty(0, dtype=dtype)
         else:
@@ -75,17 +78,23 @@ class IntQueue:
         return self._stop - self._start
 
     @property
-    def _data(self) -> Int[Tensor, " held"]:
+    def _data(self) -> Integer[Tensor, " held"]:
         if isinstance(self._held, range):
             self._held = torch.arange(self._held.start, self._held.stop)
         return self._held
 
     @property
-    def values(self) -> Int[Tensor, " values"]:
+    def values(self) -> Integer[Tensor, " values"]:
         """Return a view of the values, oldest first; it is valid until the next push."""
         return self._data[self._start : self._stop]
 
-    def push(self, values: Int[Tensor, " values"]) -> None:
+    def push(self, values: Integer[Tensor, " values"]) -> None:
+        dtype = self._data.dtype
+        if dtype is not torch.int64 and len(values):
+            least, most = (int(each) for each in values.aminmax())
+            fits = (each for each in self.DTYPES if torch.iinfo(each).min <= least and most <= torch.iinfo(each).max)
+            if self.DTYPES.index(wanted := next(fits)) > self.DTYPES.index(dtype):
+                self._held = self._data.to(wanted)
         if self._stop + len(values) > len(self._data):
             data = torch.empty(2 * (len(self) + len(values)), dtype=self._data.dtype)
             data[: len(self)] = self.values
@@ -93,7 +102,7 @@ class IntQueue:
         self._data[self._stop : self._stop + len(values)] = values
         self._stop += len(values)
 
-    def pop(self, count: int) -> Int[Tensor, " count"]:
+    def pop(self, count: int) -> Integer[Tensor, " count"]:
         """Return the oldest `count` values and drop them."""
         values = self.values[:count].clone()
         self._start += count
@@ -148,11 +157,17 @@ class Source:
     def __init__(self, has_text: bool, first_char: int = 0) -> None:
         self.has_text = has_text
         self.first_char = first_char
-        self._ids, self._ends, self._text = IntQueue(), IntQueue(), IntQueue(dtype=torch.int32)
+        # As narrow as they can be: of a long text in Latin letters these are ten bytes a token, not 32.
+        self._ids, self._ends = IntQueue(dtype=torch.int32), IntQueue(dtype=torch.int32)
+        self._text = IntQueue(dtype=torch.uint8)
 
     @property
     def token_ids(self) -> Int[Tensor, " tokens"]:
-        return self._ids.values
+        return self.ids_of(0, len(self._ids))
+
+    def ids_of(self, start: int, stop: int) -> Int[Tensor, " tokens"]:
+        """Return the ids of some of the tokens that are left, counted from the first of them."""
+        return self._ids.values[start:stop].long()
 
     @property
     def text(self) -> str:
@@ -182,11 +197,11 @@ class Source:
 
     def part(self, start: int, stop: int) -> SourcePart:
         """Return the source of some of the tokens that are left, counted from the first of them."""
-        ids = self._ids.values[start:stop].clone()
+        ids = self.ids_of(start, stop)
         if not self.has_text:
             return SourcePart(ids)
         first, _, text = self.characters(start, stop)
-        return SourcePart(ids, text, self._ends.values[start:stop] - first)
+        return SourcePart(ids, text, self._ends.values[start:stop].long() - first)
 
     def characters(self, start: int, stop: int) -> tuple[int, int, str]:
         """Return the first character of some tokens, the one after the last, and the text between them."""
@@ -196,7 +211,8 @@ class Source:
 
     def _string(self, first: int, last: int) -> str:
         points = self._text.values[first - self.first_char : last - self.first_char]
-        return points.numpy().tobytes().decode("utf-32-le", "surrogatepass")
+        encoding = "latin-1" if points.dtype is torch.uint8 else "utf-32-le"
+        return points.numpy().tobytes().decode(encoding, "surrogatepass")
 
 
 @dataclass(eq=False, slots=True)
