@@ -285,7 +285,7 @@ def pieces_of(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def start_of(bank: MemoryBank, text: Text) -> int:
-    """Return the characters of a text that the bank holds, where these are its start and not all: a run was stopped, or it grew."""
+    """Return the characters of a text that the bank holds, where these are its start: a run was stopped, or the text grew."""
     if text.name not in bank or bank.info(text.name).first_resident_token:
         return 0
     known = bank.text(text.name) or ""
