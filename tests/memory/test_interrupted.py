@@ -20,7 +20,7 @@ from longmem.memory import MemoryBank
 from longmem.memory.rows import ledger
 
 SECONDS = 3600
-TTL = {"eviction": f"ttl:seconds={SECONDS}", "capacity_tokens": 48}
+TTL = {"eviction": f"ttl:seconds={SECONDS}", "capacity_tokens": 64}
 
 
 def several(bank: MemoryBank) -> None:

@@ -541,7 +541,10 @@ class OnDisk:
                 self._restore()
             raise
         finally:
-            self._in_transaction = False
+            try:
+                self._in_transaction = False
+            finally:  # Ctrl-C in the line above would leave a bank that nobody can close
+                self._in_transaction = False
 
     @property
     def _state(self) -> tuple[int, int, bool] | None:
