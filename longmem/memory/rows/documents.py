@@ -53,10 +53,10 @@ class IntQueue:
 
     >>> queue = IntQueue(dtype=torch.uint8)
     >>> queue.push(torch.tensor([1, 2, 300])); queue.pop(2), queue.values
-    (tensor([1, 2], dtype=torch.int32), tensor([300], dtype=torch.int32))
+    (tensor([1, 2], dtype=torch.int16), tensor([300], dtype=torch.int16))
     """
 
-    DTYPES = torch.uint8, torch.int32, torch.int64
+    DTYPES = torch.uint8, torch.int16, torch.int32, torch.int64
 
     __slots__ = ("_held", "_start", "_stop")
 
@@ -157,7 +157,7 @@ class Source:
     def __init__(self, has_text: bool, first_char: int = 0) -> None:
         self.has_text = has_text
         self.first_char = first_char
-        # As narrow as they can be: of a long text in Latin letters these are ten bytes a token, not 32.
+        # As narrow as they can be: of a long text these are 12 or 16 bytes a token, not 32.
         self._ids, self._ends = IntQueue(dtype=torch.int32), IntQueue(dtype=torch.int32)
         self._text = IntQueue(dtype=torch.uint8)
 
@@ -211,8 +211,9 @@ class Source:
 
     def _string(self, first: int, last: int) -> str:
         points = self._text.values[first - self.first_char : last - self.first_char]
-        encoding = "latin-1" if points.dtype is torch.uint8 else "utf-32-le"
-        return points.numpy().tobytes().decode(encoding, "surrogatepass")
+        if points.dtype is torch.uint8:
+            return points.numpy().tobytes().decode("latin-1")
+        return points.int().numpy().tobytes().decode("utf-32-le", "surrogatepass")
 
 
 @dataclass(eq=False, slots=True)
