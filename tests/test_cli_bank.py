@@ -366,7 +366,6 @@ def test_a_tuned_index_stays_with_the_bank(bank, run, answer, monkeypatch):
         (["pin", "three", "--bank", "{bank}"], "three"),
         (["verify", "--bank", "{new}"], "there is no bank in"),
         (["compact", "--bank", "{new}"], "there is no bank in"),
-        (["export", "{new}/out.jsonl", "--bank", "{bank}"], "out.jsonl"),
         (["tune", "--bank", "{new}"], "there is no bank in"),
         (["tune", "--bank", "{bank}", "--layer", "0"], "`--layer` must be a memory layer of the bank"),
         (["tune", "--bank", "{bank}", "--num-queries", "0"], "`--num-queries` must be at least 1"),

@@ -192,7 +192,7 @@ def test_options_of_loading_reach_the_backbone_and_of_the_hub_all_files(place: P
     assert seen["files"] == {"revision": "v2", "allow_patterns": patterns, "args": ("somebody/saved",), **hub}
     assert seen["backbone"] == {"args": (str(place / "backbone"), None), **loading, **hub}
     assert model.tokenizer == "a tokenizer"
-    assert seen["tokenizer"] == {"args": (str(place / "saved"), None), **hub}
+    assert seen["tokenizer"] == {"args": (str(place / "saved"), None), "trust_remote_code": False, **hub}
     loading = {name: f"value of {name}" for name in BACKBONE_OPTIONS}
     new = LongMemForCausalLM.from_backbone(place / "backbone", revision="v3", **hub, **loading, **SIZES)
     assert seen["backbone"] == {"args": (str(place / "backbone"), "v3"), **loading, **hub}
