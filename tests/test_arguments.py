@@ -682,7 +682,7 @@ ELSEWHERE = (
     {"LongMemConfig.source_layer", "LongMemConfig.memory_layer_of", "LongMemConfig.heads_of"}
     | {
         "LongMemConfig.get_text_config",
-        "LongMemForCausalLM.create_masks_for_generate",  # a hook of transformers: test_a_cache_of_fixed_size_gives_the_same_numbers
+        "LongMemForCausalLM.create_masks_for_generate",  # a hook: test_a_cache_of_fixed_size_gives_the_same_numbers
         "calibrate_heads",
     }
 )
