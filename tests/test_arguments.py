@@ -678,14 +678,11 @@ EFFECTS: dict[str, dict[str, Effect]] = {
     **{f"MemoryStream.{name}".rstrip("."): rows for name, rows in STREAM.items()},
 }
 # Shown elsewhere: look-ups in a configuration, and a training of minutes (`tests/training/test_heads.py`).
-ELSEWHERE = (
-    {"LongMemConfig.source_layer", "LongMemConfig.memory_layer_of", "LongMemConfig.heads_of"}
-    | {
-        "LongMemConfig.get_text_config",
-        "LongMemForCausalLM.create_masks_for_generate",  # a hook: test_a_cache_of_fixed_size_gives_the_same_numbers
-        "calibrate_heads",
-    }
-)
+ELSEWHERE = {"LongMemConfig.source_layer", "LongMemConfig.memory_layer_of", "LongMemConfig.heads_of"} | {
+    "LongMemConfig.get_text_config",
+    "LongMemForCausalLM.create_masks_for_generate",  # a hook: test_a_cache_of_fixed_size_gives_the_same_numbers
+    "calibrate_heads",
+}
 SLOW = {"LongMemConfig"}
 
 
