@@ -185,7 +185,7 @@ def test_what_checkpointing_refuses(input_ids, document):
 @pytest.mark.parametrize(
     ("compiler", "trains"),
     [
-        ("eager", False),
+        pytest.param("eager", False, marks=pytest.mark.slow),
         pytest.param("eager", True, marks=pytest.mark.slow),
         pytest.param("inductor", True, marks=pytest.mark.slow),
     ],

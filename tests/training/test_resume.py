@@ -39,7 +39,7 @@ def logged(folder):
 @pytest.mark.parametrize(
     "overrides",
     fast(
-        3,
+        2,
         [
             {"model__config__lora": "{rank: 4, dropout: 0.3}", "optimization__gradient_accumulation": 2},
             {"memory__foreign_lanes": 2, "memory__start_tokens": 16, "memory__growth_steps": 4},
