@@ -219,13 +219,13 @@ def refuse_moved(path: Path, opened: os.stat_result, *, may_be_gone: bool = Fals
 
 def _let_go(descriptors: dict[str, int], pid: int) -> None:
     """Close descriptors; the lock is of all that share its descriptor, so only the process that took it opens it."""
-    while descriptors:
-        name, descriptor = descriptors.popitem()
-        if name == LOCK and fcntl is not None and os.getpid() == pid:
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    # The lock first, while it can be found again: Ctrl-C here may leave a descriptor open, but keeps nobody out.
+    if LOCK in descriptors and fcntl is not None and os.getpid() == pid:
         with contextlib.suppress(OSError):
-            os.close(descriptor)
+            fcntl.flock(descriptors[LOCK], fcntl.LOCK_UN)
+    while descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptors.popitem()[1])
 
 
 def _let_go_in_child() -> None:
