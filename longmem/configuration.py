@@ -221,9 +221,8 @@ class LongMemConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         """Return what is not the side network's to say, but the backbone's (`OF_BACKBONE`)."""
         if name in OF_BACKBONE and self.__dict__.get("backbone_config") is not None:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # it differs from layer to layer, and transformers has no one answer
+            # A RuntimeError: it differs from layer to layer, and transformers has no one answer.
+            with contextlib.suppress(RuntimeError):
                 return getattr(self.get_text_config(), name)
         raise AttributeError(f"`{type(self).__name__}` has no field `{name}`.", name=name, obj=self)
 

@@ -104,6 +104,8 @@ def _passages(memory: Findable) -> Iterator[tuple[str, str, str, int, int]]:
     for bank, names in memory.parts():
         for name in names:
             with contextlib.suppress(ValueError):  # somebody has deleted it
+                if bank.text(name, 0, 0) is None:
+                    continue
                 first, end = (info := bank.info(name)).first_resident_token, info.num_tokens
                 places = [
                     (at, min(at + PASSAGE_TOKENS, end))

@@ -153,4 +153,6 @@ def test_characters_beyond_four_bytes_are_counted():
     source = Source(has_text=True, first_char=2**31 - 3)
     source.push(SourcePart(torch.tensor([5, 2**40]), "abcd", torch.tensor([2, 4])))
     assert source.characters(1, 2) == (2**31 - 1, 2**31 + 1, "cd")
+    ids = source.token_ids
+    ids += 1  # the caller's own
     assert source.token_ids.tolist() == [5, 2**40]

@@ -92,11 +92,10 @@ class IntQueue:
         dtype = self._data.dtype
         if dtype is not torch.int64 and len(values):
             least, most = (int(each) for each in values.aminmax())
-            fits = (each for each in self.DTYPES if torch.iinfo(each).min <= least and most <= torch.iinfo(each).max)
-            if self.DTYPES.index(wanted := next(fits)) > self.DTYPES.index(dtype):
-                self._held = self._data.to(wanted)
-        if self._stop + len(values) > len(self._data):
-            data = torch.empty(2 * (len(self) + len(values)), dtype=self._data.dtype)
+            as_wide = self.DTYPES[self.DTYPES.index(dtype) :]
+            dtype = next(each for each in as_wide if torch.iinfo(each).min <= least and most <= torch.iinfo(each).max)
+        if dtype is not self._data.dtype or self._stop + len(values) > len(self._data):
+            data = torch.empty(2 * (len(self) + len(values)), dtype=dtype)
             data[: len(self)] = self.values
             self._held, self._start, self._stop = data, 0, len(self)
         self._data[self._stop : self._stop + len(values)] = values
@@ -163,11 +162,16 @@ class Source:
 
     @property
     def token_ids(self) -> Int[Tensor, " tokens"]:
-        return self.ids_of(0, len(self._ids))
+        return self.ids_of(0, self.num_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Return the number of tokens that are left."""
+        return len(self._ids)
 
     def ids_of(self, start: int, stop: int) -> Int[Tensor, " tokens"]:
-        """Return the ids of some of the tokens that are left, counted from the first of them."""
-        return self._ids.values[start:stop].long()
+        """Return a copy of the ids of some of the tokens that are left, counted from the first of them."""
+        return self._ids.values[start:stop].to(torch.int64, copy=True)
 
     @property
     def text(self) -> str:

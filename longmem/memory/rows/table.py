@@ -344,7 +344,7 @@ class Table:
             twin.segments = document.segments.copy()
             if document.source is not None:  # characters go on to be counted from the start of the document
                 twin.source_or_reader = Source(document.source.has_text, document.source.first_char)
-                twin.push_source(document.source.part(0, len(document.source.token_ids)))
+                twin.push_source(document.source.part(0, document.source.num_tokens))
             target.ledger.open(twin)
             twins[document.serial] = twin
         for run in self.ledger.runs.values():
