@@ -522,16 +522,16 @@ def checksums(table: Table, columns: Sequence[Sequence[Any]]) -> UInt64[np.ndarr
 def _cells(values: Sequence[Any]) -> Iterable[bytes]:
     """Yield text and blobs as they are, behind their type and length, and numbers likewise, as Python writes them."""
     kind = type(values[0]).__name__ if values else ""
+    written = list(map(repr, values)) if kind in ("int", "float") else values  # zeros of two signs are equal, as numbers
+    if len(values) > 1 and written.count(written[0]) == len(values):  # as in most columns of most banks
+        return itertools.repeat(*_cells(values[:1]))
     if kind == "bytes":
         return [b"bytes %d %b" % (len(each), each) for each in values]
     if kind == "str":
         return [
             b"str %d %b" % (len(each), each) for each in (value.encode("utf-8", "surrogatepass") for value in values)
         ]
-    numbers = list(map(repr, values))
-    if numbers and numbers.count(first := numbers[0]) == len(numbers):  # as in most columns of most banks
-        return itertools.repeat(f"{kind} {len(first)} {first}".encode())
-    return [f"{kind} {len(number)} {number}".encode() for number in numbers]
+    return [f"{kind} {len(number)} {number}".encode() for number in written]
 
 
 def _checksum(data: bytes) -> int:

@@ -46,6 +46,7 @@ KINDS_SAID = tuple(list if isinstance(DOCUMENT[name], list) else DOCUMENT[name] 
 PARSED_AT_ONCE, LINES = 1000, ",\n"
 LARGEST_WIDTH = 2**20  # of a key or a value, and the largest number of heads
 CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
+SourceReader = Callable[[int, int, int], Source | None]  # of a document's serial and a range of tokens
 
 
 def fixed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def restore(
     content: dict[str, Any],
     segments: Sequence[Segment],
     rows: dict[str, list[tuple[Any, ...]]],
-    read_source_of: Callable[[int, int, int], Source | None],
+    read_source_of: SourceReader,
 ) -> None:
     """Fill empty contents, over a storage in the folder, with what the catalogue says, after a check that it can be so.
 
@@ -239,7 +240,7 @@ def restore(
     check_places(content, segments, spans)
     storage.restore(segments, content["next_slot"], content["shapes"])
     contents.encoders = Encoders.from_json(content["encoders"])
-    documents = _documents_of(content, rows, storage.shapes, chunk_size, len(contents.encoders.versions))
+    documents = _documents_of(content, rows, spans, contents, read_source_of)
     by_order = spans[:, 4].argsort()
     # A clock that was set back has dated some runs after others that were written later (`Ledger.not_after`).
     written_at = np.array([row[5] for row in rows["spans"]], dtype=np.float64)[by_order]
@@ -254,16 +255,12 @@ def restore(
     kinds = [run.document.segments.of_all_chunks() for run in runs]
     known = [(UNKNOWN, UNKNOWN) if kind is None else kind for kind in kinds]
     table[3:] = np.repeat(np.array(known, dtype=np.int64).reshape(-1, 2).T, count, axis=1)
-    ledger.fill((document for document, _, _ in documents.values()), runs, torch.from_numpy(table))
+    ledger.fill((document for document, _ in documents.values()), runs, torch.from_numpy(table))
     storage.point(torch.from_numpy(np.repeat(slot, count) + within))
     ledger.next_serial, ledger.next_order = content["next_serial"], content["next_order"]
-    contents.put_ends([(document, end) for document, _, end in documents.values() if end])
+    contents.put_ends([(document, end) for document, end in documents.values() if end])
     for document in {run.document for run, kind in zip(runs, kinds, strict=True) if kind is None}:
         ledger.read_versions(document)
-    for serial, (document, has_source, _) in documents.items():
-        if has_source and serial in ledger.by_serial:
-            start = document.first_chunk(chunk_size) * chunk_size
-            document.source_or_reader = functools.partial(read_source_of, serial, start, document.num_tokens)
 
 
 @contextlib.contextmanager
@@ -275,45 +272,44 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # else somebody keeps objects there, and they would not stay
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation: all are here to stay, so the next look need not be at them
             gc.enable()
 
 
-# A document of the catalogue, whether it has a source, and what stood in `waiting` of its last, shorter chunk.
-Described = tuple[Document, bool, list[LayerTokens]]
+# A document of the catalogue, and what stood in `waiting` of its last, shorter chunk.
+Described = tuple[Document, list[LayerTokens]]
 
 
 def _documents_of(
     content: dict[str, Any],
     rows: dict[str, list[tuple[Any, ...]]],
-    shapes: Sequence[LayerShape],
-    chunk_size: int,
-    num_versions: int,
+    spans: Int[np.ndarray, "spans 5"],
+    contents: Table,
+    read_source_of: SourceReader,
 ) -> dict[int, Described]:
     """Return all documents by their serials, without their rows."""
-    first: dict[int, int] = {}
-    kept: dict[int, int] = {}
-    for serial, start, count, _, _, _ in rows["spans"]:
-        first.setdefault(serial, start)
-        kept[serial] = kept.get(serial, 0) + count
+    chunk_size, num_versions = contents.chunk_size, len(contents.encoders.versions)
+    serials = [row[0] for row in rows["documents"]]
+    if serials != [row[0] for row in rows["usage"]] or (serials and serials[-1] >= content["next_serial"]):
+        raise ValueError("a document is not described")
+    kept, first = _kept_of(serials, spans)
     documents: dict[int, Described] = {}
-    names: set[str] = set()
     tags: dict[tuple[str, ...], tuple[str, ...]] = {}
     # Most short documents are encoded alike: what is known to be right need not be checked, nor kept, once more.
     alike: dict[tuple[Any, ...], Sequence[Sequence[int]]] = {}
-    described = zip(rows["documents"], rows["usage"], _described(rows["documents"]), strict=True)
-    for (serial, _, waiting), (owner, num_reads, last_read), told in described:
+    described = zip(rows["documents"], rows["usage"], _described(rows["documents"]), kept, first, strict=True)
+    for (serial, _, waiting), (_, num_reads, last_read), told, num_chunks, first_chunk in described:
         name, num_tokens, said, is_pinned, runs, written_at, has_source, dates = told
-        if not serial == owner < content["next_serial"]:
-            raise ValueError(f"document {serial} is not described")
-        names.add(name)
-        num_chunks = kept.get(serial, 0)
-        end = _end_of(waiting, shapes) if waiting else []
+        end = _end_of(waiting, contents.storage.shapes) if waiting else []
         num_waiting = end[0][0].shape[1] if end else 0
         whole = num_tokens - num_waiting
         is_end = not end or (0 < num_waiting < chunk_size and not whole % chunk_size)
-        if not is_end or (num_chunks and -(-whole // chunk_size) - num_chunks != first[serial]):
+        num_dropped = -(-whole // chunk_size) - num_chunks
+        if not is_end or (num_chunks and num_dropped != first_chunk):
             raise ValueError(f"document {serial} has not the tokens of its chunks")
-        key = tuple(map(tuple, runs)), num_tokens, num_chunks, num_waiting
+        key = *map(tuple, runs), num_tokens, num_chunks, num_waiting
         if key not in alike:
             num_kept = num_chunks * chunk_size + num_waiting
             alike[key] = _checked_segments(runs, num_tokens, num_kept, num_versions)
@@ -322,22 +318,26 @@ def _documents_of(
                 raise ValueError(f"document {serial} has tags that are no words")
             tags[words] = words
         # By position, which takes half the time; the rows of chunks follow.
-        about: tuple[Any, ...] = (
-            name,
-            serial,
-            num_tokens,
-            tags[words],
-            is_pinned,
-            *dates,
-            Segments.from_json(alike[key]),
-        )
-        document = Document(*about + (num_reads, last_read, written_at, NO_ROWS if num_chunks else IntQueue()))
-        documents[serial] = document, has_source, end
+        about: tuple[Any, ...] = name, serial, num_tokens, tags[words], is_pinned, *dates, Segments.from_json(alike[key])
+        document = Document(*about, num_reads, last_read, written_at, NO_ROWS if num_chunks else IntQueue())
+        if has_source:
+            document.source_or_reader = functools.partial(read_source_of, serial, num_dropped * chunk_size, num_tokens)
+        documents[serial] = document, end
+    names = {document.document_id for document, _ in documents.values()}
     if len(names) < len(documents):
         raise ValueError("two documents have one name")
     if names and not (all(names) and is_word("".join(names))):
         raise ValueError("a document has a name that none can have")
     return documents
+
+
+def _kept_of(serials: Sequence[int], spans: Int[np.ndarray, "spans 5"]) -> tuple[list[int], list[int]]:
+    """Return for each document how many chunks of it are kept, and which is the first; `spans` as for `check_places`."""
+    places = np.searchsorted(serials, spans[:, 0])
+    kept, first = np.zeros((2, len(serials) + 1), dtype=np.int64)
+    np.add.at(kept, places, spans[:, 2])
+    first[places[::-1]] = spans[::-1, 1]
+    return kept[:-1].tolist(), first[:-1].tolist()
 
 
 def _described(rows: Sequence[tuple[int, str, bytes]]) -> Iterator[tuple[Any, ...]]:
