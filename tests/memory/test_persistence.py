@@ -53,6 +53,21 @@ def times(bank: MemoryBank):
     return [(info.num_reads, info.last_read, info.written_at) for info in bank.documents()]
 
 
+def test_only_documents_that_were_read_have_a_row_that_says_how_often(tmp_path):
+    with MemoryBank.create(tmp_path, memory_layers=[1], chunk_size=4) as bank:
+        for number, name in enumerate("abc"):
+            bank.add(name, *([torch.full((1, 4, 2), float(number))] for _ in "kv"))
+        bank.search(1, torch.ones(1, 1, 2), 1)
+    counts = [0, 0, 1]
+    for _ in range(2):
+        with sqlite3.connect(tmp_path / CATALOGUE) as connection:
+            assert connection.execute("SELECT serial, num_reads FROM usage").fetchall() == [(2, 1)]
+        connection.close()
+        with MemoryBank.open(tmp_path) as bank:
+            assert [info.num_reads for info in bank.documents()] == counts
+            bank.tag("c", ["seen"])  # its row is written again
+
+
 @pytest.mark.parametrize("storage_dtype", ["float16", "bfloat16", "float32", "int8"])
 @pytest.mark.parametrize("index", ["flat", "exact"])
 def test_a_reloaded_bank_is_the_same_now_and_later(tmp_path, storage_dtype, index):
@@ -164,8 +179,8 @@ def test_damage_to_any_file_is_refused_when_it_is_loaded(tmp_path, damage):
 @pytest.mark.parametrize(
     ("pragma", "message"),
     [
-        ("user_version = 5", r"schema version 4, got version 5 in .*catalogue\.sqlite.*newer"),
-        ("user_version = 2", "schema version 4, got version 2"),
+        ("user_version = 6", r"schema version 5, got version 6 in .*catalogue\.sqlite.*newer"),
+        ("user_version = 2", "schema version 5, got version 2"),
         ("application_id = 7", r"catalogue\.sqlite.*is not the catalogue of a memory bank"),
     ],
 )

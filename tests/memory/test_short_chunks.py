@@ -12,7 +12,7 @@ from folder_banks import write as write_ids
 from safetensors.torch import save
 
 from longmem.memory import BankShards, MemoryBank
-from longmem.memory.folder.catalogue import CATALOGUE, DOCUMENTS, SPANS, Catalogue
+from longmem.memory.folder.catalogue import CATALOGUE, DOCUMENTS, SCHEMA_VERSION, SPANS, USAGE, Catalogue
 from longmem.memory.index import approximate
 from longmem.model.attention import read_memory
 
@@ -212,7 +212,9 @@ def test_eviction_forgets_documents_of_any_length(in_folder, tmp_path):
 
 
 def as_of_schema_3(folder, ends: dict[str, int]) -> None:
-    """Rewrite a folder as the version before wrote it: last, shorter chunks have no rows, and stand beside the documents."""
+    """Rewrite a folder as the version before wrote it: last, shorter chunks stand beside the documents,
+    which have a row for their use where nobody used them.
+    """
     catalogue = Catalogue(folder, write=True)
     with catalogue.snapshot():
         content, documents, spans = (
@@ -222,6 +224,7 @@ def as_of_schema_3(folder, ends: dict[str, int]) -> None:
         )
     with catalogue.transaction():
         for serial, text, _ in documents:
+            catalogue.put(USAGE, (serial, 0, 0.0))
             said = json.loads(text)
             count = said["num_tokens"] % CHUNK_SIZE
             if not count:
@@ -268,7 +271,7 @@ def test_a_folder_of_the_version_before_opens_with_all_its_tokens(tmp_path):
     assert {path: path.read_bytes() for path in files} == files, "who reads changes nothing"
     with MemoryBank.open(tmp_path / "bank") as bank:
         assert contents(bank) == wanted
-    assert version_of(tmp_path / "bank") == 4
+    assert version_of(tmp_path / "bank") == SCHEMA_VERSION
     with MemoryBank.open(tmp_path / "bank") as bank:
         assert contents(bank) == wanted
         write_ids(bank, "a", range(15, 22))

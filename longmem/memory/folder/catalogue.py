@@ -30,8 +30,9 @@ from longmem.memory.folder.tensor_file import not_written
 
 CATALOGUE = "catalogue.sqlite"
 APPLICATION_ID = 0x4C4D4231  # "LMB1": says to other programs what this file is
-# 1 was a folder with a manifest.json; 2 knew no segments; in 3, which is read, a last, shorter chunk stood in `waiting`.
-SCHEMA_VERSION, READABLE_VERSIONS = 4, (3, 4)
+# 1 was a folder with a manifest.json; 2 knew no segments; in 3, which is read, a last, shorter chunk stood in `waiting`; in 4,
+# too, documents that were never read have a row in `usage`.
+SCHEMA_VERSION, READABLE_VERSIONS = 5, (3, 4, 5)
 MODULUS = 2**63
 HALF = 2**32 - 1
 LARGEST = 2**62  # of a number, so that sums of two are numbers, too

@@ -27,6 +27,7 @@ from longmem.memory.rows.table import Table
 
 DATES = ("dated", "valid_until", "is_superseded", "superseded_by")
 NOT_SAID = None, None, False, None
+NEVER = 0, 0.0  # how often it was read, and when last
 NO_ROWS = IntQueue()
 DOCUMENT = {
     "document_id": str,
@@ -76,8 +77,11 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
 
 
 def put_usage(catalogue: Catalogue, document: Document) -> None:
-    """Write how often a document was read."""
-    catalogue.put(USAGE, (document.serial, document.num_reads, document.last_read))
+    """Write how often a document was read; of one that never was there is no row."""
+    if document.num_reads:
+        catalogue.put(USAGE, (document.serial, document.num_reads, document.last_read))
+    else:
+        catalogue.remove(USAGE, (document.serial,))
 
 
 def remove_document(catalogue: Catalogue, serial: int) -> None:
@@ -292,15 +296,16 @@ def _documents_of(
     """Return all documents by their serials, without their rows."""
     chunk_size, num_versions = contents.chunk_size, len(contents.encoders.versions)
     serials = [row[0] for row in rows["documents"]]
-    if serials != [row[0] for row in rows["usage"]] or (serials and serials[-1] >= content["next_serial"]):
-        raise ValueError("a document is not described")
+    usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
+    if not usage.keys() <= {*serials} or (serials and serials[-1] >= content["next_serial"]):
+        raise ValueError("a document that was read, or the last one, is not described")
     kept, first = _kept_of(serials, spans)
     documents: dict[int, Described] = {}
     tags: dict[tuple[str, ...], tuple[str, ...]] = {}
     # Most short documents are encoded alike: what is known to be right need not be checked, nor kept, once more.
     alike: dict[tuple[Any, ...], Sequence[Sequence[int]]] = {}
-    described = zip(rows["documents"], rows["usage"], _described(rows["documents"]), kept, first, strict=True)
-    for (serial, _, waiting), (_, num_reads, last_read), told, num_chunks, first_chunk in described:
+    described = zip(rows["documents"], _described(rows["documents"]), kept, first, strict=True)
+    for (serial, _, waiting), told, num_chunks, first_chunk in described:
         name, num_tokens, said, is_pinned, runs, written_at, has_source, dates = told
         end = _end_of(waiting, contents.storage.shapes) if waiting else []
         num_waiting = end[0][0].shape[1] if end else 0
@@ -319,7 +324,7 @@ def _documents_of(
             tags[words] = words
         # By position, which takes half the time; the rows of chunks follow.
         about: tuple[Any, ...] = name, serial, num_tokens, tags[words], is_pinned, *dates, Segments.from_json(alike[key])
-        document = Document(*about, num_reads, last_read, written_at, NO_ROWS if num_chunks else IntQueue())
+        document = Document(*about, *usage.get(serial, NEVER), written_at, NO_ROWS if num_chunks else IntQueue())
         if has_source:
             document.source_or_reader = functools.partial(read_source_of, serial, num_dropped * chunk_size, num_tokens)
         documents[serial] = document, end
