@@ -323,9 +323,9 @@ def _documents_of(
                 raise ValueError(f"document {serial} has tags that are no words")
             tags[words] = words
         # By position, which takes half the time; the rows of chunks follow.
-        segments = Segments.from_json(alike[key])
-        about: tuple[Any, ...] = name, serial, num_tokens, tags[words], is_pinned, *dates, segments
-        document = Document(*about, *usage.get(serial, NEVER), written_at, NO_ROWS if num_chunks else IntQueue())
+        segments, reads = Segments.from_json(alike[key]), usage.get(serial, NEVER)
+        about: tuple[Any, ...] = name, serial, num_tokens, tags[words], is_pinned, *dates, segments, *reads, written_at
+        document = Document(*about + (NO_ROWS if num_chunks else IntQueue(),))
         if has_source:
             document.source_or_reader = functools.partial(read_source_of, serial, num_dropped * chunk_size, num_tokens)
         documents[serial] = document, end
