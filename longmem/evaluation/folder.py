@@ -119,9 +119,8 @@ def read_lines(
                 raise ValueError(f"it must have {', '.join(form)}")
             found.append(parse(value))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"line {number} of {str(path)!r} must be {what}, got {line[:80]!r}; delete the line."
-            ) from error
+            place = f"line {number} of {str(path)!r}"
+            raise ValueError(f"{place} must be {what}, got {line[:80]!r}; delete the line.") from error
     return found
 
 
@@ -155,31 +154,25 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
 
     Raises ValueError if it belongs to a run with other settings, whose results would be mixed with these.
     """
-    text = as_json(config)
-    path = folder / CONFIG
-    known = None
+    text, path, known = as_json(config), folder / CONFIG, None
     if path.exists():
         try:
             known = read_json(path)
         except ValueError as error:
             if (folder / PREDICTIONS).exists():
-                raise ValueError(
-                    f"{error} Whose answers {folder} holds can't be known; name another folder."
-                ) from error
+                raise ValueError(f"{error} Whose answers {folder} holds is not known; name another folder.") from error
             warnings.warn(f"{error} Nothing was answered yet, so it is written anew.", stacklevel=3)
     if known is None:
         make_folder(folder)
         write_file(path, text)
         return
     before, now = (dict(leaves(each)) for each in (known, json.loads(text)))
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        name = changed[0]
+    name, *others = [name for name in {**before, **now} if before.get(name) != now.get(name)] or [None]
+    if name is not None:
+        too = f"; {', '.join(others[:5])} differ too" if others else ""
         raise ValueError(
-            f"`output` must be a new folder or that of a run with the same settings, but {folder} has "
-            f"{name} = {before.get(name)!r} and not {now.get(name)!r}"
-            + (f"; {', '.join(changed[1:6])} differ too" if changed[1:] else "")
-            + ". Name another folder, or delete this one."
+            f"`output` must be a new folder or that of a run with the same settings, but {folder} has {name} = "
+            f"{before.get(name)!r} and not {now.get(name)!r}{too}. Name another folder, or delete this one."
         )
 
 

@@ -28,13 +28,8 @@ def interval_of(samples: Float[Tensor, " samples"]) -> tuple[float, float]:
     return low, high
 
 
-def resamples(count: int, num_samples: int, seed: int) -> Int[Tensor, "samples units"]:
-    """Return, for each resample, which units are in it: `count` of them, drawn with repeats."""
-    return torch.cat(list(resamples_in_batches(count, num_samples, seed)))
-
-
-def resamples_in_batches(count: int, num_samples: int, seed: int) -> Iterator[Int[Tensor, "samples units"]]:
-    """Yield the same resamples, as many at once as have about `DRAWN_AT_ONCE` units."""
+def resamples(count: int, num_samples: int, seed: int) -> Iterator[Int[Tensor, "samples units"]]:
+    """Yield, for each resample, which of `count` units are in it, drawn with repeats; about `DRAWN_AT_ONCE` units at once."""
     generator, at_once = torch.Generator().manual_seed(seed), max(1, DRAWN_AT_ONCE // max(count, 1))
     for start in range(0, num_samples, at_once):
         yield torch.randint(count, (min(at_once, num_samples - start), count), generator=generator)
@@ -44,7 +39,7 @@ def resampled(
     statistic: Callable[[Tensor], Tensor], count: int, num_samples: int, seed: int
 ) -> Float[Tensor, " samples"]:
     """Return a statistic of each resample, from `statistic` of some resamples at once, `samples units`."""
-    return torch.cat([statistic(picks) for picks in resamples_in_batches(count, num_samples, seed)])
+    return torch.cat([statistic(picks) for picks in resamples(count, num_samples, seed)])
 
 
 def bootstrap_interval(
@@ -126,9 +121,7 @@ def stratified_mean(
         numbers = torch.tensor([value for value, _ in own], dtype=torch.float64)
         order = {group: place for place, group in enumerate(dict.fromkeys(group for _, group in own))}
         place = torch.tensor([order[group] for _, group in own])
-        sums, sizes = (torch.zeros(len(order), dtype=torch.float64) for _ in range(2))
-        sums.index_add_(0, place, numbers)
-        sizes.index_add_(0, place, torch.ones_like(numbers))
+        sums, sizes = torch.bincount(place, numbers), torch.bincount(place)
 
         def mean_of(picks: Tensor, sums: Tensor = sums, sizes: Tensor = sizes) -> Tensor:
             return sums[picks].sum(dim=1) / sizes[picks].sum(dim=1)

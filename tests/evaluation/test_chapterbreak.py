@@ -27,8 +27,6 @@ from longmem.evaluation.tasks.chapterbreak import (
     Split,
     baseline_values,
     credit,
-    overlap,
-    rarity,
     views,
 )
 
@@ -304,9 +302,11 @@ def test_accuracies_by_hand(tmp_path):
 
 
 def test_words_are_weighted_by_their_rarity():
-    weights = rarity([["the", "cat", "the"], ["the", "dog"], ["the", "cat"]])
-    assert weights == {"the": 0, "cat": math.log(3 / 2), "dog": math.log(3)}
-    assert overlap(["the", "dog"], ["Dog", "dog", "dog", "cat"], weights) == math.log(3) / 4
+    contexts = ("The cat, the", "the dog", "the cat")
+    own = [Example("a", n, context, ("Dog dog dog cat", "the cat")) for n, context in enumerate(contexts)]
+    found = [values["bag-of-words"] for _, values in baseline_values(own, own)]
+    dog, cat = math.log(3), math.log(3 / 2)
+    assert found == [[cat / 4, cat / 2], [dog / 4, 0], [cat / 4, cat / 2]]
 
 
 def test_baselines_see_the_whole_context_or_its_end():

@@ -216,9 +216,7 @@ def validate(*, window: int | None, memory: str | bool, local_tokens: int | None
     if window is not None and window < 2:
         raise ValueError(f"`window` must be at least 2 tokens, got {window}.")
     if local_tokens is not None and local_tokens < 1:
-        raise ValueError(
-            f"`local_tokens` must be at least 1, from which the next token is predicted, got {local_tokens}."
-        )
+        raise ValueError(f"`local_tokens` must be at least 1, which predicts the next token, got {local_tokens}.")
     if memory not in ("on", "off", True, False):
         raise ValueError(f"`memory` must be on or off, got {memory!r}.")
 

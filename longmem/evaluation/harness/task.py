@@ -223,10 +223,8 @@ def load_tasks(settings: HarnessSettings) -> tuple[TaskManager, dict[str, Any]]:
         manager = TaskManager(include_path=folder)
     for name in settings.tasks:
         if name not in manager.all_tasks:
-            raise ValueError(
-                f"`tasks` must be tasks of lm-eval or of `include_path`, got {name!r}."
-                f"{did_you_mean(name, manager.all_tasks)}"
-            )
+            close = did_you_mean(name, manager.all_tasks)
+            raise ValueError(f"`tasks` must be tasks of lm-eval or of `include_path`, got {name!r}.{close}")
     wanted: list[Any] = []
     for name in settings.tasks:
         path = None if settings.data is None else Path(settings.data, f"{name}.jsonl").resolve()

@@ -55,9 +55,7 @@ class LongEval(ValueTask):
         """Return a prompt in tokens. Raises ValueError if the tokenizer does not say where in a text tokens are."""
         source = encodable(model, prompt.record)
         if source.char_ends is None:
-            raise ValueError(
-                "`model` must have a fast tokenizer for LongEval: others do not say where in a text tokens are."
-            )
+            raise ValueError("`model` must have a fast tokenizer, which says where in a text tokens are, got another.")
         size, distance = len(source.token_ids), int((source.char_ends > prompt.fact_end).sum())
         file = prompt.path.name.partition(".")[0]
         right, *others = prompt.values

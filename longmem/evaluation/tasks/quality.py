@@ -101,10 +101,8 @@ def official(document: str, part: str, questions: Sequence[Mapping[str, Any]]) -
         options, gold = tuple(option.strip() for option in each["options"]), each.get("gold_label")
         name = f"{part}/{number}"
         if not isinstance(gold, int) or not 1 <= gold <= len(options):
-            raise ValueError(
-                f"`gold_label` must be from 1 to {len(options)}, got {gold!r} in question {document}/{name}; the test split "
-                "has no public answers, use dev."
-            )
+            place = f"question {document}/{name}; the test split has no public answers, use dev"
+            raise ValueError(f"`gold_label` must be from 1 to {len(options)}, got {gold!r} in {place}.")
         found.append(Asked(name=name, question=each["question"].strip(), options=options, answer=options[gold - 1]))
     return found
 

@@ -58,9 +58,8 @@ class ReadingSettings(EvaluationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.local_tokens >= self.window:
-            raise ValueError(
-                f"`local_tokens` must be below `window`, got {self.local_tokens} and {self.window}: the question needs room."
-            )
+            sizes = f"{self.local_tokens} and {self.window}"
+            raise ValueError(f"`local_tokens` must be below `window`, got {sizes}: the question needs room.")
 
     @property
     def prefix(self) -> str:
@@ -142,9 +141,8 @@ class ReadingTask(Task):
         left = self.settings.window - rooms[longest]
         if left < 1:
             raise ValueError(
-                "`window` must hold instruction, question, answer and one token before them, got "
-                f"{self.settings.window} tokens for the {rooms[longest]} of question {document.name}/{longest.name}; choose "
-                "a larger `window`."
+                f"`window` must hold instruction, question, answer and one token before them, {rooms[longest] + 1} for "
+                f"question {document.name}/{longest.name}, got {self.settings.window}; choose a larger one."
             )
         return dataclasses.replace(case, local_tokens=min(self.settings.local_tokens, left))
 
