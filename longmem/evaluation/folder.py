@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +32,10 @@ class RunFolder:
     def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
         self.path = Path(folder)
         claim_folder(self.path, config)
-        self._records = dict(self._read())
+        self._records: dict[str, dict[str, Any]] = {}
+        if os.path.lexists(path := self.path / PREDICTIONS):
+            self._records = {record["id"]: record for record in read_lines(path, {"id": str})}
+            append_lines(path, [])  # cuts off what a killed process left of a last line
         self._start: float | None = time.perf_counter()  # None once the session is on record
 
     def __enter__(self) -> Self:
@@ -84,14 +87,6 @@ class RunFolder:
     def _seconds(self) -> float:
         """Return the seconds of this session that are not on record."""
         return 0.0 if self._start is None else time.perf_counter() - self._start
-
-    def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the predictions on the disk; what a killed process left of a last line is cut off."""
-        path = self.path / PREDICTIONS
-        if os.path.lexists(path):
-            records = read_lines(path, {"id": str})
-            append_lines(path, [])
-            yield from ((record["id"], record) for record in records)
 
 
 def read_lines(

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LARGEST_LOSS = 709.0  # nats; e to a little more is beyond double precision
+SAMPLES = 10_000
 DRAWN_AT_ONCE = 2**20  # units, so that memory does not grow with the number of resamples
 Estimate = tuple[float, float, float]  # value, lower and upper end of its interval
 
@@ -28,29 +29,25 @@ def interval_of(samples: Float[Tensor, " samples"]) -> tuple[float, float]:
     return low, high
 
 
-def resamples(count: int, num_samples: int, seed: int) -> Iterator[Int[Tensor, "samples units"]]:
-    """Yield, for each resample, which of `count` units are in it, drawn with repeats; about `DRAWN_AT_ONCE` units at once."""
+def resamples(count: int, seed: int) -> Iterator[Int[Tensor, "samples units"]]:
+    """Yield which of `count` units are in each of `SAMPLES`, drawn with repeats; about `DRAWN_AT_ONCE` units at once."""
     generator, at_once = torch.Generator().manual_seed(seed), max(1, DRAWN_AT_ONCE // max(count, 1))
-    for start in range(0, num_samples, at_once):
-        yield torch.randint(count, (min(at_once, num_samples - start), count), generator=generator)
+    for start in range(0, SAMPLES, at_once):
+        yield torch.randint(count, (min(at_once, SAMPLES - start), count), generator=generator)
 
 
-def resampled(
-    statistic: Callable[[Tensor], Tensor], count: int, num_samples: int, seed: int
-) -> Float[Tensor, " samples"]:
+def resampled(statistic: Callable[[Tensor], Tensor], count: int, seed: int) -> Float[Tensor, " samples"]:
     """Return a statistic of each resample, from `statistic` of some resamples at once, `samples units`."""
-    return torch.cat([statistic(picks) for picks in resamples(count, num_samples, seed)])
+    return torch.cat([statistic(picks) for picks in resamples(count, seed)])
 
 
-def bootstrap_interval(
-    differences: Float[Tensor, " windows"], *, num_samples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(differences: Float[Tensor, " windows"], *, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the mean of per-window differences, by resampling windows.
 
     Neighbouring windows resemble each other, so the interval of one document is narrower than that over documents.
     """
     numbers = differences.double()
-    return interval_of(resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), num_samples, seed))
+    return interval_of(resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), seed))
 
 
 def perplexity_of(loss: float) -> float:
@@ -87,11 +84,7 @@ def ratio_of_means(
     None where the mean of the denominators is not above 0 in every resample: what may be nothing has no shares.
     """
     above, below = numerators.double(), denominators.double()
-
-    def means(numbers: Tensor) -> Tensor:
-        return resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), 10_000, seed)
-
-    tops, bottoms = means(above), means(below)
+    tops, bottoms = (resampled(lambda p, own=own: own[p].mean(dim=1), len(own), seed) for own in (above, below))
     if bottoms.min() <= 0 or below.mean() <= 0:
         return None
     return (above.mean() / below.mean()).item(), *interval_of(tops / bottoms)
@@ -115,7 +108,7 @@ def stratified_mean(
     Strata, such as data sets, count the same, however many items they have; each is resampled by itself.
     """
     names = list(dict.fromkeys(strata))
-    mean, samples = 0.0, torch.zeros(10_000, dtype=torch.float64)
+    mean, samples = 0.0, torch.zeros(SAMPLES, dtype=torch.float64)
     for number, name in enumerate(names):
         own = [(value, group) for value, group, stratum in zip(values, groups, strata, strict=True) if stratum == name]
         numbers = torch.tensor([value for value, _ in own], dtype=torch.float64)
@@ -126,6 +119,6 @@ def stratified_mean(
         def mean_of(picks: Tensor, sums: Tensor = sums, sizes: Tensor = sizes) -> Tensor:
             return sums[picks].sum(dim=1) / sizes[picks].sum(dim=1)
 
-        samples += resampled(mean_of, len(order), len(samples), seed + number) / len(names)
+        samples += resampled(mean_of, len(order), seed + number) / len(names)
         mean += numbers.mean().item() / len(names)
     return mean, *interval_of(samples)

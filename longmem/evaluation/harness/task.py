@@ -97,9 +97,8 @@ class Harness(Task):
         """Return the metrics of every task, `metric,filter` where it has filters of its own, accuracies first."""
         found = {}
         for name, task in self.tasks.items():
-            for metric, aggregate in sorted(
-                task.aggregation().items(), key=lambda own: (*ACCURACIES, own[0]).index(own[0])
-            ):
+            metrics = sorted(task.aggregation().items(), key=lambda own: (*ACCURACIES, own[0]).index(own[0]))
+            for metric, aggregate in metrics:
                 for kind in [each["name"] for each in task.config.filter_list or ()] or ["none"]:
                     title = metric_title(metric, kind)
                     unit = "%" if metric in ACCURACIES and aggregate is mean else "lm-eval's unit"
@@ -170,22 +169,12 @@ def metric_title(metric: str, kind: str) -> str:
 
 def make_lm(system: str, model: LongMemForCausalLM, settings: HarnessSettings) -> HFLM:
     """Return a system as lm-eval knows models: the backbone as its `hf`, LongMem as `longmem`."""
+    window, rows = settings.window, settings.batch_size
     if system != "backbone":
-        return LongMemLM(
-            model,
-            memory=system,
-            window=settings.window,
-            local_tokens=settings.local_tokens,
-            batch_size=settings.batch_size,
-        )
+        return LongMemLM(model, memory=system, window=window, local_tokens=settings.local_tokens, batch_size=rows)
+    options = {"tokenizer": copy.deepcopy(model.tokenizer), "max_length": window, "softmax_dtype": "float32"}
     with without_warnings_of("lm_eval"):  # about what an open model makes superfluous
-        return HFLM(
-            model.backbone,
-            tokenizer=copy.deepcopy(model.tokenizer),
-            max_length=settings.window,
-            softmax_dtype="float32",
-            batch_size=settings.batch_size,
-        )
+        return HFLM(model.backbone, **options, batch_size=rows)
 
 
 def record_of(sample: dict[str, Any], task: str, system: str, group: str) -> dict[str, Any]:

@@ -274,14 +274,8 @@ class MemorySystem(System):
         stream = self.stream
         kept = max(0, min(self.local_tokens, self.window - room - len(prefix)))
         stop = max(0, len(stream) - kept)
-        local = LocalModel(self.model, self._memory(stream[:stop]))
+        if self.name == "wrong" and not self.instead:
+            raise ValueError("`instead` must hold the text of the wrong memory, got none; give it to `read`.")
+        memorized = {"off": [], "wrong": self.instead}.get(self.name, stream[:stop])
+        local = LocalModel(self.model, self.banks.of(memorized) if memorized else None)
         return local, self.local([*stream[stop:], *prefix], room)
-
-    def _memory(self, ids: Sequence[int]) -> Memory | None:
-        if self.name == "off":
-            return None
-        if self.name == "wrong":
-            if not self.instead:
-                raise ValueError("`instead` must hold the text of the wrong memory, got none; give it to `read`.")
-            ids = self.instead
-        return self.banks.of(ids) if ids else None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import random
 import statistics
 import sys
@@ -11,15 +12,7 @@ from typing import Any, NamedTuple
 
 from longmem.evaluation.folder import digest, spread
 from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
-from longmem.evaluation.systems import (
-    BackboneSystem,
-    LongBackbone,
-    Question,
-    RetrievalSystem,
-    System,
-    title_of_system,
-    tokenize,
-)
+from longmem.evaluation.systems import BackboneSystem, LongBackbone, Question, RetrievalSystem, System, tokenize
 from longmem.evaluation.task import Case, Item, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -185,10 +178,7 @@ class DemonstrationTask(Task):
         return case.longest
 
     def shown(self, system: System, case: Any, room: int) -> Sequence[Line]:
-        """Return the demonstrations in the window, the last ones that leave `room` tokens free.
-
-        A system that pastes passages keeps a share of its window for them.
-        """
+        """Return the demonstrations in the window, the last that leave `room` tokens, and what passages need, free."""
         pasted = int(system.pasted_share * system.window) if isinstance(system, RetrievalSystem) else 0
         return last_that_fit(case.window, system.window - pasted - room)
 
@@ -200,11 +190,10 @@ class DemonstrationTask(Task):
         """Return what each system had before a question; means over seeds."""
         columns = ("window_demonstrations", "read_demonstrations", "read_tokens")
         rows = [["set, system", "in the window", "read", "tokens read"]]
-        for name in self.sets:
-            for system in self.settings.systems:
-                own = [each for each in records if (each["set"], each["system"]) == (name, system)]
-                means = [statistics.fmean(each[column] for each in own if column in each) for column in columns]
-                rows.append([f"{name}, {title_of_system(system)}", *(f"{mean:,.1f}" for mean in means)])
+        for name, system in itertools.product(self.sets, self.settings.systems):
+            own = [each for each in records if (each["set"], each["system"]) == (name, system)]
+            means = [statistics.fmean(each[column] for each in own if column in each) for column in columns]
+            rows.append([f"{name}, {self.title_of(system)}", *(f"{mean:,.1f}" for mean in means)])
         return {"Demonstrations before a question": rows}
 
 

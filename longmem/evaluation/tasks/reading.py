@@ -147,13 +147,7 @@ class ReadingTask(Task):
         return dataclasses.replace(case, local_tokens=min(self.settings.local_tokens, left))
 
 
-def answer_documents(
-    task: ReadingTask,
-    reader: LongContextReader,
-    *,
-    name: str = "reader",
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[dict[str, Any]]:
+def answer_documents(task: ReadingTask, reader: LongContextReader, *, name: str = "reader") -> Iterator[dict[str, Any]]:
     """Yield a record for each question, as a run writes them but without likelihoods.
 
     A document is fed piece by piece, once, then all its questions are asked. Any object with `reset`, `feed` and `answer` will
@@ -162,19 +156,12 @@ def answer_documents(
         task = Locomo(LocomoSettings(output="results/service", data="locomo10.json", limit=40))
         metrics = summarize(task, list(answer_documents(task, Client(), name="service")))
 
-    With the records of several systems in one list they are compared on the same questions.
-
-    Args:
-        task: says what is asked; of multiple choice, an answer begins with a letter, and `style` is letter.
-        reader: is asked.
-        name: of the reader, in records and tables.
-        progress: called with (questions done, questions in all).
+    With the records of several systems in one list, told apart by `name`, they are compared on the same questions. Of multiple
+    choice an answer begins with a letter, and `style` must be letter (ValueError).
     """
     if getattr(task.settings, "style", "letter") != "letter":
         raise ValueError(f"`style` must be letter where answers are written, got {task.settings.style!r}.")
-    chosen = task.chosen()
-    total, done = sum(len(asked) for _, asked in chosen), 0
-    for document, own in chosen:
+    for document, own in task.chosen():
         case = Case(name=document.name, group=document.name, items=[task.item(asked) for asked in own])
         yield from guessed(case)
         reader.reset()
@@ -186,6 +173,3 @@ def answer_documents(
             seconds = time.perf_counter() - start
             record = {"id": record_id(case, item, name), "system": name, **described(case, item), "prediction": text}
             yield {**record, "seconds": seconds}
-            done += 1
-            if progress is not None:
-                progress(done, total)
