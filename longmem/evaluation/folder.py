@@ -145,10 +145,7 @@ def digest(content: Any) -> str:
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json` to a new folder; a folder that has one goes on only with the same settings.
-
-    Raises ValueError if it belongs to a run with other settings, whose results would be mixed with these.
-    """
+    """Write `config.json` to a new folder; one that has it must be of a run with the same settings (ValueError)."""
     text, path, known = as_json(config), folder / CONFIG, None
     if path.exists():
         try:

@@ -103,10 +103,7 @@ def clustered_mean(values: Sequence[float], groups: Sequence[str], *, seed: int 
 def stratified_mean(
     values: Sequence[float], groups: Sequence[str], strata: Sequence[str], *, seed: int = 0
 ) -> Estimate:
-    """Return the mean over strata of the mean of their items, and its interval by resampling groups of each stratum.
-
-    Strata, such as data sets, count the same, however many items they have; each is resampled by itself.
-    """
+    """Return the mean over strata, such as data sets, of the mean of their items; its interval is by groups of each stratum."""
     names = list(dict.fromkeys(strata))
     mean, samples = 0.0, torch.zeros(SAMPLES, dtype=torch.float64)
     for number, name in enumerate(names):

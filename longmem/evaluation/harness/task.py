@@ -31,10 +31,7 @@ ACCURACIES = ("acc_norm", "acc", "exact_match")  # what is drawn, the first that
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HarnessSettings(EvaluationSettings):
-    """Tasks of lm-evaluation-harness, with the backbone as its `hf` model and LongMem as `longmem`, memory off and on.
-
-    `limit` is of each task.
-    """
+    """Tasks of lm-evaluation-harness, the backbone as its model `hf`, LongMem as `longmem`; `limit` is of each task."""
 
     systems: tuple[str, ...] = SYSTEMS
     """What is compared, among backbone, off and on: the harness asks nothing that another text's memory, passages or a
@@ -178,10 +175,7 @@ def make_lm(system: str, model: LongMemForCausalLM, settings: HarnessSettings) -
 
 
 def record_of(sample: dict[str, Any], task: str, system: str, group: str) -> dict[str, Any]:
-    """Return the record of an item as lm-eval logs it: raw answers and its metrics, texts by their hashes.
-
-    `group` is the field of the item that names its group.
-    """
+    """Return the record of an item as lm-eval logs it: answers, metrics, hashes of texts; `group` is a field of the item."""
     own_group = sample["doc"].get(group) if isinstance(sample["doc"], dict) else None
     kept = ("doc_id", "filter", "target", "resps", "filtered_resps", "doc_hash", "prompt_hash")
     record = {
@@ -197,10 +191,7 @@ def record_of(sample: dict[str, Any], task: str, system: str, group: str) -> dic
 
 
 def load_tasks(settings: HarnessSettings) -> tuple[TaskManager, dict[str, Any]]:
-    """Return lm-eval's index of tasks, and those of a run by name; groups and tags are taken apart.
-
-    Raises ValueError if there is no folder, or no task of a name.
-    """
+    """Return lm-eval's index of tasks and those of a run by name, groups and tags taken apart; ValueError if one is missing."""
     for name in ("include_path", "data"):
         folder = getattr(settings, name)
         if folder is not None and not Path(folder).is_dir():

@@ -217,10 +217,7 @@ class ChapterBreak(Task):
         return {"per_token": credit(means), "sum": credit(record["logprobs"]), "margin": margin}
 
     def cases(self, model: LongMemForCausalLM) -> list[Case]:
-        """Return a case for each example and number of tokens that some systems use, the shortest context first.
-
-        A system that uses the same tokens at several lengths of context is asked once.
-        """
+        """Return a case for each example and number of tokens that some system uses, be it at several lengths of context."""
         settings = self.settings
         encoder = Encoder(model.tokenizer, settings.joiner, settings.suffix_tokens)
         seen = views(settings.systems, settings.contexts, window=settings.window, room=encoder.room)

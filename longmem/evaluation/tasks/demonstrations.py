@@ -64,10 +64,7 @@ class DemonstrationCase(Case):
 
 
 class DemonstrationTask(Task):
-    """Sets of items, asked after demonstrations that each seed draws anew.
-
-    The wrong memory of a set holds the demonstrations of the next; of a single set its own, answers exchanged.
-    """
+    """Sets of items, asked after demonstrations that each seed draws anew."""
 
     sort_by = ("seed", "number")
     retrieval = {"passage_tokens": sys.maxsize, "query_tokens": None}  # whole lines, looked up with the question alone

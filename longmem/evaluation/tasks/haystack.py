@@ -107,10 +107,7 @@ class HaystackBanks(Banks):
         return done
 
     def of(self, token_ids: Sequence[int]) -> BankShards:
-        """Return the memory of the start of the haystack, in which some windows that may be replaced are others.
-
-        It may be read until one with other windows is asked for.
-        """
+        """Return the memory of the haystack's start with other windows in some places, good until others are asked for."""
         size = len(token_ids)
         own = enumerate(cut(token_ids, self.length))
         replaced = {number: window for number, window in own if window != self.windows[number]}

@@ -76,19 +76,15 @@ class LongEval(ValueTask):
 
 
 class Prompt(NamedTuple):
-    """A prompt of a file, taken apart.
-
-    `fact_end` is the character of the record after what is asked for. Values, the right one first, follow the question after
-    `before_value`.
-    """
+    """A prompt of a file, taken apart."""
 
     path: Path
     number: int
     record: str
-    fact_end: int
+    fact_end: int  # character of the record after what is asked for
     question: str
-    before_value: str
-    values: Sequence[str]
+    before_value: str  # between the question and each value
+    values: Sequence[str]  # the right one first
 
 
 def read_longeval(folder: str | Path, task: str) -> list[Prompt]:

@@ -18,18 +18,14 @@ from longmem.model.modeling import LongMemForCausalLM
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A question about a document; its name is unique there.
+    """A question about a document."""
 
-    `answer` is the right one, of multiple choice one of `options`. `trap` is a wrong answer that the document suggests, where
-    the right one is that it does not tell.
-    """
-
-    name: str
+    name: str  # unique in the document
     question: str
-    answer: str
+    answer: str  # the right one, of multiple choice one of `options`
     options: tuple[str, ...] = ()
     category: str = ""
-    trap: str = ""
+    trap: str = ""  # a wrong answer that the document suggests, where the right one is that it does not tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +117,9 @@ class ReadingTask(Task):
         return Item(name=asked.name, token_ids=ids, candidates=candidates, about=about, guesses=guesses)
 
     def _case(self, model: LongMemForCausalLM, document: Document, asked: Sequence[Asked]) -> Case:
-        """Return a document in tokens.
-
-        All its questions, asked or not, decide how much of its end stays in the window: a document is split between window
-        and memory at one place, and encoded once.
-        """
+        """Return a document in tokens, split between window and memory at one place, so that it is encoded once."""
         tokens = functools.partial(tokenize, model.tokenizer, continues=True)
-        items = {each: self.item(each, tokens) for each in document.asked}
+        items = {each: self.item(each, tokens) for each in document.asked}  # also those that are not asked need room
         case = Case(
             name=document.name,
             group=document.name,
