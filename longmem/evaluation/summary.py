@@ -222,8 +222,7 @@ def aligned(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for name, own in found.items():
         if own.keys() != set(order):
             raise ValueError(
-                f"`records` must have the same questions for all systems, {len(order)}, got {len(own)} for {name}; go on "
-                "with the run until it is finished."
+                f"`records` must have the same questions for all systems, {len(order)}, got {len(own)} for {name}; finish it."
             )
     return {name: [own[key] for key in order] for name, own in found.items()}
 

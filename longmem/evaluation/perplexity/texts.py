@@ -61,8 +61,7 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PerplexitySettings)
     numbers = np.flatnonzero(lengths >= 2)
     if not len(numbers):
         raise ValueError(
-            f"`data` must hold a document of two tokens or more, got {len(corpus)} shorter ones in {settings.data!r}; the "
-            "first token of a document has nothing before it and is not scored."
+            f"`data` must hold a document of two tokens or more, got {len(corpus)} shorter ones in {settings.data!r}."
         )
 
     def part(name: str, token_ids: Sequence[int], needed: int) -> tuple[str, Tensor]:

@@ -297,8 +297,7 @@ def views(systems: Sequence[str], contexts: Sequence[int], *, window: int, room:
     local = window - room
     if local < 1:
         raise ValueError(
-            f"`window` must hold joiner, suffix and at least one token before them, got {window} tokens for {room}; "
-            "choose a larger `window` or smaller `suffix_tokens`."
+            f"`window` must hold joiner and suffix, {room} tokens, and one more, got {window}; choose smaller `suffix_tokens`."
         )
     others = [name for name in systems if name not in LOCAL_SYSTEMS]
     if others and max(contexts) <= local:

@@ -288,8 +288,7 @@ def validate_sizes(settings: FactsSettings, model: LongMemForCausalLM) -> None:
     length, chunk = model.config.segment_length, model.config.chunk_size
     if length % chunk:
         raise ValueError(
-            f"`config.segment_length` must be a multiple of `config.chunk_size` for this evaluation, got {length} and "
-            f"{chunk}: what is left of a window would be in no chunk."
+            f"`config.segment_length` must be a multiple of `config.chunk_size`, got {length} and {chunk}; choose another."
         )
     for size in settings.sizes:
         if size % length:

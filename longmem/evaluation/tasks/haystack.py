@@ -34,8 +34,7 @@ def read_haystack(tokenizer: PreTrainedTokenizerBase, source: str, count: int) -
         if len(ids) >= count:
             return ids[:count]
     raise ValueError(
-        f"`sizes` must be at most the tokens of `haystack`, {len(ids):,} in {source!r}, got {count:,}; choose smaller "
-        "ones, or a folder with more text."
+        f"`sizes` must be at most the tokens of `haystack`, {len(ids):,} in {source!r}, got {count:,}; choose smaller ones."
     )
 
 
@@ -52,8 +51,7 @@ def hide(window: Window, before: Window, after: Window, generator: random.Random
     room = len(window) - len(before) - len(after)
     if room < 0:
         raise ValueError(
-            f"`config.segment_length` must hold a whole fact, {len(before) + len(after)} tokens, got {len(window)}; choose "
-            "fewer `pairs`, or a model with longer segments."
+            f"`config.segment_length` must hold a whole fact, {len(before + after)} tokens, got {len(window)}; lower `pairs`."
         )
     start = generator.randint(0, room)
     return [*window[:start], *before, *after, *window[start:]][: len(window)], start + len(before)

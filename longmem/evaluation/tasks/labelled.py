@@ -184,8 +184,7 @@ class LabelledSettings(DemonstrationSettings):
         source = read_section(Source, self.sources[name], place=f"sources.{name}")
         if source.labels is not None and sorted(source.labels) != sorted(SETS[name].words):
             raise ValueError(
-                f"`sources.{name}.labels` must be the words {', '.join(SETS[name].words)} in the order of the data set's "
-                f"numbers, got {list(source.labels)}."
+                f"`sources.{name}.labels` must be the words {', '.join(SETS[name].words)}, got {list(source.labels)}."
             )
         return source
 
