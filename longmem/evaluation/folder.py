@@ -159,9 +159,9 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
         write_file(path, text)
         return
     before, now = (dict(leaves(each)) for each in (known, json.loads(text)))
-    name, *others = [name for name in {**before, **now} if before.get(name) != now.get(name)] or [None]
-    if name is not None:
-        too = f"; {', '.join(others[:5])} differ too" if others else ""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        name, too = changed[0], f"; {', '.join(changed[1:6])} differ too" if changed[1:] else ""
         raise ValueError(
             f"`output` must be a new folder or that of a run with the same settings, but {folder} has {name} = "
             f"{before.get(name)!r} and not {now.get(name)!r}{too}. Name another folder, or delete this one."

@@ -84,7 +84,11 @@ def ratio_of_means(
     None where the mean of the denominators is not above 0 in every resample: what may be nothing has no shares.
     """
     above, below = numerators.double(), denominators.double()
-    tops, bottoms = (resampled(lambda p, own=own: own[p].mean(dim=1), len(own), seed) for own in (above, below))
+
+    def means(numbers: Tensor) -> Tensor:
+        return resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), seed)
+
+    tops, bottoms = means(above), means(below)
     if bottoms.min() <= 0 or below.mean() <= 0:
         return None
     return (above.mean() / below.mean()).item(), *interval_of(tops / bottoms)

@@ -119,7 +119,7 @@ def cells_of(task: Task, measure: Measure, rows: Sequence[Row]) -> dict[str, Any
     axes = [axis for axis in task.axes if axis.kind != "repeat"]
     repeat = next((axis for axis in task.axes if axis.kind == "repeat"), None)
     cells = {}
-    for depth in range(task.pool == "none", len(axes) + 1):
+    for depth in range(1 if task.pool == "none" else 0, len(axes) + 1):
         used = axes[:depth]
         strata = axes[0].name if depth == 0 and task.pool == "panels" else None
         with_intervals = not used or used[-1].kind != "detail"

@@ -54,7 +54,8 @@ def validate_systems(names: Sequence[str]) -> None:
             import_plugins_of_packages()
             known = (*SYSTEM_NAMES, *PLUGINS["system"])
             if name not in PLUGINS["system"]:
-                raise ValueError(f"`systems` must be of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
+                close = did_you_mean(name, known)
+                raise ValueError(f"`systems` must be among {', '.join(known)}, got {name!r}.{close}")
 
 
 def make_systems(

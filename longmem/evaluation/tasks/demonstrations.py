@@ -153,10 +153,7 @@ class DemonstrationTask(Task):
         return dataclasses.replace(case, memory=case.exchanged) if len(self.sets) == 1 else super().wrong(case, cases)
 
     def prepare(self, system: System, case: Any, wrong: Case | None) -> dict[str, Any]:
-        """Have a system read and encode demonstrations, and return how many.
-
-        The backbone with a longer window gets as many as fit before those for the window, the last ones.
-        """
+        """Have a system read demonstrations, a longer window as many as fit before its others, and return how many."""
         shown = self.shown(system, case, case.longest)
         memory, instead = case.memory, [] if wrong is None else wrong.memory
         if isinstance(system, LongBackbone):
