@@ -357,11 +357,9 @@ def baseline_values(
 
     for example in chosen:
         context, suffixes = words_of(example.context), [words_of(text) for text in example.suffixes]
-        yield (
-            example,
-            {
-                "bag-of-words": [overlap(context, suffix) for suffix in suffixes],
-                "bag-of-words-near": [overlap(context[-NEAR_WORDS:], suffix) for suffix in suffixes],
-                "longest": [float(len(suffix)) for suffix in suffixes],
-            },
-        )
+        found = {
+            "bag-of-words": [overlap(context, suffix) for suffix in suffixes],
+            "bag-of-words-near": [overlap(context[-NEAR_WORDS:], suffix) for suffix in suffixes],
+            "longest": [float(len(suffix)) for suffix in suffixes],
+        }
+        yield example, found
