@@ -20,7 +20,7 @@ from longmem.errors import did_you_mean
 from longmem.evaluation.folder import RunFolder, digest, spread
 from longmem.evaluation.harness.model import LongMemLM, validate_tokenizer
 from longmem.evaluation.registry import CONFIGS
-from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
+from longmem.evaluation.settings import Count, EvaluationSettings, Number
 from longmem.evaluation.task import Axis, Case, Measure, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -66,7 +66,6 @@ class HarnessSettings(EvaluationSettings):
         others = [name for name in self.systems if name not in SYSTEMS]
         if others:
             raise ValueError(f"`systems` must be among {', '.join(SYSTEMS)}, got {others[0]!r}.")
-        validate_different("tasks", self.tasks)
 
 
 class Harness(Task):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from longmem.evaluation.folder import spread
-from longmem.evaluation.settings import Count, EvaluationSettings, validate_different
+from longmem.evaluation.settings import Count, EvaluationSettings
 from longmem.evaluation.systems import tokenize
 from longmem.evaluation.systems.making import context_size
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, per_token
@@ -165,7 +165,6 @@ class ChapterBreakSettings(EvaluationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate_different("contexts", self.contexts)
         if self.suffix_tokens >= self.window:
             sizes = f"{self.suffix_tokens} and {self.window}"
             raise ValueError(f"`suffix_tokens` must be less than `window`, which holds what is before, got {sizes}.")

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from longmem.evaluation.folder import digest, spread
-from longmem.evaluation.settings import Count, validate_different
+from longmem.evaluation.settings import Count
 from longmem.evaluation.systems import Banks, MemorySystem, Question, System, tokenize
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, best, per_token
 from longmem.evaluation.tasks.facts import ValueSettings, ValueTask, shuffled, value_item
@@ -95,8 +95,6 @@ class DatedSettings(ValueSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kinds", "ages"):
-            validate_different(name, getattr(self, name))
         if date_in(self.cutoff) != self.cutoff:
             raise ValueError(f"`cutoff` must be a day as YYYY-MM-DD, got {self.cutoff!r}; the default is 2024-11-01.")
         if self.window <= (needed := self.local_tokens + self.continuation_tokens):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from longmem.evaluation.folder import digest, spread
-from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
+from longmem.evaluation.settings import Count, EvaluationSettings, Number
 from longmem.evaluation.systems import BackboneSystem, LongBackbone, Question, RetrievalSystem, System, tokenize
 from longmem.evaluation.task import Case, Item, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
@@ -36,10 +36,6 @@ class DemonstrationSettings(EvaluationSettings):
     bos_per_line: bool = False
     """Begin every demonstration and every question with the tokenizer's bos token. The released script puts its bos before
     every line, and eos behind every demonstration. Only for models that were trained with bos."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate_different("seeds", self.seeds)
 
 
 class Demonstration(NamedTuple):

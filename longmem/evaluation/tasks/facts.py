@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.console import token_progress
 from longmem.evaluation.folder import MAY_CHANGE, digest, spread
-from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
+from longmem.evaluation.settings import Count, EvaluationSettings, Number
 from longmem.evaluation.systems import Banks, tokenize
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, best, per_token
 from longmem.evaluation.tasks.haystack import HaystackBanks, Window, cut, hide, read_haystack
@@ -163,20 +163,19 @@ class FactsSettings(ValueSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tasks", "sizes", "distances" if self.distances else "depths"):
-            validate_different(name, getattr(self, name))
         if self.distances and min(self.distances) >= max(self.sizes):
-            most = max(self.sizes)
-            raise ValueError(f"`distances` must be below the largest of `sizes`, {most:,}, got {list(self.distances)}.")
+            raise ValueError(f"`distances` must be smaller than the largest of `sizes`, got {list(self.distances)}.")
         if self.needles == "together" and "passkey" in self.tasks:
-            raise ValueError("`needles` must be alone for passkey, whose question fits all facts, got together.")
+            raise ValueError("`needles` must be alone for the task passkey, of one question for all, got together.")
         places = len(self.distances or self.depths)
         for name, value, limit in (("pairs", self.pairs, len(KEYS) // places), ("depths", places, len(CITIES))):
             if value > limit:
                 raise ValueError(f"`{name}` must be at most {limit} so that all keys differ, got {value}.")
         if "needle" in self.tasks and self.needed_activities > len(ACTIVITIES):
-            needed = f"{self.needed_activities} of {len(ACTIVITIES)}"
-            raise ValueError(f"`num_choices` must leave needles a value for every depth, got {needed}; choose fewer.")
+            most = len(ACTIVITIES) - places + 1
+            raise ValueError(
+                f"`num_choices` must leave a value for every depth, {most} at most, got {self.num_choices}."
+            )
 
     @property
     def needed_activities(self) -> int:
@@ -294,7 +293,7 @@ def validate_sizes(settings: FactsSettings, model: LongMemForCausalLM) -> None:
         if size % length:
             above = size + length - size % length
             raise ValueError(
-                f"`sizes` must be multiples of `segment_length`, {length}, got {size}; the next is {above}."
+                f"`sizes` must be multiples of the model's `segment_length`, {length}, got {size}; the next is {above}."
             )
         windows = list(settings.windows(size, length).values())
         if settings.needles == "together" and len(set(windows)) < len(windows):

@@ -15,7 +15,6 @@ import torch
 from longmem.data.sources import load_rows
 from longmem.errors import name_known
 from longmem.evaluation.folder import digest
-from longmem.evaluation.settings import validate_different
 from longmem.evaluation.systems import Answer, Question, System
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, best
 from longmem.evaluation.tasks.demonstrations import Demonstration, DemonstrationSettings, DemonstrationTask, Tokens
@@ -169,7 +168,6 @@ class LabelledSettings(DemonstrationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate_different("sets", self.sets)
         for name in self.sources:
             self.source(name)
         from_files = [name for name in self.sets if name not in self.sources]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from longmem.evaluation.folder import spread
-from longmem.evaluation.settings import validate_different
 from longmem.evaluation.task import Axis, Case
 from longmem.evaluation.tasks.facts import ValueSettings, ValueTask, shuffled, value_item
 from longmem.evaluation.tasks.files import in_format, lines_of
@@ -28,10 +27,6 @@ class LongEvalSettings(ValueSettings):
 
     tasks: tuple[Literal["lines", "topics"], ...] = ("lines", "topics")
     """lines: a number among many, by its line; topics: the first of several conversations."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate_different("tasks", self.tasks)
 
 
 class LongEval(ValueTask):
