@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from longmem.evaluation import intervals
-from longmem.evaluation.intervals import as_values
+from longmem.evaluation.intervals import as_values, perplexity_of
 from longmem.evaluation.perplexity.scoring import Cut
 from longmem.evaluation.perplexity.settings import PerplexitySettings
 from longmem.evaluation.perplexity.texts import DISTANCES, TextScores, bits_per_byte, distance_groups
@@ -88,7 +88,7 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
     scores = {system: [unit.systems[system] for unit in units] for system in systems}
     losses = {system: torch.tensor([each.loss for each in own], dtype=torch.float64) for system, own in scores.items()}
     num_bytes = torch.stack([unit.num_bytes.sum() for unit in units])
-    found, pairs, parity = {}, [pair for pair in COMPARISONS if set(pair) <= set(systems)], {}
+    found, parity, reductions = {}, {}, {}
     for system, own in losses.items():
         nats = own * torch.tensor([each.num_tokens for each in scores[system]])
         bits = bits_per_byte(nats, num_bytes)[num_bytes > 0]
@@ -101,21 +101,21 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
             "bits_per_byte": as_values((bits.mean().item(), *intervals.bootstrap_interval(bits, seed=seed))),
             "seconds_per_token": sum(each.seconds for each in whole) / count,
             "preparing_seconds_per_token": sum(each.preparing_seconds for each in whole) / count,
-            "documents": {
-                text.name: intervals.perplexity_of(each.loss) for text, each in zip(texts, whole, strict=True)
-            },
+            "documents": {text.name: perplexity_of(each.loss) for text, each in zip(texts, whole, strict=True)},
         }
         if system in settings.contexts and {"backbone", "off", "on"} <= set(systems):
             gains = (losses["off"] - losses["on"], losses["backbone"] - own)
             parity[system] = share_of_window(*(each / len(own) for each in gains), seed=seed)
-    reductions = {f"{one}/{two}": intervals.perplexity_reduction(losses[one], losses[two], seed) for one, two in pairs}
+    for one, two in COMPARISONS:
+        if {one, two} <= losses.keys():
+            reductions[f"{one}/{two}"] = as_values(intervals.perplexity_reduction(losses[one], losses[two], seed))
     return {
         "documents": len(texts),
         "tokens": sum(each.num_tokens for each in texts),
         "scored_tokens": sum(len(window) for each in texts for window in each.distances),
         "scored_bytes": int(num_bytes.sum()),
         "systems": found,
-        "reductions_percent": {pair: as_values(values) for pair, values in reductions.items()},
+        "reductions_percent": reductions,
         "parity": parity,
     }
 
@@ -178,9 +178,8 @@ def sections(metrics: Mapping[str, Any], *, brief: bool = False) -> Iterator[tup
             window, stride = part["cut"].split("/")
             what = "all scored but the first token" if window == stride else f"the last {stride} of each scored"
             books = f"{part['documents']} books, the first {part['windows']} windows of each"
-            heading = (
-                f"Windows of {window} tokens, {what}: {books}, after {part['memorized_tokens']:,} memorized tokens"
-            )
+            after = f"after {part['memorized_tokens']:,} memorized tokens"
+            heading = f"Windows of {window} tokens, {what}: {books}, {after}"
             compared = [["", "% (95 %)"]]  # reductions of perplexity
             for pair, values in part["reductions_percent"].items():
                 better, worse = (title_of_system(system).removeprefix("LongMem, ") for system in pair.split("/"))

@@ -1,6 +1,7 @@
 """In-context learning on the paper's five classification sets: 20 demonstrations in the window, 2,000 in memory.
 
-Sets, draws, prompts and the first of three measures are those of LongMem's released script (eval_longmem_icl.py)."""
+Sets, draws, prompts and the first of three measures are those of LongMem's released script (eval_longmem_icl.py).
+"""
 
 import csv
 import dataclasses
