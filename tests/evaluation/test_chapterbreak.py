@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -220,8 +219,8 @@ def test_the_wrong_memory_is_of_another_work_that_has_one(model, tmp_path):
         task = ChapterBreak(settings_for(tmp_path, systems=("on", "wrong")), Split("", own))
         return {name: other.subject for name, other in wrong_cases(task, task.cases(model)).items() if other}
 
-    own = [*examples({"a": 2, "short": 1}), dataclasses.replace(examples({"c": 1})[0], work="c")]
-    own[2] = dataclasses.replace(own[2], context="too short")
+    own = [*examples({"a": 2, "short": 1}), examples({"c": 1})[0]._replace(work="c")]
+    own[2] = own[2]._replace(context="too short")
     found = wrong(own)
     expected = {"a/0": "c/0", "short/0": "c/0", "c/0": "a/1", "a/1": "c/0"}
     assert found == {f"{name}/60/60": other for name, other in expected.items()}

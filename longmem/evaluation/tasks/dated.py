@@ -99,7 +99,7 @@ class DatedSettings(ValueSettings):
             raise ValueError(f"`cutoff` must be a day as YYYY-MM-DD, got {self.cutoff!r}; the default is 2024-11-01.")
         if self.window <= (needed := self.local_tokens + self.continuation_tokens):
             raise ValueError(
-                f"`window` must be above `local_tokens` + `continuation_tokens`, {needed}, got {self.window}."
+                f"`window` must hold more than `local_tokens` and `continuation_tokens`, {needed}, got {self.window}."
             )
 
     def age(self, date: str) -> Age:
