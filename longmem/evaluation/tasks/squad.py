@@ -76,7 +76,7 @@ def load_passages(name: str) -> list[Passage]:
             raise ValueError(f"{name!r} must have the columns of SQuAD v1.1, got none called {', '.join(missing)}.")
         if not (answers := row["answers"]["text"]):
             raise ValueError(
-                f"{name} must answer all questions, as SQuAD v1.1, got none for {row['id']!r}; leave it out."
+                f"{name} must have an answer to every question, as SQuAD v1.1 has, got none for {row['id']!r}; leave it out."
             )
         passage = " ".join(row["context"].split("\n"))  # a line break ends an answer, and would end a passage
         asked = Asked(str(row["id"]), row["question"], tuple(answers), passage, row["title"])
