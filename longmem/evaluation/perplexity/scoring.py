@@ -47,7 +47,7 @@ class Cut:
     def __post_init__(self) -> None:
         if self.window < 2 or not 1 <= self.stride <= self.window:
             raise ValueError(
-                f"a cut must have a `window` of 2 tokens or more and a `stride` from 1 to that, got {self}; 1024/512 is usual."
+                f"a cut must have a `window` of at least 2 tokens and a `stride` from 1 to that, got {self}; 1024/512 is usual."
             )
 
     @classmethod

@@ -98,7 +98,7 @@ def make_systems(
 def validate_context(model: LongMemForCausalLM, context: int, window: int) -> None:
     """Raise ValueError unless `context` tokens are more than a window and fit the backbone's positions."""
     if context <= window:
-        raise ValueError(f"`context` must be longer than the window, {window} tokens, got {context}; leave it out.")
+        raise ValueError(f"`context` must be longer than the window of {window} tokens, got {context}; leave it out.")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and context > limit:
         raise ValueError(

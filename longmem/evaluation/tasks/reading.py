@@ -133,7 +133,7 @@ class ReadingTask(Task):
         left = self.settings.window - rooms[longest]
         if left < 1:
             raise ValueError(
-                f"`window` must hold instruction, question, answer and one token before them, {rooms[longest] + 1} for "
+                f"`window` must hold instruction, question, answer and one token before them, {rooms[longest] + 1} of "
                 f"question {document.name}/{longest.name}, got {self.settings.window}; choose a larger one."
             )
         return dataclasses.replace(case, local_tokens=min(self.settings.local_tokens, left))
