@@ -6,7 +6,7 @@ import random
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,17 +86,14 @@ def load_passages(name: str) -> list[Passage]:
     return list(found.values())
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Return the questions of a file in the format of SQuAD v1.1, as the rows of its data set."""
-    found = []
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the questions of a file in the format of SQuAD v1.1, as the rows of its data set."""
     with in_format("in the format of SQuAD v1.1 (data, paragraphs, context, qas, answers)", path):
         for number, article in enumerate(json.loads(read_text(path))["data"]):
             for paragraph in article["paragraphs"]:
                 about = {"title": article.get("title", str(number)), "context": paragraph["context"]}
                 for each in paragraph["qas"]:
-                    answers = {"text": [answer["text"] for answer in each["answers"]]}
-                    found.append({**each, **about, "answers": answers})
-    return found
+                    yield {**each, **about, "answers": {"text": [answer["text"] for answer in each["answers"]]}}
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
