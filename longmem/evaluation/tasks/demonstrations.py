@@ -7,7 +7,7 @@ import random
 import statistics
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from longmem.evaluation.folder import digest, spread
@@ -81,8 +81,8 @@ class DemonstrationTask(Task):
         """Return the demonstrations for window and memory, and the generator that exchanges answers."""
 
     @abstractmethod
-    def items(self, name: str, chosen: Sequence[Any], tokens: Tokens) -> list[Item]:
-        """Return chosen examples as questions; `about` has their `group` and `number`."""
+    def items(self, name: str, chosen: Sequence[Any], tokens: Tokens) -> Iterator[Item]:
+        """Yield chosen examples as questions; `about` has their `group` and `number`."""
 
     def content_free(self, name: str, tokens: Tokens) -> list[Item]:
         """Return questions about nothing."""
@@ -113,7 +113,7 @@ class DemonstrationTask(Task):
         asked = {}
         for name, (_, examples) in self.examples.items():
             chosen = [examples[number] for number in spread(len(examples), self.settings.limit)]
-            asked[name] = self.items(name, chosen, tokens)
+            asked[name] = list(self.items(name, chosen, tokens))
         return [self._case(name, seed, asked[name], tokens) for seed in self.settings.seeds for name in self.sets]
 
     def _case(self, name: str, seed: int, items: list[Item], tokens: Tokens) -> DemonstrationCase:

@@ -248,20 +248,15 @@ class Labelled(DemonstrationTask):
         window = generator.sample(pool, self.settings.demonstrations)
         return window, generator.sample(pool, self.settings.memory_demonstrations), generator
 
-    def items(self, name: str, chosen: Sequence[Example], tokens: Tokens) -> list[Item]:
-        """Return the texts with all label words; equal texts are one group."""
+    def items(self, name: str, chosen: Sequence[Example], tokens: Tokens) -> Iterator[Item]:
+        """Yield the texts with all label words; equal texts are one group."""
         words = label_words(SETS[name], tokens)
         ((majority, _),) = Counter(each.label for each in chosen).most_common(1)
-        return [
-            Item(
-                name=str(number),
-                token_ids=tokens(SETS[name].prompt.format(each.text)),
-                candidates=words,
-                about={"group": digest(each.text), "number": number, "gold": each.label},
-                guesses={"majority": {"choice": majority}},
-            )
-            for number, each in enumerate(chosen)
-        ]
+        guesses = {"majority": {"choice": majority}}
+        for number, each in enumerate(chosen):
+            ids = tokens(SETS[name].prompt.format(each.text))
+            about = {"group": digest(each.text), "number": number, "gold": each.label}
+            yield Item(name=str(number), token_ids=ids, candidates=words, about=about, guesses=guesses)
 
     def content_free(self, name: str, tokens: Tokens) -> list[Item]:
         words = label_words(SETS[name], tokens)

@@ -151,13 +151,11 @@ class Squad(DemonstrationTask):
         drawn = [generator.choice(passage).shown for passage in passages]
         return drawn[:size], drawn[size:], random.Random(seed)
 
-    def items(self, name: str, chosen: Sequence[Asked], tokens: Tokens) -> list[Item]:
-        """Return the questions behind their passages; intervals are over articles."""
-        items = []
+    def items(self, name: str, chosen: Sequence[Asked], tokens: Tokens) -> Iterator[Item]:
+        """Yield the questions behind their passages; intervals are over articles."""
         for number, asked in enumerate(chosen):
             about = {"group": asked.article, "number": number, "question": asked.id, "golds": list(asked.answers)}
-            items.append(Item(name=str(number), token_ids=tokens(asked.prompt), about=about))
-        return items
+            yield Item(name=str(number), token_ids=tokens(asked.prompt), about=about)
 
     def room_before(self, case: Any, item: Item) -> int:
         return case.room(item)
