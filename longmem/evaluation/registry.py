@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 TASKS = {
     "perplexity": Entry("perplexity:Perplexity", "perplexity of long texts, by length and distance of what is needed"),
     "perplexity-books": Entry(
-        "perplexity:PerplexityOfBooks", "perplexity of a part of each book, beside longer windows"
+        "perplexity:PerplexityOfBooks", "perplexity of one stretch of each book, beside longer windows"
     ),
     "chapterbreak": Entry("tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"),
     "in-context": Entry("tasks.labelled:Labelled", "labels of texts after thousands of demonstrations (SST-2, ...)"),
