@@ -38,7 +38,11 @@ def resamples(count: int, seed: int) -> Iterator[Int[Tensor, "samples units"]]:
 
 def resampled(statistic: Callable[[Tensor], Tensor], count: int, seed: int) -> Float[Tensor, " samples"]:
     """Return a statistic of each resample, from `statistic` of some resamples at once, `samples units`."""
-    return torch.cat([statistic(picks) for picks in resamples(count, seed)])
+    found, start = torch.empty(SAMPLES, dtype=torch.float64), 0  # small results kept one by one would hold freed memory
+    for picks in resamples(count, seed):
+        found[start : start + len(picks)] = statistic(picks)
+        start += len(picks)
+    return found
 
 
 def bootstrap_interval(differences: Float[Tensor, " windows"], *, seed: int = 0) -> tuple[float, float]:
