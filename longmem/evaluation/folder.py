@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +32,10 @@ class RunFolder:
     def __init__(self, folder: str | Path, config: Mapping[str, Any]) -> None:
         self.path = Path(folder)
         claim_folder(self.path, config)
-        self._records = dict(self._read())
+        self._records: dict[str, dict[str, Any]] = {}
+        if os.path.lexists(path := self.path / PREDICTIONS):
+            self._records = {record["id"]: record for record in read_lines(path, {"id": str})}
+            append_lines(path, [])  # cuts off what a killed process left of a last line
         self._start: float | None = time.perf_counter()  # None once the session is on record
 
     def __enter__(self) -> Self:
@@ -85,14 +88,6 @@ class RunFolder:
         """Return the seconds of this session that are not on record."""
         return 0.0 if self._start is None else time.perf_counter() - self._start
 
-    def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the predictions on the disk; what a killed process left of a last line is cut off."""
-        path = self.path / PREDICTIONS
-        if os.path.lexists(path):
-            records = read_lines(path, {"id": str})
-            append_lines(path, [])
-            yield from ((record["id"], record) for record in records)
-
 
 def read_lines(
     path: Path,
@@ -119,9 +114,8 @@ def read_lines(
                 raise ValueError(f"it must have {', '.join(form)}")
             found.append(parse(value))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"line {number} of {str(path)!r} must be {what}, got {line[:80]!r}; delete the line."
-            ) from error
+            place = f"line {number} of {str(path)!r}"
+            raise ValueError(f"{place} must be {what}, got {line[:80]!r}; delete the line.") from error
     return found
 
 
@@ -151,21 +145,14 @@ def digest(content: Any) -> str:
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json` to a new folder; a folder that has one goes on only with the same settings.
-
-    Raises ValueError if it belongs to a run with other settings, whose results would be mixed with these.
-    """
-    text = as_json(config)
-    path = folder / CONFIG
-    known = None
+    """Write `config.json` to a new folder; one that has it must be of a run with the same settings (ValueError)."""
+    text, path, known = as_json(config), folder / CONFIG, None
     if path.exists():
         try:
             known = read_json(path)
         except ValueError as error:
             if (folder / PREDICTIONS).exists():
-                raise ValueError(
-                    f"{error} Whose answers {folder} holds can't be known; name another folder."
-                ) from error
+                raise ValueError(f"{error} Whose answers {folder} holds is not known; name another folder.") from error
             warnings.warn(f"{error} Nothing was answered yet, so it is written anew.", stacklevel=3)
     if known is None:
         make_folder(folder)
@@ -174,12 +161,10 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
     before, now = (dict(leaves(each)) for each in (known, json.loads(text)))
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
-        name = changed[0]
+        name, too = changed[0], f"; {', '.join(changed[1:6])} differ too" if changed[1:] else ""
         raise ValueError(
-            f"`output` must be a new folder or that of a run with the same settings, but {folder} has "
-            f"{name} = {before.get(name)!r} and not {now.get(name)!r}"
-            + (f"; {', '.join(changed[1:6])} differ too" if changed[1:] else "")
-            + ". Name another folder, or delete this one."
+            f"`output` must be a new folder or that of a run with the same settings, but {folder} has {name} = "
+            f"{before.get(name)!r} and not {now.get(name)!r}{too}. Name another folder, or delete this one."
         )
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LARGEST_LOSS = 709.0  # nats; e to a little more is beyond double precision
+SAMPLES = 10_000
 DRAWN_AT_ONCE = 2**20  # units, so that memory does not grow with the number of resamples
 Estimate = tuple[float, float, float]  # value, lower and upper end of its interval
 
@@ -28,34 +29,29 @@ def interval_of(samples: Float[Tensor, " samples"]) -> tuple[float, float]:
     return low, high
 
 
-def resamples(count: int, num_samples: int, seed: int) -> Int[Tensor, "samples units"]:
-    """Return, for each resample, which units are in it: `count` of them, drawn with repeats."""
-    return torch.cat(list(resamples_in_batches(count, num_samples, seed)))
-
-
-def resamples_in_batches(count: int, num_samples: int, seed: int) -> Iterator[Int[Tensor, "samples units"]]:
-    """Yield the same resamples, as many at once as have about `DRAWN_AT_ONCE` units."""
+def resamples(count: int, seed: int) -> Iterator[Int[Tensor, "samples units"]]:
+    """Yield which of `count` units are in each of `SAMPLES`, drawn with repeats; about `DRAWN_AT_ONCE` units at once."""
     generator, at_once = torch.Generator().manual_seed(seed), max(1, DRAWN_AT_ONCE // max(count, 1))
-    for start in range(0, num_samples, at_once):
-        yield torch.randint(count, (min(at_once, num_samples - start), count), generator=generator)
+    for start in range(0, SAMPLES, at_once):
+        yield torch.randint(count, (min(at_once, SAMPLES - start), count), generator=generator)
 
 
-def resampled(
-    statistic: Callable[[Tensor], Tensor], count: int, num_samples: int, seed: int
-) -> Float[Tensor, " samples"]:
+def resampled(statistic: Callable[[Tensor], Tensor], count: int, seed: int) -> Float[Tensor, " samples"]:
     """Return a statistic of each resample, from `statistic` of some resamples at once, `samples units`."""
-    return torch.cat([statistic(picks) for picks in resamples_in_batches(count, num_samples, seed)])
+    found, start = torch.empty(SAMPLES, dtype=torch.float64), 0  # small results kept one by one would hold freed memory
+    for picks in resamples(count, seed):
+        found[start : start + len(picks)] = statistic(picks)
+        start += len(picks)
+    return found
 
 
-def bootstrap_interval(
-    differences: Float[Tensor, " windows"], *, num_samples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(differences: Float[Tensor, " windows"], *, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of the mean of per-window differences, by resampling windows.
 
     Neighbouring windows resemble each other, so the interval of one document is narrower than that over documents.
     """
     numbers = differences.double()
-    return interval_of(resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), num_samples, seed))
+    return interval_of(resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), seed))
 
 
 def perplexity_of(loss: float) -> float:
@@ -94,7 +90,7 @@ def ratio_of_means(
     above, below = numerators.double(), denominators.double()
 
     def means(numbers: Tensor) -> Tensor:
-        return resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), 10_000, seed)
+        return resampled(lambda picks: numbers[picks].mean(dim=1), len(numbers), seed)
 
     tops, bottoms = means(above), means(below)
     if bottoms.min() <= 0 or below.mean() <= 0:
@@ -115,24 +111,19 @@ def clustered_mean(values: Sequence[float], groups: Sequence[str], *, seed: int 
 def stratified_mean(
     values: Sequence[float], groups: Sequence[str], strata: Sequence[str], *, seed: int = 0
 ) -> Estimate:
-    """Return the mean over strata of the mean of their items, and its interval by resampling groups of each stratum.
-
-    Strata, such as data sets, count the same, however many items they have; each is resampled by itself.
-    """
+    """Return the mean over strata, such as data sets, of the mean of their items; its interval is by groups of each stratum."""
     names = list(dict.fromkeys(strata))
-    mean, samples = 0.0, torch.zeros(10_000, dtype=torch.float64)
+    mean, samples = 0.0, torch.zeros(SAMPLES, dtype=torch.float64)
     for number, name in enumerate(names):
         own = [(value, group) for value, group, stratum in zip(values, groups, strata, strict=True) if stratum == name]
         numbers = torch.tensor([value for value, _ in own], dtype=torch.float64)
         order = {group: place for place, group in enumerate(dict.fromkeys(group for _, group in own))}
         place = torch.tensor([order[group] for _, group in own])
-        sums, sizes = (torch.zeros(len(order), dtype=torch.float64) for _ in range(2))
-        sums.index_add_(0, place, numbers)
-        sizes.index_add_(0, place, torch.ones_like(numbers))
+        sums, sizes = torch.bincount(place, numbers), torch.bincount(place)
 
         def mean_of(picks: Tensor, sums: Tensor = sums, sizes: Tensor = sizes) -> Tensor:
             return sums[picks].sum(dim=1) / sizes[picks].sum(dim=1)
 
-        samples += resampled(mean_of, len(order), len(samples), seed + number) / len(names)
+        samples += resampled(mean_of, len(order), seed + number) / len(names)
         mean += numbers.mean().item() / len(names)
     return mean, *interval_of(samples)

@@ -24,16 +24,12 @@ class Entry(NamedTuple):
 
 
 TASKS = {
-    "perplexity": Entry(
-        "perplexity:Perplexity", "perplexity of long texts, by length and by distance of what is needed"
-    ),
+    "perplexity": Entry("perplexity:Perplexity", "perplexity of long texts, by length and distance of what is needed"),
     "perplexity-books": Entry(
         "perplexity:PerplexityOfBooks", "perplexity of one stretch of each book, beside longer windows"
     ),
     "chapterbreak": Entry("tasks.chapterbreak:ChapterBreak", "which passage begins the next chapter (ChapterBreak)"),
-    "in-context": Entry(
-        "tasks.labelled:Labelled", "labels of texts after thousands of demonstrations (SST-2, MR, ...)"
-    ),
+    "in-context": Entry("tasks.labelled:Labelled", "labels of texts after thousands of demonstrations (SST-2, ...)"),
     "squad": Entry("tasks.squad:Squad", "questions about passages after demonstrations (SQuAD v1.1)"),
     "quality": Entry("tasks.quality:Quality", "multiple choice on stories and articles (QuALITY)"),
     "recall": Entry("tasks.facts:Facts", "a fact far back in a text, by size of memory and distance"),
@@ -54,10 +50,8 @@ def known_tasks() -> dict[str, str]:
 
 def refuse_unknown_task(name: str) -> None:
     """Raise ValueError unless an evaluation has this name."""
-    if name not in TASKS and name not in known_tasks():
-        raise ValueError(
-            f"`task` must be a known evaluation, got {name!r}; {name_known(name, known_tasks(), limit=20)}"
-        )
+    if name not in TASKS and name not in (known := known_tasks()):
+        raise ValueError(f"`task` must be a known evaluation, got {name!r}; {name_known(name, known, limit=20)}")
 
 
 def task_class(name: str) -> Any:

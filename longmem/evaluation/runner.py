@@ -1,6 +1,5 @@
 """The one loop of all evaluations: every case, every system, every question that the folder does not have yet."""
 
-import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,12 +120,19 @@ def ask(
     task: Task, system: System, case: Case, items: Sequence[Item], wrong: Case | None, banks: Banks
 ) -> Iterator[list[dict[str, Any]]]:
     """Have a system read a case and yield the records of its answers, some at a time."""
-    costs = Costs(system, banks)
-    with costs.preparing():
-        prepared = task.prepare(system, case, wrong)
+    before, began = spent(system, banks), time.perf_counter()
+    prepared = task.prepare(system, case, wrong)
+    answering = system.answering_seconds - before["seconds"]  # such as for a calibration
+    system.preparing_seconds = before["preparing_seconds"] + time.perf_counter() - began - answering
+
+    def shares(count: int) -> dict[str, float]:
+        nonlocal before
+        earlier, before = before, spent(system, banks)
+        return {name: (now - earlier[name]) / count for name, now in before.items()}
+
     if prepared:
         common = {"case": case.name, "system": system.name, **case.axes}
-        yield [{"id": record_id(case, None, system.name), **common, **prepared, **costs.shares(1)}]
+        yield [{"id": record_id(case, None, system.name), **common, **prepared, **shares(1)}]
     alike: dict[tuple[int, ...], list[Item]] = {}
     for item in items:
         alike.setdefault(tuple(task.prefix(system, case, item)), []).append(item)
@@ -134,12 +140,18 @@ def ask(
         for start in range(0, len(own), task.asked_at_once):
             batch = own[start : start + task.asked_at_once]
             answers = answers_of(task, system, case, batch, prefix)
-            shares = costs.shares(len(batch))
+            costs = shares(len(batch))
             yield [
                 {"id": record_id(case, item, system.name), "system": system.name}
-                | {**described(case, item), **task.placed(system, case, item), **answer, **shares}
+                | {**described(case, item), **task.placed(system, case, item), **answer, **costs}
                 for item, answer in zip(batch, answers, strict=True)
             ]
+
+
+def spent(system: System, banks: Banks) -> dict[str, float]:
+    """Return what a system has cost so far: seconds of answering and of preparing, tokens encoded."""
+    seconds = {"seconds": system.answering_seconds, "preparing_seconds": system.preparing_seconds}
+    return {**seconds, "encoded_tokens": banks.encoded_tokens}
 
 
 def answers_of(
@@ -157,28 +169,3 @@ def answers_of(
         for answer, likelihoods in zip(found, scored, strict=True):
             answer.update(task.answered(system.model, likelihoods))
     return found
-
-
-class Costs:
-    """What a system has cost since it was last asked: seconds of answering and of preparing, tokens encoded."""
-
-    def __init__(self, system: System, banks: Banks) -> None:
-        self.system, self.banks = system, banks
-        self._before = self._now()
-
-    def _now(self) -> tuple[float, float, int]:
-        return self.system.answering_seconds, self.system.preparing_seconds, self.banks.encoded_tokens
-
-    @contextlib.contextmanager
-    def preparing(self) -> Iterator[None]:
-        """Count all seconds of the block, but for those of answering, as preparing."""
-        start, (answering, preparing, _) = time.perf_counter(), self._now()
-        yield
-        seconds = time.perf_counter() - start - (self.system.answering_seconds - answering)
-        self.system.preparing_seconds = preparing + seconds
-
-    def shares(self, count: int) -> dict[str, float]:
-        """Return the costs since the last call, divided by a count of questions."""
-        before, self._before = self._before, self._now()
-        names = ("seconds", "preparing_seconds", "encoded_tokens")
-        return {name: (now - then) / count for name, then, now in zip(names, before, self._before, strict=True)}

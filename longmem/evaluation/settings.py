@@ -51,7 +51,14 @@ class EvaluationSettings:
     """Of whatever is drawn, and of the intervals."""
 
     def __post_init__(self) -> None:
+        """Check the systems, and that no list has a value twice, or none where it has some by default."""
         validate_systems(self.systems)
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if isinstance(values, list | tuple):
+                is_empty = not values and field.default != ()
+                if is_empty or any(values.count(each) > 1 for each in values):
+                    raise ValueError(f"`{field.name}` must be at least one, and none twice, got {list(values)}.")
 
     @property
     def model_title(self) -> str:
@@ -60,12 +67,6 @@ class EvaluationSettings:
 
 
 Settings = TypeVar("Settings")
-
-
-def validate_different(name: str, values: Sequence[Any]) -> None:
-    """Raise ValueError unless a setting is a list of different values, at least one."""
-    if not values or len(set(values)) < len(values):
-        raise ValueError(f"`{name}` must be at least one, and none twice, got {list(values)}.")
 
 
 def load_evaluation(kind: type[Settings], path: str | Path | None, overrides: Sequence[str] = ()) -> Settings:

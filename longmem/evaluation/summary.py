@@ -43,11 +43,10 @@ def summarize(task: Task, records: Sequence[Record]) -> dict[str, Any]:
         rows = [row for record, score in counted for row in rows_of(task, measure, record, score)]
         if rows:
             measures[name] = {"title": measure.title, "unit": measure.unit, "cells": cells_of(task, measure, rows)}
-    axes = [
-        {"name": axis.name, "kind": axis.kind, "title": axis.title or axis.name}
-        | {"values": ordered(axis, (value for record, _ in scored for value in values_of(record, axis)))}
-        for axis in task.axes
-    ]
+    axes = []
+    for axis in task.axes:
+        values = ordered(axis, (value for record, _ in scored for value in values_of(record, axis)))
+        axes.append({"name": axis.name, "kind": axis.kind, "title": axis.title or axis.name, "values": values})
     return {
         "task": task.name,
         **summary_of([each for name, each in measures.items() if task.measures[name].aggregate is None]),
@@ -120,15 +119,13 @@ def cells_of(task: Task, measure: Measure, rows: Sequence[Row]) -> dict[str, Any
     axes = [axis for axis in task.axes if axis.kind != "repeat"]
     repeat = next((axis for axis in task.axes if axis.kind == "repeat"), None)
     cells = {}
-    for depth in range(len(axes) + 1):
-        if depth == 0 and task.pool == "none":
-            continue
+    for depth in range(1 if task.pool == "none" else 0, len(axes) + 1):
         used = axes[:depth]
         strata = axes[0].name if depth == 0 and task.pool == "panels" else None
         with_intervals = not used or used[-1].kind != "detail"
         values = [ordered(axis, (row.axes[axis.name] for row in rows)) for axis in used]
         for chosen in itertools.product(*values):
-            own = [row for row in rows if all(row.axes[a.name] == v for a, v in zip(used, chosen, strict=True))]
+            own = [row for row in rows if tuple(row.axes[axis.name] for axis in used) == chosen]
             if own:
                 key = ", ".join(map(str, chosen)) or "all"
                 cells[key] = compare(task, measure, own, strata=strata, repeat=repeat, with_intervals=with_intervals)
@@ -225,8 +222,7 @@ def aligned(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for name, own in found.items():
         if own.keys() != set(order):
             raise ValueError(
-                f"`records` must have the same questions for all systems, {len(order)}, got {len(own)} for {name}; go on "
-                "with the run until it is finished."
+                f"`records` must have the same questions for all systems, {len(order)}, got {len(own)} for {name}; finish it."
             )
     return {name: [own[key] for key in order] for name, own in found.items()}
 

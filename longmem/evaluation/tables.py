@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Rows = list[list[str]]
+# By the head of a column what `summary.compare` returns (None: no column), and its unit.
+Cells = Mapping[str, tuple[Mapping[str, Any] | None, str]]
 PARITY = "Parity: of what the backbone gains from a text in its window, the share that memory gains from it"
 
 
@@ -83,16 +85,9 @@ def parity_rows(metrics: Mapping[str, Any]) -> Rows:
 
 
 def tables_of_cells(
-    systems: Mapping[str, str],
-    heading: str,
-    cells: Mapping[str, tuple[Mapping[str, Any] | None, str]],
-    *,
-    brief: bool = False,
+    systems: Mapping[str, str], heading: str, cells: Cells, *, brief: bool = False
 ) -> Iterator[tuple[str, Rows]]:
-    """Yield the table of means with 95 % intervals and that of differences.
-
-    `cells` has by the head of its column what `summary.compare` returns (None: no column) and its unit; `systems` titles.
-    """
+    """Yield the table of means with 95 % intervals and that of differences; `systems` has their titles."""
     there = {head: (cell, unit) for head, (cell, unit) in cells.items() if cell is not None}
     if not there:
         return

@@ -1,7 +1,4 @@
-"""What an evaluation is: cases that are put into memory, what is asked about each, and what an answer counts.
-
-A task is one class: `cases` says what is asked, `score` what a record counts; all else are hooks with defaults.
-"""
+"""What an evaluation is: cases that are put into memory, what is asked about each, and what an answer counts."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -111,7 +108,7 @@ class Measure:
 
 
 class Task(ABC):
-    """One evaluation, with settings of the type `kind`."""
+    """One evaluation: `cases` says what is asked, `score` what a record counts; all else are hooks with defaults."""
 
     name: ClassVar[str]
     """In `longmem.evaluation.TASKS`; that of its default settings, `NAME.yaml` in the folder `configs`."""
@@ -120,6 +117,7 @@ class Task(ABC):
     """In titles of tables and figures."""
 
     kind: ClassVar[type[EvaluationSettings]]
+    """Type of its settings."""
 
     axes: ClassVar[tuple[Axis, ...]] = ()
 
@@ -155,10 +153,7 @@ class Task(ABC):
 
     @abstractmethod
     def cases(self, model: LongMemForCausalLM) -> Sequence[Case]:
-        """Return the cases in the order in which they are asked.
-
-        Raises ValueError if settings, model and data do not go together; nothing has been written then.
-        """
+        """Return the cases in the order in which they are asked; ValueError if settings, model and data do not go together."""
 
     @abstractmethod
     def score(self, record: Record) -> Mapping[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import math
@@ -27,8 +26,6 @@ from longmem.evaluation.tasks.chapterbreak import (
     Split,
     baseline_values,
     credit,
-    overlap,
-    rarity,
     views,
 )
 
@@ -222,8 +219,8 @@ def test_the_wrong_memory_is_of_another_work_that_has_one(model, tmp_path):
         task = ChapterBreak(settings_for(tmp_path, systems=("on", "wrong")), Split("", own))
         return {name: other.subject for name, other in wrong_cases(task, task.cases(model)).items() if other}
 
-    own = [*examples({"a": 2, "short": 1}), dataclasses.replace(examples({"c": 1})[0], work="c")]
-    own[2] = dataclasses.replace(own[2], context="too short")
+    own = [*examples({"a": 2, "short": 1}), examples({"c": 1})[0]._replace(work="c")]
+    own[2] = own[2]._replace(context="too short")
     found = wrong(own)
     expected = {"a/0": "c/0", "short/0": "c/0", "c/0": "a/1", "a/1": "c/0"}
     assert found == {f"{name}/60/60": other for name, other in expected.items()}
@@ -304,9 +301,11 @@ def test_accuracies_by_hand(tmp_path):
 
 
 def test_words_are_weighted_by_their_rarity():
-    weights = rarity([["the", "cat", "the"], ["the", "dog"], ["the", "cat"]])
-    assert weights == {"the": 0, "cat": math.log(3 / 2), "dog": math.log(3)}
-    assert overlap(["the", "dog"], ["Dog", "dog", "dog", "cat"], weights) == math.log(3) / 4
+    contexts = ("The cat, the", "the dog", "the cat")
+    own = [Example("a", n, context, ("Dog dog dog cat", "the cat")) for n, context in enumerate(contexts)]
+    found = [values["bag-of-words"] for _, values in baseline_values(own, own)]
+    dog, cat = math.log(3), math.log(3 / 2)
+    assert found == [[cat / 4, cat / 2], [dog / 4, 0], [cat / 4, cat / 2]]
 
 
 def test_baselines_see_the_whole_context_or_its_end():

@@ -241,7 +241,7 @@ def test_nothing_of_the_window_that_a_fact_replaces_is_read(model, haystack):
     rows = read.search(layer, queries[:, :1], 1000).rows
     rows = rows[0, 0][rows[0, 0] >= 0]
     assert len(rows.unique()) == 1024 // 4
-    texts = [banks.bank, banks._aside, banks._encoded({7: fact})]  # the banks that the shards look into
+    texts = [banks.bank, banks._aside, banks._facts[1]]  # the banks that the shards look into
     places = [(int(shard), place) for shard, place in zip(read.shard_of(rows), read.locate(rows), strict=True) if place]
     windows = [texts[shard].token_ids(place[0])[place[1] : place[2]].tolist() for shard, place in places]
     chunks = [with_fact[start : start + 4] for start in range(0, 1024, 4)]

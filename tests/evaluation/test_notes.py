@@ -67,6 +67,11 @@ def test_a_run_has_every_system_and_parity(model, tmp_path):
     assert {each["system"] for each in metrics["parity"]} == {"context-1024"}
 
 
+def test_no_size_is_asked_twice(tmp_path):
+    with pytest.raises(ValueError, match="`sizes` must be at least one, and none twice"):
+        settings(tmp_path, sizes=(64, 64))
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "- [a, b]", "- [a, b, c]", "a: b", "- [a, b, 3]\n- [a, b, c]", "- [a, b, '']\n- [a, b, c]", "[", "- - -"],

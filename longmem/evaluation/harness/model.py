@@ -1,7 +1,7 @@
 """LongMem as a model of lm-evaluation-harness: what overflows the window of a request is in a memory of that request."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,12 +104,10 @@ class LongMemLM(HFLM):
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether it is the greedy one) of each (texts, context, continuation)."""
-        return in_two_parts(
-            requests,
-            lambda request: self.memory and len(request[1]) + len(request[2]) > self.max_length + 1,
-            lambda long: self._score_with_memory(long, disable_tqdm),
-            lambda rest: super(LongMemLM, self)._loglikelihood_tokens(rest, disable_tqdm, override_bs),
-        )
+        are_long = [self.memory and len(own) + len(more) > self.max_length + 1 for _, own, more in requests]
+        long, rest = parted(requests, are_long)
+        found = super()._loglikelihood_tokens(rest, disable_tqdm, override_bs) if rest else []
+        return in_order(are_long, self._score_with_memory(long, disable_tqdm) if long else [], found)
 
     def _score_with_memory(self, requests: Sequence[Any], disable_tqdm: bool) -> list[tuple[float, bool]]:
         found = {}
@@ -124,14 +122,14 @@ class LongMemLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return what follows each context, up to a stop string; those that fit the window in batches."""
-        return in_two_parts(
-            requests,
-            lambda request: (
-                self.memory and len(self.tok_encode(request.args[0])) > self.max_length - self._room(request)
-            ),
-            lambda long: self._generate_with_memory(long, disable_tqdm),
-            lambda rest: super(LongMemLM, self).generate_until(rest, disable_tqdm=disable_tqdm),
-        )
+
+        def is_long(request: Any) -> bool:
+            return self.memory and len(self.tok_encode(request.args[0])) > self.max_length - self._room(request)
+
+        are_long = list(map(is_long, requests))
+        long, rest = parted(requests, are_long)
+        found = super().generate_until(rest, disable_tqdm=disable_tqdm) if rest else []
+        return in_order(are_long, self._generate_with_memory(long, disable_tqdm) if long else [], found)
 
     def _generate_with_memory(self, requests: Sequence[Any], disable_tqdm: bool) -> list[str]:
         # The window keeps what `hf` keeps: it leaves room for all new tokens, though the last one is never read.
@@ -195,20 +193,16 @@ class LongMemLM(HFLM):
         self.encoded_tokens += banks.encoded_tokens
 
 
-def in_two_parts(
-    requests: Sequence[Any],
-    is_long: Callable[[Any], bool],
-    long: Callable[[list[Any]], Iterable[Any]],
-    rest: Callable[[list[Any]], Iterable[Any]],
-) -> list[Any]:
-    """Return an answer to every request, in their order, from the function that it belongs to."""
-    answers: dict[int, Any] = {}
-    chosen = [is_long(request) for request in requests]
-    for answer, wanted in ((rest, False), (long, True)):
-        numbers = [number for number, choice in enumerate(chosen) if choice == wanted]
-        if numbers:
-            answers |= zip(numbers, answer([requests[number] for number in numbers]), strict=True)
-    return [answers[number] for number in range(len(requests))]
+def parted(requests: Sequence[Any], are_long: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    """Return the long requests, and the rest."""
+    long, rest = ([each for each, own in zip(requests, are_long, strict=True) if own == kind] for kind in (True, False))
+    return long, rest
+
+
+def in_order(are_long: Sequence[bool], long: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
+    """Return the answers to the long requests and to the rest, in the order of all."""
+    parts = {True: iter(long), False: iter(rest)}
+    return [next(parts[each]) for each in are_long]
 
 
 def validate(*, window: int | None, memory: str | bool, local_tokens: int | None) -> None:
@@ -216,9 +210,7 @@ def validate(*, window: int | None, memory: str | bool, local_tokens: int | None
     if window is not None and window < 2:
         raise ValueError(f"`window` must be at least 2 tokens, got {window}.")
     if local_tokens is not None and local_tokens < 1:
-        raise ValueError(
-            f"`local_tokens` must be at least 1, from which the next token is predicted, got {local_tokens}."
-        )
+        raise ValueError(f"`local_tokens` must be at least 1, which predicts the next token, got {local_tokens}.")
     if memory not in ("on", "off", True, False):
         raise ValueError(f"`memory` must be on or off, got {memory!r}.")
 

@@ -20,7 +20,7 @@ from longmem.errors import did_you_mean
 from longmem.evaluation.folder import RunFolder, digest, spread
 from longmem.evaluation.harness.model import LongMemLM, validate_tokenizer
 from longmem.evaluation.registry import CONFIGS
-from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
+from longmem.evaluation.settings import Count, EvaluationSettings, Number
 from longmem.evaluation.task import Axis, Case, Measure, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -31,10 +31,7 @@ ACCURACIES = ("acc_norm", "acc", "exact_match")  # what is drawn, the first that
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HarnessSettings(EvaluationSettings):
-    """Tasks of lm-evaluation-harness, with the backbone as its `hf` model and LongMem as `longmem`, memory off and on.
-
-    `limit` is of each task.
-    """
+    """Tasks of lm-evaluation-harness, the backbone as its model `hf`, LongMem as `longmem`; `limit` is of each task."""
 
     systems: tuple[str, ...] = SYSTEMS
     """What is compared, among backbone, off and on: the harness asks nothing that another text's memory, passages or a
@@ -69,7 +66,6 @@ class HarnessSettings(EvaluationSettings):
         others = [name for name in self.systems if name not in SYSTEMS]
         if others:
             raise ValueError(f"`systems` must be among {', '.join(SYSTEMS)}, got {others[0]!r}.")
-        validate_different("tasks", self.tasks)
 
 
 class Harness(Task):
@@ -97,9 +93,8 @@ class Harness(Task):
         """Return the metrics of every task, `metric,filter` where it has filters of its own, accuracies first."""
         found = {}
         for name, task in self.tasks.items():
-            for metric, aggregate in sorted(
-                task.aggregation().items(), key=lambda own: (*ACCURACIES, own[0]).index(own[0])
-            ):
+            metrics = sorted(task.aggregation().items(), key=lambda own: (*ACCURACIES, own[0]).index(own[0]))
+            for metric, aggregate in metrics:
                 for kind in [each["name"] for each in task.config.filter_list or ()] or ["none"]:
                     title = metric_title(metric, kind)
                     unit = "%" if metric in ACCURACIES and aggregate is mean else "lm-eval's unit"
@@ -170,29 +165,16 @@ def metric_title(metric: str, kind: str) -> str:
 
 def make_lm(system: str, model: LongMemForCausalLM, settings: HarnessSettings) -> HFLM:
     """Return a system as lm-eval knows models: the backbone as its `hf`, LongMem as `longmem`."""
+    window, rows = settings.window, settings.batch_size
     if system != "backbone":
-        return LongMemLM(
-            model,
-            memory=system,
-            window=settings.window,
-            local_tokens=settings.local_tokens,
-            batch_size=settings.batch_size,
-        )
+        return LongMemLM(model, memory=system, window=window, local_tokens=settings.local_tokens, batch_size=rows)
+    options = {"tokenizer": copy.deepcopy(model.tokenizer), "max_length": window, "softmax_dtype": "float32"}
     with without_warnings_of("lm_eval"):  # about what an open model makes superfluous
-        return HFLM(
-            model.backbone,
-            tokenizer=copy.deepcopy(model.tokenizer),
-            max_length=settings.window,
-            softmax_dtype="float32",
-            batch_size=settings.batch_size,
-        )
+        return HFLM(model.backbone, **options, batch_size=rows)
 
 
 def record_of(sample: dict[str, Any], task: str, system: str, group: str) -> dict[str, Any]:
-    """Return the record of an item as lm-eval logs it: raw answers and its metrics, texts by their hashes.
-
-    `group` is the field of the item that names its group.
-    """
+    """Return the record of an item as lm-eval logs it: answers, metrics, hashes of texts; `group` is a field of the item."""
     own_group = sample["doc"].get(group) if isinstance(sample["doc"], dict) else None
     kept = ("doc_id", "filter", "target", "resps", "filtered_resps", "doc_hash", "prompt_hash")
     record = {
@@ -208,10 +190,7 @@ def record_of(sample: dict[str, Any], task: str, system: str, group: str) -> dic
 
 
 def load_tasks(settings: HarnessSettings) -> tuple[TaskManager, dict[str, Any]]:
-    """Return lm-eval's index of tasks, and those of a run by name; groups and tags are taken apart.
-
-    Raises ValueError if there is no folder, or no task of a name.
-    """
+    """Return lm-eval's index of tasks and those of a run by name, groups and tags taken apart; ValueError if one is missing."""
     for name in ("include_path", "data"):
         folder = getattr(settings, name)
         if folder is not None and not Path(folder).is_dir():
@@ -223,10 +202,8 @@ def load_tasks(settings: HarnessSettings) -> tuple[TaskManager, dict[str, Any]]:
         manager = TaskManager(include_path=folder)
     for name in settings.tasks:
         if name not in manager.all_tasks:
-            raise ValueError(
-                f"`tasks` must be tasks of lm-eval or of `include_path`, got {name!r}."
-                f"{did_you_mean(name, manager.all_tasks)}"
-            )
+            close = did_you_mean(name, manager.all_tasks)
+            raise ValueError(f"`tasks` must be tasks of lm-eval or of `include_path`, got {name!r}.{close}")
     wanted: list[Any] = []
     for name in settings.tasks:
         path = None if settings.data is None else Path(settings.data, f"{name}.jsonl").resolve()

@@ -42,8 +42,8 @@ class Perplexity:
         settings, model = self.settings, open_evaluated(self.settings)
         settings.validate_for(model)
         texts = read_texts(model.tokenizer, settings)
-        what = f"of {len(texts)} documents, windows of {settings.window:,} tokens"
-        what = what if settings.plan == "documents" else f"on {len(texts)} books"
+        of_documents = f"of {len(texts)} documents, windows of {settings.window:,} tokens"
+        what = of_documents if settings.plan == "documents" else f"on {len(texts)} books"
         title = f"{settings.model_title}: perplexity {what}"
         with RunFolder(settings.output, describe(settings, model, {"documents": digest_of(texts)})) as run:
             metrics = summarize_texts(evaluate_texts(model, texts, settings, run, console), settings)
@@ -66,8 +66,8 @@ def evaluate_texts(
     files = [file_of(run.path, number, each.name) for number, each in enumerate(texts)]
     left = [(each, file) for each, file in zip(texts, files, strict=True) if each.name not in run]
     if left:
-        options: dict[str, Any] = {"index": settings.index, "batch_size": settings.batch_size}
-        starts = Starts(model, max(map(settings.memorized, settings.cuts)), **options)
+        longest = max(map(settings.memorized, settings.cuts))
+        starts = Starts(model, longest, index=settings.index, batch_size=settings.batch_size)
         runs = {(system, settings.run_on(cut, system)) for cut in settings.cuts for system in settings.systems}
         windows = [settings.windows(cut, len(each.token_ids), system) for each, _ in left for system, cut in runs]
         with token_progress("scored", console) as report:
@@ -92,21 +92,20 @@ def score_text(
     done: dict[tuple[str, Cut], WindowScores] = {}
     for cut in settings.cuts:
         memories, encoding = memories_of(model, text, settings, starts, cut)
-        back = None if is_book else settings.memory_tokens
-        options: dict[str, Any] = {"memory_tokens": back, "is_growing": settings.grow}
-        systems = {}
-        for name, view in make_views(settings.systems, model, ids, cut, memories, **options).items():
+        back, systems = None if is_book else settings.memory_tokens, {}
+        views = make_views(settings.systems, model, ids, cut, memories, memory_tokens=back, is_growing=settings.grow)
+        for name, view in views.items():
             run_on = settings.run_on(cut, name)
             if (name, run_on) not in done:
-                own = settings.windows(run_on, len(ids), name)
-                scores = score_windows(view, own, with_reads=is_book, progress=progress)
+                run = settings.windows(run_on, len(ids), name)
+                scores = score_windows(view, run, with_reads=is_book, progress=progress)
                 preparing = scores.preparing_seconds + encoding.get(name, 0.0)
                 done[name, run_on] = dataclasses.replace(scores, preparing_seconds=preparing)
             systems[name] = done[name, run_on] if run_on == cut else done[name, run_on].last(cut.scored)
         windows = settings.windows(cut, len(ids))
-        own_distances = tuple(distances[window.first_scored : window.end] for window in windows)
+        own = tuple(distances[window.first_scored : window.end] for window in windows)
         num_bytes = scored_bytes(model.tokenizer, ids, windows)
-        found[cut] = TextScores(text.name, len(ids), tuple(windows), own_distances, num_bytes, systems)
+        found[cut] = TextScores(text.name, len(ids), tuple(windows), own, num_bytes, systems)
     return found
 
 
@@ -115,12 +114,12 @@ def memories_of(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return what systems read, and the seconds that this took already; memories of documents are written as they grow."""
     memories: dict[str, Any] = {}
-    seconds = {}
+    seconds: dict[str, float] = {}
+    options: dict[str, Any] = {"index": settings.index, "batch_size": settings.batch_size}
     for name, ids in (("on", text.token_ids), ("wrong", text.wrong_ids)):
         if name in settings.systems and settings.plan == "books":
             memories[name], seconds[name] = starts.bank(ids, settings.memorized(cut))
         elif name in settings.systems:
-            options: dict[str, Any] = {"index": settings.index, "batch_size": settings.batch_size}
             memories[name] = GrowingMemory(model, ids, capacity_tokens=settings.memory_tokens, **options)
     return memories, seconds
 
@@ -129,11 +128,8 @@ def record_of(scores: Mapping[Cut, TextScores], file: str) -> dict[str, Any]:
     """Return the line of a text in the predictions; what else there is stands in its file."""
     cuts: dict[str, Any] = {}
     for cut, one in scores.items():
-        cuts[str(cut)] = {
-            "windows": len(one.windows),
-            "scored_tokens": sum(map(len, one.distances)),
-            "scored_bytes": int(one.num_bytes.sum()),
-        }
+        counts = {"windows": len(one.windows), "scored_tokens": sum(map(len, one.distances))}
+        cuts[str(cut)] = {**counts, "scored_bytes": int(one.num_bytes.sum())}
         for name in ("loss", "seconds", "preparing_seconds"):
             cuts[str(cut)][name] = {system: getattr(each, name) for system, each in one.systems.items()}
     return {"id": one.name, "tokens": one.num_tokens, "group": length_group(one.num_tokens), "cuts": cuts, "file": file}

@@ -47,8 +47,7 @@ class Cut:
     def __post_init__(self) -> None:
         if self.window < 2 or not 1 <= self.stride <= self.window:
             raise ValueError(
-                f"a cut must have a `window` of at least 2 tokens and a `stride` from 1 to that, got {self}; "
-                "`512/512` does not overlap, in `1024/512` every scored token sees 512 others."
+                f"a cut must have a `window` of at least 2 tokens and a `stride` from 1 to that, got {self}; 1024/512 is usual."
             )
 
     @classmethod
@@ -83,15 +82,11 @@ class Cut:
         return [Window(each, each + self.window - self.scored, each + self.window) for each in starts]
 
     def cover(self, num_tokens: int, limit: int | None = None) -> list[Window]:
-        """Return windows of a text that, all together, score each token but the first once; windows must overlap.
+        """Return windows of a text of at least two tokens that, all together, score each but the first once; they must overlap.
 
-        The first window scores all that it has but the first token, the last one ends with the text and may be shorter.
-        A text that is shorter than a window is one window.
-
-        Args:
-            num_tokens: of the text, at least 2.
-            limit: windows at most: the middles of as many equal parts of the text, so that its start, where memory is
-                empty, weighs no more than in the whole text.
+        The first window scores all that it has but the first token, the last one ends with the text and may be shorter. `limit`
+        windows at most are the middles of as many equal parts of the text, so that its start, where memory is empty, weighs no
+        more than in the whole text.
 
         >>> Cut(4, 2).cover(9)  # doctest: +NORMALIZE_WHITESPACE
         [Window(start=0, first_scored=1, end=4), Window(start=2, first_scored=4, end=6),
@@ -106,6 +101,7 @@ class Cut:
 DOCUMENT = "document"  # the only one of a bank
 
 
+@dataclasses.dataclass(eq=False)
 class GrowingMemory:
     """A bank of the tokens of a text before a place that only moves forward, the latest ones if there are more than fit.
 
@@ -114,24 +110,18 @@ class GrowingMemory:
     the chunk size, at least a `segment_length`; None: no limit.
     """
 
-    def __init__(
-        self,
-        model: LongMemForCausalLM,
-        token_ids: Int[Tensor, " tokens"],
-        *,
-        capacity_tokens: int | None = None,
-        index: str = "auto",
-        batch_size: int = 1,
-    ) -> None:
-        self.model, self.token_ids, self.batch_size = model, token_ids, batch_size
-        self.capacity_tokens, self.index = capacity_tokens, index
-        self._bank: MemoryBank | None = None
-        self._stop = 0
+    model: LongMemForCausalLM
+    token_ids: Int[Tensor, " tokens"]
+    capacity_tokens: int | None = None
+    index: str = "auto"
+    batch_size: int = 1
+    _bank: MemoryBank | None = dataclasses.field(default=None, init=False)
+    _stop: int = dataclasses.field(default=0, init=False)
 
     def before(self, place: int) -> MemoryBank | None:
-        """Return the bank of the tokens before `place`, or of as many as there are; None where that is none.
+        """Return the bank, this object's, of the tokens before `place`, or of as many as there are; None where that is none.
 
-        It belongs to this object. Raises ValueError if it holds what stands behind `place` already.
+        Raises ValueError if it holds what stands behind `place` already.
         """
         stop = min(place, len(self.token_ids))
         if stop < self._stop:
@@ -144,9 +134,8 @@ class GrowingMemory:
         if not append:
             self._bank = MemoryBank.for_model(self.model, capacity_tokens=self.capacity_tokens, index=self.index)
             self._stop = needed
-        ids, options = self.token_ids[self._stop : stop], {"append": append, "batch_size": self.batch_size}
-        self.model.memorize(self._bank, ids, DOCUMENT, **options)  # type: ignore[arg-type]
-        self._stop = stop
+        ids, self._stop = self.token_ids[self._stop : stop], stop
+        self.model.memorize(self._bank, ids, DOCUMENT, append=append, batch_size=self.batch_size)  # type: ignore[arg-type]
         return self._bank
 
 
@@ -181,36 +170,6 @@ PASSAGE_TOKENS = 128
 Readable = Memory | GrowingMemory | None
 
 
-class Passages:
-    """Passages of a text, instead of the oldest half of what a window has before its scored tokens.
-
-    They stand before the rest, from the last `memory_tokens` before the window (None: from all), and are ranked by "bm25" or
-    "hidden" for the end of what stands before the scored tokens: once for all of them.
-    """
-
-    def __init__(
-        self,
-        name: Any,
-        model: LongMemForCausalLM,
-        token_ids: Int[Tensor, " tokens"],
-        cut: Cut,
-        memory_tokens: int | None,
-    ) -> None:
-        self.token_ids, self.cut, self.memory_tokens = token_ids, cut, memory_tokens
-        replaced = cut.lead // 2
-        sizes = {"local_tokens": cut.lead - replaced, "passage_tokens": max(1, min(PASSAGE_TOKENS, replaced))}
-        # Nothing is pasted but what the replaced tokens leave free.
-        self.system = RetrievalSystem(name, model, window=cut.window, pasted_share=0.0, **sizes)
-
-    def before(self, window: Window) -> Int[Tensor, " tokens"]:
-        """Return passages, and the newer half of what stands before the scored tokens of a window."""
-        first = 0 if self.memory_tokens is None else max(0, window.start - self.memory_tokens)
-        first -= first % self.system.passage_tokens  # the same passages for every window
-        self.system.read([self.token_ids[first : window.first_scored].tolist()])
-        _, ids = self.system.context([], self.cut.stride, [Question([], [[0]])])
-        return torch.tensor(ids)
-
-
 @dataclasses.dataclass(frozen=True)
 class View:
     """What a system sees of the windows of a text, to be asked for in order.
@@ -220,7 +179,9 @@ class View:
         token_ids: the text that windows are counted in.
         memory: what is read; a `GrowingMemory` is asked for what stands before each window.
         context: tokens up to the end of a window that are seen, or as many as there are; default: the window's.
-        passages: seen before the scored tokens, but in windows at the start of the text.
+        passages: the system whose passages take the place of the oldest half of what a window has before its scored tokens, but
+            at the start of the text. They are ranked for the end of that half, once for all scored tokens.
+        memory_tokens: of the last so many before the window are passages; None: of all.
         leaving: so many tokens at the start of a window go into `DOCUMENT` of the memory, a bank, when it was read. With
             windows as far apart a token is in the window or in memory, never in both.
     """
@@ -230,7 +191,8 @@ class View:
     memory: Readable = None
     is_plain: bool = False
     context: int | None = None
-    passages: Passages | None = None
+    passages: RetrievalSystem | None = None
+    memory_tokens: int | None = None
     leaving: int = 0
 
     def __post_init__(self) -> None:
@@ -245,15 +207,20 @@ class View:
         start = window.start if self.context is None else max(0, window.end - self.context)
         ids = self.token_ids[start : window.end]
         if self.passages is not None and window.start:
-            ids = torch.cat([self.passages.before(window), self.token_ids[window.first_scored : window.end]])
+            first = 0 if self.memory_tokens is None else max(0, window.start - self.memory_tokens)
+            first -= first % self.passages.passage_tokens  # the same passages for every window
+            self.passages.read([self.token_ids[first : window.first_scored].tolist()])
+            room = self.passages.window - (window.first_scored - window.start)  # also of a last window that is shorter
+            _, before = self.passages.context([], room, [Question([], [[0]])])
+            ids = torch.cat([torch.tensor(before), self.token_ids[window.first_scored : window.end]])
         model = self.model.backbone if self.is_plain else self.model
         return LocalModel(model, memory), ids[None].to(self.model.input_device)
 
     def leave(self, window: Window, output: Any) -> None:
         """Write what leaves a window, from what the model returned for it, to a memory that grows so."""
         if self.leaving:
-            parts = (output.memory_keys, output.memory_values)
-            keys, values = ([layer[0, :, : self.leaving] for layer in part] for part in parts)
+            states = (output.memory_keys, output.memory_values)
+            keys, values = ([layer[0, :, : self.leaving] for layer in part] for part in states)
             ids = self.token_ids[window.start : window.start + self.leaving]
             self.memory.append(DOCUMENT, keys, values, token_ids=ids)  # type: ignore[union-attr]
 
@@ -271,13 +238,17 @@ def make_views(
     """Return what each system sees of the windows of a text; all are scored on the same tokens.
 
     backbone, off: the window. on, wrong: the window and one of `memories`; with `is_growing`, what leaves the window goes into
-    that of "on". context-N: the last N tokens up to the window's end. bm25, hidden: see `Passages`.
+    that of "on". context-N: the last N tokens up to the window's end. bm25, hidden: `View.passages`.
     """
     views = {}
     for name in systems:
         options: dict[str, Any] = {"is_plain": name not in ("off", "on", "wrong"), "memory": memories.get(name)}
         if name in RANKERS:
-            options["passages"] = Passages(name, model, token_ids, cut, memory_tokens)
+            replaced = cut.lead // 2
+            sizes = {"local_tokens": cut.lead - replaced, "passage_tokens": max(1, min(PASSAGE_TOKENS, replaced))}
+            # Nothing is pasted but what the replaced tokens leave free.
+            passages = RetrievalSystem(name, model, window=cut.window, pasted_share=0.0, **sizes)  # type: ignore[arg-type]
+            options |= {"passages": passages, "memory_tokens": memory_tokens}
         if name.startswith("context-"):
             options["context"] = context_size(name)
         if name == "on" and is_growing:

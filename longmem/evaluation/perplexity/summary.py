@@ -7,14 +7,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from longmem.evaluation.intervals import (
-    as_values,
-    bootstrap_interval,
-    perplexity_estimate,
-    perplexity_of,
-    perplexity_reduction,
-    ratio_of_means,
-)
+from longmem.evaluation import intervals
+from longmem.evaluation.intervals import as_values, perplexity_of
 from longmem.evaluation.perplexity.scoring import Cut
 from longmem.evaluation.perplexity.settings import PerplexitySettings
 from longmem.evaluation.perplexity.texts import DISTANCES, TextScores, bits_per_byte, distance_groups
@@ -64,15 +58,11 @@ def summarize_texts(texts: Sequence[Mapping[Cut, TextScores]], settings: Perplex
         groups[ALL] = documents
         parts = {name: compare_texts(own, settings.systems, settings) for name, own in groups.items() if own}
         shown, distances = parts[ALL], gains_by_distance(documents, settings)
-    perplexities = {name: values["perplexity"] for name, values in shown["systems"].items()}
-    systems = {name: {"title": title_of_system(name), **each} for name, each in perplexities.items()}
+    systems = {name: {"title": title_of_system(name), **own["perplexity"]} for name, own in shown["systems"].items()}
     summary = {"measure": "perplexity", "systems": systems}
     about = {"plan": settings.plan, "baseline": settings.baseline}
-    parity = [
-        {"of": name, "measure": "nats per token", "system": system, **own}
-        for name, part in parts.items()
-        for system, own in part["parity"].items()
-    ]
+    each_part = ((name, *pair) for name, part in parts.items() for pair in part["parity"].items())
+    parity = [{"of": name, "measure": "nats per token", "system": system, **own} for name, system, own in each_part]
     return {**about, "parts": parts, "parity": parity, "distances": distances, "summary": summary}
 
 
@@ -98,7 +88,7 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
     scores = {system: [unit.systems[system] for unit in units] for system in systems}
     losses = {system: torch.tensor([each.loss for each in own], dtype=torch.float64) for system, own in scores.items()}
     num_bytes = torch.stack([unit.num_bytes.sum() for unit in units])
-    found, pairs, parity = {}, [pair for pair in COMPARISONS if set(pair) <= set(systems)], {}
+    found, parity, reductions = {}, {}, {}
     for system, own in losses.items():
         nats = own * torch.tensor([each.num_tokens for each in scores[system]])
         bits = bits_per_byte(nats, num_bytes)[num_bytes > 0]
@@ -106,9 +96,9 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
         count = sum(each.num_tokens for each in whole)
         found[system] = {
             "loss": own.mean().item(),
-            "perplexity": as_values(perplexity_estimate(own, seed)),
-            "reduction_percent": as_values(perplexity_reduction(own, losses[settings.baseline], seed)),
-            "bits_per_byte": as_values((bits.mean().item(), *bootstrap_interval(bits, seed=seed))),
+            "perplexity": as_values(intervals.perplexity_estimate(own, seed)),
+            "reduction_percent": as_values(intervals.perplexity_reduction(own, losses[settings.baseline], seed)),
+            "bits_per_byte": as_values((bits.mean().item(), *intervals.bootstrap_interval(bits, seed=seed))),
             "seconds_per_token": sum(each.seconds for each in whole) / count,
             "preparing_seconds_per_token": sum(each.preparing_seconds for each in whole) / count,
             "documents": {text.name: perplexity_of(each.loss) for text, each in zip(texts, whole, strict=True)},
@@ -116,14 +106,16 @@ def compare_texts(texts: Sequence[TextScores], systems: Sequence[str], settings:
         if system in settings.contexts and {"backbone", "off", "on"} <= set(systems):
             gains = (losses["off"] - losses["on"], losses["backbone"] - own)
             parity[system] = share_of_window(*(each / len(own) for each in gains), seed=seed)
-    reductions = {f"{one}/{two}": perplexity_reduction(losses[one], losses[two], seed) for one, two in pairs}
+    for one, two in COMPARISONS:
+        if {one, two} <= losses.keys():
+            reductions[f"{one}/{two}"] = as_values(intervals.perplexity_reduction(losses[one], losses[two], seed))
     return {
         "documents": len(texts),
         "tokens": sum(each.num_tokens for each in texts),
         "scored_tokens": sum(len(window) for each in texts for window in each.distances),
         "scored_bytes": int(num_bytes.sum()),
         "systems": found,
-        "reductions_percent": {pair: as_values(values) for pair, values in reductions.items()},
+        "reductions_percent": reductions,
         "parity": parity,
     }
 
@@ -141,13 +133,12 @@ def gains_by_distance(documents: Sequence[TextScores], settings: PerplexitySetti
     found: dict[str, Any] = {}
     for number, name in enumerate(DISTANCES):
         own = having(documents, number, settings.ngram)
-        if len(own) == 1:
-            own = having(own[0][0].by_window(), number, settings.ngram)
+        own = having(own[0][0].by_window(), number, settings.ngram) if len(own) == 1 else own
         counts, gains = torch.tensor([float(mask.sum()) for _, mask in own]), {}
         for system in others if own else ():
             losses = [[torch.cat(unit.systems[each].losses)[mask] for each in (against, system)] for unit, mask in own]
             saved = torch.stack([(worse - better).double().sum() for worse, better in losses])
-            gain = ratio_of_means(saved, counts, seed=settings.seed)
+            gain = intervals.ratio_of_means(saved, counts, seed=settings.seed)
             assert gain is not None  # every unit has tokens of the group
             gains[system] = as_values(gain)
         found[name] = {"tokens": int(counts.sum()), "units": len(own), "systems": gains}
@@ -161,17 +152,13 @@ def having(units: Sequence[TextScores], group: int, ngram: int) -> list[tuple[Te
 
 
 NOTES = {
-    "documents": (
-        "Every document counts the same: perplexity is e to the mean, over documents, of the mean loss of their scored tokens. "
-        "Intervals hold 95 % and are over documents (of a single document, over its windows). Bits per byte are of the scored "
-        "text, in UTF-8. Seconds: of running the window, per scored token; in brackets with what was memorized or indexed for "
-        "it, where that is more. In the table of distances every token counts the same.\n"
-    ),
-    "books": (
-        "Intervals hold 95 % and are over books (of a single book, over its windows). Cost: seconds per scored token, in "
-        "times of the backbone with the same window, every window being read anew; in brackets with the time to memorize, "
-        "shared out among the tokens scored here.\n"
-    ),
+    "documents": "Every document counts the same: perplexity is e to the mean, over documents, of the mean loss of their "
+    "scored tokens. Intervals hold 95 % and are over documents (of a single document, over its windows). Bits per byte are of "
+    "the scored text, in UTF-8. Seconds: of running the window, per scored token; in brackets with what was memorized or "
+    "indexed for it, where that is more. In the table of distances every token counts the same.\n",
+    "books": "Intervals hold 95 % and are over books (of a single book, over its windows). Cost: seconds per scored token, in "
+    "times of the backbone with the same window, every window being read anew; in brackets with the time to memorize, shared "
+    "out among the tokens scored here.\n",
 }
 
 
@@ -190,10 +177,9 @@ def sections(metrics: Mapping[str, Any], *, brief: bool = False) -> Iterator[tup
         if metrics["plan"] == "books":
             window, stride = part["cut"].split("/")
             what = "all scored but the first token" if window == stride else f"the last {stride} of each scored"
-            heading = (
-                f"Windows of {window} tokens, {what}: {part['documents']} books, the first {part['windows']} windows of each, "
-                f"after {part['memorized_tokens']:,} memorized tokens"
-            )
+            books = f"{part['documents']} books, the first {part['windows']} windows of each"
+            after = f"after {part['memorized_tokens']:,} memorized tokens"
+            heading = f"Windows of {window} tokens, {what}: {books}, {after}"
             compared = [["", "% (95 %)"]]  # reductions of perplexity
             for pair, values in part["reductions_percent"].items():
                 better, worse = (title_of_system(system).removeprefix("LongMem, ") for system in pair.split("/"))
@@ -239,10 +225,8 @@ def system_rows(part: Mapping[str, Any], metrics: Mapping[str, Any], *, with_bit
 def distance_heading(metrics: Mapping[str, Any]) -> str:
     """Return what the table of distances shows."""
     against, ngram = title_of_system(metrics["distances"]["against"]), metrics["distances"]["ngram"]
-    return (
-        f"Nats per token saved against {against}, by how far back the same {ngram} tokens (the scored one and those before "
-        "it) last ended"
-    )
+    back = f"how far back the same {ngram} tokens (the scored one and those before it) last ended"
+    return f"Nats per token saved against {against}, by {back}"
 
 
 def distance_rows(metrics: Mapping[str, Any], *, brief: bool = False) -> Rows:

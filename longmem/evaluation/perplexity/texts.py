@@ -61,26 +61,26 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, settings: PerplexitySettings)
     numbers = np.flatnonzero(lengths >= 2)
     if not len(numbers):
         raise ValueError(
-            f"`data` must hold a document of two tokens or more, got {len(corpus)} shorter ones in {settings.data!r}; the "
-            "first token of a document has nothing before it and is not scored."
+            f"`data` must hold a document of two tokens or more, got {len(corpus)} shorter ones in {settings.data!r}."
         )
+
+    def part(name: str, token_ids: Sequence[int], needed: int) -> tuple[str, Tensor]:
+        if settings.plan == "documents":
+            return name, torch.tensor(token_ids)
+        if len(token_ids) < needed:
+            raise ValueError(
+                f"{name} must have {needed:,} tokens, the scored ones and those before them, got {len(token_ids):,}; take a "
+                "longer text, or fewer `windows_per_document` or `memory_tokens`."
+            )
+        return name, torch.tensor(token_ids[:needed])
+
     rows = [corpus[int(numbers[place])] for place in spread(len(numbers), settings.limit)]
-    texts = [read_part(row["document_id"], row["input_ids"], settings, settings.needed_tokens) for row in rows]
+    texts = [part(row["document_id"], row["input_ids"], settings.needed_tokens) for row in rows]
     others = [*texts[1:], texts[0]]
     if len(texts) == 1:
         name, text = unrelated_text(settings.data)
-        others = [read_part(name, tokenize(tokenizer, text), settings, settings.first_scored)]
+        others = [part(name, tokenize(tokenizer, text), settings.first_scored)]
     return [Text(*text, *other) for text, other in zip(texts, others, strict=True)]
-
-
-def read_part(name: str, token_ids: Sequence[int], settings: PerplexitySettings, needed: int) -> tuple[str, Tensor]:
-    """Return the name and tokens of a document, or of so much of a book as is needed. Raises ValueError if it has less."""
-    if settings.plan == "books" and len(token_ids) < needed:
-        raise ValueError(
-            f"{name} must have {needed:,} tokens, the scored ones and those before them, got {len(token_ids):,}; take a "
-            "longer text, or fewer `windows_per_document` or `memory_tokens`."
-        )
-    return name, torch.tensor(token_ids if settings.plan == "documents" else token_ids[:needed])
 
 
 def digest_of(texts: Sequence[Text]) -> str:
@@ -147,8 +147,7 @@ def scored_bytes(
     first of them. Where the tokenizer does not say which characters belong to a token, or makes other tokens of its own
     text (as of a document that was cut in the middle of a word), the scored tokens of a window are decoded by themselves.
     """
-    ends = byte_ends(tokenizer, token_ids)
-    if ends is not None:
+    if (ends := byte_ends(tokenizer, token_ids)) is not None:
         return torch.stack([ends[window.end - 1] - ends[window.first_scored - 1] for window in windows])
     spans = [token_ids[window.first_scored : window.end].tolist() for window in windows]
     return torch.tensor([len(str(tokenizer.decode(span, **VERBATIM)).encode()) for span in spans])

@@ -1,6 +1,6 @@
 """The systems that every evaluation compares on the same tokens, and the protocol they share: reset, feed, answer."""
 
-from longmem.evaluation.systems.making import SYSTEM_NAMES, make_systems, title_of_system, validate_systems
+from longmem.evaluation.systems.making import make_systems, title_of_system
 from longmem.evaluation.systems.retrieval import RetrievalSystem
 from longmem.evaluation.systems.scoring import Answer, Continuation, Question, answer_questions, tokenize
 from longmem.evaluation.systems.system import (
@@ -13,7 +13,6 @@ from longmem.evaluation.systems.system import (
 )
 
 __all__ = [
-    "SYSTEM_NAMES",
     "Answer",
     "BackboneSystem",
     "Banks",
@@ -28,5 +27,4 @@ __all__ = [
     "make_systems",
     "title_of_system",
     "tokenize",
-    "validate_systems",
 ]

@@ -54,9 +54,8 @@ def validate_systems(names: Sequence[str]) -> None:
             import_plugins_of_packages()
             known = (*SYSTEM_NAMES, *PLUGINS["system"])
             if name not in PLUGINS["system"]:
-                raise ValueError(
-                    f"`systems` must be among {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}"
-                )
+                close = did_you_mean(name, known)
+                raise ValueError(f"`systems` must be among {', '.join(known)}, got {name!r}.{close}")
 
 
 def make_systems(
@@ -71,16 +70,10 @@ def make_systems(
 ) -> list[System]:
     """Return the systems with these names, in their order; those that read memory share banks, by default new ones.
 
-    Args:
-        names: "backbone", "context-N" for the backbone with N tokens in its window, "bm25" and "hidden" for passages
-            pasted into the backbone's window, "off", "on" and "wrong" for LongMem; or a "system" of `longmem.plugins`.
-        model: all of them use it or its backbone.
-        window: tokens seen at once by all but "context-N".
-        local_tokens: as `batch_size`, see `System`.
-        retrieval: further options of `RetrievalSystem`.
-
-    Raises:
-        ValueError: a name is unknown or given twice, or a longer window does not fit the backbone.
+    Names: "backbone", "context-N" for the backbone with N tokens in its window, "bm25" and "hidden" for passages pasted into
+    the backbone's window, "off", "on" and "wrong" for LongMem, or a "system" of `longmem.plugins`. All but "context-N" see
+    `window` tokens at once; for the other options see `System` and, for those in `retrieval`, `RetrievalSystem`. Raises
+    ValueError if a name is unknown or given twice, or a longer window does not fit the backbone.
     """
     validate_systems(names)
     banks = Banks(model) if banks is None else banks
@@ -105,10 +98,7 @@ def make_systems(
 def validate_context(model: LongMemForCausalLM, context: int, window: int) -> None:
     """Raise ValueError unless `context` tokens are more than a window and fit the backbone's positions."""
     if context <= window:
-        raise ValueError(
-            f"`context` must be longer than the window of {window} tokens, got {context}; "
-            "with the window's own tokens it is the system `backbone`."
-        )
+        raise ValueError(f"`context` must be longer than the window of {window} tokens, got {context}; leave it out.")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and context > limit:
         raise ValueError(

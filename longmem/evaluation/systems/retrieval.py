@@ -43,10 +43,7 @@ class Bm25Ranker:
 
 
 class HiddenStateRanker:
-    """Ranks passages by the cosine between mean hidden states of the backbone's last layer.
-
-    The backbone is run on every passage, by itself, unless it was among those before.
-    """
+    """Ranks passages by the cosine between mean hidden states of the backbone's last layer; each passage is run once."""
 
     def __init__(self, model: LongMemForCausalLM) -> None:
         self.model = model
@@ -132,9 +129,8 @@ class RetrievalSystem(System):
         if not stop or not query:
             return []
         if self._indexed is None or self._indexed[0] != stop:
-            passages = cut_passages(self.passages, stop, self.passage_tokens)
-            self._ranker.index(passages)
-            self._indexed = stop, passages
+            self._indexed = stop, cut_passages(self.passages, stop, self.passage_tokens)
+            self._ranker.index(self._indexed[1])
         _, passages = self._indexed
         chosen: list[int] = []
         for number in self._ranker.scores(query).argsort(descending=True, stable=True).tolist():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
@@ -146,8 +146,3 @@ def repeated(cache: Cache, count: int) -> Cache:
     if count > 1:  # as beams do: `batch_repeat_interleave` is missing where layers are recurrent (transformers 5.23)
         copied.reorder_cache(torch.LongTensor([0] * count))
     return copied
-
-
-def as_ids(token_ids: Sequence[int] | Int[Tensor, " tokens"]) -> list[int]:
-    """Return token ids as a list of integers."""
-    return token_ids.tolist() if isinstance(token_ids, Tensor) else list(token_ids)

@@ -17,7 +17,6 @@ from longmem.evaluation.systems.scoring import (
     Passages,
     Question,
     answer_questions,
-    as_ids,
     repeated,
     run_context,
     tokenize,
@@ -90,8 +89,9 @@ class System(ABC):
 
     def feed(self, chunk: str | Sequence[int] | Int[Tensor, " tokens"]) -> None:
         """Take in the next piece: text, or token ids of the model's tokenizer."""
-        ids = self.tokens(chunk, continues=bool(self.passages)) if isinstance(chunk, str) else as_ids(chunk)
-        self.passages.append(ids)
+        if isinstance(chunk, str):
+            chunk = tokenize(self.model.tokenizer, chunk, continues=bool(self.passages))
+        self.passages.append(chunk.tolist() if isinstance(chunk, Tensor) else list(chunk))
 
     def read(self, passages: Passages, instead: Passages = (), local_tokens: int | None = None) -> None:
         """Forget everything and feed these passages. `instead`: what a wrong memory holds. `local_tokens`: None: as before."""
@@ -102,10 +102,6 @@ class System(ABC):
         for passage in passages:
             self.feed(passage)
 
-    def tokens(self, text: str, *, continues: bool = False) -> list[int]:
-        """Return the token ids of a text, without special tokens; `continues`: it stands behind another one."""
-        return tokenize(self.model.tokenizer, text, continues=continues)
-
     @property
     def stream(self) -> list[int]:
         """Return all tokens that were fed."""
@@ -113,10 +109,7 @@ class System(ABC):
 
     @torch.no_grad()
     def score(self, questions: Sequence[Question], prefix: Sequence[int] = ()) -> list[Answer]:
-        """Return how likely the candidates of each question are after the stream and a common prefix.
-
-        As `generate`, raises ValueError where a question with its longest answer does not fit the window.
-        """
+        """Return how likely the candidates of each question are after stream and prefix. ValueError if they do not fit."""
         room = max(question.room for question in questions)
         with self._answering(prefix, room, questions) as (local, context):
             device = self.model.input_device
@@ -131,7 +124,7 @@ class System(ABC):
         max_new_tokens: int = 32,
         stop: Sequence[str] = ("\n",),
     ) -> list[list[int]]:
-        """Return the greedy continuation of each query after the stream and a common prefix, up to a stop string."""
+        """Return the greedy continuation of each query after stream and prefix, up to a stop string; ValueError as `score`."""
         room, questions = max(map(len, queries)) + max_new_tokens, [Question(ids, [[0]]) for ids in queries]
         options = {"stop_strings": list(stop), "tokenizer": self.model.tokenizer} if stop else {}
         answers = []
@@ -153,7 +146,7 @@ class System(ABC):
 
     def answer(self, query: str, *, max_new_tokens: int = 32, stop: Sequence[str] = ("\n",)) -> str:
         """Return the greedy answer to a query about what was fed, up to a stop string; the query is not remembered."""
-        (ids,) = self.generate([self.tokens(query)], max_new_tokens=max_new_tokens, stop=stop)
+        (ids,) = self.generate([tokenize(self.model.tokenizer, query)], max_new_tokens=max_new_tokens, stop=stop)
         return text_before(str(self.model.tokenizer.decode(ids, skip_special_tokens=True)), stop)
 
     @abstractmethod
@@ -179,7 +172,7 @@ class System(ABC):
     ) -> Iterator[tuple[LocalModel, list[int]]]:
         """Give the block what runs in the window and the context; its seconds are those of answering, others of preparing."""
         start = time.perf_counter()
-        found = self.context(as_ids(prefix), room, questions)
+        found = self.context(prefix, room, questions)
         prepared = time.perf_counter()
         self.preparing_seconds += prepared - start
         yield found
@@ -281,14 +274,8 @@ class MemorySystem(System):
         stream = self.stream
         kept = max(0, min(self.local_tokens, self.window - room - len(prefix)))
         stop = max(0, len(stream) - kept)
-        local = LocalModel(self.model, self._memory(stream[:stop]))
+        if self.name == "wrong" and not self.instead:
+            raise ValueError("`instead` must hold the text of the wrong memory, got none; give it to `read`.")
+        memorized = {"off": [], "wrong": self.instead}.get(self.name, stream[:stop])
+        local = LocalModel(self.model, self.banks.of(memorized) if memorized else None)
         return local, self.local([*stream[stop:], *prefix], room)
-
-    def _memory(self, ids: Sequence[int]) -> Memory | None:
-        if self.name == "off":
-            return None
-        if self.name == "wrong":
-            if not self.instead:
-                raise ValueError("`instead` must hold the text of the wrong memory, got none; give it to `read`.")
-            ids = self.instead
-        return self.banks.of(ids) if ids else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from longmem.evaluation.folder import spread
-from longmem.evaluation.settings import Count, EvaluationSettings, validate_different
+from longmem.evaluation.settings import Count, EvaluationSettings
 from longmem.evaluation.systems import tokenize
 from longmem.evaluation.systems.making import context_size
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, per_token
@@ -20,8 +20,7 @@ from longmem.model.modeling import LongMemForCausalLM
 FORMAT = "{split: {work: [{ctx: text, pos: text, negs: [texts]}]}}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A context that ends where a chapter ends, and passages of which the first begins the next chapter."""
 
     work: str
@@ -49,17 +48,13 @@ def load_split(data: str, *, split: str | None = None, file: str | None = None, 
     no such file or split, or it has another format.
     """
     path = Path(data)
-    if path.is_file():
-        if file is not None:
-            raise ValueError(
-                f"`file` is of a dataset on the Hub, got {file!r} beside {data}, a file itself; leave it out."
-            )
-    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.endswith((".json", ".gz")):
+    if path.is_file() and file is not None:
+        raise ValueError(f"`file` is of a dataset on the Hub, got {file!r} beside {data}, a file itself; leave it out.")
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.endswith((".json", ".gz")):
         path = download(data, file, longest)
-    else:
+    elif not path.is_file():
         raise ValueError(
-            f"`data` must be a JSON file of ChapterBreak's format, or a dataset on the Hub such as "
-            f"simsun131/chapterbreak, got {data!r}, which is neither."
+            f"`data` must be a JSON file or a dataset like simsun131/chapterbreak, got {data!r}, which is neither."
         )
     with in_format(FORMAT, path):
         content = json.loads(read_text(path))
@@ -83,16 +78,12 @@ def examples_of(works: Mapping[str, Any], source: str) -> list[Example]:
     found = []
     for work, entries in works.items():
         for number, entry in enumerate(entries):
-            try:
+            place = f"example {number} of {work!r} in {source}"
+            with in_format(f"like those of {FORMAT}", place):
                 texts = [entry["ctx"], entry["pos"], *entry["negs"]]
-                whole = len(texts) > 2 and all(isinstance(text, str) and text.strip() for text in texts)
-            except (TypeError, KeyError):
-                whole = False
+            whole = len(texts) > 2 and all(isinstance(text, str) and text.strip() for text in texts)
             if not whole or isinstance(entry["negs"], str):
-                raise ValueError(
-                    f"{source} must hold {FORMAT}, no text empty and at least one in `negs`; example {number} of {work!r} "
-                    f"is not like that: {str(entry)[:80]}"
-                )
+                raise ValueError(f"{place} must have texts, none empty, at least one in `negs`, got {str(entry)[:80]}.")
             found.append(Example(work, number, texts[0], tuple(texts[1:])))
     if not found:
         raise ValueError(f"{source} must have at least one example, got none.")
@@ -133,9 +124,7 @@ def file_for(files: Sequence[str], longest: int) -> str:
     >>> file_for(["README.md", "chapterbreak_ctx_512.json", "chapterbreak_ctx_8192.json"], 1000)
     'chapterbreak_ctx_8192.json'
     """
-    sizes = {
-        file: int(found[1]) for file in files if (found := re.search(r"ctx_?(\d+)\D*\.json(\.gz)?$", file)) is not None
-    }
+    sizes = {file: int(found[1]) for file in files if (found := re.search(r"ctx_?(\d+)\D*\.json(\.gz)?$", file))}
     if not sizes:
         raise LookupError(f"it has no JSON file with ctx_N in its name, but {', '.join(files) or 'no files'}.")
     enough = [file for file, size in sizes.items() if size >= longest]
@@ -176,12 +165,9 @@ class ChapterBreakSettings(EvaluationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate_different("contexts", self.contexts)
         if self.suffix_tokens >= self.window:
-            raise ValueError(
-                f"`suffix_tokens` must be less than `window`, which holds a suffix and what comes before it, got "
-                f"{self.suffix_tokens} and {self.window}."
-            )
+            sizes = f"{self.suffix_tokens} and {self.window}"
+            raise ValueError(f"`suffix_tokens` must be less than `window`, which holds what is before, got {sizes}.")
 
 
 class ChapterBreak(Task):
@@ -199,12 +185,10 @@ class ChapterBreak(Task):
 
     def __init__(self, settings: ChapterBreakSettings, split: Split | None = None) -> None:
         super().__init__(settings)
-        self.split = split or load_split(
-            settings.data, split=settings.split, file=settings.file, longest=max(settings.contexts)
-        )
-        # In an order in which the next one is of another work, where that can be.
-        self.examples = choose(self.split.examples, settings.limit)
         self.longest = max(settings.contexts)  # tokens of a context, once `cases` has read them
+        options = {"split": settings.split, "file": settings.file}
+        self.split = split or load_split(settings.data, **options, longest=self.longest)
+        self.examples = choose(self.split.examples, settings.limit)
 
     @property
     def measures(self) -> Mapping[str, Measure]:
@@ -226,34 +210,25 @@ class ChapterBreak(Task):
     def score(self, record: Record) -> Mapping[str, float]:
         if "values" in record:
             return dict.fromkeys(("per_token", "sum"), credit(record["values"]))
-        means = per_token(record)
-        return {"per_token": credit(means), "sum": credit(record["logprobs"]), "margin": margin(means)}
+        right, *others = means = per_token(record)
+        # It moves where no choice changes, and so tells systems apart on fewer examples.
+        margin = right - sum(others) / len(others)
+        return {"per_token": credit(means), "sum": credit(record["logprobs"]), "margin": margin}
 
     def cases(self, model: LongMemForCausalLM) -> list[Case]:
-        """Return a case for each example and number of tokens that some systems use, the shortest context first.
-
-        A system that uses the same tokens at several lengths of context is asked once.
-        """
+        """Return a case for each example and number of tokens that some system uses, be it at several lengths of context."""
         settings = self.settings
         encoder = Encoder(model.tokenizer, settings.joiner, settings.suffix_tokens)
         seen = views(settings.systems, settings.contexts, window=settings.window, room=encoder.room)
         contexts = [encoder.context(example)[-max(seen) :] for example in self.examples]
         self.longest = max(map(len, contexts))
         items = [encoder.item(example) for example in self.examples]
-        guesses = baseline_values(self.split.examples, self.examples)
-        cases = [
-            Case(
-                name=example.name,
-                items=[Item(guesses={name: {"values": values} for name, values in found.items()})],
-                group=example.work,
-                axes={"context": list(seen)},
-                systems=(),
-            )
-            for example, found in guesses
-        ]
-        pairs = dict.fromkeys((name, used) for used_by in seen.values() for name, used in used_by.items())
+        cases, axes = [], {"context": list(seen)}
+        for example, found in baseline_values(self.split.examples, self.examples):
+            guesses = Item(guesses={name: {"values": values} for name, values in found.items()})
+            cases.append(Case(name=example.name, items=[guesses], group=example.work, axes=axes, systems=()))
         systems: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-        for name, used in pairs:
+        for name, used in dict.fromkeys((name, used) for used_by in seen.values() for name, used in used_by.items()):
             lengths = tuple(size for size, used_by in seen.items() if used_by.get(name) == used)
             systems.setdefault((used, lengths), []).append(name)
         for (used, lengths), names in systems.items():
@@ -321,8 +296,7 @@ def views(systems: Sequence[str], contexts: Sequence[int], *, window: int, room:
     local = window - room
     if local < 1:
         raise ValueError(
-            f"`window` must hold joiner, suffix and at least one token before them, got {window} tokens for {room}; "
-            "choose a larger `window` or smaller `suffix_tokens`."
+            f"`window` must hold joiner and suffix, {room} tokens, and one more, got {window}; choose smaller `suffix_tokens`."
         )
     others = [name for name in systems if name not in LOCAL_SYSTEMS]
     if others and max(contexts) <= local:
@@ -351,22 +325,9 @@ def credit(values: Sequence[float]) -> float:
     [1.0, 0.0, 0.5]
     """
     if not all(map(math.isfinite, values)):
-        raise ValueError(
-            f"log-likelihoods must be finite, got {list(values)}; score with another `dtype`, such as bfloat16 or float32."
-        )
+        raise ValueError(f"log-likelihoods must be finite, got {list(values)}; score with `dtype` float32.")
     best = max(values)
     return 1 / values.count(best) if values[0] == best else 0.0
-
-
-def margin(values: Sequence[float]) -> float:
-    """Return by how much the first value, that of the right suffix, is above the mean of the others.
-
-    It moves where no choice changes, and so tells systems apart on fewer examples.
-
-    >>> margin([3.0, 1.0, 2.0])
-    1.5
-    """
-    return values[0] - sum(values[1:]) / (len(values) - 1)
 
 
 def words_of(text: str) -> list[str]:
@@ -378,33 +339,26 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"\w+(?:['’]\w+)*", text.lower())
 
 
-def rarity(texts: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return for each word the inverse document frequency: the logarithm of (texts / texts that have the word)."""
-    counts = Counter(word for words in texts for word in set(words))
-    return {word: math.log(len(texts) / count) for word, count in counts.items()}
-
-
-def overlap(context: Sequence[str], suffix: Sequence[str], weights: Mapping[str, float]) -> float:
-    """Return the weights of the different words that a suffix shares with a context, over the length of the suffix."""
-    shared = sorted(set(suffix) & set(context))  # in an order, so that equal sets have equal sums
-    return sum(weights[word] for word in shared) / max(1, len(suffix))
-
-
 def baseline_values(
     examples: Sequence[Example], chosen: Sequence[Example]
 ) -> Iterator[tuple[Example, dict[str, list[float]]]]:
     """Yield each chosen example with the values that every baseline gives to its suffixes.
 
-    Words are weighted by how few contexts of the whole split, `examples`, have them. All words of a suffix count, also those
-    beyond the tokens that models are asked about.
+    A bag of words counts the different words that a suffix shares with the context, over the length of the suffix. Each has the
+    weight log(contexts / contexts that have it), of the whole split, `examples`. All words of a suffix count, also those beyond
+    the tokens that models are asked about.
     """
-    weights = rarity([words_of(example.context) for example in examples])
+    counts = Counter(word for example in examples for word in set(words_of(example.context)))
+
+    def overlap(context: Sequence[str], suffix: Sequence[str]) -> float:
+        shared = sorted(set(suffix) & set(context))  # in an order, so that equal sets have equal sums
+        return sum(math.log(len(examples) / counts[word]) for word in shared) / max(1, len(suffix))
+
     for example in chosen:
-        context = words_of(example.context)
-        suffixes = [words_of(text) for text in example.suffixes]
+        context, suffixes = words_of(example.context), [words_of(text) for text in example.suffixes]
         found = {
-            "bag-of-words": [overlap(context, suffix, weights) for suffix in suffixes],
-            "bag-of-words-near": [overlap(context[-NEAR_WORDS:], suffix, weights) for suffix in suffixes],
+            "bag-of-words": [overlap(context, suffix) for suffix in suffixes],
+            "bag-of-words-near": [overlap(context[-NEAR_WORDS:], suffix) for suffix in suffixes],
             "longest": [float(len(suffix)) for suffix in suffixes],
         }
         yield example, found

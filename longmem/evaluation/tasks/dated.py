@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from longmem.evaluation.folder import digest, spread
-from longmem.evaluation.settings import Count, validate_different
+from longmem.evaluation.settings import Count
 from longmem.evaluation.systems import Banks, MemorySystem, Question, System, tokenize
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, best, per_token
 from longmem.evaluation.tasks.facts import ValueSettings, ValueTask, shuffled, value_item
@@ -51,6 +51,7 @@ _DATES = (
 )
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()  # noqa: SIM905
 _BULLET = re.compile(r"^ {0,3}[-*+•] +(.+(?:\n(?! *[-*+•] )(?: +|(?=[a-z]))\S.*)*)", re.M)
+_THANKS = re.compile(r"\s*(?:\((?:by |#|issue|:)[^)]*\)|(?:-- )?by @?\S+.*|https?://\S+)")
 _DATED_LINE = re.compile(r"^[^\w\n]*(?:date|updated|last[ -](?:updated|modified)|published)\W", re.I | re.M)
 
 
@@ -95,8 +96,6 @@ class DatedSettings(ValueSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kinds", "ages"):
-            validate_different(name, getattr(self, name))
         if date_in(self.cutoff) != self.cutoff:
             raise ValueError(f"`cutoff` must be a day as YYYY-MM-DD, got {self.cutoff!r}; the default is 2024-11-01.")
         if self.window <= (needed := self.local_tokens + self.continuation_tokens):
@@ -450,7 +449,7 @@ def releases_of(text: str) -> Iterator[Release]:
     for number, (head, date) in enumerate(heads):
         stop = heads[number + 1][0].start() if number + 1 < len(heads) else len(text)
         if head["version"] not in {each.version for each in found}:
-            found.append(Release(head["version"], date, changes_in(text[head.end() : stop]), head.start()))
+            found.append(Release(head["version"], date, tuple(changes_in(text[head.end() : stop])), head.start()))
     dates = [each.date for each in found if each.date]
     yield from reversed(found) if dates and dates[0] < dates[-1] else found
 
@@ -470,18 +469,14 @@ def date_of_head(head: re.Match[str]) -> str | None:
     return date if date or is_ruled or head["mark"] or head["word"] else None
 
 
-def changes_in(text: str) -> tuple[str, ...]:
-    """Return the first sentence of each item of a list, without links and thanks, where it has 30 to 160 characters."""
-    found = []
+def changes_in(text: str) -> Iterator[str]:
+    """Yield the first sentence of each item of a list, without links and thanks, where it has 30 to 160 characters."""
     for bullet in _BULLET.findall(text):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|`+([^`<]*)(?:<[^>]*>)?`+_{0,2}", r"\1\2", bullet)
-        plain = re.sub(
-            r"\s*(?:\((?:by |#|issue|:)[^)]*\)|(?:-- )?by @?\S+.*|https?://\S+)", "", " ".join(plain.split())
-        )
+        plain = _THANKS.sub("", " ".join(plain.split()))
         sentence = re.split(r"(?<=[a-z)])[.;:] ", plain)[0].strip(" .")
         if 30 <= len(sentence) <= 160 and not sentence.startswith("@"):
-            found.append(sentence)
-    return tuple(found)
+            yield sentence
 
 
 def date_in(text: str) -> str:

@@ -2,24 +2,17 @@
 
 import dataclasses
 import functools
+import itertools
 import random
 import statistics
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from longmem.evaluation.folder import digest, spread
-from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
-from longmem.evaluation.systems import (
-    BackboneSystem,
-    LongBackbone,
-    Question,
-    RetrievalSystem,
-    System,
-    title_of_system,
-    tokenize,
-)
+from longmem.evaluation.settings import Count, EvaluationSettings, Number
+from longmem.evaluation.systems import BackboneSystem, LongBackbone, Question, RetrievalSystem, System, tokenize
 from longmem.evaluation.task import Case, Item, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -44,10 +37,6 @@ class DemonstrationSettings(EvaluationSettings):
     """Begin every demonstration and every question with the tokenizer's bos token. The released script puts its bos before
     every line, and eos behind every demonstration. Only for models that were trained with bos."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate_different("seeds", self.seeds)
-
 
 class Demonstration(NamedTuple):
     """A question in its prompt, and the answer with the blanks and marks around it."""
@@ -71,10 +60,7 @@ class DemonstrationCase(Case):
 
 
 class DemonstrationTask(Task):
-    """Sets of items, asked after demonstrations that each seed draws anew.
-
-    The wrong memory of a set holds the demonstrations of the next; of a single set its own, answers exchanged.
-    """
+    """Sets of items, asked after demonstrations that each seed draws anew."""
 
     sort_by = ("seed", "number")
     retrieval = {"passage_tokens": sys.maxsize, "query_tokens": None}  # whole lines, looked up with the question alone
@@ -95,8 +81,8 @@ class DemonstrationTask(Task):
         """Return the demonstrations for window and memory, and the generator that exchanges answers."""
 
     @abstractmethod
-    def items(self, name: str, chosen: Sequence[Any], tokens: Tokens) -> list[Item]:
-        """Return chosen examples as questions; `about` has their `group` and `number`."""
+    def items(self, name: str, chosen: Sequence[Any], tokens: Tokens) -> Iterator[Item]:
+        """Yield chosen examples as questions; `about` has their `group` and `number`."""
 
     def content_free(self, name: str, tokens: Tokens) -> list[Item]:
         """Return questions about nothing."""
@@ -127,7 +113,7 @@ class DemonstrationTask(Task):
         asked = {}
         for name, (_, examples) in self.examples.items():
             chosen = [examples[number] for number in spread(len(examples), self.settings.limit)]
-            asked[name] = self.items(name, chosen, tokens)
+            asked[name] = list(self.items(name, chosen, tokens))
         return [self._case(name, seed, asked[name], tokens) for seed in self.settings.seeds for name in self.sets]
 
     def _case(self, name: str, seed: int, items: list[Item], tokens: Tokens) -> DemonstrationCase:
@@ -163,10 +149,7 @@ class DemonstrationTask(Task):
         return dataclasses.replace(case, memory=case.exchanged) if len(self.sets) == 1 else super().wrong(case, cases)
 
     def prepare(self, system: System, case: Any, wrong: Case | None) -> dict[str, Any]:
-        """Have a system read and encode demonstrations, and return how many.
-
-        The backbone with a longer window gets as many as fit before those for the window, the last ones.
-        """
+        """Have a system read demonstrations, a longer window as many as fit before its others, and return how many."""
         shown = self.shown(system, case, case.longest)
         memory, instead = case.memory, [] if wrong is None else wrong.memory
         if isinstance(system, LongBackbone):
@@ -185,10 +168,7 @@ class DemonstrationTask(Task):
         return case.longest
 
     def shown(self, system: System, case: Any, room: int) -> Sequence[Line]:
-        """Return the demonstrations in the window, the last ones that leave `room` tokens free.
-
-        A system that pastes passages keeps a share of its window for them.
-        """
+        """Return the demonstrations in the window, the last that leave `room` tokens, and what passages need, free."""
         pasted = int(system.pasted_share * system.window) if isinstance(system, RetrievalSystem) else 0
         return last_that_fit(case.window, system.window - pasted - room)
 
@@ -200,11 +180,10 @@ class DemonstrationTask(Task):
         """Return what each system had before a question; means over seeds."""
         columns = ("window_demonstrations", "read_demonstrations", "read_tokens")
         rows = [["set, system", "in the window", "read", "tokens read"]]
-        for name in self.sets:
-            for system in self.settings.systems:
-                own = [each for each in records if (each["set"], each["system"]) == (name, system)]
-                means = [statistics.fmean(each[column] for each in own if column in each) for column in columns]
-                rows.append([f"{name}, {title_of_system(system)}", *(f"{mean:,.1f}" for mean in means)])
+        for name, system in itertools.product(self.sets, self.settings.systems):
+            own = [each for each in records if (each["set"], each["system"]) == (name, system)]
+            means = [statistics.fmean(each[column] for each in own if column in each) for column in columns]
+            rows.append([f"{name}, {self.title_of(system)}", *(f"{mean:,.1f}" for mean in means)])
         return {"Demonstrations before a question": rows}
 
 

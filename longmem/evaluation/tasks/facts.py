@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longmem.console import token_progress
 from longmem.evaluation.folder import MAY_CHANGE, digest, spread
-from longmem.evaluation.settings import Count, EvaluationSettings, Number, validate_different
+from longmem.evaluation.settings import Count, EvaluationSettings, Number
 from longmem.evaluation.systems import Banks, tokenize
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, Task, best, per_token
 from longmem.evaluation.tasks.haystack import HaystackBanks, Window, cut, hide, read_haystack
@@ -163,26 +163,18 @@ class FactsSettings(ValueSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tasks", "sizes", "distances" if self.distances else "depths"):
-            validate_different(name, getattr(self, name))
         if self.distances and min(self.distances) >= max(self.sizes):
-            raise ValueError(
-                f"`distances` must be smaller than the largest of `sizes`, {max(self.sizes):,} tokens, got "
-                f"{list(self.distances)}; what lies further back is not in memory."
-            )
+            raise ValueError(f"`distances` must be smaller than the largest of `sizes`, got {list(self.distances)}.")
         if self.needles == "together" and "passkey" in self.tasks:
-            raise ValueError(
-                "`needles` must be alone for the task passkey, got together: its facts cannot be told apart by their "
-                "question; take key-value or needle."
-            )
+            raise ValueError("`needles` must be alone for the task passkey, of one question for all, got together.")
         places = len(self.distances or self.depths)
         for name, value, limit in (("pairs", self.pairs, len(KEYS) // places), ("depths", places, len(CITIES))):
             if value > limit:
                 raise ValueError(f"`{name}` must be at most {limit} so that all keys differ, got {value}.")
         if "needle" in self.tasks and self.needed_activities > len(ACTIVITIES):
+            most = len(ACTIVITIES) - places + 1
             raise ValueError(
-                f"`num_choices` must leave a value for every depth: the task needle has {len(ACTIVITIES)} values, "
-                f"{self.needed_activities} are needed; choose fewer."
+                f"`num_choices` must leave a value for every depth, {most} at most, got {self.num_choices}."
             )
 
     @property
@@ -241,11 +233,10 @@ class Facts(ValueTask):
         generator = random.Random(f"{settings.seed}/{task}/{size}/{item}")
         places = settings.windows(size, length)
         facts = list(maker.draw(task, generator, len(places)))
-        hidden = [
-            hide(self.windows[window], tokens(fact.text), tokens(fact.after), generator)
-            for window, fact in zip(places.values(), facts, strict=True)
-        ]
-        together = {window: ids for window, (ids, _) in zip(places.values(), hidden, strict=True)}
+        hidden, together = [], {}
+        for window, fact in zip(places.values(), facts, strict=True):
+            hidden.append(hide(self.windows[window], tokens(fact.text), tokens(fact.after), generator))
+            together[window] = hidden[-1][0]
         for (depth, window), fact, (ids, stop) in zip(places.items(), facts, hidden, strict=True):
             replaced = together if settings.needles == "together" else {window: ids}
             distance = size - window * length - stop  # tokens after the line that is asked for
@@ -274,15 +265,9 @@ class Facts(ValueTask):
 
     def banks(self, model: LongMemForCausalLM) -> Banks:
         settings, length = self.settings, len(self.windows[0])
-        self._banks = HaystackBanks(
-            model,
-            self.windows,
-            sizes=settings.sizes,
-            replaceable={window for size in settings.sizes for window in settings.windows(size, length).values()},
-            folder=settings.bank_folder,
-            index=settings.index,
-            storage_dtype=settings.storage_dtype,
-        )
+        replaceable = {window for size in settings.sizes for window in settings.windows(size, length).values()}
+        options = {"index": settings.index, "storage_dtype": settings.storage_dtype, "folder": settings.bank_folder}
+        self._banks = HaystackBanks(model, self.windows, sizes=settings.sizes, replaceable=replaceable, **options)
         return self._banks
 
     def begin(self, cases: Sequence[Case], console: Console) -> None:
@@ -302,14 +287,13 @@ def validate_sizes(settings: FactsSettings, model: LongMemForCausalLM) -> None:
     length, chunk = model.config.segment_length, model.config.chunk_size
     if length % chunk:
         raise ValueError(
-            f"`config.segment_length` must be a multiple of `config.chunk_size` for this evaluation, got {length} and "
-            f"{chunk}: what is left of a window would be in no chunk."
+            f"`config.segment_length` must be a multiple of `config.chunk_size`, got {length} and {chunk}; choose another."
         )
     for size in settings.sizes:
         if size % length:
+            above = size + length - size % length
             raise ValueError(
-                f"`sizes` must be multiples of the model's `segment_length`, {length}, got {size}; the next is "
-                f"{size + length - size % length}."
+                f"`sizes` must be multiples of the model's `segment_length`, {length}, got {size}; the next is {above}."
             )
         windows = list(settings.windows(size, length).values())
         if settings.needles == "together" and len(set(windows)) < len(windows):
@@ -320,23 +304,17 @@ def validate_sizes(settings: FactsSettings, model: LongMemForCausalLM) -> None:
 
 
 class Fact(NamedTuple):
-    """Lines to hide, the one that is asked for between others, the question, and the values to choose from.
+    """Lines to hide, the one that is asked for between others, the question, and the values that follow it after a blank."""
 
-    `text` ends with the line that is asked for, `after` follows it. Values follow the question after a blank.
-    """
-
-    text: str
-    after: str
+    text: str  # ends with the line that is asked for
+    after: str  # follows it
     question: str
     values: tuple[str, ...]
     right: int
 
 
 class FactMaker:
-    """Draws facts whose values do not occur in a text, so that only a fact can be where they come from.
-
-    Raises ValueError if the text leaves too few values.
-    """
+    """Draws facts whose values do not occur in a text (ValueError if it leaves too few), so that no value comes from there."""
 
     def __init__(self, text: str, settings: FactsSettings) -> None:
         self.settings = settings
@@ -350,8 +328,7 @@ class FactMaker:
 
     def draw(self, task: str, generator: random.Random, count: int) -> Iterator[Fact]:
         """Return `count` facts that may stand in memory together: each has a key and a value of its own."""
-        draw = {"passkey": self._passkeys, "key-value": self._lines, "needle": self._sentences}[task]
-        return draw(generator, count)
+        return {"passkey": self._passkeys, "key-value": self._lines, "needle": self._sentences}[task](generator, count)
 
     def _passkeys(self, generator: random.Random, count: int) -> Iterator[Fact]:
         """Yield sentences with a number; the question does not say which of them it asks for."""

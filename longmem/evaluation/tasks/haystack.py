@@ -34,8 +34,7 @@ def read_haystack(tokenizer: PreTrainedTokenizerBase, source: str, count: int) -
         if len(ids) >= count:
             return ids[:count]
     raise ValueError(
-        f"`sizes` must be at most the tokens of `haystack`, {len(ids):,} in {source!r}, got {count:,}; choose smaller "
-        "ones, or a folder with more text."
+        f"`sizes` must be at most the tokens of `haystack`, {len(ids):,} in {source!r}, got {count:,}; choose smaller ones."
     )
 
 
@@ -52,8 +51,7 @@ def hide(window: Window, before: Window, after: Window, generator: random.Random
     room = len(window) - len(before) - len(after)
     if room < 0:
         raise ValueError(
-            f"`config.segment_length` must hold a whole fact, {len(before) + len(after)} tokens, got {len(window)}; choose "
-            "fewer `pairs`, or a model with longer segments."
+            f"`config.segment_length` must hold a whole fact, {len(before + after)} tokens, got {len(window)}; lower `pairs`."
         )
     start = generator.randint(0, room)
     return [*window[:start], *before, *after, *window[start:]][: len(window)], start + len(before)
@@ -85,73 +83,55 @@ class HaystackBanks(Banks):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.windows = windows
-        self.length = len(windows[0])
-        self.replaceable = sorted(replaceable)
-        parts = plan_parts([size // self.length for size in sizes], self.replaceable)
-        self._names = {  # in the order of the text
-            (first, end): f"tokens {first * self.length} to {end * self.length}, {digest(self._tokens(first, end))}"
-            for first, end in parts
-        }
+        self.windows, self.length, self.replaceable = windows, len(windows[0]), sorted(replaceable)
+        names = {}  # in the order of the text
+        for first, end in plan_parts([size // self.length for size in sizes], self.replaceable):
+            tokens = f"tokens {first * self.length} to {end * self.length}"
+            names[first, end] = f"{tokens}, {digest(self._tokens(first, end))}"
         self._aside = self.new(index="flat")
         self._facts: tuple[Mapping[int, Window], MemoryBank] = {}, self._aside
-        self.bank = self._open(folder)
+        self.bank = self._open(folder, names.values())
+        self._documents = {part: (self.bank, name) for part, name in names.items()}
+        self._documents |= {(number, number + 1): (self._aside, str(number)) for number in self.replaceable}
 
     def encode(self, size: int, progress: Callable[[int, int], None] | None = None) -> int:
         """Encode what is missing of the first `size` tokens; return how many. `progress` gets (tokens done, to encode)."""
-        jobs = [(self.bank, self._names[part], part) for part in self._parts_of(size)]
-        jobs += [(self._aside, str(number), (number, number + 1)) for number in self._aside_of(size)]
-        jobs = [(bank, name, part) for bank, name, part in jobs if name not in bank]
-        total = sum(stop - start for _, _, (start, stop) in jobs) * self.length
-        done = 0
-        for bank, name, part in jobs:
+        jobs = [(part, bank, name) for part, bank, name in self._within(size) if name not in bank]
+        total, done = sum(end - first for (first, end), _, _ in jobs) * self.length, 0
+        for part, bank, name in jobs:
             done += self.memorize(bank, self._tokens(*part), name)
             if progress is not None:
                 progress(done, total)
         return done
 
     def of(self, token_ids: Sequence[int]) -> BankShards:
-        """Return the memory of the start of the haystack, in which some windows that may be replaced are others.
-
-        It may be read until one with other windows is asked for.
-        """
+        """Return the memory of the haystack's start with other windows in some places, good until others are asked for."""
         size = len(token_ids)
         own = enumerate(cut(token_ids, self.length))
         replaced = {number: window for number, window in own if window != self.windows[number]}
         assert set(replaced) <= set(self.replaceable), "only windows that were named before can be put aside"
         self.encode(size)
-        names = [self._names[part] for part in self._parts_of(size)]
-        aside = [str(number) for number in self._aside_of(size) if number not in replaced]
         shards: list[Any] = []
-        if names:
-            shards.append(self.bank if len(names) == len(self.bank.documents()) else self.bank.select(names))
-        if aside:
-            shards.append(self._aside.select(aside))
-        if replaced:
-            shards.append(self._encoded(replaced))
-        return BankShards(shards)
-
-    def _encoded(self, replaced: Mapping[int, Window]) -> MemoryBank:
-        if self._facts[0] != replaced:
+        for bank in (self.bank, self._aside):
+            names = [name for (first, _), own, name in self._within(size) if own is bank and first not in replaced]
+            if names:
+                shards.append(bank if len(names) == len(bank.documents()) else bank.select(names))
+        if replaced and self._facts[0] != replaced:
             self._facts = replaced, self.new(index="flat")
             for number, ids in replaced.items():
                 self.memorize(self._facts[1], ids, str(number))
-        return self._facts[1]
+        return BankShards([*shards, self._facts[1]] if replaced else shards)
 
-    def _parts_of(self, size: int) -> list[tuple[int, int]]:
-        return [part for part in self._names if part[1] * self.length <= size]
-
-    def _aside_of(self, size: int) -> list[int]:
-        return [number for number in self.replaceable if number < size // self.length]
+    def _within(self, size: int) -> list[tuple[tuple[int, int], MemoryBank, str]]:
+        return [(part, *place) for part, place in self._documents.items() if part[1] * self.length <= size]
 
     def _tokens(self, first: int, end: int) -> list[int]:
         return [token for window in self.windows[first:end] for token in window]
 
-    def _open(self, folder: str | None) -> MemoryBank:
+    def _open(self, folder: str | None, known: Collection[str]) -> MemoryBank:
         if folder is None or not has_bank(Path(folder)):
             return self.new(folder=folder)
         bank = MemoryBank.open(folder, self.model)
-        known = set(self._names.values())
         strange = [info.document_id for info in bank.documents() if info.document_id not in known]
         stored = str(bank.storage_dtype).removeprefix("torch.")
         if strange or stored != self.options.get("storage_dtype", stored):

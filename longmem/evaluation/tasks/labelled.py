@@ -14,13 +14,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from longmem.data.sources import load_rows
-from longmem.errors import did_you_mean
+from longmem.errors import name_known
 from longmem.evaluation.folder import digest
-from longmem.evaluation.settings import validate_different
 from longmem.evaluation.systems import Answer, Question, System
 from longmem.evaluation.task import Axis, Case, Item, Measure, Record, best
-from longmem.evaluation.tasks import demonstrations
-from longmem.evaluation.tasks.demonstrations import Demonstration, Tokens
+from longmem.evaluation.tasks.demonstrations import Demonstration, DemonstrationSettings, DemonstrationTask, Tokens
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.settings import read_section
 
@@ -33,7 +31,7 @@ class Example(NamedTuple):
 
 
 class LabelledSet(NamedTuple):
-    """What a set is called and how it is asked, as in LongMem's released script (eval_longmem_icl.py)."""
+    """What a set is called and how it is asked, as in the released script."""
 
     folder: str  # of its files in LongMem's data/icl/original
     files: tuple[str, str]  # with the demonstrations, and with what is evaluated
@@ -122,10 +120,7 @@ def rows_of_columns(source: Source, split: str) -> Iterator[tuple[str, str, Any]
         place = f"row {number} of {split} of {source.path!r}"
         for column in (source.text, source.label):
             if column not in row:
-                raise ValueError(
-                    f"`sources` must name columns that are there, got {column!r} for {place}, which has {', '.join(row)}."
-                    f"{did_you_mean(column, row)}"
-                )
+                raise ValueError(f"`sources` must name columns of {place}, got {column!r}; {name_known(column, row)}")
         if not isinstance(row[source.text], str):
             raise ValueError(f"`{source.text}` must be a column of texts, got {row[source.text]!r} in {place}.")
         yield place, row[source.text], row[source.label]
@@ -156,7 +151,7 @@ SetName = Literal["sst-2", "mr", "subj", "sst-5", "mpqa"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelledSettings(demonstrations.DemonstrationSettings):
+class LabelledSettings(DemonstrationSettings):
     """Labels of texts, after demonstrations."""
 
     sets: tuple[SetName, ...] = ("sst-2", "mr", "subj", "sst-5", "mpqa")
@@ -174,32 +169,26 @@ class LabelledSettings(demonstrations.DemonstrationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate_different("sets", self.sets)
         for name in self.sources:
             self.source(name)
         from_files = [name for name in self.sets if name not in self.sources]
         if from_files and self.data is None:
-            raise ValueError(
-                f"`data` must name the folder with the files of {', '.join(from_files)}; add data=FOLDER, or give "
-                "`sources` for them."
-            )
+            names = ", ".join(from_files)
+            raise ValueError(f"`data` must name the folder with the files of {names}; or give `sources`.")
 
     def source(self, name: str) -> Source:
         """Return where a set comes from that is not read from files in `data`."""
         if name not in SETS:
-            raise ValueError(
-                f"`sources` must name classification sets, {', '.join(SETS)}, got {name!r}.{did_you_mean(name, SETS)}"
-            )
+            raise ValueError(f"`sources` must name classification sets, got {name!r}; {name_known(name, SETS)}")
         source = read_section(Source, self.sources[name], place=f"sources.{name}")
         if source.labels is not None and sorted(source.labels) != sorted(SETS[name].words):
             raise ValueError(
-                f"`sources.{name}.labels` must be the words {', '.join(SETS[name].words)} in the order of the data set's "
-                f"numbers, got {list(source.labels)}."
+                f"`sources.{name}.labels` must be the words {', '.join(SETS[name].words)}, got {list(source.labels)}."
             )
         return source
 
 
-class Labelled(demonstrations.DemonstrationTask):
+class Labelled(DemonstrationTask):
     """The likelihoods of label words are compared."""
 
     name, title, kind = "in-context", "in-context learning", LabelledSettings
@@ -239,17 +228,12 @@ class Labelled(demonstrations.DemonstrationTask):
         own, kind = self.settings, SETS[name]
         if name in own.sources:
             source = own.source(name)
-            shown, asked = (
-                examples_of(
-                    rows_of_columns(source, split), kind, source.labels or kind.words, f"{split} of {source.path!r}"
-                )
-                for split in ("train", source.split or kind.split)
-            )
+            words, splits = source.labels or kind.words, ("train", source.split or kind.split)
+            parts = [(f"{split} of {source.path!r}", rows_of_columns(source, split)) for split in splits]
         else:
-            shown, asked = (
-                examples_of(rows_of_file(path, kind, official=own.official_files), kind, kind.words, str(path))
-                for path in (Path(own.data).expanduser() / kind.folder / file for file in kind.files)
-            )
+            words, paths = kind.words, [Path(own.data).expanduser() / kind.folder / file for file in kind.files]
+            parts = [(str(path), rows_of_file(path, kind, official=own.official_files)) for path in paths]
+        shown, asked = (examples_of(rows, kind, words, place) for place, rows in parts)
         if max(own.demonstrations, own.memory_demonstrations) > len(shown):
             raise ValueError(
                 f"`demonstrations` and `memory_demonstrations` must be at most the examples of {name}, {len(shown)}, got "
@@ -264,20 +248,15 @@ class Labelled(demonstrations.DemonstrationTask):
         window = generator.sample(pool, self.settings.demonstrations)
         return window, generator.sample(pool, self.settings.memory_demonstrations), generator
 
-    def items(self, name: str, chosen: Sequence[Example], tokens: Tokens) -> list[Item]:
-        """Return the texts with all label words; equal texts are one group."""
+    def items(self, name: str, chosen: Sequence[Example], tokens: Tokens) -> Iterator[Item]:
+        """Yield the texts with all label words; equal texts are one group."""
         words = label_words(SETS[name], tokens)
         ((majority, _),) = Counter(each.label for each in chosen).most_common(1)
-        return [
-            Item(
-                name=str(number),
-                token_ids=tokens(SETS[name].prompt.format(each.text)),
-                candidates=words,
-                about={"group": digest(each.text), "number": number, "gold": each.label},
-                guesses={"majority": {"choice": majority}},
-            )
-            for number, each in enumerate(chosen)
-        ]
+        guesses = {"majority": {"choice": majority}}
+        for number, each in enumerate(chosen):
+            ids = tokens(SETS[name].prompt.format(each.text))
+            about = {"group": digest(each.text), "number": number, "gold": each.label}
+            yield Item(name=str(number), token_ids=ids, candidates=words, about=about, guesses=guesses)
 
     def content_free(self, name: str, tokens: Tokens) -> list[Item]:
         words = label_words(SETS[name], tokens)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from longmem.evaluation.folder import spread
-from longmem.evaluation.settings import validate_different
 from longmem.evaluation.task import Axis, Case
 from longmem.evaluation.tasks.facts import ValueSettings, ValueTask, shuffled, value_item
 from longmem.evaluation.tasks.files import in_format, lines_of
@@ -28,10 +27,6 @@ class LongEvalSettings(ValueSettings):
 
     tasks: tuple[Literal["lines", "topics"], ...] = ("lines", "topics")
     """lines: a number among many, by its line; topics: the first of several conversations."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validate_different("tasks", self.tasks)
 
 
 class LongEval(ValueTask):
@@ -55,9 +50,7 @@ class LongEval(ValueTask):
         """Return a prompt in tokens. Raises ValueError if the tokenizer does not say where in a text tokens are."""
         source = encodable(model, prompt.record)
         if source.char_ends is None:
-            raise ValueError(
-                "`model` must have a fast tokenizer for LongEval: others do not say where in a text tokens are."
-            )
+            raise ValueError("`model` must have a fast tokenizer, which says where in a text tokens are, got another.")
         size, distance = len(source.token_ids), int((source.char_ends > prompt.fact_end).sum())
         file = prompt.path.name.partition(".")[0]
         right, *others = prompt.values
@@ -78,19 +71,15 @@ class LongEval(ValueTask):
 
 
 class Prompt(NamedTuple):
-    """A prompt of a file, taken apart.
-
-    `fact_end` is the character of the record after what is asked for. Values, the right one first, follow the question after
-    `before_value`.
-    """
+    """A prompt of a file, taken apart."""
 
     path: Path
     number: int
     record: str
-    fact_end: int
+    fact_end: int  # character of the record after what is asked for
     question: str
-    before_value: str
-    values: Sequence[str]
+    before_value: str  # between the question and each value
+    values: Sequence[str]  # the right one first
 
 
 def read_longeval(folder: str | Path, task: str) -> list[Prompt]:

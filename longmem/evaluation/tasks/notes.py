@@ -91,9 +91,7 @@ def read_notes(path: str | Path) -> list[list[str]]:
     try:
         rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"`data` must be a YAML file, got {str(path)!r}, which can't be read as one: {error}."
-        ) from error
+        raise ValueError(f"`data` must be a YAML file, got {str(path)!r}, which can't be read: {error}.") from error
     is_list = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 3 for row in rows)
     if not is_list or len(rows) < 2 or not all(isinstance(part, str) and part.strip() for row in rows for part in row):
         raise ValueError(

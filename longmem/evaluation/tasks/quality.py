@@ -7,7 +7,7 @@ line for each set of questions about an article, and L-Eval's selection `quality
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,24 +94,19 @@ class Quality(ReadingTask):
         return list(documents.values())
 
 
-def official(document: str, part: str, questions: Sequence[Mapping[str, Any]]) -> list[Asked]:
-    """Return the questions of a line of QuALITY's own file."""
-    found = []
+def official(document: str, part: str, questions: Sequence[Mapping[str, Any]]) -> Iterator[Asked]:
+    """Yield the questions of a line of QuALITY's own file."""
     for number, each in enumerate(questions, start=1):
         options, gold = tuple(option.strip() for option in each["options"]), each.get("gold_label")
         name = f"{part}/{number}"
         if not isinstance(gold, int) or not 1 <= gold <= len(options):
-            raise ValueError(
-                f"`gold_label` must be from 1 to {len(options)}, got {gold!r} in question {document}/{name}; the test split "
-                "has no public answers, use dev."
-            )
-        found.append(Asked(name=name, question=each["question"].strip(), options=options, answer=options[gold - 1]))
-    return found
+            place = f"question {document}/{name}; the test split has no public answers, use dev"
+            raise ValueError(f"`gold_label` must be from 1 to {len(options)}, got {gold!r} in {place}.")
+        yield Asked(name=name, question=each["question"].strip(), options=options, answer=options[gold - 1])
 
 
-def leval(document: str, instructions: Sequence[str], outputs: Sequence[str]) -> list[Asked]:
-    """Return the questions of a line of L-Eval's file."""
-    found = []
+def leval(document: str, instructions: Sequence[str], outputs: Sequence[str]) -> Iterator[Asked]:
+    """Yield the questions of a line of L-Eval's file."""
     for number, (instruction, output) in enumerate(zip(instructions, outputs, strict=True), start=1):
         question, *rest = _OPTION.split(instruction)
         letters, options = rest[::2], tuple(option.strip() for option in rest[1::2])
@@ -122,8 +117,7 @@ def leval(document: str, instructions: Sequence[str], outputs: Sequence[str]) ->
                 f"got options {letters} and output {output!r} in question {document}/{number}."
             )
         answer = options[letters.index(gold[1])]
-        found.append(Asked(name=str(number), question=question.strip(), options=options, answer=answer))
-    return found
+        yield Asked(name=str(number), question=question.strip(), options=options, answer=answer)
 
 
 def chosen_letter(text: str) -> int | None:

@@ -18,18 +18,14 @@ from longmem.model.modeling import LongMemForCausalLM
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A question about a document; its name is unique there.
+    """A question about a document."""
 
-    `answer` is the right one, of multiple choice one of `options`. `trap` is a wrong answer that the document suggests, where
-    the right one is that it does not tell.
-    """
-
-    name: str
+    name: str  # unique in the document
     question: str
-    answer: str
+    answer: str  # the right one, of multiple choice one of `options`
     options: tuple[str, ...] = ()
     category: str = ""
-    trap: str = ""
+    trap: str = ""  # a wrong answer that the document suggests, where the right one is that it does not tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +54,8 @@ class ReadingSettings(EvaluationSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.local_tokens >= self.window:
-            raise ValueError(
-                f"`local_tokens` must be below `window`, got {self.local_tokens} and {self.window}: the question needs room."
-            )
+            sizes = f"{self.local_tokens} and {self.window}"
+            raise ValueError(f"`local_tokens` must be below `window`, got {sizes}: the question needs room.")
 
     @property
     def prefix(self) -> str:
@@ -122,13 +117,9 @@ class ReadingTask(Task):
         return Item(name=asked.name, token_ids=ids, candidates=candidates, about=about, guesses=guesses)
 
     def _case(self, model: LongMemForCausalLM, document: Document, asked: Sequence[Asked]) -> Case:
-        """Return a document in tokens.
-
-        All its questions, asked or not, decide how much of its end stays in the window: a document is split between window
-        and memory at one place, and encoded once.
-        """
+        """Return a document in tokens, split between window and memory at one place, so that it is encoded once."""
         tokens = functools.partial(tokenize, model.tokenizer, continues=True)
-        items = {each: self.item(each, tokens) for each in document.asked}
+        items = {each: self.item(each, tokens) for each in document.asked}  # also those that are not asked need room
         case = Case(
             name=document.name,
             group=document.name,
@@ -142,20 +133,13 @@ class ReadingTask(Task):
         left = self.settings.window - rooms[longest]
         if left < 1:
             raise ValueError(
-                "`window` must hold instruction, question, answer and one token before them, got "
-                f"{self.settings.window} tokens for the {rooms[longest]} of question {document.name}/{longest.name}; choose "
-                "a larger `window`."
+                f"`window` must hold instruction, question, answer and one token before them, {rooms[longest] + 1} of "
+                f"question {document.name}/{longest.name}, got {self.settings.window}; choose a larger one."
             )
         return dataclasses.replace(case, local_tokens=min(self.settings.local_tokens, left))
 
 
-def answer_documents(
-    task: ReadingTask,
-    reader: LongContextReader,
-    *,
-    name: str = "reader",
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[dict[str, Any]]:
+def answer_documents(task: ReadingTask, reader: LongContextReader, *, name: str = "reader") -> Iterator[dict[str, Any]]:
     """Yield a record for each question, as a run writes them but without likelihoods.
 
     A document is fed piece by piece, once, then all its questions are asked. Any object with `reset`, `feed` and `answer` will
@@ -164,19 +148,12 @@ def answer_documents(
         task = Locomo(LocomoSettings(output="results/service", data="locomo10.json", limit=40))
         metrics = summarize(task, list(answer_documents(task, Client(), name="service")))
 
-    With the records of several systems in one list they are compared on the same questions.
-
-    Args:
-        task: says what is asked; of multiple choice, an answer begins with a letter, and `style` is letter.
-        reader: is asked.
-        name: of the reader, in records and tables.
-        progress: called with (questions done, questions in all).
+    With the records of several systems in one list, told apart by `name`, they are compared on the same questions. Of multiple
+    choice an answer begins with a letter, and `style` must be letter (ValueError).
     """
     if getattr(task.settings, "style", "letter") != "letter":
         raise ValueError(f"`style` must be letter where answers are written, got {task.settings.style!r}.")
-    chosen = task.chosen()
-    total, done = sum(len(asked) for _, asked in chosen), 0
-    for document, own in chosen:
+    for document, own in task.chosen():
         case = Case(name=document.name, group=document.name, items=[task.item(asked) for asked in own])
         yield from guessed(case)
         reader.reset()
@@ -188,6 +165,3 @@ def answer_documents(
             seconds = time.perf_counter() - start
             record = {"id": record_id(case, item, name), "system": name, **described(case, item), "prediction": text}
             yield {**record, "seconds": seconds}
-            done += 1
-            if progress is not None:
-                progress(done, total)

@@ -6,7 +6,7 @@ import random
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,7 @@ from longmem.data.sources import load_rows
 from longmem.evaluation.settings import Count
 from longmem.evaluation.systems import System
 from longmem.evaluation.task import Axis, Item, Measure, Record
-from longmem.evaluation.tasks import demonstrations
-from longmem.evaluation.tasks.demonstrations import Demonstration, Tokens
+from longmem.evaluation.tasks.demonstrations import Demonstration, DemonstrationSettings, DemonstrationTask, Tokens
 from longmem.evaluation.tasks.files import in_format, read_text
 
 
@@ -50,13 +49,11 @@ def load_parted(data: str, demonstrations_data: str | None, seed: int) -> tuple[
     """
     asked = load_passages(data)
     if demonstrations_data is None:
-        units = [first.article for first, *_ in asked]
-        if len(set(units)) == 1:
-            units = [first.passage for first, *_ in asked]
-        different = list(dict.fromkeys(units))
-        chosen = set(random.Random(seed).sample(different, len(different) // 2))
-        shown = [passage for passage, unit in zip(asked, units, strict=True) if unit in chosen]
-        asked = [passage for passage, unit in zip(asked, units, strict=True) if unit not in chosen]
+        parted_by = "article" if len({first.article for first, *_ in asked}) > 1 else "passage"
+        units = list(dict.fromkeys(getattr(first, parted_by) for first, *_ in asked))
+        chosen = set(random.Random(seed).sample(units, len(units) // 2))
+        shown = [passage for passage in asked if getattr(passage[0], parted_by) in chosen]
+        asked = [passage for passage in asked if getattr(passage[0], parted_by) not in chosen]
     else:
         shown = load_passages(demonstrations_data)
     texts = {first.passage for first, *_ in asked}
@@ -71,9 +68,7 @@ def load_passages(name: str) -> list[Passage]:
     elif path and split:
         rows = load_rows(path, None, split)
     else:
-        raise ValueError(
-            f"`data` must be a .json file or, for a data set, name:split as in rajpurkar/squad:validation, got {name!r}."
-        )
+        raise ValueError(f"`data` must be a .json file, or name:split as in rajpurkar/squad:validation, got {name!r}.")
     found: dict[tuple[str, str], Passage] = {}
     for row in rows:
         missing = [column for column in ("id", "title", "context", "question", "answers") if column not in row]
@@ -81,8 +76,7 @@ def load_passages(name: str) -> list[Passage]:
             raise ValueError(f"{name!r} must have the columns of SQuAD v1.1, got none called {', '.join(missing)}.")
         if not (answers := row["answers"]["text"]):
             raise ValueError(
-                f"{name} must have an answer to every question, as SQuAD v1.1 has, got none for {row['id']!r}; leave out "
-                "what cannot be answered."
+                f"{name} must have an answer to every question, as SQuAD v1.1 has, got none for {row['id']!r}; leave it out."
             )
         passage = " ".join(row["context"].split("\n"))  # a line break ends an answer, and would end a passage
         asked = Asked(str(row["id"]), row["question"], tuple(answers), passage, row["title"])
@@ -92,24 +86,21 @@ def load_passages(name: str) -> list[Passage]:
     return list(found.values())
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Return the questions of a file in the format of SQuAD v1.1, as the rows of its data set."""
-    found = []
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the questions of a file in the format of SQuAD v1.1, as the rows of its data set."""
     with in_format("in the format of SQuAD v1.1 (data, paragraphs, context, qas, answers)", path):
         for number, article in enumerate(json.loads(read_text(path))["data"]):
             for paragraph in article["paragraphs"]:
                 about = {"title": article.get("title", str(number)), "context": paragraph["context"]}
                 for each in paragraph["qas"]:
-                    answers = {"text": [answer["text"] for answer in each["answers"]]}
-                    found.append({**each, **about, "answers": answers})
-    return found
+                    yield {**each, **about, "answers": {"text": [answer["text"] for answer in each["answers"]]}}
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SquadSettings(demonstrations.DemonstrationSettings):
+class SquadSettings(DemonstrationSettings):
     """Written answers to questions about passages; each demonstration is about a passage of its own."""
 
     data: str
@@ -128,7 +119,7 @@ class SquadSettings(demonstrations.DemonstrationSettings):
     """Of an answer, which ends at the first line break."""
 
 
-class Squad(demonstrations.DemonstrationTask):
+class Squad(DemonstrationTask):
     """Written answers."""
 
     name, title, kind = "squad", "SQuAD", SquadSettings
@@ -149,8 +140,7 @@ class Squad(demonstrations.DemonstrationTask):
         if len(shown) < own.demonstrations + own.memory_demonstrations:
             raise ValueError(
                 f"`demonstrations` and `memory_demonstrations` must be at most the passages to draw from, {len(shown)} "
-                f"together, got {own.demonstrations} and {own.memory_demonstrations}; lower one, or name a larger "
-                "`demonstrations_data`."
+                f"together, got {own.demonstrations} and {own.memory_demonstrations}; lower one, or take more data."
             )
         return shown, [each for passage in asked for each in passage]
 
@@ -161,16 +151,11 @@ class Squad(demonstrations.DemonstrationTask):
         drawn = [generator.choice(passage).shown for passage in passages]
         return drawn[:size], drawn[size:], random.Random(seed)
 
-    def items(self, name: str, chosen: Sequence[Asked], tokens: Tokens) -> list[Item]:
-        """Return the questions behind their passages; intervals are over articles."""
-        return [
-            Item(
-                name=str(number),
-                token_ids=tokens(asked.prompt),
-                about={"group": asked.article, "number": number, "question": asked.id, "golds": list(asked.answers)},
-            )
-            for number, asked in enumerate(chosen)
-        ]
+    def items(self, name: str, chosen: Sequence[Asked], tokens: Tokens) -> Iterator[Item]:
+        """Yield the questions behind their passages; intervals are over articles."""
+        for number, asked in enumerate(chosen):
+            about = {"group": asked.article, "number": number, "question": asked.id, "golds": list(asked.answers)}
+            yield Item(name=str(number), token_ids=tokens(asked.prompt), about=about)
 
     def room_before(self, case: Any, item: Item) -> int:
         return case.room(item)
