@@ -44,6 +44,7 @@ UPDATE_EXAMPLES = """\
 Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
 """
 PIECE = 100_000  # characters of a long text that are tokenised, encoded and committed together
+COMPARED = 2**18  # tokens of a document whose text is compared at once
 # What is chosen when a bank is made, by the arguments of `MemoryBank`.
 OPTIONS_OF_A_NEW_BANK = ("capacity_tokens", "index", "eviction", "storage_dtype", "refresh")
 
@@ -211,7 +212,7 @@ def write_there(bank: MemoryBank, model: LongMemForCausalLM, task: tuple[Text, a
 
 def is_there(bank: MemoryBank, text: Text) -> bool:
     """Return whether the bank holds just this text under its name."""
-    return text.name in bank and bank.text(text.name) == text.text
+    return start_of(bank, text) == len(text.text)
 
 
 def supersede(bank: MemoryBank, texts: list[Text]) -> None:
@@ -240,7 +241,7 @@ def write(bank: MemoryBank, model: LongMemForCausalLM, text: Text, arguments: ar
     from longmem.console import token_progress
 
     tags = (*text.tags, *arguments.tag)
-    known_characters = start_of(bank, text)
+    known_characters = start_of(bank, text) % len(text.text)  # of one that is all there, none is left to be added
     console = common.console_for(arguments.json, quiet=arguments.quiet)
     with token_progress(text.name, console) as progress:
         if text.name in bank and not known_characters:
@@ -286,10 +287,13 @@ def pieces_of(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
 
 def start_of(bank: MemoryBank, text: Text) -> int:
     """Return the characters of a text that the bank holds, where these are its start: a run was stopped, or the text grew."""
-    if text.name not in bank or bank.info(text.name).first_resident_token:
-        return 0
-    known = bank.text(text.name) or ""
-    return len(known) if len(known) < len(text.text) and text.text.startswith(known) else 0
+    known, info = 0, bank.info(text.name) if text.name in bank else None
+    for start in range(0, 0 if info is None or info.first_resident_token else info.num_tokens, COMPARED):
+        part = bank.text(text.name, start, start + COMPARED) or ""
+        if not text.text.startswith(part, known):
+            return 0
+        known += len(part)
+    return known
 
 
 def label(bank: MemoryBank, text: Text, tags: Sequence[str], arguments: argparse.Namespace) -> None:
@@ -374,7 +378,8 @@ def left_of(texts: list[Text], bank: MemoryBank, replace: bool) -> list[Text]:
     Raises ValueError if all are there, or one has another text there; but not if they are to be replaced.
     """
     left = texts if replace else [text for text in texts if not is_there(bank, text)] or texts
-    if known := [text.name for text in left if text.name in bank and not replace and not start_of(bank, text)]:
+    taken = [] if replace else [text for text in left if text.name in bank]
+    if known := [text.name for text in taken if not start_of(bank, text) % len(text.text)]:
         raise ValueError(
             f"the bank already holds a document {known[0]!r}; leave it out, use `--replace` for a new version of it, or "
             "another name with `--id`."

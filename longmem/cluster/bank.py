@@ -506,9 +506,9 @@ class ClusterBank:
         """Return the text of resident tokens; see `MemoryBank.text`."""
         return self._look(document_id, "text", start, stop)
 
-    def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
-        """Return the ids of resident tokens; None if none were given."""
-        return self._look(document_id, "token_ids")
+    def token_ids(self, document_id: str, start: int | None = None) -> Int[Tensor, " tokens"] | None:
+        """Return the ids of resident tokens; see `MemoryBank.token_ids`."""
+        return self._look(document_id, "token_ids", start)
 
     def segments(self, document_id: str) -> list[Segment]:
         """Return a document's segments."""

@@ -568,24 +568,23 @@ class MemoryBank:
             self._table.drop_expired()
             return document_id in self._table.ledger.documents
 
-    def token_ids(self, document_id: str) -> Int[Tensor, " tokens"] | None:
-        """Return the ids of resident tokens, from `first_resident_token` on; None if none were given."""
+    def token_ids(self, document_id: str, start: int | None = None) -> Int[Tensor, " tokens"] | None:
+        """Return the ids of resident tokens, or of those from token `start` on; None if none were given."""
         with self._table.lock:
-            source = self._document("document_id", document_id).source
-            return None if source is None else source.token_ids
+            document = self._document("document_id", document_id)
+            if start is None:
+                return None if document.source is None else document.source.token_ids
+            part = document.source_of(*self._resident(document, start, None))
+            return None if part is None else part.token_ids
 
     def text(self, document_id: str, start: int | None = None, stop: int | None = None) -> str | None:
         """Return the text of resident tokens, or of those from token `start` to `stop`; None if none was given."""
         with self._table.lock:
             document = self._document("document_id", document_id)
-            source = document.source
-            if source is None or not source.has_text:
-                return None
-            first, end = document.first_chunk(self.chunk_size) * self.chunk_size, document.num_tokens
-            low, high = (min(max(each, first), end) for each in (start or 0, end if stop is None else stop))
-            return (
-                source.text if high - low == end - first else source.characters(low - first, max(low, high) - first)[2]
-            )
+            if start is None and stop is None:
+                return document.source.text if document.source is not None and document.source.has_text else None
+            part = document.source_of(*self._resident(document, start, stop))
+            return None if part is None else part.text
 
     def parts(self) -> list[tuple[TextBank, list[str]]]:
         """Return this bank, with the names of its documents that a search can find."""
@@ -882,6 +881,12 @@ class MemoryBank:
         self._table.drop_expired()
         checks.validate_known(argument, document_id, self._table.ledger.documents)
         return self._table.ledger.documents[document_id]
+
+    def _resident(self, document: Document, start: int | None, stop: int | None) -> tuple[int, int]:
+        """Return the first of those resident tokens that are from `start` to `stop`, and the one after the last."""
+        first, end = document.first_chunk(self.chunk_size) * self.chunk_size, document.num_tokens
+        low, high = (min(max(each, first), end) for each in (start or 0, end if stop is None else stop))
+        return low, max(low, high)
 
     def _refuse_rows(self, rows: Tensor, kv_heads: int | None = None) -> None:
         if kv_heads is not None and (rows.ndim != 2 or len(rows) != kv_heads):

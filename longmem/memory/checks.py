@@ -399,7 +399,7 @@ def validate_source(
 
     The last token takes the text that follows it.
     """
-    source = document.source
+    source = document.newest_source
     for argument, given, known in (
         ("token_ids", token_ids, source is not None),
         ("text", text, source is not None and source.has_text),

@@ -339,5 +339,5 @@ class Freshness:
             segment.stop - max(segment.start, document.first_chunk(size) * size)
             for document in self._table.ledger.documents.values()
             for segment in document.segments
-            if not readable[segment.version] and not (segment.is_known and document.source_or_reader is not None)
+            if not readable[segment.version] and not (segment.is_known and document.source_or_stored is not None)
         )

@@ -302,8 +302,7 @@ def validate_options(bank: WritableBank, reuse: tuple[WritableBank, str] | None,
 
 def open_window(bank: WritableBank, document_id: str, length: int) -> Int[Tensor, " tokens"] | None:
     """Return the tokens of the window that a document ends in, None if they are not known."""
-    ids, last = bank.token_ids(document_id), bank.segments(document_id)[-1]
-    if ids is None or not last.is_known or last.stop - last.start > length:
+    last = bank.segments(document_id)[-1]
+    if not last.is_known or last.stop - last.start > length:
         return None
-    num_tokens = (last.stop - last.start) % length
-    return ids[len(ids) - num_tokens :]
+    return bank.token_ids(document_id, last.stop - (last.stop - last.start) % length)

@@ -220,7 +220,8 @@ class BankFolder:
     @torch.inference_mode(False)  # it may be read while the model runs, and written to later
     def _read_source(self, serial: int, start: int, stop: int) -> Source | None:
         with said_by(self.catalogue.path), self._snapshot():
-            return records.read_source(self.catalogue.read_large(SOURCES, serial), start, stop)
+            known = self.catalogue.floor(SOURCES, serial, start), stop - 1
+            return records.read_source(self.catalogue.read_large(SOURCES, serial, between=known), start, stop)
 
     # Writing.
 
@@ -346,8 +347,9 @@ class BankFolder:
             self._source_tokens.clear()
             self.indexes.clear()
         for serial in ledger.changed:
-            if serial in ledger.by_serial:
-                self._source_tokens[serial] = ledger.by_serial[serial].num_tokens
+            if (document := ledger.by_serial.get(serial)) is not None:
+                self._source_tokens[serial] = document.num_tokens
+                document.source_is_stored(self._read_source)
             else:
                 self._source_tokens.pop(serial, None)
         ledger.changed.clear()

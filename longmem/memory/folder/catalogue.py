@@ -429,11 +429,14 @@ class Catalogue:
         if [count, ((low or 0) + ((high or 0) << 32)) % MODULUS] != self._totals[table.name]:
             raise damaged(self.path, f"was changed after it was written (rows of {table.name})")
 
-    def read_large(self, table: Table, *keys: int) -> list[tuple[Any, ...]]:
-        """Return the rows that start with these keys, with their large columns, in the order of their keys."""
-        small = table.num_small
-        condition = " AND ".join(f"{name} = ?" for name in table.names[: len(keys)]) or "1"
-        rows = self._connection.execute(f"SELECT * FROM {table.name} WHERE {condition}", keys).fetchall()
+    def read_large(self, table: Table, *keys: int, between: tuple[int, int] = (0, LARGEST)) -> list[tuple[Any, ...]]:
+        """Return the rows that start with these keys, the next one being `between` two, in the order of their keys.
+
+        They come with their large columns.
+        """
+        small, start = table.num_small, table.names[: len(keys) + 1]
+        condition = " AND ".join([*(f"{name} = ?" for name in start[:-1]), f"{start[-1]} BETWEEN ? AND ?"])
+        rows = self._connection.execute(f"SELECT * FROM {table.name} WHERE {condition}", (*keys, *between)).fetchall()
         declared = (*table.columns[:small], CHECKSUM, *table.columns[small:])
         columns = self._columns(table, declared, rows)
         known = columns.pop(small)

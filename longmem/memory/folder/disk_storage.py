@@ -54,12 +54,12 @@ class Segment:
     file: TensorFile | None = None
     waiting: list[Chunks] | None = None
 
-    def tensor(self, position: int, name: str, *, check: bool = False) -> Tensor:
+    def tensor(self, position: int, name: str) -> Tensor:
         """Return the keys, values or search keys of one layer."""
         if self.waiting is not None:
             return getattr(self.waiting[position], name)
         assert self.file is not None
-        return self.file.tensor(f"{position}.{name}", check=check)
+        return self.file.tensor(f"{position}.{name}")
 
     def empty(self, position: int, name: str, num_pieces: int) -> Shaped[Tensor, "pieces ..."]:
         """Return room for so many chunks, of one head each, of one tensor."""
@@ -69,11 +69,11 @@ class Segment:
         return tensor.new_empty(num_pieces, *tensor.shape[2:])
 
     def take(
-        self, position: int, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."]
+        self, position: int, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."], check: bool
     ) -> None:
         """Copy what the heads and slots of one tensor, counted as one axis, hold at these places."""
         if self.file is not None:
-            self.file.take(f"{position}.{name}", places, into)
+            self.file.take(f"{position}.{name}", places, into, check=check)
         else:
             torch.index_select(self.tensor(position, name).flatten(0, 1), 0, places, out=into)
 
@@ -321,7 +321,8 @@ class DiskStorage:
     def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
         self.num_changes += 1
         was_torn, self.is_torn = self.is_torn, True
-        if self._waiting_bytes > SEGMENT_BYTES:
+        num_bytes = sum(tensor.nbytes for layer in layers for tensor in layer)
+        if self._waiting_bytes and self._waiting_bytes + num_bytes > SEGMENT_BYTES:
             try:
                 self.flush()
             except OSError as error:
@@ -330,7 +331,7 @@ class DiskStorage:
         # Copies: what the caller goes on to change, or a view of a whole document, must not be what waits.
         waiting = [Chunks(*(tensor.to("cpu", copy=True) for tensor in layer)) for layer in layers]
         self.segments.append(Segment(first_slot, len(rows), len(rows), waiting=waiting))
-        self._waiting_bytes += sum(tensor.nbytes for layer in waiting for tensor in layer)
+        self._waiting_bytes += num_bytes
         self.next_slot += len(rows)
         self._make_room(int(rows.max()) + 1)
         self._slots[rows] = torch.arange(first_slot, self.next_slot)
@@ -357,9 +358,7 @@ class DiskStorage:
             heads_of = which.div(slots.shape[1], rounding_mode="floor")
             places = flat[which] - segment.first_slot + heads_of * segment.num_slots
             for into, name in zip(taken, names, strict=True):
-                if check:
-                    segment.tensor(position, name, check=True)
-                segment.take(position, name, places, into[done : done + len(which)])
+                segment.take(position, name, places, into[done : done + len(which)], check)
             order.append(which)
             done += len(which)
         positions = torch.cat(order) if order else flat

@@ -1,7 +1,6 @@
 """Documents as rows of the catalogue, and back, with a check of all that the rows say of each other and of the files."""
 
 import contextlib
-import functools
 import gc
 import itertools
 import json
@@ -20,7 +19,7 @@ from longmem.memory.checks import is_word
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment
 from longmem.memory.folder.foreign import damaged, fits, parse_json
-from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Source, SourcePart
+from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Source, SourcePart, StoredSource
 from longmem.memory.rows.segments import Segments
 from longmem.memory.rows.storage import STORAGE_DTYPES, LayerShape, stored_width
 from longmem.memory.rows.table import Table
@@ -64,7 +63,7 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
         "is_pinned": document.is_pinned,
         "segments": document.segments.to_json(),
         "written_at": document.written_at,
-        "has_source": document.source_or_reader is not None,
+        "has_source": document.source_or_stored is not None,
     }
     # Only what was said, so that a bank without dates is as it was before there were any.
     said = ((name, getattr(document, name)) for name in DATES)
@@ -72,8 +71,8 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
     catalogue.put(DOCUMENTS, (document.serial, json.dumps(content), b""))
     put_usage(catalogue, document)
     _put_spans(catalogue, document, chunk_size)
-    if isinstance(document.source_or_reader, Source):
-        _put_source(catalogue, document, document.source_or_reader, chunk_size, stored_tokens)
+    if document.source_or_stored is not None:
+        _put_source(catalogue, document, chunk_size, stored_tokens)
 
 
 def put_usage(catalogue: Catalogue, document: Document) -> None:
@@ -101,15 +100,16 @@ def _put_spans(catalogue: Catalogue, document: Document, chunk_size: int) -> Non
         start += run.num_chunks
 
 
-def _put_source(catalogue: Catalogue, document: Document, source: Source, chunk_size: int, stored_tokens: int) -> None:
+def _put_source(catalogue: Catalogue, document: Document, chunk_size: int, stored_tokens: int) -> None:
     resident = document.first_chunk(chunk_size) * chunk_size
     if resident:
         catalogue.remove(SOURCES, (document.serial,), below=catalogue.floor(SOURCES, document.serial, resident))
     start = max(stored_tokens, resident)
-    if start == document.num_tokens:
+    if start == document.num_tokens:  # else it is in memory: nothing is read inside a transaction of the catalogue
         return
-    part = source.part(start - resident, document.num_tokens - resident)
-    first_char = source.characters(start - resident, start - resident)[0] if source.has_text else 0
+    assert (source := document.newest_source) is not None
+    first = document.num_tokens - source.num_tokens
+    part, first_char = source.part(start - first, source.num_tokens), source.behind(start - first).first_char
     ends, text = (b"", b"") if part.char_ends is None or part.text is None else (_int32(part.char_ends), part.text)
     text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     row = (document.serial, start, len(part.token_ids), first_char, _int32(part.token_ids), ends, text)
@@ -120,7 +120,7 @@ def trim_source(catalogue: Catalogue, document: Document, chunk_size: int) -> No
     """Write the source of a document anew, without the tokens that were evicted."""
     if document.source is not None:
         catalogue.remove(SOURCES, (document.serial,))
-        _put_source(catalogue, document, document.source, chunk_size, 0)
+        _put_source(catalogue, document, chunk_size, 0)
 
 
 def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Source | None:
@@ -327,7 +327,7 @@ def _documents_of(
         about: tuple[Any, ...] = name, serial, num_tokens, tags[words], is_pinned, *dates, segments, *reads, written_at
         document = Document(*about + (NO_ROWS if num_chunks else IntQueue(),))
         if has_source:
-            document.source_or_reader = functools.partial(read_source_of, serial, num_dropped * chunk_size, num_tokens)
+            document.source_or_stored = StoredSource(read_source_of, serial, num_dropped * chunk_size, num_tokens)
         documents[serial] = document, end
     names = {document.document_id for document, _ in documents.values()}
     if len(names) < len(documents):

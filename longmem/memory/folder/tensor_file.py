@@ -1,9 +1,12 @@
 """Safetensors files that are written once, synced to the disk, mapped, and checked tensor by tensor."""
 
+import ctypes
 import hashlib
 import json
 import math
+import mmap
 import os
+import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +27,8 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+# The system's call that lets go of pages. Elsewhere they go when the system wants them.
+LET_GO = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 # The name, in the digests of a file, of everything before its first tensor.
 HEADER = ""
 LARGEST_HEADER = 2**20
@@ -126,11 +131,20 @@ class TensorFile:
         dtype, shape, _, _ = self._places[name]
         return torch.empty(num_pieces, *shape[2:], dtype=dtype)
 
-    def take(self, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."]) -> None:
-        """Copy the pieces of a tensor that its first two axes, counted as one, have at these places."""
+    def take(
+        self, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."], *, check: bool = False
+    ) -> None:
+        """Copy the pieces of a tensor that its first two axes, counted as one, have at these places; `check` as for `tensor`.
+
+        What is checked is read as a whole, so nothing of it stays in memory.
+        """
         if self._descriptor is None:
-            torch.index_select(self.tensor(name).flatten(0, 1), 0, places, out=into)
+            torch.index_select(self.tensor(name, check=check).flatten(0, 1), 0, places, out=into)
+            if check:
+                self._let_go(name)
             return
+        if check:
+            self.tensor(name, check=True)
         start, size = self._places[name][2], into[0].nbytes
         view = memoryview(into.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
         for number, place in enumerate(places.tolist()):
@@ -141,10 +155,18 @@ class TensorFile:
         self.distrust()
         for name in self._places:
             self.tensor(name, check=True)
+            self._let_go(name)
 
     def distrust(self) -> None:
         """Compare tensors with their digests again when they are next checked."""
         self._checked.clear()
+
+    def _let_go(self, name: str) -> None:
+        """Hold the pages of a mapped tensor no longer: they are the file's, and come back when they are touched."""
+        if self._descriptor is None and LET_GO is not None:
+            first, stop = (self._bytes.data_ptr() + place for place in self._places[name][2:])
+            first -= first % mmap.PAGESIZE
+            LET_GO(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED)
 
     def _read(self, view: memoryview, start: int) -> None:
         assert self._descriptor is not None

@@ -145,7 +145,7 @@ class Refresher:
         found: Targets = []
         with self.table.lock:
             for document in self.table.ledger.documents.values():
-                if document.source_or_reader is None:
+                if document.source_or_stored is None:
                     continue
                 mixed = self._mixed(document)
                 segments = [

@@ -208,7 +208,7 @@ def document_report(
     lags = encoders.lags()
     is_stale = ~fresh[versions]
     ages = sum(run.num_chunks * (now - run.written_at) for run in document.runs)
-    has_ids = document.source_or_reader is not None
+    has_ids = document.source_or_stored is not None
     return DocumentStaleness(
         document_id=document.document_id,
         entries=len(rows),

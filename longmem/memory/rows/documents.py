@@ -40,6 +40,7 @@ class DocumentInfo:
         return self.num_tokens - self.first_resident_token
 
 
+LONG = 2**18  # tokens; the source of a longer document is read from a folder in parts, and let go of once it is there
 # What a summary takes from a document as it is.
 COUNTED = ("num_chunks", "num_waiting_tokens", "first_resident_token")
 KEPT_AND_SHOWN = [each.name for each in fields(DocumentInfo) if each.name not in COUNTED]
@@ -156,6 +157,7 @@ class Source:
     def __init__(self, has_text: bool, first_char: int = 0) -> None:
         self.has_text = has_text
         self.first_char = first_char
+        self.is_asked_for = False  # then it stays in memory
         # As narrow as they can be: of a long text these are 12 or 16 bytes a token, not 32.
         self._ids, self._ends = IntQueue(dtype=torch.int32), IntQueue(dtype=torch.int32)
         self._text = IntQueue(dtype=torch.uint8)
@@ -199,6 +201,10 @@ class Source:
             self._ends.cut(num_tokens)
             self._text.cut(int(self._ends.values[-1]) - self.first_char if num_tokens else 0)
 
+    def behind(self, num_tokens: int) -> "Source":
+        """Return an empty source that goes on behind the first `num_tokens` tokens that are left."""
+        return Source(self.has_text, self.characters(num_tokens, num_tokens)[0] if self.has_text else 0)
+
     def part(self, start: int, stop: int) -> SourcePart:
         """Return the source of some of the tokens that are left, counted from the first of them."""
         ids = self.ids_of(start, stop)
@@ -218,6 +224,47 @@ class Source:
         if points.dtype is torch.uint8:
             return points.numpy().tobytes().decode("latin-1")
         return points.int().numpy().tobytes().decode("utf-32-le", "surrogatepass")
+
+
+class StoredSource:
+    """The source of tokens `start` to `stop` of a document, which a folder holds, and of those that were written since.
+
+    `read` returns what the folder holds of some tokens, given the document's serial and their range.
+    """
+
+    __slots__ = ("_fresh", "_read", "_serial", "_start", "_stop")
+
+    def __init__(self, read: Callable[[int, int, int], Source | None], serial: int, start: int, stop: int) -> None:
+        self._read, self._serial, self._start, self._stop = read, serial, start, stop
+        self._fresh: Source | None = None
+
+    @property
+    def is_long(self) -> bool:
+        return self._stop - self._start > LONG
+
+    @property
+    def fresh(self) -> Source | None:
+        """Return the source of the tokens that were written since; None where that of those before them is not there."""
+        if self._fresh is None and (last := self._read(self._serial, self._stop - 1, self._stop)) is not None:
+            self._fresh = last.behind(last.num_tokens)
+        return self._fresh
+
+    def of(self, start: int, stop: int) -> Source | None:
+        """Return the source of some tokens, counted in the document; None if it is not all there."""
+        known, end = self._fresh, self._stop
+        is_fresh = known is not None and start >= end
+        found = known.behind(start - end) if is_fresh else self._read(self._serial, start, min(stop, end))
+        if found is not None and known is not None and stop > end:
+            found.push(known.part(max(start - end, 0), stop - end))
+        return found
+
+    def whole(self, stop: int) -> Source | None:
+        """Return the source of all tokens up to `stop`, the last of the document."""
+        return self.of(self._start, stop)
+
+    def stored(self, stop: int) -> None:
+        """Hold no longer what is now in the folder, up to the last token."""
+        self._fresh, self._stop = self._fresh and self._fresh.behind(self._fresh.num_tokens), stop
 
 
 @dataclass(eq=False, slots=True)
@@ -256,16 +303,42 @@ class Document:
     rows: IntQueue = field(default_factory=IntQueue)
     # Oldest first; a list, because an empty deque takes more room than the rest of a document.
     runs: list[Run] = field(default_factory=list)
-    # Source of the resident tokens; None where the writer gave none. A bank on disk puts a function here that reads it when
-    # it is needed.
-    source_or_reader: Source | Callable[[], Source | None] | None = None
+    # Source of the resident tokens; None where the writer gave none.
+    source_or_stored: Source | StoredSource | None = None
 
     @property
     def source(self) -> Source | None:
-        """Return the source of the resident tokens, None if the writer gave none."""
-        if callable(self.source_or_reader):
-            self.source_or_reader = self.source_or_reader()
-        return self.source_or_reader
+        """Return the source of the resident tokens, None if the writer gave none; from now on it stays in memory."""
+        if isinstance(self.source_or_stored, StoredSource):
+            self.source_or_stored = self.source_or_stored.whole(self.num_tokens)
+        if self.source_or_stored is not None:
+            self.source_or_stored.is_asked_for = True
+        return self.source_or_stored
+
+    @property
+    def newest_source(self) -> Source | None:
+        """Return the source of the newest tokens, as far as it is in memory: perhaps of none; None if the writer gave none."""
+        held = self.source_or_stored
+        return held.fresh if isinstance(held, StoredSource) else held
+
+    def source_of(self, start: int, stop: int) -> SourcePart | None:
+        """Return the source of some resident tokens, counted in the document; a folder is not asked for more if it is long."""
+        held = self.source_or_stored
+        if isinstance(held, StoredSource) and held.is_long:
+            first = min(start, self.num_tokens - 1)  # of no tokens, too, the text is known by that of one
+            found = held.of(first, max(stop, first + 1))
+        else:
+            found = held if isinstance(held, Source) else self.source
+            first = self.num_tokens - found.num_tokens if found else 0
+        return None if found is None else found.part(start - first, stop - first)
+
+    def source_is_stored(self, read: Callable[[int, int, int], Source | None]) -> None:
+        """Let go of a long source that nobody has asked for: a folder now holds all of it; `read` as for `StoredSource`."""
+        held = self.source_or_stored
+        if isinstance(held, Source) and held.num_tokens > LONG and not held.is_asked_for:
+            self.source_or_stored = StoredSource(read, self.serial, self.num_tokens - held.num_tokens, self.num_tokens)
+        elif isinstance(held, StoredSource):
+            held.stored(self.num_tokens)
 
     @property
     def date(self) -> float:
@@ -282,10 +355,10 @@ class Document:
 
     def push_source(self, part: SourcePart) -> None:
         """Add the source of new tokens."""
-        if self.source_or_reader is None:
-            self.source_or_reader = Source(has_text=part.text is not None)
-        assert self.source is not None
-        self.source.push(part)
+        if self.source_or_stored is None:
+            self.source_or_stored = Source(has_text=part.text is not None)
+        assert self.newest_source is not None
+        self.newest_source.push(part)
 
     def info(self, chunk_size: int) -> DocumentInfo:
         counted = len(self.rows), self.num_tokens % chunk_size, self.first_chunk(chunk_size) * chunk_size

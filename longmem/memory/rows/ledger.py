@@ -131,7 +131,7 @@ class Ledger:
         self.num_pinned_rows += len(rows) * document.is_pinned
         self.num_rows = max(self.num_rows, int(rows.max()) + 1)
         if self.num_rows > self._table.shape[1]:
-            table = torch.zeros(5, 2 * self.num_rows, dtype=torch.int64)
+            table = torch.empty(5, 2 * self.num_rows, dtype=torch.int64)  # what is not used yet takes no memory
             table[:, : self._table.shape[1]] = self._table
             self._table = table
         positions = torch.arange(start, start + len(rows))

@@ -340,10 +340,10 @@ class Table:
         target.encoders = self.encoders.copy()
         twins: dict[int, Document] = {}
         for document in self.ledger.documents.values():
-            twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=[], source_or_reader=None)
+            twin = dataclasses.replace(document, serial=-1, rows=IntQueue(), runs=[], source_or_stored=None)
             twin.segments = document.segments.copy()
             if document.source is not None:  # characters go on to be counted from the start of the document
-                twin.source_or_reader = Source(document.source.has_text, document.source.first_char)
+                twin.source_or_stored = Source(document.source.has_text, document.source.first_char)
                 twin.push_source(document.source.part(0, document.source.num_tokens))
             target.ledger.open(twin)
             twins[document.serial] = twin
