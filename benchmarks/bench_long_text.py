@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -69,17 +69,20 @@ def committed(bank: Path) -> int:
         return int(opened.num_tokens)
 
 
+def most_resident(pid: int) -> int:
+    """Return the bytes that a process has held at most so far (VmHWM, which Linux counts); 0 when it has ended."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
 def run(command: list[str], bank: Path, kill_at: float | None) -> dict[str, Any]:
     """Run `longmem memorize`, up to so many committed tokens or to its end; return seconds, peak memory and tokens."""
     start, at_first, before = time.perf_counter(), None, committed(bank)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watched, peak, tokens, looked = psutil.Process(process.pid), 0, before, 0.0
+    peak, tokens, looked = 0, before, 0.0
     while process.poll() is None:
         time.sleep(LOOK_EVERY)
-        try:
-            peak = max(peak, watched.memory_info().rss)
-        except psutil.NoSuchProcess:
-            break
+        peak = max(peak, most_resident(process.pid))
         if at_first is None or (kill_at is not None and time.perf_counter() - looked > 10 * LOOK_EVERY):
             looked, tokens = time.perf_counter(), committed(bank)
             if at_first is None and tokens > before:

@@ -129,10 +129,10 @@ def test_a_source_is_the_sum_of_its_parts():
     again = Source(has_text=True)
     for start, stop in ((0, 1), (1, 6), (6, 8)):
         again.push(source.part(start, stop))
-    assert again.text == source.text
+    assert again.characters(0, 8) == source.characters(0, 8)
     assert [again.characters(i, i + 1) for i in range(8)] == [source.characters(i, i + 1) for i in range(8)]
     again.shorten(5)
-    assert (again.text, again.token_ids.tolist()) == ("".join(WORDS[:5]), [0, 1, 2, 3, 4])
+    assert (again.characters(0, 5)[2], again.ids_of(0, 9).tolist()) == ("".join(WORDS[:5]), [0, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_a_source_is_as_narrow_as_its_text(later, width):
     source, text = Source(has_text=True), "a long text" + later
     for part in ("a long ", "text" + later):
         source.push(SourcePart(torch.tensor([5]), part, torch.tensor([len(part)])))
-    assert source.text == text
+    assert source.characters(0, 2) == (0, len(text), text)
     assert source.characters(1, 2) == (7, len(text), text[7:])
-    assert source.token_ids.dtype == source.part(0, 2).char_ends.dtype == torch.int64
+    assert source.ids_of(0, 2).dtype == source.part(0, 2).char_ends.dtype == torch.int64
     assert source._text.values.dtype.itemsize == width
     assert source._ids.values.dtype == source._ends.values.dtype == torch.int32
 
@@ -153,6 +153,6 @@ def test_characters_beyond_four_bytes_are_counted():
     source = Source(has_text=True, first_char=2**31 - 3)
     source.push(SourcePart(torch.tensor([5, 2**40]), "abcd", torch.tensor([2, 4])))
     assert source.characters(1, 2) == (2**31 - 1, 2**31 + 1, "cd")
-    ids = source.token_ids
+    ids = source.ids_of(0, 2)
     ids += 1  # the caller's own
-    assert source.token_ids.tolist() == [5, 2**40]
+    assert source.ids_of(0, 2).tolist() == [5, 2**40]

@@ -182,7 +182,7 @@ class DiskStorage:
         """Write the chunks of these rows anew, to other slots; return the first of them."""
         layers = self.select(rows)
         self.drop(rows)
-        return self._append(rows, layers)
+        return self._append(rows, layers, copy=False)
 
     def drop(self, rows: Int[Tensor, " rows"]) -> None:
         self.num_changes += 1
@@ -295,9 +295,10 @@ class DiskStorage:
         written = []
         if num_live:
             tensors = {
-                f"{position}.{name}": torch.cat([segment.tensor(position, name) for segment in waiting], dim=1)
+                f"{position}.{name}": torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
                 for position in range(len(self.shapes))
                 for name in Chunks._fields
+                for parts in [[segment.tensor(position, name) for segment in waiting]]
             }
             assert self._place is not None
             name = self._place.new_name(f"segment-{first_slot:012d}", ".safetensors")
@@ -318,7 +319,7 @@ class DiskStorage:
             file.verify()
         return [file.path for file in files]
 
-    def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks]) -> int:
+    def _append(self, rows: Int[Tensor, " chunks"], layers: Sequence[Chunks], copy: bool = True) -> int:
         self.num_changes += 1
         was_torn, self.is_torn = self.is_torn, True
         num_bytes = sum(tensor.nbytes for layer in layers for tensor in layer)
@@ -329,7 +330,7 @@ class DiskStorage:
                 raise not_written(self.folder.parent, error) from error
         first_slot = self.next_slot
         # Copies: what the caller goes on to change, or a view of a whole document, must not be what waits.
-        waiting = [Chunks(*(tensor.to("cpu", copy=True) for tensor in layer)) for layer in layers]
+        waiting = [Chunks(*(tensor.to("cpu", copy=copy) for tensor in layer)) for layer in layers]
         self.segments.append(Segment(first_slot, len(rows), len(rows), waiting=waiting))
         self._waiting_bytes += num_bytes
         self.next_slot += len(rows)

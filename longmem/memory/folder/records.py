@@ -128,7 +128,7 @@ def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Sourc
     rows = [row for row in rows if row[1] + row[2] > start and row[1] < stop]
     if sum(row[2] for row in rows) < stop - start or (rows and rows[0][1] > start):
         return None
-    source = Source(has_text=bool(rows) and bool(rows[0][5]), first_char=rows[0][3] if rows else 0)
+    source = Source(has_text=bool(rows) and bool(rows[0][5]), first_char=rows[0][3] if rows else 0, stays=True)
     for _, first_token, num_tokens, _, token_ids, char_ends, text in rows:
         ids, ends, words = _from_int32(token_ids), _from_int32(char_ends), text.decode("utf-8", "surrogatepass")
         goes_up = not len(ends) or (

@@ -146,25 +146,22 @@ class SourcePart:
 class Source:
     """The source of a document, empty at first: the tokens that are resident, and the text from which they came.
 
-    Characters are counted from the start of the document, also when its first tokens have been dropped.
+    Characters are counted from the start of the document, also when its first tokens have been dropped. `stays`: it was read
+    from a folder for somebody, and is not let go of again.
 
     >>> source = Source(has_text=True)
     >>> source.push(SourcePart(torch.tensor([7, 8]), "Call me", torch.tensor([4, 7])))
-    >>> source.drop(1); source.token_ids.tolist(), source.characters(0, 1)
+    >>> source.drop(1); source.ids_of(0, 1).tolist(), source.characters(0, 1)
     ([8], (4, 7, ' me'))
     """
 
-    def __init__(self, has_text: bool, first_char: int = 0) -> None:
+    def __init__(self, has_text: bool, first_char: int = 0, stays: bool = False) -> None:
         self.has_text = has_text
         self.first_char = first_char
-        self.is_asked_for = False  # then it stays in memory
+        self.stays = stays
         # As narrow as they can be: of a long text these are 12 or 16 bytes a token, not 32.
         self._ids, self._ends = IntQueue(dtype=torch.int32), IntQueue(dtype=torch.int32)
         self._text = IntQueue(dtype=torch.uint8)
-
-    @property
-    def token_ids(self) -> Int[Tensor, " tokens"]:
-        return self.ids_of(0, self.num_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -174,11 +171,6 @@ class Source:
     def ids_of(self, start: int, stop: int) -> Int[Tensor, " tokens"]:
         """Return a copy of the ids of some of the tokens that are left, counted from the first of them."""
         return self._ids.values[start:stop].to(torch.int64, copy=True)
-
-    @property
-    def text(self) -> str:
-        """Return the text of all tokens that are left."""
-        return self._string(self.first_char, self.first_char + len(self._text))
 
     def push(self, part: SourcePart) -> None:
         self._ids.push(part.token_ids)
@@ -232,39 +224,30 @@ class StoredSource:
     `read` returns what the folder holds of some tokens, given the document's serial and their range.
     """
 
-    __slots__ = ("_fresh", "_read", "_serial", "_start", "_stop")
+    __slots__ = ("_fresh", "_read", "_serial", "start", "stop")
 
     def __init__(self, read: Callable[[int, int, int], Source | None], serial: int, start: int, stop: int) -> None:
-        self._read, self._serial, self._start, self._stop = read, serial, start, stop
+        self._read, self._serial, self.start, self.stop = read, serial, start, stop
         self._fresh: Source | None = None
-
-    @property
-    def is_long(self) -> bool:
-        return self._stop - self._start > LONG
 
     @property
     def fresh(self) -> Source | None:
         """Return the source of the tokens that were written since; None where that of those before them is not there."""
-        if self._fresh is None and (last := self._read(self._serial, self._stop - 1, self._stop)) is not None:
+        if self._fresh is None and (last := self._read(self._serial, self.stop - 1, self.stop)) is not None:
             self._fresh = last.behind(last.num_tokens)
         return self._fresh
 
     def of(self, start: int, stop: int) -> Source | None:
         """Return the source of some tokens, counted in the document; None if it is not all there."""
-        known, end = self._fresh, self._stop
-        is_fresh = known is not None and start >= end
-        found = known.behind(start - end) if is_fresh else self._read(self._serial, start, min(stop, end))
-        if found is not None and known is not None and stop > end:
-            found.push(known.part(max(start - end, 0), stop - end))
+        fresh, end = self._fresh, self.stop
+        found = self._read(self._serial, start, min(stop, end)) if start < end else fresh and fresh.behind(start - end)
+        if found is not None and fresh is not None and stop > end:
+            found.push(fresh.part(max(start - end, 0), stop - end))
         return found
-
-    def whole(self, stop: int) -> Source | None:
-        """Return the source of all tokens up to `stop`, the last of the document."""
-        return self.of(self._start, stop)
 
     def stored(self, stop: int) -> None:
         """Hold no longer what is now in the folder, up to the last token."""
-        self._fresh, self._stop = self._fresh and self._fresh.behind(self._fresh.num_tokens), stop
+        self._fresh, self.stop = self._fresh and self._fresh.behind(self._fresh.num_tokens), stop
 
 
 @dataclass(eq=False, slots=True)
@@ -308,11 +291,9 @@ class Document:
 
     @property
     def source(self) -> Source | None:
-        """Return the source of the resident tokens, None if the writer gave none; from now on it stays in memory."""
+        """Return the source of the resident tokens, None if the writer gave none."""
         if isinstance(self.source_or_stored, StoredSource):
-            self.source_or_stored = self.source_or_stored.whole(self.num_tokens)
-        if self.source_or_stored is not None:
-            self.source_or_stored.is_asked_for = True
+            self.source_or_stored = self.source_or_stored.of(self.source_or_stored.start, self.num_tokens)
         return self.source_or_stored
 
     @property
@@ -321,21 +302,22 @@ class Document:
         held = self.source_or_stored
         return held.fresh if isinstance(held, StoredSource) else held
 
-    def source_of(self, start: int, stop: int) -> SourcePart | None:
-        """Return the source of some resident tokens, counted in the document; a folder is not asked for more if it is long."""
+    def source_at(self, start: int, stop: int) -> tuple[Source | None, int]:
+        """Return a source that has some resident tokens, counted in the document, and the first token of that source.
+
+        Of a long document in a folder no more than these is read, and nothing stays, unless all are asked for.
+        """
         held = self.source_or_stored
-        if isinstance(held, StoredSource) and held.is_long:
+        if isinstance(held, StoredSource) and LONG < self.num_tokens - held.start > stop - start:
             first = min(start, self.num_tokens - 1)  # of no tokens, too, the text is known by that of one
-            found = held.of(first, max(stop, first + 1))
-        else:
-            found = held if isinstance(held, Source) else self.source
-            first = self.num_tokens - found.num_tokens if found else 0
-        return None if found is None else found.part(start - first, stop - first)
+            return held.of(first, max(stop, first + 1)), first
+        source = self.source
+        return source, 0 if source is None else self.num_tokens - source.num_tokens
 
     def source_is_stored(self, read: Callable[[int, int, int], Source | None]) -> None:
         """Let go of a long source that nobody has asked for: a folder now holds all of it; `read` as for `StoredSource`."""
         held = self.source_or_stored
-        if isinstance(held, Source) and held.num_tokens > LONG and not held.is_asked_for:
+        if isinstance(held, Source) and held.num_tokens > LONG and not held.stays:
             self.source_or_stored = StoredSource(read, self.serial, self.num_tokens - held.num_tokens, self.num_tokens)
         elif isinstance(held, StoredSource):
             held.stored(self.num_tokens)
