@@ -430,10 +430,7 @@ class Catalogue:
             raise damaged(self.path, f"was changed after it was written (rows of {table.name})")
 
     def read_large(self, table: Table, *keys: int, between: tuple[int, int] = (0, LARGEST)) -> list[tuple[Any, ...]]:
-        """Return the rows that start with these keys, the next one being `between` two, in the order of their keys.
-
-        They come with their large columns.
-        """
+        """Return the rows that start with these keys, the next `between` two, with large columns, in the order of keys."""
         small, start = table.num_small, table.names[: len(keys) + 1]
         condition = " AND ".join([*(f"{name} = ?" for name in start[:-1]), f"{start[-1]} BETWEEN ? AND ?"])
         rows = self._connection.execute(f"SELECT * FROM {table.name} WHERE {condition}", (*keys, *between)).fetchall()

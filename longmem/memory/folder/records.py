@@ -136,9 +136,9 @@ def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Sourc
         )
         if len(ids) != num_tokens or len(ends) not in ((num_tokens,) if source.has_text else (0,)) or not goes_up:
             raise ValueError(f"the text and the ids of {num_tokens} tokens from {first_token} on do not fit")
-        source.push(SourcePart(ids, words, ends) if source.has_text else SourcePart(ids))
+        part = SourcePart(ids, words, ends) if source.has_text else SourcePart(ids)
+        source.push(part.part(0, min(stop - first_token, num_tokens)))
     source.drop(max(0, start - rows[0][1]) if rows else 0)
-    source.shorten(stop - start)
     return source
 
 

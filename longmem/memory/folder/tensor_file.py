@@ -27,8 +27,6 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-# The system's call that lets go of pages. Elsewhere they go when the system wants them.
-LET_GO = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 # The name, in the digests of a file, of everything before its first tensor.
 HEADER = ""
 LARGEST_HEADER = 2**20
@@ -134,17 +132,14 @@ class TensorFile:
     def take(
         self, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."], *, check: bool = False
     ) -> None:
-        """Copy the pieces of a tensor that its first two axes, counted as one, have at these places; `check` as for `tensor`.
-
-        What is checked is read as a whole, so nothing of it stays in memory.
-        """
+        """Copy the pieces of a tensor that its first two axes, as one, have at these places; what is `check`ed is let go of."""
+        if check and name not in self._checked:
+            self.tensor(name, check=True)
         if self._descriptor is None:
-            torch.index_select(self.tensor(name, check=check).flatten(0, 1), 0, places, out=into)
+            torch.index_select(self.tensor(name).flatten(0, 1), 0, places, out=into)
             if check:
                 self._let_go(name)
             return
-        if check:
-            self.tensor(name, check=True)
         start, size = self._places[name][2], into[0].nbytes
         view = memoryview(into.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
         for number, place in enumerate(places.tolist()):
@@ -163,10 +158,10 @@ class TensorFile:
 
     def _let_go(self, name: str) -> None:
         """Hold the pages of a mapped tensor no longer: they are the file's, and come back when they are touched."""
-        if self._descriptor is None and LET_GO is not None:
+        if self._descriptor is None and sys.platform == "linux":  # elsewhere they go when the system wants them
             first, stop = (self._bytes.data_ptr() + place for place in self._places[name][2:])
             first -= first % mmap.PAGESIZE
-            LET_GO(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_DONTNEED)
 
     def _read(self, view: memoryview, start: int) -> None:
         assert self._descriptor is not None

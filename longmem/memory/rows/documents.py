@@ -1,10 +1,10 @@
 """What a bank knows about one document: its rows, its source text, its tags and how often it was read."""
 
+import bisect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
@@ -50,14 +50,12 @@ class IntQueue:
     """A queue of integers in one tensor; pushing and popping cost O(what is pushed or popped), amortised.
 
     Consecutive integers (`of_range`), and none, become a tensor when somebody looks: most are never looked at. One that begins
-    with a narrow dtype gets the next wider of `DTYPES` when a value asks for it.
+    with int32 becomes one of int64 when a value asks for it; values are at least 0 then.
 
-    >>> queue = IntQueue(dtype=torch.uint8)
-    >>> queue.push(torch.tensor([1, 2, 300])); queue.pop(2), queue.values
-    (tensor([1, 2], dtype=torch.int16), tensor([300], dtype=torch.int16))
+    >>> queue = IntQueue(dtype=torch.int32)
+    >>> queue.push(torch.tensor([1, 2, 3])); queue.pop(2), queue.values
+    (tensor([1, 2], dtype=torch.int32), tensor([3], dtype=torch.int32))
     """
-
-    DTYPES = torch.uint8, torch.int16, torch.int32, torch.int64
 
     __slots__ = ("_held", "_start", "_stop")
 
@@ -91,10 +89,8 @@ class IntQueue:
 
     def push(self, values: Integer[Tensor, " values"]) -> None:
         dtype = self._data.dtype
-        if dtype is not torch.int64 and len(values):
-            least, most = (int(each) for each in values.aminmax())
-            as_wide = self.DTYPES[self.DTYPES.index(dtype) :]
-            dtype = next(each for each in as_wide if torch.iinfo(each).min <= least and most <= torch.iinfo(each).max)
+        if dtype is torch.int32 and len(values) and int(values.max()) >= 2**31:
+            dtype = torch.int64
         if dtype is not self._data.dtype or self._stop + len(values) > len(self._data):
             data = torch.empty(2 * (len(self) + len(values)), dtype=dtype)
             data[: len(self)] = self.values
@@ -110,15 +106,6 @@ class IntQueue:
 
     def cut(self, count: int) -> None:
         self._stop = min(self._stop, self._start + count)
-
-
-def code_points(text: str) -> Int[Tensor, " characters"]:
-    """Return the code point of each character, as int32.
-
-    >>> code_points("né")
-    tensor([110, 233], dtype=torch.int32)
-    """
-    return torch.from_numpy(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32).copy())
 
 
 @dataclass(frozen=True)
@@ -159,9 +146,12 @@ class Source:
         self.has_text = has_text
         self.first_char = first_char
         self.stays = stays
-        # As narrow as they can be: of a long text these are 12 or 16 bytes a token, not 32.
+        # As narrow as they can be: with four characters a token these are 12 bytes, not 20.
         self._ids, self._ends = IntQueue(dtype=torch.int32), IntQueue(dtype=torch.int32)
-        self._text = IntQueue(dtype=torch.uint8)
+        # The text as it came, where each part of it begins, and where the next one will.
+        self._parts: list[str] = []
+        self._starts: list[int] = []
+        self._end = first_char
 
     @property
     def num_tokens(self) -> int:
@@ -175,23 +165,18 @@ class Source:
     def push(self, part: SourcePart) -> None:
         self._ids.push(part.token_ids)
         if part.text is not None and part.char_ends is not None:
-            self._ends.push(part.char_ends + self.first_char + len(self._text))
-            self._text.push(code_points(part.text))
+            self._ends.push(part.char_ends + self._end)
+            self._parts.append(part.text)
+            self._starts.append(self._end)
+            self._end += len(part.text)
 
     def drop(self, num_tokens: int) -> None:
         """Forget the oldest tokens, and their text."""
         self._ids.pop(num_tokens)
         if self.has_text and num_tokens:
-            stop = int(self._ends.pop(num_tokens)[-1])
-            self._text.pop(max(0, stop - self.first_char))
-            self.first_char = max(stop, self.first_char)
-
-    def shorten(self, num_tokens: int) -> None:
-        """Forget what follows the first `num_tokens` tokens."""
-        self._ids.cut(num_tokens)
-        if self.has_text:
-            self._ends.cut(num_tokens)
-            self._text.cut(int(self._ends.values[-1]) - self.first_char if num_tokens else 0)
+            self.first_char = max(int(self._ends.pop(num_tokens)[-1]), self.first_char)
+            gone = max(bisect.bisect_right(self._starts, self.first_char) - 1, 0)
+            del self._parts[:gone], self._starts[:gone]
 
     def behind(self, num_tokens: int) -> "Source":
         """Return an empty source that goes on behind the first `num_tokens` tokens that are left."""
@@ -209,13 +194,11 @@ class Source:
         """Return the first character of some tokens, the one after the last, and the text between them."""
         first = int(self._ends.values[start - 1]) if start else self.first_char
         last = int(self._ends.values[stop - 1]) if stop > start else first
-        return first, last, self._string(first, last)
-
-    def _string(self, first: int, last: int) -> str:
-        points = self._text.values[first - self.first_char : last - self.first_char]
-        if points.dtype is torch.uint8:
-            return points.numpy().tobytes().decode("latin-1")
-        return points.int().numpy().tobytes().decode("utf-32-le", "surrogatepass")
+        if first >= last:
+            return first, last, ""
+        low = bisect.bisect_right(self._starts, first) - 1
+        text = "".join(self._parts[low : bisect.bisect_left(self._starts, last)])
+        return first, last, text[first - self._starts[low] : last - self._starts[low]]
 
 
 class StoredSource:
