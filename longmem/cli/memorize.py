@@ -44,7 +44,6 @@ UPDATE_EXAMPLES = """\
 Windows of the text whose tokens stood in the version before are copied and not encoded. Tags, pin and dates stay.
 """
 PIECE = 100_000  # characters of a long text that are tokenised, encoded and committed together
-COMPARED = 2**18  # tokens of a document whose text is compared at once
 # What is chosen when a bank is made, by the arguments of `MemoryBank`.
 OPTIONS_OF_A_NEW_BANK = ("capacity_tokens", "index", "eviction", "storage_dtype", "refresh")
 
@@ -78,7 +77,7 @@ def add_memorize(to: Any, name: str) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="texts, documents (.pdf, ...), exports, folders of them, or - to read",
+        help="texts, documents (.pdf, ...), exports, folders, or - to read",
     )
     command.add_argument(
         "--glob", metavar="PATTERN", help='which files of folders, such as "*.md"; default: those of text'
@@ -86,10 +85,7 @@ def add_memorize(to: Any, name: str) -> None:
     command.add_argument("--id", metavar="NAME", help="name of the document (one FILE only); default: the file's name")
     command.add_argument("--replace", action="store_true", help="replace documents that are there under that name")
     command.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="encoding workers of ray://NAME; default: one for each GPU, or each node",
+        "--workers", type=int, metavar="N", help="encoding workers of ray://NAME; default: one a GPU, or a node"
     )
     new = command.add_argument_group("options of a new bank")
     new.add_argument("--capacity", dest="capacity_tokens", type=int, metavar="TOKENS", help="default: no limit")
@@ -288,8 +284,8 @@ def pieces_of(text: str, start: int = 0) -> Iterator[tuple[int, int]]:
 def start_of(bank: MemoryBank, text: Text) -> int:
     """Return the characters of a text that the bank holds, where these are its start: a run was stopped, or the text grew."""
     known, info = 0, bank.info(text.name) if text.name in bank else None
-    for start in range(0, 0 if info is None or info.first_resident_token else info.num_tokens, COMPARED):
-        part = bank.text(text.name, start, start + COMPARED) or ""
+    for start in range(0, 0 if info is None or info.first_resident_token else info.num_tokens, PIECE):
+        part = bank.text(text.name, start, start + PIECE) or ""
         if not text.text.startswith(part, known):
             return 0
         known += len(part)

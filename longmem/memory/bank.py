@@ -28,7 +28,7 @@ from longmem.memory.index import validate_index
 from longmem.memory.memorize import memorize
 from longmem.memory.protocols import EncodingModel, Found
 from longmem.memory.reader import BankView
-from longmem.memory.rows.documents import Document, DocumentInfo, Source, SourcePart
+from longmem.memory.rows.documents import Document, DocumentInfo, SourcePart
 from longmem.memory.rows.ledger import ChunkPlace
 from longmem.memory.rows.segments import Joins, Segment
 from longmem.memory.rows.storage import (
@@ -571,13 +571,13 @@ class MemoryBank:
     def token_ids(self, document_id: str, start: int | None = None) -> Int[Tensor, " tokens"] | None:
         """Return the ids of resident tokens, or of those from token `start` on; None if none were given."""
         with self._table.lock:
-            source, low, high = self._source(document_id, start, None)
+            source, low, high = self._document("document_id", document_id).source_of(start, None, self.chunk_size)
             return None if source is None else source.ids_of(low, high)
 
     def text(self, document_id: str, start: int | None = None, stop: int | None = None) -> str | None:
         """Return the text of resident tokens, or of those from token `start` to `stop`; None if none was given."""
         with self._table.lock:
-            source, low, high = self._source(document_id, start, stop)
+            source, low, high = self._document("document_id", document_id).source_of(start, stop, self.chunk_size)
             return None if source is None or not source.has_text else source.characters(low, high)[2]
 
     def parts(self) -> list[tuple[TextBank, list[str]]]:
@@ -875,14 +875,6 @@ class MemoryBank:
         self._table.drop_expired()
         checks.validate_known(argument, document_id, self._table.ledger.documents)
         return self._table.ledger.documents[document_id]
-
-    def _source(self, document_id: str, start: int | None, stop: int | None) -> tuple[Source | None, int, int]:
-        """Return a source that has those resident tokens that are from `start` to `stop`, and which of its own they are."""
-        document = self._document("document_id", document_id)
-        first, end = document.first_chunk(self.chunk_size) * self.chunk_size, document.num_tokens
-        low, high = (min(max(each, first), end) for each in (start or 0, end if stop is None else stop))
-        source, first = document.source_at(low, max(low, high))
-        return source, low - first, max(low, high) - first
 
     def _refuse_rows(self, rows: Tensor, kv_heads: int | None = None) -> None:
         if kv_heads is not None and (rows.ndim != 2 or len(rows) != kv_heads):

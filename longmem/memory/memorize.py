@@ -46,11 +46,7 @@ def to_token_ids(model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor
 
 
 def encodable(
-    model: EncodingModel,
-    text_or_ids: str | Sequence[int] | Tensor,
-    *,
-    is_piece: bool = False,
-    continues: bool = False,
+    model: EncodingModel, text_or_ids: str | Sequence[int] | Tensor, *, is_piece: bool = False, continues: bool = False
 ) -> SourcePart:
     """Return token ids of a text, with their places in it where the tokenizer says them, or the given ids.
 

@@ -70,9 +70,7 @@ class BankFolder:
         self.mapped = mapped
         self._place: Place | None = None
         self._broken: str | None = None  # why this object refuses everything
-        # What the catalogue holds: names of segments by first slot, tokens of each document whose source is there.
-        self._segments: dict[int, str] = {}
-        self._source_tokens: dict[int, int] = {}
+        self._segments: dict[int, str] = {}  # names that the catalogue holds, by first slot
         try:
             is_there = has_bank(self.path)
             if write and (create is not None or is_there):
@@ -211,7 +209,6 @@ class BankFolder:
         self._segments = {row[0]: row[2] for row in rows["segments"]}
         with said_by(self.catalogue.path):
             records.restore(contents, content, segments, rows, self._read_source)
-        self._source_tokens = {document.serial: document.num_tokens for document in contents.ledger.documents.values()}
         self.indexes.restore(rows["indexes"])
         contents.find_saved = functools.partial(self.indexes.read, storage_of(contents), tokens_of_a_row(contents))
         if self.is_here:
@@ -315,13 +312,11 @@ class BankFolder:
         with self._next_commit():
             for table in TABLES if replace else ():
                 self.catalogue.remove(table, ())
-            source_tokens = {} if replace else self._source_tokens
             for serial in sorted(ledger.changed):
                 if (document := ledger.by_serial.get(serial)) is None:
                     records.remove_document(self.catalogue, serial)
                 else:
-                    written = source_tokens.get(serial, 0)
-                    records.put_document(self.catalogue, document, contents.chunk_size, written)
+                    records.put_document(self.catalogue, document, contents.chunk_size)
             for serial in sorted(ledger.read - ledger.changed):
                 if serial in ledger.by_serial:
                     records.put_usage(self.catalogue, ledger.by_serial[serial])
@@ -344,14 +339,10 @@ class BankFolder:
             }
         # From here on the commit counts, and nothing below may undo it.
         if replace:
-            self._source_tokens.clear()
             self.indexes.clear()
         for serial in ledger.changed:
             if (document := ledger.by_serial.get(serial)) is not None:
-                self._source_tokens[serial] = document.num_tokens
                 document.source_is_stored(self._read_source)
-            else:
-                self._source_tokens.pop(serial, None)
         ledger.changed.clear()
         ledger.read.clear()
         gone = set(self._segments.values()) - {file.path.name for file in stored.values()}

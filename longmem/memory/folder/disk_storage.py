@@ -73,7 +73,7 @@ class Segment:
     ) -> None:
         """Copy what the heads and slots of one tensor, counted as one axis, hold at these places."""
         if self.file is not None:
-            self.file.take(f"{position}.{name}", places, into, check=check)
+            self.file.take(f"{position}.{name}", places, into, check)
         else:
             torch.index_select(self.tensor(position, name).flatten(0, 1), 0, places, out=into)
 

@@ -54,8 +54,8 @@ def fixed(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in CHANGEABLE}
 
 
-def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stored_tokens: int) -> None:
-    """Write all that changed of a document; the source of its first `stored_tokens` tokens is there already."""
+def put_document(catalogue: Catalogue, document: Document, chunk_size: int) -> None:
+    """Write all that changed of a document."""
     content = {
         "document_id": document.document_id,
         "num_tokens": document.num_tokens,
@@ -71,8 +71,7 @@ def put_document(catalogue: Catalogue, document: Document, chunk_size: int, stor
     catalogue.put(DOCUMENTS, (document.serial, json.dumps(content), b""))
     put_usage(catalogue, document)
     _put_spans(catalogue, document, chunk_size)
-    if document.source_or_stored is not None:
-        _put_source(catalogue, document, chunk_size, stored_tokens)
+    _put_source(catalogue, document, chunk_size)
 
 
 def put_usage(catalogue: Catalogue, document: Document) -> None:
@@ -100,11 +99,13 @@ def _put_spans(catalogue: Catalogue, document: Document, chunk_size: int) -> Non
         start += run.num_chunks
 
 
-def _put_source(catalogue: Catalogue, document: Document, chunk_size: int, stored_tokens: int) -> None:
+def _put_source(catalogue: Catalogue, document: Document, chunk_size: int) -> None:
+    if (held := document.source_or_stored) is None:
+        return
     resident = document.first_chunk(chunk_size) * chunk_size
     if resident:
         catalogue.remove(SOURCES, (document.serial,), below=catalogue.floor(SOURCES, document.serial, resident))
-    start = max(stored_tokens, resident)
+    start = max(held.stored_to, resident)
     if start == document.num_tokens:  # else it is in memory: nothing is read inside a transaction of the catalogue
         return
     assert (source := document.newest_source) is not None
@@ -118,9 +119,11 @@ def _put_source(catalogue: Catalogue, document: Document, chunk_size: int, store
 
 def trim_source(catalogue: Catalogue, document: Document, chunk_size: int) -> None:
     """Write the source of a document anew, without the tokens that were evicted."""
-    if document.source is not None:
+    if (source := document.source) is not None:
         catalogue.remove(SOURCES, (document.serial,))
-        _put_source(catalogue, document, chunk_size, 0)
+        source.stored_to = 0
+        _put_source(catalogue, document, chunk_size)
+        source.stored_to = document.num_tokens
 
 
 def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Source | None:
@@ -128,12 +131,10 @@ def read_source(rows: Sequence[tuple[Any, ...]], start: int, stop: int) -> Sourc
     rows = [row for row in rows if row[1] + row[2] > start and row[1] < stop]
     if sum(row[2] for row in rows) < stop - start or (rows and rows[0][1] > start):
         return None
-    source = Source(has_text=bool(rows) and bool(rows[0][5]), first_char=rows[0][3] if rows else 0, stays=True)
+    source = Source(has_text=bool(rows) and bool(rows[0][5]), first_char=rows[0][3] if rows else 0, read_to=stop)
     for _, first_token, num_tokens, _, token_ids, char_ends, text in rows:
         ids, ends, words = _from_int32(token_ids), _from_int32(char_ends), text.decode("utf-8", "surrogatepass")
-        goes_up = not len(ends) or (
-            int(ends[0]) >= 0 and int(ends[-1]) <= len(words) and bool((ends.diff() >= 0).all())
-        )
+        goes_up = not len(ends) or bool(ends[0] >= 0 and ends[-1] <= len(words) and (ends.diff() >= 0).all())
         if len(ids) != num_tokens or len(ends) not in ((num_tokens,) if source.has_text else (0,)) or not goes_up:
             raise ValueError(f"the text and the ids of {num_tokens} tokens from {first_token} on do not fit")
         part = SourcePart(ids, words, ends) if source.has_text else SourcePart(ids)

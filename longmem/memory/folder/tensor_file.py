@@ -129,9 +129,7 @@ class TensorFile:
         dtype, shape, _, _ = self._places[name]
         return torch.empty(num_pieces, *shape[2:], dtype=dtype)
 
-    def take(
-        self, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."], *, check: bool = False
-    ) -> None:
+    def take(self, name: str, places: Int[Tensor, " pieces"], into: Shaped[Tensor, "pieces ..."], check: bool) -> None:
         """Copy the pieces of a tensor that its first two axes, as one, have at these places; what is `check`ed is let go of."""
         if check and name not in self._checked:
             self.tensor(name, check=True)

@@ -59,12 +59,9 @@ class IntQueue:
 
     __slots__ = ("_held", "_start", "_stop")
 
-    def __init__(self, values: Integer[Tensor, " values"] | None = None, dtype: torch.dtype = torch.int64) -> None:
-        if values is None:
-            self._held: Tensor | range = range(0) if dtype is torch.int64 else torch.empty(0, dtype=dtype)
-        else:
-            self._held = values
-        self._start, self._stop = 0, len(self._held)
+    def __init__(self, dtype: torch.dtype = torch.int64) -> None:
+        self._held: Tensor | range = range(0) if dtype is torch.int64 else torch.empty(0, dtype=dtype)
+        self._start = self._stop = 0
 
     @classmethod
     def of_range(cls, values: range) -> "IntQueue":
@@ -133,8 +130,8 @@ class SourcePart:
 class Source:
     """The source of a document, empty at first: the tokens that are resident, and the text from which they came.
 
-    Characters are counted from the start of the document, also when its first tokens have been dropped. `stays`: it was read
-    from a folder for somebody, and is not let go of again.
+    Characters are counted from the start of the document, also when its first tokens have been dropped. A folder holds it up to
+    token `stored_to`; what was read from there (`read_to`), for somebody, stays in memory.
 
     >>> source = Source(has_text=True)
     >>> source.push(SourcePart(torch.tensor([7, 8]), "Call me", torch.tensor([4, 7])))
@@ -142,10 +139,10 @@ class Source:
     ([8], (4, 7, ' me'))
     """
 
-    def __init__(self, has_text: bool, first_char: int = 0, stays: bool = False) -> None:
+    def __init__(self, has_text: bool, first_char: int = 0, read_to: int = 0) -> None:
         self.has_text = has_text
         self.first_char = first_char
-        self.stays = stays
+        self.stored_to, self.stays = read_to, read_to > 0
         # As narrow as they can be: with four characters a token these are 12 bytes, not 20.
         self._ids, self._ends = IntQueue(dtype=torch.int32), IntQueue(dtype=torch.int32)
         # The text as it came, where each part of it begins, and where the next one will.
@@ -202,27 +199,27 @@ class Source:
 
 
 class StoredSource:
-    """The source of tokens `start` to `stop` of a document, which a folder holds, and of those that were written since.
+    """The source of tokens `start` to `stored_to` of a document, which a folder holds, and of those that were written since.
 
     `read` returns what the folder holds of some tokens, given the document's serial and their range.
     """
 
-    __slots__ = ("_fresh", "_read", "_serial", "start", "stop")
+    __slots__ = ("_fresh", "_read", "_serial", "start", "stored_to")
 
-    def __init__(self, read: Callable[[int, int, int], Source | None], serial: int, start: int, stop: int) -> None:
-        self._read, self._serial, self.start, self.stop = read, serial, start, stop
+    def __init__(self, read: Callable[[int, int, int], Source | None], serial: int, start: int, stored_to: int) -> None:
+        self._read, self._serial, self.start, self.stored_to = read, serial, start, stored_to
         self._fresh: Source | None = None
 
     @property
     def fresh(self) -> Source | None:
         """Return the source of the tokens that were written since; None where that of those before them is not there."""
-        if self._fresh is None and (last := self._read(self._serial, self.stop - 1, self.stop)) is not None:
+        if self._fresh is None and (last := self._read(self._serial, self.stored_to - 1, self.stored_to)) is not None:
             self._fresh = last.behind(last.num_tokens)
         return self._fresh
 
     def of(self, start: int, stop: int) -> Source | None:
         """Return the source of some tokens, counted in the document; None if it is not all there."""
-        fresh, end = self._fresh, self.stop
+        fresh, end = self._fresh, self.stored_to
         found = self._read(self._serial, start, min(stop, end)) if start < end else fresh and fresh.behind(start - end)
         if found is not None and fresh is not None and stop > end:
             found.push(fresh.part(max(start - end, 0), stop - end))
@@ -230,7 +227,7 @@ class StoredSource:
 
     def stored(self, stop: int) -> None:
         """Hold no longer what is now in the folder, up to the last token."""
-        self._fresh, self.stop = self._fresh and self._fresh.behind(self._fresh.num_tokens), stop
+        self._fresh, self.stored_to = self._fresh and self._fresh.behind(self._fresh.num_tokens), stop
 
 
 @dataclass(eq=False, slots=True)
@@ -285,25 +282,28 @@ class Document:
         held = self.source_or_stored
         return held.fresh if isinstance(held, StoredSource) else held
 
-    def source_at(self, start: int, stop: int) -> tuple[Source | None, int]:
-        """Return a source that has some resident tokens, counted in the document, and the first token of that source.
+    def source_of(self, start: int | None, stop: int | None, chunk_size: int) -> tuple[Source | None, int, int]:
+        """Return a source that has those resident tokens that are from `start` to `stop`, and which of its own they are.
 
         Of a long document in a folder no more than these is read, and nothing stays, unless all are asked for.
         """
-        held = self.source_or_stored
-        if isinstance(held, StoredSource) and LONG < self.num_tokens - held.start > stop - start:
-            first = min(start, self.num_tokens - 1)  # of no tokens, too, the text is known by that of one
-            return held.of(first, max(stop, first + 1)), first
-        source = self.source
-        return source, 0 if source is None else self.num_tokens - source.num_tokens
+        held, first, end = self.source_or_stored, self.first_chunk(chunk_size) * chunk_size, self.num_tokens
+        low, high = (min(max(each, first), end) for each in (start or 0, end if stop is None else stop))
+        high = max(low, high)
+        if isinstance(held, StoredSource) and LONG < end - first > high - low:
+            first = min(low, end - 1)  # of no tokens, too, the text is known by that of one
+            return held.of(first, max(high, first + 1)), low - first, high - first
+        return self.source, low - first, high - first
 
     def source_is_stored(self, read: Callable[[int, int, int], Source | None]) -> None:
         """Let go of a long source that nobody has asked for: a folder now holds all of it; `read` as for `StoredSource`."""
         held = self.source_or_stored
-        if isinstance(held, Source) and held.num_tokens > LONG and not held.stays:
-            self.source_or_stored = StoredSource(read, self.serial, self.num_tokens - held.num_tokens, self.num_tokens)
-        elif isinstance(held, StoredSource):
+        if isinstance(held, StoredSource):
             held.stored(self.num_tokens)
+        elif held is not None and (held.stays or held.num_tokens <= LONG):
+            held.stored_to = self.num_tokens
+        elif held is not None:
+            self.source_or_stored = StoredSource(read, self.serial, self.num_tokens - held.num_tokens, self.num_tokens)
 
     @property
     def date(self) -> float:
