@@ -373,11 +373,13 @@ def left_of(texts: list[Text], bank: MemoryBank, replace: bool) -> list[Text]:
 
     Raises ValueError if all are there, or one has another text there; but not if they are to be replaced.
     """
-    left = texts if replace else [text for text in texts if not is_there(bank, text)] or texts
-    taken = [] if replace else [text for text in left if text.name in bank]
-    if known := [text.name for text in taken if not start_of(bank, text) % len(text.text)]:
+    if replace:
+        return texts
+    known = {text.name: start_of(bank, text) for text in texts}
+    left = [text for text in texts if known[text.name] < len(text.text)] or texts
+    if taken := [text.name for text in left if text.name in bank and not known[text.name] % len(text.text)]:
         raise ValueError(
-            f"the bank already holds a document {known[0]!r}; leave it out, use `--replace` for a new version of it, or "
+            f"the bank already holds a document {taken[0]!r}; leave it out, use `--replace` for a new version of it, or "
             "another name with `--id`."
         )
     return left
