@@ -269,7 +269,10 @@ BANK_CALLS: dict[str, dict[str, Effect]] = {
     "expire": {"now": lambda w: added(w, valid_until=time.time() + 99).expire(now=time.time() + 100) == ["n"]},
     "info": {"document_id": lambda w: differ(w.bank.info("a"), w.bank.info("b"))},
     "segments": {"document_id": lambda w: differ(w.bank.segments("a"), w.bank.segments("b"))},
-    "token_ids": {"document_id": lambda w: differ(w.bank.token_ids("a"), w.bank.token_ids("b"))},
+    "token_ids": {
+        "document_id": lambda w: differ(w.bank.token_ids("a"), w.bank.token_ids("b")),
+        "start": lambda w: added(w, **SOURCE).token_ids("n", start=6).tolist() == [6, 7],  # type: ignore[union-attr]
+    },
     "text": {
         "document_id": lambda w: added(w, **SOURCE).text("n") != w.bank.text("a"),
         "start": lambda w: added(w, **SOURCE).text("n", start=2) == "cdefgh",

@@ -278,7 +278,10 @@ CALLS: dict[str, Call] = {
     "MemoryBank.expire": (lambda w, now: w.bank.expire(now), {"now": "date"}),
     "MemoryBank.info": (lambda w, document_id: w.bank.info(document_id), {"document_id": "known document"}),
     "MemoryBank.segments": (lambda w, document_id: w.bank.segments(document_id), {"document_id": "known document"}),
-    "MemoryBank.token_ids": (lambda w, document_id: w.bank.token_ids(document_id), {"document_id": "known document"}),
+    "MemoryBank.token_ids": (
+        lambda w, document_id="a", **k: w.bank.token_ids(document_id, **k),
+        {"document_id": "known document", "start": "place"},
+    ),
     "MemoryBank.ready_for": (lambda w, model: w.bank.ready_for(model), {"model": "model"}),
     "MemoryBank.select": (
         lambda w, document_ids=None, tags=(): w.bank.select(document_ids, tags=tags),

@@ -297,7 +297,7 @@ def _documents_of(
     """Return all documents by their serials, without their rows."""
     chunk_size, num_versions = contents.chunk_size, len(contents.encoders.versions)
     serials = [row[0] for row in rows["documents"]]
-    usage: dict[int, tuple[int, float]] = {serial: (reads, last) for serial, reads, last in rows["usage"]}
+    usage = {serial: (num_reads, last_read) for serial, num_reads, last_read in rows["usage"]}
     if not usage.keys() <= {*serials} or (serials and serials[-1] >= content["next_serial"]):
         raise ValueError("a document that was read, or the last one, is not described")
     kept, first = _kept_of(serials, spans)
