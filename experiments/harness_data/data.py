@@ -1,4 +1,4 @@
-"""Data of the tasks in `longmem/evaluation/configs/harness_tasks`, made from files of the published sets."""
+"""Data of the tasks in `longmem/evaluation/configs/harness_tasks`, and of BABILong, from files of the published sets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from longmem.evaluation.tasks.quality import Quality
 
+BABILONG = tuple(f"babilong_qa{number}" for number in range(1, 21))
 _SEPARATOR = re.compile(r"[\t|]")  # a copy of bAbI has bars for tabs
 
 
@@ -60,6 +61,11 @@ def babi_items(path: Path, filler: str = "", filler_words: int = 0) -> Iterator[
         place += filler_words
         text = " ".join(spread_between(story, chosen))
         yield {"group": f"story {number}", "text": text, "question": question, "answer": answer[0]}
+
+
+def as_babilong(item: dict[str, Any]) -> dict[str, Any]:
+    """Return a question of bAbI with the fields that lm-eval's tasks of BABILong read."""
+    return {"group": item["group"], "input": item["text"], "question": item["question"], "target": item["answer"]}
 
 
 def spread_between(sentences: Sequence[str], words: Sequence[str]) -> list[str]:

@@ -94,9 +94,13 @@ def test_one_command_writes_the_file_of_a_task(tmp_path, quality, monkeypatch, c
     for arguments in (
         ["quality", quality],
         ["babi", tmp_path / "qa.txt", "--filler", tmp_path / "book.txt", "--filler-words", 4],
+        ["babilong_qa1", tmp_path / "qa.txt", "--filler", tmp_path / "book.txt", "--filler-words", 4],
     ):
         monkeypatch.setattr("sys.argv", ["make", *map(str, arguments), "--output", str(tmp_path / "data")])
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert capsys.readouterr().out.count("items") == 2
+    assert capsys.readouterr().out.count("items") == 3
     babi = [json.loads(line) for line in (tmp_path / "data" / "babi.jsonl").read_text().splitlines()]
     assert babi[0]["text"] == "w Mary left. x John came. y z"
+    babilong = json.loads((tmp_path / "data" / "babilong_qa1.jsonl").read_text().splitlines()[0])
+    asked = {"question": "Where is Mary?", "target": "away"}  # the fields of lm-eval's tasks
+    assert babilong == {"group": "story 1", "input": "w Mary left. x John came. y z", **asked}

@@ -236,13 +236,14 @@ def test_generation_stops_and_samples_as_asked(model):
     assert len({whole, *sampled}) > 2
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])  # lm-eval's command line says cuda:0 on every machine
-def test_it_is_registered_and_reads_model_args(backbone_folder, device):
+# lm-eval's command line says cuda:0 on every machine, and its `hf` calls the window so.
+@pytest.mark.parametrize(("device", "window"), [("cpu", "window"), ("cuda:0", "max_length")])
+def test_it_is_registered_and_reads_model_args(backbone_folder, device, window):
     from lm_eval.api.registry import get_model
 
     import longmem.evaluation.harness  # noqa: F401  registers it
 
-    arguments = f"pretrained={backbone_folder},dtype=float32,window=24,memory=off,local_tokens=8"
+    arguments = f"pretrained={backbone_folder},dtype=float32,{window}=24,memory=off,local_tokens=8"
     own = get_model("longmem").create_from_arg_string(
         arguments, {"batch_size": 2, "device": device, "max_batch_size": None}
     )
@@ -263,6 +264,7 @@ def test_chat_templates_are_those_of_the_tokenizer(model):
     ("options", "message"),
     [
         ({"window": 1}, "`window` must be at least 2 tokens, got 1"),
+        ({"max_length": 24}, "`max_length` is another name of `window`, got 24 and 16"),
         ({"memory": "onn"}, "`memory` must be on or off, got 'onn'"),
         ({"local_tokens": 0}, "`local_tokens` must be at least 1"),
     ],

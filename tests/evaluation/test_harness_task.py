@@ -121,10 +121,95 @@ def test_a_part_of_the_items_by_some_systems(command):
     assert [record["group"] for record in records] == ["text 0", "text 1", "text 2"]
 
 
+def test_a_task_that_makes_its_data_measures_with_the_models_tokenizer(command, capsys):
+    changes = ("tasks=[made]", "metadata={max_seq_lengths: [12, 40]}", "systems=[context-64, on]")
+    output = command(*changes)
+    metrics = read(output / "metrics.json")
+    # Of the lengths that were not asked for there is nothing, whatever lm-eval's own value is.
+    assert [(name, own["unit"]) for name, own in metrics["measures"].items()] == [("made: 12", "%"), ("made: 40", "%")]
+    systems = metrics["measures"]["made: 40"]["cells"]["made"]["systems"]
+    assert list(systems) == ["context-64", "on"]
+    assert all("interval" in own for own in systems.values())
+    records = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    shares = [record["metrics"]["40"] for record in records if record["system"] == "on" and "40" in record["metrics"]]
+    assert len(shares) == 3
+    assert systems["on"]["value"] == pytest.approx(100 * sum(shares) / 3)
+    capsys.readouterr()
+    command(*changes)  # the same seed makes the same data, so the run is known
+    assert "items" not in capsys.readouterr().out.partition("\n\n")[0]
+    with pytest.raises(SystemExit, match="Name another folder"):
+        command(*changes, "metadata={max_seq_lengths: [12, 80]}")
+
+
+def loaded(*overrides: str, tokenizer: Any = None) -> dict[str, Any]:
+    """Return the tasks of a run, with their data."""
+    from longmem.evaluation.harness.task import Harness, load_tasks
+
+    harness = Harness(load_evaluation(Harness.kind, default_settings("harness"), overrides))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(harness.manager.metadata["tokenizer"])
+    return load_tasks(harness.manager, harness.settings)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "dataset_path: nobody/none\ntest_split: test",
+        "dataset_path: nobody/none\ndataset_name: hotpotqa\ntest_split: test",
+        "dataset_path: nobody/none\ntest_split: qa1\ndataset_kwargs: {qa_split: qa1}",
+        "dataset_path: nobody/none\ntraining_split: train\nvalidation_split: validation",
+        "dataset_path: ''\ntest_split: test\ncustom_dataset: !function made.items",
+    ],
+)
+def test_data_of_ones_own_stand_for_whatever_a_task_would_read(asks, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tasks = write_tasks(tmp_path / "tasks")
+    fields = "output_type: generate_until\ndoc_to_text: '{{input}}'\ndoc_to_target: '{{target}}'"
+    (tasks / "own.yaml").write_text(f"task: own\n{fields}\n{asks}\n")
+    (tmp_path / "own.jsonl").write_text(json.dumps({"input": "Mary left.", "target": "hall"}) + "\n")
+    found = loaded(f"output={tmp_path}", f"data={tmp_path}", f"include_path={tasks}", "tasks=[own]")
+    assert list(found["own"].eval_docs) == [{"input": "Mary left.", "target": "hall"}]
+
+
+def own_tasks(name: str) -> Path:
+    """Return the folder of a benchmark in lm-eval."""
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent / "tasks" / name
+
+
+def test_the_task_of_babilong_asks_stories_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    item = {"input": "Mary went to the hall.", "question": "Where is Mary?", "target": "hall"}
+    (tmp_path / "babilong_qa1.jsonl").write_text(json.dumps(item) + "\n")
+    changes = (f"data={tmp_path}", f"include_path={own_tasks('babilong')}", "tasks=[babilong_qa1]")
+    task = loaded(f"output={tmp_path}", *changes)["babilong_qa1"]
+    task.build_all_requests(rank=0, world_size=1)
+    prompt = task.instances[0].args[0]
+    assert "The most recent location of Charlie is balcony." in prompt  # lm-eval's own examples
+    assert prompt.endswith("Mary went to the hall.\nWhere is Mary?")
+    assert task.process_results(item, ["The most recent location of Mary is hall."]) == {"acc": 1.0}
+
+
+@pytest.mark.slow
+def test_rulers_tasks_that_make_all_their_data_are_asked_whole(command):
+    """500 prompts each, of which two are asked; with memory no token of them is cut off."""
+    pytest.importorskip("wonderwords")
+    output = command(
+        "tasks=[niah_single_1, niah_multikey_2]", f"include_path={own_tasks('ruler')}", "metadata={max_seq_lengths: [4096]}",
+        "systems=[on]", "limit=2", "window=256", "local_tokens=64", "config={segment_length: 256, num_retrieved_tokens: 8}",
+    )  # fmt: skip
+    assert list(read(output / "metrics.json")["measures"]) == ["niah_single_1: 4096", "niah_multikey_2: 4096"]
+    records = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert len(records) == 4
+    assert all(record["encoded_tokens"] > 1000 for record in records)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("systems=[on, wrong]", "`systems` must be among backbone, off, on, got 'wrong'"),
+        ("systems=[on, wrong]", "`systems` must be among backbone, off, on, context-N, got 'wrong'"),
+        ("systems=[on, context-16]", "`context` must be longer than the window of 16 tokens, got 16"),
         ("tasks=[]", "`tasks` must be at least one"),
         ("tasks=[choose, choose]", "none twice"),
     ],
@@ -152,10 +237,7 @@ def test_the_tasks_that_come_along_ask_what_the_data_hold(tmp_path, monkeypatch)
     babi = {"text": "Mary left.", "question": "Where is Mary?", "answer": "hallway"}
     for name, item in (("quality", quality), ("babi", babi)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(item) + "\n")
-    from longmem.evaluation.harness.task import Harness
-
-    overrides = [f"output={tmp_path}", f"data={tmp_path}"]
-    tasks = Harness(load_evaluation(Harness.kind, default_settings("harness"), overrides)).tasks
+    tasks = loaded(f"output={tmp_path}", f"data={tmp_path}")
     choice = tasks["quality"]
     assert choice.doc_to_text(quality) == "Once.\n\nQuestion: When?\nAnswer:"
     assert (choice.doc_to_choice(quality), choice.doc_to_target(quality)) == (quality["options"], 1)

@@ -31,6 +31,7 @@ class LongMemLM(HFLM):
         pretrained: what `open_model` takes, or an open model.
         dtype: of backbone and side network; None or "auto": as they were saved.
         window: tokens that the model sees at once; default: `segment_length`.
+        max_length: what `hf` calls the window.
         memory: "on", or "off" to cut long requests off on the left, as `hf` does.
         local_tokens: tokens of a long context that stay in the window; default: as many as find room there. With fewer,
             options of different length share the work of reading the context.
@@ -57,7 +58,11 @@ class LongMemLM(HFLM):
         device: str | None = None,
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
+        max_length: int | None = None,
     ) -> None:
+        if window is not None and max_length is not None:
+            raise ValueError(f"`max_length` is another name of `window`, got {max_length} and {window}; give one.")
+        window = max_length if window is None else window
         validate(window=window, memory=memory, local_tokens=local_tokens)
         if isinstance(pretrained, str):
             model = open_model(pretrained, dtype=None if dtype == "auto" else dtype)
@@ -67,18 +72,11 @@ class LongMemLM(HFLM):
         else:
             model = pretrained
         validate_tokenizer(model)
+        options: dict[str, Any] = {"batch_size": batch_size, "max_batch_size": max_batch_size}
+        options |= {"add_bos_token": add_bos_token, "prefix_token_id": prefix_token_id, "softmax_dtype": "float32"}
+        options |= {"tokenizer": copy.deepcopy(model.tokenizer)}  # which gets a padding token
         with without_warnings_of("lm_eval"):  # about what an open model makes superfluous
-            super().__init__(
-                model,
-                backend="causal",
-                tokenizer=copy.deepcopy(model.tokenizer),  # which gets a padding token
-                max_length=window or model.config.segment_length,
-                softmax_dtype="float32",
-                batch_size=batch_size,
-                max_batch_size=max_batch_size,
-                add_bos_token=add_bos_token,
-                prefix_token_id=prefix_token_id,
-            )
+            super().__init__(model, "causal", max_length=window or model.config.segment_length, **options)
         self.memory = memory in ("on", True)
         self.local_tokens = self.max_length if local_tokens is None else local_tokens
         self.encoded_tokens = 0  # in all memories so far
@@ -151,14 +149,9 @@ class LongMemLM(HFLM):
         settings: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
         until = handle_stop_sequences(settings.pop("until"), eos=eos)
         tokens = torch.tensor([ids], device=self.device)
-        output = self._model_generate(
-            tokens,
-            max_length=len(ids) + settings.pop("max_gen_toks"),
-            stop=until,
-            attention_mask=torch.ones_like(tokens),
-            memory=memory,
-            **settings,
-        )
+        settings |= {"attention_mask": torch.ones_like(tokens), "memory": memory}
+        max_length = len(ids) + settings.pop("max_gen_toks")
+        output = self._model_generate(tokens, max_length=max_length, stop=until, **settings)
         return postprocess_generated_text(self.tok_decode(output[0, len(ids) :].tolist()), until, None)
 
     def _room(self, request: Any) -> int:

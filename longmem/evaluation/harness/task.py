@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from rich.console import Console
+from transformers import set_seed
 
 from longmem.console import without_warnings_of
 from longmem.errors import did_you_mean
@@ -21,6 +23,7 @@ from longmem.evaluation.folder import RunFolder, digest, spread
 from longmem.evaluation.harness.model import LongMemLM, validate_tokenizer
 from longmem.evaluation.registry import CONFIGS
 from longmem.evaluation.settings import Count, EvaluationSettings, Number
+from longmem.evaluation.systems.making import context_size, is_longer_window, validate_context
 from longmem.evaluation.task import Axis, Case, Measure, Record, Task
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -34,8 +37,8 @@ class HarnessSettings(EvaluationSettings):
     """Tasks of lm-evaluation-harness, the backbone as its model `hf`, LongMem as `longmem`; `limit` is of each task."""
 
     systems: tuple[str, ...] = SYSTEMS
-    """What is compared, among backbone, off and on: the harness asks nothing that another text's memory, passages or a
-    longer window could be fed with."""
+    """What is compared, among backbone, context-N, off and on: the harness asks nothing that another text's memory or
+    passages could be fed with."""
 
     tasks: tuple[str, ...]
     """Names of tasks, groups or tags, of lm-eval (which fetches their data) or of `include_path`."""
@@ -45,7 +48,12 @@ class HarnessSettings(EvaluationSettings):
     along, quality and babi."""
 
     data: str | None = None
-    """Folder with data for tasks of `include_path`: `{data}/{task}.jsonl` replaces the file that the task names."""
+    """Folder with data: `{data}/{task}.jsonl` replaces what a task would read, fetch or make. Examples before a question
+    are then taken from it too, unless the task's file has its own."""
+
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What tasks that make or choose their data are told (lm-eval's `--metadata`), such as {max_seq_lengths: [4096]} for
+    RULER. They measure with the model's tokenizer, and draw from `seed`."""
 
     num_fewshot: Number | None = None
     """Examples before each question; None: what each task says."""
@@ -63,9 +71,9 @@ class HarnessSettings(EvaluationSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        others = [name for name in self.systems if name not in SYSTEMS]
+        others = [name for name in self.systems if name not in SYSTEMS and not is_longer_window(name)]
         if others:
-            raise ValueError(f"`systems` must be among {', '.join(SYSTEMS)}, got {others[0]!r}.")
+            raise ValueError(f"`systems` must be among {', '.join(SYSTEMS)}, context-N, got {others[0]!r}.")
 
 
 class Harness(Task):
@@ -82,7 +90,9 @@ class Harness(Task):
 
     def __init__(self, settings: HarnessSettings) -> None:
         super().__init__(settings)
-        self.manager, self.tasks = load_tasks(settings)
+        self._tokenizer = tempfile.TemporaryDirectory()  # for tasks that open one by its name
+        self.manager = task_manager(settings, {"tokenizer": self._tokenizer.name, **settings.metadata})
+        self.tasks: dict[str, Any] = {}  # of `cases`
 
     @property
     def run_title(self) -> str:
@@ -93,22 +103,31 @@ class Harness(Task):
         """Return the metrics of every task, `metric,filter` where it has filters of its own, accuracies first."""
         found = {}
         for name, task in self.tasks.items():
-            metrics = sorted(task.aggregation().items(), key=lambda own: (*ACCURACIES, own[0]).index(own[0]))
-            for metric, aggregate in metrics:
-                for kind in [each["name"] for each in task.config.filter_list or ()] or ["none"]:
-                    title = metric_title(metric, kind)
-                    unit = "%" if metric in ACCURACIES and aggregate is mean else "lm-eval's unit"
-                    own = None if aggregate is mean else aggregate
-                    found[f"{name}: {title}"] = Measure(title, unit, aggregate=own)
+            kinds = [each["name"] for each in task.config.filter_list or ()] or ["none"]
+            own = task.aggregation()
+            for metric in sorted(own, key=lambda metric: (*ACCURACIES, metric).index(metric)):
+                aggregate = None if own[metric] is mean or is_length(metric) else own[metric]
+                is_share = is_length(metric) or (metric in ACCURACIES and aggregate is None)
+                for title in [metric_title(metric, kind) for kind in kinds]:
+                    unit = "%" if is_share else "lm-eval's unit"
+                    found[f"{name}: {title}"] = Measure(title, unit, aggregate=aggregate)
         return found
 
     def score(self, record: Record) -> Mapping[str, Any]:
         task, kind = record["task"], record["filter"]
-        return {f"{task}: {metric_title(metric, kind)}": value for metric, value in record["metrics"].items()}
+        counted = {metric: value for metric, value in record["metrics"].items() if not is_length(metric) or value >= 0}
+        return {f"{task}: {metric_title(metric, kind)}": value for metric, value in counted.items()}
 
     def cases(self, model: LongMemForCausalLM) -> list[Case]:
-        """Return none: lm-eval asks. Raises ValueError if the tokenizer has no eos token, which it needs."""
+        """Return none, lm-eval asks: make or fetch what it will.
+
+        Raises ValueError if the tokenizer has no eos token, which it needs, or a longer window does not fit the backbone.
+        """
         validate_tokenizer(model)
+        for name in filter(is_longer_window, self.settings.systems):
+            validate_context(model, context_size(name), self.settings.window)
+        model.tokenizer.save_pretrained(self._tokenizer.name)
+        self.tasks = load_tasks(self.manager, self.settings)
         return []
 
     def identity(self, cases: Sequence[Case]) -> dict[str, Any]:
@@ -139,23 +158,21 @@ class Harness(Task):
     def _answers(self, lm: HFLM, name: str, task: Any, system: str, items: list[int]) -> list[dict[str, Any]]:
         """Return the records of a system's answers to a task; each has an even share of what they cost."""
         settings, start = self.settings, time.perf_counter()
+        options: dict[str, Any] = {"num_fewshot": settings.num_fewshot, "task_manager": self.manager}
         encoded = lm.encoded_tokens if isinstance(lm, LongMemLM) else 0
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         with without_warnings_of("lm_eval"):  # of every context that is cut off
-            results = lm_eval.simple_evaluate(
-                lm,
-                tasks=[task],
-                task_manager=self.manager,
-                samples={name: items},
-                num_fewshot=settings.num_fewshot,
-                apply_chat_template=settings.apply_chat_template,
-                bootstrap_iters=0,
-                **dict.fromkeys(seeds, settings.seed),
-            )
+            options |= {"apply_chat_template": settings.apply_chat_template, **dict.fromkeys(seeds, settings.seed)}
+            results = lm_eval.simple_evaluate(lm, tasks=[task], samples={name: items}, bootstrap_iters=0, **options)
         samples = results["samples"][name]  # one for each item and filter
         tokens = (lm.encoded_tokens if isinstance(lm, LongMemLM) else 0) - encoded
         costs = {"seconds": (time.perf_counter() - start) / len(items), "encoded_tokens": tokens / len(samples)}
         return [{**record_of(sample, name, system, settings.group), **costs} for sample in samples]
+
+
+def is_length(metric: Any) -> bool:
+    """Return whether a metric is one of RULER's: the share found by items of so many tokens, -1 for any other item."""
+    return isinstance(metric, str) and metric.isdecimal()
 
 
 def metric_title(metric: str, kind: str) -> str:
@@ -165,53 +182,58 @@ def metric_title(metric: str, kind: str) -> str:
 
 def make_lm(system: str, model: LongMemForCausalLM, settings: HarnessSettings) -> HFLM:
     """Return a system as lm-eval knows models: the backbone as its `hf`, LongMem as `longmem`."""
-    window, rows = settings.window, settings.batch_size
-    if system != "backbone":
-        return LongMemLM(model, memory=system, window=window, local_tokens=settings.local_tokens, batch_size=rows)
-    options = {"tokenizer": copy.deepcopy(model.tokenizer), "max_length": window, "softmax_dtype": "float32"}
+    rows: dict[str, Any] = {"batch_size": settings.batch_size}
+    if system in ("off", "on"):
+        return LongMemLM(model, memory=system, window=settings.window, local_tokens=settings.local_tokens, **rows)
+    window = context_size(system) if is_longer_window(system) else settings.window
+    tokenizer = copy.deepcopy(model.tokenizer)
     with without_warnings_of("lm_eval"):  # about what an open model makes superfluous
-        return HFLM(model.backbone, **options, batch_size=rows)
+        return HFLM(model.backbone, tokenizer=tokenizer, max_length=window, softmax_dtype="float32", **rows)
 
 
 def record_of(sample: dict[str, Any], task: str, system: str, group: str) -> dict[str, Any]:
     """Return the record of an item as lm-eval logs it: answers, metrics, hashes of texts; `group` is a field of the item."""
+    number = sample["doc_id"]
     own_group = sample["doc"].get(group) if isinstance(sample["doc"], dict) else None
+    record: dict[str, Any] = {"id": f"{task}/{system}/{number}/{sample['filter']}", "system": system}
+    record |= {"item": f"{task}/{number}", "group": str(number if own_group is None else own_group), "task": task}
     kept = ("doc_id", "filter", "target", "resps", "filtered_resps", "doc_hash", "prompt_hash")
-    record = {
-        "id": f"{task}/{system}/{sample['doc_id']}/{sample['filter']}",
-        "system": system,
-        "item": f"{task}/{sample['doc_id']}",
-        "group": str(sample["doc_id"] if own_group is None else own_group),
-        "task": task,
-        **{key: sample[key] for key in kept},
-        "metrics": {metric: sample[metric] for metric in sample["metrics"]},
-    }
+    record |= {key: sample[key] for key in kept}
+    record["metrics"] = {metric: sample[metric] for metric in sample["metrics"]}
     return json.loads(json.dumps(record, default=handle_non_serializable))
 
 
-def load_tasks(settings: HarnessSettings) -> tuple[TaskManager, dict[str, Any]]:
-    """Return lm-eval's index of tasks and those of a run by name, groups and tags taken apart; ValueError if one is missing."""
+def task_manager(settings: HarnessSettings, metadata: Mapping[str, Any]) -> TaskManager:
+    """Return lm-eval's index of tasks, which tells `metadata` to each. Raises ValueError if there is no folder, or no task."""
     for name in ("include_path", "data"):
         folder = getattr(settings, name)
         if folder is not None and not Path(folder).is_dir():
             raise ValueError(f"`{name}` must be a folder, got {folder!r}.")
     # lm-eval's own index takes seconds to read: only where it is needed.
-    folder = settings.include_path or OWN_TASKS
-    manager = TaskManager(include_path=folder, include_defaults=False)
-    if not all(name in manager.all_tasks for name in settings.tasks):
-        manager = TaskManager(include_path=folder)
+    options: dict[str, Any] = {"include_path": settings.include_path or OWN_TASKS, "metadata": dict(metadata)}
+    manager = TaskManager(include_defaults=False, **options)
+    if not set(settings.tasks).issubset(manager.all_tasks):
+        manager = TaskManager(**options)
+    if unknown := [name for name in settings.tasks if name not in manager.all_tasks]:
+        offer = did_you_mean(unknown[0], manager.all_tasks)
+        raise ValueError(f"`tasks` must be tasks of lm-eval or of `include_path`, got {unknown[0]!r}.{offer}")
+    return manager
+
+
+def load_tasks(manager: TaskManager, settings: HarnessSettings) -> dict[str, Any]:
+    """Return the tasks of a run by name, with their data; groups and tags are taken apart."""
+    found: dict[str, Any] = {}
     for name in settings.tasks:
-        if name not in manager.all_tasks:
-            close = did_you_mean(name, manager.all_tasks)
-            raise ValueError(f"`tasks` must be tasks of lm-eval or of `include_path`, got {name!r}.{close}")
-    wanted: list[Any] = []
-    for name in settings.tasks:
+        wanted: Any = name
         path = None if settings.data is None else Path(settings.data, f"{name}.jsonl").resolve()
-        if path is None or not path.is_file():
-            wanted.append(name)
-            continue
-        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
-        # lm-eval lets only the members of a group differ from what the task's file says.
-        wanted.append({"group": f"{name} with data", "task": [{"task": name, **data}]})
-    with without_warnings_of("lm_eval"):
-        return manager, manager.load(wanted)["tasks"]
+        if path is not None and path.is_file():
+            data: dict[str, Any] = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path)}}}
+            data |= {"test_split": "test"} | dict.fromkeys(
+                ("custom_dataset", "dataset_name", "training_split", "validation_split")
+            )
+            # lm-eval lets only the members of a group differ from what the task's file says.
+            wanted = {"group": f"{name} with data", "task": [{"task": name, **data}]}
+        set_seed(settings.seed)  # what a task draws does not depend on those before it
+        with without_warnings_of("lm_eval"):
+            found |= manager.load([wanted])["tasks"]
+    return found
