@@ -52,6 +52,8 @@ def three_nodes() -> Iterator[None]:
     if "RAY_ADDRESS" in os.environ:
         yield
         return
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by itself Ray lets its workers give way to all other programs
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
     from ray.cluster_utils import Cluster
 
