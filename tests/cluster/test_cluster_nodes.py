@@ -282,7 +282,7 @@ def test_a_driver_that_is_killed_is_followed_by_one_that_does_the_rest(cluster, 
     deadline = time.monotonic() + TIMEOUT
     there: set[str] = set()
     while not there and process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.05)
         there = texts.keys() & {each.document_id for each in notes.documents()}
     assert process.is_alive()
     process.kill()
