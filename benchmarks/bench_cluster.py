@@ -10,7 +10,7 @@ heads); figures are for one reading layer. `cpu` is what all shards and the driv
 change less than the time that passes.
 
 Workers that fill a bank share the cores as well. With `--pause` each document takes so many seconds more, in which its worker
-computes nothing here, as if it had a device of its own: what is left to limit them is the cluster.
+computes nothing here, as if it had a device of its own: what is left to limit them is the cluster. One and two take turns.
 
 Each figure is in the file of `--output` once it is there, and the same command goes on behind those that the file has.
 """
@@ -52,6 +52,8 @@ def three_nodes() -> Iterator[None]:
     if "RAY_ADDRESS" in os.environ:
         yield
         return
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by itself Ray lets its workers give way to all other programs
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
     from ray.cluster_utils import Cluster
 
@@ -205,36 +207,46 @@ def memorize(bank: ClusterBank, model: LongMemForCausalLM, task: tuple[str, list
     return int(model.memorize(bank, ids, name))
 
 
-def fill(num_tokens: int, num_workers: int, pause: float) -> dict[str, Any]:
-    """Return the throughput of encoding workers with a small random backbone, from the second task of each on."""
+def fill(num_tokens: int, pause: float, rounds: int) -> dict[str, Any]:
+    """Return the throughput of one encoding worker and of two with a small random backbone, which take turns in each round.
+
+    So what else a machine does slows both, and `ratio`, of the two of one round, is of their own.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4}
+    told: dict[str, Any] = {"to_fill": num_tokens, "pause": pause, "load": os.getloadavg()[0]}
+    speeds: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=1024)).save_pretrained(f"{folder}/backbone")
-        model = make_model(f"{folder}/backbone")
-        ClusterBank.create(f"{folder}/bank", 2, model)
-        name = f"bench-fill-{num_workers}"
-        bank = ClusterBank.start(name, f"{folder}/bank", actor_options={"num_cpus": 0.1}, timeout=600)
+        make = functools.partial(make_model, f"{folder}/backbone")
+        ClusterBank.create(f"{folder}/bank", 2, make())
+        bank = ClusterBank.start("bench-fill", f"{folder}/bank", actor_options={"num_cpus": 0.1}, timeout=600)
         try:
-            with Encoders(
-                functools.partial(make_model, f"{folder}/backbone"), num_workers, actor_options={"num_cpus": 0.5}
-            ) as workers:
-                warm = [(f"warm-{number}", [1] * 256, 0.5) for number in range(4 * num_workers)]
-                starts = range(0, num_tokens, DOCUMENT)
-                tasks = [(f"document-{start}", [2 + start % 1000] * DOCUMENT, pause) for start in starts]
-                ray = engine.join()
-                actors = [*workers.actors, *engine.actors_of(name)]
+            with Encoders(make, 2, actor_options={"num_cpus": 0.5}) as workers:
+                ray, both = engine.join(), workers.actors
+                actors = [*both, *engine.actors_of("bench-fill")]
                 clock = Clock(ray.get([each.__ray_call__.remote(lambda self: os.getpid()) for each in actors]))
-                for part in (warm, tasks):
-                    began, before = time.perf_counter(), clock.cpu()
-                    answers = workers.run(part, lambda actor, task: actor.work.remote(memorize, bank, task))
-                    done = sum(raised(answer) for _, answer in answers)
-                    seconds, cpu = time.perf_counter() - began, (clock.cpu() - before) / 1e3
+                for number in range(rounds + 1):  # the first to warm up
+                    for count, kept in speeds.items():
+                        workers.actors = both[:count]
+                        starts = range(0, num_tokens if number else 4 * DOCUMENT, DOCUMENT)
+                        texts = [(f"{number}-{count}-{start}", [2 + start % 1000] * DOCUMENT) for start in starts]
+                        tasks = [(*text, pause if number else 0.5) for text in texts]
+                        began, before = time.perf_counter(), clock.cpu()
+                        answers = workers.run(tasks, lambda actor, task: actor.work.remote(memorize, bank, task))
+                        done = sum(raised(answer) for _, answer in answers)
+                        seconds, cpu = time.perf_counter() - began, (clock.cpu() - before) / 1e3
+                        figures = {"second": round(done / seconds, 1), "cpu_second": round(done / cpu, 1)}
+                        kept.extend([figures] if number else [])
+                workers.actors = both
         finally:
-            engine.stop(name)
-    told = {"workers": num_workers, "pause": pause, "tokens": done, "load": os.getloadavg()[0]}
-    return {**told, "tokens_per_second": round(done / seconds, 1), "tokens_per_cpu_second": round(done / cpu, 1)}
+            engine.stop("bench-fill")
+    for what in ("second", "cpu_second"):
+        each = [[figures[what] for figures in kept] for kept in speeds.values()]
+        told |= {f"tokens_per_{what}_of_{count}": rates for count, rates in zip(speeds, each, strict=True)}
+        told[f"ratio_per_{what}"] = round(statistics.median(two / one for one, two in zip(*each, strict=True)), 3)
+    return told
 
 
 def main() -> None:
@@ -243,7 +255,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[65_536, 262_144], help="sizes of the bank")
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--times", type=int, default=20, help="calls of which the median is taken")
-    parser.add_argument("--fill", type=int, default=32_768, help="tokens to fill in, 0 for none")
+    parser.add_argument("--fill", type=int, default=16_384, help="tokens to fill in, 0 for none")
+    parser.add_argument("--rounds", type=int, default=3, help="in which one worker and then two fill in as much")
     parser.add_argument(
         "--pause", type=float, nargs="+", default=[0.0, 1.0], help="seconds that a document takes elsewhere"
     )
@@ -254,15 +267,15 @@ def main() -> None:
     if given.output is not None and given.output.exists():
         results = json.loads(given.output.read_text(encoding="utf-8"))
     reads = itertools.product(given.tokens, given.shards)
-    fills = itertools.product([given.fill], (1, 2), given.pause) if given.fill and not given.without_ray else ()
+    fills = given.pause if given.fill and not given.without_ray else ()
     asked = [("reading", dict(zip(("tokens", "shards"), each, strict=True))) for each in reads]
-    asked += [("filling", dict(zip(("to_fill", "workers", "pause"), each, strict=True))) for each in fills]
+    asked += [("filling", {"to_fill": given.fill, "pause": pause}) for pause in fills]
     asked = [(kind, about | {"with_ray": not given.without_ray}) for kind, about in asked]
     left = [(kind, about) for kind, about in asked if not any(about.items() <= each.items() for each in results[kind])]
     with contextlib.nullcontext() if given.without_ray or not left else three_nodes():
         for kind, about in left:
             if kind == "filling":
-                figures = fill(about["to_fill"], about["workers"], about["pause"])
+                figures = fill(given.fill, about["pause"], given.rounds)
             elif given.without_ray:
                 figures = read_here(about["tokens"], about["shards"])
             else:

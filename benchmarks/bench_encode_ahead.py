@@ -5,13 +5,15 @@
         [--config longmem/training/configs/smollm2-books.yaml] [--output FILE.json]
 
 Blocks of steps take turns, with and without, on consecutive text of Python's reference manual. A block begins with nothing
-encoded, and nothing is encoded for the next one, so all do the same work. Ratios are of blocks of the same round.
+encoded, and nothing is encoded for the next one, so all do the same work. Ratios are of blocks of the same round. Each round
+is in the file of `--output` once it is there, and the same command goes on behind those that the file has.
 
 The process has a copy of the backbone and gives features as `features.folder` would keep them, in float16. Where it has no
 cores of its own, the processor time of the trainer alone says what a machine for each of both would give at best.
 """
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -29,6 +31,7 @@ from rich.progress import track
 from rich.table import Table
 
 from longmem.cli.common import add_device, use_device
+from longmem.files import write_file
 from longmem.settings.environment import environment
 from longmem.training import Trainer, load_settings
 from longmem.training.encode_ahead import EncodeAhead
@@ -45,9 +48,7 @@ class Elsewhere:
     def of(self, input_ids: torch.Tensor, lengths: Sequence[int]) -> Features:
         """Return the features of a batch of windows."""
         shape = tuple(input_ids.shape)
-        if (
-            shape not in self.calls
-        ):  # what layers are called with beside hidden states: the same for all windows of a shape
+        if shape not in self.calls:  # what layers are called with beside hidden states: the same for all of a shape
             self.calls[shape] = self.frozen.of(input_ids, lengths).states
         rows = self.process.submit(rows_of, input_ids.numpy(), tuple(lengths)).result()
         rows = [{name: torch.from_numpy(each) for name, each in row.items()} for row in rows]
@@ -110,6 +111,20 @@ def main() -> None:
     kinds = ("in the step", "in a thread", "in a process")
     times: dict[str, list[float]] = {name: [] for name in kinds}
     cpu: dict[str, list[float]] = {name: [] for name in kinds}
+    setup = {**vars(given), "output": None, "rounds": None, "threads": torch.get_num_threads()}
+    if given.output and given.output.exists():
+        known = json.loads(given.output.read_text())
+        if known["setup"] != setup:
+            parser.error(f"`--output` must be a new file or that of the same command, got one of {known['setup']}")
+        times, cpu = known["result"]["seconds_per_block"], known["result"]["trainer_cpu_seconds_per_block"]
+    if len(times[kinds[0]]) < given.rounds:
+        measure(given, times, cpu, setup)
+    show(given.backbone, given.steps, times, cpu)
+
+
+def measure(given: argparse.Namespace, times: dict[str, list[float]], cpu: dict[str, list[float]], setup: dict) -> None:
+    """Add the rounds that are not there yet to seconds and processor time of each kind, and keep each in the file."""
+    kinds, done = tuple(times), len(times["in the step"])
     with tempfile.TemporaryDirectory() as folder:
         own = ["data.validation=null", "data.max_validation_tokens=null", "optimization.gradient_accumulation=1"]
         settings = own_settings(given, folder) + own
@@ -117,28 +132,34 @@ def main() -> None:
         trainer.step = -(-given.memory_tokens // given.window) + 1  # memories are full, as later in a run
         other = [*settings, f"output={folder}/other"]
         elsewhere = Elsewhere(trainer.frozen, given.config, other, torch.get_num_threads())
-        for number in track(range(given.rounds + 1), "rounds, the first to warm up"):
+        for number in track(range(given.rounds - done + 1), "rounds, the first to warm up"):
+            new = {}
             for name in kinds:
-                ahead, source = (0 if name == kinds[0] else given.ahead), elsewhere if name == kinds[2] else None
-                before = time.process_time()
-                taken = seconds(lambda ahead=ahead, source=source: block(trainer, given.steps, ahead, source))
-                times[name].extend([taken] if number else [])
-                cpu[name].extend([time.process_time() - before] if number else [])
+                steps, ahead = (given.steps if number else 1), (0 if name == kinds[0] else given.ahead)
+                source, before = (elsewhere if name == kinds[2] else None), time.process_time()
+                run = functools.partial(block, trainer, steps, ahead, source)
+                new[name] = seconds(run), time.process_time() - before
+            for name, (taken, computed) in new.items() if number else ():
+                times[name].append(taken)
+                cpu[name].append(computed)
+            if given.output and number:
+                result = {"seconds_per_block": times, "trainer_cpu_seconds_per_block": cpu}
+                content = {"setup": setup, "environment": environment(), "result": result}
+                write_file(given.output, json.dumps(content, indent=2))
         elsewhere.process.shutdown()
-    table = Table("seconds a block", "median", "min", "max", title=f"{given.backbone}, {given.steps} steps a block")
-    ratios = {}
+
+
+def show(backbone: str, steps: int, times: dict[str, list[float]], cpu: dict[str, list[float]]) -> None:
+    """Print medians, and ratios of blocks of the same round."""
+    table = Table("seconds a block", "median", "min", "max", title=f"{backbone}, {steps} steps a block")
+    first, *others = times
     for what, kept in (("", times), (", processor time of the trainer", cpu)):
         for name, figures in kept.items():
             table.add_row(name + what, *(f"{each:.2f}" for each in summary(figures).values()))
-        for name in kinds[1:]:
-            ratio = summary([plain / ahead for plain, ahead in zip(kept[kinds[0]], kept[name], strict=True)])
-            ratios[f"{name}{what}"] = ratio
+        for name in others:
+            ratio = summary([plain / ahead for plain, ahead in zip(kept[first], kept[name], strict=True)])
             table.add_row(f"in the step / {name}{what}", *(f"{each:.2f}" for each in ratio.values()))
     Console().print(table)
-    if given.output:
-        setup = {**vars(given), "output": None, "threads": torch.get_num_threads()}
-        result = {"seconds_per_block": times, "trainer_cpu_seconds_per_block": cpu, "speed_ratio": ratios}
-        given.output.write_text(json.dumps({"setup": setup, "environment": environment(), "result": result}, indent=2))
 
 
 if __name__ == "__main__":

@@ -127,9 +127,9 @@ def running() -> dict[str, list[int]]:
 def stop(name: str) -> None:
     """End the actors of a bank, after they have closed their folders. Raises ValueError if it does not run."""
     ray = join()
-    for actor in _found(name).values():
+    for actor, closed in [(each, each.ask.remote("close")) for each in _found(name).values()]:  # all at the same time
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # it is dead, and has lost nothing but time
-            ray.get(actor.ask.remote("close"), timeout=PATIENCE)
+            ray.get(closed, timeout=PATIENCE)
         ray.kill(actor)
 
 

@@ -73,9 +73,9 @@ class SlowWorker(EncodingWorker):
 
     pause = 0.0
 
-    def slow_down(self, pause: float) -> None:
-        """Take so long from now on, and count anew."""
-        self.pause, self.times = pause, []
+    def slow_down(self, pause: float, version: int = 0) -> None:
+        """Take so long from now on, with the encoder of this version, and count anew."""
+        self.pause, self.times, self.model.version, self._stamp = pause, [], version, None
 
     def speed(self) -> float:
         """Return segments per second, from the first that was begun to the last that was done."""
