@@ -524,7 +524,7 @@ def _cells(values: Sequence[Any]) -> Iterable[bytes]:
     """Yield text and blobs as they are, behind their type and length, and numbers likewise, as Python writes them."""
     kind = type(values[0]).__name__ if values else ""
     # Not numbers but what is written of them: zeros of two signs are equal.
-    written = list(map(repr, values)) if kind in ("int", "float") else values
+    written = values if kind in ("bytes", "str") else list(map(repr, values))
     if len(values) > 1 and written.count(written[0]) == len(values):  # as in most columns of most banks
         return itertools.repeat(*_cells(values[:1]))
     if kind == "bytes":
