@@ -5,7 +5,7 @@ import gc
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,16 @@ from longmem.memory.checks import is_word
 from longmem.memory.folder.catalogue import DOCUMENTS, SOURCES, SPANS, USAGE, Catalogue
 from longmem.memory.folder.disk_storage import DiskStorage, Segment
 from longmem.memory.folder.foreign import damaged, fits, parse_json
-from longmem.memory.rows.documents import Document, IntQueue, LayerTokens, Run, Source, SourcePart, StoredSource
+from longmem.memory.rows.documents import (
+    Document,
+    IntQueue,
+    LayerTokens,
+    Run,
+    Source,
+    SourcePart,
+    SourceReader,
+    StoredSource,
+)
 from longmem.memory.rows.segments import Segments
 from longmem.memory.rows.storage import STORAGE_DTYPES, LayerShape, stored_width
 from longmem.memory.rows.table import Table
@@ -46,7 +55,6 @@ KINDS_SAID = tuple(list if isinstance(DOCUMENT[name], list) else DOCUMENT[name] 
 PARSED_AT_ONCE, LINES = 1000, ",\n"
 LARGEST_WIDTH = 2**20  # of a key or a value, and the largest number of heads
 CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
-SourceReader = Callable[[int, int, int], Source | None]  # of a document's serial and a range of tokens
 
 
 def fixed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -198,6 +198,9 @@ class Source:
         return first, last, text[first - self._starts[low] : last - self._starts[low]]
 
 
+SourceReader = Callable[[int, int, int], Source | None]  # of a document's serial and a range of its tokens
+
+
 class StoredSource:
     """The source of tokens `start` to `stored_to` of a document, which a folder holds, and of those that were written since.
 
@@ -206,7 +209,7 @@ class StoredSource:
 
     __slots__ = ("_fresh", "_read", "_serial", "start", "stored_to")
 
-    def __init__(self, read: Callable[[int, int, int], Source | None], serial: int, start: int, stored_to: int) -> None:
+    def __init__(self, read: SourceReader, serial: int, start: int, stored_to: int) -> None:
         self._read, self._serial, self.start, self.stored_to = read, serial, start, stored_to
         self._fresh: Source | None = None
 
@@ -295,7 +298,7 @@ class Document:
             return held.of(first, max(high, first + 1)), low - first, high - first
         return self.source, low - first, high - first
 
-    def source_is_stored(self, read: Callable[[int, int, int], Source | None]) -> None:
+    def source_is_stored(self, read: SourceReader) -> None:
         """Let go of a long source that nobody has asked for: a folder now holds all of it; `read` as for `StoredSource`."""
         held = self.source_or_stored
         if isinstance(held, StoredSource):
