@@ -28,6 +28,9 @@ INSTALLED := $(VENV)/.installed
 # One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
 WORKERS := auto --maxprocesses 4
 
+# Where Python keeps no compiled modules, the hundreds of processes that tests start compile torch and transformers each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-gpu check check-latest check-pythons docs site pictures format env
 .DELETE_ON_ERROR:
 

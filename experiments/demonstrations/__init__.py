@@ -1,0 +1,1 @@
+"""Labelled demonstrations to train on, from texts of one's own."""
