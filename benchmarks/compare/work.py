@@ -44,7 +44,7 @@ class Work:
     data: str | None = None
     unit: str = "%"
     chance: float | None = 100 / CHOICES
-    items_of_case: int = 12
+    items_of_case: int = 24
 
 
 def common(window: int) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def dated(task: type[Dated], *kinds: str) -> Callable[[str, int, int], Task]:
         own: dict[str, Any] = {"num_texts": 4, "tokens_per_text": size // 4, "num_choices": CHOICES}
         if "continuation" in kinds:  # half of a text is read, at least a window is before what stands in the window
             local = window - scored - 1
-            own = {"num_texts": 10, "tokens_per_text": max(4 * local, 3 * size // 2), "continuations_per_text": 1}
+            own = {"num_texts": 10, "tokens_per_text": max(4 * local, 3 * size // 2), "continuations_per_text": 3}
             own |= {"continuation_tokens": scored, "local_tokens": local}
         own |= {"data": data or "installed", "kinds": kinds, "generate": False, "index": "flat"}
         return task(DatedSettings(**{"local_tokens": window // 2, **own, **common(window)}))
@@ -174,10 +174,10 @@ def choices(documents: Sequence[Document], data: str, window: int, task: type[Qu
 
 
 def quality(data: str, size: int, window: int) -> Task:
-    """Return the task of multiple choice on the shortest stories of a file, as many as have at most four times the size."""
+    """Return the task of multiple choice on the shortest stories of a file, as many as have at most sixteen times the size."""
     documents = sorted(Quality.read(Path(data)), key=lambda each: sum(map(len, each.passages)))
     sizes = itertools.accumulate(sum(map(len, each.passages)) // 4 for each in documents)
-    count = max(1, sum(total <= 6 * size for total in sizes))
+    count = max(1, sum(total <= 16 * size for total in sizes))
     return choices(documents[:count], data, window)
 
 
@@ -209,7 +209,7 @@ def babi(data: str, size: int, window: int) -> Task:
     stories = list(stories_of(Path(data).read_text(encoding="utf-8")))
     options = tuple(sorted({answer for _, asked in stories for _, answer in asked}))
     filler, documents = python_manual(), []
-    for number, (lines, asked) in enumerate(spread_over([each for each in stories if len(each[1]) > 1], 6)):
+    for number, (lines, asked) in enumerate(spread_over([each for each in stories if len(each[1]) > 1], 8)):
         start = 997 * number % (len(filler) // 2)
         questions = tuple(Asked(name=text, question=text, answer=answer, options=options) for text, answer in asked)
         texts = ("\n".join(lines) + "\n\n", filler[start : start + 2 * size])
@@ -252,7 +252,7 @@ def longeval(data: str, size: int, window: int) -> Task:
     lines = re.findall(r"line \S+: REGISTER_CONTENT is <\d+>\n", record)[: 2 * size // 22]
     numbers = [line.rpartition("<")[2].strip() for line in lines]
     asked = []
-    for number in spread_over(range(len(lines)), 12):
+    for number in spread_over(range(len(lines)), 24):
         name = lines[number].split(":")[0].split()[1]
         question = (
             f"Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {name}? I need the number.\n"
