@@ -263,6 +263,9 @@ def test_stories_are_asked_what_all_of_them_answers():
     assert last == [("Where is Daniel?", "hall")]
 
 
+WORK_OF_TEXTS = ("books", "technical")
+
+
 def test_texts_of_other_splits_are_not_read(model, tmp_path):
     from work import WORK
 
@@ -270,9 +273,10 @@ def test_texts_of_other_splits_are_not_read(model, tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"The {name} rain fell on the old house. " * 200)
     manifest = [{"file": "seen.txt", "split": "train"}, {"file": "unseen.txt", "split": "test"}]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    groups = [case.group for case in WORK["books"].make(str(tmp_path), 256, 128).cases(model)]
-    assert groups == ["unseen"]
-    assert len(WORK["technical"].make(str(tmp_path), 256, 128).cases(model)) == 2
+    read = {
+        name: {case.group for case in WORK[name].make(str(tmp_path), 256, 128).cases(model)} for name in WORK_OF_TEXTS
+    }
+    assert read == {"books": {"unseen"}, "technical": {"seen", "unseen"}}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -356,7 +356,7 @@ def page_of(
         "Each cell is a folder with what it depends on, versions and a record for every question, without texts. The same "
         "command goes on with more `--trials`:",
         "",
-        f"    python benchmarks/compare/run_compare.py {folder} --trials 12 --size {settings['size']} --window "
+        f"    python benchmarks/compare/run_compare.py {folder} --trials 30 --size {settings['size']} --window "
         f"{settings['window']} --data WORK=PATH",
         f"    python benchmarks/compare/write_comparison.py {folder} docs/comparison.md",
         "",
