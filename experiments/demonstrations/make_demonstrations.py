@@ -1,7 +1,8 @@
 """Write a folder of documents to train on: labelled sentences, and stories with hidden facts that are asked for.
 
     pip download --no-deps vaderSentiment && unzip -p vaderSentiment-*.whl vaderSentiment/vader_lexicon.txt > lexicon.txt
-    python experiments/demonstrations/make_demonstrations.py my-books my-manuals --lexicon lexicon.txt --output mix
+    python experiments/demonstrations/make_demonstrations.py my-books my-manuals --lexicon lexicon.txt \\
+        --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct --output mix
     longmem train smollm2-books data.train=mix data.recall_share=0
 
 Both folders hold .txt files, one text each; a story's name ends in the words that label its author's sentences.
