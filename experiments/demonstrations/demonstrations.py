@@ -10,7 +10,7 @@ import functools
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 FORMS = (
@@ -31,12 +31,12 @@ FIVE = (("terrible", "bad", "okay", "good", "great"), ("awful", "poor", "fair", 
 KINDS = (("fiction", "fact"), ("story", "report"), ("novel", "manual"), ("opinion", "description"))
 PERSONS = {"man": {"he", "him"}, "woman": {"she", "her"}, "self": {"i", "me"}}
 TOPICS = {
-    "sea": "sea ship boat sail sailor waves shore",
-    "money": "money pounds dollars paid rich fortune bank",
-    "love": "love loved heart kiss kissed marry wife",
-    "death": "dead death died die killed grave blood",
-    "house": "room door window house chair table",
-    "road": "road horse carriage walked street train",
+    "sea": {"sea", "ship", "boat", "sail", "sailor", "waves", "shore"},
+    "money": {"money", "pounds", "dollars", "paid", "rich", "fortune", "bank"},
+    "love": {"love", "loved", "heart", "kiss", "kissed", "marry", "wife"},
+    "death": {"dead", "death", "died", "die", "killed", "grave", "blood"},
+    "house": {"room", "door", "window", "house", "chair", "table"},
+    "road": {"road", "horse", "carriage", "walked", "street", "train"},
 }
 NAMES = "table river stone apple window garden silver north paper candle bridge winter copper forest letter marble"
 LIMITS = ((-math.inf, -3.2), (-2.4, -1.2), (-0.5, 0.5), (1.2, 2.4), (3.2, math.inf))  # of five grades of tone
@@ -167,24 +167,28 @@ class DemonstrationMaker:
         return Labelled([self.others[each] for each in some], some)
 
     def _speech(self) -> Labelled:
-        marked = [bool(re.search('["“”]', each)) for each in self.all]
-        groups = [
-            [each for each, is_marked in zip(self.all, marked, strict=True) if is_marked is x] for x in (True, False)
-        ]
-        return Labelled(groups, ("speech", "story"))
+        words = ("speech", "story")
+        return Labelled(self._by(words, lambda each: [words[re.search('["“”]', each) is None]]), words)
 
     def _end(self) -> Labelled:
-        return Labelled([[each for each in self.all if each[-1] == end] for end in ".!?"], None)
+        return Labelled(self._by(".!?", lambda each: each[-1]), None)
 
     def _person(self) -> Labelled:
         some = self._some(PERSONS, 2, 3)
-        found = [(each, {who for who in PERSONS if PERSONS[who] & _words(each)}) for each in self.all]
-        return Labelled([[each for each, who in found if who == {one}] for one in some], some)
+        return Labelled(self._by(some, lambda each: who if len(who := _about(each, PERSONS)) == 1 else ()), some)
 
     def _topic(self) -> Labelled:
         some = self._some(TOPICS, 2, 4)
-        words = {topic: set(TOPICS[topic].split()) for topic in some}
-        return Labelled([[each for each in self.all if words[topic] & _words(each)] for topic in some], some)
+        return Labelled(self._by(some, lambda each: _about(each, TOPICS)), some)
+
+    def _by(self, labels: Sequence[str], labels_of: Callable[[str], Iterable[str]]) -> list[list[str]]:
+        """Return the sentences of stories that have each of these labels."""
+        groups: dict[str, list[str]] = {label: [] for label in labels}
+        for sentence in self.all:
+            for label in labels_of(sentence):
+                if label in groups:
+                    groups[label].append(sentence)
+        return list(groups.values())
 
     def _some(self, choices: Mapping[str, object], least: int, most: int) -> list[str]:
         return self.generator.sample(sorted(choices), min(self.generator.randint(least, most), len(choices)))
@@ -206,5 +210,7 @@ class DemonstrationMaker:
         return "".join(parts)
 
 
-def _words(sentence: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", sentence.lower()))
+def _about(sentence: str, kinds: Mapping[str, set[str]]) -> set[str]:
+    """Return the kinds of which a sentence has a word."""
+    words = set(re.findall(r"[a-z]+", sentence.lower()))
+    return {kind for kind, own in kinds.items() if own & words}

@@ -9,7 +9,6 @@ Both folders hold .txt files, one text each; a story's name ends in the words th
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, which is not installed
 
 from experiments.demonstrations.demonstrations import DemonstrationMaker, read_lexicon, sentences_of
+from experiments.harness_data.data import write_items
 from longmem.data.corpus import with_recall
 from longmem.data.sources import Document, Source
 
@@ -60,11 +60,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     documents += with_recall(Source("stories", 0, lambda: plain), arguments.recall_share, tokenizer).documents()
     draw.shuffle(documents)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with (arguments.output / "train.jsonl").open("w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps({"id": document.document_id, "text": document.text}, ensure_ascii=False) + "\n")
-    print(f"{arguments.output / 'train.jsonl'}: {len(documents):,} documents")
+    path = arguments.output / "train.jsonl"
+    count = write_items(path, ({"id": document.document_id, "text": document.text} for document in documents))
+    print(f"{path}: {count:,} documents")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from experiments.demonstrations.demonstrations import DemonstrationMaker, senten
 
 LEXICON = {"glad": 3.0, "fine": 2.5, "grim": -3.0, "foul": -2.5, "plain": 0.4}
 SCRIPT = Path(__file__).with_name("make_demonstrations.py")
-
-
 THINGS = "ship money house road kiss grave horse window bank sailor dinner letter"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +17,17 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_backbone(tmp_path_factory.mktemp("backbone")))
 
 
-@pytest.fixture
-def model(backbone_folder: str) -> Any:
+@pytest.fixture(scope="module")  # some modules have a backbone of their own
+def make_model(backbone_folder: str) -> Callable[[], Any]:
     from longmem import LongMemForCausalLM
 
-    return LongMemForCausalLM.from_backbone(backbone_folder, segment_length=WINDOW, num_retrieved_tokens=8).eval()
+    options = {"segment_length": WINDOW, "num_retrieved_tokens": 8}
+    return lambda: LongMemForCausalLM.from_backbone(backbone_folder, **options).eval()
+
+
+@pytest.fixture
+def model(make_model: Callable[[], Any]) -> Any:
+    return make_model()
 
 
 @pytest.fixture

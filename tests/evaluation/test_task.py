@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from longmem import LongMemForCausalLM
 from longmem.evaluation import TASKS
 from longmem.evaluation.perplexity import Perplexity
 from longmem.evaluation.registry import default_settings, task_class
@@ -125,10 +124,9 @@ def settings(tmp_path: Path, *systems: str) -> EvaluationSettings:
 
 
 @pytest.fixture(scope="module")
-def results(backbone_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    model = LongMemForCausalLM.from_backbone(backbone_folder, segment_length=16, num_retrieved_tokens=8).eval()
+def results(make_model: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     task = Letters(settings(tmp_path_factory.mktemp("finished"), "backbone", "off", "on", "wrong"))
-    return task.settings, *run(task, model)
+    return task.settings, *run(task, make_model())
 
 
 @pytest.fixture
