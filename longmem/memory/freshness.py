@@ -221,8 +221,7 @@ class Freshness:
     @property
     def has_stale(self) -> bool:
         """Return whether the refresh policy does not let some chunk be read as it is."""
-        with self._table.lock:
-            return self.mask() is not None
+        return self.mask() is not None
 
     def mask(self, reader: Reader | None = None) -> Bool[Tensor, " rows"] | None:
         """Return for each live row whether the policy lets it be read as it is, None if it does so for all of them.
@@ -230,24 +229,27 @@ class Freshness:
         `reader`: the model that reads, None for one with the current encoder. Where the encoder of another model has become
         current meanwhile, what this one has written counts as fresh all the same, and what the other one has written as stale.
         """
-        version, encoders = self._table.ledger.version, len(self._table.encoders.versions)
-        if encoders <= 1 and self._reads_all.get(encoders):
-            return None
-        known = self.encoders.stamp
-        digest = None if reader is None or known is None or reader.stamp.digest == known.digest else reader.stamp.digest
-        found = self._masked.get(digest)
-        if found is None or found[0] != version:
-            if reader is None or digest is None:
-                mask = self.policy.mask(self.state)
-            else:
-                own = self.encoders.copy()
-                own.enter(reader.stamp)
-                mask = self.policy.readable_as_is(Lags(own), self._table.ledger.versions)
-            self._masked = {each: known for each, known in self._masked.items() if known[0] == version}
-            found = self._masked[digest] = version, mask
-            if encoders <= 1:  # then it is a matter of the policy, whatever was written
-                self._reads_all[encoders] = bool(self.policy.readable(self.lags()).all())
-        return found[1]
+        with self._table.lock:
+            version, encoders = self._table.ledger.version, len(self._table.encoders.versions)
+            if encoders <= 1 and self._reads_all.get(encoders):
+                return None
+            known = self.encoders.stamp
+            digest = (
+                None if reader is None or known is None or reader.stamp.digest == known.digest else reader.stamp.digest
+            )
+            found = self._masked.get(digest)
+            if found is None or found[0] != version:
+                if reader is None or digest is None:
+                    mask = self.policy.mask(self.state)
+                else:
+                    own = self.encoders.copy()
+                    own.enter(reader.stamp)
+                    mask = self.policy.readable_as_is(Lags(own), self._table.ledger.versions)
+                self._masked = {each: known for each, known in self._masked.items() if known[0] == version}
+                found = self._masked[digest] = version, mask
+                if encoders <= 1:  # then it is a matter of the policy, whatever was written
+                    self._reads_all[encoders] = bool(self.policy.readable(self.lags()).all())
+            return found[1]
 
     def lags(self, clock: str = "version") -> Lags:
         return self.state.lags(clock)
@@ -333,11 +335,12 @@ class Freshness:
 
     def _tokens_lost(self) -> int:
         """Return how many resident tokens may not be read and can't be encoded again."""
-        readable = self.policy.readable(self.lags()).tolist()
-        size = self._table.chunk_size
-        return sum(
-            segment.stop - max(segment.start, document.first_chunk(size) * size)
-            for document in self._table.ledger.documents.values()
-            for segment in document.segments
-            if not readable[segment.version] and not (segment.is_known and document.source_or_stored is not None)
-        )
+        with self._table.lock:
+            readable = self.policy.readable(self.lags()).tolist()
+            size = self._table.chunk_size
+            return sum(
+                segment.stop - max(segment.start, document.first_chunk(size) * size)
+                for document in self._table.ledger.documents.values()
+                for segment in document.segments
+                if not readable[segment.version] and not (segment.is_known and document.source_or_stored is not None)
+            )

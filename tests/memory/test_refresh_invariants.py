@@ -1,8 +1,10 @@
 """Invariants of refreshing, on any sequence of writes, encoder changes, evictions and reads (issue 7: I1 to I5, I8)."""
 
+import sys
 import tempfile
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -390,6 +392,15 @@ def test_every_index_finds_what_was_encoded_again(index, monkeypatch):
 # Readers beside a refresh.
 
 
+@pytest.fixture
+def switching():
+    """Let threads take turns after every few instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_a_reader_sees_a_segment_wholly_old_or_wholly_new(in_folder, tmp_path):
     """One thread reads while another encodes again, with encoders in turn; whatever it reads is one encoder's."""
@@ -435,6 +446,35 @@ def test_a_reader_sees_a_segment_wholly_old_or_wholly_new(in_folder, tmp_path):
     bank.close()
     assert not errors, errors
     assert all(len(each) == 2 for each in seen.values()), "the reader saw both"
+
+
+@pytest.mark.filterwarnings("ignore:`budget_tokens=24`", "ignore:.* tokens in the bank were written by an earlier")
+@pytest.mark.parametrize(
+    "refresh", ["bounded:max_lag=4", "bounded:max_lag=4,budget_tokens=24", "lazy:sweep_tokens=30", "eager:every=3"]
+)
+def test_encoders_come_in_one_thread_while_others_ask_what_is_readable(refresh, switching):
+    """What is known of the encoders is of one moment, also where nobody waits: each thread gets to its end."""
+    bank = make_bank(FakeModel("a"), refresh=refresh)
+    for number in range(8):
+        write(bank, FakeModel("a"), f"d{number}", list(range(24)))
+
+    def publish(name: str) -> None:
+        for number in range(20):
+            model = FakeModel(f"{name}{number}")
+            bank.ready_for(model)
+            if number % 8 == 0:
+                bank.freshness.write_as(model)
+                write(bank, model, f"{name}{number}", list(range(24)))
+
+    def ask() -> None:
+        for _ in range(30):
+            bank.freshness.mask()
+            bank.freshness.report()
+
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(publish, "x"), threads.submit(publish, "y"), threads.submit(ask)]:
+            done.result()
+    assert len(bank.encoders.versions) > 20
 
 
 def test_what_is_continued_while_it_is_encoded_again_is_left_for_the_next_time():

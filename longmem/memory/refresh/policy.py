@@ -76,10 +76,11 @@ class RefreshPolicy:
 
     def mask(self, state: RefreshState) -> Bool[Tensor, " rows"] | None:
         """Return for each live row of a bank whether it may be read as it is, None if all may."""
-        lags = state.lags()
-        if len(lags.encoders.versions) <= 1 and bool(self.readable(lags).all()):
-            return None
-        readable = self.readable_as_is(lags, state.table.ledger.versions)
+        with state.table.lock:
+            lags = state.lags()
+            if len(lags.encoders.versions) <= 1 and bool(self.readable(lags).all()):
+                return None
+            readable = self.readable_as_is(lags, state.table.ledger.versions)
         return None if readable.all() else readable
 
     def on_read(self, refresher: Refresher | None, search: Search, rows: Tensor | None, readable: Tensor) -> Ranked:

@@ -38,12 +38,16 @@ class Lags:
     "gap", how far its weights have moved, relative to their norm, from sketches (`longmem/encoder/sketch.py`); "probe", how far
     its keys have moved: relative distance between stored keys and the same tokens encoded now.
 
-    `values`: 0 for what is fresh, inf where a clock can't tell. `probed`: what the clock "probe" has measured, by version.
+    `values`: 0 for what is fresh, inf where a clock can't tell. `probed`: what the clock "probe" has measured, by version. They
+    are those of one moment: of encoders that come later nothing is said.
     """
 
     encoders: Encoders
     clock: str = "version"
     probed: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoders", self.encoders.copy())
 
     @property
     def values(self) -> Float[Tensor, " versions"]:
@@ -135,15 +139,17 @@ class Refresher:
     def stale(self, is_readable: Sequence[bool] | None = None, *, mapped_is_fresh: bool | None = None) -> Targets:
         """Return the segments of each document that can be encoded again and are not readable, oldest versions first.
 
-        Two that share a chunk and are of different versions are not readable there. `is_readable`: for each version; None: only
-        the current encoder's are. `mapped_is_fresh`: what a map has moved to it is; None: as the policy says.
+        Two that share a chunk and are of different versions are not readable there. `is_readable`: for each version, and for
+        the unknown one; versions that came since are. None: only the current encoder's are. `mapped_is_fresh`: what a map has
+        moved to it is; None: as the policy says.
         """
-        lags = self.table.encoders.lags()
-        readable = [lag == 0 for lag in lags] + [False] if is_readable is None else list(is_readable)
-        reads_mapped = self.state.reads_mapped if mapped_is_fresh is None else mapped_is_fresh
-        good_map = self.table.encoders.current if reads_mapped else UNKNOWN
         found: Targets = []
         with self.table.lock:
+            lags = self.table.encoders.lags()
+            readable = [lag == 0 for lag in lags] + [False] if is_readable is None else list(is_readable)
+            readable[-1:-1] = [True] * (len(lags) + 1 - len(readable))
+            reads_mapped = self.state.reads_mapped if mapped_is_fresh is None else mapped_is_fresh
+            good_map = self.table.encoders.current if reads_mapped else UNKNOWN
             for document in self.table.ledger.documents.values():
                 if document.source_or_stored is None:
                     continue
