@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -40,6 +42,24 @@ def test_random_steps_leave_what_a_bank_in_memory_holds(tmp_path, seed, monkeypa
                 assert contents(reader) == contents(in_memory.bank)
     assert contents(in_memory.bank) != before or len(before) > 3
     assert segment_files(tmp_path / "bank") == {s.file.path.name for s in on_disk.bank._table.storage.segments}
+
+
+def test_many_new_objects_are_not_looked_through_and_what_others_froze_stays_frozen():
+    code = (
+        "import gc\n"
+        "from longmem.memory.folder.records import MANY_OBJECTS, without_collections\n"
+        "runs, own = [], [[]]\n"
+        "gc.callbacks.append(lambda phase, info: runs.append((phase, info['generation'])))\n"
+        "for frozen in (False, True):\n"
+        "    if frozen: gc.freeze()\n"
+        "    runs.clear()\n"
+        "    with without_collections():\n"
+        "        kept = [[number] for number in range(2 * MANY_OBJECTS)]\n"
+        "        assert not runs\n"
+        "    seen = any(each is own for each in gc.get_objects())\n"  # it does not list what is frozen
+        "    assert gc.isenabled() and seen != frozen\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # Transactions.

@@ -53,6 +53,7 @@ DOCUMENT = {
 MUST_SAY = tuple(name for name in DOCUMENT if not name.endswith("?"))
 KINDS_SAID = tuple(list if isinstance(DOCUMENT[name], list) else DOCUMENT[name] for name in MUST_SAY)
 PARSED_AT_ONCE, LINES = 1000, ",\n"
+MANY_OBJECTS = 100_000  # made at once: enough to be worth a look at what is frozen
 LARGEST_WIDTH = 2**20  # of a key or a value, and the largest number of heads
 CHANGEABLE = ("index", "refresh", "fingerprint", "age_prior")  # settings that may change in the life of a bank
 
@@ -285,7 +286,8 @@ def without_collections() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            if not gc.get_freeze_count():  # else somebody keeps objects there, and they would not stay
+            # Asking what is frozen walks through all that is. Where there is something, it would not stay so.
+            if gc.get_count()[0] > MANY_OBJECTS and not gc.get_freeze_count():
                 gc.freeze()
                 gc.unfreeze()  # into the oldest generation: all are here to stay, so the next look need not be at them
             gc.enable()
