@@ -6,17 +6,19 @@ import contextlib
 import ctypes
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 
-def build() -> str | None:
-    """Return the path of the library, for LD_PRELOAD; None where it cannot be made: there is no compiler, or no Linux."""
+def build(folder: Path) -> str | None:
+    """Return the path of the library, made in a folder, for LD_PRELOAD.
+
+    None where it cannot be made: there is no compiler, or no Linux.
+    """
     compiler = shutil.which("cc")
     if compiler is None:
         return None
-    library = Path(tempfile.mkdtemp(prefix="failing-calls-")) / "failing_calls.so"
+    library = folder / "failing_calls.so"
     source = Path(__file__).with_suffix(".c")
     options = ["-O1", "-shared", "-fPIC", "-D_LARGEFILE64_SOURCE", "-o", str(library), str(source), "-ldl"]
     done = subprocess.run([compiler, *options], capture_output=True)

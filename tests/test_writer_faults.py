@@ -28,9 +28,9 @@ Fail = Callable[[str, Sequence[Fault]], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def fail() -> Iterator[Fail]:
+def fail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fail]:
     """Return what makes calls of a writer fail, and says what came of it, after a check that nothing was wrong."""
-    library, here = failing_calls.build(), Path(__file__).parent
+    library, here = failing_calls.build(tmp_path_factory.mktemp("library")), Path(__file__).parent
     if library is None:
         pytest.skip("needs a C compiler")
     paths = os.pathsep.join([str(here), str(here.parent), *sys.path])

@@ -27,7 +27,8 @@ def one_thread() -> Iterator[None]:
 class Workers:
     """Return a process that forks workers (`folder_worker.py`), started when it is first used."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder  # for files of its own
         self.process: subprocess.Popen[str] | None = None
         self.fails_calls = False  # whether system calls of workers can be made to fail, once there is one
 
@@ -36,7 +37,7 @@ class Workers:
     ) -> Callable[[], tuple[list[Any], int]]:
         """Start a function of `folder_worker.py`; return a function that waits for its reports and its exit status."""
         if self.process is None:
-            here, library = Path(__file__).parent, failing_calls.build()
+            here, library = Path(__file__).parent, failing_calls.build(self.folder)
             self.fails_calls = library is not None
             self.process = subprocess.Popen(
                 [sys.executable, here / "folder_worker.py"],
@@ -68,9 +69,9 @@ class Workers:
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Workers]:
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     if not hasattr(os, "fork"):
         pytest.skip("needs a system that can fork processes")
-    started = Workers()
+    started = Workers(tmp_path_factory.mktemp("library"))
     yield started
     started.close()
