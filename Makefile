@@ -25,7 +25,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 INSTALL := install -c constraints.txt $(PIP_ARGS)
 INSTALLED := $(VENV)/.installed
 
-# One test worker for each core, up to four; each computes with one thread, because the test models are tiny.
+# One test worker for each core, up to four; each computes with one thread, because the test models are tiny. Tests that stand
+# side by side go to one worker (worksteal), so that what a module sets up is set up once.
 WORKERS := auto --maxprocesses 4
 
 # Where Python keeps no compiled modules, the hundreds of processes that tests start compile torch and transformers each time.
@@ -38,7 +39,7 @@ demo: $(INSTALLED)
 	@$(BIN)/longmem demo
 
 test: $(INSTALLED)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST)
 
 test-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
