@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, which is not installed
 
-from experiments.neighbours.neighbours import MIXINGS, NeighbourModel, Store
+from experiments.neighbours.neighbours import NeighbourModel, Store
 from longmem import LongMemForCausalLM, MemoryBank
 from longmem.evaluation.intervals import bootstrap_interval
 from longmem.evaluation.perplexity.scoring import token_losses
@@ -34,7 +34,6 @@ def losses(
     memory_tokens: int,
     window: int,
     scored: int,
-    mixing: str = "neighbours",
 ) -> Float[Tensor, "systems texts"]:
     """Return the mean loss of each system on the last `scored` tokens of a window behind the start of each text.
 
@@ -50,7 +49,7 @@ def losses(
         ids = text[None, memory_tokens : memory_tokens + window]
         systems: list[Any] = [LocalModel(model)]
         for bank, store in (memories[number], memories[number - 1]):
-            systems += [LocalModel(model, bank), NeighbourModel(LocalModel(model, bank), store, MIXINGS[mixing])]
+            systems += [LocalModel(model, bank), NeighbourModel(LocalModel(model, bank), store)]
         found.append([float(token_losses(each(ids, logits_to_keep=scored + 1).logits, ids).mean()) for each in systems])
     return torch.tensor(found).T
 
@@ -74,7 +73,6 @@ def main() -> None:
     parser.add_argument("--memory-tokens", type=int, default=6144)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--scored", type=int, default=511, help="tokens at the end of a window that are scored")
-    parser.add_argument("--mixing", choices=MIXINGS, default="neighbours")
     given = parser.parse_args()
     model = LongMemForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16).eval()
     needed = given.memory_tokens + given.window
@@ -83,7 +81,7 @@ def main() -> None:
     ]
     if len(texts) < 2 or min(map(len, texts)) < needed or not 0 < given.scored < given.window:
         parser.error(f"needs two texts at least, of {needed} tokens each, and fewer scored tokens than a window has.")
-    print(table(losses(model, texts, given.memory_tokens, given.window, given.scored, given.mixing)))
+    print(table(losses(model, texts, given.memory_tokens, given.window, given.scored)))
 
 
 if __name__ == "__main__":

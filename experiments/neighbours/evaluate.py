@@ -1,4 +1,4 @@
-"""An evaluation of `longmem eval` with two more systems, "neighbours" and "near-neighbours"; arguments are that command's."""
+"""An evaluation of `longmem eval` with one more system, "neighbours"; arguments are that command's."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, which is not installed
 
-from experiments.neighbours.neighbours import MIXINGS, NeighbourSystem
+from experiments.neighbours.neighbours import NeighbourSystem
 from longmem.cli.main import main
 from longmem.plugins import register
 
 if __name__ == "__main__":
-    for name in MIXINGS:
-        register("system", name)(NeighbourSystem)
+    register("system", "neighbours")(NeighbourSystem)
     sys.exit(main(["eval", *sys.argv[1:]]))

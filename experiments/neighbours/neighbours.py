@@ -29,13 +29,12 @@ ROWS_AT_ONCE = 4096  # of a bank, whose keys and values are copied
 class Mixing:
     """How neighbours are weighed; distances are squared, and relative to that of two tokens of the memory drawn by chance.
 
-    With r the mean distance of the `near` nearest, all neighbours together have the share `share * exp(-(r / width) ** power)`,
-    and each of them, at distance d, a part of it in proportion to `exp(-d / (sharpness * r))`.
+    With r the mean distance of the `near` nearest, all neighbours together have the share `1 / (1 + (r / half) ** power)`, and
+    each of them, at distance d, a part of it in proportion to `exp(-d / (sharpness * r))`.
     """
 
-    share: float = 0.7
-    width: float = 0.1
-    power: float = 1.0
+    half: float = 0.04
+    power: float = 2.0
     sharpness: float = 0.3
     neighbours: int = 64
     near: int = 16
@@ -79,7 +78,7 @@ class Store:
         typical = near[:, : mixing.near].mean(dim=1, keepdim=True).clamp_min(1e-6)
         weights = (-near / (mixing.sharpness * typical)).softmax(dim=-1)
         predicted = torch.zeros(len(near), vocab_size).scatter_add_(1, self.next_ids[places], weights)
-        return mixing.share * torch.exp(-((typical[:, 0] / mixing.width) ** mixing.power)), predicted
+        return 1 / (1 + (typical[:, 0] / mixing.half) ** mixing.power), predicted
 
 
 def heads_read(model: LongMemForCausalLM) -> list[int]:
@@ -136,17 +135,10 @@ class NeighbourModel:
         return ids
 
 
-MIXINGS = {
-    "neighbours": Mixing(),  # some weight for all that is rather near: ordinary text
-    "near-neighbours": Mixing(
-        share=0.95, width=0.08, power=2.0
-    ),  # most for what is very near, such as one form over and over
-}
-
-
 class NeighbourSystem(MemorySystem):
-    """LongMem with memory on, and neighbours in the same memory, weighed as `MIXINGS` has it under the system's name."""
+    """LongMem with memory on, and neighbours in the same memory; as an evaluation's system its name is "neighbours"."""
 
+    mixing = Mixing()
     _store: tuple[list[int], Store] | None = None  # of the tokens that were memorized last
 
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[Any, list[int]]:
@@ -157,4 +149,4 @@ class NeighbourSystem(MemorySystem):
             return local, ids
         if self._store is None or self._store[0] != memorized:
             self._store = memorized, Store.of(self.model, local.memory, memorized)
-        return NeighbourModel(local, self._store[1], MIXINGS[self.name]), ids
+        return NeighbourModel(local, self._store[1], self.mixing), ids

@@ -51,7 +51,7 @@ def test_tokens_are_compared_by_what_a_bank_holds_of_them(options, monkeypatch):
 
 
 def test_shares_and_predictions_are_those_of_the_formula():
-    features, mixing = torch.randn(9, 4), Mixing(neighbours=5, near=3, width=2.0, power=2.0)
+    features, mixing = torch.randn(9, 4), Mixing(neighbours=5, near=3, half=0.5)
     store = Store(features.half(), torch.tensor([2, 0, 2, 1, 3, 3, 0, 2, 1]), 3.0)
     queries = torch.randn(2, 4)
     share, predicted = store.shares(queries, 6, mixing)
@@ -61,7 +61,7 @@ def test_shares_and_predictions_are_those_of_the_formula():
             for each, n in zip(features.half(), store.next_ids, strict=True)
         )
         typical = sum(distance for distance, _ in near[:3]) / 3
-        assert own == pytest.approx(0.7 * math.exp(-((typical / 2) ** 2)), rel=1e-3)
+        assert own == pytest.approx(1 / (1 + (typical / 0.5) ** 2), rel=1e-3)
         weights = [math.exp(-distance / (0.3 * typical)) for distance, _ in near[:5]]
         expected = torch.zeros(6)
         for weight, (_, token) in zip(weights, near[:5], strict=True):
@@ -132,7 +132,7 @@ def test_one_command_compares_it_with_others(tmp_path, monkeypatch, new_names):
         "config": "{segment_length: 64, num_retrieved_tokens: 8}",
         "data": data,
         "sets": "[sst-2]",
-        "systems": "[off, near-neighbours]",
+        "systems": "[off, neighbours]",
         "seeds": "[1]",
         "limit": 2,
         "window": 200,
@@ -146,4 +146,4 @@ def test_one_command_compares_it_with_others(tmp_path, monkeypatch, new_names):
         runpy.run_path(script, run_name="__main__")
     assert end.value.code == 0
     lines = (tmp_path / "run" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert {json.loads(line)["system"] for line in lines} >= {"off", "near-neighbours"}
+    assert {json.loads(line)["system"] for line in lines} >= {"off", "neighbours"}
