@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 
 from experiments.neighbours.neighbours import NeighbourModel, Store
 from longmem import LongMemForCausalLM, MemoryBank
-from longmem.evaluation.intervals import bootstrap_interval
+from longmem.evaluation.intervals import perplexity_of, perplexity_reduction
 from longmem.evaluation.perplexity.scoring import token_losses
 from longmem.evaluation.systems.system import LocalModel
 from longmem.evaluation.tasks.files import read_text
@@ -58,11 +58,9 @@ def table(found: Float[Tensor, "systems texts"]) -> str:
     """Return the perplexity of each system, and by how much it is below that of memory off, with a 95 % interval over texts."""
     lines = ["| | perplexity | below memory off, % (95 %) |", "|---|---:|---:|"]
     for name, own in zip(SYSTEMS, found, strict=True):
-        saved = found[0] - own
-        low, high = (1 - torch.tensor(bootstrap_interval(saved.double())).neg().exp()).mul(100).tolist()
-        share = 100 * (1 - float(saved.mean().neg().exp()))
+        share, low, high = perplexity_reduction(own, found[0])
         gain = "" if name == "off" else f"{share:.1f} ({low:.1f} to {high:.1f})"
-        lines.append(f"| {name} | {float(own.mean().exp()):.2f} | {gain} |")
+        lines.append(f"| {name} | {perplexity_of(float(own.mean())):.2f} | {gain} |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from longmem.backbone.cache_names import as_keyword, cache_of
 from longmem.evaluation.systems import MemorySystem, Question
 from longmem.evaluation.systems.system import LocalModel
+from longmem.memory import MemoryBank
 from longmem.memory.protocols import Memory
 from longmem.model.modeling import LongMemForCausalLM
 
@@ -61,8 +62,8 @@ class Store:
         for start in range(0, count, ROWS_AT_ONCE):
             rows = torch.arange(start, min(start + ROWS_AT_ONCE, count))
             layers = [
-                memory.gather(layer, rows.expand(heads, -1), generation)
-                for layer, heads in zip(memory.memory_layers, heads_read(model), strict=True)
+                memory.gather(layer, rows.expand(heads_stored(model, layer), -1), generation)
+                for layer in memory.memory_layers
             ]
             parts.append(side_by_side([[part.flatten(1, 2)[None] for part in layer] for layer in layers])[0].half())
         features = torch.cat(parts)[: len(token_ids) - 1]
@@ -81,13 +82,10 @@ class Store:
         return 1 / (1 + (typical[:, 0] / mixing.half) ** mixing.power), predicted
 
 
-def heads_read(model: LongMemForCausalLM) -> list[int]:
-    """Return of each memory layer how many key-value heads are stored."""
-    config = model.config
-    layers = config.memory_layers or []
-    if config.memory_heads is not None:
-        return [len(heads) for heads in config.memory_heads]
-    return [config.get_text_config().num_key_value_heads] * len(layers)
+def heads_stored(model: LongMemForCausalLM, layer: int) -> int:
+    """Return how many key-value heads of a memory layer are stored."""
+    heads = model.config.heads_of(layer)
+    return model.config.get_text_config().num_key_value_heads if heads is None else len(heads)
 
 
 def side_by_side(
@@ -139,14 +137,16 @@ class NeighbourSystem(MemorySystem):
     """LongMem with memory on, and neighbours in the same memory; as an evaluation's system its name is "neighbours"."""
 
     mixing = Mixing()
-    _store: tuple[list[int], Store] | None = None  # of the tokens that were memorized last
+    _store: tuple[MemoryBank, int, Store] | None = None  # of the bank that was read last, and of so many tokens
 
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[Any, list[int]]:
         """Return what runs in the window, and the tokens before the questions; without a memory, as with memory on."""
         local, ids = super().context(prefix, room, questions)
-        memorized = self.stream[: len(self.stream) - max(0, len(ids) - len(prefix))]
-        if local.memory is None or len(memorized) < 2:
+        bank = local.memory
+        if bank is None or bank.num_tokens < 2:
             return local, ids
-        if self._store is None or self._store[0] != memorized:
-            self._store = memorized, Store.of(self.model, local.memory, memorized)
-        return NeighbourModel(local, self._store[1], self.mixing), ids
+        if self._store is None or self._store[:2] != (bank, bank.num_tokens):
+            (document,) = bank.documents()
+            memorized = bank.token_ids(document.document_id).tolist()
+            self._store = bank, bank.num_tokens, Store.of(self.model, bank, memorized)
+        return NeighbourModel(local, self._store[2], self.mixing), ids
