@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longmem.backbone.cache_names import CACHE_NAMES, cache_argument
@@ -137,12 +137,13 @@ class Backbone:
     ) -> BackboneStates:
         """Return the same as `run`, in whatever gradient mode torch is."""
         states, layers = BackboneStates(), self.structure.layers
-        handlers = {layers[layer].attention: self._keep_keys(states, layer, None) for layer in memory_layers}
+        cache = inputs.get("cache")
+        handlers = {layers[layer].attention: self._keep_keys(states, layer, None, cache) for layer in memory_layers}
         passed_from = self.num_layers
         if self.may_pass_layers:
-            first_slots = first_of_each_kind(inputs.get("cache"), self.num_layers)
+            first_slots = first_of_each_kind(cache, self.num_layers)
             passed_from = max([*hidden_layers, *(number + 1 for number in [*memory_layers, *first_slots]), 0])
-            refuse_gaps(inputs.get("cache"), passed_from)
+            refuse_gaps(cache, passed_from)
         self._record(states, hidden_layers, handlers, input_ids, inputs, passed_from)
         if with_final_states:
             states.final_states = self.final_norm(states.hidden_states[self.num_layers])
@@ -220,7 +221,9 @@ class Backbone:
         finally:
             _recording.reset(token)
 
-    def _keep_keys(self, states: BackboneStates, number: int, last: int | None) -> Callable[..., Any]:
+    def _keep_keys(
+        self, states: BackboneStates, number: int, last: int | None, cache: Cache | None = None
+    ) -> Callable[..., Any]:
         """Return an attention handler that keeps the new tokens' keys and values of a layer, and ends the run at `last`."""
         structure = self.structure.layers[number]
 
@@ -233,11 +236,15 @@ class Backbone:
             attention_mask: Tensor | None,
             **kwargs: Any,
         ) -> Any:
-            new = slice(key.shape[2] - query.shape[2], None)  # a cache prepends what it holds
-            new_keys = key[:, :, new]
+            # A cache prepends what it holds; one of fixed size has room behind it, one that slides holds less than it has seen.
+            slot: Any = None if cache is None else cache.layers[number]
+            stop = key.shape[2] if slot is None else min(int(slot.get_seq_length()), key.shape[2])
+            new_keys, new_values = (each[:, :, stop - query.shape[2] : stop] for each in (key, value))
+            if slot is not None:  # which may write the next tokens over these
+                new_keys, new_values = new_keys.clone(), new_values.clone()
             if structure.rotation is not None:
                 new_keys = structure.rotation.undo(new_keys, states.calls[number].position_embeddings)
-            states.keys[number], states.values[number] = new_keys, value[:, :, new]
+            states.keys[number], states.values[number] = new_keys, new_values
             if number == last:
                 raise EnoughSeen
             return local(module, query, key, value, attention_mask, **kwargs)

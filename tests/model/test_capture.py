@@ -4,7 +4,7 @@ import pytest
 import torch
 from model.conftest import build_backbone
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, StaticCache
 
 from longmem.backbone.capture import Backbone
 from longmem.backbone.structure import UnsupportedBackboneError
@@ -78,6 +78,22 @@ def test_run_and_encode_agree(backbone, input_ids):
     for layer, key, value in zip([1, 2], keys, values, strict=True):
         torch.testing.assert_close(states.keys[layer], key, rtol=0, atol=0)
         torch.testing.assert_close(states.values[layer], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])  # the last with layers that slide
+def test_keys_of_new_tokens_are_theirs_also_in_a_cache_of_fixed_size(model_type, input_ids):
+    captured = Backbone(build_backbone(model_type))
+    layers = {"hidden_layers": [4], "memory_layers": [1, 2]}
+    whole = captured.run(input_ids, **layers)
+    cache = StaticCache(config=captured.model.config, max_cache_len=64)
+    parts = []
+    for start, stop in ((0, 3), (3, 15), (15, 16), (16, 24)):
+        inputs = {"use_cache": True, "cache": cache}
+        parts.append(captured.run(input_ids[:, start:stop], **layers, **inputs))
+    for name in ("keys", "values"):
+        for layer, expected in getattr(whole, name).items():
+            found = torch.cat([getattr(part, name)[layer] for part in parts], dim=2)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_it_stays_frozen_whatever_the_caller_does(input_ids):
