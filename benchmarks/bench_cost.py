@@ -1,7 +1,7 @@
 """What memory costs: bytes of model and bank, encoding, reading stored tokens, and generating with them.
 
-    python benchmarks/bench_cost.py [--model smollm2-135m] [--stored 65536] [--dtype bfloat16] [--rounds 7] \\
-        [--clock processor] [--output FILE.json]
+    python benchmarks/bench_cost.py [--model smollm2-135m] [--stored 65536] [--dtype bfloat16] [--neighbours 64] \\
+        [--rounds 7] [--clock processor] [--output FILE.json]
 
 Every figure is a ratio, of times taken in turn in the same round; the median over the rounds is printed. The backbone with the
 stored tokens in its window reads a cache of random keys and values: what they hold takes no time. On a machine that does other
@@ -71,7 +71,7 @@ def banks_of(model: LongMemForCausalLM, ids: torch.Tensor, settings: dict[str, d
         keys, values = model.encode(window[None])
         for bank in banks.values():
             write = bank.append if number else bank.add
-            write("manual", [each[0] for each in keys], [each[0] for each in values])
+            write("manual", [each[0] for each in keys], [each[0] for each in values], token_ids=window)
     return banks
 
 
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=65_536, help="tokens in memory")
     parser.add_argument("--segment", type=int, default=1024, help="tokens in the window")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--neighbours", type=int, default=0, help="tokens of memory that predict (`num_neighbours`)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall time, or this process's processor time")
@@ -113,7 +114,8 @@ def main() -> None:
     use_device(given.device)
     clock = CLOCKS[given.clock]
     device = chosen_device()
-    model = open_model(given.model, dtype=given.dtype).eval().to(device)
+    chosen = {"num_neighbours": given.neighbours} if given.neighbours else {}
+    model = open_model(given.model, dtype=given.dtype, **chosen).eval().to(device)
     backbone = model.backbone
     ids = model.tokenizer(python_manual(), verbose=False, return_tensors="pt")["input_ids"][0].to(device)
     ids = ids.repeat(-(-(given.stored + given.segment) // len(ids)))

@@ -43,6 +43,7 @@ SHARED_WITH_BACKBONE = frozenset(
     ("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads")
     + ("head_dim", "vocab_size", "model_type")
 )
+MOST_NEIGHBOURS = 1024
 ALL_LINEAR = "all-linear"
 LORA_KEYS = ("rank", "alpha", "target_modules", "dropout")
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -122,6 +123,10 @@ class LongMemConfig(PreTrainedConfig):
             what is read, not what is stored.
         num_retrieved_tokens: K, tokens read by every query and head, a multiple of `chunk_size`. The paper reads 64; the
             default is 32, which halves the cost of reading and keeps most of the gain (`docs/experiments.md`).
+        num_neighbours: how many of the tokens in memory that are most like the present one predict beside the networks, by what
+            came after them, the more the nearer they are (kNN-LM; `longmem/model/neighbours.py`). It helps most where
+            memory holds many examples of one form, such as labelled texts. It searches as often again, and the backbone runs up
+            to the last memory layer. 0: none do; 64 is what was measured. In training none do.
         segment_length: tokens of one window of text, in encoding and in training (paper: 1,024). The default is that or,
             with a warning, the window of a backbone that has less.
         memory_distance: tokens between a query and what it retrieved, for rotary models, whose stored keys have no
@@ -153,7 +158,7 @@ class LongMemConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "longmem"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        *("past_key_values", "cache", "memory_keys", "memory_values", "memory_reads")
+        *("past_key_values", "cache", "memory_keys", "memory_values", "memory_reads", "memory_neighbours")
     ]
 
     backbone_name_or_path: str | None = None
@@ -167,6 +172,7 @@ class LongMemConfig(PreTrainedConfig):
     search: Literal["chunk_mean", "token"] = "chunk_mean"
     choice_per: Literal["head", "group"] = "head"
     num_retrieved_tokens: int = 32
+    num_neighbours: int = 0
     segment_length: int = DEFAULT_SEGMENT_LENGTH
     memory_distance: int = 64
     residual: Literal["substitute", "paper"] = "substitute"
@@ -324,6 +330,10 @@ class LongMemConfig(PreTrainedConfig):
         for name in ("layer_reduction_factor", "chunk_size", "num_retrieved_tokens", "segment_length"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not 0 <= self.num_neighbours <= MOST_NEIGHBOURS:
+            raise ValueError(
+                f"`num_neighbours` must be from 0, for none, to {MOST_NEIGHBOURS}, got {self.num_neighbours}; 64 is usual."
+            )
         if self.memory_distance < 0:
             raise ValueError(
                 f"`memory_distance` must be 0 or more tokens, got {self.memory_distance}; 64 is the default."

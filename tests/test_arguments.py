@@ -69,6 +69,7 @@ CONFIG: dict[str, Effect] = {
     "search": of_config({"search": "token"}),
     "choice_per": of_config({"choice_per": "group"}),
     "num_retrieved_tokens": of_config({"num_retrieved_tokens": 16}),
+    "num_neighbours": of_config({"num_neighbours": 8}),
     "segment_length": of_config({"segment_length": 16}),
     "memory_distance": of_config({"memory_distance": 4}),
     "residual": of_config({"residual": "paper"}, {"layer_reduction_factor": 2, "memory_layers": [2]}),
@@ -321,6 +322,24 @@ BANK_CALLS: dict[str, dict[str, Effect]] = {
         "layer": lambda w: raises(lambda: gathered(w.bank, layer=1)),
         "rows": lambda w: differ(gathered(w.bank), gathered(w.bank, rows=torch.tensor([[3], [3]]))),
         "generation": lambda w: raises(lambda: gathered(w.bank, generation=-1)),
+    },
+    "nearest": {
+        "layer": lambda w: raises(lambda: w.bank.nearest(1, torch.ones(2, 1, 8), 3)),
+        "queries": lambda w: differ(*(w.bank.nearest(2, sign * torch.ones(2, 1, 8), 3).rows for sign in (1, -1))),
+        "num_chunks": lambda w: w.bank.nearest(2, torch.ones(2, 1, 8), 3).rows.shape[2] == 3,
+        "selection": lambda w: differ(
+            *(w.bank.nearest(2, torch.ones(2, 1, 8), 9, selection=s).rows for s in (None, w.bank.select("b").selection))
+        ),
+    },
+    "sample": {
+        "num_chunks": lambda w: w.bank.sample(3).rows.shape[2] == 3,
+        "selection": lambda w: differ(
+            w.bank.sample(3).rows, w.bank.sample(3, selection=w.bank.select("b").selection).rows
+        ),
+    },
+    "next_ids": {
+        "rows": lambda w: differ(*(w.bank.next_ids(torch.tensor([row]), w.bank.generation) for row in (0, 20))),
+        "generation": lambda w: raises(lambda: w.bank.next_ids(torch.tensor([0]), -1)),
     },
     "locate": {"rows": lambda w: differ(*w.bank.locate(torch.tensor([0, 20])))},
 }

@@ -59,6 +59,10 @@ def test_settings_or_a_folder_of_that_name_open_another_side_network(model, tmp_
     assert found == {NAME: "packaged", f"./{NAME}": "saved", "backbone": "new"}
     assert open_model(NAME).config.num_retrieved_tokens == 8
     assert open_model(f"./{NAME}").config.num_retrieved_tokens == 4
+    for name, dtype in ((NAME, None), (NAME, "bfloat16"), (f"./{NAME}", None)):  # no weight has to do with it
+        kept = open_model(name, dtype=dtype, num_neighbours=3)
+        assert kept.config.num_neighbours == 3
+        assert kept.config.lora == open_model(name).config.lora
     with pytest.raises(ValueError, match="has its settings"):
         open_model(f"./{NAME}", chunk_size=2)
 

@@ -298,6 +298,15 @@ CALLS: dict[str, Call] = {
         lambda w, layer=2, rows=ROWS: w.bank.gather(layer, rows, w.bank.generation),
         {"layer": "layer", "rows": "gathered"},
     ),
+    "MemoryBank.nearest": (
+        lambda w, **k: w.bank.nearest(**{"layer": 2, "queries": torch.ones(2, 2, 8), "num_chunks": 2, **k}),
+        {"layer": "layer", "queries": "queries", "num_chunks": "count", "selection": "string"},
+    ),
+    "MemoryBank.sample": (
+        lambda w, num_chunks=2, **k: w.bank.sample(num_chunks, **k),
+        {"num_chunks": "count", "selection": "string"},
+    ),
+    "MemoryBank.next_ids": (lambda w, rows: w.bank.next_ids(rows, w.bank.generation), {"rows": "rows"}),
     "MemoryBank.locate": (lambda w, rows: w.bank.locate(rows), {"rows": "rows"}),
     "MemoryBank.freshness.use": (lambda w, refresh: w.bank.freshness.use(refresh), {"refresh": "refresh"}),
     "MemoryBank.freshness.reencode": (

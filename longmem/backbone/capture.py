@@ -340,8 +340,8 @@ def refuse_gaps(cache: Any, num_layers: int) -> None:
     lengths = [int(slot.get_seq_length()) for slot in slots]
     if lengths and min(lengths) < max(lengths):
         raise ValueError(
-            "`output_memory_keys` must be True from the first call with a cache on, got it later: layers that were not "
-            "computed for the tokens before have nothing in the cache; pass a new cache and the whole text."
+            "`output_memory_keys` or `config.num_neighbours` must be set from the first call with a cache on, got it later: "
+            "layers that were not computed for the tokens before have nothing there; pass a new cache and the whole text."
         )
 
 

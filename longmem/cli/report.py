@@ -74,7 +74,10 @@ class FinishedRun:
         versions = environment.get("versions", {})
         chosen = [f"{name} = {settings[name]}" for name in ("model", "dtype", "window", "limit") if settings.get(name)]
         if settings.get("config"):
-            chosen.append(f"new side network {settings['config']}")
+            from longmem.model.names import CHANGEABLE
+
+            is_new = not settings["config"].keys() <= CHANGEABLE
+            chosen.append(f"{'new ' * is_new}side network {settings['config']}")
         commit = str(environment.get("commit") or "unknown")[:12]
         changed = " with uncommitted changes" if environment.get("uncommitted_changes") else ""
         seconds = environment.get("wall_seconds")

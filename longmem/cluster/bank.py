@@ -362,17 +362,49 @@ class ClusterBank:
         """Return the best chunks of all shards; row r of shard s is row `r * len(shards) + s` here, as in `BankShards`."""
         own = self._pass()
         newest = self._newest(own) if newest is None and scaling is not None else newest
-        request = self._request(own, layer, queries, num_chunks, scaling=scaling, newest=newest)
+        return self._searched(own, self._request(own, layer, queries, num_chunks, scaling=scaling, newest=newest))
+
+    def nearest(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
+        """Return the chunks of all shards whose keys are nearest; see `MemoryBank.nearest`."""
+        own = self._pass()
+        return self._searched(own, self._request(own, layer, queries, num_chunks, by_distance=True))
+
+    def _searched(self, own: Pass, request: Request) -> Found:
+        queries, num_chunks = request.queries, request.num_chunks
+        assert queries is not None
         answers = self._read(own, "search", request)
         ranking = merge.rank(answers, num_chunks, queries.device)
         return nothing_found(queries, num_chunks).found if ranking is None else self._found(own, answers, ranking)
 
+    def sample(self, num_chunks: int) -> Found:
+        """Return chunks spread evenly over each shard, as many of one as of another; see `MemoryBank.sample`."""
+        own = self._pass()
+        request = self._request(own, self.memory_layers[0], None, -(-num_chunks // len(self.shards)))
+        answers = {number: each for number, each in self._read(own, "sample", request).items() if "rows" in each}
+        if not answers:
+            return Found(torch.empty(1, 1, 0, dtype=torch.int64), torch.empty(1, 1, 0), None, None)
+        own.some = min(answers)
+        rows = torch.cat([each["rows"] * len(self.shards) + number for number, each in answers.items()], dim=2)
+        whole = [each.get("sizes", torch.full_like(each["rows"], self.chunk_size)) for each in answers.values()]
+        return Found(rows, torch.zeros(rows.shape), None, own, torch.cat([each.long() for each in whole], dim=2))
+
+    def next_ids(self, rows: Int[Tensor, "*shape"], generation: Hashable) -> Int[Tensor, "*shape chunk_size"]:
+        """Return the id of the token that follows each token of these rows, -1 where none is known."""
+        read, states = _read_and_states(generation)
+        flat, count = rows.detach().to("cpu", torch.int64).flatten(), len(self.shards)
+        numbers = torch.where(flat < 0, -1, flat % count)
+        own = {number: (numbers == number).nonzero().flatten() for number in numbers[numbers >= 0].unique().tolist()}
+        asked = {number: ("next_ids", read, states[number], flat[each] // count) for number, each in own.items()}
+        answers = self.shards.ask(asked, timeout=self.timeout)
+        refuse_missing(list(asked), answers, self.timeout)
+        found = torch.full((len(flat), self.chunk_size), -1)
+        for number, each in own.items():
+            found[each] = answers[number]
+        return found.view(*rows.shape, self.chunk_size).to(rows.device)
+
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
-        """Return keys and values of rows, fetched from their shards: what a backward pass, and nothing else, has need of."""
-        if not isinstance(generation, Pass | tuple):
-            raise ChangedMemoryError
-        states = generation.states if isinstance(generation, Pass) else dict(enumerate(generation))
-        read = generation.read if isinstance(generation, Pass) else ""
+        """Return keys and values of rows, fetched from their shards: for a backward pass, and to compare neighbours."""
+        read, states = _read_and_states(generation)
         count, cpu = len(self.shards), rows.cpu()
         cpu = torch.where(cpu < 0, generation.some if isinstance(generation, Pass) else 0, cpu)
         wanted = sorted((cpu % count).unique().tolist())
@@ -426,7 +458,7 @@ class ClusterBank:
             own.newest = self.newest_date
         return own.newest
 
-    def _request(self, own: Pass, layer: int, queries: Tensor, num_chunks: int, **more: Any) -> Request:
+    def _request(self, own: Pass, layer: int, queries: Tensor | None, num_chunks: int, **more: Any) -> Request:
         digest = None if self._stamp is None else self._stamp.digest
         return Request(own.read, digest, self._selection, layer, queries, num_chunks, **more)
 
@@ -689,6 +721,19 @@ def lengths_after(changes: Changes, before: Mapping[str, int | None]) -> dict[st
             known = lengths.get(given[0]) if method == "append" else None
             lengths[given[0]] = (known or 0) + given[1][0].shape[1]
     return lengths
+
+
+def _read_and_states(generation: Hashable) -> tuple[str, Mapping[int, str]]:
+    """Return the name of the pass in which rows were found, "" for none, and the state of each shard that they are of.
+
+    Raises:
+        ChangedMemoryError: the generation is none of a cluster's.
+    """
+    if isinstance(generation, Pass):
+        return generation.read, generation.states
+    if isinstance(generation, tuple):
+        return "", dict(enumerate(generation))
+    raise ChangedMemoryError
 
 
 def shard_folders(root: str | Path) -> list[Path]:

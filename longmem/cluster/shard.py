@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,11 +228,29 @@ class Shard:
         flat = {name: each[is_wanted] for name, each in told.items() if name not in ("state", "scores")}
         return {"state": known.state, **flat, "output": read.output[wanted > 0].to(request.wire)}
 
+    def sample(self, request: Request) -> dict[str, Any]:
+        """Return chunks spread evenly over what may be read, and the word for the state that they are of."""
+        known, found = self._find(request, lambda memory: memory.sample(request.num_chunks))
+        return _told(known, found)
+
     def _search(self, request: Request) -> tuple[Read, Found | None]:
         """Return what a search finds in the state that the earlier requests of this read have met; None if nothing is there."""
+        queries = request.queries
+        assert queries is not None
+
+        def find(memory: MemoryBank | BankView) -> Found:
+            given = request.layer, choosers(queries, request.shared).float(), request.num_chunks
+            if request.by_distance:
+                return memory.nearest(*given)
+            return memory.search(*given, scaling=request.scaling, newest=request.newest)
+
+        known, found = self._find(request, find)
+        return known, None if found is None else beside_all_queries(found, queries)
+
+    def _find(self, request: Request, find: Callable[[MemoryBank | BankView], Found]) -> tuple[Read, Found | None]:
+        """Return what is found in the state that the earlier requests of this read have met; None if nothing is there."""
         if request.encoder is not None and request.encoder not in self._writers:
             raise StaleMemoryError(UNKNOWN_ENCODER)
-        assert request.queries is not None
         with self.bank.lock:
             if request.read not in self._reads:
                 reader = None if request.encoder is None else self._writers[request.encoder]
@@ -246,25 +264,26 @@ class Shard:
             with reading_as(reader, known.taken), torch.enable_grad():  # type: ignore[arg-type]
                 if known.memory is None or known.memory.is_empty:
                     return known, None
-                found = known.memory.search(
-                    request.layer,
-                    choosers(request.queries, request.shared).float(),
-                    request.num_chunks,
-                    scaling=request.scaling,
-                    newest=request.newest,
-                )
-        if found.generation is None:
-            return known, None
-        return known, beside_all_queries(found, request.queries)
+                found = find(known.memory)
+        return known, None if found.generation is None else found
 
     def gather(self, read: str, state: str, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of rows that a read has found or, if it is forgotten here, that are of the present state."""
         with self.bank.lock:
-            known = self._reads.get(read)
-            if known is None and state != self._state():
-                raise ChangedMemoryError
-            snapshot = None if known is None else next(iter(known.taken.values()), None)
-            return self.bank.gather(layer, rows, self.bank.generation if snapshot is None else snapshot)
+            return self.bank.gather(layer, rows, self._generation(read, state))
+
+    def next_ids(self, read: str, state: str, rows: Tensor) -> Tensor:
+        """Return which token follows each token of rows; of the state that `gather` reads."""
+        with self.bank.lock:
+            return self.bank.next_ids(rows, self._generation(read, state))
+
+    def _generation(self, read: str, state: str) -> Hashable:
+        """Return what the rows are of that a read has found."""
+        known = self._reads.get(read)
+        if known is None and state != self._state():
+            raise ChangedMemoryError
+        snapshot = None if known is None else next(iter(known.taken.values()), None)
+        return self.bank.generation if snapshot is None else snapshot
 
     def locate(self, rows: Tensor) -> list[Any]:
         """Return the place of each row."""

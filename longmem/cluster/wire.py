@@ -29,7 +29,7 @@ class Request(NamedTuple):
 
     `encoder`: the digest of its stamp, None for the current one. `selection`: names and tags, None for all documents. `dtype`:
     in which attention is computed; `wire`: in which its outputs come back. `shared`: as many queries, side by side, choose
-    together. The others: as for `MemoryBank.search`.
+    together. `by_distance`: find the nearest keys. The others: as for `MemoryBank.search`.
     """
 
     read: str
@@ -44,6 +44,7 @@ class Request(NamedTuple):
     dtype: torch.dtype = torch.float32
     wire: torch.dtype = torch.float32
     shared: int = 1
+    by_distance: bool = False
 
 
 class Failure(NamedTuple):

@@ -91,9 +91,11 @@ class Encoder:
                 [layer[:, heads] for layer, heads in zip(part, self.memory_heads, strict=True)]
                 for part in (keys, values)
             )
-        if self.forget_sinks and is_start:
-            keys = [layer.masked_fill(leading_alike(layer), 0) for layer in keys]
-        return list(keys), list(values)
+        return self.without_sinks(keys) if is_start else list(keys), list(values)
+
+    def without_sinks(self, keys: Sequence[Float[Tensor, "_lanes _kv_heads tokens _dim"]]) -> list[Tensor]:
+        """Return keys that begin a window as they are stored: those of sinks are zero, if sinks are forgotten."""
+        return [layer.masked_fill(leading_alike(layer), 0) if self.forget_sinks else layer for layer in keys]
 
     @torch.compiler.disable
     def stamp(self, *, exact: bool = False) -> EncoderStamp:

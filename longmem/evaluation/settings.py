@@ -32,7 +32,8 @@ class EvaluationSettings:
     """Of backbone and side network; None: as they were saved."""
 
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of `LongMemConfig` for a new, untrained side network; with any, none that was trained is opened."""
+    """Fields of `LongMemConfig` for a new, untrained side network; with any, none that was trained is opened. Only
+    `num_neighbours`, by itself, leaves a trained one."""
 
     systems: tuple[str, ...] = ("backbone", "context-4096", "bm25", "off", "on", "wrong")
     """What is compared, in the order of the tables: backbone, context-N (N tokens in its window), bm25, hidden, off, on,

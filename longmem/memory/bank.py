@@ -737,6 +737,50 @@ class MemoryBank:
             read = take(self.memory_layers, self._table, self._visibility, self.freshness, selection, newest)
             return read.search(layer, queries, num_chunks, scaling)
 
+    def nearest(
+        self,
+        layer: int,
+        queries: Float[Tensor, "kv_heads queries dim"],
+        num_chunks: int,
+        *,
+        selection: Selection | None = None,
+    ) -> Found:
+        """Return the chunks with the keys, or mean keys, at the smallest distance to each query.
+
+        A score is `query key - key² / 2`. Arguments as for `search`; age does not count. Indexes that know
+        inner products alone ("hnsw", and approximate ones on a GPU) rank eight times as many chunks as are wanted anew.
+        """
+        checks.validate_weighing(selection=selection)
+        with self._table.lock:
+            read = take(self.memory_layers, self._table, self._visibility, self.freshness, selection, None)
+            return read.search(layer, queries, num_chunks, None, by_distance=True)
+
+    def sample(self, num_chunks: int, *, selection: Selection | None = None) -> Found:
+        """Return chunks spread evenly over what a search can find, for statistics: one head and query, all scores 0.
+
+        There are `num_chunks` of them or, if the bank holds fewer, all. `selection` as for `search`. Nobody counts these as
+        reads.
+        """
+        checks.validate_count("num_chunks", num_chunks)
+        checks.validate_weighing(selection=selection)
+        with self._table.lock:
+            read = take(self.memory_layers, self._table, self._visibility, self.freshness, selection, None)
+            return read.sample(num_chunks)
+
+    def next_ids(self, rows: Int[Tensor, "*shape"], generation: Hashable) -> Int[Tensor, "*shape chunk_size"]:
+        """Return the id of the token that follows each token of these rows in its document.
+
+        It is -1 for row -1, behind a document's last token, and where the writer gave no ids. Raises ChangedMemoryError unless
+        the bank is of the `generation` that the rows are of.
+        """
+        with self._table.lock:
+            if isinstance(generation, Snapshot):
+                return generation.edition.next_ids(rows, generation.num_rows)
+            if generation != self._table.ledger.generation:
+                raise ChangedMemoryError
+            self._refuse_rows(rows)
+            return self._table.edition().next_ids(rows, self._table.ledger.num_rows)
+
     def log_weights(
         self, rows: Int[Tensor, "*shape"], *, newest: float | None = None, selection: Selection | None = None
     ) -> Float[Tensor, "*shape"]:

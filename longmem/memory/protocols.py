@@ -78,6 +78,27 @@ class Memory(Protocol):
         ...
 
 
+@runtime_checkable
+class NeighbourMemory(Memory, Protocol):
+    """A memory that also says which tokens are like others, and what came next: what predicting by neighbours needs."""
+
+    def nearest(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
+        """Return the chunks of a memory layer with the keys, or mean keys, at the smallest distance to each query."""
+        ...
+
+    def sample(self, num_chunks: int) -> Found:
+        """Return so many chunks, or all if there are fewer, spread evenly over what a search can find; one head, one query."""
+        ...
+
+    def next_ids(self, rows: Int[Tensor, "*shape"], generation: Hashable) -> Int[Tensor, "*shape chunk_size"]:
+        """Return the id of the token that follows each token of rows; -1 where none does, or it is not known.
+
+        Raises:
+            ChangedMemoryError: the memory is no longer of the generation in which the rows were found.
+        """
+        ...
+
+
 class Attended(NamedTuple):
     """What queries get of a memory: attention over the chunks that were found, its log-sum-exp, each chunk's share."""
 

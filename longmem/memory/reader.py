@@ -34,6 +34,12 @@ class Selectable(FindableMemory, Protocol):
         selection: Selection | None = None,
     ) -> Found: ...
 
+    def nearest(self, layer: int, queries: Tensor, num_chunks: int, *, selection: Selection | None = None) -> Found: ...
+
+    def sample(self, num_chunks: int, *, selection: Selection | None = None) -> Found: ...
+
+    def next_ids(self, rows: Tensor, generation: Hashable) -> Tensor: ...
+
     def log_weights(
         self, rows: Tensor, *, newest: float | None = None, selection: Selection | None = None
     ) -> Tensor: ...
@@ -150,6 +156,17 @@ class BankView:
     def log_weights(self, rows: Int[Tensor, "*shape"], *, newest: float | None = None) -> Float[Tensor, "*shape"]:
         """Return log w(age) of rows, with ages from the newest of these documents."""
         return self.bank.log_weights(rows, newest=newest, selection=self.selection)
+
+    def nearest(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
+        """Return the chunks of these documents whose keys are nearest; see `MemoryBank.nearest`."""
+        return self.bank.nearest(layer, queries, num_chunks, selection=self.selection)
+
+    def sample(self, num_chunks: int) -> Found:
+        """Return chunks spread evenly over these documents; see `MemoryBank.sample`."""
+        return self.bank.sample(num_chunks, selection=self.selection)
+
+    def next_ids(self, rows: Int[Tensor, "*shape"], generation: Hashable) -> Int[Tensor, "*shape chunk_size"]:
+        return self.bank.next_ids(rows, generation)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         return self.bank.gather(layer, rows, generation)

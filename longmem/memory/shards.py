@@ -139,6 +139,18 @@ class BankShards:
             if scaling is not None and self.has_age_prior and newest is None:
                 newest = self.newest_date
             found = [shard.search(layer, queries, num_chunks, scaling=scaling, newest=newest) for shard in self.shards]
+        return self._best(found, num_chunks)
+
+    def nearest(self, layer: int, queries: Float[Tensor, "kv_heads queries dim"], num_chunks: int) -> Found:
+        """Return the chunks of all shards whose keys are nearest; see `MemoryBank.nearest`."""
+        with contextlib.ExitStack() as held:
+            for lock in self._locks():
+                held.enter_context(lock)
+            found = [shard.nearest(layer, queries, num_chunks) for shard in self.shards]
+        return self._best(found, num_chunks)
+
+    def _best(self, found: Sequence[Found], num_chunks: int) -> Found:
+        """Return the best of what the shards have found; of equal scores the earlier shard's comes first."""
         scores = torch.cat([each.scores for each in found], dim=2)
         own = [torch.where(each.rows < 0, -1, each.rows * len(found) + number) for number, each in enumerate(found)]
         rows = torch.cat(own, dim=2)
@@ -150,6 +162,37 @@ class BankShards:
         states = tuple(each.generation for each in found)
         is_empty = all(each is None for each in states)
         return Found(rows.gather(2, order), scores, ages, None if is_empty else states, sizes)
+
+    def sample(self, num_chunks: int) -> Found:
+        """Return chunks spread evenly over each shard, of each by how many it holds; see `MemoryBank.sample`."""
+        with contextlib.ExitStack() as held:
+            for lock in self._locks():
+                held.enter_context(lock)
+            held_there = [0 if shard.is_empty else shard.num_chunks for shard in self.shards]
+            shares = [-(-num_chunks * count // max(sum(held_there), 1)) for count in held_there]
+            found = [shard.sample(max(share, 1)) for shard, share in zip(self.shards, shares, strict=True)]
+        rows = torch.cat([each.rows.cpu() * len(found) + number for number, each in enumerate(found)], dim=2)
+        states = tuple(each.generation for each in found)
+        sizes = None
+        if any(each.sizes is not None for each in found):
+            whole = [
+                torch.full_like(each.rows, self.chunk_size) if each.sizes is None else each.sizes for each in found
+            ]
+            sizes = torch.cat([each.cpu() for each in whole], dim=2)
+        is_empty = all(each is None for each in states)
+        return Found(rows, torch.zeros(rows.shape), None, None if is_empty else states, sizes)
+
+    def next_ids(self, rows: Int[Tensor, "*shape"], generation: Hashable) -> Int[Tensor, "*shape chunk_size"]:
+        """Return the id of the token that follows each token of these rows, -1 where none is known."""
+        if not isinstance(generation, tuple) or len(generation) != len(self.shards):
+            raise ChangedMemoryError
+        numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
+        found = torch.full((*rows.shape, self.chunk_size), -1, device=rows.device)
+        for number, (shard, own) in enumerate(zip(self.shards, generation, strict=True)):
+            if own is not None:
+                mine = numbers == number
+                found[mine] = shard.next_ids(own_rows[mine], own)
+        return found
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
         """Return copies of the keys and values of these rows, in a dtype that holds those of all shards that are read."""

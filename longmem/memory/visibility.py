@@ -20,6 +20,7 @@ from longmem.memory.age_prior import AgePrior
 from longmem.memory.freshness import Freshness
 from longmem.memory.index import Ranked
 from longmem.memory.protocols import EncodingModel, Found
+from longmem.memory.refresh.policy import readable_rows
 from longmem.memory.rows.documents import Document
 from longmem.memory.rows.ledger import Ledger
 from longmem.memory.rows.table import Table
@@ -179,24 +180,27 @@ class Snapshot:
             self._weights = self._visibility.log_weights(self._newest)
         self.edition = self._table.edition()
 
-    def search(self, layer: int, queries: Tensor, num_chunks: int, scaling: float | None) -> Found:
-        """Return the best chunks; arguments as for `MemoryBank.search`. The caller holds the table's lock."""
+    def search(
+        self, layer: int, queries: Tensor, num_chunks: int, scaling: float | None, by_distance: bool = False
+    ) -> Found:
+        """Return the best chunks; arguments as for `MemoryBank.search`, or `nearest`. The caller holds the table's lock."""
         position, bonus, table = position_of(self._memory_layers, layer), None, self._table
         weights = None if scaling is None else self._weights
         if scaling is not None and self._has_prior:
             bonus = None if weights is None else weights / scaling
 
         def search(rows: Tensor | None) -> Ranked:
-            return self.edition.search(position, queries, num_chunks, self.num_rows, rows, bonus)
+            return self.edition.search(position, queries, num_chunks, self.num_rows, rows, bonus, by_distance)
 
-        if self._readable is None:
-            scores, found = search(self._rows)
+        if self._readable is None or by_distance:  # what is like a token is no reason to encode it again
+            rows = self._rows if self._readable is None else readable_rows(self._rows, self._readable)
+            scores, found = search(rows)
         # Who changes a folder meanwhile is not waited for.
         elif self._may_encode() and table.turn.acquire(blocking=False):
             del self.edition  # or stale rows would be kept for it
             try:
                 scores, found = self._freshness.search(
-                    lambda rows: table.search(position, queries, num_chunks, rows, bonus),
+                    lambda rows: table.search(position, queries, num_chunks, rows, bonus, by_distance),
                     *(self._rows, self._readable, self._reader, None),
                 )
             finally:
@@ -205,7 +209,8 @@ class Snapshot:
         else:
             scores, found = self._freshness.search(search, self._rows, self._readable, self._reader, self.edition)
         self._was_read = True
-        self._found.append(found)
+        if not by_distance:  # nor to keep it
+            self._found.append(found)
         if not self._is_held:
             self.count_reads()
         if weights is not None and weights.device != found.device:  # moved once in a pass: a GPU is waited for
@@ -214,6 +219,20 @@ class Snapshot:
         generation: Hashable = self if self._is_held else table.ledger.generation
         sizes = self.edition.sizes(found) if self._has_short else None
         return Found(found, scores, ages, generation if self.num_rows else None, sizes)
+
+    def sample(self, num_chunks: int) -> Found:
+        """Return chunks spread evenly over what may be read; the caller holds the table's lock."""
+        rows = torch.arange(self.num_rows) if self._rows is None else self._rows
+        if self._readable is not None:
+            rows = readable_rows(rows, self._readable)
+        count = min(num_chunks, len(rows))
+        chosen = rows[torch.arange(count) * (len(rows) - 1) // max(count - 1, 1)][None, None].to(self._table.device)
+        self._was_read = True
+        sizes = self.edition.sizes(chosen) if self._has_short else None
+        generation: Hashable = self if self._is_held else self._table.ledger.generation
+        return Found(
+            chosen, torch.zeros_like(chosen, dtype=torch.float32), None, generation if len(rows) else None, sizes
+        )
 
     def count_reads(self) -> None:
         """Count what was found since the last call, at one stroke, because a GPU is waited for."""

@@ -45,6 +45,7 @@ from longmem.memory.memorize import Memorized, memorize
 from longmem.memory.protocols import Memory
 from longmem.model.attention import MemoryRead
 from longmem.model.memory_attention import banks_per_lane, refuse_other_encoder
+from longmem.model.neighbours import Neighbours
 from longmem.model.pretrained import LongMemPreTrainedModel
 from longmem.model.reads import in_pieces, of_one_state, passages_read, table_of_reads
 from longmem.model.side_network import add_side_slots
@@ -62,12 +63,13 @@ class LongMemOutput(CausalLMOutputWithPast):
 
     Beside the usual fields: `memory_keys` and `memory_values`, where asked for one tensor `lanes kv_heads tokens dim` per
     memory layer, position-free, of the tokens just read, for the caller to write; `memory_reads`, one `MemoryRead` per
-    reading layer.
+    reading layer, and `memory_neighbours`, what the neighbours of each token whose logits are kept have predicted.
     """
 
     memory_keys: tuple[Tensor, ...] | None = None
     memory_values: tuple[Tensor, ...] | None = None
     memory_reads: tuple[MemoryRead, ...] | None = None
+    memory_neighbours: Neighbours | None = None
 
 
 @dataclasses.dataclass
@@ -109,7 +111,7 @@ class LongMemModel(LongMemPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Return the last hidden state, `lanes tokens hidden`; arguments are those of `LongMemForCausalLM.forward`."""
-        hidden_states, fields = self._read(input_ids, attention_mask, position_ids, **kwargs)
+        hidden_states, fields, _ = self._read(input_ids, attention_mask, position_ids, **kwargs)
         normed = self._backbone.head_inputs(hidden_states, self.side_network.final_modules)
         return LongMemModelOutput(last_hidden_state=normed, **fields)
 
@@ -126,9 +128,10 @@ class LongMemModel(LongMemPreTrainedModel):
         output_memory_keys: bool = False,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
+        predicted: int | Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Float[Tensor, "lanes tokens hidden"], dict[str, Any]]:
-        """Return hidden states before the final norm, and the fields that outputs with and without a head share."""
+    ) -> tuple[Float[Tensor, "lanes tokens hidden"], dict[str, Any], Neighbours | None]:
+        """Return hidden states before the final norm, the fields that outputs with and without a head share, and neighbours."""
         packed = {name: kwargs.pop(name) for name in PACKED_ROWS if kwargs.get(name) is not None}
         if kwargs := {name: True for name in STATES_OF_ONE_NETWORK if getattr(self.config, name)} | kwargs:
             refuse_unknown_inputs(self, kwargs)
@@ -155,19 +158,28 @@ class LongMemModel(LongMemPreTrainedModel):
         }
         if position_ids is not None:
             inputs["position_ids"] = position_ids
-        states = self._states(input_ids, output_memory_keys, **inputs)
-        hidden_states, reads = self.side_network(states, banks, self)
+        # Neighbours are found by keys and values of the backbone; what is read into a cache now may be asked for them later.
+        has_neighbours = self.config.num_neighbours > 0 and not self.training and predicted is not None
+        with_keys = output_memory_keys or (has_neighbours and (banks is not None or cache is not None))
+        # Sinks are forgotten in what is stored; a token that is looked up has its own key, wherever padding ends.
+        is_start = has_neighbours and (cache is None or not cache.get_seq_length())
+        states = self._states(input_ids, with_keys, forgets_sinks=not has_neighbours, **inputs)
+        hidden_states, reads, neighbours = self.side_network(states, banks, self, predicted if has_neighbours else None)
         # Without `found`, which keeps for whoever holds it what a bank has since given up.
         is_wanted = output_memory_reads is not False and output_memory_reads is not None
         kept = tuple(replace(read.of_all_heads(), found=()) for read in reads) if is_wanted else None
         if isinstance(output_memory_reads, AllReads):
             output_memory_reads.append(kept or ())
-        return hidden_states, {
-            "memory_keys": tuple(states.keys.values()) if output_memory_keys else None,
+        keys = list(states.keys.values())
+        if output_memory_keys and is_start:
+            keys = self.encoder.without_sinks(keys)
+        fields = {
+            "memory_keys": tuple(keys) if output_memory_keys else None,
             "memory_values": tuple(states.values.values()) if output_memory_keys else None,
             "memory_reads": kept,
             **as_keyword(cache),
         }
+        return hidden_states, fields, neighbours
 
     @torch.compiler.disable  # frozen: hooks watch it, and exceptions end its run
     def run_backbone(
@@ -195,12 +207,17 @@ class LongMemModel(LongMemPreTrainedModel):
 
     @torch.compiler.disable  # as `run_backbone`
     def _states(
-        self, input_ids: Tensor, with_keys: bool, extra_hidden_layers: Sequence[int] = (), **inputs: Any
+        self,
+        input_ids: Tensor,
+        with_keys: bool,
+        extra_hidden_layers: Sequence[int] = (),
+        forgets_sinks: bool = True,
+        **inputs: Any,
     ) -> BackboneStates:
         hidden_layers = self.side_network.hidden_layers
         with_final_states = self.config.residual_states == "post_norm" and self._backbone.num_layers in hidden_layers
         cache = inputs.get("cache")
-        is_start = cache is None or not cache.get_seq_length()
+        is_start = forgets_sinks and (cache is None or not cache.get_seq_length())
         states = self._backbone.run(
             input_ids,
             hidden_layers=hidden_layers.union(extra_hidden_layers),
@@ -369,6 +386,9 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
     ) -> LongMemOutput:
         """Return logits and, where asked for, keys and values of these tokens for the caller to write; the bank is only read.
 
+        With `config.num_neighbours`, outside of training, they are log-probabilities wherever neighbours in memory have a
+        share: of the networks' prediction, mixed with theirs (`longmem/model/neighbours.py`).
+
         Args:
             input_ids: tokens.
             attention_mask: 1 for tokens, 0 for padding, `lanes past+tokens`.
@@ -391,7 +411,7 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
         as_object = kwargs.get("return_dict")
         if not torch.compiler.is_compiling():
             check_choices({}, False, logits_to_keep, num_items_in_batch)
-        hidden_states, fields = self._read(
+        hidden_states, fields, neighbours = self._read(
             input_ids,
             attention_mask,
             position_ids,
@@ -402,9 +422,13 @@ class LongMemForCausalLM(LongMemModel, GenerationMixin):
             output_memory_keys,
             past_key_values,
             labels,
+            logits_to_keep,
             **kwargs,
         )
         logits = self._backbone.logits(hidden_states, logits_to_keep, self.side_network.final_modules)
+        if neighbours is not None:
+            logits = neighbours.mixed_into(logits)
+            fields["memory_neighbours"] = neighbours if output_memory_reads else None
         loss = None
         if labels is not None:
             shared = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}

@@ -26,6 +26,8 @@ from longmem.files import current, damaged, read_json
 
 # Trained side networks that come with this package, each in a folder named like its packaged backbone.
 TRAINED_FOLDER = Path(__file__).parents[1] / "trained"
+# Settings that a side network may have otherwise than it was trained with: no weight has to do with them.
+CHANGEABLE = frozenset(("num_neighbours",))
 # What is downloaded of a saved model: weights, settings, tokenizer.
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 

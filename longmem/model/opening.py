@@ -6,7 +6,7 @@ from typing import Any
 
 from longmem.configuration import LongMemConfig
 from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.names import NamedModel, look_up
+from longmem.model.names import CHANGEABLE, NamedModel, look_up
 
 
 def refuse_config_of_saved(named: NamedModel, config_fields: dict[str, Any]) -> None:
@@ -24,18 +24,19 @@ def open_model(name: str, *, dtype: str | None = None, **config_fields: Any) -> 
         name: of a model, as `longmem.model.names` says.
         dtype: such as "bfloat16", of backbone and side network alike, also where a saved model was trained in another;
             None leaves both as they were saved.
-        config_fields: fields of `LongMemConfig` for a new side network, which then stands beside a packaged backbone as well.
+        config_fields: fields of `LongMemConfig` for a new side network, which then stands beside a packaged backbone as well;
+            `num_neighbours` alone leaves the side network that is there.
 
     Raises:
         ValueError: settings are given for a saved side network, which has its own.
     """
     named = look_up(name)
-    refuse_config_of_saved(named, config_fields)
-    if named.side_network is None or config_fields:
+    if named.side_network is None or not config_fields.keys() <= CHANGEABLE:
+        refuse_config_of_saved(named, config_fields)
         options = None if dtype is None else {"dtype": dtype}
         return LongMemForCausalLM.from_backbone(name, backbone_options=options, **config_fields).eval()
     if dtype is None:
-        return LongMemForCausalLM.from_pretrained(named.side_network).eval()
-    config = LongMemConfig.from_pretrained(named.side_network)
+        return LongMemForCausalLM.from_pretrained(named.side_network, **config_fields).eval()
+    config = LongMemConfig.from_pretrained(named.side_network, **config_fields)
     config.side_network_dtype = None  # the backbone's
     return LongMemForCausalLM.from_pretrained(named.side_network, config=config, dtype=dtype).eval()

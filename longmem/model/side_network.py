@@ -20,6 +20,7 @@ from longmem.model.attention import MemoryRead
 from longmem.model.copies import ModuleCopier
 from longmem.model.lora import adapter_names, add_adapters, merge_adapters
 from longmem.model.memory_attention import MemoryReader, Turns
+from longmem.model.neighbours import Neighbours, neighbours_of
 
 end_outside_of_graphs = torch.compiler.disable(end_pass)  # reads are counted under locks
 
@@ -200,8 +201,9 @@ class SideNetwork(nn.Module):
         states: BackboneStates,
         memory: Sequence[Memory] | None = None,
         reader: EncodingModel | None = None,
-    ) -> tuple[Float[Tensor, "lanes tokens hidden"], list[MemoryRead]]:
-        """Return the hidden states that replace the backbone's last ones, before its final norm, and what was read.
+        predicted: int | Tensor | None = None,
+    ) -> tuple[Float[Tensor, "lanes tokens hidden"], list[MemoryRead], Neighbours | None]:
+        """Return the hidden states that replace the backbone's last ones, before its final norm, what was read, and neighbours.
 
         Of each bank one state is read, from the first search to the last gather, which may be in the backward pass.
 
@@ -209,13 +211,20 @@ class SideNetwork(nn.Module):
             states: hidden states and layer calls of the backbone for the same tokens.
             memory: one bank for each lane, or None to read nothing.
             reader: the model for which the banks were made ready; None: the last for which this thread has done so.
+            predicted: the tokens behind which neighbours predict, by keys and values in `states`: so many last ones, 0 for
+                all, or those at these places; None: none do.
         """
         if memory is None:
-            return self._run(states, None)
+            return *self._run(states, None), None
         taken: dict[Any, Any] = {}
         token = READING.set((reader, taken))
         try:
-            return self._run(states, None if holds_nothing(memory) else memory)
+            is_empty = holds_nothing(memory)
+            hidden_states, reads = self._run(states, None if is_empty else memory)
+            if predicted is None or is_empty:
+                return hidden_states, reads, None
+            features = {layer: (states.keys[layer], states.values[layer]) for layer in states.keys}
+            return hidden_states, reads, neighbours_of(features, memory, self.config.num_neighbours, predicted)
         finally:
             end_outside_of_graphs(token, taken)
 

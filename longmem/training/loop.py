@@ -218,7 +218,7 @@ class Trainer:
             banks = self.memories.readable(batch)
             sums.memory_tokens += sum(bank.num_tokens for bank in self.memories.banks) / len(self.memories.banks)
         with self.accelerator.autocast():
-            hidden_states, reads = self.side_network(features.states, banks)
+            hidden_states, reads, _ = self.side_network(features.states, banks)
             losses = token_losses(self.model, hidden_states, batch.labels)
         weights = (batch.labels[:, 1:] != NO_LABEL).float()
         sums.loss += float((losses.detach() * weights).sum())

@@ -123,6 +123,21 @@ def test_prompts_and_tokens_of_generate_are_those_of_the_shards(model, make, pro
     assert ids.tolist() == model.generate(prompt, memory=whole(shards), max_new_tokens=12, do_sample=False).tolist()
 
 
+@torch.no_grad()
+def test_neighbours_are_those_of_the_shards(backbone, make, prompt, monkeypatch):
+    monkeypatch.setattr(longmem.model.neighbours, "SAMPLED_CHUNKS", 4096)  # all: shards without a document have no part
+    model = LongMemForCausalLM.from_backbone(backbone, **OPTIONS, num_neighbours=6).eval()
+    bank, shards = make(model)
+    other = whole(shards)
+    for mine, its in ((bank, other), (bank.select(NAMES[:2]), other.select(NAMES[:2]))):
+        got, expected = (model(prompt, memory=each, output_memory_reads=True) for each in (mine, its))
+        assert expected.memory_neighbours.share.min() > 0
+        assert (got.memory_neighbours.token_ids == expected.memory_neighbours.token_ids).float().mean() > 0.99
+        torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    empty, _ = make(model, fill=False)
+    assert model(prompt, memory=empty, output_memory_reads=True).memory_neighbours is None
+
+
 def test_age_counts_as_in_the_shards(model, make, prompt):
     bank, shards = make(model, age_prior="poly:a=0.1")
     with torch.no_grad():

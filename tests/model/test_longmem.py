@@ -90,7 +90,9 @@ def test_a_cached_step_equals_the_full_forward(backbone, input_ids, document, fo
 def test_keys_cannot_be_asked_for_behind_tokens_for_which_their_layers_did_not_run(llama, input_ids, document):
     model, _ = make(llama, document)
     cache = cache_of(model(input_ids[:, :10], use_cache=True))
-    with pytest.raises(ValueError, match="`output_memory_keys` must be True from the first call"):
+    with pytest.raises(
+        ValueError, match="`output_memory_keys` or `config.num_neighbours` must be set from the first call"
+    ):
         model(input_ids[:, 10:], cache=cache, output_memory_keys=True)
 
 

@@ -38,7 +38,7 @@ BACKBONES = {
 
 def gradients(model, input_ids, states, bank):
     """Return what the side network makes of states, and the gradients of its trained weights."""
-    hidden_states, reads = model.side_network(states, [bank, bank])
+    hidden_states, reads, _ = model.side_network(states, [bank, bank])
     trained = [weight for weight in model.side_network.parameters() if weight.requires_grad]
     found = torch.autograd.grad(hidden_states.square().sum(), trained, allow_unused=True)
     return [hidden_states.detach(), *(read.rows for read in reads), *(each for each in found if each is not None)]

@@ -64,7 +64,7 @@ def test_kept_features_are_those_computed(model, input_ids, tmp_path):
 def test_the_side_network_computes_the_same_from_kept_features(model, input_ids, tmp_path):
     kept = FrozenFeatures(model, tmp_path, torch.float32)
     kept.of(input_ids, LENGTHS)
-    hidden_states, _ = model.side_network(kept.of(input_ids, LENGTHS).states)
+    hidden_states, _, _ = model.side_network(kept.of(input_ids, LENGTHS).states)
     labels = labels_of(input_ids, LENGTHS)
     losses = token_losses(model, hidden_states, labels)
     for row, length in enumerate(LENGTHS):

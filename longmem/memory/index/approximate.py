@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Num, UInt8
 from torch import Tensor
 
 from longmem.memory.index import gpu
-from longmem.memory.index.exact import FlatIndex, Ranked
+from longmem.memory.index.exact import FlatIndex, Ranked, exact_top_chunks, nearest_of
 from longmem.memory.index.saved import SavedIndex
 from longmem.memory.rows.storage import LayerRows, decode
 
@@ -51,6 +51,7 @@ class ApproximateIndex(FlatIndex):
     """
 
     has_gpu_form = False
+    finds_by_distance = False  # whether FAISS can be asked for the nearest as well
     # Share of the rows below which a filtered search is exact: see the kinds.
     exact_share = 0.0
 
@@ -127,6 +128,25 @@ class ApproximateIndex(FlatIndex):
             scores[:, short], found[:, short] = super().best_rows(queries[:, short].contiguous(), num_chunks, rows)
         return scores, found
 
+    def nearest_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Ranked:
+        """Return the nearest rows that FAISS finds, ranked by the store's keys."""
+        if self.is_exact(rows) or self.is_on_gpu or not self.finds_by_distance:
+            return super().nearest_rows(queries, num_chunks, rows)
+        self._catch_up()
+        found = self._look_up(queries, num_chunks, rows, by_distance=True)[1]
+        scores, found = nearest_of(queries, self.store.search_keys, found, num_chunks)
+        short = (found < 0).any(dim=2).any(dim=0).nonzero().flatten()
+        if len(short):
+            asked = queries[:, short].contiguous()
+            best = exact_top_chunks(asked, self.store.search_keys, num_chunks, None, rows, by_distance=True)
+            scores[:, short], found[:, short] = best
+        return scores, found
+
+    def mean_keys(self) -> Float[Tensor, "kv_heads 1 dim"]:
+        """Return the mean keys that vectors lack."""
+        self._catch_up()
+        return torch.from_numpy(self._centres).to(self.device).unsqueeze(1)
+
     def is_exact(self, rows: Tensor | None) -> bool:
         """Return whether all of the store, or of the subset, is compared: it is small, or a GPU has nothing else for it."""
         num_rows = self.store.num_rows
@@ -168,7 +188,7 @@ class ApproximateIndex(FlatIndex):
             candidates = torch.cat([candidates, latest], dim=2)
         return self._rank_again(queries, candidates, num_chunks)
 
-    def _look_up(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Ranked:
+    def _look_up(self, queries: Tensor, num_chunks: int, rows: Tensor | None, by_distance: bool = False) -> Ranked:
         mask = self._table.mask(None if rows is None else rows.numpy())
         selector = None if mask is None else faiss.IDSelectorBitmap(mask)  # type: ignore[arg-type, call-arg]
         share = (self._table.num_live if rows is None else len(rows)) / self._table.num_labels
@@ -176,7 +196,12 @@ class ApproximateIndex(FlatIndex):
         scores = torch.empty(*queries.shape[:2], count)
         found = torch.empty(*queries.shape[:2], count, dtype=torch.int64)
         for head, (file, query) in enumerate(zip(self._files, queries.numpy(), strict=True)):
-            lowered, labels = file.search(query, count, params=self.parameters(file, selector, share))
+            parameters = self.parameters(file, selector, share)
+            if by_distance:
+                with self._by_distance(file, with_vectors=True):
+                    lowered, labels = file.search(query - self._centres[head], count, params=parameters)
+            else:
+                lowered, labels = file.search(query, count, params=parameters)
             scores[head] = torch.from_numpy(lowered + (query @ self._centres[head])[:, None])
             found[head] = torch.from_numpy(np.where(labels < 0, -1, self._table.rows[labels]))
         return scores, found
@@ -269,12 +294,15 @@ class ApproximateIndex(FlatIndex):
         self._rows_added += len(rows)
 
     @contextmanager
-    def _by_distance(self, file: Any) -> Iterator[None]:
+    def _by_distance(self, file: Any, with_vectors: bool = False) -> Iterator[None]:
+        """Choose clusters by distance inside the block, and compare the vectors in them so as well, if these are wanted."""
         self.compare_by(file, faiss.METRIC_L2)
+        file.metric_type = faiss.METRIC_L2 if with_vectors else faiss.METRIC_INNER_PRODUCT
         try:
             yield
         finally:
             self.compare_by(file, faiss.METRIC_INNER_PRODUCT)
+            file.metric_type = faiss.METRIC_INNER_PRODUCT
 
     # Derived data on disk.
 

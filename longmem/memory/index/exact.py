@@ -25,6 +25,9 @@ SCORES_PER_STEP = {"cpu": 2**24, "cuda": 2**28}
 NEIGHBOURS, MANY_SCORES = 64, 2**18
 # Numbers of keys that one step turns to float32: on a CPU 4 MiB, which stay in its cache.
 NUMBERS_PER_STEP = {"cpu": 2**20, "cuda": 2**26}
+# Candidates for each chunk that is wanted by its distance, of an index that knows inner products alone; and how many keys are
+# gathered at a time to rank them.
+CANDIDATES_BY_DISTANCE, CANDIDATES_PER_STEP = 8, 2**16
 # So few queries are answered sooner over all rows, without those that are left out, than over a copy of the others
 # (65,535 of 65,536 rows, one query: 8 ms against 80 ms).
 FEW_QUERIES = 32
@@ -37,6 +40,7 @@ def exact_top_chunks(
     bonus: Float[Tensor, " all_chunks"] | None = None,
     rows: Int[Tensor, " subset"] | None = None,
     size: int = 1,
+    by_distance: bool = False,
 ) -> Ranked:
     """Return the best scores and the rows of their chunks, best first, by torch on any device: what other searches must find.
 
@@ -48,6 +52,7 @@ def exact_top_chunks(
         num_chunks: at most all that are searched.
         bonus: for each chunk, added to its score.
         rows: search only these chunks (sorted).
+        by_distance: a score is `query key - key² / 2`, so the best keys are those at the smallest distance.
 
     >>> exact_top_chunks(torch.ones(1, 1, 2), torch.tensor([[[0.0, 1.0], [2.0, 1.0], [1.0, 1.0]]]), 2)
     (tensor([[[3., 2.]]]), tensor([[[1, 2]]]))
@@ -59,7 +64,7 @@ def exact_top_chunks(
         is_left_out[rows] = False
     elif rows is not None:
         picked, total = rows, len(rows)
-    is_copied = picked is not None or search_keys.dtype != torch.float32
+    is_copied = picked is not None or search_keys.dtype != torch.float32 or by_distance
     kind = "cpu" if device.type == "cpu" else "cuda"
     step = max(1, NUMBERS_PER_STEP[kind] // (heads * queries.shape[2] * size)) if is_copied else max(1, total)
     some = max(1, SCORES_PER_STEP[kind] // (heads * min(step, max(1, total)) * size))
@@ -72,8 +77,12 @@ def exact_top_chunks(
         else:
             keys = search_keys.index_select(1, tokens_of(here, size))
         keys = decode(keys).float().transpose(1, 2)
+        halves = torch.linalg.vector_norm(keys, dim=1, keepdim=True).square() / 2 if by_distance else None
         for own, block in zip(best, queries.split(some, dim=1), strict=True):
-            scores = (block @ keys).unflatten(2, (-1, size))
+            products = block @ keys
+            if halves is not None:
+                products -= halves
+            scores = products.unflatten(2, (-1, size))
             if bonus is not None:
                 scores += bonus[here].unsqueeze(1)
             if is_left_out is not None:  # filled, not added: whatever a query holds, also NaN, it is never the best
@@ -88,6 +97,27 @@ def exact_top_chunks(
     if len(best) > 1:
         scores, places = (torch.cat(parts, dim=1) for parts in zip(*(own[0] for own in best), strict=True))
     return scores, places if picked is None else picked[places]
+
+
+def nearest_of(
+    queries: Float[Tensor, "kv_heads queries dim"],
+    search_keys: Num[Tensor, "kv_heads keys stored_dim"],
+    candidates: Int[Tensor, "kv_heads queries candidates"],
+    num_chunks: int,
+    size: int = 1,
+) -> Ranked:
+    """Return those of each query's candidates whose keys are nearest, as `exact_top_chunks` finds them; -1 is no candidate."""
+    places = torch.arange(size, device=candidates.device)
+    heads, step = [], max(1, CANDIDATES_PER_STEP // (candidates.shape[2] * size))
+    for query, keys, chunks in zip(queries, search_keys, candidates, strict=True):
+        parts = []
+        for own, rows in zip(query.split(step), chunks.split(step), strict=True):
+            known = decode(keys[(rows.clamp(min=0)[..., None] * size + places).flatten(1)]).float()
+            scores = torch.einsum("qcd,qd->qc", known, own) - known.square().sum(dim=2) / 2
+            parts.append(scores.unflatten(1, (-1, size)).amax(dim=2))
+        scores, slots = torch.cat(parts).masked_fill(chunks < 0, -torch.inf).topk(num_chunks, dim=1)
+        heads.append((scores, chunks.gather(1, slots)))
+    return torch.stack([scores for scores, _ in heads]), torch.stack([rows for _, rows in heads])
 
 
 def best_of(scores: Float[Tensor, "kv_heads queries all_chunks size"], num_chunks: int) -> Ranked:
@@ -152,6 +182,7 @@ class ChunkIndex:
 
     settings: ClassVar[Mapping[str, Setting]] = {}
     rows_per_chunk = 1  # more where rows are tokens
+    size = 1  # search keys of a row
 
     def __init__(self, store: LayerRows) -> None:
         self.store, self.device = store, store.device
@@ -159,6 +190,21 @@ class ChunkIndex:
     def best_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None) -> Ranked:
         """Return scores and rows of the best chunks, best first; there are at least `num_chunks`, and a query."""
         raise NotImplementedError
+
+    def nearest_rows(self, queries: Tensor, num_chunks: int, rows: Tensor | None) -> Ranked:
+        """Return the chunks whose keys are nearest: of all or, where not all are compared, of more than are wanted."""
+        if self.is_exact(rows):
+            return exact_top_chunks(
+                queries, self.store.search_keys, num_chunks, None, rows, self.size, by_distance=True
+            )
+        num_rows = self.store.num_rows if rows is None else len(rows)
+        count = min(CANDIDATES_BY_DISTANCE * num_chunks, num_rows)
+        found = self.best_rows(queries - self.mean_keys(), count, rows)[1]
+        return nearest_of(queries, self.store.search_keys, found, num_chunks, self.size)
+
+    def mean_keys(self) -> Float[Tensor, "kv_heads 1 dim"]:
+        """Return the mean key of each head: less it, the best inner products are hardly those of the longest keys."""
+        return decode(self.store.search_keys).float().mean(dim=1, keepdim=True)
 
     def is_exact(self, rows: Tensor | None) -> bool:
         """Return whether a search of these rows, None for all, compares every one of them."""
@@ -170,11 +216,14 @@ class ChunkIndex:
         num_chunks: int,
         rows: Int[Tensor, " subset"] | None = None,
         bonus: Float[Tensor, " rows"] | None = None,
+        *,
+        by_distance: bool = False,
     ) -> Ranked:
         """Return scores (float32, descending) and rows (int64); missing slots have row -1 and score -inf.
 
         `rows`: search only these live rows (sorted, without duplicates). `bonus`: for every live row, added to its
-        scores; the best with it are found. Results are where `queries` are.
+        scores; the best with it are found. `by_distance`: find the nearest keys, without a bonus. Results are where
+        `queries` are.
         """
         device, kept = queries.device, self.device
         num_found = min(num_chunks, self.store.num_rows if rows is None else len(rows))
@@ -182,7 +231,10 @@ class ChunkIndex:
             rows = None if rows is None else rows.to(kept)
             bonus = None if bonus is None else bonus.to(kept)
             queries = queries.detach().to(kept, torch.float32).contiguous()
-            scores, found = self.best_rows(queries, num_found, rows, bonus)
+            if by_distance:
+                scores, found = self.nearest_rows(queries, num_found, rows)
+            else:
+                scores, found = self.best_rows(queries, num_found, rows, bonus)
         else:
             scores = torch.empty(*queries.shape[:2], 0, device=device)
             found = torch.empty_like(scores, dtype=torch.int64)

@@ -33,7 +33,7 @@ class InvertedFileIndex(ApproximateIndex):
     # Measured on 250,880 chunks: at a sixteenth both take the same time, at an eighth clusters take half of it, and the
     # thinner the filter the more of its best chunks lie in clusters that nobody looks into.
     exact_share = 1 / 8
-    has_gpu_form = True
+    has_gpu_form = finds_by_distance = True
 
     def clusters(self, num_rows: int) -> int:
         """Return the number of clusters: no more than there are enough points to train."""

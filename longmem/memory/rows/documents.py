@@ -159,6 +159,10 @@ class Source:
         """Return a copy of the ids of some of the tokens that are left, counted from the first of them."""
         return self._ids.values[start:stop].to(torch.int64, copy=True)
 
+    def ids_at(self, places: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return the ids of the tokens at these places, counted from the first that is left."""
+        return self._ids.values[places].to(torch.int64)
+
     def push(self, part: SourcePart) -> None:
         self._ids.push(part.token_ids)
         if part.text is not None and part.char_ends is not None:

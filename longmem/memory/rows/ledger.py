@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -394,6 +395,29 @@ class Ledger:
             document.num_reads += count
             document.last_read = now
             self.read.add(serial)
+
+    def next_ids(self, rows: Int[Tensor, " rows"]) -> tuple[Int[Tensor, "rows chunk_size"], Int[Tensor, " rows"]]:
+        """Return which token follows each token of live rows, -1 where none is known, and the row of the last of these.
+
+        That row is -1 where the document ends with a chunk. Documents may be many, and short: each costs some calls of NumPy.
+        """
+        size, asked = self.chunk_size, rows.numpy()
+        ids, following = np.full((len(asked), size), -1), np.full(len(asked), -1)
+        serials, chunks = self._table[:2].numpy()[:, asked]
+        order = serials.argsort(kind="stable")
+        bounds = np.flatnonzero(np.diff(serials[order], prepend=-1, append=-1))
+        for start, stop in itertools.pairwise(bounds.tolist()):
+            own = order[start:stop]
+            document = self.by_serial[int(serials[own[0]])]
+            if (source := document.source) is None:
+                continue
+            here, count = chunks[own] - document.first_chunk(size), len(document.rows)
+            after = document.rows.values.numpy()[np.minimum(here + 1, count - 1)]
+            following[own] = np.where(here + 1 < count, after, -1)
+            places = here[:, None] * size + np.arange(1, size + 1)
+            known = source.ids_at(torch.from_numpy(np.minimum(places, source.num_tokens - 1))).numpy()
+            ids[own] = np.where(places < source.num_tokens, known, -1)
+        return torch.from_numpy(ids), torch.from_numpy(following)
 
     def locate(self, rows: Int[Tensor, " rows"]) -> list[ChunkPlace | None]:
         """Return the place of each row; None for row -1."""

@@ -391,7 +391,13 @@ class Table:
     # Reading.
 
     def search(
-        self, position: int, queries: Tensor, num_chunks: int, rows: Tensor | None, bonus: Tensor | None = None
+        self,
+        position: int,
+        queries: Tensor,
+        num_chunks: int,
+        rows: Tensor | None,
+        bonus: Tensor | None = None,
+        by_distance: bool = False,
     ) -> Ranked:
         """Return scores and rows of the best chunks of one layer; only missing slots, if nothing was ever written."""
         shape = self.storage.shapes[position] if self.storage.shapes else None
@@ -400,7 +406,7 @@ class Table:
         if not fits or type(num_chunks) is not int or not 0 < num_chunks <= MOST_CHUNKS:
             refuse_search(queries, num_chunks, shape)
         if self.storage.shapes:
-            return self.index_of(position).search(queries, num_chunks, rows, bonus)
+            return self.index_of(position).search(queries, num_chunks, rows, bonus, by_distance=by_distance)
         missing = torch.full((*queries.shape[:2], num_chunks), -1, device=queries.device)
         return torch.full_like(missing, -torch.inf, dtype=torch.float32), missing
 
@@ -614,6 +620,21 @@ class Edition:
         """Return for each row, -1 for none, whether the table still has it under this number."""
         return rows >= 0 if self.is_kept is None else (rows >= 0) & ~self.is_kept[rows.clamp(min=0)]
 
+    def next_ids(self, rows: Int[Tensor, "*shape"], num_rows: int) -> Int[Tensor, "*shape chunk_size"]:
+        """Return which token follows each token of these rows, in the first `num_rows` rows; -1 where that is not known.
+
+        Of what the table has given up since, it is not: documents that are gone take their ids along.
+        """
+        asked = rows.detach().cpu()
+        is_there = self.is_there(asked)
+        found = torch.full((*rows.shape, self.table.chunk_size), -1)
+        ids, following = self.table.ledger.next_ids(asked[is_there])
+        goes_on = (following >= 0) & (following < num_rows)
+        goes_on &= self.is_there(following.clamp(max=self.num_rows - 1))  # else it was written since
+        ids[:, -1].masked_fill_(~goes_on, -1)
+        found[is_there] = ids
+        return found.to(rows.device)
+
     def search(
         self,
         position: int,
@@ -622,20 +643,22 @@ class Edition:
         num_rows: int,
         rows: Int[Tensor, " some"] | None,
         bonus: Float[Tensor, " rows"] | None,
+        by_distance: bool = False,
     ) -> Ranked:
         """Return scores and rows of the best chunks of one layer among its first `num_rows` rows, or some of these (sorted)."""
         live = self.table.ledger.num_rows
         if self.is_kept is None and live == num_rows:
-            return self.table.search(position, queries, num_chunks, rows, bonus)
+            return self.table.search(position, queries, num_chunks, rows, bonus, by_distance)
         rows = torch.arange(num_rows) if rows is None else rows
         bonus_of_live = None if bonus is None else functional.pad(bonus, (0, live - len(bonus)))
-        found = [self.table.search(position, queries, num_chunks, rows[self.is_there(rows)], bonus_of_live)]
+        there = rows[self.is_there(rows)]
+        found = [self.table.search(position, queries, num_chunks, there, bonus_of_live, by_distance)]
         for kept, storage in self._kept:
             wanted = torch.isin(kept, rows).nonzero().flatten()
             if len(wanted):
                 index = self.table.new_index("exact", storage.layer(position))
                 added = None if bonus is None else bonus[kept]
-                scores, places = index.search(queries, num_chunks, wanted, added)
+                scores, places = index.search(queries, num_chunks, wanted, added, by_distance=by_distance)
                 own = kept.to(places.device)[places.clamp(min=0)]
                 found.append((scores, torch.where(places < 0, -1, own)))
         if len(found) == 1:
