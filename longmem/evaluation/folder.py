@@ -20,6 +20,7 @@ from longmem.settings.nested import leaves
 
 CONFIG, PREDICTIONS, SESSIONS = "config.json", "predictions.jsonl", "sessions.jsonl"
 MAY_CHANGE = ("output", "batch_size")  # settings that change no number: a run that goes on may get them anew
+PLACE = "_name_or_path"  # where transformers' configurations say they are from
 
 
 class RunFolder:
@@ -128,13 +129,16 @@ def describe(
 ) -> dict[str, Any]:
     """Return the configuration of a run: settings but for those that change no number, model, weights, digests of the data."""
     weights = ((name, each.detach().cpu().contiguous()) for name, each in model.side_network.named_parameters())
+    config = model.config.to_dict()
+    for part in (config, config["backbone_config"]):
+        part.pop(PLACE, None)  # digests say which weights these are, wherever they lie
     return {
         "settings": {name: each for name, each in dataclasses.asdict(settings).items() if name not in may_change},
         "data": dict(data or {}),
         "dtype": {"backbone": str(model.backbone.dtype), "side_network": str(model.side_network.dtype)},
         "encoder": model.encoder_fingerprint(),
         "side_network": hash_tensors(weights),
-        "model": model.config.to_dict(),
+        "model": config,
     }
 
 
@@ -159,7 +163,10 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
         write_file(path, text)
         return
     before, now = (dict(leaves(each)) for each in (known, json.loads(text)))
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    names = [
+        name for name in {**before, **now} if not name.endswith(f".{PLACE}")
+    ]  # which runs of earlier versions have
+    changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
         name, too = changed[0], f"; {', '.join(changed[1:6])} differ too" if changed[1:] else ""
         raise ValueError(

@@ -78,7 +78,6 @@ class Memory(Protocol):
         ...
 
 
-@runtime_checkable
 class NeighbourMemory(Memory, Protocol):
     """A memory that also says which tokens are like others, and what came next: what predicting by neighbours needs."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from unittest.mock import patch
 
 import pytest
@@ -69,6 +70,24 @@ def test_the_description_of_a_run_follows_weights_and_settings_but_not_the_batch
     with torch.no_grad():
         next(model.side_network.parameters()).add_(1)
     assert describe(settings, model) != found
+
+
+def test_a_run_goes_on_with_the_same_model_in_another_place(backbone_folder, tmp_path):
+    moved = tmp_path / "moved" / "backbone"
+    shutil.copytree(backbone_folder, moved)
+    found = []
+    for place in (backbone_folder, moved):
+        settings = EvaluationSettings(output="a", model=str(place), config={"segment_length": 16})
+        model = open_evaluated(settings)
+        model.config.name_or_path = str(place)
+        found.append(describe(dataclasses.replace(settings, model="name"), model))
+        found[-1]["model"].pop("backbone_name_or_path")  # which somebody has chosen
+    assert found[0] == found[1]
+    before = {"model": {"_name_or_path": "here", "backbone_config": {"_name_or_path": "here"}, "chunk_size": 4}}
+    RunFolder(tmp_path / "run", before)
+    RunFolder(tmp_path / "run", {"model": {"chunk_size": 4}})
+    with pytest.raises(ValueError, match="model.chunk_size = 4 and not 8"):
+        RunFolder(tmp_path / "run", {"model": {"_name_or_path": "here", "chunk_size": 8}})
 
 
 def test_settings_come_from_a_file_and_changes(tmp_path):
