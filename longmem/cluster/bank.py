@@ -391,15 +391,9 @@ class ClusterBank:
     def next_ids(self, rows: Int[Tensor, "*shape"], generation: Hashable) -> Int[Tensor, "*shape chunk_size"]:
         """Return the id of the token that follows each token of these rows, -1 where none is known."""
         read, states = _read_and_states(generation)
-        flat, count = rows.detach().to("cpu", torch.int64).flatten(), len(self.shards)
-        numbers = torch.where(flat < 0, -1, flat % count)
-        own = {number: (numbers == number).nonzero().flatten() for number in numbers[numbers >= 0].unique().tolist()}
-        asked = {number: ("next_ids", read, states[number], flat[each] // count) for number, each in own.items()}
-        answers = self.shards.ask(asked, timeout=self.timeout)
-        refuse_missing(list(asked), answers, self.timeout)
-        found = torch.full((len(flat), self.chunk_size), -1)
-        for number, each in own.items():
-            found[each] = answers[number]
+        found = torch.full((rows.numel(), self.chunk_size), -1)
+        for places, ids in self._ask_of_rows(rows, lambda number, own: ("next_ids", read, states[number], own)):
+            found[places] = ids
         return found.view(*rows.shape, self.chunk_size).to(rows.device)
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> tuple[Tensor, Tensor]:
@@ -424,17 +418,27 @@ class ClusterBank:
 
     def locate(self, rows: Int[Tensor, "*shape"]) -> list[ChunkPlace | None]:
         """Return document, tokens, characters and text of each row, flattened; None for row -1."""
+        located: list[ChunkPlace | None] = [None] * rows.numel()
+        for places, found in self._ask_of_rows(rows, lambda _, own: ("locate", own)):
+            for place, each in zip(places.tolist(), found, strict=True):
+                located[place] = each
+        return located
+
+    def _ask_of_rows(
+        self, rows: Int[Tensor, "*shape"], request: Callable[[int, Tensor], tuple[Any, ...]]
+    ) -> Iterator[tuple[Int[Tensor, " places"], Any]]:
+        """Yield where rows of one shard stand among all, flattened, and its answer; row -1 is no shard's.
+
+        `request`: what a shard, by number, is asked of its own rows.
+        """
         flat, count = rows.detach().to("cpu", torch.int64).flatten(), len(self.shards)
-        places: list[ChunkPlace | None] = [None] * len(flat)
         numbers = torch.where(flat < 0, -1, flat % count)
-        own = {number: (numbers == number).nonzero().flatten() for number in numbers[numbers >= 0].unique().tolist()}
-        asked = {number: ("locate", flat[each] // count) for number, each in own.items()}
+        places = {each: (numbers == each).nonzero().flatten() for each in numbers[numbers >= 0].unique().tolist()}
+        asked = {number: request(number, flat[own] // count) for number, own in places.items()}
         answers = self.shards.ask(asked, timeout=self.timeout)
         refuse_missing(list(asked), answers, self.timeout)
-        for number, found in answers.items():
-            for place, located in zip(own[number].tolist(), found, strict=True):
-                places[place] = located
-        return places
+        for number, answer in answers.items():
+            yield places[number], answer
 
     def parts(self) -> list[tuple[TextBank, list[str]]]:
         """Return the bank, with the names of the documents that a search can find."""

@@ -163,9 +163,8 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
         write_file(path, text)
         return
     before, now = (dict(leaves(each)) for each in (known, json.loads(text)))
-    names = [
-        name for name in {**before, **now} if not name.endswith(f".{PLACE}")
-    ]  # which runs of earlier versions have
+    # Runs of earlier versions have places.
+    names = [name for name in {**before, **now} if not name.endswith(f".{PLACE}")]
     changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
         name, too = changed[0], f"; {', '.join(changed[1:6])} differ too" if changed[1:] else ""

@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from longmem.memory.protocols import Found, Memory, NeighbourMemory
-from longmem.model.attention import lanes_by_memory
+from longmem.memory.protocols import Memory, NeighbourMemory
+from longmem.model.attention import lanes_by_memory, tokens_missing
 
 HALF = 0.04  # the distance at which neighbours and model count alike
 SHARPNESS = 0.3
@@ -146,7 +146,7 @@ def distance_by_chance(memory: NeighbourMemory, features: dict[int, LayerFeature
     for layer, (keys, _) in features.items():
         rows = sample.rows[0].to(keys.device)
         stored = memory.gather(layer, rows.expand(keys.shape[1], -1), sample.generation)
-        there = tokens_there(sample, memory.chunk_size).to(keys.device)
+        there = ~tokens_missing(sample.rows, sample.sizes, memory.chunk_size)[0, 0].to(keys.device)
         parts += [part.float().flatten(1, 2)[:, there].var(dim=1, correction=0).sum() for part in stored]
     return 2 * torch.stack(parts).sum().clamp_min(1e-12)
 
@@ -218,9 +218,3 @@ def among(found: Int[Tensor, "tokens found"], rows: Int[Tensor, " rows"]) -> Boo
     is_found = torch.zeros(len(found), len(rows) + 1, dtype=torch.bool, device=rows.device)
     places = torch.where(found < 0, len(rows), torch.searchsorted(rows, found.clamp(min=0).contiguous()))
     return is_found.scatter_(1, places, True)[:, :-1]
-
-
-def tokens_there(sample: Found, chunk_size: int) -> Bool[Tensor, " tokens"]:
-    """Return which tokens of the chunks of one query are there, and not copies behind a shorter chunk's last."""
-    sizes = torch.full_like(sample.rows, chunk_size) if sample.sizes is None else sample.sizes
-    return (torch.arange(chunk_size, device=sizes.device) < sizes[0, 0, :, None]).flatten()

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Num, UInt8
 from torch import Tensor
 
 from longmem.memory.index import gpu
-from longmem.memory.index.exact import FlatIndex, Ranked, exact_top_chunks, nearest_of
+from longmem.memory.index.exact import FlatIndex, Ranked, exact_top_chunks, ranked_again
 from longmem.memory.index.saved import SavedIndex
 from longmem.memory.rows.storage import LayerRows, decode
 
@@ -31,7 +31,6 @@ FLOAT16_LIMIT = 65_504.0
 ROWS_PER_STEP = 65_536  # rows copied at a time while they are added
 # Chunks that are looked for, for each that is wanted, where age counts too and they are ranked again with it.
 CANDIDATES_WITH_BONUS = 4
-CANDIDATES_PER_STEP = 2**18  # keys gathered at a time to rank candidates again
 
 
 class ApproximateIndex(FlatIndex):
@@ -134,7 +133,7 @@ class ApproximateIndex(FlatIndex):
             return super().nearest_rows(queries, num_chunks, rows)
         self._catch_up()
         found = self._look_up(queries, num_chunks, rows, by_distance=True)[1]
-        scores, found = nearest_of(queries, self.store.search_keys, found, num_chunks)
+        scores, found = ranked_again(queries, self.store.search_keys, found, num_chunks, by_distance=True)
         short = (found < 0).any(dim=2).any(dim=0).nonzero().flatten()
         if len(short):
             asked = queries[:, short].contiguous()
@@ -208,16 +207,7 @@ class ApproximateIndex(FlatIndex):
 
     def _rank_again(self, queries: Tensor, found: Tensor, num_chunks: int) -> Ranked:
         """Return the best of the rows found by their exact scores."""
-        search_keys, step = self.store.search_keys, max(1, CANDIDATES_PER_STEP // found.shape[2])
-        heads = []
-        for query, keys, rows in zip(queries, search_keys, found, strict=True):
-            blocks = zip(query.split(step), rows.split(step), strict=True)
-            products = [
-                torch.einsum("qcd,qd->qc", decode(keys[block.clamp(min=0)]).float(), part) for part, block in blocks
-            ]
-            scores, slots = torch.cat(products).masked_fill(rows < 0, -torch.inf).topk(num_chunks, dim=1)
-            heads.append((scores, rows.gather(1, slots)))
-        return torch.stack([scores for scores, _ in heads]), torch.stack([rows for _, rows in heads])
+        return ranked_again(queries, self.store.search_keys, found, num_chunks)
 
     # Changes: noted as they come, carried out at the next search.
 

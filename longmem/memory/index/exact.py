@@ -26,8 +26,8 @@ NEIGHBOURS, MANY_SCORES = 64, 2**18
 # Numbers of keys that one step turns to float32: on a CPU 4 MiB, which stay in its cache.
 NUMBERS_PER_STEP = {"cpu": 2**20, "cuda": 2**26}
 # Candidates for each chunk that is wanted by its distance, of an index that knows inner products alone; and how many keys are
-# gathered at a time to rank them.
-CANDIDATES_BY_DISTANCE, CANDIDATES_PER_STEP = 8, 2**16
+# gathered at a time to rank candidates again.
+CANDIDATES_BY_DISTANCE, CANDIDATES_PER_STEP = 8, 2**18
 # So few queries are answered sooner over all rows, without those that are left out, than over a copy of the others
 # (65,535 of 65,536 rows, one query: 8 ms against 80 ms).
 FEW_QUERIES = 32
@@ -99,21 +99,24 @@ def exact_top_chunks(
     return scores, places if picked is None else picked[places]
 
 
-def nearest_of(
+def ranked_again(
     queries: Float[Tensor, "kv_heads queries dim"],
     search_keys: Num[Tensor, "kv_heads keys stored_dim"],
     candidates: Int[Tensor, "kv_heads queries candidates"],
     num_chunks: int,
     size: int = 1,
+    by_distance: bool = False,
 ) -> Ranked:
-    """Return those of each query's candidates whose keys are nearest, as `exact_top_chunks` finds them; -1 is no candidate."""
+    """Return the best of each query's candidates by the scores of `exact_top_chunks`; -1 is no candidate."""
     places = torch.arange(size, device=candidates.device)
     heads, step = [], max(1, CANDIDATES_PER_STEP // (candidates.shape[2] * size))
     for query, keys, chunks in zip(queries, search_keys, candidates, strict=True):
         parts = []
         for own, rows in zip(query.split(step), chunks.split(step), strict=True):
             known = decode(keys[(rows.clamp(min=0)[..., None] * size + places).flatten(1)]).float()
-            scores = torch.einsum("qcd,qd->qc", known, own) - known.square().sum(dim=2) / 2
+            scores = torch.einsum("qcd,qd->qc", known, own)
+            if by_distance:
+                scores -= known.square().sum(dim=2) / 2
             parts.append(scores.unflatten(1, (-1, size)).amax(dim=2))
         scores, slots = torch.cat(parts).masked_fill(chunks < 0, -torch.inf).topk(num_chunks, dim=1)
         heads.append((scores, chunks.gather(1, slots)))
@@ -200,7 +203,7 @@ class ChunkIndex:
         num_rows = self.store.num_rows if rows is None else len(rows)
         count = min(CANDIDATES_BY_DISTANCE * num_chunks, num_rows)
         found = self.best_rows(queries - self.mean_keys(), count, rows)[1]
-        return nearest_of(queries, self.store.search_keys, found, num_chunks, self.size)
+        return ranked_again(queries, self.store.search_keys, found, num_chunks, self.size, by_distance=True)
 
     def mean_keys(self) -> Float[Tensor, "kv_heads 1 dim"]:
         """Return the mean key of each head: less it, the best inner products are hardly those of the longest keys."""
