@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, get_args
 
 import jaxtyping
+import torch
 from beartype import beartype
 from jaxtyping import AbstractArray, jaxtyped
 
@@ -40,13 +43,37 @@ def _evaluated(hint: object, names: dict[str, Any]) -> object:
         return None
 
 
+FIRST_CALLS, EVERY = 100, 10
+
+
 def jaxtyped_where_shapes_are(*args: Any, **options: Any) -> Any:
     """Return what `jaxtyped` does, but as a decorator leave functions without shapes as they are.
 
-    The option puts the decorator before every function, and it costs more than many of them.
+    The option puts the decorator before every function, and it costs more than many of them. Of a function that is called often
+    the first calls of a process are checked, and every tenth after them: an annotation that is wrong is wrong for most calls.
     """
     decorate = jaxtyped(*args, **options)
-    return decorate if args else lambda target: decorate(target) if has_shapes(target) else target
+
+    def checked(target: Any) -> Any:
+        if not has_shapes(target):
+            return target
+        checks = decorate(target)
+        return checks if isinstance(target, type) else at_times(checks, target)
+
+    return decorate if args else checked
+
+
+def at_times(checks: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, which in its first calls and in every tenth later one is `checks`."""
+    numbers = itertools.count()
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or (number := next(numbers)) < FIRST_CALLS or not number % EVERY:
+            return checks(*args, **options)
+        return function(*args, **options)
+
+    return call
 
 
 # What the option writes before functions is `jaxtyping.jaxtyped`; it asks for this module at the first of them.
