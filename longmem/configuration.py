@@ -115,6 +115,9 @@ class LongMemConfig(PreTrainedConfig):
         forget_sinks: store the first token of each encoded window with a key of zero, and so tokens directly behind it whose
             keys are like its own. Language models park attention on these tokens, so nearly every query would find
             them, in every window of a long memory, and they say nothing.
+        start_reads: whether a token that sees no other, the first of a text, reads memory too. Attention is parked on it: an
+            untrained network that lets it read spoils it, and with it all that follows (`docs/experiments.md`). A trained
+            one has learned to.
         search: what a query is compared with to find chunks: their mean keys (`"chunk_mean"`, the paper's form) or the key of
             each token (`"token"`), the best of which finds its chunk. A mean of keys hardly finds a single token; tokens take
             `chunk_size` times the search.
@@ -169,6 +172,7 @@ class LongMemConfig(PreTrainedConfig):
     memory_heads: list[list[int]] | None = None
     chunk_size: int = 4
     forget_sinks: bool = False
+    start_reads: bool = True
     search: Literal["chunk_mean", "token"] = "chunk_mean"
     choice_per: Literal["head", "group"] = "head"
     num_retrieved_tokens: int = 32

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from longmem.configuration import LongMemConfig
 from longmem.encoder.path import hash_tensors
 from longmem.evaluation.settings import EvaluationSettings
 from longmem.files import append_lines, make_folder, new_contents, not_opened, open_regular, read_json, write_file
@@ -163,9 +164,11 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
         write_file(path, text)
         return
     before, now = (dict(leaves(each)) for each in (known, json.loads(text)))
-    # Runs of earlier versions have places.
+    # Runs of earlier versions have places, and lack fields that the model's configuration got since, which have their defaults.
+    fields = (field for field in dataclasses.fields(LongMemConfig) if field.default is not dataclasses.MISSING)
+    usual = {f"model.{field.name}": field.default for field in fields}
     names = [name for name in {**before, **now} if not name.endswith(f".{PLACE}")]
-    changed = [name for name in names if before.get(name) != now.get(name)]
+    changed = [name for name in names if before.get(name, usual.get(name)) != now.get(name, usual.get(name))]
     if changed:
         name, too = changed[0], f"; {', '.join(changed[1:6])} differ too" if changed[1:] else ""
         raise ValueError(

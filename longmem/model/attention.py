@@ -79,6 +79,14 @@ class Retrieved:
         share = nn.functional.logsigmoid(self.logsumexp - null.float()[:, None])
         return Retrieved(self.output, (self.logsumexp + share).clamp_min(NO_MEMORY), self.read)
 
+    def except_at(self, places: Bool[Tensor, "lanes tokens"]) -> "Retrieved":
+        """Return the same, but that the tokens at these places found nothing."""
+        read, places = self.read, places[:, None]
+        chunks = places[..., None]
+        rows, weights = read.rows.masked_fill(chunks, -1), read.chunk_weights.masked_fill(chunks, 0)
+        read = dataclasses.replace(read, rows=rows, chunk_weights=weights)
+        return Retrieved(self.output, self.logsumexp.masked_fill(places, NO_MEMORY), read)
+
     def of_heads(self, heads: Int[Tensor, " reading"], num_heads: int) -> "Retrieved":
         """Return the same for all query heads of a layer, of which only `heads` have read; the others found nothing."""
         logsumexp = spread(self.logsumexp, heads, num_heads, NO_MEMORY)
@@ -92,6 +100,28 @@ def spread(
     """Return what some heads have for all heads of a layer, the others of which have `fill`."""
     whole = part.new_full((part.shape[0], num_heads, *part.shape[2:]), fill)
     return whole.index_copy(1, heads, part)
+
+
+def sees_itself_alone(
+    queries: Float[Tensor, "lanes heads tokens dim"],
+    keys: Float[Tensor, "lanes kv_heads keys dim"],
+    attention_mask: Any,
+) -> Bool[Tensor, "lanes tokens"]:
+    """Return which tokens have no other in their local context: the first of each text, behind padding too.
+
+    `attention_mask` as attention functions get it: None where they are causal by position, else of two axes (1 for tokens) or
+    of four (booleans, or what is added to scores).
+    """
+    lanes, tokens = queries.shape[0], queries.shape[2]
+    if not isinstance(attention_mask, Tensor):
+        return (torch.arange(tokens, device=queries.device) + keys.shape[2] == tokens).expand(lanes, -1)
+    if attention_mask.ndim == 2:
+        seen = attention_mask.bool().cumsum(dim=-1)[:, -tokens:]
+    else:
+        is_flag = attention_mask.dtype == torch.bool
+        visible = attention_mask if is_flag else attention_mask > torch.finfo(attention_mask.dtype).min / 2
+        seen = visible[:, 0].sum(dim=-1)
+    return (seen <= 1).expand(lanes, -1)
 
 
 def choosers(queries: Float[Tensor, "kv_heads queries dim"], shared: int) -> Float[Tensor, "kv_heads choices dim"]:

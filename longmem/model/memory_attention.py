@@ -13,7 +13,14 @@ from longmem.backbone.positions import CosSin
 from longmem.backbone.structure import LayerStructure
 from longmem.configuration import LongMemConfig
 from longmem.memory.protocols import EncodingModel, Memory
-from longmem.model.attention import MemoryRead, fuse_gated, fuse_joint, fuse_joint_plain, read_memory
+from longmem.model.attention import (
+    MemoryRead,
+    fuse_gated,
+    fuse_joint,
+    fuse_joint_plain,
+    read_memory,
+    sees_itself_alone,
+)
 
 Turns = dict[tuple[int, int], tuple[CosSin, CosSin]]
 # Search and rows live outside of any graph. Said here: a shard attends without a model, and has no use for the compiler.
@@ -85,6 +92,8 @@ class MemoryReader:
             choice_per=self._config.choice_per,
             found=() if self.read is None else self.read.found,
         )
+        if not self._config.start_reads:
+            retrieved = retrieved.except_at(sees_itself_alone(query, key, attention_mask))
         if reading is not None:
             retrieved = retrieved.of_heads(reading, num_heads)
         if self._null is not None:

@@ -160,6 +160,7 @@ def candidate_fields(backbone: str, settings: HeadSettings) -> dict[str, Any]:
         "memory_layers": layers,
         "segment_length": settings.segment_length,
         "forget_sinks": True,
+        "start_reads": False,
         "search": "token",
         "choice_per": "group",
         "chunk_size": settings.chunk_size,

@@ -90,6 +90,13 @@ def test_a_run_goes_on_with_the_same_model_in_another_place(backbone_folder, tmp
         RunFolder(tmp_path / "run", {"model": {"_name_or_path": "here", "chunk_size": 8}})
 
 
+def test_a_run_goes_on_though_the_configuration_got_a_field(tmp_path):
+    RunFolder(tmp_path, {"model": {"chunk_size": 4}})
+    RunFolder(tmp_path, {"model": {"chunk_size": 4, "start_reads": True, "num_neighbours": 0}})
+    with pytest.raises(ValueError, match="model.start_reads = None and not False"):
+        RunFolder(tmp_path, {"model": {"chunk_size": 4, "start_reads": False}})
+
+
 def test_settings_come_from_a_file_and_changes(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("output: results\nsystems: [backbone, on]\n")

@@ -5,6 +5,7 @@ import torch
 from model.conftest import SETTINGS, build_backbone
 
 from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
+from longmem.model.attention import sees_itself_alone
 
 LAYERS = [1, 3]
 
@@ -135,3 +136,55 @@ def test_the_first_token_of_a_window_cannot_be_found(input_ids, document):
     after = model(input_ids[:, :3], cache=cache, output_memory_keys=True)
     assert after.memory_keys[0][:, :, 0].any()  # no window begins here
     assert model.encoder_fingerprint() != plain.encoder_fingerprint()
+
+
+@pytest.mark.parametrize("kind", [{}, {"fusion": "gated"}, {"search": "token"}], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_the_first_token_of_a_text_reads_where_it_may(input_ids, document, kind, attention):
+    backbone = build_backbone("llama")
+    backbone.set_attn_implementation(attention)
+    models = {
+        reads: LongMemForCausalLM.from_backbone(
+            backbone, **{**SETTINGS, "memory_layers": LAYERS, "layer_reduction_factor": 1, **kind, "start_reads": reads}
+        ).eval()
+        for reads in (True, False)
+    }
+    for reads, model in models.items():
+        bank = MemoryBank.for_model(model)
+        model.memorize(bank, document, "d")
+        off, on = model(input_ids).logits, model(input_ids, memory=bank, output_memory_reads=True)
+        assert ((on.logits[:, 0] - off[:, 0]).abs().max() > 1e-4) == reads
+        assert (on.logits[:, 1:] - off[:, 1:]).abs().max() > 1e-4
+        for read in on.memory_reads:
+            assert (read.rows[:, :, 0] >= 0).any() == reads
+            assert (read.rows[:, :, 1] >= 0).any()
+            assert bool(read.chunk_weights[:, :, 0].any()) == bool(read.memory_share[:, :, 0].any()) == reads
+        # Behind padding the first token is as much the first, and behind a cache no token is.
+        padding = torch.nn.functional.pad(input_ids, (3, 0))
+        mask = torch.nn.functional.pad(torch.ones_like(input_ids), (3, 0))
+        padded = model(padding, attention_mask=mask, memory=bank).logits[:, 3:]
+        torch.testing.assert_close(padded, on.logits, rtol=1e-4, atol=1e-4)
+        start = model(input_ids[:, :1], memory=bank, use_cache=True)
+        cache = next(each for each in (start.get("past_key_values"), start.get("cache")) if each is not None)
+        rest = model(input_ids[:, 1:], memory=bank, cache=cache).logits
+        torch.testing.assert_close(torch.cat([start.logits, rest], 1), on.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_who_sees_no_other_token():
+    queries, keys = torch.zeros(2, 4, 3, 8), torch.zeros(2, 2, 3, 8)
+    first = [[True, False, False]] * 2
+    assert sees_itself_alone(queries, keys, None).tolist() == first
+    assert not sees_itself_alone(queries, torch.zeros(2, 2, 5, 8), None).any()
+    assert sees_itself_alone(queries[:, :, :1], keys[:, :, :1], None).all()
+    # Two axes, and four: the first lane has padding before its tokens.
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    expected = [[True, True, False], [True, False, False]]
+    assert sees_itself_alone(queries, keys, mask).tolist() == expected
+    flags = torch.ones(3, 3, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]
+    assert sees_itself_alone(queries, keys, flags).tolist() == expected
+    added = torch.zeros(flags.shape).masked_fill(~flags, torch.finfo(torch.float32).min)
+    assert sees_itself_alone(queries, keys, added).tolist() == expected
+    # Two texts packed into one row: each has a first token. One mask serves all lanes.
+    packed = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]]).bool()[None, None]
+    assert sees_itself_alone(queries, keys, packed).tolist() == [[True, False, True]] * 2
