@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import pytest
 import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
-from shape_checks import check_shapes
+from shape_checks import EVERY, FIRST_CALLS, at_times, check_shapes
 from torch import Tensor
 
 from longmem.memory import finding, shards
@@ -45,8 +45,21 @@ class Mixed:
 
 
 def test_the_package_is_checked():
+    def call_often() -> None:  # other tests may have called it often enough for not every call to be checked
+        for _ in range(EVERY):
+            exact_top_chunks(torch.ones(1, 1, 2), torch.ones(2, 3, 2), 1)
+
     with pytest.raises(TypeCheckError, match="search_keys"):
-        exact_top_chunks(torch.ones(1, 1, 2), torch.ones(2, 3, 2), 1)
+        call_often()
+
+
+def test_the_first_calls_are_checked_and_every_tenth_behind_them():
+    checked = []
+    call = at_times(lambda: checked.append(True), lambda: checked.append(False))
+    for _ in range(FIRST_CALLS + 3 * EVERY):
+        call()
+    assert all(checked[:FIRST_CALLS])
+    assert checked[FIRST_CALLS:].count(True) == 3
 
 
 def test_all_functions_with_shapes_are_checked_and_no_others():
