@@ -5,6 +5,7 @@ import torch
 from model.conftest import SETTINGS, build_backbone
 
 from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
+from longmem.backbone.cache_names import cache_of
 from longmem.model.attention import sees_itself_alone
 
 LAYERS = [1, 3]
@@ -132,8 +133,7 @@ def test_the_first_token_of_a_window_cannot_be_found(input_ids, document):
         assert zero.nonzero()[:, 1].unique().tolist() == [0, 32, 64, 96, 128]  # `segment_length` is 32
     output = model(input_ids, output_memory_keys=True, use_cache=True)
     assert not output.memory_keys[0][:, :, 0].any()
-    cache = next(each for each in (output.get("past_key_values"), output.get("cache")) if each is not None)
-    after = model(input_ids[:, :3], cache=cache, output_memory_keys=True)
+    after = model(input_ids[:, :3], cache=cache_of(output), output_memory_keys=True)
     assert after.memory_keys[0][:, :, 0].any()  # no window begins here
     assert model.encoder_fingerprint() != plain.encoder_fingerprint()
 
@@ -166,8 +166,7 @@ def test_the_first_token_of_a_text_reads_where_it_may(input_ids, document, kind,
         padded = model(padding, attention_mask=mask, memory=bank).logits[:, 3:]
         torch.testing.assert_close(padded, on.logits, rtol=1e-4, atol=1e-4)
         start = model(input_ids[:, :1], memory=bank, use_cache=True)
-        cache = next(each for each in (start.get("past_key_values"), start.get("cache")) if each is not None)
-        rest = model(input_ids[:, 1:], memory=bank, cache=cache).logits
+        rest = model(input_ids[:, 1:], memory=bank, cache=cache_of(start)).logits
         torch.testing.assert_close(torch.cat([start.logits, rest], 1), on.logits, rtol=1e-4, atol=1e-4)
 
 

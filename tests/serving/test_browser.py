@@ -198,9 +198,8 @@ def test_the_page_asks_for_the_token_once_it_is_wanted(page, guarded_url):
     page.locator("#bank").select_option("")
     page.locator("#value").fill("team")
     page.keyboard.press("Escape")
-    playwright.expect(page.locator("#bank")).to_have_value(
-        re.compile("^page-")
-    )  # once the page has asked what is there
+    # Once the page has asked what is there.
+    playwright.expect(page.locator("#bank")).to_have_value(re.compile("^page-"))
     page.locator("#bank").select_option("")
     page.locator("#value").fill("team")
     page.keyboard.press("Enter")
