@@ -134,6 +134,9 @@ class LongMemConfig(PreTrainedConfig):
             with a warning, the window of a backbone that has less.
         memory_distance: tokens between a query and what it retrieved, for rotary models, whose stored keys have no
             position of their own. 0 is harmful, and so is far beyond the text it was tuned on (`docs/experiments.md`).
+        distance_per: whether that is the distance of the whole `"model"`, or each query `"head"` learns one of its own, from
+            `memory_distance` on. Heads that look for facts want what they find to be near, others far: near, it disturbs what
+            they do with the text at hand. Layers without rotation learn none.
         residual: `"substitute"` (side layers replace the layers they copy) or `"paper"` (section 2.2 of the paper).
         residual_states: whether the backbone's last hidden state is taken before (`"pre_norm"`, as in the paper's
             equation) or after (`"post_norm"`, as in the released code) its final norm.
@@ -179,6 +182,7 @@ class LongMemConfig(PreTrainedConfig):
     num_neighbours: int = 0
     segment_length: int = DEFAULT_SEGMENT_LENGTH
     memory_distance: int = 64
+    distance_per: Literal["model", "head"] = "model"
     residual: Literal["substitute", "paper"] = "substitute"
     residual_states: Literal["pre_norm", "post_norm"] = "pre_norm"
     fusion: Literal["joint", "gated"] = "joint"
@@ -341,6 +345,11 @@ class LongMemConfig(PreTrainedConfig):
         if self.memory_distance < 0:
             raise ValueError(
                 f"`memory_distance` must be 0 or more tokens, got {self.memory_distance}; 64 is the default."
+            )
+        if self.memory_distance < 1 and self.distance_per == "head":
+            raise ValueError(
+                f'`memory_distance` must be 1 or more tokens with `distance_per="head"`, got {self.memory_distance}: heads '
+                "learn the logarithm of their distance; 64 is the default."
             )
         for name in ("memory_bias_init", "memory_null_init"):
             if (value := getattr(self, name)) is not None and not math.isfinite(value):

@@ -73,6 +73,7 @@ CONFIG: dict[str, Effect] = {
     "num_neighbours": of_config({"num_neighbours": 8}),
     "segment_length": of_config({"segment_length": 16}),
     "memory_distance": of_config({"memory_distance": 4}),
+    "distance_per": of_config({"distance_per": "head"}),
     "residual": of_config({"residual": "paper"}, {"layer_reduction_factor": 2, "memory_layers": [2]}),
     "residual_states": of_config({"residual_states": "post_norm"}, PAPER),
     "fusion": of_config({"fusion": "gated", "memory_bias_init": 0.0}, {"memory_bias_init": 0.0}),

@@ -462,7 +462,7 @@ CALLS: dict[str, Call] = {
         lambda w, **k: of_backbone(w, **k) if "backbone_config" not in k else LongMemConfig(**k),
         {"backbone_config": "configuration", "layer_reduction_factor": "factor", "memory_layers": "memory layers"}
         | {"memory_heads": "memory heads", "chunk_size": "chunk", "forget_sinks": "flag", "search": "choice"}
-        | {"start_reads": "flag"}
+        | {"start_reads": "flag", "distance_per": "choice"}
         | {
             "num_retrieved_tokens": "chunk",
             "segment_length": "size",

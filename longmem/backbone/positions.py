@@ -17,6 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 CosSin = tuple[Float[Tensor, "#lanes #tokens rotary_dim"], Float[Tensor, "#lanes #tokens rotary_dim"]]
+CosSinOfHeads = tuple[
+    Float[Tensor, "#lanes heads #tokens rotary_dim"], Float[Tensor, "#lanes heads #tokens rotary_dim"]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,20 @@ class RotaryEmbedding:
         scale = (cos.square() + sin.square()).sqrt() / (own_cos.square() + own_sin.square())
         return (cos * own_cos + sin * own_sin) * scale, (sin * own_cos - cos * own_sin) * scale
 
+    def turn_of_heads(self, here: CosSin, distances: Float[Tensor, " heads"]) -> CosSinOfHeads:
+        """Return the same for a distance of each head, `lanes heads tokens rotary_dim`; distances get gradients.
+
+        They may be of any length between two positions: angles grow in proportion to the distance.
+        """
+        one, own = (
+            [part.to(distances.device, torch.float32).unsqueeze(1) for part in pair]
+            for pair in (self.at([1], distances.detach().float()), here)
+        )
+        angles = distances.float()[:, None, None] * torch.atan2(one[1], one[0])
+        scale = (one[0].square() + one[1].square()) / (own[0].square() + own[1].square())
+        cos, sin = angles.cos() * scale, angles.sin() * scale
+        return cos * own[0] + sin * own[1], sin * own[0] - cos * own[1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
@@ -80,6 +97,14 @@ class Rotation:
         if stop - start == states.shape[-1]:
             return turned
         return torch.cat([states[..., :start], turned, states[..., stop:]], dim=-1)
+
+    def rotate_heads(
+        self, states: Float[Tensor, "lanes heads tokens dim"], cos_sin: CosSinOfHeads
+    ) -> Float[Tensor, "lanes heads tokens dim"]:
+        """Return the states turned, each head by cosines and sines of its own, `lanes heads tokens rotary_dim`."""
+        lanes = states.shape[0]  # architectures turn all heads of a lane alike: here each head is a lane
+        cos, sin = (part.expand(lanes, -1, -1, -1).flatten(0, 1) for part in cos_sin)
+        return self.rotate(states.flatten(0, 1).unsqueeze(1), (cos, sin)).squeeze(1).unflatten(0, (lanes, -1))
 
     def undo(
         self, states: Float[Tensor, "lanes heads tokens dim"], cos_sin: CosSin

@@ -43,6 +43,7 @@ class MemoryReader:
         memory: one bank for each lane.
         position_embeddings: cosines and sines that the layer is called with, None for models without.
         turns: what other layers of the same call have turned their queries by, which this one may use and add to.
+        log_distance: logarithm of the memory distance, `heads`; None: that of the configuration.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class MemoryReader:
         null: Tensor | None = None,
         heads: Sequence[int] | None = None,
         turns: Turns | None = None,
+        log_distance: Tensor | None = None,
     ) -> None:
         self._config, self._memory_layer, self._source = config, memory_layer, source
         self._bias, self._null, self._memory, self._heads = bias, null, memory, heads
+        self._log_distance = log_distance
         self._position_embeddings, self._turns = position_embeddings, {} if turns is None else turns
         self.read: MemoryRead | None = None
 
@@ -77,12 +80,13 @@ class MemoryReader:
         """Return the fused output, `lanes tokens heads dim`."""
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        reading, asking = None, query
+        reading, asking, log_distance = None, query, self._log_distance
         if self._heads is not None:
             reading = query_heads(tuple(self._heads), num_heads // num_kv_heads, query.device)
             asking, num_kv_heads = query.index_select(1, reading), len(self._heads)
+            log_distance = None if log_distance is None else log_distance.to(query.device)[reading]
         retrieved = read_outside_of_graphs(
-            self._memory_query(asking),
+            self._memory_query(asking, log_distance),
             self._memory,
             self._memory_layer,
             num_kv_heads=num_kv_heads,
@@ -108,11 +112,14 @@ class MemoryReader:
             return fuse_joint_plain(*arguments, retrieved, self._bias, scaling, softcap), None
         return fuse_joint(local, module, *arguments, retrieved, self._bias, scaling, **kwargs), None
 
-    def _memory_query(self, query: Tensor) -> Tensor:
+    def _memory_query(self, query: Tensor, log_distance: Tensor | None) -> Tensor:
         """Return the queries that meet stored keys: turned from their own positions to the memory distance."""
         rotary, rotation, here = self._source.rotary, self._source.rotation, self._position_embeddings
         if rotary is None or rotation is None or here is None:
             return query
+        if log_distance is not None:
+            turn = rotary.turn_of_heads(here, log_distance.float().exp())
+            return rotation.rotate_heads(query.float(), turn).to(query.dtype)
         key = id(rotary.module), id(here[0])
         if key not in self._turns:  # `here` is kept, so that nothing else gets its id
             self._turns[key] = here, rotary.turn_from(here, self._config.memory_distance, query)

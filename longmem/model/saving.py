@@ -21,7 +21,7 @@ from longmem.configuration import ALL_LINEAR, LongMemConfig
 from longmem.encoder.path import BackboneStamp
 from longmem.memory.folder.foreign import fits
 from longmem.model.names import lasting_name
-from longmem.model.side_network import SideNetwork
+from longmem.model.side_network import GATES, SideNetwork
 
 PREFIX = "side_network."
 SEALED = (CONFIG_NAME, GENERATION_CONFIG_NAME)
@@ -193,6 +193,8 @@ def model_card(config: LongMemConfig, num_trained: int, *, with_backbone: bool =
 def load_side_network(side_network: SideNetwork, folder: Path, variant: str | None = None) -> BackboneStamp | None:
     """Load the weights that `save_pretrained` wrote, all of them and nothing else; return the stamp of their backbone.
 
+    Null slots, and distances of heads, that the network was saved without and is opened with begin as new ones do.
+
     Files that other tools wrote have no stamp, and no digests to check.
 
     Raises:
@@ -225,7 +227,12 @@ def load_side_network(side_network: SideNetwork, folder: Path, variant: str | No
             raise ValueError(f"`{name}` in {folder} must be finite, but holds NaN or infinity; its training diverged.")
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
     copied = side_network.state_dict().keys() - saved_names(side_network)
-    load_strictly(side_network, weights, str(folder), optional=copied)
+    # Gates that the saved network had in no layer, and the settings now ask for, begin as those of a new network.
+    saved = {name.rpartition(".")[2] for name in weights}
+    new = {
+        name for name in side_network.state_dict() if (kind := name.rpartition(".")[2]) in GATES and kind not in saved
+    }
+    load_strictly(side_network, weights, str(folder), optional=copied | new)
     for name, weight in side_network.named_parameters():
         if name in copied & weights.keys():  # unfrozen by hand: trained on, and saved again
             weight.requires_grad_(True)

@@ -1,6 +1,7 @@
 """The trainable residual side network: copies of backbone layers, cross-network residuals, layers that read memory."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
@@ -22,6 +23,9 @@ from longmem.model.lora import adapter_names, add_adapters, merge_adapters
 from longmem.model.memory_attention import MemoryReader, Turns
 from longmem.model.neighbours import Neighbours, neighbours_of
 
+# The learned numbers of a layer, by the ends of their names. They may learn at a rate of their own.
+OF_MEMORY = ("memory_bias", "memory_null", "memory_log_distance")  # how much is read, and as if from how far
+GATES = (*OF_MEMORY, "output_scale")  # and how much the layer adds
 end_outside_of_graphs = torch.compiler.disable(end_pass)  # reads are counted under locks
 
 
@@ -51,12 +55,16 @@ class SideLayer(nn.Module):
         self._source = source
         self.memory_bias: nn.Parameter | None = None
         self.memory_null: nn.Parameter | None = None
+        self.memory_log_distance: nn.Parameter | None = None
         if self.memory_layer is not None:
             refuse_local_implementation(config, attention)
             start = torch.full((source.num_heads,), float(config.memory_bias_init or 0.0))
             self.memory_bias = nn.Parameter(start.to(next(self.layer.parameters()).device))
             if config.memory_null_init is not None:
                 self.memory_null = nn.Parameter(torch.full_like(self.memory_bias, float(config.memory_null_init)))
+            if config.distance_per == "head" and source.rotation is not None:
+                log_distance = math.log(config.memory_distance)
+                self.memory_log_distance = nn.Parameter(torch.full_like(self.memory_bias, log_distance))
         self.output_scale: nn.Parameter | None = None
         if config.init == "identity":
             self.output_scale = nn.Parameter(
@@ -101,6 +109,7 @@ class SideLayer(nn.Module):
                 self.memory_null,
                 self.reading_heads,
                 turns,
+                self.memory_log_distance,
             )
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # Around all of it: in the backward pass, the handler would no longer be there for a layer that recomputes
@@ -153,13 +162,12 @@ class SideNetwork(nn.Module):
             self.requires_grad_(True)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Return, by name, what training may change: every weight or, with LoRA, adapters, memory biases and output scales."""
+        """Return, by name, what training may change: every weight or, with LoRA, adapters and gates."""
         floating = {name: weight for name, weight in self.named_parameters() if weight.is_floating_point()}
         if self.config.lora is None:
             return floating
         adapters = adapter_names(self)
-        own = ("memory_bias", "memory_null", "output_scale")
-        return {name: weight for name, weight in floating.items() if name in adapters or name.endswith(own)}
+        return {name: weight for name, weight in floating.items() if name in adapters or name.endswith(GATES)}
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set whether `trained_parameters` are trained; False freezes every other weight as well."""

@@ -3,7 +3,8 @@
 Retrieval is a circuit of several heads, so they are chosen together: memory biases and null slots are trained on texts with
 hidden facts and questions (`longmem/data/recall.py`), beside memories that do not fit, while every bias is pulled down at a
 constant rate. Heads whose gradient does not hold against the pull help nothing and are left out; what remains is trained
-without it. (DuoAttention, arXiv 2410.10819, finds heads by gates with a penalty in a like way.)
+without it. Each head learns the distance, too, at which what it finds seems to stand. (DuoAttention, arXiv 2410.10819, finds
+heads by gates with a penalty in a like way.)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.console import Console
 from longmem.backbone.structure import UnsupportedBackboneError
 from longmem.memory.checks import checked, got
 from longmem.model.modeling import LongMemForCausalLM
-from longmem.model.side_network import SideLayer
+from longmem.model.side_network import OF_MEMORY, SideLayer
 from longmem.settings import Above, Below, From, read_section
 from longmem.training.extension import Extension, Run
 from longmem.training.loop import Trainer
@@ -36,7 +37,8 @@ from longmem.training.setup import side_layers
 
 RATE = 0.2  # of biases and null slots; it falls to 0
 RATE_AFTER_CHOICE = 0.1
-START_BIAS, START_NULL = -2.0, 4.0
+START_BIAS, START_NULL = -1.0, 4.0
+START_DISTANCE = 256  # tokens; heads go to 60 and to 600 from there
 FIRST_SHARE = 2 / 15  # of the stack: layers below look at their neighbours
 
 
@@ -118,9 +120,9 @@ def calibrate_heads(
     settings: HeadSettings | None = None,
     console: Console | None = None,
 ) -> LongMemForCausalLM:
-    """Return a model with a new side network whose memory heads, biases and null slots fit its backbone.
+    """Return a model with a new side network whose memory heads, biases, null slots and distances fit its backbone.
 
-    Chunks are found by their best token. All that was trained are two numbers per head, so it computes exactly what
+    Chunks are found by their best token. All that was trained are three numbers per head, so it computes exactly what
     the backbone does where nothing is in memory.
 
     Args:
@@ -161,6 +163,8 @@ def candidate_fields(backbone: str, settings: HeadSettings) -> dict[str, Any]:
         "segment_length": settings.segment_length,
         "forget_sinks": True,
         "start_reads": False,
+        "memory_distance": START_DISTANCE,
+        "distance_per": "head",
         "search": "token",
         "choice_per": "group",
         "chunk_size": settings.chunk_size,
@@ -183,7 +187,7 @@ def train_gates(
     console: Console | None,
     start: LongMemForCausalLM | None = None,
 ) -> LongMemForCausalLM:
-    """Return a model whose memory biases and null slots were trained, from those of `start` on."""
+    """Return a model whose memory biases, null slots and distances were trained, from those of `start` on."""
     run = TrainingSettings(
         output=str(folder),
         seed=settings.seed,
@@ -244,12 +248,10 @@ def chosen_heads(model: LongMemForCausalLM, allowed_fall: float) -> dict[str, li
 
 @torch.no_grad()
 def take_gates(model: LongMemForCausalLM, start: LongMemForCausalLM) -> None:
-    """Put memory biases and null slots of another model into the layers that read the same memory layer."""
+    """Put the gates of memory of another model into the layers that read the same memory layer."""
     known = {layer.memory_layer: layer for layer in reading_layers(start)}
     for layer in reading_layers(model):
-        for mine, theirs in (
-            (layer.memory_bias, known[layer.memory_layer].memory_bias),
-            (layer.memory_null, known[layer.memory_layer].memory_null),
-        ):
+        for name in OF_MEMORY:
+            mine, theirs = getattr(layer, name), getattr(known[layer.memory_layer], name)
             if mine is not None and theirs is not None:
                 mine.copy_(theirs)

@@ -17,13 +17,10 @@ from longmem.encoder.path import BackboneStamp, hash_tensors
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.names import look_up
 from longmem.model.opening import refuse_config_of_saved
-from longmem.model.side_network import SideLayer
+from longmem.model.side_network import GATES, OF_MEMORY, SideLayer
 from longmem.training.features import FrozenFeatures
 from longmem.training.settings import DataSettings, OptimizationSettings, TrainingSettings
 from longmem.training.validation import Validation, validation_texts
-
-# What opens or closes a whole path, and may learn at a rate of its own.
-GATES = ("memory_bias", "memory_null", "output_scale")
 
 
 def make_model(settings: TrainingSettings, device: torch.device) -> LongMemForCausalLM:
@@ -174,21 +171,21 @@ def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: boo
     Args:
         model: changed in its `requires_grad` flags alone.
         trained: "all" that the side network lets be trained (with LoRA, its adapters and biases); "reading_attention": the
-            attention modules of the layers that read memory, and their biases; "gates": memory biases, null slots and output
-            scales.
-        reads_memory: without it the memory biases are left as they are: nothing passes through them.
+            attention modules of the layers that read memory, and their gates; "gates": memory biases, null slots, memory
+            distances of heads and output scales.
+        reads_memory: without it the gates of memory are left as they are: nothing passes through them.
     """
     model.requires_grad_(True)  # freezes the backbone, and what LoRA leaves frozen
     reading = [layer for layer in side_layers(model) if layer.memory_bias is not None]
-    parts = ((layer.memory_bias, layer.memory_null, *layer.attention.parameters()) for layer in reading)
+    parts = ((*(getattr(layer, name) for name in OF_MEMORY), *layer.attention.parameters()) for layer in reading)
     wanted = {id(each) for part in parts for each in part}
     if trained == "gates":
         wanted = {id(each) for name, each in model.side_network.named_parameters() if name.endswith(GATES)}
     chosen = {}
     for name, parameter in model.side_network.named_parameters():
-        is_bias = name.endswith(("memory_bias", "memory_null"))
+        is_of_memory = name.endswith(OF_MEMORY)
         keep = parameter.requires_grad and (trained == "all" or id(parameter) in wanted)
-        parameter.requires_grad_(keep and (reads_memory or not is_bias))
+        parameter.requires_grad_(keep and (reads_memory or not is_of_memory))
         if parameter.requires_grad:
             chosen[name] = parameter
     return chosen

@@ -23,6 +23,7 @@ CONFIG_ROWS = [
     ("memory_layers", [9], ["memory_layers", "below the backbone's 4 layers", "got [9]", "default would be"]),
     ("memory_layers", [2, 1], ["memory_layers", "ascending", "got [2, 1]"]),
     ("memory_layers", [], ["memory_layers", "got []"]),
+    ("distance_per", "layer", ["distance_per", "model", "layer"]),
     ("memory_distance", -1, ["memory_distance", "0 or more", "got -1"]),
     ("fusion", "mixed", ["fusion", "joint", "gated"]),
     ("residual", "none", ["residual", "substitute", "paper"]),

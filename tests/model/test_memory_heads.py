@@ -1,8 +1,11 @@
-"""Memory heads: which key-value heads are stored, searched and read; and the null slot beside what was found."""
+"""Memory heads: which are stored, searched and read; the null slot beside what was found, and the distance of each."""
+
+import math
 
 import pytest
 import torch
 from model.conftest import SETTINGS, build_backbone
+from safetensors.torch import save_file
 
 from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
 from longmem.backbone.cache_names import cache_of
@@ -187,3 +190,95 @@ def test_who_sees_no_other_token():
     # Two texts packed into one row: each has a first token. One mask serves all lanes.
     packed = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]]).bool()[None, None]
     assert sees_itself_alone(queries, keys, packed).tolist() == [[True, False, True]] * 2
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+# Rotations of all of a head, of its first part, of pairs side by side, scaled, of layers that slide, and none.
+DISTANT = [
+    ("llama", {}),
+    ("llama", {"rope_parameters": YARN, "max_position_embeddings": 256}),
+    *(("gpt_neox", {}), ("gemma2", {}), ("qwen3", {}), ("gpt2", {})),
+]
+
+
+@pytest.mark.parametrize("choice_per", ["head", "group"])
+@pytest.mark.parametrize(("model_type", "changes"), DISTANT, ids=str)
+@torch.no_grad()
+def test_each_head_reads_at_its_own_distance(input_ids, document, model_type, changes, choice_per):
+    backbone = build_backbone(model_type, **changes)
+    settings = {**SETTINGS, "memory_layers": LAYERS, "layer_reduction_factor": 1, "choice_per": choice_per}
+    settings |= {
+        "chunk_size": 1,
+        "num_retrieved_tokens": 150,
+    }  # all of it: what is chosen does not depend on the distance
+    of_model, of_heads, far = (
+        LongMemForCausalLM.from_backbone(backbone, **{**settings, **fields}).eval()
+        for fields in ({}, {"distance_per": "head"}, {"memory_distance": 40})
+    )
+    bank = MemoryBank.for_model(of_model, index="flat")
+    of_model.memorize(bank, document, "d")
+    reads = {name: model(input_ids, memory=bank).logits for name, model in (("near", of_model), ("far", far))}
+    torch.testing.assert_close(of_heads(input_ids, memory=bank).logits, reads["near"], rtol=1e-4, atol=1e-4)
+    learned = [layer.memory_log_distance for layer in of_heads.side_network.layers if layer.memory_bias is not None]
+    if model_type == "gpt2":  # no rotary model: a distance means nothing to it
+        assert learned == [None, None]
+        return
+    assert (reads["near"] - reads["far"]).abs().max() > 1e-3
+    # At 40 tokens all heads are those of a model at 40; between, one head is moved alone, by fractions of a token.
+    for log_distance in learned:
+        log_distance.fill_(math.log(40))
+    torch.testing.assert_close(of_heads(input_ids, memory=bank).logits, reads["far"], rtol=1e-4, atol=1e-4)
+    for log_distance in learned[1:]:
+        log_distance[0] = math.log(8.5)
+    assert (of_heads(input_ids, memory=bank).logits - reads["far"]).abs().max() > 1e-5
+
+
+def test_distances_of_heads_are_learned_and_saved(input_ids, document, tmp_path):
+    backbone = build_backbone("llama")
+    backbone.save_pretrained(tmp_path / "backbone")
+    model = LongMemForCausalLM.from_backbone(
+        str(tmp_path / "backbone"), **SETTINGS, memory_layers=LAYERS, memory_heads=[[1], [0]], lora={"rank": 2},
+        layer_reduction_factor=1, distance_per="head", chunk_size=1,
+    )  # fmt: skip
+    model.config.num_retrieved_tokens = 150
+    bank = MemoryBank.for_model(model, index="flat")
+    model.memorize(bank, document, "d")
+    log_distance = model.side_network.layers[0].memory_log_distance
+    loss = model(input_ids, memory=bank, labels=input_ids).loss
+    loss.backward()
+    assert torch.equal(log_distance.grad != 0, torch.tensor([False, False, True, True]))  # of the heads that read
+    step, losses = 1e-2, []
+    with torch.no_grad():
+        for _ in range(2):
+            log_distance[2] += step
+            losses.append(model(input_ids, memory=bank, labels=input_ids).loss.item())
+            log_distance[2] -= step
+            step = -step
+        assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(log_distance.grad[2].item(), rel=0.05)
+        log_distance.copy_(torch.tensor([4.0, 4.1, 4.2, 4.3]))
+        model.save_pretrained(tmp_path / "model")
+        opened = LongMemForCausalLM.from_pretrained(tmp_path / "model")
+        assert torch.equal(opened.side_network.layers[0].memory_log_distance, log_distance)
+        opened.config.num_retrieved_tokens = 150
+        assert torch.equal(opened.eval()(input_ids, memory=bank).logits, model.eval()(input_ids, memory=bank).logits)
+    assert "memory_log_distance" in "".join(model.side_network.trained_parameters())
+
+
+def test_gates_that_a_network_was_saved_without_begin_as_new_ones(tmp_path):
+    build_backbone("llama").save_pretrained(tmp_path / "backbone")
+    model = LongMemForCausalLM.from_backbone(str(tmp_path / "backbone"), **SETTINGS, memory_layers=LAYERS)
+    with torch.no_grad():
+        model.side_network.layers[0].memory_bias.fill_(-3)
+    model.save_pretrained(tmp_path / "model")
+    asked = {"distance_per": "head", "memory_distance": 20, "memory_null_init": 2.0}
+    first = LongMemForCausalLM.from_pretrained(tmp_path / "model", **asked).side_network.layers[0]
+    assert first.memory_log_distance.exp().tolist() == pytest.approx([20] * 4)
+    assert (first.memory_null.tolist(), first.memory_bias.tolist()) == ([2] * 4, [-3] * 4)
+    # What some layers have, others may not lack.
+    model = LongMemForCausalLM.from_pretrained(tmp_path / "model", **asked)
+    state = {name: weight for name, weight in model.state_dict().items() if name != "side_network.layers.0.memory_null"}
+    model.save_pretrained(tmp_path / "damaged", state_dict=model.state_dict())
+    weights = tmp_path / "damaged" / "model.safetensors"
+    save_file(state, weights)
+    with pytest.raises(ValueError, match=r"missing \['layers.0.memory_null'\]"):
+        LongMemForCausalLM.from_pretrained(tmp_path / "damaged")

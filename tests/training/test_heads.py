@@ -37,7 +37,7 @@ def test_what_comes_back_reads_by_the_chosen_heads_and_is_the_backbone_without_m
         torch.testing.assert_close(model(ids, memory=bank).logits[:, 0], model(ids).logits[:, 0], rtol=1e-4, atol=1e-4)
 
 
-def test_biases_and_null_slots_moved_and_nothing_else(model, backbone):
+def test_gates_of_memory_moved_and_nothing_else(model, backbone):
     fields = (
         "memory_layers",
         "memory_heads",
@@ -46,6 +46,9 @@ def test_biases_and_null_slots_moved_and_nothing_else(model, backbone):
         "num_retrieved_tokens",
         "lora",
         "memory_null_init",
+        "memory_bias_init",
+        "memory_distance",
+        "distance_per",
     )
     new = LongMemForCausalLM.from_backbone(backbone, **{name: getattr(model.config, name) for name in fields})
     moved = {
@@ -53,7 +56,7 @@ def test_biases_and_null_slots_moved_and_nothing_else(model, backbone):
         for (name, one), other in zip(model.side_network.named_parameters(), new.side_network.parameters(), strict=True)
         if ".lora_A." not in name and not torch.equal(one, other)
     }
-    assert moved == {"memory_bias", "memory_null"}
+    assert moved == {"memory_bias", "memory_null", "memory_log_distance"}
 
 
 @torch.no_grad()
@@ -91,7 +94,7 @@ def test_the_command_saves_a_model_that_opens(backbone, tmp_path, capsys):
 def weighed(backbone, tmp_path):
     """A model with four memory heads, of which (1, 1) reads nothing at all, and texts."""
     fields = {"memory_layers": [1, 2], "chunk_size": 4, "segment_length": 48, "search": "token", "lora": {"rank": 1}}
-    model = LongMemForCausalLM.from_backbone(backbone, memory_bias_init=2.0, **fields).eval()
+    model = LongMemForCausalLM.from_backbone(backbone, memory_bias_init=2.0, distance_per="head", **fields).eval()
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(3):
@@ -100,6 +103,8 @@ def weighed(backbone, tmp_path):
         reading_layers(model)[0].memory_bias.unflatten(0, (2, -1))[1] = -1e4
         for weight in model.side_network.parameters():
             weight.add_(0.05 * torch.randn(weight.shape)) if weight.requires_grad and weight.ndim > 1 else None
+        for layer in reading_layers(model):
+            layer.memory_log_distance.add_(torch.randn(layer.memory_log_distance.shape))
     return model, texts
 
 
