@@ -61,15 +61,14 @@ class RotaryEmbedding:
         scale = (cos.square() + sin.square()).sqrt() / (own_cos.square() + own_sin.square())
         return (cos * own_cos + sin * own_sin) * scale, (sin * own_cos - cos * own_sin) * scale
 
-    def turn_of_heads(self, here: CosSin, distances: Float[Tensor, " heads"]) -> CosSinOfHeads:
+    @staticmethod
+    def turn_of_heads(here: CosSin, first: CosSin, distances: Float[Tensor, " heads"]) -> CosSinOfHeads:
         """Return the same for a distance of each head, `lanes heads tokens rotary_dim`; distances get gradients.
 
-        They may be of any length between two positions: angles grow in proportion to the distance.
+        They may be of any length between two positions: angles grow in proportion to the distance, from those at position 1
+        (`first`).
         """
-        one, own = (
-            [part.to(distances.device, torch.float32).unsqueeze(1) for part in pair]
-            for pair in (self.at([1], distances.detach().float()), here)
-        )
+        one, own = ([part.to(distances.device, torch.float32).unsqueeze(1) for part in pair] for pair in (first, here))
         angles = distances.float()[:, None, None] * torch.atan2(one[1], one[0])
         scale = (one[0].square() + one[1].square()) / (own[0].square() + own[1].square())
         cos, sin = angles.cos() * scale, angles.sin() * scale

@@ -42,7 +42,8 @@ class MemoryReader:
         heads: key-value heads that read; None: all.
         memory: one bank for each lane.
         position_embeddings: cosines and sines that the layer is called with, None for models without.
-        turns: what other layers of the same call have turned their queries by, which this one may use and add to.
+        turns: what other layers of the same call have turned their queries by, which this one may use and add to; where each
+            head has its own distance, the cosines and sines at position 1.
         log_distance: logarithm of the memory distance, `heads`; None: that of the configuration.
     """
 
@@ -117,12 +118,16 @@ class MemoryReader:
         rotary, rotation, here = self._source.rotary, self._source.rotation, self._position_embeddings
         if rotary is None or rotation is None or here is None:
             return query
-        if log_distance is not None:
-            turn = rotary.turn_of_heads(here, log_distance.float().exp())
-            return rotation.rotate_heads(query.float(), turn).to(query.dtype)
         key = id(rotary.module), id(here[0])
         if key not in self._turns:  # `here` is kept, so that nothing else gets its id
-            self._turns[key] = here, rotary.turn_from(here, self._config.memory_distance, query)
+            if log_distance is None:
+                turn_or_first = rotary.turn_from(here, self._config.memory_distance, query)
+            else:
+                turn_or_first = rotary.at([1], query.float())
+            self._turns[key] = here, turn_or_first
+        if log_distance is not None:
+            turn = rotary.turn_of_heads(here, self._turns[key][1], log_distance.float().exp())
+            return rotation.rotate_heads(query.float(), turn).to(query.dtype)
         return rotation.rotate(query.float(), self._turns[key][1]).to(query.dtype)
 
 

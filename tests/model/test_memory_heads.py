@@ -207,10 +207,8 @@ DISTANT = [
 def test_each_head_reads_at_its_own_distance(input_ids, document, model_type, changes, choice_per):
     backbone = build_backbone(model_type, **changes)
     settings = {**SETTINGS, "memory_layers": LAYERS, "layer_reduction_factor": 1, "choice_per": choice_per}
-    settings |= {
-        "chunk_size": 1,
-        "num_retrieved_tokens": 150,
-    }  # all of it: what is chosen does not depend on the distance
+    # All of the memory is read, so that what is chosen does not depend on the distance.
+    settings |= {"chunk_size": 1, "num_retrieved_tokens": 150}
     of_model, of_heads, far = (
         LongMemForCausalLM.from_backbone(backbone, **{**settings, **fields}).eval()
         for fields in ({}, {"distance_per": "head"}, {"memory_distance": 40})
