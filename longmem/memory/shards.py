@@ -195,13 +195,18 @@ class BankShards:
         return found
 
     def gather(self, layer: int, rows: Int[Tensor, "kv_heads chunks"], generation: Hashable) -> KeysValues:
-        """Return copies of the keys and values of these rows, in a dtype that holds those of all shards that are read."""
+        """Return copies of the keys and values of these rows, in a dtype that holds those of all shards that are read.
+
+        For a row of a shard in which nothing was found, such as a missing one with 0 in its place, any chunk is returned.
+        """
         if not isinstance(generation, tuple) or len(generation) != len(self.shards):
             raise ChangedMemoryError
         numbers, own_rows = self.shard_of(rows), rows // len(self.shards)
         parts: list[tuple[Tensor, Tensor]] = []
         places, num_taken = torch.zeros_like(rows), 0
         for number, shard in enumerate(self.shards):
+            if generation[number] is None:
+                continue
             mine = numbers == number
             ranks = mine.cumsum(dim=1) - 1
             width = int(ranks[:, -1].max()) + 1 if rows.numel() else 0

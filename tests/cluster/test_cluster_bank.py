@@ -193,13 +193,17 @@ def test_a_selection_reads_its_documents_alone(model, make, prompt):
         bank.select(tags="odd")
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=SLOW), True])
-def test_gradients_are_those_of_the_shards(checkpointing, backbone, make, prompt):
+@pytest.mark.parametrize(
+    ("checkpointing", "is_small"), [pytest.param(False, False, marks=SLOW), (True, False), (False, True)]
+)
+def test_gradients_are_those_of_the_shards(checkpointing, is_small, backbone, make, prompt):
     model = LongMemForCausalLM.from_backbone(backbone, **OPTIONS)
-    bank, shards = make(model)
+    bank, shards = make(model, fill=not is_small)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
+    if is_small:  # fewer chunks than are read, and none in the first shard
+        model.memorize(bank, "a cat", next(name for name in NAMES if bank.shard_of(name) > 0))
     gradients = []
     for memory in (bank, whole(shards)):
         model.zero_grad()

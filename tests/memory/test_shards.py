@@ -135,6 +135,16 @@ def test_empty_shards_are_passed_over():
     assert keys.isfinite().all()
     keys, _ = logical.gather(3, torch.full((2, 3), -1), logical.generation)
     assert keys.shape == (2, 3, CHUNK, 6)
+    found = logical.search(3, some_queries(), 5)  # more than are there
+    assert (found.rows < 0).any()
+    keys, _ = logical.gather(3, found.rows.flatten(1).clamp_min(0), found.generation)
+    expected = filled.gather(3, (found.rows.flatten(1) // 3).clamp_min(0), filled.generation)[0]
+    is_there = found.rows.flatten(1) >= 0
+    assert torch.equal(keys[is_there], expected[is_there])
+    filled.supersede("a")
+    found = logical.search(3, some_queries(), 5)
+    assert (found.rows == -1).all()
+    assert logical.gather(3, found.rows.flatten(1).clamp_min(0), found.generation)[0].isfinite().all()
 
     nothing = BankShards([empty, make_bank()])
     assert nothing.is_empty
