@@ -106,11 +106,15 @@ class Question(NamedTuple):
         others = self.cues[1:]
         return self.cues[0] if not others or generator.random() < SHARE_IN_ITS_WORDS else generator.choice(others)
 
-    def plain(self, generator: random.Random) -> str:
-        """Return question and answer as running text."""
+    def beginning(self, generator: random.Random) -> str:
+        """Return the question as running text, up to where the answer comes."""
         cue = self.cue(generator)
         before, instead = ("", "") if cue else generator.choice(ASKS)
-        return " ".join(part for part in (f"{before}{self.ask}", cue or instead, self.answer) if part)
+        return " ".join(part for part in (f"{before}{self.ask}", cue or instead) if part)
+
+    def plain(self, generator: random.Random) -> str:
+        """Return question and answer as running text."""
+        return " ".join(part for part in (self.beginning(generator), self.answer) if part)
 
     def turn(self, generator: random.Random) -> tuple[str, str]:
         """Return question and answer as two turns of a conversation."""
@@ -133,8 +137,8 @@ class FactMaker:
     (True, 6)
     """
 
-    def __init__(self, text: str, generator: random.Random) -> None:
-        self.generator = generator
+    def __init__(self, text: str, generator: random.Random, items: int = ITEMS) -> None:
+        self.generator, self.items = generator, items
         words = sorted(set(re.findall(r"\b[A-Za-z]{3,10}\b", text)))
         inside = sorted(set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]{2,9}\b", text)))  # not capitals that begin a sentence
         self.names = inside or [word for word in words if word.istitle()] or ["Alice", "Robert", "Clara"]
@@ -163,7 +167,7 @@ class FactMaker:
 
     def _lines(self) -> Facts:
         form, joint = self._one(LINES), self._one(("-", "_", " "))
-        keys = [f"{self._one(self.words)}{joint}{self._one(self.words)}" for _ in range(ITEMS)]
+        keys = [f"{self._one(self.words)}{joint}{self._one(self.words)}" for _ in range(self.items)]
         ask = self._one(("Look up {key}:", "What is given for {key}?", "Find {key}."))
         cues = [(form.format(key=key, value="").rstrip(), "") for key in keys]
         return self._facts([ask.format(key=key) for key in keys], cues, self._values(), "\n", "")
@@ -187,9 +191,9 @@ class FactMaker:
         cues = [(f"{name} was born on", "The date is", "") for name in names]
         return self._facts([f"When was {name} born?" for name in names], cues, [self._date() for _ in names], " ", ".")
 
-    def _relations(self, count: int = ITEMS) -> Facts:
+    def _relations(self, count: int | None = None) -> Facts:
         asks, cues, answers = [], [], []
-        for _ in range(count):
+        for _ in range(self.items if count is None else count):
             kind = self._one(tuple(RELATIONS))
             subject, they = {
                 "person": lambda: (self._name(), self._one(("He", "She"))),
@@ -224,7 +228,7 @@ class FactMaker:
         return f"{self._one(self.names)} {self._one(self.names)}"
 
     def _names(self) -> list[str]:
-        return [self._name() for _ in range(ITEMS)]
+        return [self._name() for _ in range(self.items)]
 
     def _date(self) -> str:
         return f"{self.generator.randint(1, 28)} {self._one(MONTHS)} {self.generator.randint(1500, 2000)}"
@@ -248,8 +252,8 @@ class FactMaker:
     def _values(self) -> list[str]:
         kind = self.generator.randrange(3)
         if kind == 0:
-            return [str(self.generator.randint(100, 9_999_999)) for _ in range(ITEMS)]
-        return [" ".join(self.generator.choices(self.words, k=kind)) for _ in range(ITEMS)]
+            return [str(self.generator.randint(100, 9_999_999)) for _ in range(self.items)]
+        return [" ".join(self.generator.choices(self.words, k=kind)) for _ in range(self.items)]
 
 
 class LabelledPassages:
@@ -332,6 +336,25 @@ def hide_and_ask(text: str, share: float, generator: random.Random, chat: Callab
             known += fresh
             fresh, owed = [], 0
     return "".join(parts)
+
+
+def with_facts(text: str, generator: random.Random, items: int = ITEMS) -> Iterator[tuple[str, list[Question]]]:
+    """Yield the text in pieces, each with what can be asked about it: facts stand before it and between its paragraphs.
+
+    Args:
+        text: the text.
+        generator: draws facts.
+        items: things that can be asked for, in what is hidden at one place.
+    """
+    maker, since = FactMaker(text, generator, items), CHARACTERS_BETWEEN_FACTS
+    before = NEW_LINES
+    for paragraph in paragraphs(text):
+        if since >= CHARACTERS_BETWEEN_FACTS:
+            facts, since = maker.draw(), 0
+            yield f"{'' if before.endswith(NEW_LINES) else NEW_LINES}{facts.text}{NEW_LINES}", facts.questions
+        yield paragraph, []
+        since += len(paragraph)
+        before = paragraph
 
 
 def with_sentence(paragraph: str, sentence: str, generator: random.Random) -> str:

@@ -25,7 +25,7 @@ from longmem.model.attention import NO_MEMORY
 from longmem.model.modeling import LongMemForCausalLM
 from longmem.model.side_network import SideLayer
 from longmem.settings import Below, From
-from longmem.training.heads import reading_layers
+from longmem.training.setup import reading_layers
 
 
 class HeadCost(NamedTuple):

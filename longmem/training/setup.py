@@ -176,7 +176,7 @@ def select_trained(model: LongMemForCausalLM, trained: str, *, reads_memory: boo
         reads_memory: without it the gates of memory are left as they are: nothing passes through them.
     """
     model.requires_grad_(True)  # freezes the backbone, and what LoRA leaves frozen
-    reading = [layer for layer in side_layers(model) if layer.memory_bias is not None]
+    reading = reading_layers(model)
     parts = ((*(getattr(layer, name) for name in OF_MEMORY), *layer.attention.parameters()) for layer in reading)
     wanted = {id(each) for part in parts for each in part}
     if trained == "gates":
@@ -196,7 +196,12 @@ def side_layers(model: LongMemForCausalLM) -> list[SideLayer]:
     return cast(list[SideLayer], list(model.side_network.layers))
 
 
+def reading_layers(model: LongMemForCausalLM) -> list[SideLayer]:
+    """Return the side layers that read memory."""
+    return [layer for layer in side_layers(model) if layer.memory_bias is not None]
+
+
 def mean_bias(model: LongMemForCausalLM) -> float:
     """Return the mean memory bias, or gate before its sigmoid, over layers and heads."""
-    biases = [layer.memory_bias for layer in side_layers(model) if layer.memory_bias is not None]
-    return torch.cat([bias.detach().float().flatten() for bias in biases]).mean().item()
+    biases = [layer.memory_bias for layer in reading_layers(model)]
+    return torch.cat([bias.detach().float().flatten() for bias in biases if bias is not None]).mean().item()

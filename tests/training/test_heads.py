@@ -1,5 +1,6 @@
 """Memory heads that are chosen by learning, and the model that reads by them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,9 +10,12 @@ from tiny_models import save_tiny_backbone, some_text
 from longmem import LongMemForCausalLM, MemoryBank, calibrate_heads
 from longmem.cli.main import main
 from longmem.training.fewer_heads import CostSettings, head_costs, with_heads
-from longmem.training.heads import HeadSettings, chosen_heads, reading_layers
+from longmem.training.heads import HeadSettings, answer_loss, chosen_heads, open_candidates, study
+from longmem.training.setup import reading_layers
 
-QUICK = HeadSettings(steps=3, memory_tokens=64, window=32, segment_length=48, num_retrieved_tokens=8, lora_rank=2)
+QUICK = HeadSettings(
+    steps=3, memory_tokens=512, window=32, segment_length=48, chunk_size=4, num_retrieved_tokens=8, lora_rank=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +28,9 @@ def model(backbone):
     return calibrate_heads(backbone, [some_text(2000, seed) for seed in range(3)], settings=QUICK)
 
 
-def test_what_comes_back_reads_by_the_chosen_heads_and_is_the_backbone_without_memory(model):
+def test_what_comes_back_reads_by_the_chosen_heads_and_is_the_backbone_without_memory(model, monkeypatch):
     config = model.config
-    assert (config.search, config.chunk_size, config.segment_length) == ("token", 4, 48)
+    assert (config.search, config.chunk_size, config.segment_length, config.num_neighbours) == ("token", 4, 48, 64)
     assert len(config.memory_heads) == len(config.memory_layers) > 0
     ids = model.tokenizer(some_text(40), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :24]
     with torch.no_grad():
@@ -34,6 +38,7 @@ def test_what_comes_back_reads_by_the_chosen_heads_and_is_the_backbone_without_m
         bank = MemoryBank.for_model(model)
         model.memorize(bank, some_text(60, seed=9), document_id="a")
         assert (model(ids, memory=bank).logits - model(ids).logits).abs().max() > 0
+        monkeypatch.setattr(config, "num_neighbours", 0)  # the first token reads nothing, but may have neighbours
         torch.testing.assert_close(model(ids, memory=bank).logits[:, 0], model(ids).logits[:, 0], rtol=1e-4, atol=1e-4)
 
 
@@ -59,6 +64,49 @@ def test_gates_of_memory_moved_and_nothing_else(model, backbone):
     assert moved == {"memory_bias", "memory_null", "memory_log_distance"}
 
 
+def test_a_text_is_studied_with_what_was_told_in_its_memory(backbone):
+    settings = HeadSettings(memory_tokens=512, window=32, segment_length=48, lora_rank=2, num_texts=2)
+    model = open_candidates(backbone, settings)
+    texts = [some_text(2000, seed) for seed in range(3)]
+    made = study(model, ["too short", *texts], settings)
+    assert len(made) == 2
+    for text, each in zip(texts, made, strict=False):
+        assert 480 < each.bank.num_tokens <= 512  # sinks are not kept
+        assert model.tokenizer.decode(each.rest) in text
+        assert len(each.rest) >= settings.window
+        assert each.asked
+        assert all(question and 0 < len(answer) <= 8 for question, answer in each.asked)
+    again = study(model, ["too short", *texts], settings)
+    assert [each.asked for each in again] == [each.asked for each in made]
+    with pytest.raises(ValueError, match="at least two of 9032 tokens or more, got 0 among the first 3"):
+        study(model, texts, HeadSettings(memory_tokens=9000, window=32, num_texts=2))
+
+
+def test_more_weight_on_answers_moves_gates_otherwise(backbone):
+    texts = [some_text(2000, seed) for seed in range(2)]
+    biases = []
+    for weight in (0.01, 10.0):
+        settings = dataclasses.replace(QUICK, answer_weight=weight, steps=2, pull=0.01)
+        made = calibrate_heads(backbone, texts, settings=settings)
+        biases.append(torch.cat([layer.memory_bias.detach() for layer in reading_layers(made)]))
+    assert biases[0].shape != biases[1].shape or (biases[0] - biases[1]).abs().max() > 0.01
+
+
+def test_the_loss_of_answers_is_that_of_their_tokens_alone(backbone):
+    model = open_candidates(backbone, QUICK)
+    made = study(model, [some_text(2000, seed) for seed in range(2)], QUICK)[0]
+    short, long = sorted(made.asked, key=lambda each: len(each[0]))[:: len(made.asked) - 1]
+    with torch.no_grad():
+        together = answer_loss(model, made.bank, [short, long])
+        apart = [answer_loss(model, made.bank, [each]) * len(each[1]) for each in (short, long)]
+        ids = torch.tensor([long[0] + long[1]])
+        logits = model(ids, memory=made.bank).logits[0, len(long[0]) - 1 : -1]
+    torch.testing.assert_close(together, sum(apart) / sum(len(each[1]) for each in (short, long)))
+    torch.testing.assert_close(
+        apart[1], torch.nn.functional.cross_entropy(logits, ids[0, len(long[0]) :]) * len(long[1])
+    )
+
+
 @torch.no_grad()
 def test_heads_that_lost_their_bias_are_left_out(backbone):
     model = LongMemForCausalLM.from_backbone(backbone, memory_layers=[1, 2], chunk_size=1, lora={"rank": 1})
@@ -66,7 +114,7 @@ def test_heads_that_lost_their_bias_are_left_out(backbone):
     group = len(first.memory_bias) // model.backbone_view.structure.layers[1].num_kv_heads
     first.memory_bias.fill_(-9)
     second.memory_bias[1:] = -9
-    assert chosen_heads(model, 1.5) == {"memory_layers": [2], "memory_heads": [[0]]}
+    assert chosen_heads(model, 1.5) == [(2, 0)]
     second.memory_bias[:] = -9
     with pytest.raises(ValueError, match="no head of the backbone held its memory bias"):
         chosen_heads(model, 1.5)
@@ -78,7 +126,7 @@ def test_the_command_saves_a_model_that_opens(backbone, tmp_path, capsys):
     texts.mkdir()
     for number in range(3):
         (texts / f"{number}.txt").write_text(some_text(2000, number), encoding="utf-8")
-    quick = ["steps=2", "memory_tokens=64", "window=32", "segment_length=48", "num_retrieved_tokens=8", "pull=0.1"]
+    quick = ["steps=2", "memory_tokens=512", "window=32", "segment_length=48", "num_retrieved_tokens=8", "pull=0.1"]
     command = ["heads", backbone, *quick, "--texts", str(texts), "--json", "--output"]
     assert main([*command, str(tmp_path / "made")]) == 0
     chosen = json.loads(capsys.readouterr().out)["memory_heads"]
