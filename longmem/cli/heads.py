@@ -9,7 +9,7 @@ from longmem.cli.common import add_command
 
 EXAMPLES = """\
   longmem heads smollm2-135m --texts my-books --output runs/heads
-  longmem heads smollm2-135m steps=72 answer_weight=0.5 dtype=bfloat16 --texts my-books --output runs/heads
+  longmem heads smollm2-135m steps=72 answer_weight=0.2 dtype=bfloat16 --texts my-books --output runs/heads
   longmem eval recall model=runs/heads output=runs/heads-recall
   longmem heads runs/trained/side-network --keep 10 --texts my-books --output runs/ten-heads
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from longmem.backbone.structure import UnsupportedBackboneError
 from longmem.data.recall import CHARACTERS_BETWEEN_FACTS, Question, with_facts
@@ -179,7 +180,6 @@ def train_gates(
     console: Console | None,
 ) -> None:
     """Train memory biases, null slots and distances; a step sees one text, with its own memory and with another's."""
-    console = Console(quiet=True) if console is None else console
     generator = random.Random(settings.seed)
     studied = study(model, texts, settings)
     gates = list(select_trained(model, "gates", reads_memory=True).values())
@@ -195,8 +195,6 @@ def train_gates(
         window = studied[own].rest[None, start : start + settings.window]
         labels = window.clone()
         labels[:, : settings.window // 2] = -100  # with little text before it, every token gains by memory
-        with torch.no_grad():
-            without = float(model(window, labels=labels).loss)
         optimizer.zero_grad()
         answers = answer_loss(model, studied[own].bank, asked)
         (settings.answer_weight * answers).backward()
@@ -209,22 +207,22 @@ def train_gates(
                 assert layer.memory_bias is not None
                 layer.memory_bias.sub_(pull * schedule.get_last_lr()[0])
         schedule.step()
-        whose = "its own" if is_own else "another's"
-        console.print(
-            f"step {step + 1} of {steps}: loss of answers {answers.item():.2f}; of a text beside {whose} memory "
-            f"{text.item() - without:+.3f} above that without memory",
-            highlight=False,
-        )
+        if console is not None and not console.quiet:
+            with torch.no_grad():
+                without = model(window, labels=labels).loss
+            whose = "its own" if is_own else "another's"
+            console.print(
+                f"step {step + 1} of {steps}: loss of answers {answers.item():.2f}; of a text beside {whose} memory "
+                f"{text.item() - without.item():+.3f} above that without memory",
+                highlight=False,
+            )
 
 
 def answer_loss(model: LongMemForCausalLM, bank: MemoryBank, asked: Sequence[tuple[list[int], list[int]]]) -> Tensor:
     """Return the mean loss of the answers' tokens, each behind its question alone."""
-    length = max(len(question) + len(answer) for question, answer in asked)
-    ids = torch.zeros(len(asked), length, dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    for row, (question, answer) in enumerate(asked):
-        ids[row, : len(question) + len(answer)] = torch.tensor(question + answer)
-        labels[row, len(question) : len(question) + len(answer)] = torch.tensor(answer)
+    ids = pad_sequence([torch.tensor(question + answer) for question, answer in asked], batch_first=True)
+    scored = [torch.tensor([-100] * len(question) + answer) for question, answer in asked]
+    labels = pad_sequence(scored, batch_first=True, padding_value=-100)
     device = model.input_device
     return model(ids.to(device), labels=labels.to(device), memory=bank).loss
 
