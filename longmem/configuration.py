@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
@@ -112,6 +112,9 @@ class LongMemConfig(PreTrainedConfig):
             Few heads of a model look back far, and bytes and search time fall with their number
             (`longmem.calibrate_heads` finds them).
         chunk_size: tokens of a chunk, the unit of retrieval (paper: 4).
+        start_token_ids: what the backbone has met before every text, such as the id of `<bos>`; None: nothing. They stand
+            before each window that is encoded, trained on or scored, and are not stored. `from_backbone` takes those that the
+            tokenizer puts before a text.
         forget_sinks: store the first token of each encoded window with a key of zero, and so tokens directly behind it whose
             keys are like its own. Language models park attention on these tokens, so nearly every query would find
             them, in every window of a long memory, and they say nothing.
@@ -174,6 +177,7 @@ class LongMemConfig(PreTrainedConfig):
     memory_layers: list[int] | None = None
     memory_heads: list[list[int]] | None = None
     chunk_size: int = 4
+    start_token_ids: list[int] | None = None
     forget_sinks: bool = False
     start_reads: bool = True
     search: Literal["chunk_mean", "token"] = "chunk_mean"
@@ -281,13 +285,24 @@ class LongMemConfig(PreTrainedConfig):
         window = (
             None if self.backbone_config is None else getattr(self.get_text_config(), "max_position_embeddings", None)
         )
-        if not isinstance(window, int) or not 0 < window < DEFAULT_SEGMENT_LENGTH:
+        room = window - len(self.start_token_ids or ()) if isinstance(window, int) else 0
+        if not 0 < room < DEFAULT_SEGMENT_LENGTH:
             return int(DEFAULT_SEGMENT_LENGTH)
         warnings.warn(
-            f"`segment_length` is {window}, the window of this backbone, and not the usual {DEFAULT_SEGMENT_LENGTH}.",
+            f"`segment_length` is {room}, the window of this backbone, and not the usual {DEFAULT_SEGMENT_LENGTH}.",
             stacklevel=5,
         )
-        return window
+        return room
+
+    def missing_start(self, ids: Sequence[int]) -> list[int]:
+        """Return what has to stand before the token ids of a text: the start tokens, or nothing where they do already.
+
+        >>> config = LongMemConfig(start_token_ids=[2])
+        >>> config.missing_start([7, 8]), config.missing_start([2, 7, 8])
+        ([2], [])
+        """
+        start = self.start_token_ids or []
+        return [] if list(ids[: len(start)]) == start else [*start]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the backbone's text configuration: `generate` sizes its cache from it."""
@@ -432,11 +447,18 @@ class LongMemConfig(PreTrainedConfig):
                 f"`rank` of `lora` must be at most {width}, the backbone's hidden size, got {self.lora['rank']}; a product of "
                 "that width can already be any change of a weight."
             )
-        window = getattr(self.get_text_config(), "max_position_embeddings", None)
-        if window and self.segment_length > window:
+        window, start = getattr(self.get_text_config(), "max_position_embeddings", None), self.start_token_ids or ()
+        if window and self.segment_length + len(start) > window:
+            behind = f" behind {len(start)} `start_token_ids`" if start else ""
             raise ValueError(
                 f"`segment_length` must fit the backbone's window of {window} tokens "
-                f"(`max_position_embeddings`), got {self.segment_length}."
+                f"(`max_position_embeddings`){behind}, got {self.segment_length}."
+            )
+        vocabulary = getattr(self.get_text_config(), "vocab_size", None)
+        if any(token not in range(vocabulary or token + 1) for token in start):
+            raise ValueError(
+                f"`start_token_ids` must be ids of the backbone's vocabulary, 0 to {(vocabulary or 1) - 1}, got "
+                f"{self.start_token_ids}; leave them out for what the tokenizer puts before a text."
             )
 
     def _validate_memory_heads(self, layers: list[int]) -> None:

@@ -66,6 +66,7 @@ CONFIG: dict[str, Effect] = {
     "memory_heads": of_config({"memory_heads": [[1]]}),
     "chunk_size": of_config({"chunk_size": 8}),
     "forget_sinks": of_config({"forget_sinks": True}),
+    "start_token_ids": of_config({"start_token_ids": [5]}),
     "start_reads": of_config({"start_reads": False}),
     "search": of_config({"search": "token"}),
     "choice_per": of_config({"choice_per": "group"}),

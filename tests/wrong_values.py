@@ -108,6 +108,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "distance": (-1, "x", 2.5),
     "memory layers": ([9], [2, 1], [], "ab", 5, [1.5], [-1]),
     "memory heads": ([1], [[9]], [[]], "x", [[1], [2], [3]]),
+    "start": ([-1], [10**6], ["<s>"], [2.5], "x", 2),
     "choice": ("mixed", 5, None),
     "number": (NAN, INF, "x", True),
     "lora": (5, {}, {"rank": 0}, {"rank": 4, "alpha": INF}, {"rank": 4, "target_modules": "q"}, {1: 4}, {"rnk": 4}),
@@ -462,7 +463,7 @@ CALLS: dict[str, Call] = {
         lambda w, **k: of_backbone(w, **k) if "backbone_config" not in k else LongMemConfig(**k),
         {"backbone_config": "configuration", "layer_reduction_factor": "factor", "memory_layers": "memory layers"}
         | {"memory_heads": "memory heads", "chunk_size": "chunk", "forget_sinks": "flag", "search": "choice"}
-        | {"start_reads": "flag", "distance_per": "choice"}
+        | {"start_token_ids": "start", "start_reads": "flag", "distance_per": "choice"}
         | {
             "num_retrieved_tokens": "chunk",
             "segment_length": "size",

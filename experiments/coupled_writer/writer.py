@@ -56,9 +56,7 @@ class CoupledWriter(Backbone):
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         before = model.encoder
-        self.encoder = MovingEncoder(
-            self.average or self, before.memory_layers, before.recipe, before.memory_heads, before.forget_sinks
-        )
+        self.encoder = MovingEncoder(self.average or self, before.config, before.recipe)
 
     # What a backbone does, with gradients ------------------------------------------------------------------------------
 

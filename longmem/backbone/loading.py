@@ -90,6 +90,13 @@ def load_tokenizer(name_or_path: str, revision: str | None = None, **options: An
         ) from error
 
 
+def start_of(tokenizer: Any) -> list[int] | None:
+    """Return the tokens that a tokenizer puts before a text by itself, such as `<bos>`; None if it puts none there."""
+    whole, bare = (list(tokenizer("a", **options)["input_ids"]) for options in ({}, {"add_special_tokens": False}))
+    places = [place for place in range(len(whole)) if bare and whole[place : place + len(bare)] == bare]
+    return whole[: places[0]] or None if places else None
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of all that decides which tokens a text gets."""
     if getattr(tokenizer, "is_fast", False):

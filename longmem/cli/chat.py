@@ -123,7 +123,7 @@ class Conversation:
         except BaseException:  # the question is no part of the talk, but what was read of it is in the stream
             self.said += str(tokenizer.decode(asked[: self.stream.num_tokens - num_before]))
             raise
-        self.turns, before = turns, self.stream.local_ids.tolist()
+        self.turns, before = turns, self._window()
         ids: list[int] = []
         answer = ""
 
@@ -141,6 +141,11 @@ class Conversation:
             self.turns.append({"role": "assistant", "content": answer})
             self.last = before, ids, self.uses_memory
 
+    def _window(self) -> list[int]:
+        """Return what the stream's window holds, behind the tokens that stand before a text."""
+        local = self.stream.local_ids.tolist()
+        return [*self.model.config.missing_start(local), *local]
+
     def _tokens(self) -> Iterator[int]:
         options = common.drawing(self.arguments)
         if self.uses_memory:
@@ -148,7 +153,7 @@ class Conversation:
             return
         import torch
 
-        start = self.stream.local_ids[None].to(self.model.input_device)
+        start = torch.tensor([self._window()], device=self.model.input_device)
         mask = torch.ones_like(start)
         new = self.model.generate(start, attention_mask=mask, max_new_tokens=self.arguments.max_new_tokens, **options)
         ids = new[0, start.shape[1] :].tolist()

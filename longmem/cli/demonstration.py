@@ -279,7 +279,8 @@ def continue_prompt(
 ) -> dict[str, str]:
     """Return the prompt (the start of the window), its greedy continuations, and how the text really goes on."""
     length = min(64, len(window) // 2)
-    prompt = window[None, :length].to(model.input_device)
+    start = model.config.missing_start(window.tolist())
+    prompt = torch.tensor([[*start, *window[:length].tolist()]], device=model.input_device)
 
     def decode(ids: Tensor) -> str:
         return str(model.tokenizer.decode(ids, skip_special_tokens=True))
@@ -288,7 +289,7 @@ def continue_prompt(
     for title, memory in (("with memory", bank), ("without memory", None)):
         mask = torch.ones_like(prompt)
         ids = model.generate(prompt, attention_mask=mask, memory=memory, max_new_tokens=new_tokens, do_sample=False)
-        found[title] = decode(ids[0, length:])
+        found[title] = decode(ids[0, prompt.shape[1] :])
     return {**found, "the text itself": decode(window[length : length + new_tokens])}
 
 
@@ -300,7 +301,7 @@ def ask_about_notes(model: LongMemForCausalLM, bank: MemoryBank, page: Path, con
     model.memorize(bank, NOTES, "notes")
     answers: list[dict[str, Any]] = []
     for prompt, expected in ASKED.items():
-        ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = model.tokenizer(prompt)["input_ids"]
         length = len(model.tokenizer(f" {expected}", add_special_tokens=False)["input_ids"])
         trace = explain(model, ids, memory=bank, max_new_tokens=length, do_sample=False)
         said, without = trace.answer.strip(), (trace.answer_without_memory or "").strip()

@@ -13,7 +13,8 @@ from typing import Any
 from longmem.errors import StaleMemoryError
 
 WEIGHTS, TOKENIZER = "weights", "tokenizer"
-ALL_HEADS, SINKS_STORED = "all", "stored"  # what stamps mean that do not say, so they are no part of a digest
+# What stamps mean that do not say, so they are no part of a digest.
+ALL_HEADS, SINKS_STORED, NO_START = "all", "stored", "no start tokens"
 FOR_LIFE = ("memory_layers", "chunk_size", TOKENIZER)  # what a bank holds can't be encoded again to fit another
 
 
@@ -37,7 +38,7 @@ class EncoderStamp:
         numbers = sorted(
             (name, value)
             for name, value in self.recipe.items()
-            if name != TOKENIZER and value not in (ALL_HEADS, SINKS_STORED)
+            if name != TOKENIZER and value not in (ALL_HEADS, SINKS_STORED, NO_START)
         )
         text = json.dumps([self.weights, numbers], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

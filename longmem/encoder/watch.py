@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longmem.backbone.capture import Backbone
 from longmem.backbone.structure import input_device
+from longmem.configuration import LongMemConfig
 from longmem.encoder.path import EncoderPath, encoder_path, hash_tensors
 from longmem.encoder.sketch import Sketch, sketch
 from longmem.encoder.stamp import EncoderStamp
@@ -35,15 +36,13 @@ def leading_alike(keys: Float[Tensor, "lanes kv_heads tokens dim"]) -> Bool[Tens
 
 
 class Encoder:
-    """The encoder that a backbone is for some memory layers.
+    """The encoder that a backbone is for the memory layers of a model.
 
     Args:
         backbone: what encodes.
-        memory_layers: whose keys and values are stored.
+        config: the model's; it says which layers and heads are stored, what stands before each window, and whether sinks,
+            its first token and those directly behind whose keys are like that one's, are stored with a key of zero.
         recipe: returns what else determines what is stored.
-        memory_heads: for each memory layer the key-value heads that are stored; None: all.
-        forget_sinks: store a key of zero for the first token of a window, and for those directly behind it whose keys are
-            like its own.
     """
 
     is_moving = False  # one that moves at every step, a subclass, is sketched only where a refresh policy asks for it
@@ -51,13 +50,11 @@ class Encoder:
     def __init__(
         self,
         backbone: Backbone,
-        memory_layers: Sequence[int],
+        config: LongMemConfig,
         recipe: Callable[[], dict[str, Any]],
-        memory_heads: Sequence[Sequence[int]] | None = None,
-        forget_sinks: bool = False,
     ) -> None:
-        self.backbone, self.memory_layers, self.recipe = backbone, tuple(memory_layers), recipe
-        self.memory_heads, self.forget_sinks = memory_heads, forget_sinks
+        self.backbone, self.config, self.recipe = backbone, config, recipe
+        self.memory_layers = tuple(config.memory_layers or [0])
         self._tripwire: Tripwire | None = None
         self._stamp: EncoderStamp | None = None
         self._sketch: Sketch | None = None
@@ -73,10 +70,32 @@ class Encoder:
     def encode(
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
     ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
-        """Return position-free keys and values of the tokens for each memory layer; `inputs`: of the backbone's forward."""
-        ids = input_ids.to(input_device(self.backbone.model))
+        """Return position-free keys and values of the tokens for each memory layer; each row is a window of text.
+
+        `inputs`: of the backbone's forward, for these tokens.
+        """
+        ids, inputs = self.with_start(input_ids.to(input_device(self.backbone.model)), **inputs)
         keys, values = self.backbone.encode(ids, self.memory_layers, **inputs)
-        return self.stored(keys, values)
+        keys, values = self.stored(keys, values)
+        own = slice(ids.shape[1] - input_ids.shape[1], None)
+        return [layer[:, :, own] for layer in keys], [layer[:, :, own] for layer in values]
+
+    def with_start(
+        self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
+    ) -> tuple[Int[Tensor, "lanes longer"], dict[str, Any]]:
+        """Return windows of text behind the model's start tokens, and inputs of the backbone's forward made as long."""
+        if not (start := self.config.start_token_ids):
+            return input_ids, inputs
+
+        def behind(first: Tensor, rows: Tensor) -> Tensor:
+            return torch.cat([first.expand(len(rows), -1).to(rows), rows], dim=1)
+
+        mask, positions, count = inputs.get("attention_mask"), inputs.get("position_ids"), torch.arange(len(start))
+        if mask is not None:
+            inputs["attention_mask"] = behind(torch.ones_like(count), mask)
+        if positions is not None:
+            inputs["position_ids"] = behind(positions[:, :1] + count.to(positions), positions + len(start))
+        return behind(torch.tensor(start), input_ids), inputs
 
     def stored(
         self,
@@ -86,16 +105,16 @@ class Encoder:
         is_start: bool = True,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return of all memory layers' keys and values what is stored; `is_start`: they are of tokens that begin a window."""
-        if self.memory_heads is not None and keys:
+        if self.config.memory_heads is not None and keys:
             keys, values = (
-                [layer[:, heads] for layer, heads in zip(part, self.memory_heads, strict=True)]
+                [layer[:, heads] for layer, heads in zip(part, self.config.memory_heads, strict=True)]
                 for part in (keys, values)
             )
         return self.without_sinks(keys) if is_start else list(keys), list(values)
 
     def without_sinks(self, keys: Sequence[Float[Tensor, "_lanes _kv_heads tokens _dim"]]) -> list[Tensor]:
         """Return keys that begin a window as they are stored: those of sinks are zero, if sinks are forgotten."""
-        return [layer.masked_fill(leading_alike(layer), 0) if self.forget_sinks else layer for layer in keys]
+        return [layer.masked_fill(leading_alike(layer), 0) if self.config.forget_sinks else layer for layer in keys]
 
     @torch.compiler.disable
     def stamp(self, *, exact: bool = False) -> EncoderStamp:

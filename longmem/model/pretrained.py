@@ -1,5 +1,6 @@
 """What a LongMem model shares with every pretrained model of transformers: making, saving, loading, training modes."""
 
+import contextlib
 import dataclasses
 import functools
 import tempfile
@@ -23,6 +24,7 @@ from longmem.backbone.loading import (
     load_backbone,
     load_tokenizer,
     refuse_unknown_options,
+    start_of,
     take,
     tokenizer_fingerprint,
 )
@@ -31,7 +33,7 @@ from longmem.backbone.structure import BackboneStructure, UnsupportedBackboneErr
 from longmem.configuration import NOTED_BY_OTHERS, LongMemConfig
 from longmem.console import without_transformers_bars
 from longmem.encoder.path import configuration_recipe
-from longmem.encoder.stamp import ALL_HEADS, SINKS_STORED, EncoderStamp
+from longmem.encoder.stamp import ALL_HEADS, NO_START, SINKS_STORED, EncoderStamp
 from longmem.encoder.watch import Encoder
 from longmem.memory.checks import checked, got
 from longmem.model import saving, side_state
@@ -131,7 +133,8 @@ class LongMemPreTrainedModel(PreTrainedModel):
             backbone: name of a model (`longmem.model.names`), of which the backbone alone is opened, or a loaded causal LM.
             tokenizer: needed to pass text when `backbone` is a loaded model that has no name.
             backbone_options: options of `AutoModelForCausalLM.from_pretrained`, as they can also be given beside the fields.
-            options: fields of `LongMemConfig`, and how a backbone is loaded that is given by name (dtype, device_map,
+            options: fields of `LongMemConfig`, of which `start_token_ids` are by default what the tokenizer puts before a text,
+                and how a backbone is loaded that is given by name (dtype, device_map,
                 attn_implementation, quantization_config, revision, subfolder, token, cache_dir, ...).
 
         Raises:
@@ -180,8 +183,13 @@ class LongMemPreTrainedModel(PreTrainedModel):
                 f"`{next(iter(loading))}` says how a backbone is loaded, got it with one that is loaded already; give it to "
                 "`AutoModelForCausalLM.from_pretrained`, or pass the backbone's name."
             )
-        else:
-            options.setdefault("backbone_name_or_path", backbone.config.name_or_path or None)
+        elif name := options.setdefault("backbone_name_or_path", backbone.config.name_or_path or None):
+            open_tokenizer = functools.partial(load_tokenizer, name, options.get("backbone_revision"))
+        if "start_token_ids" not in options:
+            with contextlib.suppress(OSError, ValueError, ImportError):  # then the model is given token ids
+                tokenizer = open_tokenizer() if tokenizer is None and open_tokenizer is not None else tokenizer
+            is_one = isinstance(tokenizer, PreTrainedTokenizerBase)  # others may know no special tokens
+            options["start_token_ids"] = start_of(tokenizer) if is_one else None
         config = LongMemConfig(backbone_config=backbone.config, **options)
         config.name_or_path = backbone.config.name_or_path or ""
         model = cls(config, backbone, tokenizer)
@@ -517,6 +525,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         recipe: dict[str, Any] = {name: getattr(self.config, name) for name in names}
         recipe["memory_heads"] = self.config.memory_heads or ALL_HEADS
         recipe["sinks"] = "all forgotten" if self.config.forget_sinks else SINKS_STORED
+        recipe["start_token_ids"] = self.config.start_token_ids or NO_START
         found = self._tokenizer_if_any()
         tokenizer = None if found is None else tokenizer_fingerprint(found)  # None can't be compared
         dtype = str(self.backbone.dtype).removeprefix("torch.")
@@ -524,10 +533,7 @@ class LongMemPreTrainedModel(PreTrainedModel):
         return recipe | stored | configuration_recipe(self.backbone)
 
     def _encoder_of(self, backbone: Backbone) -> Encoder:
-        config = self.config
-        return Encoder(
-            backbone, config.memory_layers or [0], self._encoder_recipe, config.memory_heads, config.forget_sinks
-        )
+        return Encoder(backbone, self.config, self._encoder_recipe)
 
     @property
     def backbone_view(self) -> Backbone:

@@ -80,6 +80,11 @@ class MemoryStream:
         local = f"{len(self._state.local_ids)} of {self._state.window} local"
         return f"MemoryStream({self.num_tokens} tokens, {local}, {self.memory!r})"
 
+    @property
+    def _start(self) -> list[int]:
+        """What stands before the window, and is no token of the stream."""
+        return self.model.config.missing_start(self._state.local_ids)
+
     def read(self, text_or_ids: str | Sequence[int] | Tensor) -> int:
         """Take in text or token ids, as many as there are; return how many tokens these were.
 
@@ -153,7 +158,7 @@ class MemoryStream:
     def _next_token(self, chooser: StreamingModel) -> int:
         """Return the token that `generate` chooses, drawn with the stream's own random numbers."""
         self._forget_cache_if_bank_changed()
-        device, local = self.model.input_device, self.local_ids[None]
+        device, local = self.model.input_device, torch.tensor([[*self._start, *self._state.local_ids]])
         cache = {} if self._cache is None else as_keyword(self._cache)
         with self._forgetting_cache_on_error(), own_random_numbers(device):
             set_random_state(self._state.random, device)
@@ -204,12 +209,13 @@ class MemoryStream:
 
     def _compute(self, stop: int, logits_to_keep: int) -> Float[Tensor, "tokens vocabulary"]:
         """Return the logits of the window's tokens from the first that is not cached to `stop`, and cache them."""
-        ids = self.local_ids[None, self._cached : stop].to(self.model.input_device)
+        start = [] if self._cached else self._start
+        ids = torch.tensor([[*start, *self._state.local_ids[self._cached : stop]]], device=self.model.input_device)
         with self._forgetting_cache_on_error():
             options = {"memory": self.memory, "cache": self._cache, "logits_to_keep": logits_to_keep}
             output = self.model(ids, use_cache=True, **options)
         self._cache, self._cached = cache_of(output), stop
-        return output.logits[0]
+        return output.logits[0, len(start) if logits_to_keep == 0 else 0 :]
 
     @contextlib.contextmanager
     def _forgetting_cache_on_error(self) -> Iterator[None]:

@@ -70,12 +70,15 @@ class FrozenFeatures:
         """Return the bytes that a token takes in the folder, found by computing a few."""
         probe = torch.zeros(1, 8, dtype=torch.int64, device=self.model.input_device)
         row = self._row(self._computed(probe, [8]), 0)
-        return sum(tensor[..., :1].nbytes if name == "losses" else tensor.nbytes // 8 for name, tensor in row.items())
+        return sum(
+            tensor[..., :1].nbytes if name == "losses" else tensor[..., :1, :].nbytes for name, tensor in row.items()
+        )
 
     def of(self, input_ids: Int[Tensor, "lanes tokens"], lengths: Sequence[int]) -> Features:
         """Return the features of a batch of windows, computing those that are not kept yet and keeping them.
 
-        Windows begin at position 0 and are padded on the right; `lengths` are the real tokens of each.
+        Windows begin at position 0 and are padded on the right; `lengths` are the real tokens of each. Hidden states are of the
+        start tokens before them, too; keys, values and losses are not.
         """
         if self.folder is None:
             return self._computed(input_ids, lengths)
@@ -87,10 +90,11 @@ class FrozenFeatures:
             for number, (file, length) in enumerate(zip(files, lengths, strict=True)):
                 if kept[number] is None:
                     # Tokens are the last axis of losses, which have one target less, and the one before it of all else.
-                    row = {
-                        name: (tensor[: length - 1] if name == "losses" else tensor[..., :length, :]).contiguous().cpu()
-                        for name, tensor in self._row(features, number).items()
-                    }
+                    row = {}
+                    for name, tensor in self._row(features, number).items():
+                        axis = -1 if name == "losses" else -2
+                        size = tensor.shape[axis] - (shape[1] - length)  # without padding
+                        row[name] = tensor.narrow(axis, 0, size).contiguous().cpu()
                     kept[number] = row
                     self._save(file, row)
         rows = [padded(row, shape[1]) for row in kept if row is not None]
@@ -106,8 +110,9 @@ class FrozenFeatures:
         if file is not None and (kept := load_kept(file)) is not None:
             return kept["losses"].to(tokens.device)
         last = self.model.config.num_backbone_layers
-        states = self.model.run_backbone(whole[None], extra_hidden_layers=[last], use_cache=False)
-        hidden_states = states.hidden_states[last][:, len(context) :]
+        ids, _ = self.model.encoder.with_start(whole[None])
+        states = self.model.run_backbone(ids, extra_hidden_layers=[last], use_cache=False)
+        hidden_states = states.hidden_states[last][:, -len(tokens) :]
         losses = token_losses(self.model, hidden_states, tokens[None], backbone=True)[0]
         if file is not None:
             self._save(file, {"losses": losses.cpu()})
@@ -115,9 +120,13 @@ class FrozenFeatures:
 
     def _computed(self, input_ids: Tensor, lengths: Sequence[int]) -> Features:
         model, last = self.model, self.model.config.num_backbone_layers
-        states = model.run_backbone(input_ids, extra_hidden_layers=[last], use_cache=False)
+        ids, _ = model.encoder.with_start(input_ids)
+        states = model.run_backbone(ids, extra_hidden_layers=[last], use_cache=False)
+        for part in (states.keys, states.values):
+            part.update({layer: tensor[:, :, -input_ids.shape[1] :] for layer, tensor in part.items()})
+        own = states.hidden_states[last][:, -input_ids.shape[1] :]
         with torch.no_grad():
-            losses = token_losses(model, states.hidden_states[last], labels_of(input_ids, lengths), backbone=True)
+            losses = token_losses(model, own, labels_of(input_ids, lengths), backbone=True)
         wanted = sorted(model.side_network.hidden_layers)
         states.hidden_states = {number: states.hidden_states[number] for number in wanted}
         return Features(states, losses)
@@ -153,6 +162,8 @@ class FrozenFeatures:
             "residual_states": config.residual_states,
             "dtype": str(self.dtype),
         }
+        if config.start_token_ids:  # folders of before have no such tokens
+            recipe["start_token_ids"] = config.start_token_ids
         weights = hash_tensors(whole_path(self.model.backbone).tensors())
         return EncoderStamp(weights, recipe | configuration_recipe(self.model.backbone)).digest
 

@@ -187,14 +187,15 @@ def train_gates(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
     )
+    begin = torch.tensor(model.config.start_token_ids or [], dtype=torch.int64, device=model.input_device)
     for step in range(steps):
         own = step % len(studied)
         other = (own + generator.randrange(1, len(studied))) % len(studied)
         asked = generator.sample(studied[own].asked, min(QUESTIONS, len(studied[own].asked)))
         start = generator.randrange(len(studied[own].rest) - settings.window + 1)
-        window = studied[own].rest[None, start : start + settings.window]
+        window = torch.cat([begin, studied[own].rest[start : start + settings.window]])[None]
         labels = window.clone()
-        labels[:, : settings.window // 2] = -100  # with little text before it, every token gains by memory
+        labels[:, : len(begin) + settings.window // 2] = -100  # with little text before it, every token gains by memory
         optimizer.zero_grad()
         answers = answer_loss(model, studied[own].bank, asked)
         (settings.answer_weight * answers).backward()
@@ -279,7 +280,11 @@ def study_one(model: LongMemForCausalLM, text: str, settings: HeadSettings, gene
         return None
     bank = MemoryBank.for_model(model, capacity_tokens=None, index="flat")
     model.memorize(bank, torch.tensor(kept), "text")
-    asked = [(tokens(each.beginning(generator)), tokens(f" {each.answer}")[:TOKENS_OF_ANSWER]) for each in questions]
+    begin = model.config.start_token_ids or []
+    asked = [
+        ([*begin, *tokens(each.beginning(generator))], tokens(f" {each.answer}")[:TOKENS_OF_ANSWER])
+        for each in questions
+    ]
     return Studied(bank, asked, torch.tensor(rest, device=model.input_device))
 
 

@@ -219,7 +219,8 @@ class Trainer:
             sums.memory_tokens += sum(bank.num_tokens for bank in self.memories.banks) / len(self.memories.banks)
         with self.accelerator.autocast():
             hidden_states, reads, _ = self.side_network(features.states, banks)
-            losses = token_losses(self.model, hidden_states, batch.labels)
+            own = hidden_states[:, -batch.labels.shape[1] :]  # without the start tokens
+            losses = token_losses(self.model, own, batch.labels)
         weights = (batch.labels[:, 1:] != NO_LABEL).float()
         sums.loss += float((losses.detach() * weights).sum())
         sums.backbone_loss += float((features.losses * weights).sum())

@@ -200,7 +200,7 @@ class View:
             raise ValueError(f"`leaving` needs a MemoryBank as `memory`, got {type(self.memory).__name__}.")
 
     def of(self, window: Window) -> tuple[LocalModel, Int[Tensor, "1 tokens"]]:
-        """Return what runs with what it reads, and its input, which ends with the tokens that are scored."""
+        """Return what runs with what it reads, and its input, which begins as texts do and ends with the scored tokens."""
         if window.end > len(self.token_ids):
             raise ValueError(f"`window` must end in a text of {len(self.token_ids)} tokens, got {window}; score fewer.")
         memory = self.memory.before(window.start) if isinstance(self.memory, GrowingMemory) else self.memory
@@ -213,14 +213,15 @@ class View:
             room = self.passages.window - (window.first_scored - window.start)  # also of a last window that is shorter
             _, before = self.passages.context([], room, [Question([], [[0]])])
             ids = torch.cat([torch.tensor(before), self.token_ids[window.first_scored : window.end]])
+        ids = torch.cat([torch.tensor(self.model.config.missing_start(ids.tolist()), dtype=ids.dtype), ids])
         model = self.model.backbone if self.is_plain else self.model
         return LocalModel(model, memory), ids[None].to(self.model.input_device)
 
     def leave(self, window: Window, output: Any) -> None:
         """Write what leaves a window, from what the model returned for it, to a memory that grows so."""
         if self.leaving:
-            states = (output.memory_keys, output.memory_values)
-            keys, values = ([layer[0, :, : self.leaving] for layer in part] for part in states)
+            states, size = (output.memory_keys, output.memory_values), window.end - window.start
+            keys, values = ([layer[0, :, -size:][:, : self.leaving] for layer in part] for part in states)
             ids = self.token_ids[window.start : window.start + self.leaving]
             self.memory.append(DOCUMENT, keys, values, token_ids=ids)  # type: ignore[union-attr]
 

@@ -172,10 +172,11 @@ class System(ABC):
     ) -> Iterator[tuple[LocalModel, list[int]]]:
         """Give the block what runs in the window and the context; its seconds are those of answering, others of preparing."""
         start = time.perf_counter()
-        found = self.context(prefix, room, questions)
+        local, context = self.context(prefix, room, questions)
+        context = [*self.model.config.missing_start([*context, *questions[0].token_ids]), *context]
         prepared = time.perf_counter()
         self.preparing_seconds += prepared - start
-        yield found
+        yield local, context
         self.answering_seconds += time.perf_counter() - prepared
 
 
