@@ -85,7 +85,8 @@ def plot_scores(
     gains.axhline(0, color="black", linewidth=0.8)
     gains.set(xlabel="position in the document (tokens)", ylabel="loss saved (nats per token)")
     gains.set_title("What memory saves against memory off; higher is better", fontsize=10)
-    gains.legend(fontsize=9)
+    if gains.containers:
+        gains.legend(fontsize=9)
     for axes in (losses, gains):
         tidy(axes, "y")
         axes.xaxis.set_major_formatter("{x:,.0f}")

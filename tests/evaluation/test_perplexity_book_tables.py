@@ -13,7 +13,7 @@ from longmem.evaluation.perplexity import PerplexitySettings
 from longmem.evaluation.perplexity.scoring import Cut, WindowScores
 from longmem.evaluation.perplexity.summary import markdown, sections, summarize_texts
 from longmem.evaluation.perplexity.texts import TextScores
-from longmem.plots import plot_ratios
+from longmem.plots import plot_ratios, plot_scores
 
 LOSSES = {"backbone": 3.0, "off": 2.9, "on": 2.8, "wrong": 2.95, "context-32": 2.5}
 SECONDS = {"backbone": 2.0, "off": 2.5, "on": 3.0, "wrong": 3.0, "context-32": 4.0}
@@ -133,6 +133,15 @@ def test_the_tables_have_all_systems_of_their_windows():
     assert (
         len(list(sections(summarize_texts(books(3, everywhere), everywhere)))) == 3
     )  # one table holds everything, and parity
+
+
+def test_systems_without_memory_have_tables_and_a_figure(tmp_path, recwarn):
+    without = dataclasses.replace(SETTINGS, systems=("backbone", "off"), context_windows=None, other_cuts=())
+    found = books(2, without)
+    assert [len(tables) for _, tables in sections(summarize_texts(found, without))] == [1]
+    (cut, scores), *_ = found[0].items()
+    plot_scores(tmp_path / "book.png", scores.systems, cut=cut, first_token=0, title="tiny")
+    assert not recwarn.list
 
 
 def test_a_window_that_gains_nothing_has_no_share():

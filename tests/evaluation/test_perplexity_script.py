@@ -48,7 +48,7 @@ def test_a_stopped_run_goes_on_to_the_same_losses(start, tmp_path, monkeypatch, 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     start(whole)
     printed, table = capsys.readouterr().out, (whole / "table.md").read_text()
-    assert "Nats per token saved against LongMem, memory off" in printed
+    assert "\nNats per token saved against LongMem, memory off" in printed
     assert "| under 5k tokens: 3 documents, " in table
     assert "| LongMem, memory on | " in table
     names = {"config.json", "environment.json", "metrics.json", "table.md", "predictions.jsonl", "sessions.jsonl"}

@@ -49,7 +49,7 @@ class Perplexity:
             metrics = summarize_texts(evaluate_texts(model, texts, settings, run, console), settings)
             run.finish(title=title, metrics=metrics, table=markdown(metrics), seed=settings.seed)
         for heading, tables in sections(metrics, brief=True):
-            console.print(f"\n[bold]{heading}[/]\n", *(PlainTable(rows, title_of_system("on")) for rows in tables))
+            console.print(f"\n{heading}\n", *(PlainTable(rows, title_of_system("on")) for rows in tables), markup=False)
         return Finished(run.path, title, metrics)
 
 

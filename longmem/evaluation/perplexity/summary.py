@@ -184,7 +184,7 @@ def sections(metrics: Mapping[str, Any], *, brief: bool = False) -> Iterator[tup
             for pair, values in part["reductions_percent"].items():
                 better, worse = (title_of_system(system).removeprefix("LongMem, ") for system in pair.split("/"))
                 compared.append([f"perplexity: {better} below {worse}", spelled(values, "+.2f")])
-            yield heading, [[head, *system_rows(part, metrics)], compared]
+            yield heading, [[head, *system_rows(part, metrics)], *([compared] if len(compared) > 1 else [])]
         elif brief:
             yield document_heading(name, part), [[[*head[:-1], "s per token"], *system_rows(part, metrics)]]
     if metrics["plan"] == "documents" and not brief:
