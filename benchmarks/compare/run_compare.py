@@ -96,7 +96,7 @@ def ask_case(task: Task, system: System, case: Case, items: Sequence[Item]) -> I
         prefix = task.prefix(system, case, items[0])
         questions = [Question(item.token_ids, item.candidates) for item in (*empty, *items)]
         room = max(question.room for question in questions)
-        local, context = system.context(prefix, room, questions[-1:])
+        local, context = system.begun(prefix, room, questions[-1:])
         feeding, fed_run, kept = time.process_time() - began, meter.tokens, kept_bytes(system, local)
         looks = isinstance(system, RetrievalSystem)
         start, run = time.process_time(), meter.tokens
@@ -107,7 +107,7 @@ def ask_case(task: Task, system: System, case: Case, items: Sequence[Item]) -> I
         for question in questions:
             start, run = time.process_time(), meter.tokens
             if looks:
-                local, context = system.context(prefix, room, [question])
+                local, context = system.begun(prefix, room, [question])
             alone = [Question((), question.candidates)]
             (answer,) = answer_questions(local, [*context, *question.token_ids], alone, device=device)
             costs = {"seconds": shared + time.process_time() - start, "tokens_run": shared_run + meter.tokens - run}

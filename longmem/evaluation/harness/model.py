@@ -136,7 +136,7 @@ class LongMemLM(HFLM):
         found = {}
         for system, members in self._readers(contexts, "Generating with memory", disable_tqdm):
             for number in members:
-                reader, ids = system.context((), rooms[number], ())
+                reader, ids = system.begun((), rooms[number], ())
                 context, options = requests[number].args
                 found[number] = self._continue(ids, options, reader.memory)
                 self.cache_hook.add_partial("generate_until", (context, options), found[number])

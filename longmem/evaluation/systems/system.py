@@ -157,6 +157,13 @@ class System(ABC):
         for passages needs the questions.
         """
 
+    def begun(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
+        """Return `context` as it is read, behind the model's start tokens, which take their part of the window."""
+        config = self.model.config
+        local, context = self.context(prefix, room + len(config.start_token_ids or ()), questions)
+        asked = questions[0].token_ids if questions else ()
+        return local, [*config.missing_start([*context, *asked]), *context]
+
     def local(self, tokens: Sequence[int], room: int) -> list[int]:
         """Return the end of some tokens, as much as the window holds beside `room`."""
         if room >= self.window:
@@ -172,8 +179,7 @@ class System(ABC):
     ) -> Iterator[tuple[LocalModel, list[int]]]:
         """Give the block what runs in the window and the context; its seconds are those of answering, others of preparing."""
         start = time.perf_counter()
-        local, context = self.context(prefix, room, questions)
-        context = [*self.model.config.missing_start([*context, *questions[0].token_ids]), *context]
+        local, context = self.begun(prefix, room, questions)
         prepared = time.perf_counter()
         self.preparing_seconds += prepared - start
         yield local, context

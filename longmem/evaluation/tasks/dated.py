@@ -236,7 +236,7 @@ class Dated(ValueTask):
         if not isinstance(system, MemorySystem) or system.name in ("off", "wrong") or case.stage != "facts":
             return {}
         answer = item.candidates[item.about["right"]]
-        local, context = system.context(case.prefix, case.room(item), [Question(item.token_ids, item.candidates)])
+        local, context = system.begun(case.prefix, case.room(item), [Question(item.token_ids, item.candidates)])
         ids = torch.tensor([[*context, *item.token_ids, *answer]], device=system.model.input_device)
         output = local(ids[:, :-1], output_memory_reads=True, use_cache=False)
         reads = table_of_reads([output.memory_reads or ()], ids.shape[1] - 1)
