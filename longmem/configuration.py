@@ -285,7 +285,10 @@ class LongMemConfig(PreTrainedConfig):
         window = (
             None if self.backbone_config is None else getattr(self.get_text_config(), "max_position_embeddings", None)
         )
-        room = window - len(self.start_token_ids or ()) if isinstance(window, int) else 0
+        room = window if isinstance(window, int) else 0
+        if room and self.start_token_ids:  # whole chunks, as a usual window has them
+            room -= len(self.start_token_ids)
+            room -= room % self.chunk_size
         if not 0 < room < DEFAULT_SEGMENT_LENGTH:
             return int(DEFAULT_SEGMENT_LENGTH)
         warnings.warn(
@@ -458,7 +461,7 @@ class LongMemConfig(PreTrainedConfig):
         if any(token not in range(vocabulary or token + 1) for token in start):
             raise ValueError(
                 f"`start_token_ids` must be ids of the backbone's vocabulary, 0 to {(vocabulary or 1) - 1}, got "
-                f"{self.start_token_ids}; leave them out for what the tokenizer puts before a text."
+                f"{self.start_token_ids}; None for none."
             )
 
     def _validate_memory_heads(self, layers: list[int]) -> None:

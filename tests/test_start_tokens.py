@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,21 @@ from tiny_models import save_tiny_backbone, some_text
 from tiny_runs import make_files, make_trainer
 from tokenizers import Tokenizer, processors
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longmem import LongMemForCausalLM, MemoryBank, calibrate_heads
 from longmem.backbone.cache_names import CACHE_NAMES
 from longmem.backbone.loading import start_of
 from longmem.backbone.structure import probe_ids
 from longmem.encoder.stamp import NO_START
+from longmem.evaluation.perplexity import PerplexitySettings
 from longmem.evaluation.perplexity.scoring import Cut, make_views, score_windows
 from longmem.evaluation.registry import run_task
-from longmem.evaluation.systems import MemorySystem, Question
+from longmem.evaluation.systems import MemorySystem, Question, make_systems
 from longmem.memory import BankShards
+from longmem.serving.engine import Engine, Request, prompt_ids
+from longmem.streaming.stream import one_token_config
+from longmem.training.fewer_heads import CostSettings, head_costs
 from longmem.training.heads import HeadSettings
 
 OPTIONS = {"segment_length": 32, "num_retrieved_tokens": 8, "memory_distance": 8}
@@ -209,6 +214,63 @@ def test_a_stream_that_begins_with_them_has_them_once(model):
     torch.testing.assert_close(losses[2:], losses_behind(model, [0, 1], ids), rtol=1e-4, atol=1e-4)
 
 
+def test_tokens_that_come_later_do_not_change_what_a_window_began_with(model):
+    stream = model.stream(MemoryBank.for_model(model), document_id="a", window=16)
+    stream.read([0])  # half of them
+    chooser = copy.copy(model)
+    chooser.generation_config = one_token_config(model.generation_config, {"do_sample": False})
+    stream._next_token(chooser)
+    stream.read([1])  # now both stand there, but the cache was computed behind others
+    begun = torch.tensor([[0, 1, 0, 1]])
+    options = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones_like(begun)}
+    assert list(stream.generate(2)) == model.generate(begun, **options)[0, 4:].tolist()
+
+
+def test_text_that_begins_with_them_is_encoded_as_it_is(model):
+    ids = random_ids(30)
+    begun = torch.tensor([[0, 1, *ids.tolist()]])
+    keys, _ = model.encode(begun)
+    for own, whole in zip(keys, model.backbone_view.encode(begun, model.config.memory_layers)[0], strict=True):
+        torch.testing.assert_close(own, whole)
+    both, _ = model.encode(torch.cat([begun, random_ids(32, seed=1)[None]]))  # beside one that does not
+    other, _ = model.encode(random_ids(32, seed=1)[None])
+    for own, first, second in zip(both, keys, other, strict=True):
+        torch.testing.assert_close(own, torch.cat([first, second]))
+
+
+def test_padding_on_the_left_changes_nothing(model):
+    ids = random_ids(6)
+    keys, _ = model.encode(ids[None])
+    padded, mask = torch.tensor([[9, 9, *ids.tolist()]]), torch.tensor([[0, 0, *[1] * 6]])
+    positions = torch.tensor([[1, 1, *range(6)]])  # as `generate` makes them
+    for inputs in ({"attention_mask": mask}, {"attention_mask": mask, "position_ids": positions}):
+        for own, behind in zip(keys, model.encode(padded, **inputs)[0], strict=True):
+            torch.testing.assert_close(own, behind[:, :, 2:], rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="`position_ids` must have the axes"):
+        model.encode(ids[None], position_ids=torch.arange(6).expand(3, 1, 6))
+
+
+def test_heads_are_weighed_behind_them(folder, tmp_path, texts_read):
+    (tmp_path / "a.txt").write_text(some_text(200))
+    options = {"memory_layers": [1, 2], "lora": {"rank": 2}, **OPTIONS}
+    model = LongMemForCausalLM.from_backbone(folder, **options).eval()
+    head_costs(model, tmp_path, CostSettings(memory_tokens=64, num_texts=1))
+    assert texts_read
+    assert all(ids[:2] == [0, 1] for ids in texts_read)
+
+
+def test_a_long_conversation_is_cut_where_windows_begin(model):
+    prompt = prompt_ids(model.tokenizer, some_text(30))
+    assert prompt[:2] == [0, 1]
+    said = [{"role": "user", "content": "hello"}]
+    assert prompt_ids(model.tokenizer, said)[:2] == [0, 1]  # without a chat format, a text
+    request = Request(prompt)
+    ids, memory = Engine(model, {}).place(request)  # type: ignore[arg-type]
+    assert ids[:2] == [0, 1] != ids[2:4]
+    stored = memory.token_ids("earlier in this conversation").tolist()
+    assert [*stored, *ids[2:]] == prompt
+
+
 def test_windows_of_texts_are_scored_behind_them(model):
     ids, cut = random_ids(48), Cut(16, 8)
     windows = [*cut.cover(48)][:3]
@@ -321,12 +383,58 @@ def test_a_saved_model_keeps_them_and_banks_are_told_apart(model, folder, tmp_pa
     assert without.encoder_stamp().diff(model.encoder_stamp()) == ["start_token_ids"]
 
 
+def test_a_tokenizer_that_knows_more_tokens_than_the_backbone_gives_none(tmp_path):
+    made = save_tiny_backbone(tmp_path / "small", vocab_size=256)
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    tokenizer.add_special_tokens({"bos_token": "<new>"})
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<new> $A", special_tokens=[("<new>", 256)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert start_of(tokenizer) == [256]
+    assert LongMemForCausalLM.from_backbone(made, tokenizer=tokenizer).config.start_token_ids is None
+
+
+def test_no_window_of_an_evaluation_is_longer_than_the_backbone_with_them(tmp_path):
+    sizes = {"vocab_size": 256, "n_positions": 64, "n_embd": 32, "n_layer": 4, "n_head": 2}
+    backbone = GPT2LMHeadModel(GPT2Config(**sizes))
+    model = LongMemForCausalLM.from_backbone(backbone, start_token_ids=[0], **OPTIONS).eval()
+    with pytest.raises(ValueError, match="`window` must leave 1 of the backbone's 64 positions"):
+        make_systems(["backbone"], model, window=64)
+    settings = PerplexitySettings(data="none", output="none", window=64, stride=32, systems=("backbone", "off"))
+    with pytest.raises(ValueError, match="got 64; 63 would do"):
+        settings.validate_for(model)
+    with pytest.raises(ValueError, match="`context` must be at most 63 tokens"):
+        make_systems(["context-64"], model, window=32)
+    ids, cut = random_ids(130), Cut(63, 31)
+    view = make_views(["off"], model, ids, cut, {})["off"]
+    assert len(score_windows(view, cut.row(0, 2)).losses) == 2
+
+
 def test_a_window_leaves_room_for_them(tmp_path):
     made = save_tiny_backbone(tmp_path / "small", max_position_embeddings=64)
     beginning(made)
-    with pytest.warns(UserWarning, match="`segment_length` is 62"):
-        assert LongMemForCausalLM.from_backbone(made).config.segment_length == 62
+    with pytest.warns(UserWarning, match="`segment_length` is 60"):
+        assert LongMemForCausalLM.from_backbone(made).config.segment_length == 60  # whole chunks
     with pytest.raises(ValueError, match="behind 2 `start_token_ids`, got 63"):
         LongMemForCausalLM.from_backbone(made, segment_length=63)
     with pytest.raises(ValueError, match="`start_token_ids` must be ids of the backbone's vocabulary, 0 to 255"):
         LongMemForCausalLM.from_backbone(made, segment_length=32, start_token_ids=[256])
+
+
+def test_requests_of_the_harness_that_overflow_a_window_begin_with_them(folder, tmp_path, texts_read):
+    from lm_eval.api.instance import Instance
+
+    from longmem.evaluation.harness import LongMemLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = "~"
+    model = LongMemForCausalLM.from_backbone(folder, tokenizer=tokenizer, start_token_ids=[0, 1], **OPTIONS).eval()
+    lm = LongMemLM(model, window=16, add_bos_token=True)
+    long = some_text(20)
+    (found,) = lm.loglikelihood_rolling([Instance("rolling", {}, (long,), 0)])
+    lm.loglikelihood([Instance("loglikelihood", {}, (long, " cat"), 0)])
+    lm.generate_until([Instance("generate_until", {}, (long, {"until": ["~"], "max_gen_toks": 2}), 0)])
+    assert found < 0
+    own = [ids for ids in texts_read if ids[0] != tokenizer.eos_token_id]  # `hf` itself begins a text so
+    assert own
+    assert all(ids[:2] == [0, 1][: len(ids)] for ids in own)

@@ -69,15 +69,22 @@ class KeptCache(System):
 
     def context(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[Any, list[int]]:
         """Return the backbone after the text, and what follows: the text's last token and the prefix."""
-        limit = self.model.config.get_text_config().max_position_embeddings - room - len(prefix)
+        start = self.model.config.start_token_ids or []
+        limit = self.model.config.get_text_config().max_position_embeddings - room - len(prefix) - len(start)
         stream = self.stream[-limit:]
         if len(stream) < 2:
             return LocalModel(self.model.backbone), self.local([*stream, *prefix], room)
         sizes = len(self.stream), len(stream)  # less room leaves more of a long text
         if self._encoded is None or self._encoded[0] != sizes:
-            ids = torch.tensor([stream[:-1]], device=self.model.input_device)
+            ids = torch.tensor([[*start, *stream[:-1]]], device=self.model.input_device)
             self._encoded = sizes, self.encode(ids)
-        return AfterCache(self.model.backbone, self._encoded[1], len(stream) - 1), [stream[-1], *prefix]
+        local = AfterCache(self.model.backbone, self._encoded[1], len(start) + len(stream) - 1)
+        return local, [stream[-1], *prefix]
+
+    def begun(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[Any, list[int]]:
+        """Return `context`: the start tokens are in the cache, and where there is none what follows is as it is."""
+        local, context = self.context(prefix, room, questions)
+        return (local, context) if isinstance(local, AfterCache) else super().begun(prefix, room, questions)
 
     def encode(self, ids: torch.Tensor) -> Cache:
         """Return the cache of a text."""
@@ -280,8 +287,10 @@ class KnnLm(FullWindow):
         if self._store is None or self._store[0] != len(stream):
             states = []
             for start in range(0, len(stream) - 1, self.window):
-                ids = torch.tensor([stream[start : start + self.window]], device=self.model.input_device)
-                states.append(self.model.backbone.base_model(ids, use_cache=False).last_hidden_state[0].float())
+                own = torch.tensor([stream[start : start + self.window]], device=self.model.input_device)
+                ids, *_ = self.model.encoder.with_start(own)
+                found = self.model.backbone.base_model(ids, use_cache=False).last_hidden_state[0, -own.shape[1] :]
+                states.append(found.float())
             self._store = len(stream), torch.cat(states)[: len(stream) - 1], torch.tensor(stream[1:])
         return KnnModel(self.model.backbone, *self._store[1:]), tokens
 

@@ -164,7 +164,8 @@ def asked(
     """Return for each memory layer the queries with which a model searches the bank while it reads these tokens."""
     recorder, length = QueryRecorder(bank), model.config.segment_length
     for start in range(0, len(ids), length):
-        model(ids[None, start : start + length].to(model.input_device), memory=recorder, logits_to_keep=1)
+        window, *_ = model.encoder.with_start(ids[None, start : start + length].to(model.input_device))
+        model(window, memory=recorder, logits_to_keep=1)
     found = {layer: torch.cat(parts, dim=1) for layer, parts in recorder.queries.items()}
     return {
         layer: queries[:, torch.linspace(0, queries.shape[1] - 1, min(QUERIES, queries.shape[1])).long()]

@@ -126,7 +126,9 @@ def run_demo(settings: DemoSettings, console: Console) -> dict[str, Any]:
     # The tokens of it whose loss memory lowered most, in order of the text.
     off, on = losses_of_windows(scores)[number]
     tokens = sorted(((off - on).topk(min(5, len(off))).indices + 1).tolist())
-    reads = read_passages(model, bank, window, [slice(token, token + 1) for token in tokens])
+    begin = model.config.missing_start(window.tolist())
+    places = [len(begin) + token for token in tokens]
+    reads = read_passages(model, bank, torch.tensor([*begin, *window.tolist()]), [slice(at, at + 1) for at in places])
     for token, (passage,) in zip(tokens, reads, strict=True):
         place = len(past) + number * settings.window + token
         losses = [each[token - 1].item() for each in (off, on)]

@@ -119,12 +119,14 @@ def answer(
     ids = model.generate(start, attention_mask=torch.ones_like(start), **options)[0].cpu()
     seconds = time.perf_counter() - began
     new = ids[len(said) :]
-    window = ids[-model.config.segment_length :]
+    window = ids[-model.config.segment_length :].tolist()
+    begin = model.config.missing_start(window)
     if arguments.explain is not None:
         explain(model, said, memory=memory, answer=new).to_html(arguments.explain)
     reads = []
     if arguments.show_reads and len(window) > 1:
-        (reads,) = read_passages(model, bank, window, [slice(1, len(window))], count=5, memory=memory)
+        whole = torch.tensor([*begin, *window])
+        (reads,) = read_passages(model, bank, whole, [slice(len(begin) + 1, len(whole))], count=5, memory=memory)
     if arguments.json:
         result: dict[str, Any] = {
             "prompt": prompt,

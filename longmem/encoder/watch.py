@@ -35,6 +35,14 @@ def leading_alike(keys: Float[Tensor, "lanes kv_heads tokens dim"]) -> Bool[Tens
     return ((own - first).norm(dim=-1) <= limit).cumprod(dim=2).bool().unsqueeze(-1)
 
 
+def of_row(inputs: dict[str, Any], number: int) -> dict[str, Any]:
+    """Return inputs of a forward pass for one of its rows."""
+    return {
+        name: value[number : number + 1] if isinstance(value, Tensor) and len(value) > 1 else value
+        for name, value in inputs.items()
+    }
+
+
 class Encoder:
     """The encoder that a backbone is for the memory layers of a model.
 
@@ -72,30 +80,53 @@ class Encoder:
     ) -> tuple[list[Float[Tensor, "_ kv_heads tokens dim"]], list[Float[Tensor, "_ kv_heads tokens value_dim"]]]:
         """Return position-free keys and values of the tokens for each memory layer; each row is a window of text.
 
-        `inputs`: of the backbone's forward, for these tokens.
+        `inputs`: of the backbone's forward, for these tokens. A row that begins with the start tokens is taken as it is.
         """
-        ids, inputs = self.with_start(input_ids.to(input_device(self.backbone.model)), **inputs)
-        keys, values = self.backbone.encode(ids, self.memory_layers, **inputs)
-        keys, values = self.stored(keys, values)
-        own = slice(ids.shape[1] - input_ids.shape[1], None)
-        return [layer[:, :, own] for layer in keys], [layer[:, :, own] for layer in values]
+        ids = input_ids.to(input_device(self.backbone.model))
+        begun = [not self.config.missing_start(row) for row in ids.tolist()]
+        if all(begun):
+            return self.stored(*self.backbone.encode(ids, self.memory_layers, **inputs))
+        if any(begun):
+            rows = [self.encode(row[None], **of_row(inputs, number)) for number, row in enumerate(ids)]
+            keys, values = ([torch.cat(layer) for layer in zip(*part, strict=True)] for part in zip(*rows, strict=True))
+            return keys, values
+        ids, inputs, places = self.with_start(ids, **inputs)
+        stored = self.stored(*self.backbone.encode(ids, self.memory_layers, **inputs))
+        keys, values = (
+            [layer.gather(2, places[:, None, :, None].expand(-1, layer.shape[1], -1, layer.shape[3])) for layer in part]
+            for part in stored
+        )
+        return keys, values
 
     def with_start(
         self, input_ids: Int[Tensor, "lanes tokens"], **inputs: Any
-    ) -> tuple[Int[Tensor, "lanes longer"], dict[str, Any]]:
-        """Return windows of text behind the model's start tokens, and inputs of the backbone's forward made as long."""
-        if not (start := self.config.start_token_ids):
-            return input_ids, inputs
+    ) -> tuple[Int[Tensor, "lanes longer"], dict[str, Any], Int[Tensor, "lanes tokens"]]:
+        """Return windows of text behind the model's start tokens, which stand behind padding on the left.
 
-        def behind(first: Tensor, rows: Tensor) -> Tensor:
-            return torch.cat([first.expand(len(rows), -1).to(rows), rows], dim=1)
+        With them come inputs of the backbone's forward made as long, and where the windows' own tokens stand.
+        """
+        count, (lanes, tokens) = len(self.config.start_token_ids or ()), input_ids.shape
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        for name, value in (("attention_mask", mask), ("position_ids", positions)):
+            if count and value is not None and value.ndim != 2:
+                raise ValueError(
+                    f"`{name}` must have the axes (lanes, tokens) where the model has `start_token_ids`, got shape "
+                    f"{tuple(value.shape)}; leave it out, or encode each window by itself."
+                )
+        first = input_ids.new_zeros(lanes, 1) if mask is None else mask.long().argmax(dim=1, keepdim=True)
+        new, own = (torch.arange(size, device=input_ids.device) for size in (count, tokens))
+        places = own + count * (own >= first)
 
-        mask, positions, count = inputs.get("attention_mask"), inputs.get("position_ids"), torch.arange(len(start))
+        def longer(rows: Tensor, begin: Tensor) -> Tensor:
+            made = rows.new_empty(lanes, tokens + count).scatter_(1, places, rows.expand(lanes, -1))
+            return made.scatter_(1, first + new, begin.to(rows).expand(lanes, -1))
+
         if mask is not None:
-            inputs["attention_mask"] = behind(torch.ones_like(count), mask)
+            inputs["attention_mask"] = longer(mask, torch.ones_like(new))
         if positions is not None:
-            inputs["position_ids"] = behind(positions[:, :1] + count.to(positions), positions + len(start))
-        return behind(torch.tensor(start), input_ids), inputs
+            whole = positions.expand(lanes, -1)
+            inputs["position_ids"] = longer(whole + count, whole.gather(1, first) + new)
+        return longer(input_ids, input_ids.new_tensor(self.config.start_token_ids or [])), inputs, places
 
     def stored(
         self,

@@ -53,7 +53,7 @@ def recorded_queries(
     recorder = QueryRecorder(bank)
     length = model.config.segment_length
     for start in range(0, min(len(token_ids), num_windows * length), length):
-        window, _ = model.encoder.with_start(token_ids[None, start : start + length].to(model.input_device))
+        window, *_ = model.encoder.with_start(token_ids[None, start : start + length].to(model.input_device))
         model(window, memory=recorder, logits_to_keep=1)
     queries = torch.cat(recorder.queries[layer], dim=1)
     asked = queries.shape[1]

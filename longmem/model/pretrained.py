@@ -189,7 +189,9 @@ class LongMemPreTrainedModel(PreTrainedModel):
             with contextlib.suppress(OSError, ValueError, ImportError):  # then the model is given token ids
                 tokenizer = open_tokenizer() if tokenizer is None and open_tokenizer is not None else tokenizer
             is_one = isinstance(tokenizer, PreTrainedTokenizerBase)  # others may know no special tokens
-            options["start_token_ids"] = start_of(tokenizer) if is_one else None
+            start, vocabulary = start_of(tokenizer) if is_one else None, backbone.config.get_text_config().vocab_size
+            # A tokenizer may be given that knows more tokens than the backbone.
+            options["start_token_ids"] = start if start and max(start) < vocabulary else None
         config = LongMemConfig(backbone_config=backbone.config, **options)
         config.name_or_path = backbone.config.name_or_path or ""
         model = cls(config, backbone, tokenizer)

@@ -143,7 +143,7 @@ class Engine:
             own = MemoryBank.for_model(self.model, capacity_tokens=None)
             self.model.memorize(own, ids[:leaving], "earlier in this conversation", progress=go_on)
             shared.append(own)
-            ids = ids[leaving:]
+            ids = [*config.missing_start(ids[leaving:]), *ids[leaving:]]
         readable = [bank for bank in shared if not bank.is_empty]
         return ids, BankShards(readable) if len(readable) > 1 else readable[0] if readable else None
 
@@ -175,10 +175,10 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
     """Return the tokens of a text or, by `chat_text`, of a conversation up to where its answer begins; errors as there."""
-    is_text = isinstance(prompt, str)
+    is_text, has_format = isinstance(prompt, str), getattr(tokenizer, "chat_template", None)
     text = prompt if isinstance(prompt, str) else chat_text(tokenizer, prompt)
     validate_text("prompt" if is_text else "messages", text)
-    return list(tokenizer(text, add_special_tokens=is_text)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=is_text or not has_format)["input_ids"])
 
 
 class _Watcher(BaseStreamer):

@@ -64,6 +64,7 @@ class MemoryStream:
         # The cache holds the first `_cached` tokens of the window; the last one waits for what follows it.
         self._cache: Cache | None = None
         self._cached = 0
+        self._start: list[int] = []  # what stands before the window in the cache, and is no token of the stream
         self._bank_version = memory.version  # that the cache was computed with
 
     @property
@@ -79,11 +80,6 @@ class MemoryStream:
     def __repr__(self) -> str:
         local = f"{len(self._state.local_ids)} of {self._state.window} local"
         return f"MemoryStream({self.num_tokens} tokens, {local}, {self.memory!r})"
-
-    @property
-    def _start(self) -> list[int]:
-        """What stands before the window, and is no token of the stream."""
-        return self.model.config.missing_start(self._state.local_ids)
 
     def read(self, text_or_ids: str | Sequence[int] | Tensor) -> int:
         """Take in text or token ids, as many as there are; return how many tokens these were.
@@ -158,6 +154,7 @@ class MemoryStream:
     def _next_token(self, chooser: StreamingModel) -> int:
         """Return the token that `generate` chooses, drawn with the stream's own random numbers."""
         self._forget_cache_if_bank_changed()
+        self._begin()
         device, local = self.model.input_device, torch.tensor([[*self._start, *self._state.local_ids]])
         cache = {} if self._cache is None else as_keyword(self._cache)
         with self._forgetting_cache_on_error(), own_random_numbers(device):
@@ -209,6 +206,7 @@ class MemoryStream:
 
     def _compute(self, stop: int, logits_to_keep: int) -> Float[Tensor, "tokens vocabulary"]:
         """Return the logits of the window's tokens from the first that is not cached to `stop`, and cache them."""
+        self._begin()
         start = [] if self._cached else self._start
         ids = torch.tensor([[*start, *self._state.local_ids[self._cached : stop]]], device=self.model.input_device)
         with self._forgetting_cache_on_error():
@@ -216,6 +214,11 @@ class MemoryStream:
             output = self.model(ids, use_cache=True, **options)
         self._cache, self._cached = cache_of(output), stop
         return output.logits[0, len(start) if logits_to_keep == 0 else 0 :]
+
+    def _begin(self) -> None:
+        """Decide what stands before the window, if nothing is computed yet; tokens that come later change nothing."""
+        if self._cache is None:
+            self._start = self.model.config.missing_start(self._state.local_ids)
 
     @contextlib.contextmanager
     def _forgetting_cache_on_error(self) -> Iterator[None]:

@@ -110,7 +110,7 @@ class FrozenFeatures:
         if file is not None and (kept := load_kept(file)) is not None:
             return kept["losses"].to(tokens.device)
         last = self.model.config.num_backbone_layers
-        ids, _ = self.model.encoder.with_start(whole[None])
+        ids, *_ = self.model.encoder.with_start(whole[None])
         states = self.model.run_backbone(ids, extra_hidden_layers=[last], use_cache=False)
         hidden_states = states.hidden_states[last][:, -len(tokens) :]
         losses = token_losses(self.model, hidden_states, tokens[None], backbone=True)[0]
@@ -120,7 +120,7 @@ class FrozenFeatures:
 
     def _computed(self, input_ids: Tensor, lengths: Sequence[int]) -> Features:
         model, last = self.model, self.model.config.num_backbone_layers
-        ids, _ = model.encoder.with_start(input_ids)
+        ids, *_ = model.encoder.with_start(input_ids)
         states = model.run_backbone(ids, extra_hidden_layers=[last], use_cache=False)
         for part in (states.keys, states.values):
             part.update({layer: tensor[:, :, -input_ids.shape[1] :] for layer, tensor in part.items()})

@@ -159,7 +159,8 @@ def _windows(
             continue
         bank = MemoryBank.for_model(model, capacity_tokens=None, index="flat")
         model.memorize(bank, ids[:memory_tokens], "text")
-        yield bank, ids[None, memory_tokens:needed].to(model.input_device)
+        window, *_ = model.encoder.with_start(ids[None, memory_tokens:needed].to(model.input_device))
+        yield bank, window
         given += 1
         if given == settings.num_texts:
             return

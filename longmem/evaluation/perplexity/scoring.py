@@ -204,8 +204,7 @@ class View:
         if window.end > len(self.token_ids):
             raise ValueError(f"`window` must end in a text of {len(self.token_ids)} tokens, got {window}; score fewer.")
         memory = self.memory.before(window.start) if isinstance(self.memory, GrowingMemory) else self.memory
-        begin = self.model.config.start_token_ids or []
-        start = window.start if self.context is None else max(0, window.end - self.context + len(begin))
+        start = window.start if self.context is None else max(0, window.end - self.context)
         ids = self.token_ids[start : window.end]
         if self.passages is not None and window.start:
             first = 0 if self.memory_tokens is None else max(0, window.start - self.memory_tokens)

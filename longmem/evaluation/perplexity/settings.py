@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from longmem.evaluation.perplexity.scoring import Cut, Window
 from longmem.evaluation.settings import Count, EvaluationSettings
-from longmem.evaluation.systems.making import context_size, validate_context
+from longmem.evaluation.systems.making import context_size, validate_context, validate_window
 from longmem.evaluation.systems.retrieval import RANKERS
 from longmem.memory.index import validate_index
 from longmem.model.modeling import LongMemForCausalLM
@@ -141,6 +141,8 @@ class PerplexitySettings(EvaluationSettings):
 
     def validate_for(self, model: LongMemForCausalLM) -> None:
         """Raise ValueError if a longer window does not fit the backbone, or a token would be in no chunk of the memory."""
+        for cut in self.cuts:
+            validate_window(model, cut.window)
         for size in self.contexts.values():
             validate_context(model, size, max(cut.window for cut in self.cuts))
         if self.plan == "books":

@@ -76,6 +76,7 @@ def make_systems(
     ValueError if a name is unknown or given twice, or a longer window does not fit the backbone.
     """
     validate_systems(names)
+    validate_window(model, window)
     banks = Banks(model) if banks is None else banks
     common: dict[str, Any] = {"window": window, "local_tokens": local_tokens, "batch_size": batch_size}
     systems: list[System] = []
@@ -95,13 +96,27 @@ def make_systems(
     return systems
 
 
+def validate_window(model: LongMemForCausalLM, window: int) -> None:
+    """Raise ValueError unless the backbone has positions for a window and the start tokens before it."""
+    start, limit = model.config.start_token_ids or (), model.backbone_view.position_limit
+    if limit is not None and window + len(start) > limit:
+        raise ValueError(
+            f"`window` must leave {len(start)} of the backbone's {limit} positions for the model's `start_token_ids`, got "
+            f"{window}; {limit - len(start)} would do."
+            if start
+            else f"`window` must be at most the backbone's {limit} positions, got {window}."
+        )
+
+
 def validate_context(model: LongMemForCausalLM, context: int, window: int) -> None:
     """Raise ValueError unless `context` tokens are more than a window and fit the backbone's positions."""
     if context <= window:
         raise ValueError(f"`context` must be longer than the window of {window} tokens, got {context}; leave it out.")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and context > limit:
+    most = None if limit is None else limit - len(model.config.start_token_ids or ())
+    if most is not None and context > most:
+        beside = "" if most == limit else " less the model's `start_token_ids`"
         raise ValueError(
-            f"`context` must be at most {limit} tokens, the backbone's `max_position_embeddings`, got {context}: beyond it "
-            "the backbone meets positions that it was never trained on; choose a shorter one."
+            f"`context` must be at most {most} tokens, the backbone's `max_position_embeddings`{beside}, got {context}: beyond "
+            "it the backbone meets positions that it was never trained on; choose a shorter one."
         )

@@ -158,11 +158,10 @@ class System(ABC):
         """
 
     def begun(self, prefix: Sequence[int], room: int, questions: Sequence[Question]) -> tuple[LocalModel, list[int]]:
-        """Return `context` as it is read, behind the model's start tokens, which take their part of the window."""
-        config = self.model.config
-        local, context = self.context(prefix, room + len(config.start_token_ids or ()), questions)
+        """Return `context` as it is read: behind the model's start tokens, which do not count as part of the window."""
+        local, context = self.context(prefix, room, questions)
         asked = questions[0].token_ids if questions else ()
-        return local, [*config.missing_start([*context, *asked]), *context]
+        return local, [*self.model.config.missing_start([*context, *asked]), *context]
 
     def local(self, tokens: Sequence[int], room: int) -> list[int]:
         """Return the end of some tokens, as much as the window holds beside `room`."""
