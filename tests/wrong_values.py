@@ -99,7 +99,14 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "dtype": ("x", 5, torch.int8),
     "state": (5, {}, {"x": torch.ones(1)}),
     "texts": ([], 5, ["a"], ["a", 5], ["a", " "], ""),
-    "settings": (5, {}, HeadSettings(steps=0), HeadSettings(dtype="x"), HeadSettings(pull=NAN)),  # type: ignore[arg-type]
+    "settings": (
+        5,
+        {},
+        HeadSettings(steps=0),
+        HeadSettings(num_neighbours=2**20),
+        HeadSettings(dtype="x"),
+        HeadSettings(pull=NAN),
+    ),  # type: ignore[arg-type]
     "console": (5, "x"),
     "string": (5, b"x"),
     "factor": (0, 3, "2", 2.0),

@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from longmem.backbone.structure import UnsupportedBackboneError
+from longmem.configuration import MOST_NEIGHBOURS
 from longmem.data.recall import CHARACTERS_BETWEEN_FACTS, Question, with_facts
 from longmem.data.sources import find_source
 from longmem.memory.bank import MemoryBank
 from longmem.memory.checks import checked, got
 from longmem.model.modeling import LongMemForCausalLM
-from longmem.settings import Above, From, read_section
+from longmem.settings import Above, From, UpTo, read_section
 from longmem.settings.environment import chosen_device
 from longmem.training.fewer_heads import with_heads
 from longmem.training.setup import reading_layers, select_trained
@@ -77,8 +78,8 @@ class HeadSettings:
     segment_length: Annotated[int, From(1)] = 1024
     chunk_size: Annotated[int, From(1)] = 1
     choice_per: Literal["head", "group"] = "head"
-    num_retrieved_tokens: Annotated[int, From(1)] = 16
-    num_neighbours: Annotated[int, From(0)] = 64
+    num_retrieved_tokens: Annotated[int, From(1)] = 32
+    num_neighbours: Annotated[int, From(0), UpTo(MOST_NEIGHBOURS)] = 64
     lora_rank: Annotated[int, From(1)] = 16
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
