@@ -67,6 +67,16 @@ def test_a_cache_of_a_text_that_is_too_long_holds_its_end(model):
     torch.testing.assert_close(answers(KeptCache("kept", model, window=64), long), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_kept_cache_begins_with_the_start_tokens_and_is_what_is_computed_anew(backbone, stream):
+    from systems import KeptCache, Recomputed
+
+    from longmem import LongMemForCausalLM
+
+    model = LongMemForCausalLM.from_backbone(backbone, segment_length=64, start_token_ids=[7, 8]).eval()
+    expected = answers(Recomputed("all", model, window=64), stream)
+    torch.testing.assert_close(answers(KeptCache("kept", model, window=64), stream), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_sinks_stand_before_the_end_of_the_text(model, stream):
     from systems import SinksAndWindow
 

@@ -83,7 +83,8 @@ class Encoder:
         `inputs`: of the backbone's forward, for these tokens. A row that begins with the start tokens is taken as it is.
         """
         ids = input_ids.to(input_device(self.backbone.model))
-        begun = [not self.config.missing_start(row) for row in ids.tolist()]
+        # Without start tokens ids are not looked at, which a GPU would have to be waited for.
+        begun = [not self.config.missing_start(row) for row in ids.tolist()] if self.config.start_token_ids else []
         if all(begun):
             return self.stored(*self.backbone.encode(ids, self.memory_layers, **inputs))
         if any(begun):
