@@ -136,7 +136,8 @@ class LongMemConfig(PreTrainedConfig):
         segment_length: tokens of one window of text, in encoding and in training (paper: 1,024). The default is that or,
             with a warning, the window of a backbone that has less.
         memory_distance: tokens between a query and what it retrieved, for rotary models, whose stored keys have no
-            position of their own. 0 is harmful, and so is far beyond the text it was tuned on (`docs/experiments.md`).
+            position of their own. 0 is harmful, and so is far beyond the text it was tuned on (`docs/experiments.md`). In a
+            layer with a sliding window it is at most what that window reaches.
         distance_per: whether that is the distance of the whole `"model"`, or each query `"head"` learns one of its own, from
             `memory_distance` on. Heads that look for facts want what they find to be near, others far: near, it disturbs what
             they do with the text at hand. Layers without rotation learn none.

@@ -22,7 +22,7 @@ from longmem.model.attention import (
     sees_itself_alone,
 )
 
-Turns = dict[tuple[int, int], tuple[CosSin, CosSin]]
+Turns = dict[tuple[int, int, int | None], tuple[CosSin, CosSin]]
 # Search and rows live outside of any graph. Said here: a shard attends without a model, and has no use for the compiler.
 read_outside_of_graphs = torch.compiler.disable(read_memory)
 
@@ -118,15 +118,21 @@ class MemoryReader:
         rotary, rotation, here = self._source.rotary, self._source.rotation, self._position_embeddings
         if rotary is None or rotation is None or here is None:
             return query
-        key = id(rotary.module), id(here[0])
+        key = id(rotary.module), id(here[0]), self._source.reach
         if key not in self._turns:  # `here` is kept, so that nothing else gets its id
             if log_distance is None:
-                turn_or_first = rotary.turn_from(here, self._config.memory_distance, query)
+                distance = self._config.memory_distance
+                turn_or_first = rotary.turn_from(here, min(distance, self._source.reach or distance), query)
             else:
                 turn_or_first = rotary.at([1], query.float())
             self._turns[key] = here, turn_or_first
         if log_distance is not None:
-            turn = rotary.turn_of_heads(here, self._turns[key][1], log_distance.float().exp())
+            distances = log_distance.float().exp()
+            if (
+                self._source.reach is not None
+            ):  # gradients are those at the farthest distance, so that a head may come back
+                distances = distances + (distances.clamp(max=self._source.reach) - distances).detach()
+            turn = rotary.turn_of_heads(here, self._turns[key][1], distances)
             return rotation.rotate_heads(query.float(), turn).to(query.dtype)
         return rotation.rotate(query.float(), self._turns[key][1]).to(query.dtype)
 

@@ -63,7 +63,7 @@ class SideLayer(nn.Module):
             if config.memory_null_init is not None:
                 self.memory_null = nn.Parameter(torch.full_like(self.memory_bias, float(config.memory_null_init)))
             if config.distance_per == "head" and source.rotation is not None:
-                log_distance = math.log(config.memory_distance)
+                log_distance = math.log(min(config.memory_distance, source.reach or config.memory_distance))
                 self.memory_log_distance = nn.Parameter(torch.full_like(self.memory_bias, log_distance))
         self.output_scale: nn.Parameter | None = None
         if config.init == "identity":

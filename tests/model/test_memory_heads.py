@@ -1,6 +1,7 @@
 """Memory heads: which are stored, searched and read; the null slot beside what was found, and the distance of each."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from longmem import LongMemConfig, LongMemForCausalLM, MemoryBank
 from longmem.backbone.cache_names import cache_of
+from longmem.backbone.structure import reach_of
 from longmem.model.attention import sees_itself_alone
 
 LAYERS = [1, 3]
@@ -229,6 +231,37 @@ def test_each_head_reads_at_its_own_distance(input_ids, document, model_type, ch
     for log_distance in learned[1:]:
         log_distance[0] = math.log(8.5)
     assert (of_heads(input_ids, memory=bank).logits - reads["far"]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(("model_type", "layer", "window"), [("gemma2", 2, 16), ("gemma2", 1, None), ("gemma2", 0, 16)])
+def test_nothing_is_read_from_farther_than_a_layer_sees(input_ids, document, model_type, layer, window):
+    backbone = build_backbone(model_type, sliding_window=16)
+    settings = {**SETTINGS, "memory_layers": [layer], "layer_reduction_factor": 1, "chunk_size": 1}
+    settings |= {"num_retrieved_tokens": 150}
+    kinds = {"memory_distance": 15}, {"memory_distance": 40}, {"memory_distance": 40, "distance_per": "head"}
+    *models, of_heads = (LongMemForCausalLM.from_backbone(backbone, **{**settings, **kind}).eval() for kind in kinds)
+    (log_distance,) = [
+        each.memory_log_distance for each in of_heads.side_network.layers if each.memory_log_distance is not None
+    ]
+    assert log_distance.exp().tolist() == pytest.approx([15.0 if window else 40.0] * len(log_distance))
+    bank = MemoryBank.for_model(models[0], index="flat")
+    models[0].memorize(bank, document, "d")
+    with torch.no_grad():
+        near, far = (model(input_ids, memory=bank).logits for model in models)
+        assert torch.equal(near, far) == bool(window)
+        log_distance.fill_(math.log(40))
+    output = of_heads(input_ids, memory=bank, labels=input_ids)
+    torch.testing.assert_close(output.logits.detach(), far, rtol=1e-4, atol=1e-4)
+    output.loss.backward()
+    assert (log_distance.grad != 0).all()  # a head that was driven beyond may come back
+
+
+def test_how_far_layers_see_is_what_their_configuration_says():
+    assert reach_of(SimpleNamespace(layer_types=None, sliding_window=16), 3) == 15  # as Mistral has it
+    assert reach_of(SimpleNamespace(layer_types=None, sliding_window=None), 0) is None
+    mixed = ["sliding_attention", "full_attention", "chunked_attention"]
+    own = SimpleNamespace(layer_types=mixed, sliding_window=16, attention_chunk_size=8)
+    assert [reach_of(own, number) for number in range(3)] == [15, None, 7]
 
 
 def test_distances_of_heads_are_learned_and_saved(input_ids, document, tmp_path):
