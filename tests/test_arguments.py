@@ -688,6 +688,7 @@ STREAM: dict[str, dict[str, Effect]] = {
 }
 EFFECTS: dict[str, dict[str, Effect]] = {
     "LongMemConfig": CONFIG,
+    "LongMemConfig.missing_start": {"ids": lambda w: LongMemConfig(start_token_ids=[5]).missing_start([5, 6]) == []},
     "LongMemConfig.from_dict": {"config_dict": lambda w: LongMemConfig.from_dict({"chunk_size": 8}).chunk_size == 8},
     "explain": {
         "model": lambda w: raises(lambda: explained(w, model=other_model(w), prompt=[1, 2])),

@@ -185,17 +185,18 @@ class LongMemPreTrainedModel(PreTrainedModel):
             )
         elif name := options.setdefault("backbone_name_or_path", backbone.config.name_or_path or None):
             open_tokenizer = functools.partial(load_tokenizer, name, options.get("backbone_revision"))
+        opened = tokenizer
         if "start_token_ids" not in options:
             with contextlib.suppress(OSError, ValueError, ImportError):  # then the model is given token ids
-                tokenizer = open_tokenizer() if tokenizer is None and open_tokenizer is not None else tokenizer
-            is_one = isinstance(tokenizer, PreTrainedTokenizerBase)  # others may know no special tokens
-            start, vocabulary = start_of(tokenizer) if is_one else None, backbone.config.get_text_config().vocab_size
+                opened = open_tokenizer() if opened is None and open_tokenizer is not None else opened
+            is_one = isinstance(opened, PreTrainedTokenizerBase)  # others may know no special tokens
+            start, vocabulary = start_of(opened) if is_one else None, backbone.config.get_text_config().vocab_size
             # A tokenizer may be given that knows more tokens than the backbone.
             options["start_token_ids"] = start if start and max(start) < vocabulary else None
         config = LongMemConfig(backbone_config=backbone.config, **options)
         config.name_or_path = backbone.config.name_or_path or ""
         model = cls(config, backbone, tokenizer)
-        model._open_tokenizer = open_tokenizer
+        model._tokenizer, model._open_tokenizer = opened, open_tokenizer
         return model
 
     @classmethod
