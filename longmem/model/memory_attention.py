@@ -118,20 +118,20 @@ class MemoryReader:
         rotary, rotation, here = self._source.rotary, self._source.rotation, self._position_embeddings
         if rotary is None or rotation is None or here is None:
             return query
-        key = id(rotary.module), id(here[0]), self._source.reach
+        reach = self._source.reach
+        key = id(rotary.module), id(here[0]), reach if log_distance is None else None
         if key not in self._turns:  # `here` is kept, so that nothing else gets its id
             if log_distance is None:
                 distance = self._config.memory_distance
-                turn_or_first = rotary.turn_from(here, min(distance, self._source.reach or distance), query)
+                turn_or_first = rotary.turn_from(here, min(distance, reach or distance), query)
             else:
                 turn_or_first = rotary.at([1], query.float())
             self._turns[key] = here, turn_or_first
         if log_distance is not None:
             distances = log_distance.float().exp()
-            if (
-                self._source.reach is not None
-            ):  # gradients are those at the farthest distance, so that a head may come back
-                distances = distances + (distances.clamp(max=self._source.reach) - distances).detach()
+            if reach is not None:
+                # Gradients are those at the farthest distance, so that a head may come back.
+                distances = distances + (distances.clamp(max=reach) - distances).detach()
             turn = rotary.turn_of_heads(here, self._turns[key][1], distances)
             return rotation.rotate_heads(query.float(), turn).to(query.dtype)
         return rotation.rotate(query.float(), self._turns[key][1]).to(query.dtype)

@@ -188,15 +188,15 @@ def train_gates(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
     )
-    begin = torch.tensor(model.config.start_token_ids or [], dtype=torch.int64, device=model.input_device)
     for step in range(steps):
         own = step % len(studied)
         other = (own + generator.randrange(1, len(studied))) % len(studied)
         asked = generator.sample(studied[own].asked, min(QUESTIONS, len(studied[own].asked)))
         start = generator.randrange(len(studied[own].rest) - settings.window + 1)
-        window = torch.cat([begin, studied[own].rest[start : start + settings.window]])[None]
+        window, *_ = model.encoder.with_start(studied[own].rest[None, start : start + settings.window])
         labels = window.clone()
-        labels[:, : len(begin) + settings.window // 2] = -100  # with little text before it, every token gains by memory
+        # With little text before it, every token gains by memory.
+        labels[:, : settings.window // 2 - settings.window] = -100
         optimizer.zero_grad()
         answers = answer_loss(model, studied[own].bank, asked)
         (settings.answer_weight * answers).backward()
